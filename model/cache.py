@@ -1,0 +1,90 @@
+"""Keys and values of the tokens a model has read, so that the next ones need not read them again."""
+
+import torch
+from torch import Tensor
+
+
+class _Buffer:
+    """Room for keys and values of all layers; `used` positions belong to some cache already."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor], capacity: int, used: int):
+        self.keys = keys
+        self.values = values
+        self.capacity = capacity
+        self.used = used
+
+
+class KVCache:
+    """What `forward(use_cache=True)` returns as `past_key_values`.
+
+    A cache never changes once returned: two continuations of one prompt may both start from it. They behave like Go's
+    slices: a buffer grows by doubling, the first continuation writes behind the cache in place (no copy per token),
+    and a second one, finding that place taken, copies the prompt first.
+
+    Attributes:
+        length: positions held, padding included.
+        segment_ids: (batch, length) int64, or None when every position belongs to one sample without padding;
+            0 = padding, equal numbers = the same sample.
+        next_position: (batch,) int64, the position of each row's next token; None with `segment_ids` None.
+    """
+
+    def __init__(self, buffer: _Buffer, length: int, segment_ids: Tensor | None, next_position: Tensor | None):
+        self._buffer = buffer
+        self.length = length
+        self.segment_ids = segment_ids
+        self.next_position = next_position
+
+    @staticmethod
+    def extended(
+        past: "KVCache | None", n_new: int, segment_ids: Tensor | None, next_position: Tensor | None
+    ) -> "KVCache":
+        """A cache with room for `n_new` positions behind those of `past`; each layer fills them by `append`."""
+        start = 0 if past is None else past.length
+        buffer = _Buffer([], [], 0, 0) if past is None else past._buffer
+        needed = start + n_new
+        if buffer.used != start or needed > buffer.capacity:
+            capacity = max(needed + 64, 2 * start)
+            buffer = _Buffer(
+                [_grown(k, start, capacity) for k in buffer.keys],
+                [_grown(v, start, capacity) for v in buffer.values],
+                capacity,
+                start,
+            )
+        buffer.used = needed
+        return KVCache(buffer, needed, segment_ids, next_position)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values (batch, n_kv_heads, n_new, head_dim); return those of all positions."""
+        buffer = self._buffer
+        if layer == len(buffer.keys):  # the first tokens of all: now shape, dtype and device are known
+            for store, new in ((buffer.keys, k), (buffer.values, v)):
+                store.append(new.new_empty(new.size(0), new.size(1), buffer.capacity, new.size(3)))
+        start = self.length - k.size(2)
+        buffer.keys[layer][:, :, start : self.length] = k
+        buffer.values[layer][:, :, start : self.length] = v
+        return buffer.keys[layer][:, :, : self.length], buffer.values[layer][:, :, : self.length]
+
+
+def _grown(old: Tensor, length: int, capacity: int) -> Tensor:
+    """A copy of `old` (batch, heads, *, head_dim) with room for `capacity` positions."""
+    new = old.new_empty(old.size(0), old.size(1), capacity, old.size(3))
+    new[:, :, :length] = old[:, :, :length]
+    return new
+
+
+def attention_mask_of(segment_ids: Tensor, n_new: int) -> Tensor:
+    """Which keys each new token may see: earlier ones, of its own sample.
+
+    Args:
+        segment_ids: (batch, length) of all positions, the new ones last; 0 = padding. A padding token sees padding
+            only, itself at least, so that its softmax has something to sum over; nothing real ever sees it.
+        n_new: how many of them are queries.
+
+    Returns:
+        bool (batch, 1, n_new, length), True = may see.
+    """
+    length = segment_ids.size(1)
+    index = torch.arange(length, device=segment_ids.device)
+    causal = index[None, :] <= index[length - n_new :, None]
+    same = segment_ids[:, length - n_new :, None] == segment_ids[:, None, :]
+    return (causal & same)[:, None]

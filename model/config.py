@@ -1,0 +1,108 @@
+"""The shape of a MiniMind: every number that decides its parameters and its maths."""
+
+from transformers import PretrainedConfig
+
+
+class LMConfig(PretrainedConfig):
+    """Configuration of the Dense and the MoE decoder.
+
+    Args:
+        dim: width of the residual stream.
+        n_layers, n_heads, n_kv_heads: depth, query heads, key/value heads (grouped-query attention).
+        vocab_size: rows of the embedding, which is also the output matrix.
+        hidden_dim: width of the feed-forward; None derives it from `dim` (2/3 of 4 dim, rounded up to `multiple_of`).
+        norm_eps: epsilon of RMSNorm.
+        max_seq_len: the longest position the model takes, not the row length in training.
+        rope_theta: base of the rotary position embedding.
+        dropout: applied to attention weights and to what each block adds to the residual stream, in training only.
+        flash_attn: fused attention; False computes it by hand, the readable reference.
+        use_moe: a mixture of experts in place of the dense feed-forward; the fields below are read only then.
+        num_experts_per_tok: routed experts a token goes to.
+        n_routed_experts: routed experts a layer has.
+        n_shared_experts: whether a further expert sees every token.
+        scoring_func: how the router scores; only 'softmax'.
+        aux_loss_alpha: weight of the load-balancing loss.
+        seq_aux: balance each row by itself, then average; otherwise balance the whole batch.
+        norm_topk_prob: the chosen experts' weights are scaled to sum to one.
+
+    Raises:
+        ValueError: a combination that has no meaning.
+    """
+
+    model_type = "minimind"
+    attribute_map = {  # noqa: RUF012 - the names under which transformers, peft and DeepSpeed look these up
+        "hidden_size": "dim",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_kv_heads",
+        "intermediate_size": "hidden_dim",
+        "max_position_embeddings": "max_seq_len",
+    }
+
+    def __init__(
+        self,
+        dim: int = 512,
+        n_layers: int = 8,
+        n_heads: int = 8,
+        n_kv_heads: int = 2,
+        vocab_size: int = 6400,
+        hidden_dim: int | None = None,
+        multiple_of: int = 64,
+        norm_eps: float = 1e-5,
+        max_seq_len: int = 8192,
+        rope_theta: float = 1e6,
+        dropout: float = 0.0,
+        flash_attn: bool = True,
+        use_moe: bool = False,
+        num_experts_per_tok: int = 2,
+        n_routed_experts: int = 4,
+        n_shared_experts: bool = True,
+        scoring_func: str = "softmax",
+        aux_loss_alpha: float = 0.1,
+        seq_aux: bool = True,
+        norm_topk_prob: bool = True,
+        **kwargs,
+    ):
+        if hidden_dim is None:
+            hidden_dim = multiple_of * -(-int(2 / 3 * 4 * dim) // multiple_of)
+        self.dim = dim
+        self.n_layers = n_layers
+        self.n_heads = n_heads
+        self.n_kv_heads = n_kv_heads
+        self.vocab_size = vocab_size
+        self.hidden_dim = hidden_dim
+        self.multiple_of = multiple_of
+        self.norm_eps = norm_eps
+        self.max_seq_len = max_seq_len
+        self.rope_theta = rope_theta
+        self.dropout = dropout
+        self.flash_attn = flash_attn
+        self.use_moe = use_moe
+        self.num_experts_per_tok = num_experts_per_tok
+        self.n_routed_experts = n_routed_experts
+        self.n_shared_experts = bool(n_shared_experts)
+        self.scoring_func = scoring_func
+        self.aux_loss_alpha = aux_loss_alpha
+        self.seq_aux = seq_aux
+        self.norm_topk_prob = norm_topk_prob
+        self._check()
+        super().__init__(
+            **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True} | kwargs
+        )
+
+    def _check(self) -> None:
+        if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
+            raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even head size")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.scoring_func != "softmax":
+            raise ValueError(f"scoring_func must be 'softmax', not {self.scoring_func!r}")
+        if self.use_moe and not 0 < self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and "
+                f"n_routed_experts {self.n_routed_experts}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads

@@ -1,0 +1,128 @@
+"""Writing: from logits to tokens, one at a time, for a whole batch at once."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that occurred less likely, by CTRL's rule (Keskar et al. 2019, arXiv:1909.05858).
+
+    A positive logit is divided by the penalty, a negative one multiplied: both go down.
+
+    Args:
+        logits: (batch, vocab); seen: (batch, vocab) bool, True = occurred.
+        penalty: 1 changes nothing, more is stricter.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Only the k best tokens (batch, vocab) stay possible (Fan et al. 2018, arXiv:1805.04833); 0 keeps all."""
+    if not 0 < k < logits.size(-1):
+        return logits
+    worst_kept = logits.topk(k).values[:, -1:]
+    return logits.masked_fill(logits < worst_kept, float("-inf"))
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Only the fewest best tokens whose probabilities reach p together stay possible, one at least
+    (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751); 1 keeps all."""
+    if p >= 1:
+        return logits
+    probabilities, order = logits.softmax(-1).sort(-1, descending=True, stable=True)
+    before = probabilities.cumsum(-1) - probabilities  # what better tokens reach without this one
+    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
+    dropped.scatter_(-1, order[:, :1], False)
+    return logits.masked_fill(dropped, float("-inf"))
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """The next token of each row: logits (batch, vocab) -> (batch,) int64. Temperature 0 takes the best one."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+class TextGeneration:
+    """`generate` and `stream` for a model whose `forward` takes and returns a cache."""
+
+    @torch.inference_mode()
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        eos_token_id: int | Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the new tokens of all rows, (batch,) int64, step by step.
+
+        The stop token itself is yielded; a row that has stopped goes on with `config.pad_token_id`, and the stream
+        ends when all have, after `max_new_tokens`, or where the model's `max_seq_len` ends.
+
+        Args:
+            input_ids: (batch, n) int64, padded on the left where rows differ in length.
+            attention_mask: (batch, n), 0 = padding; None = nothing is.
+            temperature: 0 = greedy, and then top_k, top_p and seed have no effect.
+            repetition_penalty: over prompt and answer.
+            eos_token_id: one or several ids that stop a row; None = `config.eos_token_id`, () = none.
+            seed: makes sampling repeatable; None draws from torch's global generator.
+
+        Raises:
+            ValueError: a setting out of its range, or a prompt that fills the model already.
+        """
+        for name, value, ok in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens > 0),
+            ("temperature", temperature, temperature >= 0),
+            ("top_k", top_k, top_k >= 0),
+            ("top_p", top_p, 0 < top_p <= 1),
+            ("repetition_penalty", repetition_penalty, repetition_penalty > 0),
+        ):
+            if not ok:
+                raise ValueError(f"{name} cannot be {value}")
+        batch, n = input_ids.shape
+        room = self.config.max_seq_len - n
+        if n == 0 or room < 1:
+            raise ValueError(f"a prompt of {n} tokens: the model takes 1 to {self.config.max_seq_len - 1}")
+
+        device = input_ids.device
+        if eos_token_id is None:
+            eos_token_id = self.config.eos_token_id
+        stop_ids = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
+        generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+        seen = None
+        if repetition_penalty != 1:
+            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+            seen = torch.zeros(batch, self.config.vocab_size, dtype=torch.long, device=device)
+            seen = seen.scatter_add(1, input_ids, real) > 0
+        running = torch.ones(batch, dtype=torch.bool, device=device)
+        cache, new = None, input_ids
+        for _ in range(min(max_new_tokens, room)):
+            out = self(new, attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits, cache, attention_mask = out.logits[:, -1].float(), out.past_key_values, None
+            if seen is not None:
+                logits = penalise_repetition(logits, seen, repetition_penalty)
+            tokens = choose(logits, temperature, top_k, top_p, generator)
+            tokens = torch.where(running, tokens, self.config.pad_token_id)
+            yield tokens
+            running &= ~torch.isin(tokens, stop_ids)
+            if not running.any():
+                return
+            if seen is not None:
+                seen.scatter_(1, tokens[:, None], True)
+            new = tokens[:, None]
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings) -> Tensor:
+        """Prompt and answer, (batch, n + new) int64; settings as for `stream`.
+
+        A row that stopped before the others is filled with `config.pad_token_id`.
+        """
+        return torch.cat([input_ids, *(t[:, None] for t in self.stream(input_ids, attention_mask, **settings))], dim=1)
