@@ -260,14 +260,19 @@ class MiniMindOutput(ModelOutput):
 
     loss: fp32 scalar, mean cross-entropy plus `aux_loss`; None without labels.
     logits: (batch, n or logits_to_keep, vocab).
-    past_key_values: pass it back to continue; None unless `use_cache`.
+    cache: pass it back as `past_key_values` to continue; None unless `use_cache`.
     aux_loss: fp32 scalar, the experts' load-balancing loss over all layers; 0 for Dense and outside training.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: KVCache | None = None
+    cache: KVCache | None = None
     aux_loss: Tensor | None = None
+
+    @property
+    def past_key_values(self) -> KVCache | None:
+        """`cache`, by the name it had before transformers 5 renamed it."""
+        return self.cache
 
 
 class MiniMindLM(TextGeneration, PreTrainedModel):

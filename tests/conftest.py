@@ -1,10 +1,27 @@
 """Fixtures that every test file may ask for."""
 
+import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from model.chat import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parent.parent
+SPECIAL = ["<unk>", "<s>", "</s>"]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<image>"]
+SENTENCES = [
+    "The little robot counts apples: 12 + 30 = 42, and then it counts them again.",
+    "What is the capital of the green island? The capital of the green island is Harbour Town.",
+    "A teacher and a student read a book about the sea, the sky and seven yellow birds.",
+    "def add(a, b):\n    return a + b\n\nprint(add(1, 2))",
+    "你好，请问今天的天气怎么样？今天天气很好，适合出去散步。",
+    "小机器人会数苹果，也会回答问题。老师和学生一起读一本关于大海的书。",
+    "绿色的小岛上有一座城市，城市里有七只黄色的小鸟。",
+    "user assistant system: every question has an answer, every answer has an end.",
+]
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +31,38 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of a few hundred entries, laid out like the shipped one: 3 special tokens, then the 5 tags."""
+    return _train_tokenizer(SPECIAL + TAGS)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    """The same without entries for the tags, like the tokenizer published with MiniMind2: a tag is several tokens."""
+    return _train_tokenizer(SPECIAL)
+
+
+def _train_tokenizer(added: list[str]) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=added, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:  # the trainer calls all of them special
+        token["special"] = token["content"] in SPECIAL
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

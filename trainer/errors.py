@@ -4,8 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 
-from dataset.jsonl import DataError
-
 
 class UserError(Exception):
     """Something the user can mend; the message says what is wrong and what to do, in one line."""
@@ -18,9 +16,13 @@ def launch(main: Callable[[], None]) -> None:
     """
     try:
         main()
-    except (UserError, DataError) as error:
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        from dataset.jsonl import DataError  # here, since it brings torch, for which --help need not wait
+
+        if not isinstance(error, UserError | DataError):
+            raise
         if os.environ.get("RANK", "0") == "0":
             print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -1,0 +1,7 @@
+"""What a training stage reads: jsonl files checked line by line, tokenised once, packed into rows, dealt out in steps."""
+
+from dataset.jsonl import DataError
+from dataset.lm_dataset import PretrainDataset, SFTDataset
+from dataset.loader import StepLoader, collate
+
+__all__ = ["DataError", "PretrainDataset", "SFTDataset", "StepLoader", "collate"]

@@ -1,0 +1,117 @@
+"""Reading jsonl files: one line at a time, and every fault told with its file, line and reason."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jsonlines
+
+DATA_SETS = "https://huggingface.co/datasets/jingyaogong/minimind_dataset"
+EXCERPT_CHARS = 80
+
+
+class DataError(ValueError):
+    """A data file cannot be used; the message is one line that says which file, where in it, and why."""
+
+
+class BadRecord(ValueError):
+    """A JSON object is not what the stage learns from; the message is the reason."""
+
+
+def require_data_file(path: str | Path) -> Path:
+    """Return `path` as a Path when it is a file that can be read and is not empty.
+
+    Raises:
+        DataError: it is missing, no file, empty or not readable.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(
+            f"{path} is not there: download it from {DATA_SETS}, or name another file with --data_path "
+            "(`make demo` needs no download)"
+        )
+    if not path.is_file():
+        raise DataError(f"{path} is not a file")
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise DataError(f"{path} is empty")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    return path
+
+
+class JsonlReader:
+    """Iterates over a jsonl file, holding one line in memory at a time.
+
+    Args:
+        path: the file, UTF-8, one JSON object a line; a BOM and CRLF are fine.
+        parse: turns the object of a line into what the caller wants; raises BadRecord when it cannot.
+        skip_bad_lines: count bad lines instead of stopping at the first.
+
+    Attributes (they grow while iterating):
+        bytes_read: bytes of the lines read so far.
+        bad_lines: how many lines were skipped.
+        first_bad: "line 17: reason" of the first of them, or None.
+
+    Raises:
+        DataError: the file is missing or empty, or, while iterating, has a bad line.
+    """
+
+    def __init__(self, path: str | Path, parse: Callable[[dict], Any], skip_bad_lines: bool = False):
+        self.path = require_data_file(path)
+        self.parse = parse
+        self.skip_bad_lines = skip_bad_lines
+        self.bytes_read = 0
+        self.bad_lines = 0
+        self.first_bad: str | None = None
+        self._line = b""
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 0
+        # json.loads is named because jsonlines otherwise takes orjson or ujson where it finds one, and what
+        # counts as a bad line must not depend on that.
+        with open(self.path, "rb") as file, jsonlines.Reader(self._lines(file), loads=json.loads) as reader:
+            while True:
+                number += 1
+                try:
+                    record = self.parse(reader.read(type=dict))
+                except EOFError:
+                    return
+                except (jsonlines.InvalidLineError, RecursionError, BadRecord) as fault:
+                    self._refuse(number, self._reason(fault))
+                else:
+                    yield record
+
+    def _lines(self, file: BinaryIO) -> Iterator[bytes]:
+        """The lines as bytes, so that jsonlines can say which one is not UTF-8, counted and kept for the excerpt."""
+        for line in file:
+            self.bytes_read += len(line)
+            self._line = line
+            yield line
+
+    def _refuse(self, number: int, reason: str) -> None:
+        if not self.skip_bad_lines:
+            raise DataError(f"{self.path}, line {number}: {reason}: {excerpt(self._line)}")
+        self.bad_lines += 1
+        self.first_bad = self.first_bad or f"line {number}: {reason}"
+
+    def _reason(self, fault: Exception) -> str:
+        if isinstance(fault, BadRecord):
+            return str(fault)
+        if isinstance(fault, RecursionError):
+            return "not valid JSON (nested too deeply)"
+        if not self._line.strip():
+            return "the line is empty"
+        cause = fault.__cause__
+        if isinstance(cause, UnicodeDecodeError):
+            return f"not UTF-8 ({cause.reason} at byte {cause.start + 1})"
+        return f"not valid JSON ({cause})" if cause else "not a JSON object"
+
+
+def excerpt(line: bytes, width: int = EXCERPT_CHARS) -> str:
+    """The first `width` characters of a line, safe to print: what is not printable is escaped or replaced."""
+    text = line[: 8 * width].decode("utf-8", errors="replace").rstrip("\r\n")
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:width])
+    return shown + ("…" if len(text) > width else "")

@@ -1,0 +1,162 @@
+"""What pretraining and fine-tuning read: rows of tokens, with labels, and positions that restart at every sample."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from dataset.jsonl import DataError
+from dataset.packing import Pieces, cut_long, pack, split_long
+from dataset.records import chat_of, text_of
+from dataset.token_cache import Sample, TokenCache, open_token_cache
+from model.chat import render_chats, render_text
+
+IGNORED = -100  # the label that cross-entropy leaves out
+MAX_EVAL_SAMPLES = 500
+
+
+class RowDataset(Dataset):
+    """Rows of tokens over a token cache; a subclass says what a line is and what becomes of a long sample.
+
+    An item is one row: a dict of `input_ids`, `labels`, `position_ids`, int64 (n,), 2 <= n <= max_seq_len.
+    `labels[t]` is `input_ids[t]` where that token is learned, else -100 (the model does the shift); the first token
+    of a sample never is. `position_ids` restart at 0 where a sample starts.
+
+    Args:
+        data_path: a jsonl file; `dataset/records.py` says what its lines hold.
+        tokenizer: turns the lines into tokens; needed only here, not kept.
+        max_seq_len: the longest row in tokens, at least 2.
+        packing: a row holds as many samples as fit; otherwise one.
+        skip_bad_lines: leave bad lines out and count them, instead of stopping at the first.
+        seed: decides which samples share a row.
+        part: "all" samples, or those `samples_of` gives to "train" or "eval".
+
+    Attributes:
+        summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped.
+
+    Raises:
+        DataError: the file is missing, empty or has a bad line; nothing is left to learn ("eval" is then empty instead).
+        ValueError: max_seq_len below 2.
+    """
+
+    kind: str
+    parse: Callable[[dict], object]
+    encode: Callable[[PreTrainedTokenizerFast, list], list[Sample]]
+    pieces_of: Callable[[np.ndarray, np.ndarray, int], Pieces]
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        tokenizer: PreTrainedTokenizerFast,
+        max_seq_len: int = 512,
+        packing: bool = True,
+        skip_bad_lines: bool = False,
+        seed: int = 42,
+        part: str = "all",
+    ):
+        if max_seq_len < 2:
+            raise ValueError(f"max_seq_len is {max_seq_len}, but a row needs 2 tokens: one to read, one to predict")
+        self.max_seq_len = max_seq_len
+        self.packing = packing
+        self.cache = open_token_cache(
+            data_path, tokenizer, self.kind, self.parse, partial(self.encode, tokenizer), skip_bad_lines
+        )
+        samples = samples_of(part, len(self.cache))
+        lengths = self.cache.lengths[samples]
+        pieces = self.pieces_of(lengths, self.cache.first_target[samples], max_seq_len)
+        self._pieces = pieces._replace(sample=samples[pieces.sample])
+        if packing:
+            self._order, self._bounds = pack(pieces.length, max_seq_len, seed)
+        else:
+            self._order = np.arange(len(pieces.length))
+            self._bounds = np.arange(len(pieces.length) + 1)
+        if not len(self) and part != "eval":
+            raise DataError(f"{data_path}: no sample has anything to learn within {max_seq_len} tokens")
+        self.summary = f"{data_path}: " + _summary(self.cache, lengths, pieces, len(self), max_seq_len, packing)
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        row %= len(self)
+        pieces = [self._piece(piece) for piece in self._order[self._bounds[row] : self._bounds[row + 1]]]
+        names = ("input_ids", "labels", "position_ids")
+        return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in zip(names, zip(*pieces))}
+
+    def _piece(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, labels and positions of one piece, each int64 (length,)."""
+        sample, start, length = (field[piece] for field in self._pieces)
+        ids = self.cache.ids(sample, start, length)
+        labels = np.where(self.cache.learned(sample, start, length), ids, IGNORED)
+        labels[0] = IGNORED  # nothing in the row comes before it that could predict it
+        return ids, labels, np.arange(length)
+
+
+class PretrainDataset(RowDataset):
+    """`{"text": …}` lines: every token after a sample's first is learned, and what is longer than a row is split."""
+
+    kind = "text"
+    parse = staticmethod(text_of)
+
+    @staticmethod
+    def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Sample]:
+        return [(ids, None) for ids in render_text(tokenizer, texts)]
+
+    @staticmethod
+    def pieces_of(lengths: np.ndarray, first_target: np.ndarray, max_len: int) -> Pieces:
+        return split_long(lengths, max_len)
+
+
+class SFTDataset(RowDataset):
+    """`{"conversations": […]}` lines: what the assistant says is learned, and what does not fit a row is cut off."""
+
+    kind = "chat"
+    parse = staticmethod(chat_of)
+    encode = staticmethod(render_chats)
+    pieces_of = staticmethod(cut_long)
+
+
+def samples_of(part: str, n_samples: int) -> np.ndarray:
+    """Which samples of a file a part holds, in order, int64 (samples in the part,).
+
+    "eval" is every hundredth sample, at most 500, evenly spread over the file, and none of a file of fewer than 200;
+    "train" is the rest, "all" is both.
+
+    Raises:
+        ValueError: another part.
+    """
+    n_eval = min(n_samples // 100, MAX_EVAL_SAMPLES) if n_samples >= 200 else 0
+    kept_aside = np.arange(n_eval) * n_samples // max(n_eval, 1)
+    everything = np.arange(n_samples)
+    if part == "all":
+        return everything
+    if part == "train":
+        return np.delete(everything, kept_aside)
+    if part == "eval":
+        return kept_aside
+    raise ValueError(f"part is {part!r}, not one of 'all', 'train', 'eval'")
+
+
+def _summary(cache: TokenCache, lengths: np.ndarray, pieces: Pieces, rows: int, max_len: int, packing: bool) -> str:
+    """The start-up report of a data set; `lengths` are those of the samples before they became `pieces`."""
+    used, pieces_each = np.unique(pieces.sample, return_counts=True)
+    split = pieces_each > 1
+    cut = int((lengths[used] > max_len)[~split].sum())
+    dropped = len(lengths) - len(used)
+    tokens = int(pieces.length.sum())
+    parts = [f"{len(used):,} samples", f"{tokens:,} tokens", f"{rows:,} rows"]
+    if packing and rows:
+        parts.append(f"{tokens / (rows * max_len):.1%} of {max_len} filled")
+    notes = [
+        (int(split.sum()), "split over rows"),
+        (cut, f"cut at {max_len} tokens"),
+        (dropped, "dropped with nothing to learn"),
+        (cache.bad_lines, f"bad lines skipped, the first: {cache.first_bad}"),
+    ]
+    return ", ".join(parts + [f"{count:,} {note}" for count, note in notes if count])

@@ -1,0 +1,149 @@
+"""From rows to optimizer steps: shuffled by seed and epoch, shared among ranks, resumable at any step."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dataset.lm_dataset import IGNORED
+
+Batch = dict[str, torch.Tensor]
+
+
+def collate(items: list[Batch], max_seq_len: int | None = None) -> Batch:
+    """Stack rows, padded on the right to the longest of them (at least 2), or to `max_seq_len`.
+
+    Padding has input 0, label -100 and positions from 0, as a sample of its own: what it holds is never attended to
+    from outside and never learned.
+
+    Args:
+        items: rows of a dataset, dicts of `input_ids`, `labels`, `position_ids`, each int64 (n,).
+
+    Returns:
+        `input_ids`, `labels`, `position_ids` int64 (rows, T) and `attention_mask` bool (rows, T), False on padding.
+
+    Raises:
+        ValueError: a row is longer than max_seq_len.
+    """
+    longest = max((len(item["input_ids"]) for item in items), default=0)
+    width = max_seq_len or max(longest, 2)
+    if longest > width:
+        raise ValueError(f"a row of {longest} tokens does not fit max_seq_len {width}")
+    shape = (len(items), width)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORED),
+        "position_ids": torch.zeros(shape, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.bool),
+    }
+    for row, item in enumerate(items):
+        n = len(item["input_ids"])
+        for name in ("input_ids", "labels", "position_ids"):
+            batch[name][row, :n] = item[name]
+        batch["position_ids"][row, n:] = torch.arange(width - n)
+        batch["attention_mask"][row, :n] = True
+    return batch
+
+
+class StepLoader:
+    """The micro-batches of one rank, optimizer step by optimizer step.
+
+    Each epoch shuffles the rows anew, by (seed, epoch) alone. A step takes the next batch_size * accumulation_steps *
+    world_size of them (the last of an epoch what is left) and deals them out in micro-batches of batch_size rows: first
+    to rank 0, then to rank 1, and so on, round after round. Every rank gets equally many micro-batches, so
+    collective operations match; one without rows is padding only, and no row is seen twice.
+
+    Micro-batches of a packed dataset always have the shape (batch_size, max_seq_len), missing rows being padding, so
+    compiled code sees one shape; others have the rows there are, at least one, padded to the longest.
+
+    Args:
+        dataset: rows, with the attributes `packing` and `max_seq_len`.
+        batch_size: rows of a micro-batch.
+        accumulation_steps: micro-batches of a step, on each rank.
+        epochs: passes over the dataset.
+        rank, world_size: this process, and how many share the work.
+        num_workers: processes that fetch micro-batches ahead; 0 fetches in this one. The order is the same.
+
+    Attributes:
+        steps_per_epoch, total_steps: optimizer steps.
+
+    Raises:
+        ValueError: batch_size, accumulation_steps or epochs below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        accumulation_steps: int,
+        epochs: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ):
+        if min(batch_size, accumulation_steps, epochs) < 1:
+            raise ValueError(
+                f"batch_size {batch_size}, accumulation_steps {accumulation_steps} and epochs {epochs} must be at least 1"
+            )
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.num_workers = num_workers
+        self._round_rows = batch_size * world_size  # one micro-batch on every rank
+        self._step_rows = self._round_rows * accumulation_steps
+        self.steps_per_epoch = -(-len(dataset) // self._step_rows)
+        self.total_steps = epochs * self.steps_per_epoch
+
+    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
+        """Yield each step's micro-batches, as `collate` makes them, from step `start_step` (0-based) to the last.
+
+        `steps(k)` yields what `steps(0)` does from its k-th on.
+        """
+        micro_batches = iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=self._micro_batches(start_step),
+                collate_fn=self._collate_fn(),
+                num_workers=self.num_workers,
+                # A DataLoader seeds its workers from a generator: from its own, or else it would advance torch's
+                # global one, and a resumed run would see other dropout than one never interrupted.
+                generator=torch.Generator(),
+            )
+        )
+        for step in range(start_step, self.total_steps):
+            yield [next(micro_batches) for _ in range(self._rounds(step))]
+
+    def _micro_batches(self, start_step: int) -> Iterator[list[int]]:
+        """Row numbers of each of this rank's micro-batches, from a step on."""
+        epoch, rows = None, np.zeros(0, dtype=np.int64)
+        for step in range(start_step, self.total_steps):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                rows = np.random.default_rng((self.seed, epoch)).permutation(len(self.dataset))
+            begin = step % self.steps_per_epoch * self._step_rows
+            step_rows = rows[begin : begin + self._step_rows]
+            for turn in range(self._rounds(step)):
+                mine = turn * self._round_rows + self.rank * self.batch_size
+                yield step_rows[mine : mine + self.batch_size].tolist()
+
+    def _rounds(self, step: int) -> int:
+        """Micro-batches that each rank has in a step."""
+        begin = step % self.steps_per_epoch * self._step_rows
+        rows = min(self._step_rows, len(self.dataset) - begin)
+        return -(-rows // self._round_rows)
+
+    def _collate_fn(self):
+        if self.dataset.packing:
+            return partial(_collate_padded, rows=self.batch_size, max_seq_len=self.dataset.max_seq_len)
+        return partial(_collate_padded, rows=1, max_seq_len=None)
+
+
+def _collate_padded(items: list[Batch], rows: int, max_seq_len: int | None) -> Batch:
+    """Collate to at least `rows` rows, those that are missing being padding."""
+    nothing = torch.zeros(0, dtype=torch.int64)
+    empty = {"input_ids": nothing, "labels": nothing, "position_ids": nothing}
+    return collate(items + [empty] * (rows - len(items)), max_seq_len)

@@ -1,0 +1,71 @@
+"""What a line of a data file must hold: each function takes the line's JSON object, checks it, returns its content."""
+
+from dataset.jsonl import BadRecord
+
+ROLES = ("system", "user", "assistant")
+
+
+def text_of(record: dict) -> str:
+    """The text of a pretraining record `{"text": "…"}`.
+
+    Raises:
+        BadRecord: key missing, not a string, nothing but whitespace, or not encodable.
+    """
+    text = _string(record, "text")
+    if not text.removeprefix("<s>").removesuffix("</s>").strip():
+        raise BadRecord('"text" is empty')
+    return text
+
+
+def chat_of(record: dict, key: str = "conversations") -> list[dict[str, str]]:
+    """The chat of a record `{"conversations": [{"role", "content"}, …]}`, every turn with its role.
+
+    A turn without a role is the user's, or the assistant's when the turn before it was the user's. A system turn may
+    only come first.
+
+    Raises:
+        BadRecord: not such a list, an unknown role, content that is no string, or no answer to learn from.
+    """
+    turns = _value(record, key, list, "a list")
+    if not turns:
+        raise BadRecord(f'"{key}" is empty')
+    chat: list[dict[str, str]] = []
+    for number, turn in enumerate(turns, 1):
+        try:
+            chat.append(_turn(turn, chat))
+        except BadRecord as fault:
+            raise BadRecord(f'turn {number} of "{key}": {fault}') from fault
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in chat):
+        raise BadRecord(f'"{key}" has no answer of the assistant')
+    return chat
+
+
+def _turn(turn: object, before: list[dict[str, str]]) -> dict[str, str]:
+    """A turn as {"role", "content"}; `before` holds the turns that came ahead of it."""
+    if not isinstance(turn, dict):
+        raise BadRecord("not an object")
+    role = turn.get("role")
+    if role is None:
+        role = "assistant" if before and before[-1]["role"] == "user" else "user"
+    if role not in ROLES:
+        raise BadRecord(f"unknown role {role!r:.40}")
+    if role == "system" and before:
+        raise BadRecord("a system turn can only come first")
+    return {"role": role, "content": _string(turn, "content")}
+
+
+def _value(record: dict, key: str, kind: type, kind_name: str):
+    if key not in record:
+        raise BadRecord(f'the key "{key}" is missing')
+    if not isinstance(record[key], kind):
+        raise BadRecord(f'"{key}" is not {kind_name}')
+    return record[key]
+
+
+def _string(record: dict, key: str) -> str:
+    text = _value(record, key, str, "a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a character, "\ud83d", which no tokenizer takes
+        raise BadRecord(f'"{key}" holds half a character (a lone surrogate)') from error
+    return text

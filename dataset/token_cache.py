@@ -1,0 +1,287 @@
+"""A data file as tokens on disk: tokenised once, then memory-mapped by every run, rank and worker.
+
+A cache is a folder, written under another name and renamed when it is whole:
+
+    tokens.bin        the tokens of all samples end to end, uint16 (uint32 for a vocabulary beyond 65,536)
+    mask.bin          one bit a token, whether it is learned; empty where every token is
+    offsets.bin       int64 (samples + 1,): sample i is tokens[offsets[i]:offsets[i + 1]]
+    first_target.bin  int64 (samples,): place of the first token to learn within the sample, its length when there is none
+    info.json         counts, and the first bad line that was skipped
+
+Samples are whole, so one cache serves every row length.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from dataset.jsonl import DataError, JsonlReader, require_data_file
+from model.tokenizer import tokenizer_hash
+
+Sample = tuple[Sequence[int], Sequence[bool] | None]  # ids, and which of them are learned (None: all)
+
+FORMAT = 1  # to be raised when the files above, or the way text becomes tokens, change
+BATCH_RECORDS = 1024  # given to the tokenizer at once, which spreads them over its threads…
+BATCH_BYTES = 1 << 21  # …but no more than this, as a token takes about 100 bytes on its way
+
+
+class TokenCache:
+    """The samples of a cache folder. Pickles as the folder's name, so each worker maps the files itself.
+
+    Attributes:
+        lengths: tokens of each sample, int64 (samples,).
+        first_target: place of the first token to learn in each sample, its length when there is none, int64 (samples,).
+        bad_lines, first_bad: how many lines were skipped, and "line 17: reason" of the first, or None.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        self.bad_lines: int = info["bad_lines"]
+        self.first_bad: str | None = info["first_bad"]
+        self._tokens = self._map("tokens", info["dtype"])
+        self._mask = self._map("mask", np.uint8) if info["masked"] else None
+        self._offsets = self._map("offsets", np.int64)
+        self.first_target = self._map("first_target", np.int64)
+
+    def _map(self, name: str, dtype: type | str) -> np.ndarray:
+        # As a plain array over the mapping: slicing a np.memmap itself is several times slower.
+        return np.asarray(np.memmap(self.folder / f"{name}.bin", dtype, mode="r"))
+
+    def __reduce__(self):
+        return TokenCache, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self.first_target)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self._offsets)
+
+    def ids(self, sample: int, start: int, length: int) -> np.ndarray:
+        """Tokens start … start + length of a sample, int64 (length,)."""
+        begin = self._offsets[sample] + start
+        return self._tokens[begin : begin + length].astype(np.int64)
+
+    def learned(self, sample: int, start: int, length: int) -> np.ndarray:
+        """Whether each of these tokens is learned, bool (length,)."""
+        if self._mask is None:
+            return np.ones(length, dtype=bool)
+        begin = self._offsets[sample] + start
+        bits = np.unpackbits(self._mask[begin // 8 : (begin + length + 7) // 8])
+        return bits[begin % 8 : begin % 8 + length].astype(bool)
+
+
+def open_token_cache(
+    data_path: str | Path,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: str,
+    parse: Callable[[dict], Any],
+    encode: Callable[[list], list[Sample]],
+    skip_bad_lines: bool = False,
+) -> TokenCache:
+    """Open the cache of a data file, building it where there is none; a second process waits, and uses the first one's.
+
+    Args:
+        data_path: a jsonl file. The cache lies in `.cache/` beside it, or under `~/.cache` where that cannot be written.
+        tokenizer: its hash is part of the cache's name, as are the file's size, time and sampled content.
+        kind: names what `parse` and `encode` make of a line.
+        parse: JSON object of a line -> record; raises BadRecord.
+        encode: list of records -> list of samples, any number of them a record.
+        skip_bad_lines: leave bad lines out and count them.
+
+    Raises:
+        DataError: the file is missing, empty, has a bad line or none that is good, changed meanwhile, or the cache
+            cannot be written.
+    """
+    path = require_data_file(data_path)
+    source = _fingerprint(path)
+    key = _digest([FORMAT, source, tokenizer_hash(tokenizer), kind, skip_bad_lines])
+    name = f"{path.stem[:80]}-{kind}-{key}"
+    roots = _cache_roots(path)
+    for root in roots:
+        if (root / name).is_dir():
+            return TokenCache(root / name)
+
+    root = next((root for root in roots if _can_write(root)), None)
+    if root is None:
+        raise DataError(f"the token cache of {path} can be written neither in {roots[0]} nor in {roots[1]}")
+    folder = root / name
+    reader = JsonlReader(path, parse, skip_bad_lines)
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    try:
+        with _lock(root / f"{name}.lock"):
+            if not folder.is_dir():
+                with _renamed_when_whole(folder) as partial:
+                    _build(partial, reader, encode, dtype)
+                    if _fingerprint(path) != source:
+                        raise DataError(f"{path} changed while it was being read: start again")
+    except OSError as error:
+        raise DataError(f"the token cache of {path} cannot be written in {root}: {error.strerror}") from error
+    return TokenCache(folder)
+
+
+def _fingerprint(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> list:
+    """What tells one state of a file from another without reading 9 GB: size, time, and blocks from head to tail."""
+    status = path.stat()
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in np.linspace(0, max(0, status.st_size - block_bytes), blocks, dtype=np.int64).tolist():
+            file.seek(start)
+            content.update(file.read(block_bytes))
+    return [status.st_size, status.st_mtime_ns, content.hexdigest()]
+
+
+def _digest(parts: list) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _cache_roots(path: Path) -> list[Path]:
+    """Where a cache may lie, the best place first."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [path.parent / ".cache", home / "minimind"]
+
+
+def _can_write(root: Path) -> bool:
+    # Root could write into a folder marked read-only; the mark says that its owner does not want it.
+    if not root.is_dir() and not root.parent.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; it ends with the process, so a crash leaves none behind."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _renamed_when_whole(folder: Path) -> Iterator[Path]:
+    """A fresh folder to fill, renamed to `folder` at the end, removed on an error. The caller holds the lock."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a crash
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Sample]], dtype: type) -> None:
+    progress = tqdm(
+        total=reader.path.stat().st_size,
+        desc=f"tokenising {reader.path.name}",
+        unit="B",
+        unit_scale=True,
+        disable=None,  # silent where stderr is no terminal
+    )
+    with progress, _Writer(folder, dtype) as writer:
+        for batch in _batches(reader):
+            writer.write(encode(batch))
+            progress.update(reader.bytes_read - progress.n)
+    if not writer.samples:
+        raise DataError(f"{reader.path} has no good line; {reader.bad_lines} bad, the first: {reader.first_bad}")
+    info = {
+        "source": reader.path.name,
+        "dtype": np.dtype(dtype).name,
+        "masked": writer.masked,
+        "samples": writer.samples,
+        "tokens": writer.tokens,
+        "bad_lines": reader.bad_lines,
+        "first_bad": reader.first_bad,
+    }
+    with open(folder / "info.json", "w", encoding="utf-8") as file:
+        json.dump(info, file, indent=2, ensure_ascii=False)
+        _to_disk(file)
+
+
+def _batches(reader: JsonlReader) -> Iterator[list]:
+    """Records in lists worth the tokenizer's threads; a list that took a very long line in is closed at once."""
+    batch, begin = [], 0
+    for record in reader:
+        batch.append(record)
+        if len(batch) == BATCH_RECORDS or reader.bytes_read - begin >= BATCH_BYTES:
+            yield batch
+            batch, begin = [], reader.bytes_read
+    if batch:
+        yield batch
+
+
+class _Writer:
+    """Appends samples to the files of a cache folder."""
+
+    def __init__(self, folder: Path, dtype: type):
+        self.dtype = dtype
+        self.samples = 0
+        self.tokens = 0
+        self.masked = False
+        self._odd_bits = np.zeros(0, dtype=bool)  # the mask's last bits, not yet a byte
+        with ExitStack() as stack:
+            names = ("tokens", "mask", "offsets", "first_target")
+            self._files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
+            self._stack = stack.pop_all()
+        np.zeros(1, np.int64).tofile(self._files["offsets"])
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        with self._stack:
+            if error_type is None:
+                np.packbits(self._odd_bits).tofile(self._files["mask"])
+                for file in self._files.values():
+                    _to_disk(file)
+
+    def write(self, samples: list[Sample]) -> None:
+        """Append samples; either all of them carry a mask or none does, in one cache."""
+        ids = [np.asarray(sample_ids, self.dtype) for sample_ids, _ in samples]
+        masks = [np.asarray(mask, bool) for _, mask in samples if mask is not None]
+        np.concatenate(ids).tofile(self._files["tokens"])
+        ends = self.tokens + np.cumsum([len(sample_ids) for sample_ids in ids])
+        ends.astype(np.int64).tofile(self._files["offsets"])
+        first = [_first_target(mask) for mask in masks] if masks else [1] * len(ids)
+        np.asarray(first, np.int64).tofile(self._files["first_target"])
+        if masks:
+            self.masked = True
+            self._write_bits(masks)
+        self.samples += len(ids)
+        self.tokens = int(ends[-1])
+
+    def _write_bits(self, masks: list[np.ndarray]) -> None:
+        bits = np.concatenate([self._odd_bits, *masks])
+        whole = len(bits) // 8 * 8
+        np.packbits(bits[:whole]).tofile(self._files["mask"])
+        self._odd_bits = bits[whole:]
+
+
+def _first_target(mask: np.ndarray) -> int:
+    """Place of the first learned token, `len(mask)` when there is none; the first token has nothing before it."""
+    after_first = mask[1:]
+    return int(after_first.argmax()) + 1 if after_first.any() else len(mask)
+
+
+def _to_disk(file) -> None:
+    """Reach the disk before the rename does: after a power cut a folder with its final name is whole."""
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,145 @@
+"""From chats and texts to token ids, with the loss mask built on the way: the one place where a prompt is laid out.
+
+A chat reads
+
+    <s>system\n{system}</s>\n<s>user\n{content}</s>\n<s>assistant\n{answer}</s>\n
+
+It is encoded piece by piece, and the control tokens are put between the pieces as ids. So the mask is exact, and text
+that somebody typed can never turn into a control token.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
+ROLES = ("system", "user", "assistant")
+
+# The same layout for `tokenizer.apply_chat_template`, saved with the tokenizer for tools outside this project.
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<s>system\\n" + DEFAULT_SYSTEM_PROMPT + "</s>\\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<s>assistant\\n' }}"
+    "{% endif %}"
+)
+
+Chat = Sequence[dict[str, str]]
+
+
+def render_chats(
+    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], add_generation_prompt: bool = False
+) -> list[tuple[list[int], list[bool]]]:
+    """Render chats to token ids and loss masks; all text goes through one call of the Rust tokenizer and its threads.
+
+    Args:
+        tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; never changed.
+        chats: each a list of {"role": "system" | "user" | "assistant", "content": str}. One that does not begin with a
+            system turn gets `DEFAULT_SYSTEM_PROMPT` in front.
+        add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
+
+    Returns:
+        for each chat (ids, loss_mask), both of its length; the mask is True exactly at the tokens of an assistant's
+        content and at the `</s>` that closes it.
+
+    Raises:
+        ValueError: an unknown role, or content that is not a string.
+    """
+    guards = _guards(tokenizer)
+    headers = [[f"{role}\n"] for role in ROLES]
+    contents = [_cut(_content(turn), guards[turn["role"]]) for chat in chats for turn in chat]
+    encoded = iter(_encode(tokenizer, [*headers, ["\n"], [DEFAULT_SYSTEM_PROMPT], *contents]))
+
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    head = {role: bos + next(encoded) for role in ROLES}
+    tail = eos + next(encoded)
+    default_system = head["system"] + next(encoded) + tail
+    untrained = {role: [False] * len(ids) for role, ids in head.items()}
+    untrained_newline = [False] * (len(tail) - 1)
+
+    rendered = []
+    for chat in chats:
+        ids = [] if chat and chat[0]["role"] == "system" else default_system.copy()
+        mask = [False] * len(ids)
+        for turn in chat:
+            role, content = turn["role"], next(encoded)
+            ids += head[role] + content + tail
+            mask += untrained[role] + [role == "assistant"] * (len(content) + 1) + untrained_newline
+        if add_generation_prompt:
+            ids += head["assistant"]
+            mask += untrained["assistant"]
+        rendered.append((ids, mask))
+    return rendered
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerFast, chat: Chat, add_generation_prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    """Render one chat; see `render_chats`."""
+    return render_chats(tokenizer, [chat], add_generation_prompt)[0]
+
+
+def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[list[int]]:
+    """Render pretraining samples, `<s>text</s>`, in one call of the Rust tokenizer.
+
+    A literal `<s>` at the start and `</s>` at the end of a text (one published form of the data has them) are those
+    same delimiters and not doubled; anywhere else they are plain text.
+    """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    guard = _guards(tokenizer)["assistant"]
+    bodies = [_cut(text.removeprefix(bos).removesuffix(eos), guard) for text in texts]
+    return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in _encode(tokenizer, bodies)]
+
+
+def _content(turn: dict[str, str]) -> str:
+    if turn["role"] not in ROLES:
+        raise ValueError(f"unknown role {turn['role']!r}: a turn is one of {', '.join(ROLES)}")
+    if not isinstance(turn["content"], str):
+        raise ValueError(f"the content of a turn must be a string, not {type(turn['content']).__name__}")
+    return turn["content"]
+
+
+def _guards(tokenizer: PreTrainedTokenizerFast) -> dict[str, re.Pattern]:
+    """For each role a pattern that finds the added tokens which its text must not produce.
+
+    An answer may use the tags (`<think>`, …) but no special token; what others write may use neither.
+    """
+    added = tokenizer.added_tokens_decoder.values()
+    every = _any_of(token.content for token in added)
+    special = _any_of(token.content for token in added if token.special)
+    return {"system": every, "user": every, "assistant": special}
+
+
+def _any_of(literals: Iterable[str]) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, literals)))
+
+
+def _cut(text: str, guard: re.Pattern) -> list[str]:
+    """The text in parts to encode apart, cut after the first character of each literal that `guard` finds.
+
+    The tokenizer turns the literal text of an added token into that token wherever it meets it whole. Cut in two it is
+    ordinary text, and the tokens still spell every character of it.
+    """
+    parts, start = [], 0
+    while found := guard.search(text, start):
+        parts.append(text[start : found.start() + 1])
+        start = found.start() + 1
+    parts.append(text[start:])
+    return parts
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[list[int]]:
+    """The ids of each text, whose parts are encoded apart and joined."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding:  # left over from a call with truncation=True: not ours to change
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    encodings = backend.encode_batch_fast(texts, is_pretokenized=True, add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]

@@ -1,0 +1,116 @@
+"""The command line that all training stages share. Imports nothing heavy, so that --help answers at once."""
+
+import argparse
+from pathlib import Path
+
+from trainer.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
+
+
+class Switch(argparse.Action):
+    """`--x`, `--x 1|0|true|False|yes|no`, and `--no-x`: what people type, read as they mean it."""
+
+    WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}  # noqa: RUF012
+
+    def __init__(self, option_strings, dest, default=False, help=None):
+        names = [*option_strings, *(f"--no-{name[2:]}" for name in option_strings)]
+        super().__init__(names, dest, nargs="?", default=default, metavar="0|1", help=help)
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        on = True if value is None else self.WORDS.get(value.lower())
+        if on is None:
+            parser.error(f"{option_string} takes 1 or 0, true or false, not {value!r}")
+        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
+
+
+def positive(text: str) -> int:
+    """An integer from 1 on."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """An integer from 0 on."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, not {number}")
+    return number
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a model: shared by training and by everything that loads its weights."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--dim", type=positive, default=512, help="width; also in the weights' names: pretrain_512.pth")
+    group.add_argument("--n_layers", type=positive, default=8, help="depth")
+    group.add_argument("--use_moe", action=Switch, help="mixture of experts; '_moe' is appended to the weights' names")
+    group.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
+    group.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights lie")
+
+
+def training_parser(description: str, **defaults) -> argparse.ArgumentParser:
+    """A parser with the flags every training stage has; `defaults` are the stage's own."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_model_arguments(parser)
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data_path", help="jsonl to learn from")
+    data.add_argument("--eval_path", help="jsonl of held-out lines (default: every 100th sample of data_path)")
+    data.add_argument("--max_seq_len", type=positive, default=512, help="row length in tokens")
+    data.add_argument("--packing", action=Switch, default=True, help="rows hold several whole samples (default: on)")
+    data.add_argument("--skip_bad_lines", action=Switch, help="count and report bad lines instead of stopping")
+    data.add_argument("--num_workers", type=not_negative, default=0, help="processes that prepare batches")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--epochs", type=positive, default=1)
+    training.add_argument(
+        "--max_steps", type=not_negative, default=0, help="stop after so many steps (0: epochs decide)"
+    )
+    training.add_argument("--batch_size", type=positive, help="rows a device computes at once")
+    training.add_argument("--accumulation_steps", type=positive, default=1, help="batches a device adds up to a step")
+    training.add_argument("--learning_rate", type=float)
+    training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for hidden matrices")
+    training.add_argument("--warmup_iters", type=not_negative, default=0, help="steps of linear warm-up")
+    training.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    training.add_argument("--seed", type=int, default=42)
+
+    engine = parser.add_argument_group("machine")
+    engine.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    engine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of autocast")
+    engine.add_argument("--compile", action=Switch, default=None, help="torch.compile (default: where it pays)")
+    engine.add_argument("--gradient_checkpointing", action=Switch, help="less memory, a third more time")
+    engine.add_argument("--deepspeed", nargs="?", const=True, default=None, metavar="JSON", help="use DeepSpeed")
+    engine.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="with --deepspeed")
+    engine.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers; torchrun's RANK decides")
+    engine.add_argument("--ddp", action=Switch, help="accepted for old commands; torchrun alone is enough")
+
+    saving = parser.add_argument_group("saving and reporting")
+    saving.add_argument("--save_interval", type=positive, default=100, help="steps between checkpoints")
+    saving.add_argument("--eval_interval", type=not_negative, default=100, help="steps between evaluations; 0: none")
+    saving.add_argument("--log_interval", type=positive, default=10, help="steps between log lines")
+    saving.add_argument(
+        "--resume", action=Switch, help="continue where the last run stopped, or start if there is none"
+    )
+    saving.add_argument("--overwrite", action=Switch, help="replace the weights of an earlier run")
+    saving.add_argument("--use_wandb", action=Switch, help="also log to Weights & Biases")
+    saving.add_argument("--wandb_project", default="MiniMind")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def check_training_arguments(args: argparse.Namespace) -> None:
+    """Refuse settings that cannot work, before anything heavy starts.
+
+    Raises:
+        UserError: which flag, and what it takes.
+    """
+    if args.max_seq_len < 2:
+        raise UserError("--max_seq_len must be 2 or more: a row needs a token to read and one to predict")
+    if args.learning_rate <= 0 or args.grad_clip <= 0:
+        raise UserError("--learning_rate and --grad_clip must be above 0")
+    if args.resume and args.overwrite:
+        raise UserError("--resume continues a run and --overwrite replaces it: choose one")
+    if args.deepspeed and args.optimizer == "muon":
+        raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO cuts up: use --optimizer adamw")

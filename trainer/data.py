@@ -1,0 +1,49 @@
+"""From the data flags to what a loop iterates over."""
+
+import sys
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dataset import StepLoader
+from trainer.runtime import Runtime
+
+
+def open_data(
+    dataset_class: type[Dataset], args, tokenizer: PreTrainedTokenizerBase, run: Runtime
+) -> tuple[StepLoader, Dataset | None]:
+    """The training rows by steps, and the held-out rows: those of --eval_path, else some kept aside of --data_path;
+    None with --eval_interval 0, or when the data is too small to spare any.
+
+    Raises:
+        DataError: see `dataset_class`.
+    """
+
+    def rows(path: str, part: str) -> Dataset:
+        return dataset_class(
+            path, tokenizer, args.max_seq_len, args.packing, args.skip_bad_lines, seed=args.seed, part=part
+        )
+
+    keep_aside = bool(args.eval_interval) and not args.eval_path
+    with run.main_first():
+        train = rows(args.data_path, "train" if keep_aside else "all")
+        held_out = (
+            rows(args.eval_path or args.data_path, "eval" if keep_aside else "all") if args.eval_interval else None
+        )
+    run.say(train.summary)
+    loader = StepLoader(
+        train,
+        args.batch_size,
+        args.accumulation_steps,
+        args.epochs,
+        args.seed,
+        rank=run.rank,
+        world_size=run.world_size,
+        num_workers=args.num_workers,
+    )
+    return loader, held_out if held_out is not None and len(held_out) else None
+
+
+def count_steps(loader: StepLoader, args) -> int:
+    """Optimizer steps of the whole run: --epochs of them, or --max_steps if that is less."""
+    return min(args.max_steps or sys.maxsize, args.epochs * loader.steps_per_epoch)

@@ -1,0 +1,135 @@
+"""What a person sees of a run: a progress bar or log lines, a metrics file, a loss curve, Weights & Biases."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from torch import nn
+from tqdm import tqdm
+
+from trainer.checkpoint import Progress, replacing
+from trainer.runtime import Runtime
+
+
+class Metrics:
+    """Reports of a run on rank 0; every other rank's calls do nothing.
+
+    `out/NAME_D.metrics.jsonl` gets a line per report, and `out/NAME_D.png` is drawn from it at the end.
+    """
+
+    def __init__(self, args, path: Path, model: nn.Module, total_steps: int, progress: Progress, runtime: Runtime):
+        self.on = runtime.is_main
+        self.last: dict[str, float] = {}
+        self.path = path.with_suffix(".metrics.jsonl")
+        self.progress = progress
+        self.total_steps = total_steps
+        self._since, self._since_tokens = time.monotonic(), progress.tokens
+        self._started = time.monotonic() - progress.seconds
+        self._bar = self._wandb = None
+        if not self.on:
+            return
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(
+            f"{path.stem}: {millions:.2f} M parameters, {total_steps} steps on {runtime.device}, {args.dtype}",
+            flush=True,
+        )
+        self._forget_after(progress.step)
+        if sys.stdout.isatty():
+            self._bar = tqdm(total=total_steps, initial=progress.step, file=sys.stdout, unit="step", dynamic_ncols=True)
+        if args.use_wandb:
+            import wandb
+
+            self._wandb = wandb.init(project=args.wandb_project, name=path.stem, config=vars(args), resume="allow")
+
+    def _forget_after(self, step: int) -> None:
+        """Drop what an interrupted run reported after its last checkpoint: those steps will be done again."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step] if step else []
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def due(self, interval: int, stopping: bool = False) -> bool:
+        """Whether something done every `interval` steps, and at the end, is to be done now."""
+        step = self.progress.step
+        self.progress.seconds = time.monotonic() - self._started
+        return step % interval == 0 or step == self.total_steps or stopping
+
+    def log(self, **values: float) -> None:
+        """Report a training step: loss, rate, real tokens a second since the last report, time left."""
+        progress, now = self.progress, time.monotonic()
+        speed = (progress.tokens - self._since_tokens) / max(1e-9, now - self._since)
+        self._since, self._since_tokens = now, progress.tokens
+        self.last |= values
+        self._write(values | {"tokens_per_second": round(speed, 1), "skipped": progress.skipped})
+        if not self.on:
+            return
+        short = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {speed:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(short, refresh=False)
+            self._bar.update(progress.step - self._bar.n)
+        else:
+            left = (self.total_steps - progress.step) * progress.seconds / progress.step
+            print(f"step {progress.step}/{self.total_steps}  {short}  {_clock(left)} left", flush=True)
+
+    def log_evaluation(self, values: dict[str, float]) -> None:
+        """Report an evaluation on held-out lines."""
+        self.last |= values
+        self._write(values)
+        if self.on:
+            text = f"step {self.progress.step}  held out: {values['eval_loss']:.4f} nats/token"
+            tqdm.write(f"{text}, {values['eval_bits_per_byte']:.4f} bits/byte")
+
+    def close(self) -> None:
+        """Draw the curve and end the bar."""
+        if not self.on:
+            return
+        if self._bar is not None:
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        draw_curve(self.path)
+
+    def _write(self, values: dict[str, float]) -> None:
+        if not self.on:
+            return
+        progress = self.progress
+        line = {"step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 2)} | values
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(values, step=progress.step)
+
+
+def draw_curve(metrics: Path) -> Path | None:
+    """Loss over steps from a metrics file, training and held out, as a PNG beside it; None when there is nothing."""
+    if not metrics.is_file():
+        return None
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    if not trained:
+        return None
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*trained, strict=True), label="training", linewidth=1.2)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), label="held out", marker="o", markersize=3)
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=metrics.name.split(".")[0])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = metrics.with_name(metrics.name.replace(".metrics.jsonl", ".png"))
+    with replacing(image) as temporary:
+        figure.savefig(temporary, format="png")
+    return image
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

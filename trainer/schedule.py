@@ -1,0 +1,76 @@
+"""How large a step is, and what takes it."""
+
+import math
+
+import torch
+from torch import nn
+
+
+def cosine_schedule(step: int, total_steps: int, warmup: int, peak: float) -> float:
+    """The learning rate of optimizer step `step` (0-based).
+
+    Linear from peak / warmup up to peak, then half a cosine down to a tenth of it at the last step
+    (Loshchilov & Hutter 2017, arXiv:1608.03983).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer, rate: float) -> None:
+    """Give every parameter group the rate (Muon's is in AdamW's units, see `make_optimizer`)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class OptimizerPair:
+    """Two optimizers that look like one: Muon for the hidden matrices, AdamW for the rest."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {str(i): optimizer.state_dict() for i, optimizer in enumerate(self.optimizers)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for i, optimizer in enumerate(self.optimizers):
+            optimizer.load_state_dict(state[str(i)])
+
+
+def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
+    """The optimizer of all trainable parameters, as --optimizer and --learning_rate say.
+
+    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, decays matrices only. --optimizer muon hands the matrices between
+    embedding and output to Muon (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982), whose update is scaled to the
+    size AdamW's would have, so that one learning rate serves both.
+    """
+    muon = args.optimizer == "muon"
+    trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for key, p in trainable.items() if p.dim() == 2 and key.startswith("layers.") and "gate" not in key]
+    others = [p for p in trainable.values() if all(p is not h for h in hidden)]
+    matrices = [p for p in others if p.dim() >= 2]
+    vectors = [p for p in others if p.dim() < 2]
+    adamw_matrices = matrices if muon else matrices + hidden
+    groups = [
+        {"params": params, "weight_decay": decay}
+        for params, decay in ((adamw_matrices, weight_decay), (vectors, 0.0))
+        if params
+    ]
+    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    if not muon:
+        return adamw
+    rms_of_adamw = {"lr": args.learning_rate, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+    return OptimizerPair(torch.optim.Muon(hidden, **rms_of_adamw), adamw)
