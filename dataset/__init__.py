@@ -1,4 +1,4 @@
-"""What a training stage reads: jsonl files checked line by line, tokenised once, packed into rows, dealt out in steps."""
+"""What a stage reads: jsonl files checked line by line, tokenised once, packed into rows, dealt out in steps."""
 
 from dataset.jsonl import DataError
 from dataset.lm_dataset import PretrainDataset, SFTDataset

@@ -39,7 +39,7 @@ class RowDataset(Dataset):
         summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped.
 
     Raises:
-        DataError: the file is missing, empty or has a bad line; nothing is left to learn ("eval" is then empty instead).
+        DataError: the file is missing, empty or has a bad line; nothing is left to learn ("eval" is empty then).
         ValueError: max_seq_len below 2.
     """
 
@@ -87,7 +87,10 @@ class RowDataset(Dataset):
         row %= len(self)
         pieces = [self._piece(piece) for piece in self._order[self._bounds[row] : self._bounds[row + 1]]]
         names = ("input_ids", "labels", "position_ids")
-        return {name: torch.from_numpy(np.concatenate(parts)) for name, parts in zip(names, zip(*pieces))}
+        return {
+            name: torch.from_numpy(np.concatenate(parts))
+            for name, parts in zip(names, zip(*pieces, strict=True), strict=True)
+        }
 
     def _piece(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, labels and positions of one piece, each int64 (length,)."""

@@ -86,7 +86,7 @@ class StepLoader:
     ):
         if min(batch_size, accumulation_steps, epochs) < 1:
             raise ValueError(
-                f"batch_size {batch_size}, accumulation_steps {accumulation_steps} and epochs {epochs} must be at least 1"
+                f"batch_size {batch_size}, accumulation_steps {accumulation_steps}, epochs {epochs}: each at least 1"
             )
         self.dataset = dataset
         self.batch_size = batch_size
@@ -98,8 +98,9 @@ class StepLoader:
         self.steps_per_epoch = -(-len(dataset) // self._step_rows)
         self.total_steps = epochs * self.steps_per_epoch
 
-    def steps(self, start_step: int = 0) -> Iterator[list[Batch]]:
-        """Yield each step's micro-batches, as `collate` makes them, from step `start_step` (0-based) to the last.
+    def steps(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list[Batch]]:
+        """Yield each step's micro-batches, as `collate` makes them, from step `start_step` (0-based) to before
+        `stop_step`, or to the last.
 
         `steps(k)` yields what `steps(0)` does from its k-th on.
         """
@@ -114,7 +115,8 @@ class StepLoader:
                 generator=torch.Generator(),
             )
         )
-        for step in range(start_step, self.total_steps):
+        stop_step = self.total_steps if stop_step is None else min(stop_step, self.total_steps)
+        for step in range(start_step, stop_step):
             yield [next(micro_batches) for _ in range(self._rounds(step))]
 
     def _micro_batches(self, start_step: int) -> Iterator[list[int]]:

@@ -1,4 +1,4 @@
-"""Which tokens share a row: long samples are split or cut to pieces, and pieces are packed into rows with little waste."""
+"""Which tokens share a row: long samples are split or cut, and the pieces are packed into rows with little waste."""
 
 from typing import NamedTuple
 

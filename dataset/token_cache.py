@@ -5,7 +5,7 @@ A cache is a folder, written under another name and renamed when it is whole:
     tokens.bin        the tokens of all samples end to end, uint16 (uint32 for a vocabulary beyond 65,536)
     mask.bin          one bit a token, whether it is learned; empty where every token is
     offsets.bin       int64 (samples + 1,): sample i is tokens[offsets[i]:offsets[i + 1]]
-    first_target.bin  int64 (samples,): place of the first token to learn within the sample, its length when there is none
+    first_target.bin  int64 (samples,): place of the first token to learn in the sample, its length if there is none
     info.json         counts, and the first bad line that was skipped
 
 Samples are whole, so one cache serves every row length.
@@ -95,7 +95,7 @@ def open_token_cache(
     """Open the cache of a data file, building it where there is none; a second process waits, and uses the first one's.
 
     Args:
-        data_path: a jsonl file. The cache lies in `.cache/` beside it, or under `~/.cache` where that cannot be written.
+        data_path: a jsonl file. The cache lies in `.cache/` beside it, or in `~/.cache` if that is read-only.
         tokenizer: its hash is part of the cache's name, as are the file's size, time and sampled content.
         kind: names what `parse` and `encode` make of a line.
         parse: JSON object of a line -> record; raises BadRecord.

@@ -26,7 +26,7 @@ SENTENCES = [
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real text and reference logits beside the repository; tests that need it skip where it is absent."""
+    """The folder of real text and reference logits beside the repository; where it is absent, tests skip."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("../shared is not here")
@@ -50,9 +50,7 @@ def _train_tokenizer(added: list[str]) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=added, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=added, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(SENTENCES, trainer)
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:  # the trainer calls all of them special

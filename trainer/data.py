@@ -27,9 +27,9 @@ def open_data(
     keep_aside = bool(args.eval_interval) and not args.eval_path
     with run.main_first():
         train = rows(args.data_path, "train" if keep_aside else "all")
-        held_out = (
-            rows(args.eval_path or args.data_path, "eval" if keep_aside else "all") if args.eval_interval else None
-        )
+        held_out = None
+        if args.eval_interval:
+            held_out = rows(args.eval_path or args.data_path, "eval" if keep_aside else "all")
     run.say(train.summary)
     loader = StepLoader(
         train,

@@ -53,9 +53,9 @@ class OptimizerPair:
 def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
     """The optimizer of all trainable parameters, as --optimizer and --learning_rate say.
 
-    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, decays matrices only. --optimizer muon hands the matrices between
-    embedding and output to Muon (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982), whose update is scaled to the
-    size AdamW's would have, so that one learning rate serves both.
+    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, decays matrices only. --optimizer muon hands the
+    matrices between embedding and output to Muon (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982), whose update
+    is scaled to the size AdamW's would have, so that one learning rate serves both.
     """
     muon = args.optimizer == "muon"
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,32 @@
+# Every target does its own set-up; nothing but packages is downloaded.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/.user: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.user
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: $(VENV)/.user  ## from nothing to a model that answers, in minutes
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.user
+	$(BIN)/python benchmarks/train_throughput.py
+
+clean:  ## caches only, never data or weights
+	rm -rf .pytest_cache .ruff_cache dataset/.cache dataset/demo/.cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
