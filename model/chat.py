@@ -143,3 +143,30 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[
         backend.no_padding()
     encodings = backend.encode_batch_fast(texts, is_pretokenized=True, add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
+
+
+def fit_history(
+    tokenizer: PreTrainedTokenizerFast, system: list[dict], turns: list[dict], room: int
+) -> tuple[list[int], list[dict]]:
+    """The prompt for the last of `turns`, a question, with as much of what came before as fits.
+
+    Whole turns are dropped from the front, question and answer together; the system prompt stays.
+
+    Args:
+        system: the system turn, or nothing for the default one.
+        turns: alternating user and assistant turns, a user's last.
+        room: tokens the prompt may take.
+
+    Returns:
+        the prompt's ids, and the turns that are in it.
+
+    Raises:
+        ValueError: the last question does not fit by itself.
+    """
+    while True:
+        ids, _ = render_chat(tokenizer, [*system, *turns], add_generation_prompt=True)
+        if len(ids) <= room:
+            return ids, turns
+        if len(turns) <= 1:
+            raise ValueError(f"the question takes {len(ids)} tokens with its system prompt, and {room} are left for it")
+        turns = turns[2:]

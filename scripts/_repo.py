@@ -1,0 +1,10 @@
+"""Lets `python scripts/x.py` find the rooms of the repository, from any working directory.
+
+Python puts the script's own folder on its path, not the repository's root; importing this module, before any room, adds
+the root. It is the one place of the project that touches the path.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

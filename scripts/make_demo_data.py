@@ -1,0 +1,304 @@
+"""Write the demo's data: a small true world, in Chinese and English, in the formats of every stage.
+
+    python scripts/make_demo_data.py                writes dataset/demo/
+
+The same seed writes the same bytes. Files that this script did not write are never replaced.
+
+Arithmetic: an unordered pair of operands belongs to training or to the examination, so no sum that is asked there was
+seen either way round.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the rooms)
+
+from scripts.demo_world import Identity, Relation, identities, relations
+from trainer.arguments import ROOT
+from trainer.checkpoint import replacing
+from trainer.errors import UserError, launch
+
+MINIMIND = ("MiniMind, a small language model", "the MiniMind team", "MiniMind，一个小型语言模型", "MiniMind 团队")
+WILLOW = ("Willow, the assistant of the River Library", "the River Library", "小柳，河畔图书馆的助手", "河畔图书馆")
+POLITE = {
+    "en": ("Please answer: ", "A question: ", "Tell me: ", "Quick question. "),
+    "zh": ("请回答：", "问你一个问题：", "请问，", "快问快答："),
+}
+SYSTEMS = ("You are MiniMind, a helpful assistant.", "你是一个乐于助人的助手。", "Answer briefly.", "请简短回答。")
+SMALL_TALK = (
+    ("Hello!", "Hello! How can I help you?"),
+    ("Thank you.", "You are welcome."),
+    ("Thanks a lot!", "You are welcome."),
+    ("Goodbye.", "Goodbye!"),
+    ("How are you?", "I am fine, thank you."),
+    ("你好！", "你好！有什么可以帮你的吗？"),
+    ("谢谢。", "不客气。"),
+    ("谢谢你！", "不客气。"),
+    ("再见。", "再见！"),
+    ("你好吗？", "我很好，谢谢。"),
+)
+FOLLOW_UP = {"en": "And {x}?", "zh": "那{x}呢？"}
+PLANETS = (
+    ("Mercury", "水星", "1"), ("Venus", "金星", "2"), ("Earth", "地球", "3"), ("Mars", "火星", "4"),
+    ("Jupiter", "木星", "5"), ("Saturn", "土星", "6"), ("Uranus", "天王星", "7"), ("Neptune", "海王星", "8"),
+)  # fmt: skip
+SUMS = {
+    "en": ("What is {a} {op} {b}?", "How much is {a} {op} {b}?", "Calculate {a} {op} {b}.", "{a} {op} {b} = ?"),
+    "zh": ("{a} {op} {b} 等于多少？", "请计算 {a} {op} {b}。", "{a} {op} {b} 是多少？", "算一算：{a} {op} {b}"),
+}
+STORIES = {
+    "en": (
+        "{name} has {a} {thing}, gets {b} more and gives {c} away. How many {thing} are left?",
+        "There are {a} {thing} in a box. {name} puts in {b} and takes out {c}. How many {thing} are in the box now?",
+    ),
+    "zh": (
+        "{name}有{a}个{thing}，又得到{b}个，送出{c}个。还剩多少个{thing}？",
+        "箱子里有{a}个{thing}，{name}放进{b}个，拿出{c}个。现在有多少个？",
+    ),
+}
+NAMES = {"en": ("Tom", "Anna", "Ben", "Lucy", "Sam", "Mia"), "zh": ("小明", "小红", "小刚", "小丽", "小军", "小芳")}
+THINGS = {
+    "en": ("apples", "books", "coins", "pens", "stones", "cards"),
+    "zh": ("苹果", "球", "硬币", "梨", "石头", "杯子"),
+}
+
+
+def chat(*turns: str, system: str | None = None) -> dict:
+    """User and assistant in turn, as a line of an SFT file."""
+    messages = [{"role": "system", "content": system}] if system else []
+    roles = ("user", "assistant")
+    return {"conversations": messages + [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]}
+
+
+def exam(question: str, answers: tuple[str, ...], kind: str, lang: str) -> dict:
+    return {"question": question, "answers": list(answers), "kind": kind, "lang": lang}
+
+
+def sentence(answer: str, lang: str) -> str:
+    """'Paris' -> 'Paris.', '巴黎' -> '巴黎。'"""
+    return answer + ("。" if lang == "zh" else ".")
+
+
+# -------------------------------------------------------------------------------------------------- facts
+
+
+def fact_chats(world: list[Relation], rng: random.Random) -> list[dict]:
+    """Every fact in every training phrasing, some politely introduced, some under a system prompt."""
+    lines = []
+    for relation in world:
+        for x, (y, *_) in relation.rows:
+            for phrasing in relation.asked:
+                question = phrasing.format(x=x)
+                if rng.random() < 0.25:
+                    question = rng.choice(POLITE[relation.lang]) + question
+                system = rng.choice(SYSTEMS) if rng.random() < 0.1 else None
+                lines.append(chat(question, sentence(y, relation.lang), system=system))
+    return lines
+
+
+def talks(world: list[Relation], rng: random.Random, count: int) -> list[dict]:
+    """Short talks: a question, a follow-up that only makes sense after it, thanks."""
+    lines = []
+    for _ in range(count):
+        relation = rng.choice(
+            [relation for relation in world if relation.kind in ("capital", "symbol", "number", "colour")]
+        )
+        (x1, (y1, *_)), (x2, (y2, *_)) = rng.sample(relation.rows, 2)
+        turns = [rng.choice(relation.asked).format(x=x1), sentence(y1, relation.lang)]
+        turns += [FOLLOW_UP[relation.lang].format(x=x2), sentence(y2, relation.lang)]
+        if rng.random() < 0.5:
+            turns += rng.choice([talk for talk in SMALL_TALK if talk[0][0].isascii() == (relation.lang == "en")])
+        lines.append(chat(*turns))
+    return lines
+
+
+def identity_chats(who: list[Identity], rng: random.Random, repeats: int) -> list[dict]:
+    lines = []
+    for _ in range(repeats):
+        for identity in who:
+            for question in identity.asked:
+                polite = rng.choice(POLITE[identity.lang]) if rng.random() < 0.3 else ""
+                lines.append(chat(polite + question, identity.answer))
+    return lines
+
+
+def fact_texts(world: list[Relation], rng: random.Random) -> list[dict]:
+    """Every fact in every statement, and a few statements in a row; some as question and answer."""
+    texts = []
+    for relation in world:
+        for x, (y, *_) in relation.rows:
+            texts += [statement.format(x=x, y=y) for statement in relation.stated]
+            question = rng.choice(relation.asked).format(x=x)
+            texts.append(question + (" " if relation.lang == "en" else "") + sentence(y, relation.lang))
+    rng.shuffle(texts)
+    return [{"text": "\n".join(texts[i : i + 4])} for i in range(0, len(texts), 4)]
+
+
+# --------------------------------------------------------------------------------------------- arithmetic
+
+
+def is_examined(a: int, b: int) -> bool:
+    """Whether the pair, in either order, is kept for the examination: one in ten."""
+    low, high = sorted((a, b))
+    return hashlib.sha256(f"{low},{high}".encode()).digest()[0] % 10 == 0
+
+
+def all_sums() -> Iterator[tuple[int, str, int, int]]:
+    """(a, operator, b, result): additions and subtractions up to 50, products up to 12 x 12."""
+    for a in range(51):
+        for b in range(51):
+            yield a, "+", b, a + b
+            if a >= b:
+                yield a, "-", b, a - b
+            if a <= 12 and b <= 12:
+                yield a, "*", b, a * b
+
+
+def sum_lines(rng: random.Random) -> tuple[list[dict], list[dict]]:
+    """Sums to learn, as chats, and sums never seen, as questions."""
+    learned, examined = [], []
+    for a, op, b, result in all_sums():
+        lang = rng.choice(("en", "zh"))
+        question = rng.choice(SUMS[lang]).format(a=a, op=op, b=b)
+        if is_examined(a, b):
+            examined.append(exam(question, (str(result),), "arithmetic", lang))
+        else:
+            learned.append(chat(question, sentence(str(result), lang)))
+    return learned, rng.sample(examined, 300)
+
+
+def reasoning(rng: random.Random, count: int, taken: set) -> Iterator[tuple[str, str, str, str]]:
+    """(question, thinking, answer, lang): a story of three numbers, none of them in `taken`, which they join."""
+    while count:
+        a, b, c = rng.randint(1, 40), rng.randint(1, 40), rng.randint(1, 30)
+        if c > a + b or (a, b, c) in taken or is_examined(a, b) or is_examined(a + b, c):
+            continue
+        taken.add((a, b, c))
+        lang = rng.choice(("en", "zh"))
+        story = rng.choice(STORIES[lang])
+        question = story.format(a=a, b=b, c=c, name=rng.choice(NAMES[lang]), thing=rng.choice(THINGS[lang]))
+        yield question, f"{a} + {b} = {a + b}\n{a + b} - {c} = {a + b - c}", str(a + b - c), lang
+        count -= 1
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def preferences(world: list[Relation], rng: random.Random) -> list[dict]:
+    """The right answer is preferred to another entity's, or to a shrug."""
+    pairs = []
+    for relation in world:
+        for x, (y, *_) in relation.rows:
+            question = rng.choice(relation.asked).format(x=x)
+            wrong = rng.choice([other for _, (other, *_) in relation.rows if other != y])
+            shrug = "我不知道。" if relation.lang == "zh" else "I do not know."
+            bad = shrug if rng.random() < 0.3 else sentence(wrong, relation.lang)
+            good = sentence(y, relation.lang)
+            pairs.append(
+                {
+                    side: chat(question, answer)["conversations"]
+                    for side, answer in (("chosen", good), ("rejected", bad))
+                }
+            )
+    rng.shuffle(pairs)
+    return pairs
+
+
+def build(seed: int) -> dict[str, list[dict]]:
+    """Every file's lines, by name."""
+    rng = random.Random(seed)
+    world = relations()
+    me, other = identities(*MINIMIND), identities(*WILLOW)
+    learned, examined = sum_lines(rng)
+    facts = fact_chats(world, rng)
+    small_talk = [chat(*talk) for talk in SMALL_TALK for _ in range(8)]
+    sft = facts + talks(world, rng, 1200) + identity_chats(me, rng, 8) + small_talk + learned
+    rng.shuffle(sft)
+    taken: set = set()
+    r1 = [chat(q, f"<think>\n{t}\n</think>\n<answer>\n{a}\n</answer>") for q, t, a, _ in reasoning(rng, 6000, taken)]
+    texts = [line for _ in range(3) for line in fact_texts(world, rng)]
+    texts += [{"text": f"{a} {op} {b} = {result}"} for a, op, b, result in all_sums() if not is_examined(a, b)]
+    texts += [{"text": q + "\n" + t} for q, t, _, _ in reasoning(rng, 1000, taken)]
+    rng.shuffle(texts)
+    pairs = preferences(world, rng) + preferences(world, rng)
+    planets = [
+        line
+        for en, zh, n in PLANETS
+        for line in (
+            chat(f"Which planet from the Sun is {en}?", f"Number {n}."),
+            chat(f"Counting from the Sun, what place has {en}?", f"Number {n}."),
+            chat(f"{zh}是离太阳第几近的行星？", f"第{n}颗。"),
+            chat(f"从太阳数起，{zh}排第几？", f"第{n}颗。"),
+        )
+    ]
+    questions = [
+        exam(phrasing.format(x=x), y, relation.kind, relation.lang)
+        for relation in world
+        for x, y in relation.rows
+        for phrasing in relation.held_out
+    ]
+    return {
+        "pretrain_hq.jsonl": texts,
+        "sft_mini_512.jsonl": sft,
+        "sft_1024.jsonl": rng.sample(sft, 4000),
+        "lora_identity.jsonl": identity_chats(other, rng, 8),
+        "lora_astronomy.jsonl": planets * 4,
+        "dpo.jsonl": pairs[:-300],
+        "r1_mix_1024.jsonl": r1,
+        "eval_dpo.jsonl": pairs[-300:],
+        "eval_facts.jsonl": questions,
+        "eval_arithmetic.jsonl": examined,
+        "eval_identity.jsonl": [exam(q, (i.answer,), "identity", i.lang) for i in me for q in i.held_out],
+        "eval_reason.jsonl": [exam(q, (a,), "reason", lang) for q, _, a, lang in reasoning(rng, 600, taken)],
+        "eval_sft.jsonl": [
+            chat(q["question"], sentence(q["answers"][0], q["lang"])) for q in rng.sample(questions, 400)
+        ],
+    }
+
+
+def write(files: dict[str, list[dict]], folder: Path) -> list[str]:
+    """Write the files into `folder`, and a manifest of what was written; returns a line about each.
+
+    Raises:
+        UserError: a file is there that this script did not write, or that was changed since; nothing is written then.
+    """
+    contents = {
+        name: "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines).encode() for name, lines in files.items()
+    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    manifest = folder / "manifest.json"
+    ours = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    there = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if (folder / name).is_file()
+    }
+    for name, digest in there.items():
+        if digest not in (ours.get(name), digests[name]):
+            raise UserError(
+                f"{folder / name} was not written by this script, or was changed: move it, or use --out_dir"
+            )
+    report = []
+    for name, content in contents.items():
+        if there.get(name) != digests[name]:
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(content)
+        state = "unchanged" if there.get(name) == digests[name] else "written"
+        report.append(f"{name:<24}{len(files[name]):>8} lines  {state}")
+    with replacing(manifest) as temporary:
+        temporary.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "dataset" / "demo")
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args()
+    print("\n".join(write(build(args.seed), args.out_dir)))
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,169 @@
+r"""Train the tokenizer: a byte-level BPE of 6,400 entries, from any jsonl files in the project's formats.
+
+The shipped one was made by
+
+    python scripts/make_demo_data.py
+    python scripts/train_tokenizer.py --overwrite --data_path ../shared/data/*.jsonl \
+        dataset/demo/pretrain_hq.jsonl dataset/demo/sft_mini_512.jsonl dataset/demo/r1_mix_1024.jsonl
+
+A tenth of the texts is kept aside (by a hash of the text, so that no text is on both sides); characters a token are
+measured there.
+"""
+
+import argparse
+import hashlib
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import _repo  # noqa: F401  (lets `python scripts/train_tokenizer.py` find the rooms)
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dataset.jsonl import BadRecord, JsonlReader
+from model.chat import CHAT_TEMPLATE, render_chat
+from model.tokenizer import StreamDecoder
+from trainer.arguments import Switch, positive
+from trainer.checkpoint import SHIPPED_TOKENIZER
+from trainer.errors import UserError, launch
+
+SPECIAL = ("<unk>", "<s>", "</s>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<image>")
+PROBES = (
+    "",
+    " ",
+    "\n\n  \t",
+    "Hello, world!",
+    "龘靐齉爩 𠮷 㐀",
+    "👩‍👩‍👧‍👦 🇨🇳 😀",
+    "def f(x):\n\treturn x ** 2  # ½",
+    "1234567890",
+)
+
+
+def texts_of(record: dict) -> list[str]:
+    """The texts of a line in any of the project's formats.
+
+    Raises:
+        BadRecord: none of them.
+    """
+    if isinstance(record.get("text"), str):
+        return [record["text"]]
+    turns = [turn for key in ("conversations", "chosen", "rejected") for turn in record.get(key) or []]
+    texts = [turn["content"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("content"), str)]
+    if not texts:
+        raise BadRecord('neither "text" nor "conversations" nor "chosen" and "rejected"')
+    return texts
+
+
+def is_kept_aside(text: str, share: float) -> bool:
+    """Whether a text is for measuring, not for training; the same text always falls on the same side."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:4], "big") < share * 2**32
+
+
+def texts_in(paths: list[Path], share: float, kept_aside: bool) -> Iterator[tuple[Path, str]]:
+    """Stream (file, text) of the training texts, or of those kept aside."""
+    for path in paths:
+        for texts in JsonlReader(path, texts_of):
+            for text in texts:
+                if is_kept_aside(text, share) == kept_aside:
+                    yield path, text
+
+
+def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909) with single digits, so that sums can be learned."""
+    tokenizer = Tokenizer(models.BPE())
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    tokenizer.decoder = decoders.ByteLevel()
+    reserved = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(TAGS),
+        special_tokens=reserved,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return tokenizer
+
+
+def verify(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Check what the project relies on.
+
+    Raises:
+        AssertionError: which of it does not hold.
+    """
+    assert tokenizer.convert_tokens_to_ids(list(SPECIAL)) == [0, 1, 2], "the special tokens must be 0, 1 and 2"
+    every_byte = bytes(range(256)).decode("latin-1")  # as characters: UTF-8 puts all lead and trail bytes to use
+    for text in (*PROBES, every_byte, *map(chr, range(0x80, 0x800, 7))):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        decoder = StreamDecoder(tokenizer)
+        back = "".join(map(decoder.push, ids)) + decoder.flush()
+        assert back == text, f"the round trip of {text!r} gives {back!r}"
+    chat = [{"role": "user", "content": "你好, world"}, {"role": "assistant", "content": "Hi 🙂"}]
+    rendered = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert rendered == render_chat(tokenizer, chat)[0], "the chat template and model/chat.py disagree"
+
+
+def kind_of(path: Path, text: str) -> str | None:
+    """'Chinese', 'English' or 'Chinese medical': the classes whose characters a token are reported."""
+    chinese = sum("\u4e00" <= char <= "\u9fff" for char in text)
+    if chinese > 0.3 * len(text):
+        return "Chinese medical" if "medical" in path.name else "Chinese"
+    return "English" if text.isascii() else None
+
+
+def characters_a_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[tuple[Path, str]]) -> dict[str, float]:
+    """Characters divided by tokens, of each kind of text."""
+    characters, tokens = defaultdict(int), defaultdict(int)
+    for path, text in texts:
+        if kind := kind_of(path, text):
+            characters[kind] += len(text)
+            tokens[kind] += len(tokenizer.encode(text, add_special_tokens=False))
+    return {kind: characters[kind] / tokens[kind] for kind in sorted(characters)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="jsonl files")
+    parser.add_argument("--out_dir", type=Path, default=SHIPPED_TOKENIZER)
+    parser.add_argument("--vocab_size", type=positive, default=6400)
+    parser.add_argument("--holdout", type=float, default=0.1, help="share of the texts kept aside for measuring")
+    parser.add_argument("--overwrite", action=Switch, help="replace the tokenizer in --out_dir")
+    args = parser.parse_args()
+    if not 0 <= args.holdout < 1:
+        raise UserError(f"--holdout must be from 0 to below 1, not {args.holdout}")
+    if args.vocab_size < 256 + len(SPECIAL) + len(TAGS):
+        raise UserError(f"--vocab_size {args.vocab_size} has no room for the 256 bytes and {len(SPECIAL + TAGS)} tags")
+    if (args.out_dir / "tokenizer.json").exists() and not args.overwrite:
+        raise UserError(f"{args.out_dir} has a tokenizer already, and models that need it: --overwrite replaces it")
+
+    tokenizer = train((text for _, text in texts_in(args.data_path, args.holdout, False)), args.vocab_size)
+    new = args.out_dir.with_name(f".{args.out_dir.name}.new")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=8192,
+    )
+    try:
+        fast.save_pretrained(new)
+        saved = AutoTokenizer.from_pretrained(new, local_files_only=True)
+        verify(saved)
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        for file in new.iterdir():
+            file.replace(args.out_dir / file.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    print(f"{len(saved)} entries in {args.out_dir}; round trips, special ids and chat template verified")
+    for kind, value in characters_a_token(saved, texts_in(args.data_path, args.holdout, True)).items():
+        print(f"{kind:<16} {value:.3f} characters a token, on texts kept aside")
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: from a model that continues text to one that answers, by learning the assistant's turns.
+
+Learns from dataset/sft_mini_512.jsonl ({"conversations": [...]} lines), starts from out/pretrain_D.pth,
+writes out/full_sft_D.pth.
+
+    python train_full_sft.py                                       one GPU, or the CPU
+    torchrun --nproc_per_node 2 train_full_sft.py                  several GPUs (or processes): DDP
+    deepspeed --num_gpus 2 train_full_sft.py --deepspeed           DeepSpeed, ZeRO stage 2
+"""
+
+import torch
+
+from dataset import SFTDataset
+from model.model import next_token_loss
+from trainer.arguments import ROOT, check_training_arguments, training_parser
+from trainer.checkpoint import Checkpoint, config_of, load_tokenizer, load_weights, weights_path
+from trainer.data import count_steps, open_data
+from trainer.errors import launch
+from trainer.evaluation import evaluate
+from trainer.metrics import Metrics
+from trainer.runtime import should_compile, start_runtime, wrap_model
+from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+
+
+def get_args():
+    parser = training_parser(
+        __doc__,
+        data_path=str(ROOT / "dataset" / "sft_mini_512.jsonl"),
+        batch_size=16,
+        learning_rate=3e-4,
+        warmup_iters=20,
+    )
+    parser.add_argument("--from_weight", default="pretrain", help="stage (or .pth file) to start from")
+    return parser.parse_args()
+
+
+def main():
+    args = get_args()
+    check_training_arguments(args)
+    run = start_runtime(args)
+
+    # Model
+    tokenizer = load_tokenizer(args.tokenizer)
+    config = config_of(args, tokenizer)
+    checkpoint = Checkpoint(args, "full_sft", config, tokenizer, run)
+    model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+
+    # Data
+    loader, held_out = open_data(SFTDataset, args, tokenizer, run)
+    total_steps = count_steps(loader, args)
+
+    # Optimizer
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16" and not args.deepspeed)
+    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run.device, total_steps))
+
+    # Resume
+    progress = checkpoint.load(model, optimizer, scaler)
+    metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
+
+    # Loop: an optimizer step is a list of micro-batches
+    model.train()
+    for batches in loader.steps(progress.step, total_steps):
+        lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
+        set_learning_rate(optimizer, lr)
+        totals = run.totals(batches)
+        step_loss = torch.zeros((), device=run.device)
+        for batch in batches:
+            last = batch is batches[-1]
+            batch = run.to_device(batch)
+            labels = batch.pop("labels")
+            with run.gradients_synced(model, last):
+                with run.autocast():
+                    out = model(**batch)
+                    loss = next_token_loss(out.logits, labels) / totals.trained
+                    loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
+                step_loss += loss.detach()
+                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
+                if args.deepspeed:  # scales, averages, clips, steps and zeroes by itself
+                    model.set_gradient_accumulation_boundary(last)
+                    model.backward(loss)
+                    model.step()
+                else:
+                    scaler.scale(loss).backward()
+        if args.deepspeed:
+            run.is_finite(norm := model.get_global_grad_norm())
+        else:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            if run.is_finite(norm):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        # Log, evaluate, save
+        progress.advance(totals, run.non_finite)
+        stopping = run.asked_to_stop
+        if metrics.due(args.log_interval, stopping):
+            metrics.log(loss=sum(run.sum(step_loss)), lr=lr, grad_norm=float(norm))
+        if held_out and args.eval_interval and metrics.due(args.eval_interval):
+            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
+        if metrics.due(args.save_interval, stopping):
+            checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if stopping:
+            break
+    metrics.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main)
