@@ -49,7 +49,7 @@ def render_chats(
         content and at the `</s>` that closes it.
 
     Raises:
-        ValueError: an unknown role, or content that is not a string.
+        ValueError: an unknown role, or content that is not a string or not encodable as UTF-8.
     """
     guards = _guards(tokenizer)
     headers = [[f"{role}\n"] for role in ROLES]
@@ -90,6 +90,9 @@ def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> lis
 
     A literal `<s>` at the start and `</s>` at the end of a text (one published form of the data has them) are those
     same delimiters and not doubled; anywhere else they are plain text.
+
+    Raises:
+        ValueError: a text that is not encodable as UTF-8.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     guard = _guards(tokenizer)["assistant"]
@@ -141,7 +144,10 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[
         backend = Tokenizer.from_str(backend.to_str())
         backend.no_truncation()
         backend.no_padding()
-    encodings = backend.encode_batch_fast(texts, is_pretokenized=True, add_special_tokens=False)
+    try:
+        encodings = backend.encode_batch_fast(texts, is_pretokenized=True, add_special_tokens=False)
+    except TypeError as error:  # Rust strings are UTF-8, and this is all it says of one that cannot be
+        raise ValueError("a text holds half a character (a lone surrogate), which UTF-8 cannot spell") from error
     return [encoding.ids for encoding in encodings]
 
 
