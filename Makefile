@@ -18,7 +18,7 @@ demo: $(VENV)/.user  ## from nothing to a model that answers, in minutes
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from model.chat import CHAT_TEMPLATE
+from tests.running import ROOT, TINY_TRAINING, run_script
 
-ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["<unk>", "<s>", "</s>"]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>", "<image>"]
 SENTENCES = [
@@ -43,6 +43,43 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 def plain_tokenizer() -> PreTrainedTokenizerFast:
     """The same without entries for the tags, like the tokenizer published with MiniMind2: a tag is several tokens."""
     return _train_tokenizer(SPECIAL)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tiny_tokenizer, tmp_path_factory) -> Path:
+    """`tiny_tokenizer` as a folder for --tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A folder with a few dozen lines for pretraining and SFT, by the project's file names."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [f"{n}. {SENTENCES[n % 8]} {SENTENCES[(n + 3) % 8]}"[: 40 + n] for n in range(60)]
+    write_jsonl(folder / "pretrain_hq.jsonl", [{"text": text} for text in texts])
+    chats = [
+        [{"role": "user", "content": SENTENCES[n % 8][:24]}, {"role": "assistant", "content": SENTENCES[(n + 1) % 8]}]
+        for n in range(40)
+    ]
+    write_jsonl(folder / "sft_mini_512.jsonl", [{"conversations": chat} for chat in chats])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_out(tiny_data, tokenizer_dir, tmp_path_factory) -> Path:
+    """An --out_dir with pretrain_32 and full_sft_32, made by the real scripts. Read it or copy it, never write."""
+    out = tmp_path_factory.mktemp("out")
+    common = ("--out_dir", out, "--tokenizer", tokenizer_dir, *TINY_TRAINING, "--epochs", "4")
+    run_script("train_pretrain.py", *common, "--data_path", tiny_data / "pretrain_hq.jsonl", "--max_steps", "4")
+    run_script("train_full_sft.py", *common, "--data_path", tiny_data / "sft_mini_512.jsonl", "--max_steps", "4")
+    return out
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
 
 
 def _train_tokenizer(added: list[str]) -> PreTrainedTokenizerFast:

@@ -22,7 +22,16 @@ from trainer.errors import UserError
 from trainer.runtime import Runtime, Totals, plain_model
 
 SHIPPED_TOKENIZER = ROOT / "model" / "minimind_tokenizer"
-SCRIPT_OF_STAGE = {"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py"}
+SCRIPT_OF_STAGE = {
+    "pretrain": "train_pretrain.py",
+    "full_sft": "train_full_sft.py",
+    "rlhf": "train_dpo.py",
+    "full_dist": "train_distillation.py",
+    "reason": "train_distill_reason.py",
+    "pretrain_vlm": "train_pretrain_vlm.py",
+    "sft_vlm": "train_sft_vlm.py",
+    "sft_vlm_multi": "train_sft_vlm.py --multi",
+}
 OLD_BUFFERS = ("pos_cis", "mask")  # tables that old files carry; the model computes them
 ARCHITECTURE = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe"),
