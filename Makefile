@@ -25,7 +25,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.user
-	$(BIN)/python benchmarks/train_throughput.py
+	$(BIN)/python -m benchmarks.train_throughput
 
 clean:  ## caches only, never data or weights
 	rm -rf .pytest_cache .ruff_cache dataset/.cache dataset/demo/.cache
