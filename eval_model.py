@@ -66,8 +66,8 @@ def load_model(args):
     """Model and tokenizer that the flags name."""
     from transformers import AutoModelForCausalLM
 
-    from trainer.checkpoint import config_of, load_tokenizer, load_weights, read_settings, weights_path
     from trainer.runtime import pick_device
+    from trainer.weights import config_of, load_tokenizer, load_weights, read_settings, weights_path
 
     device = pick_device(args.device)
     if args.load == 1:

@@ -13,13 +13,14 @@ from dataset import PretrainDataset
 from model import MiniMindLM
 from model.model import next_token_loss
 from trainer.arguments import ROOT, check_training_arguments, training_parser
-from trainer.checkpoint import Checkpoint, config_of, load_tokenizer
+from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import launch
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
 from trainer.runtime import should_compile, start_runtime, wrap_model
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+from trainer.weights import config_of, load_tokenizer
 
 
 def get_args():

@@ -18,9 +18,9 @@ from model import MiniMindLM
 from model.chat import render_chats
 from scripts.scoring import format_table, is_right, nearest_line, tally
 from trainer.arguments import ROOT
-from trainer.checkpoint import load_tokenizer, load_weights, read_settings
 from trainer.errors import UserError, launch
 from trainer.runtime import pick_device
+from trainer.weights import load_tokenizer, load_weights, read_settings
 
 DATA, OUT = ROOT / "dataset" / "demo", ROOT / "out" / "demo"
 MODEL = ("--dim", "256", "--n_layers", "8", "--max_seq_len", "256", "--out_dir", str(OUT))

@@ -19,8 +19,8 @@ import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the ro
 
 from scripts.demo_world import Identity, Relation, identities, relations
 from trainer.arguments import ROOT
-from trainer.checkpoint import replacing
 from trainer.errors import UserError, launch
+from trainer.files import replacing
 
 MINIMIND = ("MiniMind, a small language model", "the MiniMind team", "MiniMind，一个小型语言模型", "MiniMind 团队")
 WILLOW = ("Willow, the assistant of the River Library", "the River Library", "小柳，河畔图书馆的助手", "河畔图书馆")

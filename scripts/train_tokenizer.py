@@ -25,8 +25,8 @@ from dataset.jsonl import BadRecord, JsonlReader
 from model.chat import CHAT_TEMPLATE, render_chat
 from model.tokenizer import StreamDecoder
 from trainer.arguments import Switch, positive
-from trainer.checkpoint import SHIPPED_TOKENIZER
 from trainer.errors import UserError, launch
+from trainer.weights import SHIPPED_TOKENIZER
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<image>")

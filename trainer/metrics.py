@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from trainer.checkpoint import Progress, replacing
+from trainer.checkpoint import Progress
+from trainer.files import replacing
 from trainer.runtime import Runtime
 
 

@@ -1,7 +1,7 @@
 """train_full_sft.py, run for real."""
 
 from model.tokenizer import tokenizer_hash
-from trainer.checkpoint import load_weights, read_settings
+from trainer.weights import load_weights, read_settings
 
 
 def test_the_weights_of_both_stages_load_strictly(tiny_out, tiny_tokenizer):
