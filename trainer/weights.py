@@ -62,8 +62,17 @@ def config_of(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
     Raises:
         UserError: they do not fit together.
     """
+    return config_from({name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}, tokenizer)
+
+
+def config_from(sizes: dict, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
+    """The configuration with these sizes and the tokenizer's vocabulary.
+
+    Raises:
+        UserError: they do not fit together.
+    """
     try:
-        return LMConfig(dim=args.dim, n_layers=args.n_layers, use_moe=args.use_moe, vocab_size=len(tokenizer))
+        return LMConfig(**sizes | {"vocab_size": len(tokenizer)})
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -95,7 +104,8 @@ def load_weights(
     """A model with the weights in `path`, loaded strictly.
 
     Args:
-        config: what the flags ask for; None takes the json beside the weights.
+        config: what the flags ask for; None takes the json beside the weights, and for a downloaded file, which has
+            none, the sizes its tensors tell (with the heads, experts per token and rope of MiniMind2).
         tokenizer: must be the one the weights were trained with, by the json.
         missing: prefixes of parameters that the file may lack.
 
@@ -116,13 +126,10 @@ def load_weights(
                 f"{path} was trained with tokenizer {settings['tokenizer']}, and this one is "
                 f"{tokenizer_hash(tokenizer)}: name the right folder with --tokenizer"
             )
+    state = read_state(path)
     if config is None:
-        raise ValueError("without a json beside the weights, a config is needed")
-    state = load_tensors(path)
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path} is no plain state dict of tensors")
-    state = {key: value.float() for key, value in state.items() if key.split(".")[-1] not in OLD_BUFFERS}
-    _compare(path, _shape_of(state), architecture(config), "its tensors", "the flags")
+        config = config_from(shape_of(state), tokenizer)
+    _compare(path, shape_of(state), architecture(config), "its tensors", "the flags")
     model = MiniMindLM(config)
     try:
         result = model.load_state_dict(state, strict=not missing)
@@ -136,6 +143,18 @@ def load_weights(
     return model
 
 
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The parameters in a file, fp32, without the tables that old files carry.
+
+    Raises:
+        UserError: damaged, or no plain state dict.
+    """
+    state = load_tensors(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} is no plain state dict of tensors")
+    return {key: value.float() for key, value in state.items() if key.split(".")[-1] not in OLD_BUFFERS}
+
+
 def _compare(path: Path, left: dict, right: dict, left_name: str, right_name: str) -> None:
     different = [name for name in left if name in right and left[name] != right[name]]
     if different:
@@ -144,11 +163,18 @@ def _compare(path: Path, left: dict, right: dict, left_name: str, right_name: st
         raise UserError(f"{path} has {ours} ({left_name}), but {right_name} ask for {theirs}")
 
 
-def _shape_of(state: dict[str, Tensor]) -> dict:
-    """What the tensors of a state dict tell of the architecture."""
+def shape_of(state: dict[str, Tensor]) -> dict:
+    """What the tensors of a state dict tell of the architecture, as keyword arguments of LMConfig."""
     layers = {key.split(".")[1] for key in state if key.startswith("layers.")}
-    shape = {"n_layers": len(layers), "use_moe": any(".experts." in key for key in state)}
+    experts = {key.split(".")[4] for key in state if ".feed_forward.experts." in key}
+    shape = {"n_layers": len(layers), "use_moe": bool(experts)}
+    if experts:
+        shape["n_routed_experts"] = len(experts)
+        shape["n_shared_experts"] = any(".shared_experts." in key for key in state)
     embedding = state.get("tok_embeddings.weight")
     if embedding is not None and embedding.dim() == 2:
         shape |= {"vocab_size": embedding.size(0), "dim": embedding.size(1)}
+    w1 = next((value for key, value in state.items() if key.endswith(".w1.weight")), None)
+    if w1 is not None:
+        shape["hidden_dim"] = w1.size(0)
     return shape
