@@ -56,14 +56,14 @@ STORIES = {
         "There are {a} {thing} in a box. {name} puts in {b} and takes out {c}. How many {thing} are in the box now?",
     ),
     "zh": (
-        "{name}有{a}个{thing}，又得到{b}个，送出{c}个。还剩多少个{thing}？",
-        "箱子里有{a}个{thing}，{name}放进{b}个，拿出{c}个。现在有多少个？",
+        "{name}有{a}个{thing}，又得到{b}个，送给别人{c}个。还剩多少个{thing}？",
+        "箱子里有{a}个{thing}，{name}放进{b}个，拿出{c}个。现在箱子里有多少个{thing}？",
     ),
 }
 NAMES = {"en": ("Tom", "Anna", "Ben", "Lucy", "Sam", "Mia"), "zh": ("小明", "小红", "小刚", "小丽", "小军", "小芳")}
 THINGS = {
     "en": ("apples", "books", "coins", "pens", "stones", "cards"),
-    "zh": ("苹果", "球", "硬币", "梨", "石头", "杯子"),
+    "zh": ("苹果", "球", "气球", "梨", "桃子", "杯子"),
 }
 
 
@@ -83,6 +83,13 @@ def sentence(answer: str, lang: str) -> str:
     return answer + ("。" if lang == "zh" else ".")
 
 
+def politely(question: str, lang: str, rng: random.Random, share: float) -> str:
+    """The question, in a share of cases after a polite opening; a request ("Tell me …") goes without."""
+    if rng.random() < share and question[-1] in "?？" and not question.startswith("请问"):
+        return rng.choice(POLITE[lang]) + question
+    return question
+
+
 # -------------------------------------------------------------------------------------------------- facts
 
 
@@ -92,9 +99,7 @@ def fact_chats(world: list[Relation], rng: random.Random) -> list[dict]:
     for relation in world:
         for x, (y, *_) in relation.rows:
             for phrasing in relation.asked:
-                question = phrasing.format(x=x)
-                if rng.random() < 0.25:
-                    question = rng.choice(POLITE[relation.lang]) + question
+                question = politely(phrasing.format(x=x), relation.lang, rng, 0.3)
                 system = rng.choice(SYSTEMS) if rng.random() < 0.1 else None
                 lines.append(chat(question, sentence(y, relation.lang), system=system))
     return lines
@@ -121,8 +126,7 @@ def identity_chats(who: list[Identity], rng: random.Random, repeats: int) -> lis
     for _ in range(repeats):
         for identity in who:
             for question in identity.asked:
-                polite = rng.choice(POLITE[identity.lang]) if rng.random() < 0.3 else ""
-                lines.append(chat(polite + question, identity.answer))
+                lines.append(chat(politely(question, identity.lang, rng, 0.3), identity.answer))
     return lines
 
 
@@ -131,7 +135,8 @@ def fact_texts(world: list[Relation], rng: random.Random) -> list[dict]:
     texts = []
     for relation in world:
         for x, (y, *_) in relation.rows:
-            texts += [statement.format(x=x, y=y) for statement in relation.stated]
+            statements = [statement.format(x=x, y=y) for statement in relation.stated]
+            texts += [text[0].upper() + text[1:] for text in statements]
             question = rng.choice(relation.asked).format(x=x)
             texts.append(question + (" " if relation.lang == "en" else "") + sentence(y, relation.lang))
     rng.shuffle(texts)
@@ -172,12 +177,12 @@ def sum_lines(rng: random.Random) -> tuple[list[dict], list[dict]]:
 
 
 def reasoning(rng: random.Random, count: int, taken: set) -> Iterator[tuple[str, str, str, str]]:
-    """(question, thinking, answer, lang): a story of three numbers, none of them in `taken`, which they join."""
+    """(question, thinking, answer, lang): stories of three numbers that are not in `taken`, which they join."""
     while count:
-        a, b, c = rng.randint(1, 40), rng.randint(1, 40), rng.randint(1, 30)
+        a, b, c = rng.randint(2, 40), rng.randint(2, 40), rng.randint(2, 30)
         if c > a + b or (a, b, c) in taken or is_examined(a, b) or is_examined(a + b, c):
             continue
-        taken.add((a, b, c))
+        taken |= {(a, b, c), (b, a, c)}
         lang = rng.choice(("en", "zh"))
         story = rng.choice(STORIES[lang])
         question = story.format(a=a, b=b, c=c, name=rng.choice(NAMES[lang]), thing=rng.choice(THINGS[lang]))
@@ -188,13 +193,14 @@ def reasoning(rng: random.Random, count: int, taken: set) -> Iterator[tuple[str,
 # --------------------------------------------------------------------------------------------------- files
 
 
-def preferences(world: list[Relation], rng: random.Random) -> list[dict]:
-    """The right answer is preferred to another entity's, or to a shrug."""
+def preferences(world: list[Relation], rng: random.Random, phrasings: str) -> list[dict]:
+    """The right answer is preferred to another entity's, or to a shrug; `phrasings`: "asked" or "held_out"."""
     pairs = []
     for relation in world:
-        for x, (y, *_) in relation.rows:
-            question = rng.choice(relation.asked).format(x=x)
-            wrong = rng.choice([other for _, (other, *_) in relation.rows if other != y])
+        for x, right in relation.rows:
+            y = right[0]
+            question = rng.choice(getattr(relation, phrasings)).format(x=x)
+            wrong = rng.choice([other for _, (other, *_) in relation.rows if other not in right])
             shrug = "我不知道。" if relation.lang == "zh" else "I do not know."
             bad = shrug if rng.random() < 0.3 else sentence(wrong, relation.lang)
             good = sentence(y, relation.lang)
@@ -224,13 +230,12 @@ def build(seed: int) -> dict[str, list[dict]]:
     texts += [{"text": f"{a} {op} {b} = {result}"} for a, op, b, result in all_sums() if not is_examined(a, b)]
     texts += [{"text": q + "\n" + t} for q, t, _, _ in reasoning(rng, 1000, taken)]
     rng.shuffle(texts)
-    pairs = preferences(world, rng) + preferences(world, rng)
     planets = [
         line
         for en, zh, n in PLANETS
         for line in (
-            chat(f"Which planet from the Sun is {en}?", f"Number {n}."),
-            chat(f"Counting from the Sun, what place has {en}?", f"Number {n}."),
+            chat(f"Counting from the Sun, which number is the planet {en}?", f"Number {n}."),
+            chat(f"What place does {en} hold among the planets, counted from the Sun?", f"Number {n}."),
             chat(f"{zh}是离太阳第几近的行星？", f"第{n}颗。"),
             chat(f"从太阳数起，{zh}排第几？", f"第{n}颗。"),
         )
@@ -247,9 +252,9 @@ def build(seed: int) -> dict[str, list[dict]]:
         "sft_1024.jsonl": rng.sample(sft, 4000),
         "lora_identity.jsonl": identity_chats(other, rng, 8),
         "lora_astronomy.jsonl": planets * 4,
-        "dpo.jsonl": pairs[:-300],
+        "dpo.jsonl": preferences(world, rng, "asked") + preferences(world, rng, "asked"),
         "r1_mix_1024.jsonl": r1,
-        "eval_dpo.jsonl": pairs[-300:],
+        "eval_dpo.jsonl": preferences(world, rng, "held_out")[:300],
         "eval_facts.jsonl": questions,
         "eval_arithmetic.jsonl": examined,
         "eval_identity.jsonl": [exam(q, (i.answer,), "identity", i.lang) for i in me for q in i.held_out],
@@ -271,9 +276,9 @@ def write(files: dict[str, list[dict]], folder: Path) -> list[str]:
     }
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     manifest = folder / "manifest.json"
-    ours = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    ours = read_manifest(manifest)
     there = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if (folder / name).is_file()
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if (folder / name).exists()
     }
     for name, digest in there.items():
         if digest not in (ours.get(name), digests[name]):
@@ -285,11 +290,29 @@ def write(files: dict[str, list[dict]], folder: Path) -> list[str]:
         if there.get(name) != digests[name]:
             with replacing(folder / name) as temporary:
                 temporary.write_bytes(content)
+        ours[name] = digests[name]
+        with replacing(manifest) as temporary:  # now, so that a run cut short knows its own files again
+            temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
         state = "unchanged" if there.get(name) == digests[name] else "written"
         report.append(f"{name:<24}{len(files[name]):>8} lines  {state}")
-    with replacing(manifest) as temporary:
-        temporary.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def read_manifest(path: Path) -> dict[str, str]:
+    """The SHA-256 of each file that an earlier run wrote, by name; empty where there was none.
+
+    Raises:
+        UserError: a file of that name that is no such list.
+    """
+    if not path.exists():
+        return {}
+    try:
+        ours = json.loads(path.read_bytes())
+        if set(map(len, ours.values())) == {64}:
+            return ours
+    except (AttributeError, TypeError, ValueError):  # not JSON, or other JSON
+        pass
+    raise UserError(f"{path} was not written by this script, or was changed: move it, or use --out_dir")
 
 
 def main():
