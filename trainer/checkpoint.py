@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +19,9 @@ from trainer.errors import UserError
 from trainer.files import load_tensors, replacing, save_json, save_tensors
 from trainer.runtime import Runtime, Totals, plain_model
 from trainer.weights import architecture, weights_path
+
+# The flags that decide which rows a step takes, and what it makes of them: a run that goes on must have the same.
+ORDER = ("data_path", "batch_size", "accumulation_steps", "max_seq_len", "packing", "seed", "optimizer")
 
 
 @dataclasses.dataclass
@@ -43,26 +46,38 @@ class Checkpoint:
     A save writes a new folder `resume/step_N` with all that is needed to go on, then moves the pointer `resume/latest`
     to it, then replaces the .pth and its json: a crash at any instant leaves a whole state that agrees with itself.
 
+    Args:
+        keep: which of the model's keys are saved (an adapter's, say); the others are as the stage loaded them.
+        facts: what else decides the stage's numbers (a LoRA's rank, a DPO's beta), as JSON values: they go into the
+            json, and a run that is resumed must have the same.
+
     Raises (on construction):
         UserError: the weights are there already, and neither --resume nor --overwrite was given.
     """
 
-    def __init__(self, args, stage: str, config: LMConfig, tokenizer: PreTrainedTokenizerBase, runtime: Runtime):
+    def __init__(
+        self,
+        args,
+        stage: str,
+        config: LMConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        runtime: Runtime,
+        keep: Callable[[str], bool] = lambda key: True,
+        **facts,
+    ):
         self.path = weights_path(args, stage)
         self.folder = self.path.with_suffix(".resume")
         self.runtime = runtime
+        self.keep = keep
         self.resuming = args.resume
         self.settings = {
             "config": architecture(config) | {"max_seq_len": config.max_seq_len},
             "stage": stage,
             "tokenizer": tokenizer_hash(tokenizer),
             "data_path": str(args.data_path),
-        }
-        # what decides which rows a step takes: a run that goes on must have the same
-        self.order = {
-            name: getattr(args, name)
-            for name in ("data_path", "batch_size", "accumulation_steps", "max_seq_len", "packing", "seed", "optimizer")
-        } | {"world_size": runtime.world_size, "deepspeed": bool(args.deepspeed)}
+        } | facts
+        self.order = {name: getattr(args, name) for name in ORDER} | facts
+        self.order |= {"world_size": runtime.world_size, "deepspeed": bool(args.deepspeed)}
         if self.path.exists() and not (args.resume or args.overwrite):
             raise UserError(f"{self.path} is there already: --resume goes on with that run, --overwrite replaces it")
 
@@ -74,7 +89,7 @@ class Checkpoint:
             save_tensors(self._random_state(), folder / f"rank_{self.runtime.rank}.pt")
             if self.runtime.deepspeed_config:
                 model.save_checkpoint(str(folder), tag="engine")
-            state = full_state_dict(model, self.runtime)
+            state = full_state_dict(model, self.runtime, self.keep)
             if self.runtime.is_main:
                 save_tensors(state, folder / "model.pth")
                 if not self.runtime.deepspeed_config:
@@ -98,7 +113,7 @@ class Checkpoint:
         """Continue: fill model, optimizer, scaler and random state with what was saved last; nothing saved = a start.
 
         Raises:
-            UserError: the saved run took its rows in another order, so that it cannot be continued exactly.
+            UserError: the saved run had other settings, so that it cannot be continued exactly.
         """
         pointer = self.folder / "latest"
         if not self.resuming or not pointer.is_file():
@@ -106,15 +121,17 @@ class Checkpoint:
         folder = self.folder / pointer.read_text(encoding="utf-8")
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         for name, value in self.order.items():
-            if state["order"][name] != value:
+            if state["order"].get(name) != value:
                 raise UserError(
-                    f"--resume: the saved run had {name} {state['order'][name]}, this one has {value}; "
+                    f"--resume: the saved run had {name} {state['order'].get(name)}, this one has {value}; "
                     "give the same, or start anew with --overwrite"
                 )
         if self.runtime.deepspeed_config:
             model.load_checkpoint(str(folder), tag="engine")
         else:
-            plain_model(model).load_state_dict(load_tensors(folder / "model.pth"))
+            plain = plain_model(model)
+            given = {key: value for key, value in plain.state_dict().items() if not self.keep(key)}
+            plain.load_state_dict(given | load_tensors(folder / "model.pth"))
             saved = load_tensors(folder / "optimizer.pt")
             optimizer.load_state_dict(saved["optimizer"])
             scaler.load_state_dict(saved["scaler"])
@@ -160,12 +177,15 @@ def _wait(runtime: Runtime) -> None:
         dist.barrier()
 
 
-def full_state_dict(model: nn.Module, runtime: Runtime) -> dict[str, Tensor]:
-    """Every parameter whole, fp32, on the CPU, under its plain name (all ranks must call it; ZeRO-3 gathers)."""
+def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Each parameter that `keep` names, whole, fp32, on the CPU, under its plain name.
+
+    All ranks must call it: ZeRO-3 gathers.
+    """
     plain = plain_model(model)
     if not runtime.deepspeed_config:
-        return {key: value.detach().float().cpu() for key, value in plain.state_dict().items()}
+        return {key: value.detach().float().cpu() for key, value in plain.state_dict().items() if keep(key)}
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(plain.parameters())):
-        return {key: value.detach().float().cpu().clone() for key, value in plain.state_dict().items()}
+        return {key: value.detach().float().cpu().clone() for key, value in plain.state_dict().items() if keep(key)}
