@@ -31,7 +31,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751); 1 keeps all."""
     if p >= 1:
         return logits
-    probabilities, order = logits.softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probabilities.cumsum(-1) - probabilities  # what better tokens reach without this one
     dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     dropped.scatter_(-1, order[:, :1], False)
