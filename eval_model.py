@@ -3,6 +3,7 @@
 python eval_model.py --model_mode 1                       asks whether to chat or to run through sample questions
 python eval_model.py --prompt "中国的首都是哪里？"           one answer (repeat --prompt for more), no terminal needed
 echo "What is the capital of France?" | python eval_model.py
+python eval_model.py --model_mode 3 --votes 8             a reasoning model's most frequent answer of eight
 """
 
 import argparse
@@ -46,6 +47,8 @@ def get_args():
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
     parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
+    parser.add_argument("--votes", type=positive, default=1, help="write so many answers, take what most of them say")
+    parser.add_argument("--hide_thinking", action=Switch, help="of a reasoning model show the answer alone")
     return parser.parse_args()
 
 
@@ -81,18 +84,46 @@ def load_model(args):
     return load_weights(path, config, tokenizer).to(device).eval(), tokenizer
 
 
+def pieces_of(stream, decoder, written: list[int]):
+    """The text of each token as it comes; its id goes to `written`."""
+    for token in stream:
+        written.append(int(token))
+        yield decoder.push(written[-1])
+    yield decoder.flush()
+
+
+def show(pieces, reasoning: bool, hide_thinking: bool) -> None:
+    """Print an answer as its pieces come; of a reasoning model thinking and answer apart."""
+    from model.reasoning import parts_of
+
+    shown = ""
+    for part, text in parts_of(pieces) if reasoning else (("", piece) for piece in pieces):
+        if part == "thinking" and hide_thinking:
+            continue
+        if part != shown and not hide_thinking:
+            print(f"{chr(10) if shown else ''}[{part}]")
+        shown = part
+        print(text, end="", flush=True)
+    print()
+
+
 def main():
     args = get_args()
+    if args.votes > 1 and args.temperature == 0:
+        raise UserError(f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise it")
     import torch  # after the arguments: --help need not wait for it
 
     import model as minimind
     from model.chat import fit_history, render_text
+    from model.reasoning import majority
     from model.tokenizer import StreamDecoder
 
     model, tokenizer = load_model(args)
     if not isinstance(model, minimind.MiniMindLM):
         raise UserError(f"{args.out_dir} holds a {type(model).__name__}; --load 1 takes a MiniMind folder")
-    pretrained = args.model_mode == 0
+    pretrained, reasoning = args.model_mode == 0, args.model_mode == 3
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    settings = {name: getattr(args, name) for name in names}
     system = [{"role": "system", "content": args.system}] if args.system else []
     turns: list[dict[str, str]] = []
     for number, question in enumerate(questions(args, pretrained)):
@@ -103,25 +134,21 @@ def main():
             turns.append({"role": "user", "content": question})
             room = model.config.max_seq_len - args.max_new_tokens
             ids, turns = fit_history(tokenizer, system, turns, room)
-        started, decoder, answer, count = time.monotonic(), StreamDecoder(tokenizer), "", 0
         print(f"{'' if number == 0 else chr(10)}> {question}")
-        for token in model.stream(
-            torch.tensor([ids], device=model.device),
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
-            seed=args.seed,
-        ):
-            piece = decoder.push(int(token))
-            count, answer = count + 1, answer + piece
-            if args.stream:
-                print(piece, end="", flush=True)
-        rest = decoder.flush()
-        answer += rest
-        print(rest if args.stream else answer)
-        print(f"[{count} tokens, {count / (time.monotonic() - started):.1f} tokens/s]", file=sys.stderr)
+        started, written, election = time.monotonic(), [], ""
+        prompt = torch.tensor([ids] * args.votes, device=model.device)
+        if args.votes == 1:
+            pieces = pieces_of(model.stream(prompt, **settings), StreamDecoder(tokenizer), written)
+            show(pieces if args.stream else ["".join(pieces)], reasoning, args.hide_thinking)
+            answer = tokenizer.decode(written, skip_special_tokens=True)
+        else:
+            answers = model.generate(prompt, **settings)[:, len(ids) :]
+            written = answers[answers != model.config.pad_token_id]
+            answer, votes = majority(tokenizer.batch_decode(answers, skip_special_tokens=True))
+            show([answer], reasoning, args.hide_thinking)
+            election = f"{votes} of {args.votes} votes, "
+        seconds = time.monotonic() - started
+        print(f"[{election}{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
         turns.append({"role": "assistant", "content": answer})
 
 

@@ -1,0 +1,114 @@
+"""Answers that think first, and how to read them:
+
+<think>
+12 + 30 = 42
+</think>
+<answer>
+42
+</answer>
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from transformers import PreTrainedTokenizerFast
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_TAG = re.compile("|".join(TAGS))
+_NO_TAG = rf"(?:(?!{_TAG.pattern}).)+"
+FORMAT = re.compile(rf"<think>\n{_NO_TAG}\n</think>\n<answer>\n{_NO_TAG}\n</answer>", re.DOTALL)
+
+
+def is_well_formed(text: str) -> bool:
+    """Whether an answer has exactly the form above: each tag once, on its own line, something between, nothing else."""
+    return FORMAT.fullmatch(text) is not None
+
+
+def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """The ids of each tag: one where the tokenizer has an entry for it, several pieces otherwise."""
+    return [tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS]
+
+
+class ReasoningStream:
+    """Tells thinking from answer while an answer is written.
+
+    What stands between `<think>` and `</think>` is thinking, everything else is answer, also of a model that writes no
+    tags at all. The tags themselves, and white space next to them, belong to neither. Text that may become a tag, or
+    be white space before one, waits until that is clear. A second stretch of a part begins on a new line.
+    """
+
+    def __init__(self):
+        self._part = "answer"
+        self._waiting = ""
+        self._at_start = True  # nothing but white space since the last tag
+        self._seen: set[str] = set()
+
+    def push(self, text: str) -> list[tuple[str, str]]:
+        """What is clear now: ("thinking" | "answer", text) pairs, in order, none of them empty."""
+        parts = []
+        self._waiting += text
+        while tag := _TAG.search(self._waiting):
+            parts += self._emit(self._waiting[: tag.start()].rstrip())
+            self._waiting = self._waiting[tag.end() :]
+            self._part = "thinking" if tag[0] == "<think>" else "answer"
+            self._at_start = True
+        begun = next((i for i in range(len(self._waiting)) if _may_become_tag(self._waiting[i:])), len(self._waiting))
+        clear = self._waiting[:begun].rstrip()
+        self._waiting = self._waiting[len(clear) :]
+        return parts + self._emit(clear)
+
+    def flush(self) -> list[tuple[str, str]]:
+        """What still waited when the answer ended."""
+        rest, self._waiting = self._waiting.rstrip(), ""
+        return self._emit(rest)
+
+    def _emit(self, text: str) -> list[tuple[str, str]]:
+        if self._at_start:
+            text = text.lstrip()
+        if not text:
+            return []
+        if self._at_start and self._part in self._seen:
+            text = "\n" + text
+        self._at_start = False
+        self._seen.add(self._part)
+        return [(self._part, text)]
+
+
+def _may_become_tag(text: str) -> bool:
+    return any(tag.startswith(text) for tag in TAGS)
+
+
+def parts_of(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """`ReasoningStream` over all pieces of an answer."""
+    stream = ReasoningStream()
+    for piece in pieces:
+        yield from stream.push(piece)
+    yield from stream.flush()
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """The thinking and the answer of a whole text; see `ReasoningStream`."""
+    parts = list(parts_of([text]))
+    thinking, answer = ("".join(text for part, text in parts if part == name) for name in ("thinking", "answer"))
+    return thinking, answer
+
+
+def majority(replies: Sequence[str]) -> tuple[str, int]:
+    """A vote among replies to one question, by what they answer, whatever they thought on the way
+    (self-consistency, Wang et al. 2022, arXiv:2203.11171).
+
+    A reply that never came to an answer has no vote, unless none did.
+
+    Returns:
+        the first reply with the answer that is given most often (of equally frequent ones the first), white space
+        apart; how many give it.
+
+    Raises:
+        ValueError: no replies.
+    """
+    if not replies:
+        raise ValueError("a vote needs at least one reply")
+    answers = [" ".join(split_reasoning(reply)[1].split()) for reply in replies]
+    winner, votes = Counter(filter(None, answers) if any(answers) else answers).most_common(1)[0]
+    return replies[answers.index(winner)], votes
