@@ -30,7 +30,8 @@ CHAT_TEMPLATE = (
     "{% endif %}"
 )
 
-Chat = Sequence[dict[str, str]]
+Content = str | list[str | list[int]]  # text, or pieces of it and ids that stand as they are, such as an image's places
+Chat = Sequence[dict[str, Content]]
 
 
 def render_chats(
@@ -40,8 +41,8 @@ def render_chats(
 
     Args:
         tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; never changed.
-        chats: each a list of {"role": "system" | "user" | "assistant", "content": str}. One that does not begin with a
-            system turn gets `DEFAULT_SYSTEM_PROMPT` in front.
+        chats: each a list of {"role": "system" | "user" | "assistant", "content": Content}. One that does not begin
+            with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front.
         add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
 
     Returns:
@@ -53,7 +54,8 @@ def render_chats(
     """
     guards = _guards(tokenizer)
     headers = [[f"{role}\n"] for role in ROLES]
-    contents = [_cut(_content(turn), guards[turn["role"]]) for chat in chats for turn in chat]
+    pieces = [(piece, turn["role"]) for chat in chats for turn in chat for piece in _pieces(turn)]
+    contents = [_cut(piece, guards[role]) for piece, role in pieces if isinstance(piece, str)]
     encoded = iter(_encode(tokenizer, [*headers, ["\n"], [DEFAULT_SYSTEM_PROMPT], *contents]))
 
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
@@ -68,7 +70,8 @@ def render_chats(
         ids = [] if chat and chat[0]["role"] == "system" else default_system.copy()
         mask = [False] * len(ids)
         for turn in chat:
-            role, content = turn["role"], next(encoded)
+            role = turn["role"]
+            content = [i for piece in _pieces(turn) for i in (next(encoded) if isinstance(piece, str) else piece)]
             ids += head[role] + content + tail
             mask += untrained[role] + [role == "assistant"] * (len(content) + 1) + untrained_newline
         if add_generation_prompt:
@@ -100,12 +103,13 @@ def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> lis
     return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in _encode(tokenizer, bodies)]
 
 
-def _content(turn: dict[str, str]) -> str:
+def _pieces(turn: dict[str, Content]) -> list[str | list[int]]:
     if turn["role"] not in ROLES:
         raise ValueError(f"unknown role {turn['role']!r}: a turn is one of {', '.join(ROLES)}")
-    if not isinstance(turn["content"], str):
-        raise ValueError(f"the content of a turn must be a string, not {type(turn['content']).__name__}")
-    return turn["content"]
+    content = turn["content"]
+    if not isinstance(content, str | list):
+        raise ValueError(f"the content of a turn must be a string, not {type(content).__name__}")
+    return content if isinstance(content, list) else [content]
 
 
 def _guards(tokenizer: PreTrainedTokenizerFast) -> dict[str, re.Pattern]:

@@ -62,6 +62,7 @@ class TextGeneration:
         repetition_penalty: float = 1.0,
         eos_token_id: int | Sequence[int] | None = None,
         seed: int | None = None,
+        **prompt_inputs: Tensor,
     ) -> Iterator[Tensor]:
         """Yield the new tokens of all rows, (batch,) int64, step by step.
 
@@ -75,6 +76,7 @@ class TextGeneration:
             repetition_penalty: over prompt and answer.
             eos_token_id: one or several ids that stop a row; None = `config.eos_token_id`, () = none.
             seed: makes sampling repeatable; None draws from torch's global generator.
+            prompt_inputs: what else `forward` takes with the prompt, and only then (a VLM's images).
 
         Raises:
             ValueError: a setting out of its range, or a prompt that fills the model already.
@@ -106,8 +108,8 @@ class TextGeneration:
         running = torch.ones(batch, dtype=torch.bool, device=device)
         cache, new = None, input_ids
         for _ in range(min(max_new_tokens, room)):
-            out = self(new, attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits, cache, attention_mask = out.logits[:, -1].float(), out.past_key_values, None
+            out = self(new, attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **prompt_inputs)
+            logits, cache, attention_mask, prompt_inputs = out.logits[:, -1].float(), out.past_key_values, None, {}
             if seen is not None:
                 logits = penalise_repetition(logits, seen, repetition_penalty)
             tokens = choose(logits, temperature, top_k, top_p, generator)

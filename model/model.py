@@ -327,6 +327,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
         past_key_values: KVCache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
+        inputs_embeds: Tensor | None = None,
     ) -> MiniMindOutput:
         """One pass over `input_ids` (batch, n) int64.
 
@@ -338,6 +339,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
             past_key_values: what an earlier call returned; the new tokens follow it.
             use_cache: return `past_key_values`.
             logits_to_keep: compute only the last so many positions' logits; 0 = all.
+            inputs_embeds: (batch, n, dim), read in place of the embeddings of `input_ids`.
 
         Raises:
             ValueError: a position at or beyond `config.max_seq_len`, or a mask of another length.
@@ -354,7 +356,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
         if use_cache or past is not None:
             cache = KVCache.extended(past, n, segments, following)
 
-        x = self.dropout(self.tok_embeddings(input_ids))
+        x = self.dropout(self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         aux_loss = torch.zeros((), device=x.device)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
