@@ -23,26 +23,18 @@ from trainer.runtime import pick_device
 from trainer.weights import load_tokenizer, load_weights, read_settings
 
 DATA, OUT = ROOT / "dataset" / "demo", ROOT / "out" / "demo"
-MODEL = ("--dim", "256", "--n_layers", "8", "--max_seq_len", "256", "--out_dir", str(OUT))
-PRETRAIN = (
-    *(
-        "--data_path",
-        str(DATA / "pretrain_hq.jsonl"),
-        "--epochs",
-        "6",
-        "--batch_size",
-        "16",
-        "--accumulation_steps",
-        "1",
-    ),
-    *("--learning_rate", "2e-3", "--warmup_iters", "20", "--optimizer", "muon", "--eval_interval", "100"),
-)
+SIZE = ("--dim", "256", "--n_layers", "8", "--max_seq_len", "128", "--out_dir", str(OUT))  # samples are short here
+TRAINING = ("--batch_size", "32", "--accumulation_steps", "1", "--warmup_iters", "20", "--optimizer", "muon")
+PRETRAIN = ("--data_path", str(DATA / "pretrain_hq.jsonl"), "--epochs", "4", "--learning_rate", "2e-3")
 SFT = (
-    *("--data_path", str(DATA / "sft_mini_512.jsonl"), "--eval_path", str(DATA / "eval_sft.jsonl"), "--epochs", "6"),
-    *("--batch_size", "16", "--accumulation_steps", "1", "--learning_rate", "1.5e-3", "--warmup_iters", "20"),
-    *("--optimizer", "muon", "--eval_interval", "100"),
+    *("--data_path", str(DATA / "sft_mini_512.jsonl"), "--eval_path", str(DATA / "eval_sft.jsonl")),
+    *("--epochs", "4", "--learning_rate", "1.5e-3"),
 )
-EXAMS = ("facts", "identity", "arithmetic")
+EXAMS = {
+    "facts": "Known facts in phrasings that no training line has",
+    "identity": "Who it is, likewise",
+    "arithmetic": "Sums never seen",
+}
 SHOWN = ("你是谁？", "中国的首都是哪里？", "Who made you?", "What is the chemical symbol of gold?")
 
 
@@ -95,30 +87,40 @@ def show_examination(weights: Path) -> dict[str, float]:
     for question, reply in zip(SHOWN, replies, strict=True):
         print(f"  > {question}\n    {reply}")
 
-    questions = [question for exam in EXAMS for question in read_lines(f"eval_{exam}.jsonl")]
-    replies, ended = answer(model, tokenizer, [question["question"] for question in questions])
-    counts = tally(questions, replies)
-    print("\nHeld-out phrasings of known facts, identity, and sums never seen (greedy, exact match):")
-    print(format_table(counts))
-    print(f"answers that ended by themselves: {ended} of {len(questions)} ({ended / len(questions):.1%})")
+    exams = {exam: read_lines(f"eval_{exam}.jsonl") for exam in EXAMS}
+    shares, asked, ended = {}, 0, 0
+    for exam, questions in exams.items():
+        replies, whole = answer(model, tokenizer, [question["question"] for question in questions])
+        counts = tally(questions, replies)
+        print(f"\n{EXAMS[exam]} (greedy, exact match):\n{format_table(counts)}")
+        shares |= {f"{exam}/{lang}/{kind}": right / of for (lang, kind), (right, of) in counts.items()}
+        asked, ended = asked + len(questions), ended + whole
+        if exam == "facts":
+            show_nearest(questions, replies)
+    print(f"\nanswers that ended by themselves: {ended} of {asked} ({ended / asked:.1%})")
+    return shares | {"ended": ended / asked}
 
-    trained = [line["conversations"][-2]["content"] for line in read_lines("sft_mini_512.jsonl")]
-    print("\nTen of them, with the nearest question the model was trained on:")
-    for i in range(0, len(questions) - 400, (len(questions) - 400) // 10 + 1):
+
+def show_nearest(questions: Sequence[dict], replies: Sequence[str], count: int = 10) -> None:
+    """Print some of the questions, spread over all kinds, each with the training question most like it."""
+    trained = [
+        turn["content"]
+        for line in read_lines("sft_mini_512.jsonl")
+        for turn in line["conversations"]
+        if turn["role"] == "user"
+    ]
+    print(f"\n{count} of them, with the nearest question the model was trained on:")
+    for i in range(0, len(questions), -(-len(questions) // count)):
         question = questions[i]["question"]
         mark = "right" if is_right(replies[i], questions[i]["answers"]) else "WRONG"
         print(f"  {question}  ->  {replies[i]}  ({mark})\n      nearest: {nearest_line(question, trained)}")
-
-    return {f"{lang}/{kind}": right / asked for (lang, kind), (right, asked) in counts.items()} | {
-        "ended": ended / len(questions)
-    }
 
 
 def main():
     started = time.monotonic()
     run("scripts/make_demo_data.py")
-    run("train_pretrain.py", *MODEL, *PRETRAIN, "--resume")
-    run("train_full_sft.py", *MODEL, *SFT, "--resume")
+    run("train_pretrain.py", *SIZE, *TRAINING, *PRETRAIN, "--resume")
+    run("train_full_sft.py", *SIZE, *TRAINING, *SFT, "--resume")
     shares = show_examination(OUT / "full_sft_256.pth")
     (OUT / "accuracy.json").write_text(json.dumps(shares, indent=2) + "\n", encoding="utf-8")
     minutes = sum(read_settings(OUT / f"{name}_256.pth")["seconds"] for name in ("pretrain", "full_sft")) / 60

@@ -105,6 +105,17 @@ def fact_chats(world: list[Relation], rng: random.Random) -> list[dict]:
     return lines
 
 
+def joined(lines: list[dict], rng: random.Random, share: float = 0.5, questions: int = 3) -> list[dict]:
+    """A share of the single questions, joined to talks of several: more answers to learn in as many tokens, and an
+    answer depends on its own question only. Lines with a system prompt stay as they are."""
+    rest, single = [], []
+    for line in rng.sample(lines, len(lines)):
+        joins = line["conversations"][0]["role"] != "system" and rng.random() < share
+        (single if joins else rest).append(line)
+    groups = [single[i : i + questions] for i in range(0, len(single), questions)]
+    return rest + [{"conversations": [turn for line in group for turn in line["conversations"]]} for group in groups]
+
+
 def talks(world: list[Relation], rng: random.Random, count: int) -> list[dict]:
     """Short talks: a question, a follow-up that only makes sense after it, thanks."""
     lines = []
@@ -220,9 +231,9 @@ def build(seed: int) -> dict[str, list[dict]]:
     world = relations()
     me, other = identities(*MINIMIND), identities(*WILLOW)
     learned, examined = sum_lines(rng)
-    facts = fact_chats(world, rng)
+    facts = joined(fact_chats(world, rng) + learned, rng)
     small_talk = [chat(*talk) for talk in SMALL_TALK for _ in range(8)]
-    sft = facts + talks(world, rng, 1200) + identity_chats(me, rng, 8) + small_talk + learned
+    sft = facts + talks(world, rng, 1200) + identity_chats(me, rng, 12) + small_talk
     rng.shuffle(sft)
     taken: set = set()
     r1 = [chat(q, f"<think>\n{t}\n</think>\n<answer>\n{a}\n</answer>") for q, t, a, _ in reasoning(rng, 6000, taken)]

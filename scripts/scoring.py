@@ -7,7 +7,7 @@ become spaces (a minus sign before a digit stays), runs of white space become on
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 
 
@@ -39,9 +39,12 @@ def tally(questions: Iterable[dict], replies: Iterable[str]) -> dict[tuple[str, 
 
 
 def format_table(counts: dict[tuple[str, str], tuple[int, int]]) -> str:
-    """The tally as aligned text, a line per language and kind, "all" last."""
+    """The tally as aligned text, a line per language and kind, "all" last where a language has several kinds."""
+    kinds = Counter(lang for lang, _ in counts)
     lines = [f"{'lang':<6}{'kind':<14}{'right':>8}{'asked':>8}{'share':>9}"]
     for lang, kind in sorted(counts, key=lambda key: (key[0], key[1] == "all", key[1])):
+        if kind == "all" and kinds[lang] == 2:
+            continue
         right, asked = counts[lang, kind]
         lines.append(f"{lang:<6}{kind:<14}{right:>8}{asked:>8}{right / asked:>9.1%}")
     return "\n".join(lines)
