@@ -46,14 +46,14 @@ class JsonlReader:
     """Iterates over a jsonl file, holding one line in memory at a time.
 
     Args:
-        path: the file, UTF-8, one JSON object a line; a BOM and CRLF are fine.
+        path: the file, UTF-8, one JSON object a line; a BOM, CRLF and blank lines at the end are fine.
         parse: turns the object of a line into what the caller wants; raises BadRecord when it cannot.
         skip_bad_lines: count bad lines instead of stopping at the first.
 
     Attributes (they grow while iterating):
         bytes_read: bytes of the lines read so far.
         bad_lines: how many lines were skipped.
-        first_bad: "line 17: reason" of the first of them, or None.
+        first_bad: "line 17: reason: first characters" of the first of them, or None.
 
     Raises:
         DataError: the file is missing or empty, or, while iterating, has a bad line.
@@ -86,27 +86,39 @@ class JsonlReader:
 
     def _lines(self, file: BinaryIO) -> Iterator[bytes]:
         """The lines as bytes, so that jsonlines can say which one is not UTF-8, counted and kept for the excerpt."""
+        blank = 0  # lines, which are at the end of the file if nothing follows them
         for line in file:
             self.bytes_read += len(line)
+            line = line.strip()
+            if not line:
+                blank += 1
+                continue
+            self._line = b""
+            for _ in range(blank):
+                yield b""
+            blank = 0
             self._line = line
             yield line
 
     def _refuse(self, number: int, reason: str) -> None:
+        bad = f"line {number}: {reason}" + (f": {excerpt(self._line)}" if self._line else "")
         if not self.skip_bad_lines:
-            raise DataError(f"{self.path}, line {number}: {reason}: {excerpt(self._line)}")
+            raise DataError(f"{self.path}, {bad}")
         self.bad_lines += 1
-        self.first_bad = self.first_bad or f"line {number}: {reason}"
+        self.first_bad = self.first_bad or bad
 
     def _reason(self, fault: Exception) -> str:
         if isinstance(fault, BadRecord):
             return str(fault)
         if isinstance(fault, RecursionError):
             return "not valid JSON (nested too deeply)"
-        if not self._line.strip():
+        if not self._line:
             return "the line is empty"
         cause = fault.__cause__
         if isinstance(cause, UnicodeDecodeError):
             return f"not UTF-8 ({cause.reason} at byte {cause.start + 1})"
+        if isinstance(cause, json.JSONDecodeError):
+            return f"not valid JSON ({cause.msg}, column {cause.pos + 1})"
         return f"not valid JSON ({cause})" if cause else "not a JSON object"
 
 
