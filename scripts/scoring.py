@@ -1,8 +1,14 @@
 """The one scorer of every stage: normalise, then compare for equality.
 
-Normalisation, in this order: Unicode NFKC (full-width forms become plain ones), lower case, punctuation and symbols
-become spaces (a minus sign before a digit stays), runs of white space become one, and at the ends none; a leading
-"the", "a" or "an" goes. Nothing else: an answer with one word too many is wrong.
+Normalisation, in this order:
+
+1. Unicode NFKC (full-width forms and ligatures become plain ones), and no upper case;
+2. a dash before a digit and not after a letter or digit is a minus sign, "-5"; a point between digits stays, "3.5"; a
+   comma that groups thousands goes, "1,000" is "1000"; all other punctuation and symbols become spaces;
+3. white space at the ends and beside a Chinese character goes, all other becomes one space;
+4. a leading "the", "a" or "an" goes.
+
+Nothing else: an answer with one word too many is wrong.
 """
 
 import re
@@ -10,12 +16,19 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
+DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))  # from the hyphen to the minus sign
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+PUNCTUATION = re.compile(r"(?<=\w)-|-(?!\d)|(?<!\d)\.|\.(?!\d)|[^\w\s.-]|_")
+CHINESE = "[\u3400-\u9fff\U00020000-\U0003ffff]"
+BESIDE_CHINESE = re.compile(rf"(?<={CHINESE}) | (?={CHINESE})")
+
 
 def normalise(text: str) -> str:
     """The form in which answers are compared; see the module's docstring."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    text = re.sub(r"-(?!\d)|(?<=\d)-|[^\w\s-]|_", " ", text)
-    return re.sub(r"^(the|an?) ", "", " ".join(text.split()))
+    text = unicodedata.normalize("NFKC", text).casefold().translate(DASHES)
+    text = PUNCTUATION.sub(" ", THOUSANDS.sub("", text))
+    text = BESIDE_CHINESE.sub("", " ".join(text.split()))
+    return re.sub(r"^(the|an?) ", "", text)
 
 
 def is_right(answer: str, accepted: Iterable[str]) -> bool:
