@@ -1,7 +1,7 @@
 """Reading jsonl files: one line at a time, and every fault told with its file, line and reason."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +17,20 @@ class DataError(ValueError):
 
 class BadRecord(ValueError):
     """A JSON object is not what the stage learns from; the message is the reason."""
+
+
+def worker_errors_plain(items: Iterable) -> Iterator:
+    """What a DataLoader yields; a DataError of a worker process, which comes wrapped in a traceback, as it was there.
+
+    Raises:
+        DataError: that one.
+    """
+    try:
+        yield from items
+    except DataError as error:
+        raise DataError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+        ) from None
 
 
 def require_data_file(path: str | Path) -> Path:

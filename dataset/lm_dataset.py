@@ -1,6 +1,6 @@
 """What pretraining and fine-tuning read: rows of tokens, with labels, and positions that restart at every sample."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -46,7 +46,8 @@ class RowDataset(Dataset):
     kind: str
     parse: Callable[[dict], object]
     encode: Callable[[PreTrainedTokenizerFast, list], list[Sample]]
-    pieces_of: Callable[[np.ndarray, np.ndarray, int], Pieces]
+    pieces_of: Callable[["RowDataset", np.ndarray], Pieces]  # of these samples, which count from 0 there
+    notes: Sequence[tuple[int, str]] = ()  # for the summary, what a subclass has to say beyond the usual
 
     def __init__(
         self,
@@ -67,7 +68,7 @@ class RowDataset(Dataset):
         )
         samples = samples_of(part, len(self.cache))
         lengths = self.cache.lengths[samples]
-        pieces = self.pieces_of(lengths, self.cache.first_target[samples], max_seq_len)
+        pieces = self.pieces_of(samples)
         self._pieces = pieces._replace(sample=samples[pieces.sample])
         if packing:
             self._order, self._bounds = pack(pieces.length, max_seq_len, seed)
@@ -76,21 +77,30 @@ class RowDataset(Dataset):
             self._bounds = np.arange(len(pieces.length) + 1)
         if not len(self) and part != "eval":
             raise DataError(f"{data_path}: no sample has anything to learn within {max_seq_len} tokens")
-        self.summary = f"{data_path}: " + _summary(self.cache, lengths, pieces, len(self), max_seq_len, packing)
+        summary = _summary(self.cache, lengths, pieces, len(self), max_seq_len, packing, self.notes)
+        self.summary = f"{data_path}: {summary}"
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        row %= len(self)
-        pieces = [self._piece(piece) for piece in self._order[self._bounds[row] : self._bounds[row + 1]]]
+        pieces = [self._piece(piece) for piece in self._pieces_in(row)]
         names = ("input_ids", "labels", "position_ids")
         return {
             name: torch.from_numpy(np.concatenate(parts))
             for name, parts in zip(names, zip(*pieces, strict=True), strict=True)
         }
+
+    @property
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        """A row of no tokens, which fills a micro-batch up."""
+        return {name: torch.zeros(0, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
+
+    def _pieces_in(self, row: int) -> np.ndarray:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        row %= len(self)
+        return self._order[self._bounds[row] : self._bounds[row + 1]]
 
     def _piece(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Ids, labels and positions of one piece, each int64 (length,)."""
@@ -111,9 +121,8 @@ class PretrainDataset(RowDataset):
     def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Sample]:
         return [(ids, None) for ids in render_text(tokenizer, texts)]
 
-    @staticmethod
-    def pieces_of(lengths: np.ndarray, first_target: np.ndarray, max_len: int) -> Pieces:
-        return split_long(lengths, max_len)
+    def pieces_of(self, samples: np.ndarray) -> Pieces:
+        return split_long(self.cache.lengths[samples], self.max_seq_len)
 
 
 class SFTDataset(RowDataset):
@@ -122,7 +131,9 @@ class SFTDataset(RowDataset):
     kind = "chat"
     parse = staticmethod(chat_of)
     encode = staticmethod(render_chats)
-    pieces_of = staticmethod(cut_long)
+
+    def pieces_of(self, samples: np.ndarray) -> Pieces:
+        return cut_long(self.cache.lengths[samples], self.cache.first_target[samples], self.max_seq_len)
 
 
 def samples_of(part: str, n_samples: int) -> np.ndarray:
@@ -146,12 +157,20 @@ def samples_of(part: str, n_samples: int) -> np.ndarray:
     raise ValueError(f"part is {part!r}, not one of 'all', 'train', 'eval'")
 
 
-def _summary(cache: TokenCache, lengths: np.ndarray, pieces: Pieces, rows: int, max_len: int, packing: bool) -> str:
+def _summary(
+    cache: TokenCache,
+    lengths: np.ndarray,
+    pieces: Pieces,
+    rows: int,
+    max_len: int,
+    packing: bool,
+    further: Sequence[tuple[int, str]],
+) -> str:
     """The start-up report of a data set; `lengths` are those of the samples before they became `pieces`."""
     used, pieces_each = np.unique(pieces.sample, return_counts=True)
     split = pieces_each > 1
     cut = int((lengths[used] > max_len)[~split].sum())
-    dropped = len(lengths) - len(used)
+    dropped = len(lengths) - len(used) - sum(count for count, _ in further)
     tokens = int(pieces.length.sum())
     parts = [f"{len(used):,} samples", f"{tokens:,} tokens", f"{rows:,} rows"]
     if packing and rows:
@@ -160,6 +179,7 @@ def _summary(cache: TokenCache, lengths: np.ndarray, pieces: Pieces, rows: int, 
         (int(split.sum()), "split over rows"),
         (cut, f"cut at {max_len} tokens"),
         (dropped, "dropped with nothing to learn"),
+        *further,
         (cache.bad_lines, f"bad lines skipped, the first: {cache.first_bad}"),
     ]
     return ", ".join(parts + [f"{count:,} {note}" for count, note in notes if count])

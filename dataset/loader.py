@@ -7,9 +7,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dataset.jsonl import worker_errors_plain
 from dataset.lm_dataset import IGNORED
 
 Batch = dict[str, torch.Tensor]
+
+PADDING = {"labels": IGNORED}  # everything else is padded with 0
+PER_IMAGE = ("pixel_values", "image_features")  # not one a token
 
 
 def collate(items: list[Batch], max_seq_len: int | None = None) -> Batch:
@@ -19,10 +23,12 @@ def collate(items: list[Batch], max_seq_len: int | None = None) -> Batch:
     from outside and never learned.
 
     Args:
-        items: rows of a dataset, dicts of `input_ids`, `labels`, `position_ids`, each int64 (n,).
+        items: rows of a dataset, dicts of `input_ids`, `labels`, `position_ids`, each int64 (n,); of a VLMDataset also
+            `image_mask` bool (n,), and `pixel_values` or `image_features`, one an image.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` int64 (rows, T) and `attention_mask` bool (rows, T), False on padding.
+        each of them (rows, T), images those of all rows one after another, and `attention_mask` bool (rows, T), False
+        on padding.
 
     Raises:
         ValueError: a row is longer than max_seq_len.
@@ -31,20 +37,23 @@ def collate(items: list[Batch], max_seq_len: int | None = None) -> Batch:
     width = max_seq_len or max(longest, 2)
     if longest > width:
         raise ValueError(f"a row of {longest} tokens does not fit max_seq_len {width}")
-    shape = (len(items), width)
-    batch = {
-        "input_ids": torch.zeros(shape, dtype=torch.int64),
-        "labels": torch.full(shape, IGNORED),
-        "position_ids": torch.zeros(shape, dtype=torch.int64),
-        "attention_mask": torch.zeros(shape, dtype=torch.bool),
-    }
-    for row, item in enumerate(items):
-        n = len(item["input_ids"])
-        for name in ("input_ids", "labels", "position_ids"):
-            batch[name][row, :n] = item[name]
-        batch["position_ids"][row, n:] = torch.arange(width - n)
-        batch["attention_mask"][row, :n] = True
+    batch = {}
+    for name in items[0]:
+        parts = [item[name] for item in items]
+        batch[name] = torch.cat(parts) if name in PER_IMAGE else _padded(parts, width, PADDING.get(name, 0))
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])[:, None]
+    place = torch.arange(width)
+    batch["attention_mask"] = place < lengths
+    batch["position_ids"] = torch.where(batch["attention_mask"], batch["position_ids"], place - lengths)
     return batch
+
+
+def _padded(rows: list[torch.Tensor], width: int, value: int) -> torch.Tensor:
+    """Rows (n,) of several lengths -> (rows, width), filled up with `value`."""
+    padded = rows[0].new_full((len(rows), width), value)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded
 
 
 class StepLoader:
@@ -104,7 +113,7 @@ class StepLoader:
 
         `steps(k)` yields what `steps(0)` does from its k-th on.
         """
-        micro_batches = iter(
+        micro_batches = worker_errors_plain(
             DataLoader(
                 self.dataset,
                 batch_sampler=self._micro_batches(start_step),
@@ -140,12 +149,12 @@ class StepLoader:
 
     def _collate_fn(self):
         if self.dataset.packing:
-            return partial(_collate_padded, rows=self.batch_size, max_seq_len=self.dataset.max_seq_len)
-        return partial(_collate_padded, rows=1, max_seq_len=None)
+            fixed = {"rows": self.batch_size, "max_seq_len": self.dataset.max_seq_len}
+        else:
+            fixed = {"rows": 1, "max_seq_len": None}
+        return partial(_collate_padded, empty_row=self.dataset.empty_row, **fixed)
 
 
-def _collate_padded(items: list[Batch], rows: int, max_seq_len: int | None) -> Batch:
+def _collate_padded(items: list[Batch], rows: int, max_seq_len: int | None, empty_row: Batch) -> Batch:
     """Collate to at least `rows` rows, those that are missing being padding."""
-    nothing = torch.zeros(0, dtype=torch.int64)
-    empty = {"input_ids": nothing, "labels": nothing, "position_ids": nothing}
-    return collate(items + [empty] * (rows - len(items)), max_seq_len)
+    return collate(items + [empty_row] * (rows - len(items)), max_seq_len)

@@ -6,20 +6,17 @@ A cache is a folder, written under another name and renamed when it is whole:
     mask.bin          one bit a token, whether it is learned; empty where every token is
     offsets.bin       int64 (samples + 1,): sample i is tokens[offsets[i]:offsets[i + 1]]
     first_target.bin  int64 (samples,): place of the first token to learn in the sample, its length if there is none
+    notes.bin         what else belongs to a sample, JSON, end to end; empty where nothing does
+    note_offsets.bin  int64 (samples + 1,): as offsets.bin, in bytes
     info.json         counts, and the first bad line that was skipped
 
 Samples are whole, so one cache serves every row length.
 """
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-import stat
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +24,14 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from dataset.cache_folder import digest, open_cache_folder, to_disk
 from dataset.jsonl import DataError, JsonlReader, require_data_file
 from model.tokenizer import tokenizer_hash
 
-Sample = tuple[Sequence[int], Sequence[bool] | None]  # ids, and which of them are learned (None: all)
+Ids, Learned = Sequence[int], Sequence[bool] | None
+Sample = tuple[Ids, Learned] | tuple[Ids, Learned, Any]  # ids, which of them are learned (None: all), a JSON value
 
-FORMAT = 1  # to be raised when the files above, or the way text becomes tokens, change
+FORMAT = 2  # to be raised when the files above, or the way text becomes tokens, change
 BATCH_RECORDS = 1024  # given to the tokenizer at once, which spreads them over its threads…
 BATCH_BYTES = 1 << 21  # …but no more than this, as a token takes about 100 bytes on its way
 
@@ -55,6 +54,8 @@ class TokenCache:
         self._mask = self._map("mask", np.uint8) if info["masked"] else None
         self._offsets = self._map("offsets", np.int64)
         self.first_target = self._map("first_target", np.int64)
+        self._notes = self._map("notes", np.uint8) if info["noted"] else None
+        self._note_offsets = self._map("note_offsets", np.int64) if info["noted"] else None
 
     def _map(self, name: str, dtype: type | str) -> np.ndarray:
         # As a plain array over the mapping: slicing a np.memmap itself is several times slower.
@@ -83,6 +84,13 @@ class TokenCache:
         bits = np.unpackbits(self._mask[begin // 8 : (begin + length + 7) // 8])
         return bits[begin % 8 : begin % 8 + length].astype(bool)
 
+    def note(self, sample: int) -> Any:
+        """What else belongs to a sample; None where the samples came without."""
+        if self._notes is None:
+            return None
+        begin, end = self._note_offsets[sample : sample + 2]
+        return json.loads(self._notes[begin:end].tobytes())
+
 
 def open_token_cache(
     data_path: str | Path,
@@ -108,29 +116,15 @@ def open_token_cache(
     """
     path = require_data_file(data_path)
     source = _fingerprint(path)
-    key = _digest([FORMAT, source, tokenizer_hash(tokenizer), kind, skip_bad_lines])
-    name = f"{path.stem[:80]}-{kind}-{key}"
-    roots = _cache_roots(path)
-    for root in roots:
-        if (root / name).is_dir():
-            return TokenCache(root / name)
+    key = digest([FORMAT, source, tokenizer_hash(tokenizer), kind, skip_bad_lines])
 
-    root = next((root for root in roots if _can_write(root)), None)
-    if root is None:
-        raise DataError(f"the token cache of {path} can be written neither in {roots[0]} nor in {roots[1]}")
-    folder = root / name
-    reader = JsonlReader(path, parse, skip_bad_lines)
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-    try:
-        with _lock(root / f"{name}.lock"):
-            if not folder.is_dir():
-                with _renamed_when_whole(folder) as partial:
-                    _build(partial, reader, encode, dtype)
-                    if _fingerprint(path) != source:
-                        raise DataError(f"{path} changed while it was being read: start again")
-    except OSError as error:
-        raise DataError(f"the token cache of {path} cannot be written in {root}: {error.strerror}") from error
-    return TokenCache(folder)
+    def build(folder: Path) -> None:
+        reader = JsonlReader(path, parse, skip_bad_lines)
+        _build(folder, reader, encode, np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+        if _fingerprint(path) != source:
+            raise DataError(f"{path} changed while it was being read: start again")
+
+    return TokenCache(open_cache_folder(path, f"{path.stem[:80]}-{kind}-{key}", build))
 
 
 def _fingerprint(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> list:
@@ -142,50 +136,6 @@ def _fingerprint(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> li
             file.seek(start)
             content.update(file.read(block_bytes))
     return [status.st_size, status.st_mtime_ns, content.hexdigest()]
-
-
-def _digest(parts: list) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _cache_roots(path: Path) -> list[Path]:
-    """Where a cache may lie, the best place first."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [path.parent / ".cache", home / "minimind"]
-
-
-def _can_write(root: Path) -> bool:
-    # Root could write into a folder marked read-only; the mark says that its owner does not want it.
-    if not root.is_dir() and not root.parent.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
-        return False
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            return True
-    except OSError:
-        return False
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; it ends with the process, so a crash leaves none behind."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _renamed_when_whole(folder: Path) -> Iterator[Path]:
-    """A fresh folder to fill, renamed to `folder` at the end, removed on an error. The caller holds the lock."""
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a crash
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Sample]], dtype: type) -> None:
@@ -206,6 +156,7 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
         "source": reader.path.name,
         "dtype": np.dtype(dtype).name,
         "masked": writer.masked,
+        "noted": writer.note_bytes > 0,
         "samples": writer.samples,
         "tokens": writer.tokens,
         "bad_lines": reader.bad_lines,
@@ -213,7 +164,7 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
     }
     with open(folder / "info.json", "w", encoding="utf-8") as file:
         json.dump(info, file, indent=2, ensure_ascii=False)
-        _to_disk(file)
+        to_disk(file)
 
 
 def _batches(reader: JsonlReader) -> Iterator[list]:
@@ -235,13 +186,15 @@ class _Writer:
         self.dtype = dtype
         self.samples = 0
         self.tokens = 0
+        self.note_bytes = 0
         self.masked = False
         self._odd_bits = np.zeros(0, dtype=bool)  # the mask's last bits, not yet a byte
         with ExitStack() as stack:
-            names = ("tokens", "mask", "offsets", "first_target")
+            names = ("tokens", "mask", "offsets", "first_target", "notes", "note_offsets")
             self._files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
             self._stack = stack.pop_all()
-        np.zeros(1, np.int64).tofile(self._files["offsets"])
+        for name in ("offsets", "note_offsets"):
+            np.zeros(1, np.int64).tofile(self._files[name])
 
     def __enter__(self) -> "_Writer":
         return self
@@ -251,22 +204,28 @@ class _Writer:
             if error_type is None:
                 np.packbits(self._odd_bits).tofile(self._files["mask"])
                 for file in self._files.values():
-                    _to_disk(file)
+                    to_disk(file)
 
     def write(self, samples: list[Sample]) -> None:
-        """Append samples; either all of them carry a mask or none does, in one cache."""
-        ids = [np.asarray(sample_ids, self.dtype) for sample_ids, _ in samples]
-        masks = [np.asarray(mask, bool) for _, mask in samples if mask is not None]
+        """Append samples; either all of them carry a mask or none does, in one cache, and so with notes."""
+        ids = [np.asarray(sample[0], self.dtype) for sample in samples]
+        masks = [np.asarray(sample[1], bool) for sample in samples if sample[1] is not None]
+        notes = [json.dumps(sample[2]).encode() for sample in samples if len(sample) > 2]
         np.concatenate(ids).tofile(self._files["tokens"])
         ends = self.tokens + np.cumsum([len(sample_ids) for sample_ids in ids])
         ends.astype(np.int64).tofile(self._files["offsets"])
+        self.tokens = int(ends[-1])
         first = [_first_target(mask) for mask in masks] if masks else [1] * len(ids)
         np.asarray(first, np.int64).tofile(self._files["first_target"])
         if masks:
             self.masked = True
             self._write_bits(masks)
+        if notes:
+            self._files["notes"].write(b"".join(notes))
+            ends = self.note_bytes + np.cumsum([len(note) for note in notes])
+            ends.astype(np.int64).tofile(self._files["note_offsets"])
+            self.note_bytes = int(ends[-1])
         self.samples += len(ids)
-        self.tokens = int(ends[-1])
 
     def _write_bits(self, masks: list[np.ndarray]) -> None:
         bits = np.concatenate([self._odd_bits, *masks])
@@ -279,9 +238,3 @@ def _first_target(mask: np.ndarray) -> int:
     """Place of the first learned token, `len(mask)` when there is none; the first token has nothing before it."""
     after_first = mask[1:]
     return int(after_first.argmax()) + 1 if after_first.any() else len(mask)
-
-
-def _to_disk(file) -> None:
-    """Reach the disk before the rename does: after a power cut a folder with its final name is whole."""
-    file.flush()
-    os.fsync(file.fileno())
