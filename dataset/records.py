@@ -1,6 +1,7 @@
 """What a line of a data file must hold: each function takes the line's JSON object, checks it, returns its content."""
 
 from dataset.jsonl import BadRecord
+from model.chat import IMAGE_MARKER
 
 ROLES = ("system", "user", "assistant")
 
@@ -69,3 +70,23 @@ def _string(record: dict, key: str) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half a character, "\ud83d", which no tokenizer takes
         raise BadRecord(f'"{key}" holds half a character (a lone surrogate)') from error
     return text
+
+
+def picture_chat_of(record: dict) -> tuple[list[str], list[dict[str, str]]]:
+    """The image names and the chat of a VLM record `{"image": …, "conversations": […]}`.
+
+    "image" is "a.jpg", or "a.jpg,b.jpg", or a list of names; absent, null or empty for text alone.
+
+    Raises:
+        BadRecord: as of `chat_of`; "image" is something else, or the chat has fewer `<image>` markers than images.
+    """
+    names = record.get("image") or []
+    if isinstance(names, str):
+        names = names.split(",")
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise BadRecord('"image" is not a name, names with commas between them, or a list of names')
+    chat = chat_of(record)
+    markers = sum(turn["content"].count(IMAGE_MARKER) for turn in chat)
+    if markers < len(names):
+        raise BadRecord(f"images: {len(names)}, but {IMAGE_MARKER} markers to show them at: {markers}")
+    return [name.strip() for name in names], chat

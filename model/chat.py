@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
 ROLES = ("system", "user", "assistant")
+IMAGE_MARKER = "<image>"  # an image's place in a line of data, and the shipped tokenizer's entry for one
+IMAGE_PLACE = -1  # an image's places among rendered ids, until they get their own id: no text renders to it
 
 # The same layout for `tokenizer.apply_chat_template`, saved with the tokenizer for tools outside this project.
 CHAT_TEMPLATE = (

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -101,3 +102,17 @@ def _train_tokenizer(added: list[str]) -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture(scope="session")
+def clip_dir(tmp_path_factory) -> Path:
+    """A CLIP folder for --vision_model with random weights: 32 x 32 pixels, 4 patches, width 16."""
+    from transformers import CLIPConfig, CLIPModel
+
+    half = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = half | {"vocab_size": 99, "max_position_embeddings": 16, "bos_token_id": 97, "eos_token_id": 98}
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=half | {"image_size": 32, "patch_size": 16}))
+    folder = tmp_path_factory.mktemp("clip")
+    clip.save_pretrained(folder)
+    return folder

@@ -1,0 +1,158 @@
+"""From image bytes and a chat to what the model reads: pixels for its tower, and a prompt with places for them."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from model.chat import IMAGE_MARKER, IMAGE_PLACE, fit_history
+from model.model_vlm import VLMConfig
+
+STRIP_RATIO = 8  # sides of a strip that is cut to its middle before it is enlarged: the centre crop keeps less of it
+
+
+class ImageError(ValueError):
+    """An image cannot be used; the message is one line that says which, and why."""
+
+
+def read_image(source: bytes | Path) -> Image.Image:
+    """An image from its bytes or its file as a person sees it: RGB, turned as its EXIF says, clear parts white.
+
+    Of an animation the first frame.
+
+    Raises:
+        ImageError: no image, or not a whole one, or one of more pixels than Pillow takes (179 million).
+    """
+    name = "the image" if isinstance(source, bytes) else str(source)
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise ImageError(f"{name} is not there") from None
+    except Image.UnidentifiedImageError:
+        raise ImageError(f"{name} is no image of a format that Pillow reads") from None
+    except Exception as error:  # a damaged file can make Pillow's decoders raise nearly anything
+        raise ImageError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    return image.convert("RGB")
+
+
+def image_processor(vision_model: str | Path, image_size: int) -> CLIPImageProcessorPil:
+    """What prepares images for the tower in this folder: as its preprocessor_config.json says, or CLIP's usual way.
+
+    That is: shortest side to `image_size` (bicubic), the middle square, CLIP's mean and deviation for each channel.
+    """
+    folder = Path(vision_model)
+    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+    )
+
+
+def to_pixels(processor: CLIPImageProcessorPil, images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of any sizes -> (images, 3, H, W) fp32, as the tower wants them."""
+    cut = [_middle_of_strip(image) for image in images]
+    if not cut:
+        side = processor.crop_size
+        return torch.zeros(0, 3, side["height"], side["width"])
+    return processor(images=cut, return_tensors="pt")["pixel_values"]
+
+
+def _middle_of_strip(image: Image.Image) -> Image.Image:
+    """A very long image cut to its middle, so that enlarging its short side does not take gigabytes."""
+    longest = STRIP_RATIO * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id that holds an image's places: the entry `<image>`, or `@` of a tokenizer that has none, as MiniMind2's.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    entries = tokenizer.get_vocab()
+    found = entries.get(IMAGE_MARKER, entries.get("@"))
+    if found is None:
+        raise ValueError(f"the tokenizer has neither {IMAGE_MARKER} nor @ to hold an image's places")
+    return found
+
+
+class PlacedPrompt(NamedTuple):
+    """A prompt for the model: `model.stream(prompt.input_ids, **prompt.images)`, or `model(…)` likewise.
+
+    input_ids: (1, n) int64.
+    images: `image_mask` (1, n) bool and `pixel_values` (images, 3, H, W); empty for text alone.
+    turns: the turns of the chat that are in it, without the system turn.
+    """
+
+    input_ids: Tensor
+    images: dict[str, Tensor]
+    turns: list[dict]
+
+
+def place_chat(
+    tokenizer: PreTrainedTokenizerFast,
+    chat: Sequence[dict],
+    config: VLMConfig,
+    processor: CLIPImageProcessorPil,
+    room: int | None = None,
+) -> PlacedPrompt:
+    """The prompt for the assistant's next turn, with the images where the chat has them.
+
+    Only an attached image becomes one: `<image>` or `@` in a text stays text.
+
+    Args:
+        chat: turns {"role", "content"}, a user's last. Content is a string, or a list of strings and images in their
+            order, an image being its bytes or the Path of its file. Between an image and what stands beside it comes a
+            newline, as in the data that teaches images.
+        room: tokens the prompt may take (default: all that the model takes but one); turns are dropped from the
+            front, with their images, until it fits.
+
+    Raises:
+        ImageError: an image cannot be read.
+        ValueError: the last turn does not fit by itself; an unknown role.
+    """
+    turns = [{"role": turn["role"], "content": _with_places(turn["content"], config.image_tokens)} for turn in chat]
+    has_system = bool(turns) and turns[0]["role"] == "system"
+    room = config.max_seq_len - 1 if room is None else room
+    ids, kept = fit_history(tokenizer, turns[:has_system], turns[has_system:], room)
+    kept = [*chat[:has_system], *chat[len(chat) - len(kept) :]]
+    images = [part for turn in kept if not isinstance(turn["content"], str) for part in turn["content"]]
+    images = [read_image(part) for part in images if not isinstance(part, str)]
+
+    input_ids = torch.tensor([ids])
+    mask = input_ids == IMAGE_PLACE
+    input_ids[mask] = config.image_token_id
+    inputs = {"image_mask": mask, "pixel_values": to_pixels(processor, images)} if images else {}
+    return PlacedPrompt(input_ids, inputs, kept[has_system:])
+
+
+def _with_places(content: str | list[str | bytes | Path], image_tokens: int) -> str | list[str | list[int]]:
+    """Content for `render_chats`, with places for images and a newline at either side of them."""
+    if isinstance(content, str):
+        return content
+    pieces: list[str | list[int]] = []
+    for part in content:
+        piece = part if isinstance(part, str) else [IMAGE_PLACE] * image_tokens
+        if pieces and not (isinstance(piece, str) and isinstance(pieces[-1], str)):
+            pieces.append("\n")
+        pieces.append(piece)
+    return pieces
