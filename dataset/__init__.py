@@ -3,5 +3,6 @@
 from dataset.jsonl import DataError
 from dataset.lm_dataset import PretrainDataset, SFTDataset
 from dataset.loader import StepLoader, collate
+from dataset.vlm_dataset import VLMDataset
 
-__all__ = ["DataError", "PretrainDataset", "SFTDataset", "StepLoader", "collate"]
+__all__ = ["DataError", "PretrainDataset", "SFTDataset", "StepLoader", "VLMDataset", "collate"]

@@ -1,0 +1,153 @@
+"""What a vision-language model reads: chats with images, as rows of tokens with the images' places among them."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+from dataset.cache_folder import digest
+from dataset.feature_cache import FeatureCache
+from dataset.jsonl import BadRecord, DataError
+from dataset.lm_dataset import SFTDataset
+from dataset.packing import Pieces
+from dataset.records import picture_chat_of
+from dataset.token_cache import Sample
+from model.chat import render_chats
+from model.images import IMAGE_MARKER, IMAGE_PLACE, ImageError, image_token_id, read_image, to_pixels
+
+Record = tuple[list[str], list[dict[str, str]]]  # names of images, chat
+
+
+class VLMDataset(SFTDataset):
+    """`{"image": …, "conversations": […]}` lines: text-only, one-image and many-image samples side by side.
+
+    Each `<image>` marker in a chat takes the next image; further markers stay text. What the assistant says is learned.
+    An answer that does not fit a row is cut, but a sample that would lose a part of an image is dropped and counted.
+
+    An item is a row as of `SFTDataset`, with `image_mask` bool (n,), True at the images' places, and the row's
+    images in order: `pixel_values` (images, 3, H, W) fp32 or, once `features` is set, `image_features`
+    (images, image_tokens, vision_dim).
+
+    Args:
+        images_path: the folder that the images' names are relative to.
+        image_tokens: places an image takes.
+        processor: makes pixels as the tower wants them.
+        The others are those of `SFTDataset`.
+
+    Attributes:
+        features: what the tower made of the images; None = rows hold pixels.
+
+    Raises:
+        DataError: as of `SFTDataset`; an image that a line names is not there, or has no marker.
+    """
+
+    def __init__(
+        self,
+        data_path: str | Path,
+        tokenizer: PreTrainedTokenizerFast,
+        max_seq_len: int = 640,
+        packing: bool = True,
+        skip_bad_lines: bool = False,
+        seed: int = 42,
+        part: str = "all",
+        *,
+        images_path: str | Path,
+        image_tokens: int,
+        processor: CLIPImageProcessorPil,
+    ):
+        self.images_path = Path(images_path)
+        self.image_tokens = image_tokens
+        self.processor = processor
+        self.features: FeatureCache | None = None
+        changed = self.images_path.stat().st_mtime_ns if self.images_path.is_dir() else None
+        self.kind = f"pictures-{digest([str(self.images_path.resolve()), changed, image_tokens])}"
+        self.parse = partial(picture_record, images_path=self.images_path)
+        self.encode = partial(encode_pictures, image_tokens=image_tokens)
+        super().__init__(data_path, tokenizer, max_seq_len, packing, skip_bad_lines, seed, part)
+
+    def pieces_of(self, samples: np.ndarray) -> Pieces:
+        pieces = super().pieces_of(samples)
+        starts = [self.cache.note(sample)["starts"] for sample in samples[pieces.sample]]
+        images_end = np.array([start[-1] + self.image_tokens if start else 0 for start in starts], dtype=np.int64)
+        whole = images_end <= pieces.length
+        self.notes = [(int((~whole).sum()), f"dropped with an image that does not fit {self.max_seq_len} tokens")]
+        return Pieces(*(field[whole] for field in pieces))
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        item = super().__getitem__(row)
+        mask, names, begin = torch.zeros(len(item["input_ids"]), dtype=torch.bool), [], 0
+        for piece in self._pieces_in(row):
+            note = self.cache.note(self._pieces.sample[piece])
+            names += note["images"]
+            for start in note["starts"]:
+                mask[begin + start : begin + start + self.image_tokens] = True
+            begin += self._pieces.length[piece]
+        return item | {"image_mask": mask} | self._images(names)
+
+    @property
+    def empty_row(self) -> dict[str, Tensor]:
+        return super().empty_row | {"image_mask": torch.zeros(0, dtype=torch.bool)} | self._images([])
+
+    def image_names(self) -> list[str]:
+        """The names of all images in the rows, each once."""
+        notes = (self.cache.note(sample) for sample in self._pieces.sample)
+        return sorted({name for note in notes for name in note["images"]})
+
+    def load_pixels(self, name: str) -> Tensor:
+        """An image of `images_path` as the tower wants it, (1, 3, H, W).
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            return to_pixels(self.processor, [read_image(self.images_path / name)])
+        except ImageError as error:
+            raise DataError(str(error)) from error
+
+    def _images(self, names: Sequence[str]) -> dict[str, Tensor]:
+        if self.features is not None:
+            return {"image_features": self.features.of(names)}
+        return {"pixel_values": torch.cat([to_pixels(self.processor, []), *map(self.load_pixels, names)])}
+
+
+def picture_record(record: dict, images_path: Path) -> Record:
+    """`picture_chat_of`, and the images are there.
+
+    Raises:
+        BadRecord: as of `picture_chat_of`, or an image is missing.
+    """
+    names, chat = picture_chat_of(record)
+    for name in names:
+        if not (images_path / name).is_file():
+            raise BadRecord(f"the image {images_path / name} is not there (--images_path names the folder)")
+    return names, chat
+
+
+def encode_pictures(tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], image_tokens: int) -> list[Sample]:
+    """Ids with the images' places, loss masks, and a note of the images' names and where their places start."""
+    place = image_token_id(tokenizer)
+    chats = [_placed(chat, len(names), image_tokens) for names, chat in records]
+    samples = []
+    for (names, _), (ids, learned) in zip(records, render_chats(tokenizer, chats), strict=True):
+        ids = np.array(ids)
+        shown = ids == IMAGE_PLACE
+        note = {"images": names, "starts": np.flatnonzero(shown)[::image_tokens].tolist()}
+        samples.append((np.where(shown, place, ids), np.array(learned) & ~shown, note))
+    return samples
+
+
+def _placed(chat: list[dict[str, str]], images: int, image_tokens: int) -> list[dict]:
+    """The chat with places for `images` images in place of its first markers."""
+    turns = []
+    for turn in chat:
+        before, *after = turn["content"].split(IMAGE_MARKER, images)
+        images -= len(after)
+        pieces = [before]
+        for text in after:
+            pieces += [[IMAGE_PLACE] * image_tokens, text]
+        turns.append({"role": turn["role"], "content": pieces})
+    return turns

@@ -1,0 +1,238 @@
+"""Lines with images as rows: places, labels, images in order, what is refused and what is dropped."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import DataError, StepLoader, VLMDataset, collate
+from dataset.feature_cache import open_feature_cache
+from model.images import image_processor, image_token_id
+from model.model_vlm import MiniMindVLM, VLMConfig
+from tests.conftest import write_jsonl
+
+COLOURS = {"red.png": (255, 0, 0), "blue.jpg": (0, 0, 255), "grey.png": (128, 128, 128)}
+TOKENS = 4  # places an image takes
+
+
+def line(question: str, answer: str, image=None) -> dict:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"conversations": turns} | ({} if image is None else {"image": image})
+
+
+@pytest.fixture(scope="module")
+def images_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (40, 32), colour).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def open_lines(tmp_path, images_path, clip_dir, tiny_tokenizer):
+    """Write lines and open them; further arguments go to VLMDataset."""
+
+    def open_them(lines: list[dict], tokenizer=tiny_tokenizer, images=images_path, **given) -> VLMDataset:
+        path = write_jsonl(tmp_path / "lines.jsonl", lines)
+        processor = image_processor(clip_dir, 32)
+        return VLMDataset(path, tokenizer, images_path=images, image_tokens=TOKENS, processor=processor, **given)
+
+    return open_them
+
+
+def pieces_of(row: dict, tokenizer) -> list[str]:
+    """The row as text, an image's places as one '#', and what is learned in brackets."""
+    text, image_left = [], 0
+    for token, is_image, label in zip(row["input_ids"], row["image_mask"], row["labels"], strict=True):
+        if is_image:
+            assert token == image_token_id(tokenizer)
+            assert label == -100
+            image_left = image_left or TOKENS
+            image_left -= 1
+            text += ["#"] if image_left == TOKENS - 1 else []
+        else:
+            assert image_left == 0, "a run of image places is broken"
+            piece = tokenizer.decode([token])
+            text.append(f"[{piece}]" if label == token else piece)
+            assert label in (token, -100)
+    return text
+
+
+def written(row: dict, tokenizer) -> str:
+    text = "".join(pieces_of(row, tokenizer)).replace("][", "")
+    return text.split("</s>\n", 1)[1]  # without the default system turn
+
+
+def main_colour(pixels: torch.Tensor) -> str:
+    """Which of the files these pixels came from."""
+    processor = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+    rgb = (pixels.mean((1, 2)) * torch.tensor(processor["std"]) + torch.tensor(processor["mean"])) * 255
+    return min(COLOURS, key=lambda name: float((rgb - torch.tensor(COLOURS[name])).abs().sum()))
+
+
+class TestRows:
+    @pytest.mark.parametrize("name", ["tiny_tokenizer", "plain_tokenizer"])
+    @pytest.mark.parametrize(
+        ("image", "question", "shown", "files"),
+        [
+            (None, "Hi <image>", "Hi <image>", []),
+            ("", "Hi", "Hi", []),
+            ("red.png", "<image>\nWhat?", "#\nWhat?", ["red.png"]),
+            ("red.png", "What?\n<image>", "What?\n#", ["red.png"]),
+            ("red.png, blue.jpg", "<image>\n<image>\nSame?", "#\n#\nSame?", ["red.png", "blue.jpg"]),
+            (["blue.jpg", "red.png"], "<image><image>", "##", ["blue.jpg", "red.png"]),
+            (["grey.png"], "<image> is not <image>", "# is not <image>", ["grey.png"]),
+            (["red.png"], "@@@@ <image> @", "@@@@ # @", ["red.png"]),
+        ],
+    )
+    def test_markers_become_places_in_order(self, request, open_lines, name, image, question, shown, files):
+        tokenizer = request.getfixturevalue(name)
+        row = open_lines([line(question, "Yes.", image)], tokenizer, packing=False)[0]
+        assert written(row, tokenizer) == f"<s>user\n{shown}</s>\n<s>assistant\n[Yes.</s>]\n"
+        assert [main_colour(pixels) for pixels in row["pixel_values"]] == files
+
+    def test_images_are_spread_over_the_turns(self, open_lines, tiny_tokenizer):
+        chat = ["<image>\none", "1", "two <image>", "2 <image> <think>", "three", "3"]
+        turns = [{"content": text} for text in chat]
+        row = open_lines([{"image": "red.png,blue.jpg", "conversations": turns}], packing=False)[0]
+        assert written(row, tiny_tokenizer) == (
+            "<s>user\n#\none</s>\n<s>assistant\n[1</s>]\n<s>user\ntwo #</s>\n"
+            "<s>assistant\n[2 <image> <think></s>]\n<s>user\nthree</s>\n<s>assistant\n[3</s>]\n"
+        )
+        assert [main_colour(pixels) for pixels in row["pixel_values"]] == ["red.png", "blue.jpg"]
+
+    def test_grey_palette_transparent_and_cmyk_files(self, open_lines, tmp_path):
+        folder = tmp_path / "modes"
+        folder.mkdir()
+        names = []
+        for mode in ("L", "P", "RGBA", "CMYK"):
+            names.append(f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}")
+            Image.new("RGB", (32, 32), (128, 128, 128)).convert(mode).save(folder / names[-1])
+        row = open_lines([line("<image>" * 4, "Grey.", names)], images=folder)[0]
+        assert [main_colour(pixels) for pixels in row["pixel_values"]] == ["grey.png"] * 4
+
+
+class TestBatches:
+    LINES = (
+        line("<image>\nWhat is it?", "Red.", "red.png"),
+        line("Who are you?", "MiniMind."),
+        line("<image>\n<image>\nAre they the same?", "No, not at all.", "red.png,blue.jpg"),
+        line("<image>\nAnd this?", "Grey.", "grey.png"),
+    )
+
+    @pytest.mark.parametrize("packing", [True, False])
+    def test_text_one_image_and_many_share_a_batch(self, open_lines, clip_dir, packing):
+        """Each sample's answer gets the logits it gets alone, and the features' cache gives what the pixels give."""
+        dataset = open_lines([*self.LINES], packing=packing, max_seq_len=240)
+        alone = open_lines([*self.LINES], packing=False)
+        torch.manual_seed(0)
+        config = VLMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=700)
+        config.image_token_id = int(alone[0]["input_ids"][alone[0]["image_mask"]][0])
+        model = MiniMindVLM(config, vision_model=clip_dir).eval()
+        assert len(dataset) == (2 if packing else 4)
+
+        def logits_of(batch: dict) -> torch.Tensor:
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                logits = model(**batch).logits
+            return torch.cat([logits[:, :-1][labels[:, 1:] == token] for token in labels.unique()[1:]])
+
+        expected = [logits_of(collate([row])) for row in alone]
+        by_pixels = logits_of(collate([*dataset]))
+        assert sorted(map(sum, by_pixels.tolist())) == pytest.approx(
+            sorted(map(sum, torch.cat(expected).tolist())), abs=1e-3
+        )
+
+        dataset.features = open_feature_cache(
+            dataset.image_names(), dataset.images_path, dataset.load_pixels, model.encode_images, "test"
+        )
+        batch = collate([*dataset])
+        assert "pixel_values" not in batch
+        assert batch["image_features"].shape == (4, TOKENS, 16)
+        torch.testing.assert_close(logits_of(batch), by_pixels, atol=2e-3, rtol=1e-2)  # they are kept in fp16
+        assert dataset.empty_row["image_features"].shape == (0, TOKENS, 16)
+
+    def test_ranks_without_an_image_still_have_an_empty_batch_of_them(self, open_lines):
+        dataset = open_lines([self.LINES[1]] * 3, packing=False)
+        steps = [
+            batches
+            for rank in (0, 1)
+            for batches in StepLoader(dataset, 2, 1, 1, seed=0, rank=rank, world_size=2).steps()
+        ]
+        assert [batch["pixel_values"].shape for (batch,) in steps] == [(0, 3, 32, 32)] * 2
+        assert [int(batch["attention_mask"].any(1).sum()) for (batch,) in steps] == [2, 1]
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("record", "reason"),
+        [
+            (line("no marker", "Red.", "red.png"), "images: 1, but <image> markers to show them at: 0"),
+            (line("<image> one", "Red.", "red.png,blue.jpg"), "images: 2, but <image> markers to show them at: 1"),
+            (line("<image>", "Red.", "gone.png"), r"gone\.png is not there"),
+            (line("<image>", "Red.", 7), '"image" is not a name'),
+            (line("<image>", "Red.", ["red.png", None]), '"image" is not a name'),
+            (line("<image>", "Red.", "red.png,"), '"image" is not a name'),
+            (line("<image>", "Red.", {"file": "red.png"}), '"image" is not a name'),
+            ({"image": "red.png"}, '"conversations" is missing'),
+        ],
+    )
+    def test_a_bad_line_is_named(self, open_lines, record, reason):
+        good = line("<image>", "Red.", "red.png")
+        with pytest.raises(DataError, match=f"line 2: .*{reason}"):
+            open_lines([good, record])
+        dataset = open_lines([good, record], skip_bad_lines=True)
+        assert len(dataset) == 1
+        assert "1 bad lines skipped, the first: line 2" in dataset.summary
+
+    def test_a_sample_that_would_lose_part_of_an_image_is_dropped_and_counted(self, open_lines, tiny_tokenizer):
+        short = line("<image>", "Red.", "red.png")
+        late = {"image": "red.png", "conversations": [{"content": c} for c in ("Hi", "Hi", "and <image>?", "Red.")]}
+        whole = open_lines([late], packing=False)[0]
+        end = int(whole["image_mask"].nonzero()[-1]) + 1
+        fits = open_lines([late, short], packing=False, max_seq_len=end)
+        assert "dropped" not in fits.summary  # its last answer is cut off, its first one is learned
+        assert fits[0]["image_mask"].sum() == TOKENS
+        cut = open_lines([late, short], packing=False, max_seq_len=end - 1)
+        assert len(cut) == 1
+        assert f"1 dropped with an image that does not fit {end - 1} tokens" in cut.summary
+        with pytest.raises(DataError, match="no sample has anything to learn"):
+            open_lines([late], packing=False, max_seq_len=end - 1)
+
+    @pytest.mark.parametrize("num_workers", [0, 1])
+    def test_a_broken_image_is_named(self, open_lines, images_path, tmp_path, num_workers):
+        folder = tmp_path / "broken"
+        folder.mkdir()
+        (folder / "bad.png").write_bytes((images_path / "red.png").read_bytes()[:60])
+        dataset = open_lines([line("<image>", "Red.", "bad.png")], images=folder)
+        with pytest.raises(DataError, match=r"bad\.png cannot be read as an image") as error:
+            list(StepLoader(dataset, 1, 1, 1, seed=0, num_workers=num_workers).steps())
+        assert "\n" not in str(error.value)
+        with pytest.raises(DataError, match=r"bad\.png cannot be read as an image"):
+            open_feature_cache(["bad.png"], folder, dataset.load_pixels, lambda x: x, "broken", num_workers=num_workers)
+        assert not list((tmp_path / ".cache").glob("features-broken-*[!k]"))
+
+
+def test_features_are_computed_once_and_anew_for_a_changed_image(tmp_path, clip_dir):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("L", (4, 4), 100).save(folder / name)
+    encoded = []
+
+    def load(name):
+        return torch.full((1, 3, 4, 4), float(np.asarray(Image.open(folder / name))[0, 0]))
+
+    def encode(pixels):
+        encoded.append(len(pixels))
+        return pixels[:, 0, :2, :]
+
+    def features(*names):
+        return open_feature_cache(names, folder, load, encode, "tower").of(names)
+
+    assert features("b.png", "a.png", "b.png")[:, 0, 0].tolist() == [100, 100, 100]
+    assert features("a.png", "b.png").shape == (2, 2, 4)
+    assert encoded == [2]
+    Image.new("L", (5, 4), 200).save(folder / "b.png")
+    assert features("b.png", "a.png")[:, 0, 0].tolist() == [200, 100]
+    assert encoded == [2, 2]
