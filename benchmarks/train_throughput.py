@@ -23,10 +23,10 @@ from dataset import PretrainDataset, StepLoader, collate
 from model import LMConfig, MiniMindLM
 from model.model import next_token_loss
 from trainer.arguments import ROOT, Switch, positive
-from trainer.checkpoint import load_tokenizer
 from trainer.errors import launch
 from trainer.runtime import DTYPES, pick_device
 from trainer.schedule import make_optimizer
+from trainer.weights import load_tokenizer
 
 Step = Callable[[], tuple[int, int]]  # one optimizer step -> (real tokens, positions computed)
 

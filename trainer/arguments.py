@@ -1,11 +1,27 @@
 """The command line that all training stages share. Imports nothing heavy, so that --help answers at once."""
 
 import argparse
+import json
+import math
 from pathlib import Path
 
-from trainer.errors import UserError
+from trainer.errors import UserError, note
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
+FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for `launch`: a wrong flag ends in one line, as every error does, not in a page of usage."""
+
+    def __init__(self, description: str, **settings):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 class Switch(argparse.Action):
@@ -40,6 +56,14 @@ def not_negative(text: str) -> int:
     return number
 
 
+def above_zero(text: str) -> float:
+    """A finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return number
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a model: shared by training and by everything that loads its weights."""
     group = parser.add_argument_group("model")
@@ -50,9 +74,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights lie")
 
 
-def training_parser(description: str, **defaults) -> argparse.ArgumentParser:
+def training_parser(description: str, **defaults) -> Parser:
     """A parser with the flags every training stage has; `defaults` are the stage's own."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     add_model_arguments(parser)
 
     data = parser.add_argument_group("data")
@@ -70,19 +94,25 @@ def training_parser(description: str, **defaults) -> argparse.ArgumentParser:
     )
     training.add_argument("--batch_size", type=positive, help="rows a device computes at once")
     training.add_argument("--accumulation_steps", type=positive, default=1, help="batches a device adds up to a step")
-    training.add_argument("--learning_rate", type=float)
+    training.add_argument("--learning_rate", type=above_zero, help="its peak")
     training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for hidden matrices")
     training.add_argument("--warmup_iters", type=not_negative, default=0, help="steps of linear warm-up")
-    training.add_argument("--grad_clip", type=float, default=1.0, help="largest norm of the gradient")
+    training.add_argument("--grad_clip", type=above_zero, default=1.0, help="largest norm of the gradient")
     training.add_argument("--seed", type=int, default=42)
 
     engine = parser.add_argument_group("machine")
     engine.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    engine.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of autocast")
+    engine.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of autocast (default: bfloat16 where the machine computes in it; else float16 on GPU, float32 on CPU)",
+    )
     engine.add_argument("--compile", action=Switch, default=None, help="torch.compile (default: where it pays)")
     engine.add_argument("--gradient_checkpointing", action=Switch, help="less memory, a third more time")
-    engine.add_argument("--deepspeed", nargs="?", const=True, default=None, metavar="JSON", help="use DeepSpeed")
-    engine.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="with --deepspeed")
+    engine.add_argument(
+        "--deepspeed", nargs="?", const=True, default=None, metavar="JSON", help="use DeepSpeed, by a JSON or not"
+    )
+    engine.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="of --deepspeed without a file")
     engine.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers; torchrun's RANK decides")
     engine.add_argument("--ddp", action=Switch, help="accepted for old commands; torchrun alone is enough")
 
@@ -108,9 +138,32 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     """
     if args.max_seq_len < 2:
         raise UserError("--max_seq_len must be 2 or more: a row needs a token to read and one to predict")
-    if args.learning_rate <= 0 or args.grad_clip <= 0:
-        raise UserError("--learning_rate and --grad_clip must be above 0")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: choose one")
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO cuts up: use --optimizer adamw")
+
+
+def deepspeed_config(args) -> dict:
+    """DeepSpeed's settings, from --zero_stage or from the user's JSON.
+
+    Raises:
+        UserError: the JSON cannot be read.
+    """
+    config = {"zero_optimization": {"stage": args.zero_stage}}
+    if args.deepspeed is not True:
+        try:
+            config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--deepspeed {args.deepspeed}: {error}") from None
+        if not isinstance(config, dict):
+            raise UserError(f"--deepspeed {args.deepspeed}: not a JSON object")
+        if dropped := [name for name in FLAGS_DECIDE if name in config]:
+            note(f"{args.deepspeed}: the flags decide instead of {', '.join(dropped)}")
+    return {name: value for name, value in config.items() if name not in FLAGS_DECIDE} | {
+        "train_micro_batch_size_per_gpu": args.batch_size,
+        "gradient_accumulation_steps": 1,  # the loop says where a step ends: the last one of an epoch is shorter
+        "gradient_clipping": args.grad_clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }

@@ -2,26 +2,34 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
+from trainer.engine import full_state_dict, plain_model
 from trainer.errors import UserError
-from trainer.files import load_tensors, replacing, save_json, save_tensors
-from trainer.runtime import Runtime, Totals, plain_model
+from trainer.files import cannot_write, load_tensors, replacing, save_json, save_tensors, writing_tensors
+from trainer.runtime import Runtime, Totals
 from trainer.weights import architecture, weights_path
 
-# The flags that decide which rows a step takes, and what it makes of them: a run that goes on must have the same.
-ORDER = ("data_path", "batch_size", "accumulation_steps", "max_seq_len", "packing", "seed", "optimizer")
+# A run that goes on must have every setting that it had, except these that change no number…
+FREE = (
+    *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
+    *("overwrite", "compile", "gradient_checkpointing", "use_wandb", "wandb_project", "local_rank", "ddp"),
+    *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
+)
+SAID = ("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype")  # …and these, when it is said
 
 
 @dataclasses.dataclass
@@ -33,26 +41,34 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
 
+    def __post_init__(self):
+        self._counted_at = time.monotonic()
+
     def advance(self, totals: Totals, skipped: int) -> None:
         """Count the step just taken."""
+        now = time.monotonic()
         self.step += 1
         self.tokens += int(totals.real)
+        self.seconds += now - self._counted_at
         self.skipped = skipped
+        self._counted_at = now
 
 
 class Checkpoint:
-    """A stage's weights `out/NAME_D.pth`, their json, and `out/NAME_D.resume/`.
+    """A stage's weights `out/NAME_D.pth`, their json, and `out/NAME_D.resume/`, which only one run at a time may write.
 
-    A save writes a new folder `resume/step_N` with all that is needed to go on, then moves the pointer `resume/latest`
-    to it, then replaces the .pth and its json: a crash at any instant leaves a whole state that agrees with itself.
+    A save writes a new folder in `resume/` with all that is needed to go on, moves the pointer `resume/latest` to it,
+    and copies its weights and their json to where people look for them: a crash at any instant leaves a whole state,
+    and a run that goes on from it mends the copies.
 
     Args:
         keep: which of the model's keys are saved (an adapter's, say); the others are as the stage loaded them.
-        facts: what else decides the stage's numbers (a LoRA's rank, a DPO's beta), as JSON values: they go into the
+        facts: what else is to be known of the stage (a LoRA's rank, a DPO's beta), as JSON values: they go into the
             json, and a run that is resumed must have the same.
 
     Raises (on construction):
-        UserError: the weights are there already, and neither --resume nor --overwrite was given.
+        UserError: there is an earlier run, and neither --resume nor --overwrite was given, or nothing to go on from;
+            another run is writing there; nothing can be written there.
     """
 
     def __init__(
@@ -67,82 +83,174 @@ class Checkpoint:
     ):
         self.path = weights_path(args, stage)
         self.folder = self.path.with_suffix(".resume")
+        self.pointer = self.folder / "latest"
         self.runtime = runtime
         self.keep = keep
         self.resuming = args.resume
-        self.settings = {
+        self.about = {
             "config": architecture(config) | {"max_seq_len": config.max_seq_len},
             "stage": stage,
             "tokenizer": tokenizer_hash(tokenizer),
             "data_path": str(args.data_path),
-        } | facts
-        self.order = {name: getattr(args, name) for name in ORDER} | facts
-        self.order |= {"world_size": runtime.world_size, "deepspeed": bool(args.deepspeed)}
-        if self.path.exists() and not (args.resume or args.overwrite):
+            **facts,
+        }
+        self.settings = {name: value for name, value in vars(args).items() if name not in FREE} | {
+            "data_path": str(Path(args.data_path).resolve()),
+            "deepspeed": bool(args.deepspeed),
+            "zero_stage": (runtime.deepspeed_config or {}).get("zero_optimization", {}).get("stage", 0),
+            "world_size": runtime.world_size,
+            "held out of data_path": bool(args.eval_interval) and not args.eval_path,
+            "tokenizer": self.about["tokenizer"],
+            **architecture(config),
+            **facts,
+        }
+        if args.max_seq_len > config.max_seq_len:
+            raise UserError(f"--max_seq_len {args.max_seq_len}: the model takes at most {config.max_seq_len} tokens")
+        if args.resume and self.path.exists() and not self.pointer.is_file():
+            raise UserError(
+                f"{self.path} is there, but nothing in {self.folder} to go on from: --overwrite replaces it"
+            )
+        if not (args.resume or args.overwrite) and (self.path.exists() or self.pointer.is_file()):
             raise UserError(f"{self.path} is there already: --resume goes on with that run, --overwrite replaces it")
+        if runtime.is_main:
+            self._lock = self._locked()
+            for left in self.path.parent.glob(f".{self.path.stem}.*.tmp"):  # by a run that was killed while saving
+                left.unlink()
+
+    def _locked(self):
+        """The open file whose lock keeps a second run away; it ends with this process."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(self.folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{self.path} is being written by another run (process {file.read().strip()})") from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        return file
 
     def save(self, model: nn.Module, optimizer, scaler, progress: Progress, metrics: dict) -> None:
-        """Write everything; all ranks must call it."""
-        name = f"step_{progress.step:08d}"
-        folder = self.folder / f".{name}.tmp"
-        with replacing_folder(folder, self.folder / name, self.runtime):
-            save_tensors(self._random_state(), folder / f"rank_{self.runtime.rank}.pt")
-            if self.runtime.deepspeed_config:
-                model.save_checkpoint(str(folder), tag="engine")
-            state = full_state_dict(model, self.runtime, self.keep)
-            if self.runtime.is_main:
-                save_tensors(state, folder / "model.pth")
-                if not self.runtime.deepspeed_config:
-                    save_tensors(
-                        {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, folder / "optimizer.pt"
-                    )
-                save_json({"progress": dataclasses.asdict(progress), "order": self.order}, folder / "state.json")
-        if self.runtime.is_main:
-            with replacing(self.folder / "latest") as temporary:
-                temporary.write_text(name, encoding="utf-8")
-            with replacing(self.path) as temporary:
-                shutil.copyfile(self.folder / name / "model.pth", temporary)
-            save_json(
-                self.settings | dataclasses.asdict(progress) | {"metrics": metrics}, self.path.with_suffix(".json")
-            )
+        """Write everything; all ranks must call it.
+
+        Raises:
+            UserError: it could not be written; what was saved before is whole.
+        """
+        run = self.runtime
+        weights = full_state_dict(model, run, self.keep)
+        with self._new_folder(f"step_{progress.step:08d}") as folder:
+            save_tensors(self._random_state(), folder / f"rank_{run.rank}.pt")
+            if run.deepspeed_config:
+                with writing_tensors():
+                    model.save_checkpoint(str(folder), tag="engine")
+            if run.is_main:
+                save_tensors(weights, folder / "model.pth")
+                save_json(self.about | dataclasses.asdict(progress) | {"metrics": metrics}, folder / "model.json")
+                state = {"scaler": scaler.state_dict()}
+                if not run.deepspeed_config:
+                    state["optimizer"] = optimizer.state_dict()
+                save_tensors(state, folder / "optimizer.pt")
+                save_json({"progress": dataclasses.asdict(progress), "settings": self.settings}, folder / "state.json")
+
+    @contextlib.contextmanager
+    def _new_folder(self, name: str) -> Iterator[Path]:
+        """A folder that all ranks write into; when all have, it becomes the one to go on from."""
+        run, temporary, final = self.runtime, self.folder / ".saving", self.folder / name
+        try:
+            if run.is_main and temporary.exists():
+                shutil.rmtree(temporary)
+            _wait(run)
+            temporary.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _wait(run)
+            if not run.is_main:
+                return
+            while final.exists():  # the run that this one replaces stopped at the same step
+                final = final.with_name(final.name + "_")
+            os.replace(temporary, final)
+            with replacing(self.pointer) as pointer:
+                pointer.write_text(final.name, encoding="utf-8")
+            self._publish(final)
             for old in self.folder.iterdir():
-                if old.is_dir() and old.name != name:
+                if old.is_dir() and old != final:
                     shutil.rmtree(old)
+        except OSError as error:
+            raise cannot_write(final, error) from error
+        finally:
+            if run.is_main and temporary.exists():
+                shutil.rmtree(temporary)
+
+    def _publish(self, folder: Path) -> None:
+        """Copy weights and json to where people look for them."""
+        for name, path in (("model.pth", self.path), ("model.json", self.path.with_suffix(".json"))):
+            with replacing(path) as temporary:
+                shutil.copyfile(folder / name, temporary)
 
     def load(self, model: nn.Module, optimizer, scaler) -> Progress:
         """Continue: fill model, optimizer, scaler and random state with what was saved last; nothing saved = a start.
 
+        From here on Ctrl-C and SIGTERM save first.
+
         Raises:
-            UserError: the saved run had other settings, so that it cannot be continued exactly.
+            UserError: the saved run had other settings, so that it cannot be continued exactly; or it is damaged.
         """
-        pointer = self.folder / "latest"
-        if not self.resuming or not pointer.is_file():
-            return Progress()
-        folder = self.folder / pointer.read_text(encoding="utf-8")
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        for name, value in self.order.items():
-            if state["order"].get(name) != value:
+        progress = Progress()
+        if self.resuming and self.pointer.is_file():
+            folder = self.folder / self.pointer.read_text(encoding="utf-8").strip()
+            try:
+                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                self._compare(state["settings"])
+                self._restore(folder, model, optimizer, scaler)
+                progress = Progress(**state["progress"])
+                json_beside = self.path.with_suffix(".json")
+                if self.runtime.is_main and not (
+                    self.path.exists()
+                    and json_beside.is_file()
+                    and json_beside.read_bytes() == (folder / "model.json").read_bytes()
+                ):
+                    self._publish(folder)
+            except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:200]
                 raise UserError(
-                    f"--resume: the saved run had {name} {state['order'].get(name)}, this one has {value}; "
+                    f"{folder} cannot be continued ({type(error).__name__}: {reason}): --overwrite starts anew"
+                ) from error
+            self.runtime.non_finite = progress.skipped
+            self.runtime.say(f"resumed at step {progress.step} from {folder}")
+        self.runtime.catch_signals()
+        return progress
+
+    def _compare(self, saved: dict) -> None:
+        """Refuse to go on with settings that give other numbers; say those that the user may want to change."""
+        for name, ours in self.settings.items():
+            theirs = saved.get(name, ours)
+            if theirs == ours:
+                continue
+            if name not in SAID:
+                raise UserError(
+                    f"--resume: the saved run had {name} {theirs}, this one has {ours}; "
                     "give the same, or start anew with --overwrite"
                 )
+            self.runtime.say(f"--resume: {name} was {theirs} and is {ours} from now on")
+
+    def _restore(self, folder: Path, model: nn.Module, optimizer, scaler) -> None:
+        state = load_tensors(folder / "optimizer.pt")
+        scaler.load_state_dict(state["scaler"])
         if self.runtime.deepspeed_config:
-            model.load_checkpoint(str(folder), tag="engine")
+            if model.load_checkpoint(str(folder), tag="engine")[0] is None:
+                raise ValueError("DeepSpeed finds none of its files there")
         else:
             plain = plain_model(model)
             given = {key: value for key, value in plain.state_dict().items() if not self.keep(key)}
             plain.load_state_dict(given | load_tensors(folder / "model.pth"))
-            saved = load_tensors(folder / "optimizer.pt")
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
+            optimizer.load_state_dict(state["optimizer"])
         random = load_tensors(folder / f"rank_{self.runtime.rank}.pt")
         torch.set_rng_state(random["cpu"])
-        if self.runtime.device.type == "cuda":
+        if self.runtime.device.type == "cuda" and "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.runtime.device)
-        progress = Progress(**state["progress"])
-        self.runtime.non_finite = progress.skipped
-        self.runtime.say(f"resumed at step {progress.step} from {folder}")
-        return progress
 
     def _random_state(self) -> dict:
         state = {"cpu": torch.get_rng_state()}
@@ -151,41 +259,6 @@ class Checkpoint:
         return state
 
 
-@contextlib.contextmanager
-def replacing_folder(temporary: Path, final: Path, runtime: Runtime) -> Iterator[None]:
-    """All ranks write into `temporary`; when all have, rank 0 renames it to `final`."""
-    if runtime.is_main and temporary.exists():
-        shutil.rmtree(temporary)
-    _wait(runtime)
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        yield
-        _wait(runtime)
-        if runtime.is_main:
-            if final.exists():  # the same step, saved by an interrupted run
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-    except OSError as error:
-        raise UserError(f"cannot write {final}: {error.strerror or error}; what was saved before is whole") from error
-    finally:
-        if runtime.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _wait(runtime: Runtime) -> None:
     if runtime.world_size > 1:
         dist.barrier()
-
-
-def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Each parameter that `keep` names, whole, fp32, on the CPU, under its plain name.
-
-    All ranks must call it: ZeRO-3 gathers.
-    """
-    plain = plain_model(model)
-    if not runtime.deepspeed_config:
-        return {key: value.detach().float().cpu() for key, value in plain.state_dict().items() if keep(key)}
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(plain.parameters())):
-        return {key: value.detach().float().cpu().clone() for key, value in plain.state_dict().items() if keep(key)}

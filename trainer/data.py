@@ -31,6 +31,8 @@ def open_data(
         if args.eval_interval:
             held_out = rows(args.eval_path or args.data_path, "eval" if keep_aside else "all")
     run.say(train.summary)
+    if held_out is not None:
+        run.say(f"held out: {held_out.summary}")
     loader = StepLoader(
         train,
         args.batch_size,

@@ -1,8 +1,12 @@
 """How a script ends when the user can mend what is wrong: one line that says what to do, exit code 2, no traceback."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
+
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # PyTorch has no exception of its own for it
 
 
 class UserError(Exception):
@@ -10,19 +14,49 @@ class UserError(Exception):
 
 
 def launch(main: Callable[[], None]) -> None:
-    """Run a script's `main`; a UserError or DataError becomes one line on stderr and exit code 2.
+    """Run a script's `main`; an error that the user can mend becomes one line on stderr and exit code 2.
 
-    Under torchrun every rank meets the same error; only the first one prints it.
+    Of several ranks one speaks. A rank that fails for a reason of its own is told from one that fails because another
+    has gone by who speaks first: rank 0 at once, the others a little later, tracebacks last. The launcher ends the
+    rest as soon as one is gone.
     """
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        from dataset.jsonl import DataError  # here, since it brings torch, for which --help need not wait
-
-        if not isinstance(error, UserError | DataError):
+        message = _message(error)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if message is None:
+                time.sleep(6)
+            elif os.environ.get("RANK") != "0":
+                time.sleep(3)
+        if message is None:
             raise
-        if os.environ.get("RANK", "0") == "0":
-            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        note(f"error: {message}", every_rank=True)
         sys.exit(2)
+
+
+def note(text: str, every_rank: bool = False) -> None:
+    """Print a line on stderr, on rank 0 alone or on every rank."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        print(" ".join(text.split()), file=sys.stderr, flush=True)
+
+
+def _message(error: Exception) -> str | None:
+    """What to tell the user; None for an error that is the program's own."""
+    from dataset.jsonl import DataError  # here, since it brings torch, for which --help need not wait
+
+    if isinstance(error, UserError | DataError):
+        return str(error)
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if out_of_memory or CPU_OUT_OF_MEMORY in str(error):
+        return (
+            "out of memory: try a smaller --batch_size or --max_seq_len, --gradient_checkpointing, or a smaller --dim"
+        )
+    return None

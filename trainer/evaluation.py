@@ -4,9 +4,9 @@ import math
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from dataset import collate
+from dataset import StepLoader
 from model.model import next_token_loss
 from model.tokenizer import token_bytes
 from trainer.runtime import Runtime
@@ -21,11 +21,12 @@ def evaluate(model: nn.Module, held_out: Dataset, tokenizer, runtime: Runtime, b
         compares models with different tokenizers.
     """
     bytes_of = torch.tensor([len(piece) for piece in token_bytes(tokenizer)], device=runtime.device)
-    mine = torch.utils.data.Subset(held_out, range(runtime.rank, len(held_out), runtime.world_size))
+    # dealt out as in training: every rank gets equally many batches, of the shape that is compiled already
+    loader = StepLoader(held_out, batch_size, 1, 1, 0, rank=runtime.rank, world_size=runtime.world_size)
     training = model.training
     model.eval()
     nats = tokens = text_bytes = 0.0
-    for batch in DataLoader(mine, batch_size, collate_fn=collate):
+    for (batch,) in loader.steps():
         batch = runtime.to_device(batch)
         labels = batch.pop("labels")
         with runtime.autocast():

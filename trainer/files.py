@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,21 +26,35 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; what was saved before is whole: "
-            "make room there (or choose another --out_dir) and go on with --resume"
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error to raise when writing to `path` failed."""
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; what was there before is whole: "
+        "mend that and run again, or choose another folder"
+    )
 
 
 def save_tensors(content, path: Path) -> None:
     """`torch.save`, whole or not at all."""
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # PyTorch's own word for a write that failed
-            raise OSError(str(error).splitlines()[0]) from error
+    with replacing(path) as temporary, writing_tensors(), open(temporary, "wb") as file:
+        torch.save(content, file)
+
+
+@contextlib.contextmanager
+def writing_tensors() -> Iterator[None]:
+    """Turns PyTorch's own word for a write that failed into an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # it had found out why
+            raise error.__context__ from None
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def save_json(content: dict, path: Path) -> None:
@@ -57,10 +70,8 @@ def load_tensors(path: Path) -> dict:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except Exception as error:  # a damaged file makes the reader raise almost anything
         raise UserError(
-            f"{path} holds something else than tensors, maybe code: it is refused, and was not run"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is truncated or no checkpoint ({reason}): make or download it again") from None
+            f"{path} is truncated, damaged, or holds something else than tensors (code in it was not run): "
+            "make or download it again"
+        ) from error

@@ -1,6 +1,7 @@
 """What a person sees of a run: a progress bar or log lines, a metrics file, a loss curve, Weights & Biases."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -9,53 +10,51 @@ from torch import nn
 from tqdm import tqdm
 
 from trainer.checkpoint import Progress
-from trainer.files import replacing
+from trainer.errors import UserError
+from trainer.files import cannot_write, replacing
 from trainer.runtime import Runtime
 
 
 class Metrics:
     """Reports of a run on rank 0; every other rank's calls do nothing.
 
-    `out/NAME_D.metrics.jsonl` gets a line per report, and `out/NAME_D.png` is drawn from it at the end.
+    `out/NAME_D.metrics.jsonl` gets a line per report, and `out/NAME_D.png` is drawn from it at the end. A run that goes
+    on drops what the interrupted one reported after its last checkpoint, and a new run what an earlier one left, but
+    only when it has something to report itself.
+
+    Attributes:
+        last: the newest value of each metric, None for one that was not finite.
+
+    Raises:
+        UserError: Weights & Biases does not start, or the file cannot be written.
     """
 
     def __init__(self, args, path: Path, model: nn.Module, total_steps: int, progress: Progress, runtime: Runtime):
         self.on = runtime.is_main
-        self.last: dict[str, float] = {}
+        self.last: dict[str, float | None] = {}
         self.path = path.with_suffix(".metrics.jsonl")
         self.progress = progress
         self.total_steps = total_steps
+        self._started_at = progress.step
+        self._wrote = False
         self._since, self._since_tokens = time.monotonic(), progress.tokens
-        self._started = time.monotonic() - progress.seconds
         self._bar = self._wandb = None
         if not self.on:
             return
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        millions = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) / 1e6  # ZeRO-3 keeps a share
         print(
-            f"{path.stem}: {millions:.2f} M parameters, {total_steps} steps on {runtime.device}, {args.dtype}",
+            f"{path.stem}: {millions:.2f} M parameters, {total_steps} steps on {runtime.device}, "
+            f"{args.dtype}, {runtime.engine}",
             flush=True,
         )
-        self._forget_after(progress.step)
         if sys.stdout.isatty():
             self._bar = tqdm(total=total_steps, initial=progress.step, file=sys.stdout, unit="step", dynamic_ncols=True)
         if args.use_wandb:
-            import wandb
-
-            self._wandb = wandb.init(project=args.wandb_project, name=path.stem, config=vars(args), resume="allow")
-
-    def _forget_after(self, step: int) -> None:
-        """Drop what an interrupted run reported after its last checkpoint: those steps will be done again."""
-        if not self.path.is_file():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step] if step else []
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            self._wandb = _start_wandb(args, path.stem)
 
     def due(self, interval: int, stopping: bool = False) -> bool:
         """Whether something done every `interval` steps, and at the end, is to be done now."""
         step = self.progress.step
-        self.progress.seconds = time.monotonic() - self._started
         return step % interval == 0 or step == self.total_steps or stopping
 
     def log(self, **values: float) -> None:
@@ -63,11 +62,12 @@ class Metrics:
         progress, now = self.progress, time.monotonic()
         speed = (progress.tokens - self._since_tokens) / max(1e-9, now - self._since)
         self._since, self._since_tokens = now, progress.tokens
-        self.last |= values
-        self._write(values | {"tokens_per_second": round(speed, 1), "skipped": progress.skipped})
+        self._report(values | {"tokens_per_second": round(speed, 1), "skipped": progress.skipped})
         if not self.on:
             return
         short = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {speed:,.0f} tokens/s"
+        if progress.skipped:
+            short += f"  {progress.skipped} steps skipped (not finite)"
         if self._bar is not None:
             self._bar.set_postfix_str(short, refresh=False)
             self._bar.update(progress.step - self._bar.n)
@@ -77,8 +77,7 @@ class Metrics:
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Report an evaluation on held-out lines."""
-        self.last |= values
-        self._write(values)
+        self._report(values)
         if self.on:
             text = f"step {self.progress.step}  held out: {values['eval_loss']:.4f} nats/token"
             tqdm.write(f"{text}, {values['eval_bits_per_byte']:.4f} bits/byte")
@@ -93,25 +92,57 @@ class Metrics:
             self._wandb.finish()
         draw_curve(self.path)
 
-    def _write(self, values: dict[str, float]) -> None:
+    def _report(self, values: dict[str, float]) -> None:
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self.last |= values
         if not self.on:
             return
         progress = self.progress
         line = {"step": progress.step, "tokens": progress.tokens, "seconds": round(progress.seconds, 2)} | values
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if not self._wrote:
+            self._drop_from(self._started_at)
+            self._wrote = True
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
         if self._wandb is not None:
             self._wandb.log(values, step=progress.step)
+
+    def _drop_from(self, step: int) -> None:
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def _start_wandb(args, name: str):
+    import wandb
+
+    try:
+        return wandb.init(project=args.wandb_project, name=name, config=vars(args))
+    except wandb.Error as error:
+        raise UserError(f"--use_wandb: {error} (WANDB_MODE=offline needs no account)") from error
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics file, without one that a crash cut off; nothing when there is no file."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def draw_curve(metrics: Path) -> Path | None:
     """Loss over steps from a metrics file, training and held out, as a PNG beside it; None when there is nothing."""
-    if not metrics.is_file():
-        return None
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    trained = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    lines = read_metrics(metrics)
+    trained = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     if not trained:
         return None
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from model import LMConfig, MiniMindLM
 from model.tokenizer import tokenizer_hash
 from trainer.arguments import ROOT
-from trainer.errors import UserError
+from trainer.errors import UserError, note
 from trainer.files import load_tensors
 
 SHIPPED_TOKENIZER = ROOT / "model" / "minimind_tokenizer"
@@ -81,15 +81,24 @@ def read_settings(path: Path) -> dict | None:
     """What the json beside the weights says; None where there is none (a downloaded file).
 
     Raises:
-        UserError: it is not valid JSON.
+        UserError: it is damaged.
     """
     beside = path.with_suffix(".json")
     if not beside.is_file():
         return None
     try:
-        return json.loads(beside.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{beside} is not valid JSON ({error}): restore it, or delete it to go by the flags") from None
+        settings = json.loads(beside.read_text(encoding="utf-8"))
+        if not isinstance(settings["tokenizer"], str):
+            raise TypeError("its tokenizer is no text")
+        saved_config(settings)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{beside} is damaged ({error!r:.200}): restore it, or delete it to go by the flags") from None
+    return settings
+
+
+def saved_config(settings: dict) -> LMConfig:
+    """The model that a json beside weights describes."""
+    return LMConfig(**{k: v for k, v in settings["config"].items() if k in ARCHITECTURE or k == "max_seq_len"})
 
 
 def architecture(config: LMConfig) -> dict:
@@ -115,31 +124,35 @@ def load_weights(
     if not path.is_file():
         maker = SCRIPT_OF_STAGE.get(re.sub(r"_\d+(_moe)?$", "", path.stem))
         raise UserError(f"{path} is missing: " + (f"{maker} makes it" if maker else "check --out_dir and the flags"))
+    asking = "the flags ask"
     settings = read_settings(path)
-    if settings is not None:
-        saved = LMConfig(**{k: v for k, v in settings["config"].items() if k in ARCHITECTURE or k == "max_seq_len"})
+    if settings is None:
+        note(f"{path} has no json beside it; assumed is the tokenizer {tokenizer.name_or_path}")
+    else:
+        saved = saved_config(settings)
         if config is None:
-            config = saved
-        _compare(path, architecture(saved), architecture(config), "its json", "the flags")
+            config, asking = saved, "its json asks"
+        _compare(path, architecture(saved), "by its json", architecture(config), asking)
         if settings["tokenizer"] != tokenizer_hash(tokenizer):
             raise UserError(
-                f"{path} was trained with tokenizer {settings['tokenizer']}, and this one is "
+                f"{path} was trained with tokenizer {settings['tokenizer']}, and {tokenizer.name_or_path} is "
                 f"{tokenizer_hash(tokenizer)}: name the right folder with --tokenizer"
             )
     state = read_state(path)
     if config is None:
         config = config_from(shape_of(state), tokenizer)
-    _compare(path, shape_of(state), architecture(config), "its tensors", "the flags")
+    _compare(path, shape_of(state), "by its tensors", architecture(config), asking)
     model = MiniMindLM(config)
-    try:
-        result = model.load_state_dict(state, strict=not missing)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())[:300]}") from None
-    lacking = [key for key in result.missing_keys if not key.startswith(missing)]
-    if lacking or result.unexpected_keys:
-        raise UserError(
-            f"{path} does not fit the model: lacks {lacking[:3]}, has {result.unexpected_keys[:3]} too much"
-        )
+    wanted = model.state_dict()
+    lacking = [key for key in wanted if key not in state and not key.startswith(missing)]
+    surplus = [key for key in state if key not in wanted]
+    if lacking or surplus:
+        raise UserError(f"{path} does not fit the model: it lacks {_few(lacking)} and has {_few(surplus)} too much")
+    reshaped = [key for key in state if state[key].shape != wanted[key].shape]
+    if reshaped:
+        key = reshaped[0]
+        raise UserError(f"{path} does not fit the model: {key} is {[*state[key].shape]}, not {[*wanted[key].shape]}")
+    model.load_state_dict(state, strict=not missing)
     return model
 
 
@@ -155,12 +168,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return {key: value.float() for key, value in state.items() if key.split(".")[-1] not in OLD_BUFFERS}
 
 
-def _compare(path: Path, left: dict, right: dict, left_name: str, right_name: str) -> None:
-    different = [name for name in left if name in right and left[name] != right[name]]
+def _compare(path: Path, ours: dict, by: str, theirs: dict, asking: str) -> None:
+    different = [name for name in ours if name in theirs and ours[name] != theirs[name]]
     if different:
-        ours = ", ".join(f"{name} {left[name]}" for name in different)
-        theirs = ", ".join(f"{name} {right[name]}" for name in different)
-        raise UserError(f"{path} has {ours} ({left_name}), but {right_name} ask for {theirs}")
+        has = ", ".join(f"{name} {ours[name]}" for name in different)
+        asked = ", ".join(f"{name} {theirs[name]}" for name in different)
+        raise UserError(f"{path} has {has} {by}, but {asking} for {asked}")
+
+
+def _few(keys: list[str]) -> str:
+    return "nothing" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def shape_of(state: dict[str, Tensor]) -> dict:
