@@ -288,11 +288,9 @@ def write(files: dict[str, list[dict]], folder: Path) -> list[str]:
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     manifest = folder / "manifest.json"
     ours = read_manifest(manifest)
-    there = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files if (folder / name).exists()
-    }
+    there = {name: digest_of(folder / name) for name in files if (folder / name).exists()}
     for name, digest in there.items():
-        if digest not in (ours.get(name), digests[name]):
+        if digest is None or digest not in (ours.get(name), digests[name]):
             raise UserError(
                 f"{folder / name} was not written by this script, or was changed: move it, or use --out_dir"
             )
@@ -307,6 +305,11 @@ def write(files: dict[str, list[dict]], folder: Path) -> list[str]:
         state = "unchanged" if there.get(name) == digests[name] else "written"
         report.append(f"{name:<24}{len(files[name]):>8} lines  {state}")
     return report
+
+
+def digest_of(path: Path) -> str | None:
+    """The SHA-256 of a file; None of what is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def read_manifest(path: Path) -> dict[str, str]:
