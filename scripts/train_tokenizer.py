@@ -7,7 +7,9 @@ The shipped one was made by
         dataset/demo/pretrain_hq.jsonl dataset/demo/sft_mini_512.jsonl dataset/demo/r1_mix_1024.jsonl
 
 A tenth of the texts is kept aside (by a hash of the text, so that no text is on both sides); characters a token are
-measured there.
+measured there. With --only_measure a tokenizer that is there already is verified and measured:
+
+    python scripts/train_tokenizer.py --only_measure --data_path ../shared/data/*.jsonl
 """
 
 import argparse
@@ -19,14 +21,15 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/train_tokenizer.py` find the rooms)
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dataset.jsonl import BadRecord, JsonlReader
+from dataset.records import chat_of, text_of
 from model.chat import CHAT_TEMPLATE, render_chat
-from model.tokenizer import StreamDecoder
+from model.tokenizer import StreamDecoder, token_bytes
 from trainer.arguments import Switch, positive
 from trainer.errors import UserError, launch
-from trainer.weights import SHIPPED_TOKENIZER
+from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<image>")
@@ -46,20 +49,19 @@ def texts_of(record: dict) -> list[str]:
     """The texts of a line in any of the project's formats.
 
     Raises:
-        BadRecord: none of them.
+        BadRecord: it is in none of them.
     """
-    if isinstance(record.get("text"), str):
-        return [record["text"]]
-    turns = [turn for key in ("conversations", "chosen", "rejected") for turn in record.get(key) or []]
-    texts = [turn["content"] for turn in turns if isinstance(turn, dict) and isinstance(turn.get("content"), str)]
-    if not texts:
+    if "text" in record:
+        return [text_of(record)]
+    keys = [key for key in ("conversations", "chosen", "rejected") if key in record]
+    if not keys:
         raise BadRecord('neither "text" nor "conversations" nor "chosen" and "rejected"')
-    return texts
+    return [turn["content"] for key in keys for turn in chat_of(record, key)]
 
 
 def is_kept_aside(text: str, share: float) -> bool:
     """Whether a text is for measuring, not for training; the same text always falls on the same side."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:4], "big") < share * 2**32
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") < share * 2**32
 
 
 def texts_in(paths: list[Path], share: float, kept_aside: bool) -> Iterator[tuple[Path, str]]:
@@ -92,18 +94,24 @@ def verify(tokenizer: PreTrainedTokenizerFast) -> None:
     """Check what the project relies on.
 
     Raises:
-        AssertionError: which of it does not hold.
+        UserError: which of it does not hold.
     """
-    assert tokenizer.convert_tokens_to_ids(list(SPECIAL)) == [0, 1, 2], "the special tokens must be 0, 1 and 2"
+    ids = tokenizer.convert_tokens_to_ids(list(SPECIAL))
+    if ids != [0, 1, 2]:
+        raise UserError(f"the ids of {', '.join(SPECIAL)} are {ids}, not 0, 1 and 2")
+    pieces = token_bytes(tokenizer)
+    lacking = {bytes([byte]) for byte in range(256)}.difference(pieces)
+    if lacking:  # then not every text has tokens
+        raise UserError(f"{len(lacking)} of the 256 bytes have no entry, {min(lacking)} for one")
     every_byte = bytes(range(256)).decode("latin-1")  # as characters: UTF-8 puts all lead and trail bytes to use
     for text in (*PROBES, every_byte, *map(chr, range(0x80, 0x800, 7))):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        decoder = StreamDecoder(tokenizer)
-        back = "".join(map(decoder.push, ids)) + decoder.flush()
-        assert back == text, f"the round trip of {text!r} gives {back!r}"
+        decoder = StreamDecoder(pieces)
+        back = "".join(map(decoder.push, tokenizer.encode(text, add_special_tokens=False))) + decoder.flush()
+        if back != text:
+            raise UserError(f"the round trip of {text!r} gives {back!r}")
     chat = [{"role": "user", "content": "你好, world"}, {"role": "assistant", "content": "Hi 🙂"}]
-    rendered = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-    assert rendered == render_chat(tokenizer, chat)[0], "the chat template and model/chat.py disagree"
+    if tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) != render_chat(tokenizer, chat)[0]:
+        raise UserError("its chat template lays a chat out in another way than model/chat.py")
 
 
 def kind_of(path: Path, text: str) -> str | None:
@@ -124,23 +132,12 @@ def characters_a_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[tuple
     return {kind: characters[kind] / tokens[kind] for kind in sorted(characters)}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="jsonl files")
-    parser.add_argument("--out_dir", type=Path, default=SHIPPED_TOKENIZER)
-    parser.add_argument("--vocab_size", type=positive, default=6400)
-    parser.add_argument("--holdout", type=float, default=0.1, help="share of the texts kept aside for measuring")
-    parser.add_argument("--overwrite", action=Switch, help="replace the tokenizer in --out_dir")
-    args = parser.parse_args()
-    if not 0 <= args.holdout < 1:
-        raise UserError(f"--holdout must be from 0 to below 1, not {args.holdout}")
-    if args.vocab_size < 256 + len(SPECIAL) + len(TAGS):
-        raise UserError(f"--vocab_size {args.vocab_size} has no room for the 256 bytes and {len(SPECIAL + TAGS)} tags")
-    if (args.out_dir / "tokenizer.json").exists() and not args.overwrite:
-        raise UserError(f"{args.out_dir} has a tokenizer already, and models that need it: --overwrite replaces it")
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the folder that `AutoTokenizer` loads; what was there stays as it was until all of it is written and holds.
 
-    tokenizer = train((text for _, text in texts_in(args.data_path, args.holdout, False)), args.vocab_size)
-    new = args.out_dir.with_name(f".{args.out_dir.name}.new")
+    Raises:
+        UserError: it cannot be written; see `verify`.
+    """
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -151,17 +148,42 @@ def main():
         clean_up_tokenization_spaces=False,
         model_max_length=8192,
     )
+    new = folder.with_name(f".{folder.name}.new")
     try:
         fast.save_pretrained(new)
-        saved = AutoTokenizer.from_pretrained(new, local_files_only=True)
-        verify(saved)
-        args.out_dir.mkdir(parents=True, exist_ok=True)
+        verify(load_tokenizer(new))
+        folder.mkdir(parents=True, exist_ok=True)
         for file in new.iterdir():
-            file.replace(args.out_dir / file.name)
+            file.replace(folder / file.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
-    print(f"{len(saved)} entries in {args.out_dir}; round trips, special ids and chat template verified")
-    for kind, value in characters_a_token(saved, texts_in(args.data_path, args.holdout, True)).items():
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="jsonl files")
+    parser.add_argument("--out_dir", type=Path, default=SHIPPED_TOKENIZER)
+    parser.add_argument("--vocab_size", type=positive, default=6400)
+    parser.add_argument("--holdout", type=float, default=0.1, help="share of the texts kept aside for measuring")
+    parser.add_argument("--overwrite", action=Switch, help="replace the tokenizer in --out_dir")
+    parser.add_argument("--only_measure", action=Switch, help="train none: verify and measure the one in --out_dir")
+    args = parser.parse_args()
+    folder = args.out_dir.resolve()
+    if not 0 <= args.holdout < 1:
+        raise UserError(f"--holdout must be from 0 to below 1, not {args.holdout}")
+    if args.vocab_size < 256 + len(SPECIAL) + len(TAGS):
+        raise UserError(f"--vocab_size {args.vocab_size} has no room for the 256 bytes and {len(SPECIAL + TAGS)} tags")
+
+    if not args.only_measure:
+        if (folder / "tokenizer.json").exists() and not args.overwrite:
+            raise UserError(f"{folder} has a tokenizer already, and models that need it: --overwrite replaces it")
+        save(train((text for _, text in texts_in(args.data_path, args.holdout, False)), args.vocab_size), folder)
+    tokenizer = load_tokenizer(folder)
+    verify(tokenizer)
+    print(f"{len(tokenizer)} entries in {folder}; round trips, special ids and chat template verified")
+    for kind, value in characters_a_token(tokenizer, texts_in(args.data_path, args.holdout, True)).items():
         print(f"{kind:<16} {value:.3f} characters a token, on texts kept aside")
 
 
