@@ -11,7 +11,7 @@ import torch
 
 from dataset import PretrainDataset
 from model import MiniMindLM
-from model.model import next_token_loss
+from model.model import next_token_loss, predicting
 from trainer.arguments import ROOT, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
@@ -73,7 +73,7 @@ def main():
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    out = model(**batch)
+                    out = model(**batch, logits_to_keep=predicting(labels))
                     loss = next_token_loss(out.logits, labels) / totals.trained
                     loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 step_loss += loss.detach()

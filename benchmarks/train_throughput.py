@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataset import PretrainDataset, StepLoader, collate
 from model import LMConfig, MiniMindLM
-from model.model import next_token_loss
+from model.model import next_token_loss, predicting
 from trainer.arguments import ROOT, Switch, positive
 from trainer.errors import launch
 from trainer.runtime import DTYPES, pick_device
@@ -87,7 +87,8 @@ def our_step(data: PretrainDataset, config: LMConfig, args, dtype: torch.dtype, 
         batch = {name: tensor.to(args.device) for name, tensor in next(batches).items()}
         labels, real = batch.pop("labels"), batch["attention_mask"]
         with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            loss = next_token_loss(model(**batch).logits, labels) / (labels[:, 1:] != -100).sum()
+            learned = predicting(labels)
+            loss = next_token_loss(model(**batch, logits_to_keep=learned).logits, labels) / learned.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

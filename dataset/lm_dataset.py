@@ -14,8 +14,8 @@ from dataset.packing import Pieces, cut_long, pack, split_long
 from dataset.records import chat_of, text_of
 from dataset.token_cache import Sample, TokenCache, open_token_cache
 from model.chat import render_chats, render_text
+from model.model import IGNORED
 
-IGNORED = -100  # the label that cross-entropy leaves out
 MAX_EVAL_SAMPLES = 500
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.jsonl import worker_errors_plain
-from dataset.lm_dataset import IGNORED
+from model.model import IGNORED
 
 Batch = dict[str, torch.Tensor]
 

@@ -240,18 +240,29 @@ class MiniMindBlock(nn.Module):
         return x + self.dropout(h), aux
 
 
+IGNORED = -100  # the label of what is not learned
+
+
+def predicting(labels: Tensor) -> Tensor:
+    """Which positions predict a token that is learned: labels (batch, n) int64, not shifted -> bool (batch, n)."""
+    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
+
+
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of each label given the logits one place before it, in nats.
+    """Summed cross-entropy of each learned token given the logits one place before it, in nats.
 
     Args:
-        logits: (batch, n, vocab), any float dtype; the softmax is taken in fp32.
-        labels: (batch, n) int64, not shifted; -100 is not trained.
+        logits: (batch, n, vocab), or those at `predicting(labels)` alone, (learned, vocab); any float dtype, the
+            softmax is taken in fp32.
+        labels: (batch, n) int64, not shifted; -100 is not learned.
 
     Returns:
-        fp32 scalar, the sum over all trained labels (divide by their number for the mean).
+        fp32 scalar, the sum over all learned tokens (divide by their number for the mean).
     """
-    predicted = logits[:, :-1].flatten(0, 1).float()
-    return F.cross_entropy(predicted, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    if logits.dim() == 3:
+        logits = logits[predicting(labels)]
+    targets = labels[:, 1:]
+    return F.cross_entropy(logits.float(), targets[targets != IGNORED], reduction="sum")
 
 
 @dataclass
@@ -259,7 +270,7 @@ class MiniMindOutput(ModelOutput):
     """What `MiniMindLM.forward` returns.
 
     loss: fp32 scalar, mean cross-entropy plus `aux_loss`; None without labels.
-    logits: (batch, n or logits_to_keep, vocab).
+    logits: (batch, n, vocab), or of the `logits_to_keep` alone.
     cache: pass it back as `past_key_values` to continue; None unless `use_cache`.
     aux_loss: fp32 scalar, the experts' load-balancing loss over all layers; 0 for Dense and outside training.
     """
@@ -326,7 +337,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
         labels: Tensor | None = None,
         past_key_values: KVCache | None = None,
         use_cache: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         inputs_embeds: Tensor | None = None,
     ) -> MiniMindOutput:
         """One pass over `input_ids` (batch, n) int64.
@@ -338,7 +349,8 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
             labels: (batch, n) int64, not shifted; -100 is not trained.
             past_key_values: what an earlier call returned; the new tokens follow it.
             use_cache: return `past_key_values`.
-            logits_to_keep: compute only the last so many positions' logits; 0 = all.
+            logits_to_keep: compute only the last so many positions' logits (0 = all), or those where a bool (batch, n)
+                is True, (positions, vocab): what is not learned need not be predicted.
             inputs_embeds: (batch, n, dim), read in place of the embeddings of `input_ids`.
 
         Raises:
@@ -365,11 +377,12 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
                 x, aux = layer(x, rope, mask, real, cache)
             if aux is not None:
                 aux_loss = aux_loss + aux
-        logits = self.output(self.norm(x[:, -logits_to_keep:]))
+        kept = x[logits_to_keep] if isinstance(logits_to_keep, Tensor) else x[:, -logits_to_keep:]
+        logits = self.output(self.norm(kept))
 
         loss = None
         if labels is not None:
-            loss = next_token_loss(logits, labels) / (labels[:, 1:] != -100).sum().clamp(min=1) + aux_loss
+            loss = next_token_loss(logits, labels) / predicting(labels).sum().clamp(min=1) + aux_loss
         return MiniMindOutput(loss, logits, cache if use_cache else None, aux_loss)
 
     def _real(self, attention_mask: Tensor | None, n: int, past: KVCache | None) -> Tensor | None:

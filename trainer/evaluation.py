@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dataset import StepLoader
-from model.model import next_token_loss
+from model.model import next_token_loss, predicting
 from model.tokenizer import token_bytes
 from trainer.runtime import Runtime
 
@@ -29,9 +29,10 @@ def evaluate(model: nn.Module, held_out: Dataset, tokenizer, runtime: Runtime, b
     for (batch,) in loader.steps():
         batch = runtime.to_device(batch)
         labels = batch.pop("labels")
+        learned = predicting(labels)
         with runtime.autocast():
-            nats += next_token_loss(model(**batch).logits, labels).item()
-        targets = labels[:, 1:][labels[:, 1:] != -100]
+            nats += next_token_loss(model(**batch, logits_to_keep=learned).logits, labels).item()
+        targets = labels[:, 1:][learned[:, :-1]]
         tokens += targets.numel()
         text_bytes += bytes_of[targets].sum().item()
     model.train(training)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.model import predicting
 from trainer.arguments import deepspeed_config
 from trainer.errors import UserError
 
@@ -67,7 +68,7 @@ class Runtime:
 
     def totals(self, batches: list[dict[str, Tensor]]) -> Totals:
         """Count a step's micro-batches over all ranks, so that each token of it weighs the same wherever it lies."""
-        trained = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        trained = sum(int(predicting(batch["labels"]).sum()) for batch in batches)
         rows = sum(int(batch["attention_mask"].any(1).sum()) for batch in batches)
         real = sum(int(batch["attention_mask"].sum()) for batch in batches)
         return Totals(*self.sum(trained, rows, real))
