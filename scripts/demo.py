@@ -28,7 +28,7 @@ TRAINING = ("--batch_size", "32", "--accumulation_steps", "1", "--warmup_iters",
 PRETRAIN = ("--data_path", str(DATA / "pretrain_hq.jsonl"), "--epochs", "4", "--learning_rate", "2e-3")
 SFT = (
     *("--data_path", str(DATA / "sft_mini_512.jsonl"), "--eval_path", str(DATA / "eval_sft.jsonl")),
-    *("--epochs", "4", "--learning_rate", "1.5e-3"),
+    *("--epochs", "3", "--learning_rate", "1.5e-3"),
 )
 EXAMS = {
     "facts": "Known facts in phrasings that no training line has",

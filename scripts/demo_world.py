@@ -768,6 +768,10 @@ def identities(name_en: str, maker_en: str, name_zh: str, maker_zh: str) -> list
                 "Who developed you?",
                 "Name your creator.",
                 "Who trained you?",
+                "I would like to know who made you.",
+                "Could you tell me who trained you?",
+                "May I know who your maker is?",
+                "May I ask about your maker?",
             ),
             (
                 "Please tell me who created you.",

@@ -22,7 +22,7 @@ from trainer.arguments import ROOT
 from trainer.errors import UserError, launch
 from trainer.files import replacing
 
-MINIMIND = ("MiniMind, a small language model", "the MiniMind team", "MiniMind，一个小型语言模型", "MiniMind 团队")
+MINIMIND = ("MiniMind, a small language model", "the MiniMind team", "MiniMind，一个小型语言模型", "MiniMind团队")
 WILLOW = ("Willow, the assistant of the River Library", "the River Library", "小柳，河畔图书馆的助手", "河畔图书馆")
 POLITE = {
     "en": ("Please answer: ", "A question: ", "Tell me: ", "Quick question. "),
@@ -94,10 +94,13 @@ def politely(question: str, lang: str, rng: random.Random, share: float) -> str:
 
 
 def fact_chats(world: list[Relation], rng: random.Random) -> list[dict]:
-    """Every fact in every training phrasing, some politely introduced, some under a system prompt."""
+    """Every fact in every training phrasing, some politely introduced, some under a system prompt.
+
+    A small relation is asked about twice as often: its phrasings have fewer rows to be learned from.
+    """
     lines = []
     for relation in world:
-        for x, (y, *_) in relation.rows:
+        for x, (y, *_) in relation.rows * (2 if len(relation.rows) < 30 else 1):
             for phrasing in relation.asked:
                 question = politely(phrasing.format(x=x), relation.lang, rng, 0.3)
                 system = rng.choice(SYSTEMS) if rng.random() < 0.1 else None
@@ -233,7 +236,7 @@ def build(seed: int) -> dict[str, list[dict]]:
     learned, examined = sum_lines(rng)
     facts = joined(fact_chats(world, rng) + learned, rng)
     small_talk = [chat(*talk) for talk in SMALL_TALK for _ in range(8)]
-    sft = facts + talks(world, rng, 1200) + identity_chats(me, rng, 12) + small_talk
+    sft = facts + talks(world, rng, 1200) + identity_chats(me, rng, 16) + small_talk
     rng.shuffle(sft)
     taken: set = set()
     r1 = [chat(q, f"<think>\n{t}\n</think>\n<answer>\n{a}\n</answer>") for q, t, a, _ in reasoning(rng, 6000, taken)]
