@@ -9,7 +9,7 @@ that somebody typed can never turn into a control token.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +18,8 @@ DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手�
 ROLES = ("system", "user", "assistant")
 IMAGE_MARKER = "<image>"  # an image's place in a line of data, and the shipped tokenizer's entry for one
 IMAGE_PLACE = -1  # an image's places among rendered ids, until they get their own id: no text renders to it
+CALL_CHARS = 1 << 20  # of text in one call of the tokenizer…
+STRETCH_CHARS = 1 << 16  # …and of one text at once, so that the tokenizer's threads share a long one
 
 # The same layout for `tokenizer.apply_chat_template`, saved with the tokenizer for tools outside this project.
 CHAT_TEMPLATE = (
@@ -39,7 +41,7 @@ Chat = Sequence[dict[str, Content]]
 def render_chats(
     tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], add_generation_prompt: bool = False
 ) -> list[tuple[list[int], list[bool]]]:
-    """Render chats to token ids and loss masks; all text goes through one call of the Rust tokenizer and its threads.
+    """Render chats to token ids and loss masks; all text goes to the Rust tokenizer together, for its threads.
 
     Args:
         tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; never changed.
@@ -91,7 +93,7 @@ def render_chat(
 
 
 def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[list[int]]:
-    """Render pretraining samples, `<s>text</s>`, in one call of the Rust tokenizer.
+    """Render pretraining samples, `<s>text</s>`.
 
     A literal `<s>` at the start and `</s>` at the end of a text (one published form of the data has them) are those
     same delimiters and not doubled; anywhere else they are plain text.
@@ -150,11 +152,54 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[
         backend = Tokenizer.from_str(backend.to_str())
         backend.no_truncation()
         backend.no_padding()
+    ids: list[list[int]] = [[] for _ in texts]
     try:
-        encodings = backend.encode_batch_fast(texts, is_pretokenized=True, add_special_tokens=False)
+        for call in _calls(texts):
+            stretches = [stretch for _, stretch in call]
+            encodings = backend.encode_batch_fast(stretches, is_pretokenized=True, add_special_tokens=False)
+            for (text, _), encoding in zip(call, encodings, strict=True):
+                ids[text] += encoding.ids
     except TypeError as error:  # Rust strings are UTF-8, and this is all it says of one that cannot be
         raise ValueError("a text holds half a character (a lone surrogate), which UTF-8 cannot spell") from error
-    return [encoding.ids for encoding in encodings]
+    return ids
+
+
+def _calls(texts: list[list[str]]) -> Iterator[list[tuple[int, list[str]]]]:
+    """What goes to the tokenizer in one call, as (number of the text, parts of it): `CALL_CHARS` or little more.
+
+    Almost always that is all there is. But a token takes 400 bytes inside the tokenizer, so that a text of 50 MB, given
+    at once, would take 6 GB.
+    """
+    call, chars = [], 0
+    for text, parts in enumerate(texts):
+        for stretch in _stretches(parts):
+            call.append((text, stretch))
+            chars += sum(map(len, stretch))
+            if chars >= CALL_CHARS:
+                yield call
+                call, chars = [], 0
+    if call:
+        yield call
+
+
+def _stretches(parts: list[str]) -> Iterator[list[str]]:
+    """A text's parts together, or a very long text's in stretches of at most `STRETCH_CHARS`.
+
+    A stretch ends before white space, where a word ends for the pre-tokenizer too, so that the tokens are the same.
+    Only text that has no white space for half a stretch is cut anywhere, and may there take a token more.
+    """
+    if sum(map(len, parts)) <= STRETCH_CHARS:
+        yield parts
+        return
+    for part in parts:
+        start = 0
+        while len(part) - start > STRETCH_CHARS:
+            end = start + STRETCH_CHARS
+            ends = range(end, end - STRETCH_CHARS // 2, -1)
+            end = next((i for i in ends if part[i].isspace() and not part[i - 1].isspace()), end)
+            yield [part[start:end]]
+            start = end
+        yield [part[start:]]
 
 
 def fit_history(
