@@ -81,7 +81,8 @@ def open_feature_cache(
             json.dump({"names": names, "shape": features.shape[1:]}, file, ensure_ascii=False)
             to_disk(file)
 
-    return FeatureCache(open_cache_folder(images_path, f"features-{tower}-{digest([FORMAT, images])}", build))
+    # Which images are asked for is no state of the folder: the next data file may ask for others.
+    return FeatureCache(open_cache_folder(images_path, "features", f"{tower}-{digest([FORMAT, images])}", build))
 
 
 class _Loaded(Dataset):

@@ -101,7 +101,7 @@ class JsonlReader:
     def _lines(self, file: BinaryIO) -> Iterator[bytes]:
         """The lines as bytes, so that jsonlines can say which one is not UTF-8, counted and kept for the excerpt."""
         blank = 0  # lines, which are at the end of the file if nothing follows them
-        for line in file:
+        for line in self._read(file):
             self.bytes_read += len(line)
             line = line.strip()
             if not line:
@@ -113,6 +113,12 @@ class JsonlReader:
             blank = 0
             self._line = line
             yield line
+
+    def _read(self, file: BinaryIO) -> Iterator[bytes]:
+        try:
+            yield from file
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}") from error
 
     def _refuse(self, number: int, reason: str) -> None:
         bad = f"line {number}: {reason}" + (f": {excerpt(self._line)}" if self._line else "")

@@ -10,7 +10,7 @@ A cache is a folder, written under another name and renamed when it is whole:
     note_offsets.bin  int64 (samples + 1,): as offsets.bin, in bytes
     info.json         counts, and the first bad line that was skipped
 
-Samples are whole, so one cache serves every row length.
+Samples are whole, so one cache serves every row length. When the data file changes, the next cache replaces the old.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.cache_folder import digest, open_cache_folder, to_disk
+from dataset.cache_folder import digest, hold, open_cache_folder, to_disk
 from dataset.jsonl import DataError, JsonlReader, require_data_file
 from model.tokenizer import tokenizer_hash
 
@@ -42,11 +42,12 @@ class TokenCache:
     Attributes:
         lengths: tokens of each sample, int64 (samples,).
         first_target: place of the first token to learn in each sample, its length when there is none, int64 (samples,).
-        bad_lines, first_bad: how many lines were skipped, and "line 17: reason" of the first, or None.
+        bad_lines, first_bad: how many lines were skipped, and the first, as `JsonlReader` tells it, or None.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        hold(folder, self)
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         self.bad_lines: int = info["bad_lines"]
         self.first_bad: str | None = info["first_bad"]
@@ -115,19 +116,26 @@ def open_token_cache(
             cannot be written.
     """
     path = require_data_file(data_path)
-    source = _fingerprint(path)
-    key = digest([FORMAT, source, tokenizer_hash(tokenizer), kind, skip_bad_lines])
+    state = _state(path)
+    settings = digest([FORMAT, tokenizer_hash(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id])
 
     def build(folder: Path) -> None:
         reader = JsonlReader(path, parse, skip_bad_lines)
         _build(folder, reader, encode, np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-        if _fingerprint(path) != source:
+        if _state(path) != state:
             raise DataError(f"{path} changed while it was being read: start again")
 
-    return TokenCache(open_cache_folder(path, f"{path.stem[:80]}-{kind}-{key}", build))
+    folder = open_cache_folder(path, state, f"{kind}-{settings}", build)
+    try:
+        cache = TokenCache(folder)
+    except OSError as error:
+        raise DataError(f"the cache {folder} cannot be read ({error.strerror}): start again") from error
+    if cache.bad_lines and not skip_bad_lines:
+        raise DataError(f"{path}, {cache.first_bad}")
+    return cache
 
 
-def _fingerprint(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> list:
+def _state(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> str:
     """What tells one state of a file from another without reading 9 GB: size, time, and blocks from head to tail."""
     status = path.stat()
     content = hashlib.sha256()
@@ -135,7 +143,7 @@ def _fingerprint(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> li
         for start in np.linspace(0, max(0, status.st_size - block_bytes), blocks, dtype=np.int64).tolist():
             file.seek(start)
             content.update(file.read(block_bytes))
-    return [status.st_size, status.st_mtime_ns, content.hexdigest()]
+    return digest([status.st_size, status.st_mtime_ns, content.hexdigest()])
 
 
 def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Sample]], dtype: type) -> None:
@@ -151,7 +159,8 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
             writer.write(encode(batch))
             progress.update(reader.bytes_read - progress.n)
     if not writer.samples:
-        raise DataError(f"{reader.path} has no good line; {reader.bad_lines} bad, the first: {reader.first_bad}")
+        found = f"{reader.bad_lines} bad, the first: {reader.first_bad}" if reader.bad_lines else "all are blank"
+        raise DataError(f"{reader.path} has no good line; {found}")
     info = {
         "source": reader.path.name,
         "dtype": np.dtype(dtype).name,
@@ -194,7 +203,7 @@ class _Writer:
             self._files = {name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names}
             self._stack = stack.pop_all()
         for name in ("offsets", "note_offsets"):
-            np.zeros(1, np.int64).tofile(self._files[name])
+            self._files[name].write(np.zeros(1, np.int64))
 
     def __enter__(self) -> "_Writer":
         return self
@@ -202,35 +211,39 @@ class _Writer:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         with self._stack:
             if error_type is None:
-                np.packbits(self._odd_bits).tofile(self._files["mask"])
+                self._files["mask"].write(np.packbits(self._odd_bits))
                 for file in self._files.values():
                     to_disk(file)
 
     def write(self, samples: list[Sample]) -> None:
         """Append samples; either all of them carry a mask or none does, in one cache, and so with notes."""
+        if not samples:
+            return
         ids = [np.asarray(sample[0], self.dtype) for sample in samples]
         masks = [np.asarray(sample[1], bool) for sample in samples if sample[1] is not None]
         notes = [json.dumps(sample[2]).encode() for sample in samples if len(sample) > 2]
-        np.concatenate(ids).tofile(self._files["tokens"])
-        ends = self.tokens + np.cumsum([len(sample_ids) for sample_ids in ids])
-        ends.astype(np.int64).tofile(self._files["offsets"])
-        self.tokens = int(ends[-1])
+        self._files["tokens"].write(np.concatenate(ids))
+        self.tokens = self._write_ends("offsets", self.tokens, ids)
         first = [_first_target(mask) for mask in masks] if masks else [1] * len(ids)
-        np.asarray(first, np.int64).tofile(self._files["first_target"])
+        self._files["first_target"].write(np.asarray(first, np.int64))
         if masks:
             self.masked = True
             self._write_bits(masks)
         if notes:
             self._files["notes"].write(b"".join(notes))
-            ends = self.note_bytes + np.cumsum([len(note) for note in notes])
-            ends.astype(np.int64).tofile(self._files["note_offsets"])
-            self.note_bytes = int(ends[-1])
+            self.note_bytes = self._write_ends("note_offsets", self.note_bytes, notes)
         self.samples += len(ids)
+
+    def _write_ends(self, name: str, begin: int, parts: list) -> int:
+        """Append where each of the parts, which lie end to end from `begin`, ends; return the last end."""
+        ends = begin + np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self._files[name].write(ends)
+        return int(ends[-1])
 
     def _write_bits(self, masks: list[np.ndarray]) -> None:
         bits = np.concatenate([self._odd_bits, *masks])
         whole = len(bits) // 8 * 8
-        np.packbits(bits[:whole]).tofile(self._files["mask"])
+        self._files["mask"].write(np.packbits(bits[:whole]))
         self._odd_bits = bits[whole:]
 
 
