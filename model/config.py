@@ -91,6 +91,9 @@ class LMConfig(PretrainedConfig):
         )
 
     def _check(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
             raise ValueError(f"dim {self.dim} must be n_heads {self.n_heads} times an even head size")
         if self.n_heads % self.n_kv_heads:

@@ -1,6 +1,7 @@
 """The MiniMind decoder: pre-norm, RoPE, grouped-query attention, SwiGLU; dense or a mixture of experts."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -156,11 +157,10 @@ def load_balancing_loss(probabilities: Tensor, chosen: Tensor, real: Tensor, per
         fp32 scalar; 0 when nothing is real.
     """
     experts = probabilities.size(-1)
-    real = real.float()
-    assigned = F.one_hot(chosen, experts).sum(-2).float()  # (batch, n, experts)
-    counts = torch.einsum("bn,bne->be", real, assigned)
-    mass = torch.einsum("bn,bne->be", real, probabilities)
-    tokens = real.sum(1, keepdim=True)  # (batch, 1)
+    real = real[..., None].float()
+    assigned = F.one_hot(chosen, experts).sum(-2)  # (batch, n, experts)
+    # written as products and sums: a matrix product would run in the half precision of autocast, which cannot count
+    counts, mass, tokens = (real * assigned).sum(1), (real * probabilities).sum(1), real.sum(1)
     if not per_row:
         counts, mass, tokens = counts.sum(0, keepdim=True), mass.sum(0, keepdim=True), tokens.sum(0, keepdim=True)
     some = tokens.clamp(min=1)
@@ -286,6 +286,15 @@ class MiniMindOutput(ModelOutput):
         return self.cache
 
 
+OLD_BUFFERS = r"(^|\.)(pos_cis|mask)$"  # tables that published files carry and the model computes
+
+
+def drop_old_buffers(model: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
+    """A published file loads unchanged, strictly too."""
+    for name in [name for name in state_dict if re.search(OLD_BUFFERS, name)]:
+        del state_dict[name]
+
+
 class MiniMindLM(TextGeneration, PreTrainedModel):
     """The language model: embedding, blocks, norm, and the embedding again as output matrix."""
 
@@ -294,7 +303,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MiniMindBlock"]  # noqa: RUF012 - transformers' own convention
     _tied_weights_keys = {"output.weight": "tok_embeddings.weight"}  # noqa: RUF012
-    _keys_to_ignore_on_load_unexpected = [r"pos_cis", r"\bmask$"]  # noqa: RUF012 - buffers of old files
+    _keys_to_ignore_on_load_unexpected = [OLD_BUFFERS]  # noqa: RUF012
 
     def __init__(self, config: LMConfig | None = None):
         super().__init__(config or LMConfig())
@@ -305,6 +314,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
+        self.register_load_state_dict_pre_hook(drop_old_buffers)
         self.post_init()  # initialises by _init_weights and ties output to tok_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -407,7 +417,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
         batch, n = input_ids.shape
         cached = 0 if past is None else past.length
         if position_ids is None and real is None and (past is None or past.segment_ids is None):
-            self._check_positions(cached + n - 1)
+            self._check_last_position(cached + n - 1)
             return torch.arange(cached, cached + n, device=input_ids.device)[None], None, None
 
         if past is None or past.segment_ids is None:
@@ -417,19 +427,22 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
             segments, start = past.segment_ids, past.next_position[:, None]
         if real is None:
             real = torch.ones_like(input_ids, dtype=torch.bool)
-        segment = segments.amax(1, keepdim=True) if cached else torch.ones_like(start)
+        segment = segments.amax(1, keepdim=True).clamp(min=1) if cached else torch.ones_like(start)
         if position_ids is None:
             positions = (start + real.cumsum(1) - 1).clamp(min=0)
         else:
             positions = position_ids.expand(batch, n)
             segment = segment + ((positions == 0) & real).cumsum(1)
-        if not torch.compiler.is_compiling():
-            self._check_positions(int(positions.max()))
+        self._check_data_positions(positions)
         last_real = (real * torch.arange(1, n + 1, device=real.device)).amax(1, keepdim=True) - 1  # -1: none
         following = torch.where(last_real < 0, start, positions.gather(1, last_real.clamp(min=0)) + 1)[:, 0]
         return positions, torch.cat((segments, real * segment), dim=1), following
 
-    def _check_positions(self, last: int) -> None:
+    @torch.compiler.disable  # what stands in a tensor is data, which no compiled graph can decide on
+    def _check_data_positions(self, positions: Tensor) -> None:
+        self._check_last_position(int(positions.max()))
+
+    def _check_last_position(self, last: int) -> None:
         if last >= self.config.max_seq_len:
             raise ValueError(f"position {last} is beyond the model's max_seq_len of {self.config.max_seq_len}")
 
