@@ -49,7 +49,6 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 class TextGeneration:
     """`generate` and `stream` for a model whose `forward` takes and returns a cache."""
 
-    @torch.inference_mode()
     def stream(
         self,
         input_ids: Tensor,
@@ -70,7 +69,7 @@ class TextGeneration:
         ends when all have, after `max_new_tokens`, or where the model's `max_seq_len` ends.
 
         Args:
-            input_ids: (batch, n) int64, padded on the left where rows differ in length.
+            input_ids: (batch, n) int64, padded on either side where rows differ in length.
             attention_mask: (batch, n), 0 = padding; None = nothing is.
             temperature: 0 = greedy, and then top_k, top_p and seed have no effect.
             repetition_penalty: over prompt and answer.
@@ -79,7 +78,8 @@ class TextGeneration:
             prompt_inputs: what else `forward` takes with the prompt, and only then (a VLM's images).
 
         Raises:
-            ValueError: a setting out of its range, or a prompt that fills the model already.
+            ValueError: at once, before the first token: a setting out of its range, a row without a token, or a prompt
+                that fills the model already.
         """
         for name, value, ok in (
             ("max_new_tokens", max_new_tokens, max_new_tokens > 0),
@@ -94,33 +94,47 @@ class TextGeneration:
         room = self.config.max_seq_len - n
         if n == 0 or room < 1:
             raise ValueError(f"a prompt of {n} tokens: the model takes 1 to {self.config.max_seq_len - 1}")
+        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if real.shape != input_ids.shape:
+            raise ValueError(f"attention_mask {(*real.shape,)} must be as input_ids, {(batch, n)}")
+        if not real.any(1).all():
+            raise ValueError("a row of the prompt is nothing but padding")
 
         device = input_ids.device
         if eos_token_id is None:
             eos_token_id = self.config.eos_token_id
-        stop_ids = torch.tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id), device=device)
+        stop_ids = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+        stop_ids = torch.tensor(stop_ids, dtype=torch.long, device=device)
         generator = None if seed is None else torch.Generator(device).manual_seed(seed)
         seen = None
         if repetition_penalty != 1:
-            real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
             seen = torch.zeros(batch, self.config.vocab_size, dtype=torch.long, device=device)
-            seen = seen.scatter_add(1, input_ids, real) > 0
-        running = torch.ones(batch, dtype=torch.bool, device=device)
-        cache, new = None, input_ids
-        for _ in range(min(max_new_tokens, room)):
-            out = self(new, attention_mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **prompt_inputs)
-            logits, cache, attention_mask, prompt_inputs = out.logits[:, -1].float(), out.past_key_values, None, {}
-            if seen is not None:
-                logits = penalise_repetition(logits, seen, repetition_penalty)
-            tokens = choose(logits, temperature, top_k, top_p, generator)
-            tokens = torch.where(running, tokens, self.config.pad_token_id)
-            yield tokens
-            running &= ~torch.isin(tokens, stop_ids)
-            if not running.any():
-                return
-            if seen is not None:
-                seen.scatter_(1, tokens[:, None], True)
-            new = tokens[:, None]
+            seen = seen.scatter_add(1, input_ids, real.long()) > 0
+
+        @torch.inference_mode()
+        def steps() -> Iterator[Tensor]:
+            running = torch.ones(batch, dtype=torch.bool, device=device)
+            after_last = real.flip(1).int().argmax(1)  # padding behind each row's last token
+            kept = int(after_last.max()) + 1
+            mask = None if real.all() else real  # without one, attention is plain and faster
+            out = self(input_ids, mask, use_cache=True, logits_to_keep=kept, **prompt_inputs)
+            logits = out.logits[torch.arange(batch, device=device), -1 - after_last]
+            for left in reversed(range(min(max_new_tokens, room))):
+                logits = logits.float()
+                if seen is not None:
+                    logits = penalise_repetition(logits, seen, repetition_penalty)
+                tokens = choose(logits, temperature, top_k, top_p, generator)
+                tokens = torch.where(running, tokens, self.config.pad_token_id)
+                yield tokens
+                running &= ~torch.isin(tokens, stop_ids)
+                if left == 0 or not running.any():
+                    return
+                if seen is not None:
+                    seen.scatter_(1, tokens[:, None], True)
+                out = self(tokens[:, None], past_key_values=out.past_key_values, use_cache=True)
+                logits = out.logits[:, -1]
+
+        return steps()
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings) -> Tensor:
         """Prompt and answer, (batch, n + new) int64; settings as for `stream`.
