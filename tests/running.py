@@ -1,8 +1,15 @@
 """Running the repository's scripts as a user does: a process of its own, read by its exit code and its output."""
 
+import functools
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,6 +18,8 @@ TINY_TRAINING = (
     *(*TINY, "--max_seq_len", "64", "--batch_size", "4", "--dtype", "float32", "--compile", "0"),
     *("--warmup_iters", "2", "--log_interval", "1", "--eval_interval", "0"),
 )
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+PATIENCE = 900  # seconds; only what hangs takes as long
 
 
 def run_script(
@@ -21,33 +30,124 @@ def run_script(
     env: dict[str, str] | None = None,
     cwd: Path = ROOT,
     stdin: str = "",
+    launcher: Sequence[str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run a script of the repository, under torchrun when `processes` is above 1; one thread a process.
+    """Run a script of the repository to its end; one thread a process.
 
     Args:
+        processes: above 1 they share one run, as torchrun would start them.
         exit_code: what it must end with; None accepts any.
         env: added to this process's environment.
         stdin: what is piped in; the script never sees a terminal.
+        launcher: start a new Python with these arguments before the script's name, rather than copy one that has its
+            imports behind it.
 
     Raises:
         AssertionError: it ended with another exit code; the message holds all it printed.
     """
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*launcher, str(ROOT / script), *map(str, arguments)],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | (env or {}),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    if launcher is not None:
+        done = subprocess.run(
+            [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)],
+            cwd=cwd,
+            env=_environment(env),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=PATIENCE,
+        )
+    else:
+        done = RunningScript(script, *arguments, processes=processes, env=env, cwd=cwd, stdin=stdin).wait()
     assert exit_code is None or done.returncode == exit_code, (
         f"{script} ended with {done.returncode}, not {exit_code}\n{done.stdout}\n{done.stderr}"
     )
     return done
+
+
+class RunningScript:
+    """A script under way; arguments as for `run_script`.
+
+    Args:
+        terminal: path of a terminal for it to run at, in place of pipes.
+
+    Attributes:
+        pids: its processes, rank by rank.
+    """
+
+    def __init__(
+        self,
+        script: str | Path,
+        *arguments: str | Path,
+        processes: int = 1,
+        env: dict[str, str] | None = None,
+        cwd: Path = ROOT,
+        stdin: str = "",
+        terminal: str | None = None,
+    ):
+        self._folder = tempfile.TemporaryDirectory(prefix="minimind-script-")
+        folder = Path(self._folder.name)
+        (folder / "stdin").write_text(stdin, encoding="utf-8")
+        self._out, self._err = folder / "out", folder / "err"
+        order = {
+            "script": str(ROOT / script),
+            "arguments": [*map(str, arguments)],
+            "cwd": str(cwd),
+            "stdin": terminal or str(folder / "stdin"),
+            "out": terminal or str(self._out),
+            "err": terminal or str(self._err),
+        }
+        ranks = [{}] if processes == 1 else _ranks(processes)
+        self.pids = [_ask(start=order | {"env": _environment(env) | rank})["pid"] for rank in ranks]
+        self._codes: dict[int, int] = {}
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text(encoding="utf-8", errors="replace") if self._out.exists() else ""
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text(encoding="utf-8", errors="replace") if self._err.exists() else ""
+
+    def exit_code(self) -> int | None:
+        """None while it runs; when a rank fails, the others are ended, as launchers do."""
+        for pid in self.pids:
+            if pid not in self._codes and (code := _ask(poll=pid)["exit_code"]) is not None:
+                self._codes[pid] = code
+                if code:
+                    self.send(signal.SIGTERM)
+        failed = [code for code in self._codes.values() if code]
+        return None if len(self._codes) < len(self.pids) else (failed or [0])[0]
+
+    def send(self, number: int) -> None:
+        """Send a signal to all its processes that still run."""
+        for pid in self.pids:
+            if pid not in self._codes:
+                os.kill(pid, number)
+
+    def wait_for(self, text: str) -> None:
+        """Until it has printed `text` on stdout.
+
+        Raises:
+            AssertionError: it ended without.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.stdout:
+            ended = self.exit_code() is not None
+            assert text in self.stdout or not ended, f"no {text!r} in:\n{self.stdout}\n{self.stderr}"
+            assert time.monotonic() < deadline, f"hangs:\n{self.stdout}\n{self.stderr}"
+            time.sleep(0.01)
+
+    def wait(self) -> subprocess.CompletedProcess:
+        """Its end."""
+        deadline = time.monotonic() + PATIENCE
+        while (code := self.exit_code()) is None:
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+                raise AssertionError(f"hangs:\n{self.stdout}\n{self.stderr}")
+            time.sleep(0.01)
+        done = subprocess.CompletedProcess(self.pids, code, self.stdout, self.stderr)
+        self._folder.cleanup()
+        return done
 
 
 def one_error_line(done: subprocess.CompletedProcess) -> str:
@@ -60,3 +160,34 @@ def one_error_line(done: subprocess.CompletedProcess) -> str:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     return errors[0]
+
+
+def _environment(added: dict[str, str] | None) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | (added or {})
+
+
+def _ranks(processes: int) -> list[dict[str, str]]:
+    """The environment that torchrun gives each rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+@functools.cache
+def _zygote() -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.zygote"],
+        cwd=ROOT,
+        env=_environment(None),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ask(**request) -> dict:
+    zygote = _zygote()
+    print(json.dumps(request), file=zygote.stdin, flush=True)
+    return json.loads(zygote.stdout.readline())

@@ -91,6 +91,8 @@ def _deepspeed_engine(model: nn.Module, optimizer, runtime: Runtime):
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # On a CPU it would now compile C++ collectives, which take a compiler and minutes; gloo's do as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model.forward = runtime.autocast()(model.forward)  # around the engine it would be switched off again
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=runtime.deepspeed_config, dist_init_required=False

@@ -1,0 +1,67 @@
+"""A process that has imported what the scripts import, and forks a copy of itself for each script the tests run.
+
+Importing torch and transformers takes seconds, more than most tiny runs. A forked copy has them already; in all else it
+is a process of its own, with its own arguments, environment, signals, terminal and exit code. Nothing here computes, so
+that no thread is running when it forks.
+
+Reads a JSON request a line, {"start": {…}} or {"poll": pid}, and writes a JSON reply. `tests/running.py` is its client.
+"""
+
+import io
+import json
+import os
+import runpy
+import sys
+from pathlib import Path
+
+import matplotlib.figure  # noqa: F401
+import torch
+import torch._dynamo  # noqa: F401
+import transformers
+
+import trainer.evaluation
+import trainer.metrics
+import trainer.schedule  # noqa: F401
+from trainer.weights import SHIPPED_TOKENIZER
+
+
+def serve() -> dict | None:
+    """Answer requests until there are no more; in a forked copy return what it shall become."""
+    requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    for line in requests:
+        request = json.loads(line)
+        if "start" in request:
+            reply = {"pid": os.fork()}
+            if reply["pid"] == 0:
+                requests.close()
+                replies.close()
+                return request["start"]
+        else:
+            pid, status = os.waitpid(request["poll"], os.WNOHANG)
+            reply = {"exit_code": os.waitstatus_to_exitcode(status) if pid else None}
+        print(json.dumps(reply), file=replies, flush=True)
+    return None
+
+
+def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, stdin: str, out: str, err: str) -> None:
+    """Run a script as `python script arguments…` would, with these files, or a terminal, as its streams."""
+    os.setsid()  # so a terminal that is opened now is the one that controls it
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False), "utf-8")
+    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), "utf-8", line_buffering=os.isatty(1))
+    sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), "utf-8", line_buffering=True)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # these two import more on first use
+    transformers.AutoTokenizer.from_pretrained(str(SHIPPED_TOKENIZER), local_files_only=True)
+    if (order := serve()) is not None:
+        become(**order)
