@@ -6,12 +6,20 @@ echo "What is the capital of France?" | python eval_model.py
 python eval_model.py --model_mode 3 --votes 8             a reasoning model's most frequent answer of eight
 """
 
-import argparse
 import sys
 import time
 
-from trainer.arguments import Switch, add_model_arguments, not_negative, positive
+from trainer.arguments import (
+    Parser,
+    Switch,
+    add_model_arguments,
+    add_sampling_arguments,
+    not_negative,
+    positive,
+    sampling_of,
+)
 from trainer.errors import UserError, launch
+from trainer.talk import pieces_of, questions, show, typed
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")
 SAMPLE_QUESTIONS = (
@@ -28,7 +36,7 @@ SAMPLE_BEGINNINGS = ("中国的首都是", "一年有十二个", "The capital of
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--model_mode", type=int, choices=range(4), default=1, help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason"
     )
@@ -39,104 +47,44 @@ def get_args():
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--prompt", action="append", help="ask this (may be repeated) and end")
     parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
-    parser.add_argument("--history_cnt", type=not_negative, default=0, help="earlier turns the model is shown")
-    parser.add_argument("--max_new_tokens", type=positive, default=512)
-    parser.add_argument("--temperature", type=float, default=0.85, help="0: always the likeliest token")
-    parser.add_argument("--top_p", type=float, default=0.85)
-    parser.add_argument("--top_k", type=not_negative, default=0, help="0: no limit")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
+    parser.add_argument(
+        "--history_cnt", type=not_negative, default=0, help="earlier questions with their answers that it is shown"
+    )
+    add_sampling_arguments(parser)
     parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
     parser.add_argument("--votes", type=positive, default=1, help="write so many answers, take what most of them say")
     parser.add_argument("--hide_thinking", action=Switch, help="of a reasoning model show the answer alone")
     return parser.parse_args()
 
 
-def questions(args, pretrained: bool):
-    """What to ask: --prompt, or piped lines, or samples, or what a person types until an empty line."""
-    if args.prompt:
-        yield from args.prompt
-    elif not sys.stdin.isatty():
-        yield from (line.strip() for line in sys.stdin if line.strip())
-    elif input("[0] automatic  [1] by hand: ").strip() != "1":
-        yield from SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
-    else:
-        while text := input("\n> ").strip():
-            yield text
-
-
 def load_model(args):
     """Model and tokenizer that the flags name."""
-    from transformers import AutoModelForCausalLM
-
     from trainer.runtime import pick_device
-    from trainer.weights import config_of, load_tokenizer, load_weights, read_settings, weights_path
+    from trainer.weights import config_of, load_folder, load_tokenizer, load_weights, read_settings, weights_path
 
     device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.tokenizer or (args.out_dir if args.load == 1 else None))
     if args.load == 1:
-        tokenizer = load_tokenizer(args.tokenizer or args.out_dir)
-        return AutoModelForCausalLM.from_pretrained(args.out_dir, local_files_only=True).to(device).eval(), tokenizer
-    tokenizer = load_tokenizer(args.tokenizer)
-    path = weights_path(args, STAGES[args.model_mode])
-    config = None if read_settings(path) else config_of(args, tokenizer)
-    if config and path.is_file():
-        print(f"{path} has no json beside it: assuming --dim, --n_layers and {tokenizer.name_or_path}", file=sys.stderr)
-    return load_weights(path, config, tokenizer).to(device).eval(), tokenizer
+        model = load_folder(args.out_dir)
+    else:
+        path = weights_path(args, STAGES[args.model_mode])
+        config = None if read_settings(path) else config_of(args, tokenizer)
+        model = load_weights(path, config, tokenizer)
+    return model.to(device).eval(), tokenizer
 
 
-def pieces_of(stream, decoder, written: list[int]):
-    """The text of each token as it comes; its id goes to `written`."""
-    for token in stream:
-        written.append(int(token))
-        yield decoder.push(written[-1])
-    yield decoder.flush()
+def reply(model, tokenizer, ids: list[int], args, by_hand: bool) -> str:
+    """Write an answer to a prompt; show it, and how fast it came."""
+    import torch
 
-
-def show(pieces, reasoning: bool, hide_thinking: bool) -> None:
-    """Print an answer as its pieces come; of a reasoning model thinking and answer apart."""
-    from model.reasoning import parts_of
-
-    shown = ""
-    for part, text in parts_of(pieces) if reasoning else (("", piece) for piece in pieces):
-        if part == "thinking" and hide_thinking:
-            continue
-        if part != shown and not hide_thinking:
-            print(f"{chr(10) if shown else ''}[{part}]")
-        shown = part
-        print(text, end="", flush=True)
-    print()
-
-
-def main():
-    args = get_args()
-    if args.votes > 1 and args.temperature == 0:
-        raise UserError(f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise it")
-    import torch  # after the arguments: --help need not wait for it
-
-    import model as minimind
-    from model.chat import fit_history, render_text
     from model.reasoning import majority
     from model.tokenizer import StreamDecoder
 
-    model, tokenizer = load_model(args)
-    if not isinstance(model, minimind.MiniMindLM):
-        raise UserError(f"{args.out_dir} holds a {type(model).__name__}; --load 1 takes a MiniMind folder")
-    pretrained, reasoning = args.model_mode == 0, args.model_mode == 3
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    settings = {name: getattr(args, name) for name in names}
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    turns: list[dict[str, str]] = []
-    for number, question in enumerate(questions(args, pretrained)):
-        if pretrained:
-            ids = render_text(tokenizer, [question])[0][:-1]
-        else:
-            turns = turns[len(turns) - 2 * args.history_cnt :] if args.history_cnt else []
-            turns.append({"role": "user", "content": question})
-            room = model.config.max_seq_len - args.max_new_tokens
-            ids, turns = fit_history(tokenizer, system, turns, room)
-        print(f"{'' if number == 0 else chr(10)}> {question}")
-        started, written, election = time.monotonic(), [], ""
-        prompt = torch.tensor([ids] * args.votes, device=model.device)
+    settings = sampling_of(args)
+    reasoning = args.model_mode == 3
+    started, written, election = time.monotonic(), [], ""
+    prompt = torch.tensor([ids] * args.votes, device=model.device)
+    try:
         if args.votes == 1:
             pieces = pieces_of(model.stream(prompt, **settings), StreamDecoder(tokenizer), written)
             show(pieces if args.stream else ["".join(pieces)], reasoning, args.hide_thinking)
@@ -147,9 +95,49 @@ def main():
             answer, votes = majority(tokenizer.batch_decode(answers, skip_special_tokens=True))
             show([answer], reasoning, args.hide_thinking)
             election = f"{votes} of {args.votes} votes, "
-        seconds = time.monotonic() - started
-        print(f"[{election}{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
-        turns.append({"role": "assistant", "content": answer})
+    except KeyboardInterrupt:
+        if not by_hand:
+            raise
+        print(" [stopped]")  # the answer ends here, the talk goes on
+        answer = tokenizer.decode(written, skip_special_tokens=True)
+    seconds = time.monotonic() - started
+    print(f"[{election}{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
+    return answer
+
+
+def main():
+    args = get_args()
+    if args.votes > 1 and args.temperature == 0:
+        raise UserError(f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise it")
+    from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
+
+    model, tokenizer = load_model(args)
+    room = model.config.max_seq_len - args.max_new_tokens
+    if room < 1:
+        raise UserError(f"--max_new_tokens {args.max_new_tokens}: the model takes {model.config.max_seq_len} in all")
+    pretrained = args.model_mode == 0
+    samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    turns: list[dict[str, str]] = []
+    by_hand = not args.prompt and sys.stdin.isatty() and typed("[0] automatic  [1] by hand: ") == "1"
+    for number, question in enumerate(questions(args.prompt, samples, by_hand)):
+        if not by_hand:
+            print(f"{chr(10) if number else ''}> {question}")
+        asked = {"role": "user", "content": question}
+        kept = turns[-2 * args.history_cnt :] if args.history_cnt else []
+        try:
+            if pretrained:
+                ids = render_text(tokenizer, [question])[0][:-1]
+                if len(ids) > room:
+                    raise ValueError(f"a text of {len(ids)} tokens: {room} are left for it")
+            else:
+                ids, turns = fit_history(tokenizer, system, [*kept, asked], room)
+        except ValueError as error:
+            if not by_hand:
+                raise UserError(f"{question[:40]!r}: {error}") from None
+            print(error)
+            continue
+        turns = [*turns, {"role": "assistant", "content": reply(model, tokenizer, ids, args, by_hand)}]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib.figure  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 import transformers
 
 import trainer.evaluation
@@ -49,9 +49,10 @@ def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, std
     os.dup2(os.open(stdin, os.O_RDONLY), 0)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False), "utf-8")
-    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), "utf-8", line_buffering=os.isatty(1))
-    sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), "utf-8", line_buffering=True)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = io.FileIO(number, "w" if number else "r", closefd=False)
+        buffer = io.BufferedWriter(stream) if number else io.BufferedReader(stream)
+        setattr(sys, name, io.TextIOWrapper(buffer, "utf-8", line_buffering=number == 2 or os.isatty(number)))
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -64,6 +64,22 @@ def above_zero(text: str) -> float:
     return number
 
 
+def from_zero(text: str) -> float:
+    """A finite number from 0 on."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of 0 or more, not {text}")
+    return number
+
+
+def share(text: str) -> float:
+    """A number above 0, at most 1."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
+    return number
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a model: shared by training and by everything that loads its weights."""
     group = parser.add_argument_group("model")
@@ -72,6 +88,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--use_moe", action=Switch, help="mixture of experts; '_moe' is appended to the weights' names")
     group.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     group.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights lie")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how a model writes; `sampling_of` reads them."""
+    group = parser.add_argument_group("writing")
+    group.add_argument("--max_new_tokens", type=positive, default=512, help="longest answer")
+    group.add_argument("--temperature", type=from_zero, default=0.85, help="0: always the likeliest token")
+    group.add_argument("--top_p", type=share, default=0.85, help="likeliest tokens that reach this share together")
+    group.add_argument("--top_k", type=not_negative, default=0, help="likeliest tokens to choose among; 0: no limit")
+    group.add_argument("--repetition_penalty", type=above_zero, default=1.0, help="1: none")
+    group.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
+
+
+def sampling_of(args: argparse.Namespace) -> dict:
+    """What `model.generate` and `model.stream` take, from the flags of `add_sampling_arguments`."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+    return {name: getattr(args, name) for name in names}
 
 
 def training_parser(description: str, **defaults) -> Parser:

@@ -20,6 +20,8 @@ def launch(main: Callable[[], None]) -> None:
     has gone by who speaks first: rank 0 at once, the others a little later, tracebacks last. The launcher ends the
     rest as soon as one is gone.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
     try:
         main()
         sys.stdout.flush()

@@ -5,8 +5,9 @@ import os
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from model import LMConfig, MiniMindLM
 from model.tokenizer import tokenizer_hash
@@ -153,6 +154,23 @@ def load_weights(
         key = reshaped[0]
         raise UserError(f"{path} does not fit the model: {key} is {[*state[key].shape]}, not {[*wanted[key].shape]}")
     model.load_state_dict(state, strict=not missing)
+    return model
+
+
+def load_folder(folder: str | os.PathLike) -> MiniMindLM:
+    """A model from a folder that `save_pretrained` wrote.
+
+    Raises:
+        UserError: no such folder, or another kind of model.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json: --load 1 takes a folder that save_pretrained wrote")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(model, MiniMindLM):
+        raise UserError(f"{folder} holds a {type(model).__name__}; --load 1 takes a MiniMind folder")
     return model
 
 

@@ -1,0 +1,58 @@
+"""Talking to a model at a terminal or in a pipe: where questions come from, and how an answer is shown."""
+
+import sys
+from collections.abc import Iterable, Iterator
+
+from trainer.errors import UserError
+
+
+def typed(prompt: str) -> str:
+    """What a person types; nothing at the end of input."""
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        print()
+        return ""
+
+
+def questions(prompts: list[str] | None, samples: Iterable[str], by_hand: bool) -> Iterator[str]:
+    """What to ask: what a person types until an empty line, or `prompts`, or piped lines, or at a terminal `samples`.
+
+    Raises:
+        UserError: what is piped in is not UTF-8.
+    """
+    if by_hand:
+        while text := typed("\n> "):
+            yield text
+    elif prompts:
+        yield from prompts
+    elif sys.stdin.isatty():
+        yield from samples
+    else:
+        try:
+            yield from filter(None, map(str.strip, sys.stdin))
+        except UnicodeDecodeError as error:
+            raise UserError(f"what is piped in is not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+
+
+def pieces_of(stream, decoder, written: list[int]):
+    """The text of each token as it comes; its id goes to `written`."""
+    for token in stream:
+        written.append(int(token))
+        yield decoder.push(written[-1])
+    yield decoder.flush()
+
+
+def show(pieces, reasoning: bool, hide_thinking: bool) -> None:
+    """Print an answer as its pieces come; of a reasoning model thinking and answer apart."""
+    from model.reasoning import parts_of
+
+    shown = ""
+    for part, text in parts_of(pieces) if reasoning else (("", piece) for piece in pieces):
+        if part == "thinking" and hide_thinking:
+            continue
+        if part != shown and not hide_thinking:
+            print(f"{chr(10) if shown else ''}[{part}]")
+        shown = part
+        print(text, end="", flush=True)
+    print()
