@@ -1,0 +1,180 @@
+"""Chat in a terminal with any OpenAI-compatible server: scripts/serve_openai_api.py, llama.cpp, Ollama, vLLM, a cloud.
+
+python scripts/chat_openai_api.py                                          the server of this project, on this machine
+python scripts/chat_openai_api.py --base_url http://host:8000/v1 --model NAME --api_key KEY
+
+/reset forgets the talk, /system TEXT gives the model another system prompt, /help says the rest. Ctrl-C stops an
+answer, Ctrl-D ends.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
+
+from trainer.arguments import Switch, not_negative, positive
+from trainer.errors import UserError, launch
+
+HELP = """/reset          forget the talk so far
+/system TEXT    set the system prompt, and forget the talk; without TEXT: show it
+/system -       back to the server's own system prompt
+/help           this
+/exit           end (or Ctrl-D); Ctrl-C stops an answer"""
+DIM, PLAIN = "\033[2m", "\033[0m"
+UNPRINTABLE = {
+    code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"
+}  # would steer a terminal
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--base_url", default="http://127.0.0.1:8998/v1", help="address of the API (default: %(default)s)"
+    )
+    parser.add_argument("--api_key", default=None, help="default: OPENAI_API_KEY of the environment, if any")
+    parser.add_argument("--model", default=None, help="name of the model (default: the first that the server has)")
+    parser.add_argument("--system", default=None, help="system prompt (default: the server's own)")
+    parser.add_argument(
+        "--history_cnt", type=not_negative, default=None, help="earlier turns sent along (default: all)"
+    )
+    parser.add_argument(
+        "--max_tokens", type=positive, default=None, help="longest answer (default: as the server has it)"
+    )
+    parser.add_argument("--temperature", type=float, default=None)
+    parser.add_argument("--top_p", type=float, default=None)
+    parser.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
+    parser.add_argument("--stream", action=Switch, default=True, help="print while the model writes (default: on)")
+    parser.add_argument("--hide_thinking", action=Switch, help="of a reasoning model show the answer alone")
+    return parser.parse_args()
+
+
+class Chat:
+    """A talk with a server: what was said, and how to go on."""
+
+    def __init__(self, client, args):
+        self.client = client
+        self.args = args
+        self.model = args.model
+        self.system = args.system
+        self.turns: list[dict[str, str]] = []
+
+    def ask(self, question: str) -> Iterator[tuple[str, str]]:
+        """Yield ("thinking" | "answer", text) as it comes; whatever came of the answer joins the history, also when
+        the caller stops early."""
+        earlier = self.turns
+        if self.args.history_cnt is not None:
+            earlier = earlier[len(earlier) - 2 * self.args.history_cnt :] if self.args.history_cnt else []
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        asked = {"role": "user", "content": question}
+        wishes = {name: getattr(self.args, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+        wishes = {name: value for name, value in wishes.items() if value is not None}
+        reply = self.client.chat.completions.create(
+            model=self.model, messages=[*system, *earlier, asked], stream=self.args.stream, **wishes
+        )
+        answer = ""
+        try:
+            with reply if self.args.stream else contextlib.nullcontext():  # leaving it tells the server to stop
+                for chunk in reply if self.args.stream else [reply]:
+                    for choice in chunk.choices:
+                        said = choice.delta if self.args.stream else choice.message
+                        if thinking := getattr(said, "reasoning_content", None):
+                            yield "thinking", thinking
+                        if said.content:
+                            answer += said.content
+                            yield "answer", said.content
+        finally:
+            if answer:
+                self.turns += [asked, {"role": "assistant", "content": answer}]
+
+
+def obey(command: str, chat: Chat) -> bool:
+    """Carry out a line that begins with a slash; False: it is no command but something to say."""
+    name, _, rest = command.partition(" ")
+    if name == "/reset":
+        chat.turns.clear()
+        print("forgotten")
+    elif name == "/system":
+        if rest := rest.strip():
+            chat.system = None if rest == "-" else rest
+            chat.turns.clear()
+        print(f"system prompt: {chat.system or 'the server decides'}")
+    elif name == "/help":
+        print(HELP)
+    elif name[1:].isalpha() and not rest:
+        print(f"{name} is no command; /help lists them")
+    else:
+        return False
+    return True
+
+
+def show(parts: Iterator[tuple[str, str]], hide_thinking: bool) -> None:
+    """Print an answer as it comes; thinking dim on a terminal, under a heading elsewhere."""
+    terminal = sys.stdout.isatty()
+    marks = {"thinking": DIM, "answer": PLAIN} if terminal else {"thinking": "[thinking]\n", "answer": "[answer]\n"}
+    shown = "answer"
+    try:
+        for part, text in parts:
+            if part == "thinking" and hide_thinking:
+                continue
+            if part != shown:
+                print(("\n" if part == "answer" else "") + marks[part], end="")
+                shown = part
+            print(text.translate(UNPRINTABLE), end="", flush=True)
+    finally:
+        print(PLAIN if terminal and shown == "thinking" else "")
+
+
+def lines() -> Iterator[str]:
+    """What a person types, or what is piped in, until it ends. Ctrl-C only clears the line."""
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if terminal else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /exit ends)")
+            continue
+        if line == "/exit":
+            return
+        if line:
+            yield line
+
+
+def main():
+    args = get_args()
+    import openai  # after the arguments: --help need not wait for it
+
+    with contextlib.suppress(ImportError):  # arrow keys in input(); Windows has its own
+        import readline  # noqa: F401
+
+    client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key or os.environ.get("OPENAI_API_KEY") or "none")
+    chat = Chat(client, args)
+    try:
+        chat.model = chat.model or next(iter(client.models.list())).id
+    except openai.APIConnectionError:
+        raise UserError(
+            f"nothing answers at {args.base_url}: start scripts/serve_openai_api.py, or name another --base_url"
+        ) from None
+    except openai.APIStatusError as error:
+        raise UserError(f"{args.base_url} says: {error.message}") from None
+    except StopIteration:
+        raise UserError(f"{args.base_url} lists no model: name one with --model") from None
+    print(f"{chat.model} at {args.base_url}; /help for help", file=sys.stderr)
+    for line in lines():
+        if line.startswith("/") and obey(line, chat):
+            continue
+        try:
+            with contextlib.closing(chat.ask(line)) as parts:
+                show(parts, args.hide_thinking)
+        except KeyboardInterrupt:
+            print("(stopped)")
+        except openai.APIError as error:
+            print(f"error: {error.message.translate(UNPRINTABLE)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    launch(main)
