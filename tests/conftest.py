@@ -37,13 +37,13 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of a few hundred entries, laid out like the shipped one: 3 special tokens, then the 5 tags."""
-    return _train_tokenizer(SPECIAL + TAGS)
+    return train_tokenizer(SPECIAL + TAGS)
 
 
 @pytest.fixture(scope="session")
 def plain_tokenizer() -> PreTrainedTokenizerFast:
     """The same without entries for the tags, like the tokenizer published with MiniMind2: a tag is several tokens."""
-    return _train_tokenizer(SPECIAL)
+    return train_tokenizer(SPECIAL)
 
 
 @pytest.fixture(scope="session")
@@ -83,12 +83,15 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     return path
 
 
-def _train_tokenizer(added: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(added: list[str], vocab_size: int = 600) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on SENTENCES, `added` its first entries."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=added, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=added, initial_alphabet=alphabet, show_progress=False
+    )
     backend.train_from_iterator(SENTENCES, trainer)
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:  # the trainer calls all of them special

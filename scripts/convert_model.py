@@ -1,0 +1,185 @@
+"""Take a model away: to and from `transformers`, to GGUF for llama.cpp and Ollama, an adapter merged into its base.
+
+python scripts/convert_model.py to-transformers out/full_sft_512.pth FOLDER [--lora out/lora/NAME_512.pth]
+python scripts/convert_model.py from-transformers FOLDER out/mine_512.pth
+python scripts/convert_model.py to-gguf out/full_sft_512.pth minimind.gguf --dtype q8_0
+python scripts/convert_model.py merge-lora out/full_sft_512.pth out/lora/NAME_512.pth out/merged_512.pth
+
+Sizes come from the json beside the weights; a downloaded .pth has none, and its tensors and the flags tell them.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the rooms)
+
+from trainer.arguments import Switch, positive
+from trainer.errors import UserError, launch
+
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, about: str, *paths: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        for path in paths:
+            sub.add_argument(path, type=Path, metavar=path.upper())
+        sub.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the model's own)")
+        sub.add_argument("--overwrite", action=Switch, help="replace what lies at the target")
+        return sub
+
+    def add_sizes(sub: argparse.ArgumentParser) -> None:
+        group = sub.add_argument_group("sizes", "of a .pth without a json; what its tensors tell need not be given")
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len"):
+            group.add_argument(f"--{name}", type=positive)
+        group.add_argument("--use_moe", action=Switch, default=None)
+        group.add_argument("--rope_theta", type=float)
+
+    sub = command("to-transformers", "a folder that transformers loads as Llama or Qwen2-MoE", "weights", "folder")
+    sub.add_argument("--lora", type=Path, metavar="ADAPTER", help="merge this adapter in")
+    add_sizes(sub)
+    command("from-transformers", "a .pth of such a folder, also one that was trained on", "folder", "out")
+    sub = command("to-gguf", "one file for llama.cpp, and a Modelfile for Ollama", "weights", "out")
+    sub.add_argument("--dtype", choices=DTYPES, default="f16", help="of the matrices (default: f16)")
+    add_sizes(sub)
+    add_sizes(command("merge-lora", "the .pth of base and adapter together", "weights", "adapter", "out"))
+    return parser.parse_args()
+
+
+def load(args):
+    """Model and tokenizer that the command line names, with the adapter merged where there is one."""
+    from trainer.weights import config_from, load_tokenizer, load_weights, read_settings, read_state, shape_of
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    asked = ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
+    asked = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
+    config = None  # as load_weights finds it
+    if args.weights.is_file():
+        settings = read_settings(args.weights)
+        found = settings["config"] if settings else shape_of(state := read_state(args.weights))
+        if not settings:
+            print(f"{args.weights} has no json beside it: assuming tokenizer {tokenizer.name_or_path}")
+            if any(name.startswith("vision_proj.") for name in state):
+                raise UserError(f"{args.weights} is a vision-language model, which none of these formats can hold")
+        if asked:
+            config = config_from(found | asked, tokenizer)
+    model = load_weights(args.weights, config, tokenizer).eval()
+    return model, tokenizer
+
+
+def merge(model, adapter: Path) -> None:
+    """Add an adapter to the model's weights."""
+    from model.model_lora import merge_lora, put_lora, remove_lora
+    from trainer.weights import read_settings, read_state
+
+    if not adapter.is_file():
+        raise UserError(f"{adapter} is missing: train_lora.py makes adapters, in out/lora/")
+    try:
+        put_lora(model, read_state(adapter), read_settings(adapter) or {})
+    except ValueError as error:
+        raise UserError(f"{adapter}: {error}") from None
+    merge_lora(model)
+    remove_lora(model)
+
+
+def save(model, tokenizer, out: Path, about: dict) -> None:
+    """A .pth and the json beside it."""
+    from model.tokenizer import tokenizer_hash
+    from trainer.files import save_json, save_tensors
+    from trainer.weights import architecture
+
+    config = architecture(model.config) | {"max_seq_len": model.config.max_seq_len}
+    save_tensors({name: value.float() for name, value in model.state_dict().items()}, out)
+    save_json({"config": config, "tokenizer": tokenizer_hash(tokenizer)} | about, out.with_suffix(".json"))
+
+
+def check_targets(args, suffix: str, beside: str) -> None:
+    """Refuse to replace what is there, or to write a file under a name that says something else."""
+    if args.out.suffix != suffix:
+        raise UserError(f"{args.out}: {args.command} writes a {suffix} file")
+    for path in (args.out, args.out.with_suffix(beside)):
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} is there already: choose another name, or --overwrite replaces it")
+
+
+def to_transformers(args) -> None:
+    from scripts.transformers_format import check_equal, write_folder
+
+    if args.folder.exists() and not args.folder.is_dir():
+        raise UserError(f"{args.folder} is a file, and to-transformers writes a folder")
+    if (args.folder / "config.json").exists() and not args.overwrite:
+        raise UserError(f"{args.folder} holds a model already: choose another name, or --overwrite replaces it")
+    model, tokenizer = load(args)
+    if args.lora:
+        merge(model, args.lora)
+    new = args.folder.with_name(f".{args.folder.name}.new")
+    try:
+        write_folder(model, tokenizer, new)
+        difference = check_equal(model, new)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for file in new.iterdir():
+            file.replace(args.folder / file.name)
+    except OSError as error:
+        raise UserError(f"cannot write {args.folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    print(f"{args.folder}: transformers loads it, its logits within {difference:.1e} of MiniMind's")
+    print(f"vllm serve {args.folder} --max-model-len {min(model.config.max_seq_len, 8192)}")
+
+
+def from_transformers(args) -> None:
+    from scripts.transformers_format import check_equal, read_folder
+
+    check_targets(args, ".pth", ".json")
+    model, tokenizer = read_folder(args.folder, args.tokenizer)
+    difference = check_equal(model, args.folder)
+    save(model, tokenizer, args.out, {"stage": "converted", "data_path": str(args.folder)})
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{args.out}: {size:.1f} M parameters, logits within {difference:.1e} of transformers'")
+
+
+def to_gguf(args) -> None:
+    from scripts.gguf_format import modelfile, write_gguf
+    from trainer.files import replacing
+
+    check_targets(args, ".gguf", ".Modelfile")
+    beside = args.out.with_suffix(".Modelfile")
+    model, tokenizer = load(args)
+    with replacing(args.out) as temporary:
+        write_gguf(model, tokenizer, temporary, args.dtype, args.out.stem)
+    with replacing(beside) as temporary:
+        temporary.write_text(modelfile(args.out, model.config.max_seq_len), encoding="utf-8")
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, for llama.cpp")
+    print(f"ollama create {args.out.stem} -f {beside}")
+
+
+def merge_adapter(args) -> None:
+    from trainer.weights import read_settings
+
+    check_targets(args, ".pth", ".json")
+    model, tokenizer = load(args)
+    merge(model, args.adapter)
+    base = {k: v for k, v in (read_settings(args.weights) or {}).items() if k not in ("config", "tokenizer")}
+    save(model, tokenizer, args.out, base | {"merged": str(args.adapter)})
+    print(f"{args.out}: {args.weights} with {args.adapter} in its weights")
+
+
+def main():
+    args = get_args()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # for a load of less than a second
+    {
+        "to-transformers": to_transformers,
+        "from-transformers": from_transformers,
+        "to-gguf": to_gguf,
+        "merge-lora": merge_adapter,
+    }[args.command](args)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,145 @@
+"""convert_model.py by its command line."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from model.model_lora import apply_lora, lora_layers, merge_lora, save_lora
+from model.tokenizer import tokenizer_hash
+from tests.conftest import SPECIAL, train_tokenizer
+from tests.running import ROOT, one_error_line, run_script
+from tests.scripts.converting import make_model, save_model
+from trainer.errors import UserError
+from trainer.weights import load_weights
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """Runs the script's main in this process; returns what it printed."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = importlib.import_module("scripts.convert_model")
+
+    def run(*arguments) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert_model.py", *map(str, arguments)])
+        script.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def weights(tiny_tokenizer, tmp_path):
+    return save_model(make_model(len(tiny_tokenizer)), tiny_tokenizer, tmp_path / "full_sft_64.pth")
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer_dir(tmp_path_factory):
+    """A tokenizer of 320 entries, as many as the reference checkpoints have."""
+    folder = tmp_path_factory.mktemp("tokenizer_320")
+    tokenizer = train_tokenizer(SPECIAL, vocab_size=320)
+    assert len(tokenizer) == 320
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+SIZES = ("--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "128")
+
+
+def test_a_published_file_without_json_goes_out_with_its_adapter_and_comes_back(
+    convert, shared, small_tokenizer_dir, tmp_path
+):
+    fixtures = shared / "fixtures"
+    base = fixtures / "minimind2_dense_lora.pth"
+    expected = torch.load(fixtures / "minimind2_dense_lora.expected.pt", weights_only=True)
+    options = ("--tokenizer", small_tokenizer_dir, *SIZES)
+    for name, adapter in (("logits", ()), ("lora_logits", ("--lora", fixtures / "minimind2_dense_lora.adapter.pth"))):
+        said = convert("to-transformers", base, tmp_path / name, *adapter, *options)
+        assert "has no json beside it" in said
+        assert f"vllm serve {tmp_path / name}" in said
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(tmp_path / name)(expected["input_ids"]).logits
+        assert (logits - expected[name]).abs().max() < 1e-4
+    convert("from-transformers", tmp_path / "logits", tmp_path / "back.pth")
+    state, back = torch.load(base, weights_only=True), torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == state.keys() - {"pos_cis"}
+    assert all(torch.equal(back[key], state[key]) for key in back)
+    settings = json.loads((tmp_path / "back.json").read_text())
+    assert {k: settings["config"][k] for k in expected["config"]} == expected["config"]
+
+
+def test_a_merged_adapter_is_in_the_weights(convert, tiny_tokenizer, tokenizer_dir, weights, tmp_path):
+    model = load_weights(weights, None, tiny_tokenizer)
+    apply_lora(model, rank=4)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora.B.weight)
+    save_lora(model, tmp_path / "lora/name_64.pth")
+    out = tmp_path / "merged_64.pth"
+    convert("merge-lora", weights, tmp_path / "lora/name_64.pth", out, "--tokenizer", tokenizer_dir)
+    merge_lora(model)
+    merged = load_weights(out, None, tiny_tokenizer)
+    assert all(torch.equal(value, merged.state_dict()[key]) for key, value in model.state_dict().items())
+    settings = json.loads(out.with_suffix(".json").read_text())
+    assert settings["stage"] == "full_sft"
+    assert settings["merged"].endswith("name_64.pth")
+    assert settings["tokenizer"] == tokenizer_hash(tiny_tokenizer)
+
+    other = save_model(make_model(len(tiny_tokenizer), dim=32), tiny_tokenizer, tmp_path / "full_sft_32.pth")
+    with pytest.raises(UserError, match="another base"):
+        convert("merge-lora", other, tmp_path / "lora/name_64.pth", tmp_path / "x.pth", "--tokenizer", tokenizer_dir)
+    with pytest.raises(UserError, match="train_lora"):
+        convert("merge-lora", other, tmp_path / "nothing.pth", tmp_path / "x.pth", "--tokenizer", tokenizer_dir)
+    assert not (tmp_path / "x.pth").exists()
+
+
+def test_gguf_gets_a_modelfile_beside_it_and_nothing_is_replaced_unasked(convert, tokenizer_dir, weights, tmp_path):
+    out = tmp_path / "tiny.gguf"
+    said = convert("to-gguf", weights, out, "--dtype", "q8_0", "--tokenizer", tokenizer_dir)
+    assert f"ollama create tiny -f {tmp_path / 'tiny.Modelfile'}" in said
+    assert "FROM ./tiny.gguf\n" in (tmp_path / "tiny.Modelfile").read_text()
+    size = out.stat().st_size
+    with pytest.raises(UserError, match="--overwrite"):
+        convert("to-gguf", weights, out, "--tokenizer", tokenizer_dir)
+    assert out.stat().st_size == size
+    convert("to-gguf", weights, out, "--dtype", "f32", "--tokenizer", tokenizer_dir, "--overwrite")
+    assert out.stat().st_size > 2 * size
+
+
+def test_a_folder_or_weights_that_are_there_stay(convert, tokenizer_dir, weights, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    convert("to-transformers", weights, folder, "--tokenizer", tokenizer_dir)
+    assert (folder / "mine.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="holds a model already"):
+        convert("to-transformers", weights, folder, "--tokenizer", tokenizer_dir)
+    with pytest.raises(UserError, match="is a file"):
+        convert("to-transformers", weights, weights, "--tokenizer", tokenizer_dir)
+    with pytest.raises(UserError, match="is there already"):
+        convert("from-transformers", folder, weights)
+    with pytest.raises(UserError, match=r"writes a \.pth"):
+        convert("from-transformers", folder, tmp_path / "x.json")
+    assert not [name for name in tmp_path.iterdir() if name.name.startswith(".")]
+
+
+def test_wrong_input_is_named(convert, tokenizer_dir, small_tokenizer_dir, weights, shared, tmp_path):
+    vlm = shared / "fixtures/minimind2_v.pth"
+    for message, arguments in (
+        ("train_full_sft.py makes it", (tmp_path / "full_sft_999.pth", "--tokenizer", tokenizer_dir)),
+        ("was trained with tokenizer", (weights,)),
+        ("n_layers 3", (weights, "--tokenizer", tokenizer_dir, "--n_layers", "3")),
+        ("vocab_size 320", (shared / "fixtures/minimind2_moe.pth", "--tokenizer", tokenizer_dir)),
+        ("n_heads 3", (weights, "--tokenizer", tokenizer_dir, "--n_heads", "3")),
+        ("vision-language", (vlm, "--tokenizer", small_tokenizer_dir, *SIZES)),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert("to-transformers", *arguments[:1], tmp_path / "out", *arguments[1:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_end_in_one_line(tmp_path):
+    done = run_script("scripts/convert_model.py", "from-transformers", tmp_path, tmp_path / "x.pth", exit_code=2)
+    assert "config.json is missing" in one_error_line(done)

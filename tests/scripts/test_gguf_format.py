@@ -1,0 +1,138 @@
+"""GGUF files: read back by the gguf package, and run by llama.cpp where it is installed."""
+
+import random
+import unicodedata
+
+import gguf
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from model.chat import DEFAULT_SYSTEM_PROMPT
+from model.tokenizer import token_bytes
+from scripts.gguf_format import modelfile, pre_tokenizer_name, write_gguf
+from tests.scripts.converting import QUESTIONS, greedy, make_model, prompts
+from trainer.errors import UserError
+from trainer.weights import load_tokenizer
+
+TEXTS = (
+    "",
+    "Hello, world! It's 12 o'clock, isn't it?   3.14  + 2 = 5\n\n\tdef f(x):\n    return x ** 2  \n",
+    "你好，世界！２０２５年１２月，第Ⅳ章 ½ ③ 一二三 🙂👩‍👩‍👧 𠮷 é e\u0301 \u00a0\u3000x",
+    " a  b   1 2  3 \r\n \n 4\t5 '' 's'll I'M I'm ...--- __x__ <think>1</think> < think>",
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer):
+    return make_model(len(tiny_tokenizer))
+
+
+def write(model, tokenizer, path, dtype="f32"):
+    write_gguf(model, tokenizer, path, dtype, "tiny")
+    return path
+
+
+@pytest.mark.parametrize(("dtype", "off"), [("f32", 0), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)])
+def test_every_matrix_is_there_within_its_rounding(model, tiny_tokenizer, tmp_path, dtype, off):
+    reader = gguf.GGUFReader(write(model, tiny_tokenizer, tmp_path / "x.gguf", dtype))
+    tensors = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
+    state = model.state_dict()
+    assert len(tensors) == len(state) - 1  # the output is the embedding
+    for theirs, ours in (
+        ("token_embd", "tok_embeddings"),
+        ("blk.1.attn_k", "layers.1.attention.wk"),
+        ("blk.1.ffn_down", "layers.1.feed_forward.w2"),
+        ("blk.0.ffn_norm", "layers.0.ffn_norm"),
+        ("output_norm", "norm"),
+    ):
+        value, right = tensors[f"{theirs}.weight"], state[f"{ours}.weight"].numpy()
+        assert value.shape == right.shape
+        exact = off == 0 or "norm" in theirs
+        assert np.abs(value - right).max() <= (0 if exact else off * np.abs(right).max())
+    assert reader.get_field("llama.rope.freq_base").contents() == 1e6
+    assert reader.get_field("llama.attention.head_count_kv").contents() == 2
+    assert reader.get_field("tokenizer.chat_template").contents() == tiny_tokenizer.chat_template
+
+
+def test_what_gguf_cannot_hold_is_refused(model, tiny_tokenizer, tmp_path):
+    with pytest.raises(UserError, match="MoE"):
+        write(make_model(50, use_moe=True), tiny_tokenizer, tmp_path / "x.gguf")
+    with pytest.raises(UserError, match="blocks of 32"):
+        write(make_model(50, dim=48), tiny_tokenizer, tmp_path / "x.gguf", "q8_0")
+    other = AutoTokenizer.from_pretrained(load_tokenizer().name_or_path)
+    from tokenizers import pre_tokenizers
+
+    other.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="Whitespace"):
+        write(model, other, tmp_path / "x.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_each_tokenizer_has_its_name(tiny_tokenizer):
+    assert pre_tokenizer_name(tiny_tokenizer) == "gpt-2"  # as MiniMind2's
+    assert pre_tokenizer_name(load_tokenizer()) == "smollm"
+
+
+def test_the_modelfile_lays_a_chat_out_as_we_do(tmp_path, tiny_tokenizer):
+    """Ollama's template language is Go's: `range` repeats its body for each message, dots read fields."""
+    text = modelfile(tmp_path / "tiny.gguf", 256)
+    assert text.startswith("FROM ./tiny.gguf\n")
+    body = text.split('TEMPLATE """')[1].split('"""')[0]
+    turn = body.removeprefix("{{ range .Messages }}").removesuffix("{{ end }}<s>assistant\n")
+    chat = [{"role": "system", "content": DEFAULT_SYSTEM_PROMPT}, {"role": "user", "content": "hi"}]
+    laid = "".join(turn.replace("{{ .Role }}", t["role"]).replace("{{ .Content }}", t["content"]) for t in chat)
+    laid += "<s>assistant\n"
+    assert laid == tiny_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert f'SYSTEM """{DEFAULT_SYSTEM_PROMPT}"""' in text
+
+
+# --------------------------------------------------------------------------------------------------- by llama.cpp
+
+
+@pytest.fixture(scope="module")
+def llama_cpp():
+    return pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip builds it in minutes")
+
+
+def run_greedy(llama, ids: list[int], n: int = 24) -> list[int]:
+    written = []
+    for token in llama.generate(ids, temp=0, repeat_penalty=1.0):
+        written.append(token)
+        if token == 2 or len(written) == n:
+            break
+    return written
+
+
+def test_llama_cpp_writes_the_same_greedy_text(llama_cpp, model, tiny_tokenizer, tmp_path):
+    path = str(write(model, tiny_tokenizer, tmp_path / "x.gguf"))
+    fp32_cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # it keeps fp16 otherwise
+    llama = llama_cpp.Llama(path, n_ctx=256, verbose=False, **fp32_cache)
+    for question, ids in zip(QUESTIONS, prompts(tiny_tokenizer), strict=True):
+        text = render_text(tiny_tokenizer, question)
+        assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
+        assert run_greedy(llama, ids) == greedy(model, ids)
+    chat = llama.create_chat_completion([{"role": "user", "content": QUESTIONS[0]}], temperature=0, max_tokens=24)
+    spelled = b"".join(token_bytes(tiny_tokenizer)[token] for token in greedy(model, prompts(tiny_tokenizer)[0]))
+    answer = spelled.decode(errors="ignore")  # llama-cpp-python leaves out what is no UTF-8
+    assert chat["choices"][0]["message"]["content"] == answer
+
+
+def render_text(tokenizer, question: str) -> str:
+    chat = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("which", ["shipped", "as MiniMind2's"])
+def test_llama_cpp_cuts_text_as_we_do(llama_cpp, which, plain_tokenizer, tmp_path, shared):
+    tokenizer = load_tokenizer() if which == "shipped" else plain_tokenizer
+    path = write(make_model(len(tokenizer)), tokenizer, tmp_path / "x.gguf")
+    llama = llama_cpp.Llama(str(path), n_ctx=256, verbose=False, vocab_only=True)
+    random.seed(0)
+    assigned = [chr(c) for c in range(32, 0x30000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
+    noise = ["".join(random.choices(assigned, k=20)) for _ in range(300)]
+    mixed = ["".join(random.choices(" 1a中.'\n\t٣½é", k=30)) for _ in range(300)]
+    lines = (shared / "data/pretrain_hq.jsonl").read_text(encoding="utf-8").splitlines()[::150]
+    for text in (*TEXTS, *noise, *mixed, *lines):
+        ours = tokenizer.encode(text, add_special_tokens=False)
+        assert llama.tokenize(text.encode(), add_bos=False, special=False) == ours, repr(text)

@@ -1,0 +1,245 @@
+"""A MiniMind as a Llama or a Qwen2-MoE: what transformers computes from the folder is the oracle."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+from model import LMConfig, MiniMindLM
+from scripts.transformers_format import (
+    check_equal,
+    read_folder,
+    to_our_config,
+    to_our_state,
+    to_their_config,
+    write_folder,
+)
+from tests.conftest import SENTENCES
+from tests.scripts.converting import QUESTIONS, greedy, make_model, prompts
+from trainer.errors import UserError
+
+SHAPES = {
+    "dense": {},
+    "dense, as many key heads as query heads": {"n_kv_heads": 4, "rope_theta": 1e4, "norm_eps": 1e-6},
+    "moe": {"use_moe": True},
+    "moe, one expert a token": {"use_moe": True, "num_experts_per_tok": 1, "n_routed_experts": 3},
+    "moe, not normalised": {"use_moe": True, "norm_topk_prob": False},
+    "moe, nothing shared": {"use_moe": True, "n_shared_experts": False},
+}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def written(request, tiny_tokenizer, tmp_path_factory):
+    """A model, and the folder it was written to."""
+    model = make_model(len(tiny_tokenizer), **SHAPES[request.param])
+    folder = tmp_path_factory.mktemp("folder") / "llama"
+    write_folder(model, tiny_tokenizer, folder)
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_tokenizer, tmp_path_factory):
+    """A Dense model, and its folder."""
+    model = make_model(len(tiny_tokenizer))
+    folder = tmp_path_factory.mktemp("folder") / "llama"
+    write_folder(model, tiny_tokenizer, folder)
+    return model, folder
+
+
+def test_transformers_computes_the_same_logits_and_writes_the_same_text(written, tiny_tokenizer):
+    model, folder = written
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()  # without trust_remote_code
+    assert type(theirs).__name__ == ("Qwen2MoeForCausalLM" if model.config.use_moe else "LlamaForCausalLM")
+    ids = torch.randint(model.config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (model(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+    for prompt in prompts(tiny_tokenizer):
+        answer = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)[0, len(prompt) :]
+        assert answer.tolist() == greedy(model, prompt)
+
+
+def test_weights_and_sizes_come_back_bit_for_bit(written, tiny_tokenizer):
+    model, folder = written
+    back, tokenizer = read_folder(folder)
+    state = back.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert tokenizer.get_vocab() == tiny_tokenizer.get_vocab()
+    config, ours = back.config.to_dict(), model.config.to_dict()
+    assert {k: v for k, v in config.items() if ours[k] != v} == {}
+
+
+def test_the_folder_is_plain_and_readable_by_older_transformers(llama):
+    _, folder = llama
+    assert sorted(file.name for file in folder.iterdir()) == [
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    ]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == 1e6  # transformers 4 would take 1e4 otherwise
+    about = json.loads((folder / "tokenizer_config.json").read_text())
+    assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "<s>assistant" in about["chat_template"]
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
+
+
+def test_the_pipeline_chats(llama, tiny_tokenizer):
+    model, folder = llama
+    chat = [{"role": "user", "content": QUESTIONS[0]}]
+    out = pipeline("text-generation", model=str(folder), device="cpu")(chat, do_sample=False, max_new_tokens=24)
+    answer = out[0]["generated_text"][-1]
+    ids = greedy(model, prompts(tiny_tokenizer)[0])
+    assert answer == {"role": "assistant", "content": tiny_tokenizer.decode(ids, skip_special_tokens=True)}
+
+
+def test_published_weights_go_out_and_come_back(shared, tiny_tokenizer, tmp_path):
+    for name in ("minimind2_dense_lora", "minimind2_moe"):
+        expected = torch.load(shared / f"fixtures/{name}.expected.pt", weights_only=True)
+        state = torch.load(shared / f"fixtures/{name}.pth", weights_only=True)
+        model = MiniMindLM(LMConfig(**expected["config"])).eval()
+        model.load_state_dict({k: v for k, v in state.items() if k in model.state_dict()})
+        write_folder(model, tiny_tokenizer, tmp_path / name)
+        with torch.no_grad():
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / name)(expected["input_ids"]).logits
+        assert (theirs - expected["logits"]).abs().max() < 1e-4
+        back = to_our_state(load_file(tmp_path / name / "model.safetensors"), model.config)
+        assert all(torch.equal(value, state[key]) for key, value in back.items())
+
+
+def train_a_step(folder, tmp_path, **changes) -> str:
+    """One SFT step by trl on a folder; the folder it saved."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    lines = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in zip(SENTENCES[:4], SENTENCES[4:], strict=True)
+    ]
+    config = SFTConfig(
+        output_dir=str(tmp_path / "trl"),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    trainer = SFTTrainer(str(folder), args=config, train_dataset=Dataset.from_list(lines), **changes)
+    assert math.isfinite(trainer.train().training_loss)
+    trainer.save_model(str(tmp_path / "trained"))
+    return tmp_path / "trained"
+
+
+def test_trl_trains_a_llama_on_and_it_comes_back(llama, tmp_path):
+    model, folder = llama
+    trained = train_a_step(folder, tmp_path)
+    back, _ = read_folder(trained)
+    assert check_equal(back, trained) < 1e-4
+    assert not torch.allclose(back.norm.weight, model.norm.weight)
+
+
+def test_a_moe_that_transformers_saved_comes_back_and_one_whose_gate_was_trained_is_refused(tiny_tokenizer, tmp_path):
+    model = make_model(len(tiny_tokenizer), use_moe=True)
+    write_folder(model, tiny_tokenizer, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path)
+    back, _ = read_folder(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True))
+    torch.nn.init.constant_(theirs.model.layers[1].mlp.shared_expert_gate.weight, 0.1)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="shared_expert_gate where"):
+        read_folder(tmp_path)
+
+
+def test_peft_puts_an_adapter_on_the_folder(llama, tmp_path):
+    from peft import LoraConfig, PeftModel
+
+    model, folder = llama
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], task_type="CAUSAL_LM")
+    adapter = train_a_step(folder, tmp_path, peft_config=peft_config)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "merged")
+    back, _ = read_folder(tmp_path / "merged")
+    assert not torch.equal(back.layers[0].attention.wq.weight, model.layers[0].attention.wq.weight)
+    assert torch.equal(back.layers[0].attention.wk.weight, model.layers[0].attention.wk.weight)
+
+
+def test_our_own_save_pretrained_folder_and_old_bin_files_are_read(tiny_tokenizer, tmp_path):
+    model = make_model(len(tiny_tokenizer), use_moe=True)
+    model.save_pretrained(tmp_path / "minimind")
+    tiny_tokenizer.save_pretrained(tmp_path / "minimind")
+    (tmp_path / "bin").mkdir()
+    write_folder(model, tiny_tokenizer, tmp_path / "bin")
+    state = load_file(tmp_path / "bin" / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    for name in ("minimind", "bin"):
+        back, _ = read_folder(tmp_path / name)
+        assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True)), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
+        ({"head_dim": 32}, "head_dim 32"),
+        ({"num_hidden_layers": 3}, "does not fit its config.json"),
+        ({"hidden_size": None}, "lacks 'hidden_size'"),
+    ],
+)
+def test_what_a_minimind_is_not_is_refused_by_name(llama, tmp_path, change, message):
+    _, folder = llama
+    copy_folder(folder, tmp_path, change)
+    with pytest.raises(UserError, match=message):
+        read_folder(tmp_path)
+
+
+def test_tensors_without_a_place_are_refused_by_name(llama, tmp_path):
+    _, folder = llama
+    copy_folder(folder, tmp_path, {})
+    state = load_file(folder / "model.safetensors")
+    for message, value in (
+        ("lm_head.weight differs", state["model.embed_tokens.weight"] + 1),
+        ("model.layers.0.self_attn.q_proj.bias is not zero", torch.ones(64)),
+    ):
+        save_file(state | {message.split()[0]: value}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            read_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(UserError, match="truncated"):
+        read_folder(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        read_folder(tmp_path)
+
+
+def copy_folder(folder, target, change: dict) -> None:
+    """The folder's files, with some settings changed; None takes one away."""
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | change
+    config = {key: value for key, value in config.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(config))
+
+
+def test_a_folder_that_computes_something_else_is_noticed(llama, tmp_path):
+    model, folder = llama
+    copy_folder(folder, tmp_path, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}})
+    with pytest.raises(UserError, match="another model"):
+        check_equal(model, tmp_path)
+    assert check_equal(model, folder) < 1e-4
+
+
+def test_configurations_map_one_to_one():
+    for changes in SHAPES.values():
+        config = make_model(50, **changes).config
+        shared = {"model.layers.0.mlp.shared_expert.down_proj.weight": torch.ones(1) * config.n_shared_experts}
+        assert to_our_config(to_their_config(config), shared).to_dict() == config.to_dict()
