@@ -76,7 +76,8 @@ def test_a_merged_adapter_is_in_the_weights(convert, tiny_tokenizer, tokenizer_d
     apply_lora(model, rank=4)
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora.B.weight)
-    save_lora(model, tmp_path / "lora/name_64.pth")
+    about = json.loads(weights.with_suffix(".json").read_text())
+    save_lora(model, tmp_path / "lora/name_64.pth", config=about["config"], tokenizer=about["tokenizer"])
     out = tmp_path / "merged_64.pth"
     convert("merge-lora", weights, tmp_path / "lora/name_64.pth", out, "--tokenizer", tokenizer_dir)
     merge_lora(model)
