@@ -39,6 +39,8 @@ class LMConfig(PretrainedConfig):
         "max_position_embeddings": "max_seq_len",
     }
 
+    auto_map = {}  # noqa: RUF012 - none: trl asks every model that transformers does not know for code of its own
+
     def __init__(
         self,
         dim: int = 512,

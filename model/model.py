@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from model.cache import KVCache, attention_mask_of
@@ -240,6 +240,7 @@ class MiniMindBlock(nn.Module):
         return x + self.dropout(h), aux
 
 
+SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
 IGNORED = -100  # the label of what is not learned
 
 
@@ -271,6 +272,7 @@ class MiniMindOutput(ModelOutput):
 
     loss: fp32 scalar, mean cross-entropy plus `aux_loss`; None without labels.
     logits: (batch, n, vocab), or of the `logits_to_keep` alone.
+    last_hidden_state: (…, dim) at the same positions, normed: what the output matrix turns into the logits.
     cache: pass it back as `past_key_values` to continue; None unless `use_cache`.
     aux_loss: fp32 scalar, the experts' load-balancing loss over all layers; 0 for Dense and outside training.
     """
@@ -279,6 +281,7 @@ class MiniMindOutput(ModelOutput):
     logits: Tensor | None = None
     cache: KVCache | None = None
     aux_loss: Tensor | None = None
+    last_hidden_state: Tensor | None = None
 
     @property
     def past_key_values(self) -> KVCache | None:
@@ -295,8 +298,11 @@ def drop_old_buffers(model: nn.Module, state_dict: dict[str, Tensor], *_) -> Non
         del state_dict[name]
 
 
-class MiniMindLM(TextGeneration, PreTrainedModel):
-    """The language model: embedding, blocks, norm, and the embedding again as output matrix."""
+class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
+    """The language model: embedding, blocks, norm, and the embedding again as output matrix.
+
+    What generates is `TextGeneration`; `GenerationMixin` is the mark by which peft and trl know a model that can.
+    """
 
     config_class = LMConfig
     base_model_prefix = ""
@@ -349,6 +355,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
         use_cache: bool = False,
         logits_to_keep: int | Tensor = 0,
         inputs_embeds: Tensor | None = None,
+        **others,
     ) -> MiniMindOutput:
         """One pass over `input_ids` (batch, n) int64.
 
@@ -362,10 +369,14 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
             logits_to_keep: compute only the last so many positions' logits (0 = all), or those where a bool (batch, n)
                 is True, (positions, vocab): what is not learned need not be predicted.
             inputs_embeds: (batch, n, dim), read in place of the embeddings of `input_ids`.
+            others: further switches that peft passes to every model (output_attentions, …), all of them off.
 
         Raises:
+            TypeError: one of the others is on, or is not known at all.
             ValueError: a position at or beyond `config.max_seq_len`, or a mask of another length.
         """
+        if wrong := [name for name in others if name not in SWITCHES or (others[name] and name != "return_dict")]:
+            raise TypeError(f"MiniMind's forward has no {', '.join(wrong)}")
         past = past_key_values
         n = input_ids.size(1)
         real = self._real(attention_mask, n, past)
@@ -388,12 +399,13 @@ class MiniMindLM(TextGeneration, PreTrainedModel):
             if aux is not None:
                 aux_loss = aux_loss + aux
         kept = x[logits_to_keep] if isinstance(logits_to_keep, Tensor) else x[:, -logits_to_keep:]
-        logits = self.output(self.norm(kept))
+        kept = self.norm(kept)
+        logits = self.output(kept)
 
         loss = None
         if labels is not None:
             loss = next_token_loss(logits, labels) / predicting(labels).sum().clamp(min=1) + aux_loss
-        return MiniMindOutput(loss, logits, cache if use_cache else None, aux_loss)
+        return MiniMindOutput(loss, logits, cache if use_cache else None, aux_loss, kept)
 
     def _real(self, attention_mask: Tensor | None, n: int, past: KVCache | None) -> Tensor | None:
         """(batch, n) bool of the new tokens, False = padding; None when all are real."""

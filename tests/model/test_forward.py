@@ -239,7 +239,7 @@ def test_logits_to_keep():
 
 def test_the_output_is_a_transformers_output():
     out = network(use_moe=True).train()(random_ids(1, 3), labels=random_ids(1, 3), use_cache=True)
-    assert set(out.keys()) == {"loss", "logits", "cache", "aux_loss"}
+    assert set(out.keys()) == {"loss", "logits", "cache", "aux_loss", "last_hidden_state"}
     assert out.past_key_values is out.cache
     assert out[0] is out.loss
     assert out["logits"] is out.logits is out.to_tuple()[1]
