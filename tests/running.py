@@ -1,6 +1,7 @@
 """Running the repository's scripts as a user does: a process of its own, read by its exit code and its output."""
 
 import functools
+import importlib
 import json
 import os
 import signal
@@ -11,6 +12,10 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
+
+from dataset import StepLoader
+from trainer.errors import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dim", "32", "--n_layers", "2", "--device", "cpu")
@@ -160,6 +165,38 @@ def one_error_line(done: subprocess.CompletedProcess) -> str:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     return errors[0]
+
+
+def call_script(script: str, *arguments: str | Path, stop_after: int | None = None, exit_code: int = 0) -> None:
+    """Run a script of the repository in this process: no start-up to wait for; what it prints is capsys's to read.
+
+    Args:
+        stop_after: pull the plug once so many optimizer steps are done (and saved, if they were to be).
+
+    Raises:
+        AssertionError: it ended with another exit code.
+    """
+    steps = StepLoader.steps
+
+    def interrupted(self, *places):
+        for number, batches in enumerate(steps(self, *places)):
+            if number == stop_after:
+                raise KeyboardInterrupt
+            yield batches
+
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    argv = mock.patch.object(sys, "argv", [script, *map(str, arguments)])
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with argv, mock.patch.object(StepLoader, "steps", interrupted):
+        try:
+            launch(module.main)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    assert code == exit_code, f"{script} ended with {code}, not {exit_code}"
 
 
 def _environment(added: dict[str, str] | None) -> dict[str, str]:
