@@ -27,6 +27,32 @@ def chat_of(record: dict, key: str = "conversations") -> list[dict[str, str]]:
     Raises:
         BadRecord: not such a list, an unknown role, content that is no string, or no answer to learn from.
     """
+    chat = _turns(record, key)
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in chat):
+        raise BadRecord(f'"{key}" has no answer of the assistant')
+    return chat
+
+
+def question_of(record: dict) -> list[dict[str, str]]:
+    """What to ask: the question of a record `{"question": "…"}`, or a chat up to its last user turn, as a chat.
+
+    Raises:
+        BadRecord: neither key, a chat as in `chat_of` that is faulty, or no question in it.
+    """
+    if "question" in record:
+        chat = [{"role": "user", "content": _string(record, "question")}]
+    elif "conversations" in record:
+        chat = _turns(record, "conversations")
+    else:
+        raise BadRecord('it has neither "question" nor "conversations"')
+    while chat and chat[-1]["role"] != "user":
+        chat.pop()
+    if not chat or not chat[-1]["content"].strip():
+        raise BadRecord("there is no question in it")
+    return chat
+
+
+def _turns(record: dict, key: str) -> list[dict[str, str]]:
     turns = _value(record, key, list, "a list")
     if not turns:
         raise BadRecord(f'"{key}" is empty')
@@ -36,8 +62,6 @@ def chat_of(record: dict, key: str = "conversations") -> list[dict[str, str]]:
             chat.append(_turn(turn, chat))
         except BadRecord as fault:
             raise BadRecord(f'turn {number} of "{key}": {fault}') from fault
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in chat):
-        raise BadRecord(f'"{key}" has no answer of the assistant')
     return chat
 
 

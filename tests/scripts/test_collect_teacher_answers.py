@@ -1,0 +1,285 @@
+"""scripts/collect_teacher_answers.py against a small HTTP server: order, retries, going on, and losing nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from dataset import SFTDataset
+from tests.conftest import write_jsonl
+from tests.running import ROOT, call_script
+
+SCRIPT = "scripts/collect_teacher_answers.py"
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Answers each question with "about QUESTION", unless `behave` says otherwise.
+
+    Attributes:
+        behave: (question, how often it was asked before) -> None, or (status, body); may wait.
+        asked: the requests' bodies, in order of arrival.
+        most_at_once: the largest number of requests that were open at the same time.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behave = lambda question, times: None
+        self.asked: list[dict] = []
+        self.times: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        self.open = self.most_at_once = 0
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = body["messages"][-1]["content"]
+        with server.lock:
+            server.asked.append(body | {"authorization": self.headers["Authorization"], "path": self.path})
+            times = server.times[question]
+            server.times[question] += 1
+            server.open += 1
+            server.most_at_once = max(server.open, server.most_at_once)
+        status, reply = server.behave(question, times) or (200, completion(f"about {question}"))
+        with server.lock:
+            server.open -= 1
+        data = json.dumps(reply).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        if status == 429:
+            self.send_header("Retry-After-Ms", "10")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+def completion(content: str | None, finish_reason: str = "stop", **more) -> dict:
+    choice = {"index": 0, "message": {"role": "assistant", "content": content, **more}, "finish_reason": finish_reason}
+    return {"id": "1", "object": "chat.completion", "created": 0, "model": "teacher", "choices": [choice]}
+
+
+@pytest.fixture
+def endpoint():
+    with Endpoint() as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return write_jsonl(tmp_path / "questions.jsonl", [{"question": f"question {n}?"} for n in range(24)])
+
+
+def collect(endpoint, questions, answers, *flags: str, exit_code: int = 0) -> None:
+    call_script(SCRIPT, questions, answers, "--base_url", endpoint.url, "--model", "big", *flags, exit_code=exit_code)
+
+
+def replies(path) -> list[tuple[str, str]]:
+    """(question, answer) of each line."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [(line["conversations"][-2]["content"], line["conversations"][-1]["content"]) for line in lines]
+
+
+def test_answers_stand_in_the_order_of_the_questions(endpoint, questions, tmp_path, tiny_tokenizer):
+    endpoint.behave = lambda question, times: time.sleep(0.08 if question in ("question 0?", "question 9?") else 0.01)
+    collect(endpoint, questions, tmp_path / "out" / "a.jsonl", "--concurrency", "6", "--temperature", "0.5")
+    expected = [(f"question {n}?", f"about question {n}?") for n in range(24)]
+    assert replies(tmp_path / "out" / "a.jsonl") == expected
+    assert 1 < endpoint.most_at_once <= 6
+    first = endpoint.asked[0]
+    assert (first["model"], first["temperature"], first["path"]) == ("big", 0.5, "/v1/chat/completions")
+    assert "max_tokens" not in first
+    assert len(SFTDataset(tmp_path / "out" / "a.jsonl", tiny_tokenizer, 256, packing=False)) == 24
+
+
+def test_what_is_sent_of_a_chat(endpoint, tmp_path):
+    user, assistant = ({"role": role, "content": role} for role in ("user", "assistant"))
+    system = {"role": "system", "content": "own"}
+    questions = write_jsonl(
+        tmp_path / "q.jsonl", [{"conversations": [system, user, assistant, user, assistant]}, {"question": "hi"}]
+    )
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--system", "short", "--api_key", "k", "--concurrency", "1")
+    assert [body["messages"] for body in endpoint.asked] == [
+        [system, user, assistant, user],
+        [{"role": "system", "content": "short"}, {"role": "user", "content": "hi"}],
+    ]
+    assert endpoint.asked[0]["authorization"] == "Bearer k"
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines[0]["conversations"] == [system, user, assistant, user, {**assistant, "content": "about user"}]
+    assert lines[0]["model"] == "big"
+
+
+def test_a_busy_endpoint_is_asked_again(endpoint, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    busy = {0: (429, {"error": {"message": "busy"}}), 1: (503, {"error": {"message": "later"}})}
+    endpoint.behave = lambda question, times: busy.get(times)
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--retries", "2")
+    assert len(replies(tmp_path / "a.jsonl")) == 24
+    assert set(endpoint.times.values()) == {3}
+
+
+def test_a_second_run_asks_only_what_has_no_answer(endpoint, questions, tmp_path, capsys):
+    out = tmp_path / "a.jsonl"
+    odd = {"question 3?": (400, {"error": {"message": "I will not"}}), "question 5?": (200, completion(""))}
+    odd["question 7?"] = (200, completion("cut o", "length"))
+    odd["question 8?"] = (200, {"choices": []})
+    endpoint.behave = lambda question, times: odd.get(question)
+    collect(endpoint, questions, out, exit_code=2)
+    printed = capsys.readouterr()
+    assert "20 of 24 questions are answered" in printed.out
+    for word in ("I will not", "it is empty", "cut off at the token limit", "no choices", "4 questions got no answer"):
+        assert word in printed.err
+    before = out.read_text(encoding="utf-8").splitlines()
+    assert [question for question, _ in replies(out)] == [f"question {n}?" for n in range(24) if n not in (3, 5, 7, 8)]
+    odd.clear()
+    endpoint.asked.clear()
+    collect(endpoint, questions, out)
+    assert sorted(body["messages"][-1]["content"][9] for body in endpoint.asked) == ["3", "5", "7", "8"]
+    assert [question for question, _ in replies(out)] == [f"question {n}?" for n in range(24)]
+    assert set(before) < set(out.read_text(encoding="utf-8").splitlines())
+    endpoint.asked.clear()
+    collect(endpoint, questions, out)
+    assert endpoint.asked == []
+
+
+def test_the_same_question_twice_gets_two_answers(endpoint, tmp_path):
+    questions = write_jsonl(tmp_path / "q.jsonl", [{"question": "hi"}, {"question": "ho"}, {"question": "hi"}])
+    endpoint.behave = lambda question, times: (200, completion(f"{question} {times}"))
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--concurrency", "1")
+    assert replies(tmp_path / "a.jsonl") == [("hi", "hi 0"), ("ho", "ho 0"), ("hi", "hi 1")]
+
+
+def test_thinking_is_kept_in_tags(endpoint, tmp_path, capsys):
+    questions = write_jsonl(tmp_path / "q.jsonl", [{"question": f"{n}"} for n in range(4)])
+    tagged = "<think>\nalready\n</think>\n<answer>\nthere\n</answer>"
+    said = [
+        completion("\n42 ", reasoning_content=" six\ntimes seven\n"),
+        completion(tagged),
+        completion("no thought"),
+        completion("x", reasoning_content="a </think> b"),
+    ]
+    endpoint.behave = lambda question, times: (200, said[int(question)])
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--thinking", exit_code=2)
+    answer = "<think>\nsix\ntimes seven\n</think>\n<answer>\n42\n</answer>"
+    assert replies(tmp_path / "a.jsonl") == [("0", answer), ("1", tagged)]
+    errors = capsys.readouterr().err
+    assert "no reasoning_content came with it" in errors
+    assert "its thinking holds tags" in errors
+
+
+def test_ctrl_c_loses_no_answer(endpoint, questions, tmp_path):
+    """In a process of its own. What was being asked is finished; the rest is left to the next run."""
+    release = threading.Event()
+    endpoint.behave = lambda question, times: None if question < "question 2" else release.wait(120) and None
+    out = tmp_path / "a.jsonl"
+    command = [
+        sys.executable,
+        SCRIPT,
+        questions,
+        out,
+        "--base_url",
+        endpoint.url,
+        "--model",
+        "big",
+        "--concurrency",
+        "3",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        while endpoint.open < 3 or sum(endpoint.times.values()) < 5:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert "finishing the questions that are being asked" in process.stderr.readline()
+        release.set()
+        assert process.wait(120) == 130
+    asked = [body["messages"][-1]["content"] for body in endpoint.asked]
+    assert len(asked) < 24
+    assert sorted(question for question, _ in replies(out)) == sorted(asked)
+    collect(endpoint, questions, out)
+    assert [question for question, _ in replies(out)] == [f"question {n}?" for n in range(24)]
+    assert set(endpoint.times.values()) == {1}
+
+
+def test_it_gives_up_where_asking_on_is_useless(endpoint, questions, tmp_path, capsys):
+    endpoint.behave = lambda question, times: (401, {"error": {"message": "wrong key"}})
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--concurrency", "1", exit_code=2)
+    assert len(endpoint.asked) == 1
+    assert "wrong key" in capsys.readouterr().err
+    endpoint.behave = lambda question, times: (500, {"error": {"message": "broken"}})
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--concurrency", "1", "--retries", "0", exit_code=2)
+    assert len(endpoint.asked) == 1 + 10
+    endpoint.server_close()
+    endpoint.shutdown()
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--retries", "0", exit_code=2)
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
+    out = tmp_path / "a.jsonl"
+    collect(endpoint, questions, out)
+    mine = out.read_bytes()
+    foreign = [
+        b'{"conversations": [{"content": "x"}, {"content": "y"}], "model": "big"}\n',
+        b'{"text": "a novel"}\n',
+        b'{"conversations": [{"role": "us',
+        b"[]\n",
+        mine.splitlines(keepends=True)[0],  # one answer more than there are questions
+    ]
+    for line in foreign:
+        out.write_bytes(mine + line)
+        collect(endpoint, questions, out, exit_code=2)
+        assert "line 25 is no answer of big to one of these questions: nothing was changed" in capsys.readouterr().err
+        assert out.read_bytes() == mine + line
+    out.write_bytes(mine)
+    collect(endpoint, questions, out, "--model", "other", exit_code=2)
+    assert "line 1 is no answer of other" in capsys.readouterr().err
+    assert out.read_bytes() == mine
+
+
+def test_a_bad_line_stops_before_the_first_question(endpoint, tmp_path, capsys):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"question": "good"}\n{"query": "what"}\n{"question": " "}\n', encoding="utf-8")
+    collect(endpoint, questions, tmp_path / "a.jsonl", exit_code=2)
+    assert 'line 2: it has neither "question" nor "conversations"' in capsys.readouterr().err
+    assert endpoint.asked == []
+    assert not (tmp_path / "a.jsonl").exists()
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--skip_bad_lines")
+    assert replies(tmp_path / "a.jsonl") == [("good", "about good")]
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(endpoint, questions, tmp_path, capsys, monkeypatch):
+    from scripts.collect_teacher_answers import AnswerFile, key_of
+    from trainer.errors import UserError
+
+    chat = [{"role": "user", "content": "hi"}]
+    answers = AnswerFile(tmp_path / "a.jsonl", "big", Counter([key_of(chat)] * 2))
+    answers.add(chat, "one")
+    before = (tmp_path / "a.jsonl").read_bytes()
+
+    class HalfFull:
+        fileno = answers._file.fileno
+
+        def write(self, line):
+            (tmp_path / "a.jsonl").write_bytes(before + line[:5])
+            return 5
+
+    monkeypatch.setattr(answers, "_file", HalfFull())
+    with pytest.raises(UserError, match="no space left"):
+        answers.add(chat, "two")
+    assert (tmp_path / "a.jsonl").read_bytes() == before
