@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from model import LMConfig, MiniMindLM
+from model.model_lora import LoRASettings, put_lora
 from model.tokenizer import tokenizer_hash
 from trainer.arguments import ROOT
 from trainer.errors import UserError, note
@@ -172,6 +173,30 @@ def load_folder(folder: str | os.PathLike) -> MiniMindLM:
     if not isinstance(model, MiniMindLM):
         raise UserError(f"{folder} holds a {type(model).__name__}; --load 1 takes a MiniMind folder")
     return model
+
+
+def adapter_path(args, name: str) -> Path:
+    """Where the LoRA adapter of a name lies; `name` may be the path of a .pth itself."""
+    return weights_path(args, name if name.endswith(".pth") else f"lora/{name}")
+
+
+def load_adapter(path: Path, model: MiniMindLM) -> LoRASettings:
+    """Give the model the LoRA adapter in `path`.
+
+    Raises:
+        UserError: missing, damaged, or made for another base; the message names both sides.
+    """
+    if not path.is_file():
+        there = sorted(file.name for file in path.parent.glob("*.pth"))
+        raise UserError(
+            f"{path} is missing: train_lora.py --lora_name NAME makes it"
+            + (f"; there are {', '.join(there)}" if there else "")
+        )
+    state, about = read_state(path), read_settings(path) or {}
+    try:
+        return put_lora(model, state, about)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,136 @@
+"""LoRA: teach a model one more thing (who it is, a field of knowledge) by a small correction, its weights untouched.
+
+Learns from dataset/lora_identity.jsonl or lora_medical.jsonl ({"conversations": [...]} lines), starts from
+out/full_sft_D.pth, writes the adapter alone to out/lora/NAME_D.pth. `eval_model.py --lora_name NAME` talks to both.
+
+    python train_lora.py --lora_name identity                           one GPU, or the CPU
+    torchrun --nproc_per_node 2 train_lora.py --lora_name identity      several GPUs (or processes): DDP
+    deepspeed --num_gpus 2 train_lora.py --deepspeed                    DeepSpeed, ZeRO stage 2
+"""
+
+import re
+
+import torch
+
+from dataset import SFTDataset
+from model.model import next_token_loss
+from model.model_lora import apply_lora, base_hash, is_lora
+from trainer.arguments import ROOT, check_training_arguments, positive, training_parser
+from trainer.checkpoint import Checkpoint
+from trainer.data import count_steps, open_data
+from trainer.errors import UserError, launch
+from trainer.evaluation import evaluate
+from trainer.metrics import Metrics
+from trainer.runtime import should_compile, start_runtime, wrap_model
+from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+
+
+def get_args():
+    parser = training_parser(
+        __doc__,
+        data_path=str(ROOT / "dataset" / "lora_identity.jsonl"),
+        epochs=10,
+        batch_size=16,
+        learning_rate=1e-3,
+        warmup_iters=10,
+    )
+    parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from")
+    lora = parser.add_argument_group("lora")
+    lora.add_argument("--lora_name", default="identity", help="names the adapter: out/lora/NAME_512.pth")
+    lora.add_argument("--rank", type=positive, default=16, help="of the correction (alpha / rank) B A")
+    lora.add_argument("--alpha", type=float, default=None, help="(default: rank)")
+    lora.add_argument(
+        "--target_modules",
+        type=lambda names: names.replace(" ", "").split(","),
+        metavar="wq,wk,wv,wo,w1,w2,w3",
+        help="Linears that get one, experts' included (default: every square one, which are wq and wo)",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = get_args()
+    check_training_arguments(args)
+    if not re.fullmatch(r"[\w.-]+", args.lora_name):
+        raise UserError(f"--lora_name {args.lora_name!r} must be letters, digits, '_', '-' and '.': it names a file")
+    run = start_runtime(args)
+
+    # Model
+    tokenizer = load_tokenizer(args.tokenizer)
+    config = config_of(args, tokenizer)
+    base = weights_path(args, args.from_weight)
+    model = load_weights(base, config, tokenizer).to(run.device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    facts = {"base": base.name, "base_hash": base_hash(model)}
+    try:
+        rank, alpha, targets = apply_lora(model, args.rank, args.alpha, args.target_modules)
+    except ValueError as error:
+        raise UserError(f"--rank, --alpha, --target_modules: {error}") from None
+    facts |= {"rank": rank, "alpha": alpha, "targets": list(targets)}
+    checkpoint = Checkpoint(args, f"lora/{args.lora_name}", config, tokenizer, run, keep=is_lora, **facts)
+
+    # Data
+    loader, held_out = open_data(SFTDataset, args, tokenizer, run)
+    total_steps = count_steps(loader, args)
+
+    # Optimizer
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16" and not args.deepspeed)
+    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run.device, total_steps))
+
+    # Resume
+    progress = checkpoint.load(model, optimizer, scaler)
+    metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
+
+    # Loop: an optimizer step is a list of micro-batches
+    model.train()
+    for batches in loader.steps(progress.step, total_steps):
+        lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
+        set_learning_rate(optimizer, lr)
+        totals = run.totals(batches)
+        step_loss = torch.zeros((), device=run.device)
+        for batch in batches:
+            last = batch is batches[-1]
+            batch = run.to_device(batch)
+            labels = batch.pop("labels")
+            with run.gradients_synced(model, last):
+                with run.autocast():
+                    out = model(**batch)
+                    loss = next_token_loss(out.logits, labels) / totals.trained
+                    loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
+                step_loss += loss.detach()
+                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
+                if args.deepspeed:  # scales, averages, clips, steps and zeroes by itself
+                    model.set_gradient_accumulation_boundary(last)
+                    model.backward(loss)
+                    model.step()
+                else:
+                    scaler.scale(loss).backward()
+        if args.deepspeed:
+            run.is_finite(norm := model.get_global_grad_norm())
+        else:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            if run.is_finite(norm):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        # Log, evaluate, save
+        progress.advance(totals, run.non_finite)
+        stopping = run.asked_to_stop
+        if metrics.due(args.log_interval, stopping):
+            metrics.log(loss=sum(run.sum(step_loss)), lr=lr, grad_norm=float(norm))
+        if held_out and args.eval_interval and metrics.due(args.eval_interval):
+            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
+        if metrics.due(args.save_interval, stopping):
+            checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if stopping:
+            break
+    metrics.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main)
