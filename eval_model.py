@@ -44,6 +44,7 @@ def get_args():
         "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: a transformers folder, named by --out_dir"
     )
     add_model_arguments(parser)
+    parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
     parser.add_argument("--prompt", action="append", help="ask this (may be repeated) and end")
     parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
@@ -59,17 +60,21 @@ def get_args():
 
 def load_model(args):
     """Model and tokenizer that the flags name."""
+    from model.model_lora import merge_lora
+    from trainer import weights
     from trainer.runtime import pick_device
-    from trainer.weights import config_of, load_folder, load_tokenizer, load_weights, read_settings, weights_path
 
     device = pick_device(args.device)
-    tokenizer = load_tokenizer(args.tokenizer or (args.out_dir if args.load == 1 else None))
+    tokenizer = weights.load_tokenizer(args.tokenizer or (args.out_dir if args.load == 1 else None))
     if args.load == 1:
-        model = load_folder(args.out_dir)
+        model = weights.load_folder(args.out_dir)
     else:
-        path = weights_path(args, STAGES[args.model_mode])
-        config = None if read_settings(path) else config_of(args, tokenizer)
-        model = load_weights(path, config, tokenizer)
+        path = weights.weights_path(args, STAGES[args.model_mode])
+        config = None if weights.read_settings(path) else weights.config_of(args, tokenizer)
+        model = weights.load_weights(path, config, tokenizer)
+    if args.lora_name not in (None, "None"):
+        weights.load_adapter(args.lora_name, args, model)
+        merge_lora(model)  # as fast as without it
     return model.to(device).eval(), tokenizer
 
 

@@ -175,17 +175,13 @@ def load_folder(folder: str | os.PathLike) -> MiniMindLM:
     return model
 
 
-def adapter_path(args, name: str) -> Path:
-    """Where the LoRA adapter of a name lies; `name` may be the path of a .pth itself."""
-    return weights_path(args, name if name.endswith(".pth") else f"lora/{name}")
-
-
-def load_adapter(path: Path, model: MiniMindLM) -> LoRASettings:
-    """Give the model the LoRA adapter in `path`.
+def load_adapter(name: str, args, model: MiniMindLM) -> LoRASettings:
+    """Give the model the LoRA adapter of a name, `out/lora/NAME_D.pth`; the name may be the path of a .pth itself.
 
     Raises:
         UserError: missing, damaged, or made for another base; the message names both sides.
     """
+    path = weights_path(args, name if name.endswith(".pth") else f"lora/{name}")
     if not path.is_file():
         there = sorted(file.name for file in path.parent.glob("*.pth"))
         raise UserError(

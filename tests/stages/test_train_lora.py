@@ -1,0 +1,139 @@
+"""train_lora.py, run for real, alone and in company, and what eval_model.py makes of its adapter."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from model import LMConfig, MiniMindLM
+from model.model_lora import is_lora, load_lora
+from tests.running import TINY, TINY_TRAINING, call_script, run_script
+from trainer.weights import load_weights
+
+STEPS = ("--max_steps", "3", "--epochs", "9", "--save_interval", "2", "--learning_rate", "1e-2")
+EXPERTS = ("--use_moe", "--lora_name", "me", "--rank", "4", "--alpha", "8", "--target_modules", "wq,w1,w2")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_tokenizer, tmp_path_factory):
+    """An --out_dir with a random full_sft_32, dense and MoE; without a json, as if downloaded."""
+    out = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    for use_moe in (False, True):
+        config = LMConfig(dim=32, n_layers=2, vocab_size=len(tiny_tokenizer), use_moe=use_moe)
+        torch.save(MiniMindLM(config).state_dict(), out / f"full_sft_32{'_moe' * use_moe}.pth")
+    return out
+
+
+@pytest.fixture(scope="module")
+def common(base, tokenizer_dir, tiny_data):
+    return (*TINY_TRAINING, "--tokenizer", tokenizer_dir, "--data_path", tiny_data / "sft_mini_512.jsonl", *STEPS)
+
+
+@pytest.fixture(scope="module")
+def alone(base, common, tmp_path_factory):
+    """What one process makes in three steps: an adapter on the attention and on every expert."""
+    out = shutil.copytree(base, tmp_path_factory.mktemp("alone"), dirs_exist_ok=True)
+    call_script("train_lora.py", "--out_dir", out, *common, *EXPERTS)
+    return out
+
+
+def adapter(out):
+    return torch.load(out / "lora" / "me_32_moe.pth", weights_only=True)
+
+
+def assert_close(ours, theirs, atol):
+    assert ours.keys() == theirs.keys()
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_only_the_adapter_is_trained_and_saved(base, alone):
+    saved = adapter(alone)
+    assert all(is_lora(key) and value.dtype == torch.float32 for key, value in saved.items())
+    assert len(saved) == 2 * 2 * (1 + 5 * 2)  # A and B, two layers: wq, then w1 and w2 of five experts
+    assert all(value.abs().max() > 1e-4 for key, value in saved.items() if "attention" in key)  # B has left its zeros
+    assert (alone / "full_sft_32_moe.pth").read_bytes() == (base / "full_sft_32_moe.pth").read_bytes()
+    about = json.loads((alone / "lora" / "me_32_moe.json").read_text(encoding="utf-8"))
+    assert (about["rank"], about["alpha"], about["targets"]) == (4, 8, ["wq", "w1", "w2"])
+    assert (about["base"], about["stage"], about["step"]) == ("full_sft_32_moe.pth", "lora/me", 3)
+
+
+def test_two_processes_equal_one(base, alone, common, tmp_path):
+    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    run_script("train_lora.py", "--out_dir", out, *common, *EXPERTS, "--batch_size", "2", processes=2)
+    assert_close(adapter(out), adapter(alone), atol=2e-5)
+
+
+def test_zero_equals_ddp(base, alone, common, tmp_path):
+    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    zero = ("--batch_size", "2", "--deepspeed", "--zero_stage", "2")
+    run_script("train_lora.py", "--out_dir", out, *common, *EXPERTS, *zero, "--max_steps", "3", processes=2)
+    assert_close(adapter(out), adapter(alone), atol=2e-4)
+
+
+def test_a_resumed_run_is_bit_for_bit_the_same(base, alone, common, tmp_path, capsys):
+    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    flags = ("--out_dir", out, *common, *EXPERTS)
+    call_script("train_lora.py", *flags, stop_after=2, exit_code=130)
+    assert not torch.equal(*(next(iter(adapter(folder).values())) for folder in (out, alone)))
+    call_script("train_lora.py", *flags, exit_code=2)
+    assert "--resume goes on" in capsys.readouterr().err
+    call_script("train_lora.py", *flags, "--resume", "--rank", "2", exit_code=2)
+    assert "the saved run had rank 4, this one has 2" in capsys.readouterr().err
+    call_script("train_lora.py", *flags, "--resume")
+    assert "resumed at step 2" in capsys.readouterr().out
+    assert_close(adapter(out), adapter(alone), atol=0)
+
+
+def test_the_adapter_lowers_the_loss_of_its_base(base, common, tiny_data, tmp_path, tiny_tokenizer):
+    """Dense, default targets, bf16, one sample a row; the held-out loss is the trainer's own measure."""
+    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    held_out = ("--eval_path", tiny_data / "sft_mini_512.jsonl", "--eval_interval", "1")
+    flags = ("--out_dir", out, *common, *held_out, "--max_steps", "8", "--learning_rate", "0.1", "--dtype", "bfloat16")
+    call_script("train_lora.py", *flags, "--lora_name", "more", "--packing", "0", "--max_seq_len", "96")
+    lines = map(json.loads, (out / "lora" / "more_32.metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert losses[-1] < losses[0] - 0.02
+
+    model = load_weights(out / "full_sft_32.pth", None, tiny_tokenizer)
+    assert load_lora(model, out / "lora" / "more_32.pth") == (16, 16, ("wq", "wo"))
+
+
+def test_eval_model_puts_the_adapter_on(base, common, tokenizer_dir, tmp_path, capsys):
+    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    call_script("train_lora.py", "--out_dir", out, *common, "--lora_name", "me", "--learning_rate", "0.3")
+    flags = (*TINY, "--out_dir", out, "--tokenizer", tokenizer_dir, "--temperature", "0", "--max_new_tokens", "8")
+    capsys.readouterr()
+    answers = []
+    for name in ("None", "me"):
+        call_script("eval_model.py", *flags, "--prompt", "Who are you?", "--lora_name", name)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] != answers[1]
+
+    call_script("eval_model.py", *flags, "--prompt", "x", "--lora_name", "you", exit_code=2)
+    assert "you_32.pth is missing: train_lora.py --lora_name NAME makes it; there are me_32" in capsys.readouterr().err
+    state = torch.load(out / "full_sft_32.pth", weights_only=True)
+    torch.save(state | {"norm.weight": state["norm.weight"] + 1}, out / "full_sft_32.pth")
+    call_script("eval_model.py", *flags, "--prompt", "x", "--lora_name", "me", exit_code=2)
+    assert "the adapter was trained on full_sft_32.pth with weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--lora_name", "a/b"), "--lora_name 'a/b' must be letters"),
+        (("--target_modules", "wq,q_proj"), "no Linear of the model's blocks is named q_proj; there are wq"),
+        (("--target_modules", ""), "no Linear of the model's blocks is named ; there are"),
+        (("--alpha", "-1"), "alpha above 0"),
+        (("--from_weight", "nothing"), "nothing_32.pth is missing"),
+        (("--data_path", "nowhere.jsonl"), "nowhere.jsonl is not there"),
+    ],
+)
+def test_flags_that_cannot_work(base, common, flags, told, capsys):
+    call_script("train_lora.py", "--out_dir", base, *common, *flags, exit_code=2)
+    error = capsys.readouterr().err
+    assert told in error
+    assert len(error.splitlines()) == 1
+    assert not (base / "lora").exists()
