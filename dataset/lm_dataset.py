@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from dataset.jsonl import DataError
 from dataset.packing import Pieces, cut_long, pack, split_long
 from dataset.records import chat_of, text_of
-from dataset.token_cache import Sample, TokenCache, open_token_cache
+from dataset.token_cache import Sample, open_token_cache
 from model.chat import render_chats, render_text
 from model.model import IGNORED
 
@@ -29,13 +29,16 @@ class RowDataset(Dataset):
     Args:
         data_path: a jsonl file; `dataset/records.py` says what its lines hold.
         tokenizer: turns the lines into tokens; needed only here, not kept.
-        max_seq_len: the longest row in tokens, at least 2.
+        max_seq_len: the longest sample in tokens, at least 2; a row is as long, or as many times as long as a line has
+            samples (`group`).
         packing: a row holds as many samples as fit; otherwise one.
         skip_bad_lines: leave bad lines out and count them, instead of stopping at the first.
         seed: decides which samples share a row.
         part: "all" samples, or those `samples_of` gives to "train" or "eval".
 
     Attributes:
+        max_seq_len: the longest row in tokens.
+        rows_key: what decides the rows, as JSON values.
         summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped.
 
     Raises:
@@ -44,6 +47,7 @@ class RowDataset(Dataset):
     """
 
     kind: str
+    unit, group = "samples", 1  # what a line is, and how many samples it gives, which then share a row
     parse: Callable[[dict], object]
     encode: Callable[[PreTrainedTokenizerFast, list], list[Sample]]
     pieces_of: Callable[["RowDataset", np.ndarray], Pieces]  # of these samples, which count from 0 there
@@ -61,24 +65,28 @@ class RowDataset(Dataset):
     ):
         if max_seq_len < 2:
             raise ValueError(f"max_seq_len is {max_seq_len}, but a row needs 2 tokens: one to read, one to predict")
-        self.max_seq_len = max_seq_len
+        self.max_seq_len = self.group * max_seq_len
         self.packing = packing
         self.cache = open_token_cache(
             data_path, tokenizer, self.kind, self.parse, partial(self.encode, tokenizer), skip_bad_lines
         )
-        samples = samples_of(part, len(self.cache))
-        lengths = self.cache.lengths[samples]
+        self.rows_key = [self.cache.folder.name, max_seq_len, packing, seed, part]
+        samples = self._grouped(samples_of(part, len(self.cache) // self.group))
         pieces = self.pieces_of(samples)
         self._pieces = pieces._replace(sample=samples[pieces.sample])
+        lengths = pieces.length.reshape(-1, self.group).sum(1)
         if packing:
-            self._order, self._bounds = pack(pieces.length, max_seq_len, seed)
+            order, bounds = pack(lengths, self.max_seq_len, seed)
         else:
-            self._order = np.arange(len(pieces.length))
-            self._bounds = np.arange(len(pieces.length) + 1)
+            order, bounds = np.arange(len(lengths)), np.arange(len(lengths) + 1)
+        self._order, self._bounds = self._grouped(order), bounds * self.group
         if not len(self) and part != "eval":
             raise DataError(f"{data_path}: no sample has anything to learn within {max_seq_len} tokens")
-        summary = _summary(self.cache, lengths, pieces, len(self), max_seq_len, packing, self.notes)
-        self.summary = f"{data_path}: {summary}"
+        self.summary = f"{data_path}: {self._summary(samples, pieces, max_seq_len)}"
+
+    def _grouped(self, places: np.ndarray) -> np.ndarray:
+        """From numbers of groups to numbers of what is in them, one after another."""
+        return (places[:, None] * self.group + np.arange(self.group)).ravel()
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -109,6 +117,26 @@ class RowDataset(Dataset):
         labels = np.where(self.cache.learned(sample, start, length), ids, IGNORED)
         labels[0] = IGNORED  # nothing in the row comes before it that could predict it
         return ids, labels, np.arange(length)
+
+    def _summary(self, samples: np.ndarray, pieces: Pieces, max_len: int) -> str:
+        """The start-up report, of these samples and the pieces that became of them."""
+        lengths = self.cache.lengths[samples]
+        used, pieces_each = np.unique(pieces.sample, return_counts=True)
+        split = pieces_each > 1
+        cut = int((lengths[used] > max_len)[~split].sum())
+        dropped = (len(samples) - len(used)) // self.group - sum(count for count, _ in self.notes)
+        tokens = int(pieces.length.sum())
+        parts = [f"{len(used) // self.group:,} {self.unit}", f"{tokens:,} tokens", f"{len(self):,} rows"]
+        if self.packing and len(self):
+            parts.append(f"{tokens / (len(self) * self.max_seq_len):.1%} of {self.max_seq_len} filled")
+        notes = [
+            (int(split.sum()), "split over rows"),
+            (cut, f"cut at {max_len} tokens"),
+            (dropped, "dropped with nothing to learn"),
+            *self.notes,
+            (self.cache.bad_lines, f"bad lines skipped, the first: {self.cache.first_bad}"),
+        ]
+        return ", ".join(parts + [f"{count:,} {note}" for count, note in notes if count])
 
 
 class PretrainDataset(RowDataset):
@@ -155,31 +183,3 @@ def samples_of(part: str, n_samples: int) -> np.ndarray:
     if part == "eval":
         return kept_aside
     raise ValueError(f"part is {part!r}, not one of 'all', 'train', 'eval'")
-
-
-def _summary(
-    cache: TokenCache,
-    lengths: np.ndarray,
-    pieces: Pieces,
-    rows: int,
-    max_len: int,
-    packing: bool,
-    further: Sequence[tuple[int, str]],
-) -> str:
-    """The start-up report of a data set; `lengths` are those of the samples before they became `pieces`."""
-    used, pieces_each = np.unique(pieces.sample, return_counts=True)
-    split = pieces_each > 1
-    cut = int((lengths[used] > max_len)[~split].sum())
-    dropped = len(lengths) - len(used) - sum(count for count, _ in further)
-    tokens = int(pieces.length.sum())
-    parts = [f"{len(used):,} samples", f"{tokens:,} tokens", f"{rows:,} rows"]
-    if packing and rows:
-        parts.append(f"{tokens / (rows * max_len):.1%} of {max_len} filled")
-    notes = [
-        (int(split.sum()), "split over rows"),
-        (cut, f"cut at {max_len} tokens"),
-        (dropped, "dropped with nothing to learn"),
-        *further,
-        (cache.bad_lines, f"bad lines skipped, the first: {cache.first_bad}"),
-    ]
-    return ", ".join(parts + [f"{count:,} {note}" for count, note in notes if count])
