@@ -13,15 +13,16 @@ import re
 import torch
 
 from dataset import SFTDataset
-from model.model import next_token_loss
+from model.model import next_token_loss, predicting
 from model.model_lora import apply_lora, base_hash, is_lora
 from trainer.arguments import ROOT, check_training_arguments, positive, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
+from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.errors import UserError, launch
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
-from trainer.runtime import should_compile, start_runtime, wrap_model
+from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
 
@@ -76,7 +77,7 @@ def main():
 
     # Optimizer
     optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16" and not args.deepspeed)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
     model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run.device, total_steps))
 
     # Resume
@@ -96,23 +97,23 @@ def main():
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    out = model(**batch)
+                    out = model(**batch, logits_to_keep=predicting(labels))
                     loss = next_token_loss(out.logits, labels) / totals.trained
                     loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 step_loss += loss.detach()
                 loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
-                if args.deepspeed:  # scales, averages, clips, steps and zeroes by itself
-                    model.set_gradient_accumulation_boundary(last)
-                    model.backward(loss)
-                    model.step()
+                if args.deepspeed:
+                    deepspeed_backward(model, loss, scaler, last)
                 else:
                     scaler.scale(loss).backward()
-        if args.deepspeed:
-            run.is_finite(norm := model.get_global_grad_norm())
+        (loss,) = run.sum(step_loss)
+        if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
+            norm = deepspeed_step(model, scaler)
+            run.is_finite(norm, loss)
         else:
             scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            if run.is_finite(norm):
+            if run.is_finite(norm, loss):
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -121,8 +122,8 @@ def main():
         progress.advance(totals, run.non_finite)
         stopping = run.asked_to_stop
         if metrics.due(args.log_interval, stopping):
-            metrics.log(loss=sum(run.sum(step_loss)), lr=lr, grad_norm=float(norm))
-        if held_out and args.eval_interval and metrics.due(args.eval_interval):
+            metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
+        if held_out and metrics.due(args.eval_interval):
             metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)

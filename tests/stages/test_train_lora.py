@@ -8,10 +8,10 @@ import torch
 
 from model import LMConfig, MiniMindLM
 from model.model_lora import is_lora, load_lora
-from tests.running import TINY, TINY_TRAINING, call_script, run_script
+from tests.running import TINY, TINY_TRAINING, one_error_line, run_script
 from trainer.weights import load_weights
 
-STEPS = ("--max_steps", "3", "--epochs", "9", "--save_interval", "2", "--learning_rate", "1e-2")
+STEPS = ("--max_steps", "4", "--epochs", "9", "--learning_rate", "1e-2")  # the first two of them warm up
 EXPERTS = ("--use_moe", "--lora_name", "me", "--rank", "4", "--alpha", "8", "--target_modules", "wq,w1,w2")
 
 
@@ -26,16 +26,25 @@ def base(tiny_tokenizer, tmp_path_factory):
     return out
 
 
-@pytest.fixture(scope="module")
-def common(base, tokenizer_dir, tiny_data):
-    return (*TINY_TRAINING, "--tokenizer", tokenizer_dir, "--data_path", tiny_data / "sft_mini_512.jsonl", *STEPS)
+@pytest.fixture
+def out(base, tmp_path):
+    return shutil.copytree(base, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
-def alone(base, common, tmp_path_factory):
-    """What one process makes in three steps: an adapter on the attention and on every expert."""
+def train(tokenizer_dir, tiny_data):
+    """Runs train_lora.py into a folder."""
+    data = ("--tokenizer", tokenizer_dir, "--data_path", tiny_data / "sft_mini_512.jsonl")
+    return lambda out, *flags, **how: run_script(
+        "train_lora.py", "--out_dir", out, *TINY_TRAINING, *data, *STEPS, *flags, **how
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(base, train, tmp_path_factory):
+    """What one process makes in four steps: an adapter on the attention and on every expert."""
     out = shutil.copytree(base, tmp_path_factory.mktemp("alone"), dirs_exist_ok=True)
-    call_script("train_lora.py", "--out_dir", out, *common, *EXPERTS)
+    train(out, *EXPERTS)
     return out
 
 
@@ -57,67 +66,52 @@ def test_only_the_adapter_is_trained_and_saved(base, alone):
     assert (alone / "full_sft_32_moe.pth").read_bytes() == (base / "full_sft_32_moe.pth").read_bytes()
     about = json.loads((alone / "lora" / "me_32_moe.json").read_text(encoding="utf-8"))
     assert (about["rank"], about["alpha"], about["targets"]) == (4, 8, ["wq", "w1", "w2"])
-    assert (about["base"], about["stage"], about["step"]) == ("full_sft_32_moe.pth", "lora/me", 3)
+    assert (about["base"], about["stage"], about["step"]) == ("full_sft_32_moe.pth", "lora/me", 4)
 
 
-def test_two_processes_equal_one(base, alone, common, tmp_path):
-    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
-    run_script("train_lora.py", "--out_dir", out, *common, *EXPERTS, "--batch_size", "2", processes=2)
+def test_two_processes_equal_one(out, alone, train):
+    train(out, *EXPERTS, "--batch_size", "2", processes=2)
     assert_close(adapter(out), adapter(alone), atol=2e-5)
 
 
-def test_zero_equals_ddp(base, alone, common, tmp_path):
-    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
-    zero = ("--batch_size", "2", "--deepspeed", "--zero_stage", "2")
-    run_script("train_lora.py", "--out_dir", out, *common, *EXPERTS, *zero, "--max_steps", "3", processes=2)
+def test_zero_equals_one_process(out, alone, train):
+    train(out, *EXPERTS, "--batch_size", "2", "--deepspeed", "--zero_stage", "2", processes=2)
     assert_close(adapter(out), adapter(alone), atol=2e-4)
 
 
-def test_a_resumed_run_is_bit_for_bit_the_same(base, alone, common, tmp_path, capsys):
-    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
-    flags = ("--out_dir", out, *common, *EXPERTS)
-    call_script("train_lora.py", *flags, stop_after=2, exit_code=130)
-    assert not torch.equal(*(next(iter(adapter(folder).values())) for folder in (out, alone)))
-    call_script("train_lora.py", *flags, exit_code=2)
-    assert "--resume goes on" in capsys.readouterr().err
-    call_script("train_lora.py", *flags, "--resume", "--rank", "2", exit_code=2)
-    assert "the saved run had rank 4, this one has 2" in capsys.readouterr().err
-    call_script("train_lora.py", *flags, "--resume")
-    assert "resumed at step 2" in capsys.readouterr().out
+def test_a_resumed_run_is_bit_for_bit_the_same(out, alone, train):
+    train(out, *EXPERTS, "--max_steps", "2")
+    assert "--resume goes on" in one_error_line(train(out, *EXPERTS, exit_code=2))
+    refused = train(out, *EXPERTS, "--resume", "--rank", "2", exit_code=2)
+    assert "the saved run had rank 4, this one has 2" in one_error_line(refused)
+    assert "resumed at step 2" in train(out, *EXPERTS, "--resume").stdout
     assert_close(adapter(out), adapter(alone), atol=0)
 
 
-def test_the_adapter_lowers_the_loss_of_its_base(base, common, tiny_data, tmp_path, tiny_tokenizer):
-    """Dense, default targets, bf16, one sample a row; the held-out loss is the trainer's own measure."""
-    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
-    held_out = ("--eval_path", tiny_data / "sft_mini_512.jsonl", "--eval_interval", "1")
-    flags = ("--out_dir", out, *common, *held_out, "--max_steps", "8", "--learning_rate", "0.1", "--dtype", "bfloat16")
-    call_script("train_lora.py", *flags, "--lora_name", "more", "--packing", "0", "--max_seq_len", "96")
-    lines = map(json.loads, (out / "lora" / "more_32.metrics.jsonl").read_text(encoding="utf-8").splitlines())
+def test_the_adapter_lowers_the_held_out_loss(out, train, tiny_data, tiny_tokenizer):
+    """Dense, default targets, bf16, one sample a row."""
+    held_out = ("--eval_path", tiny_data / "sft_mini_512.jsonl", "--eval_interval", "1", "--max_seq_len", "96")
+    train(out, *held_out, "--max_steps", "8", "--learning_rate", "0.1", "--dtype", "bfloat16", "--packing", "0")
+    lines = map(json.loads, (out / "lora" / "identity_32.metrics.jsonl").read_text(encoding="utf-8").splitlines())
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert losses[-1] < losses[0] - 0.02
 
     model = load_weights(out / "full_sft_32.pth", None, tiny_tokenizer)
-    assert load_lora(model, out / "lora" / "more_32.pth") == (16, 16, ("wq", "wo"))
+    assert load_lora(model, out / "lora" / "identity_32.pth") == (16, 16, ("wq", "wo"))
 
 
-def test_eval_model_puts_the_adapter_on(base, common, tokenizer_dir, tmp_path, capsys):
-    out = shutil.copytree(base, tmp_path, dirs_exist_ok=True)
-    call_script("train_lora.py", "--out_dir", out, *common, "--lora_name", "me", "--learning_rate", "0.3")
-    flags = (*TINY, "--out_dir", out, "--tokenizer", tokenizer_dir, "--temperature", "0", "--max_new_tokens", "8")
-    capsys.readouterr()
-    answers = []
-    for name in ("None", "me"):
-        call_script("eval_model.py", *flags, "--prompt", "Who are you?", "--lora_name", name)
-        answers.append(capsys.readouterr().out)
-    assert answers[0] != answers[1]
+def test_eval_model_puts_the_adapter_on(out, train, tokenizer_dir):
+    def ask(name, **how):
+        settings = ("--temperature", "0", "--max_new_tokens", "8", "--prompt", "Who are you?", "--lora_name", name)
+        return run_script("eval_model.py", *TINY, "--out_dir", out, "--tokenizer", tokenizer_dir, *settings, **how)
 
-    call_script("eval_model.py", *flags, "--prompt", "x", "--lora_name", "you", exit_code=2)
-    assert "you_32.pth is missing: train_lora.py --lora_name NAME makes it; there are me_32" in capsys.readouterr().err
+    train(out, "--lora_name", "me", "--learning_rate", "0.3")
+    assert ask("None").stdout != ask("me").stdout
+    told = "you_32.pth is missing: train_lora.py --lora_name NAME makes it; there are me_32"
+    assert told in one_error_line(ask("you", exit_code=2))
     state = torch.load(out / "full_sft_32.pth", weights_only=True)
     torch.save(state | {"norm.weight": state["norm.weight"] + 1}, out / "full_sft_32.pth")
-    call_script("eval_model.py", *flags, "--prompt", "x", "--lora_name", "me", exit_code=2)
-    assert "the adapter was trained on full_sft_32.pth with weights" in capsys.readouterr().err
+    assert "adapter was trained on full_sft_32.pth with weights" in one_error_line(ask("me", exit_code=2))
 
 
 @pytest.mark.parametrize(
@@ -131,9 +125,6 @@ def test_eval_model_puts_the_adapter_on(base, common, tokenizer_dir, tmp_path, c
         (("--data_path", "nowhere.jsonl"), "nowhere.jsonl is not there"),
     ],
 )
-def test_flags_that_cannot_work(base, common, flags, told, capsys):
-    call_script("train_lora.py", "--out_dir", base, *common, *flags, exit_code=2)
-    error = capsys.readouterr().err
-    assert told in error
-    assert len(error.splitlines()) == 1
-    assert not (base / "lora").exists()
+def test_flags_that_cannot_work(base, train, flags, told):
+    assert told in one_error_line(train(base, *flags, exit_code=2))
+    assert not list(base.glob("lora/*.pth"))
