@@ -1,0 +1,322 @@
+"""The token cache: what is in it, what makes it anew, and that no crash, race or full disk leaves it wrong."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import signal
+import time
+import tracemalloc
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset.jsonl import DataError
+from dataset.records import text_of
+from dataset.token_cache import open_token_cache
+from model.chat import render_text
+from tests.conftest import SENTENCES, write_jsonl
+
+fork = multiprocessing.get_context("fork")  # a process of its own, without importing torch anew
+
+
+def real(tokenizer):
+    return lambda texts: [(ids, None) for ids in render_text(tokenizer, texts)]
+
+
+def must_not_run(*_):
+    raise AssertionError("the file was read again")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A data file in a folder of its own."""
+    (tmp_path / "data").mkdir()
+    return write_jsonl(tmp_path / "data" / "texts.jsonl", [{"text": f"{n} {SENTENCES[n % 8]}"} for n in range(30)])
+
+
+@pytest.fixture
+def open_it(data, tiny_tokenizer):
+    """Open the cache of `data`, with what is given instead of the usual."""
+
+    def open_cache(path=data, tokenizer=tiny_tokenizer, kind="text", parse=text_of, encode=None, skip_bad_lines=False):
+        return open_token_cache(path, tokenizer, kind, parse, encode or real(tokenizer), skip_bad_lines)
+
+    return open_cache
+
+
+def caches(data: Path) -> list[str]:
+    """The names in the cache of a data file, except the lock's."""
+    return sorted(path.name for path in (data.parent / ".cache" / data.name).iterdir() if path.name != "lock")
+
+
+def samples_in(cache) -> list[list[int]]:
+    return [cache.ids(n, 0, length).tolist() for n, length in enumerate(cache.lengths)]
+
+
+def test_samples_come_back_whole_and_in_part(open_it, tiny_tokenizer):
+    cache = open_it()
+    expected = render_text(tiny_tokenizer, [f"{n} {SENTENCES[n % 8]}" for n in range(30)])
+
+    assert len(cache) == 30
+    assert samples_in(cache) == expected
+    assert cache.ids(3, 2, 4).tolist() == expected[3][2:6]
+    assert cache.learned(3, 2, 4).tolist() == [True] * 4
+    assert cache.first_target.tolist() == [1] * 30
+    assert (cache.bad_lines, cache.first_bad, cache.note(0)) == (0, None, None)
+
+
+@pytest.mark.parametrize("vocabulary", [600, 70_000])
+def test_masks_and_large_ids_of_any_length_come_back(data, vocabulary):
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, vocabulary, n).tolist() for n in [1, 2, 7, 8, 9, *rng.integers(1, 40, 55)]]
+    masks = [(rng.random(len(sample)) < 0.4).tolist() for sample in ids]
+    given = iter(zip(ids, masks, strict=True))
+
+    class Tokenizer:
+        bos_token_id, eos_token_id = 1, 2
+        backend_tokenizer = type("", (), {"to_str": lambda self: '{"added_tokens": [], "normalizer": 0, '
+                                                                 '"pre_tokenizer": 0, "model": 0}'})()  # fmt: skip
+
+        def __len__(self):
+            return vocabulary
+
+    # two samples a line, batch after batch, as preference pairs have
+    cache = open_token_cache(data, Tokenizer(), "pairs", text_of, lambda texts: [next(given) for _ in (*texts, *texts)])
+
+    assert samples_in(cache) == ids
+    for n, mask in enumerate(masks):
+        assert cache.learned(n, 0, len(mask)).tolist() == mask
+        assert all(cache.learned(n, k, len(mask) - k).tolist() == mask[k:] for k in range(len(mask)))
+        later = [k for k, learned in enumerate(mask) if learned and k]
+        assert cache.first_target[n] == (later[0] if later else len(mask))
+
+
+def test_lines_may_give_any_number_of_samples_even_none(data, open_it):
+    assert len(open_it(encode=lambda texts: [([1, 5, 2], None)])) == 1
+    with pytest.raises(DataError, match="no good line"):
+        open_it(kind="nothing", encode=lambda texts: [])
+
+
+def test_a_second_start_reads_no_line(open_it):
+    first = open_it()
+    second = open_it(parse=must_not_run, encode=must_not_run)
+
+    assert second.folder == first.folder
+    assert samples_in(second) == samples_in(first)
+
+
+def test_a_cache_pickles_as_its_folder(open_it):
+    cache = open_it()
+    assert samples_in(pickle.loads(pickle.dumps(cache))) == samples_in(cache)
+    assert len(pickle.dumps(cache)) < 500
+
+
+def rewrite_longer(data):
+    with open(data, "a") as file:
+        file.write('{"text": "one more"}\n')
+
+
+def rewrite_same_size(data):
+    times = data.stat()
+    data.write_bytes(data.read_bytes().replace(b"robot", b"ROBOT"))
+    os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("change", [rewrite_longer, rewrite_same_size, lambda data: os.utime(data, (1, 1))])
+def test_another_size_time_or_content_is_read_anew_and_the_old_cache_goes(data, open_it, tiny_tokenizer, change):
+    open_it()
+    before = caches(data)
+    change(data)
+
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    assert samples_in(open_it()) == render_text(tiny_tokenizer, texts)
+    assert len(caches(data)) == 1
+    assert caches(data) != before
+
+
+def test_another_tokenizer_or_kind_has_a_cache_beside_the_first(data, open_it, tiny_tokenizer, plain_tokenizer):
+    folders = {open_it().folder, open_it(tokenizer=plain_tokenizer).folder, open_it(kind="chat").folder}
+
+    assert len(folders) == 3
+    assert open_it(parse=must_not_run).folder in folders
+    assert samples_in(open_it(tokenizer=plain_tokenizer)) != samples_in(open_it())
+
+
+def test_another_file_beside_it_keeps_its_own_cache(data, open_it):
+    other = write_jsonl(data.with_name("texts.jsonl.jsonl"), [{"text": "other"}])
+    open_it(other)
+    open_it()
+    rewrite_longer(data)
+    open_it()
+
+    open_it(other, parse=must_not_run)
+
+
+def test_an_old_cache_stays_while_a_run_uses_it(data, open_it):
+    held = open_it()
+    before = samples_in(held)
+    rewrite_longer(data)
+    open_it()
+
+    assert len(caches(data)) == 2
+    assert samples_in(pickle.loads(pickle.dumps(held))) == before  # as a worker that starts now opens it
+    del held
+    rewrite_longer(data)
+    open_it()
+    assert len(caches(data)) == 1
+
+
+def test_two_processes_that_start_together_tokenise_once(data, open_it, tiny_tokenizer, tmp_path):
+    log, building = tmp_path / "log", fork.Event()
+
+    def start(second: bool, replies):
+        if second:
+            building.wait(60)
+
+        def encode(texts):
+            building.set()
+            time.sleep(0.3)  # time for the other one to come; the outcome must not depend on it
+            with open(log, "a") as file:
+                file.write(f"{os.getpid()}\n")
+            return real(tiny_tokenizer)(texts)
+
+        replies.put(samples_in(open_it(encode=encode)))
+
+    replies = fork.Queue()
+    processes = [fork.Process(target=start, args=(second, replies)) for second in (False, True)]
+    for process in processes:
+        process.start()
+    got = [replies.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+
+    assert got[0] == got[1] == samples_in(open_it(parse=must_not_run))
+    assert log.read_text() == f"{processes[0].pid}\n"
+
+
+def test_a_crash_in_the_middle_leaves_nothing_wrong(data, open_it, tiny_tokenizer):
+    def encode_and_die(texts):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = fork.Process(target=partial(open_it, encode=encode_and_die))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert caches(data) == ["partial"]
+
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    assert samples_in(open_it()) == render_text(tiny_tokenizer, texts)
+    assert len(caches(data)) == 1
+    assert caches(data) != ["partial"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), DataError("some fault")])
+def test_an_error_in_the_middle_leaves_nothing(data, open_it, error):
+    def encode(texts):
+        raise error
+
+    with pytest.raises(type(error)):
+        open_it(encode=encode)
+    assert caches(data) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(data, open_it, tiny_tokenizer):
+    def encode(texts):
+        rewrite_longer(data)
+        return real(tiny_tokenizer)(texts)
+
+    with pytest.raises(DataError, match=r"texts\.jsonl changed while it was being read: start again"):
+        open_it(encode=encode)
+    assert caches(data) == []
+
+
+def test_a_read_only_data_folder_has_its_cache_in_the_home(data, open_it, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    data.parent.chmod(0o555)
+    cache = open_it()
+
+    assert [path.name for path in data.parent.iterdir()] == ["texts.jsonl"]
+    assert cache.folder.is_relative_to(tmp_path / "home" / "minimind")
+    assert samples_in(open_it(parse=must_not_run)) == samples_in(cache)
+
+    # a file of the same name elsewhere is another one
+    (tmp_path / "other").mkdir()
+    other = write_jsonl(tmp_path / "other" / "texts.jsonl", [{"text": "other"}])
+    other.parent.chmod(0o555)
+    assert len(open_it(other)) == 1
+    assert open_it(parse=must_not_run).folder == cache.folder
+
+
+def test_nowhere_to_write_is_told_with_both_places(data, open_it, tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    data.parent.chmod(0o555)
+
+    with pytest.raises(DataError) as error:
+        open_it()
+    assert str(data.parent / ".cache") in str(error.value)
+    assert str(tmp_path / "home" / "minimind") in str(error.value)
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing(data, open_it):
+    write_jsonl(data, [{"text": SENTENCES[0] * 20}] * 200)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow beyond: a write really fails
+    try:
+        with pytest.raises(DataError) as error:
+            open_it()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert str(error.value).startswith(f"the cache of {data} cannot be written in {data.parent / '.cache'}")
+    assert str(error.value).endswith("File too large; make room there")
+    assert caches(data) == []
+    assert len(open_it()) == 200
+
+
+def test_bad_lines_stop_the_run_or_are_counted_with_one_cache_for_both(data, open_it):
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:5], "{", *lines[5:], '{"text": 3}']))
+
+    with pytest.raises(DataError, match=r"texts\.jsonl, line 6: not valid JSON"):
+        open_it()
+    assert caches(data) == []
+
+    cache = open_it(skip_bad_lines=True)
+    assert (len(cache), cache.bad_lines) == (30, 2)
+    assert cache.first_bad.startswith("line 6: not valid JSON")
+    with pytest.raises(DataError, match=r"texts\.jsonl, line 6: not valid JSON"):
+        open_it(parse=must_not_run)
+    assert open_it(skip_bad_lines=True, parse=must_not_run).bad_lines == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "skip", "reason"),
+    [
+        ("\n \n", False, "has no good line; all are blank"),
+        ("{\n[]\n", True, "has no good line; 2 bad, the first: line 1: not valid JSON"),
+    ],
+)
+def test_a_file_without_a_good_line_is_told(data, open_it, content, skip, reason):
+    data.write_text(content)
+    with pytest.raises(DataError, match=reason):
+        open_it(skip_bad_lines=skip)
+    assert caches(data) == []
+
+
+def test_memory_does_not_grow_with_the_file(data, open_it):
+    line = json.dumps({"text": "x" * 49_980}) + "\n"
+    data.write_text(line * 1000)
+    tracemalloc.start()
+
+    cache = open_it(encode=lambda texts: [(np.ones(10_000, np.int64), None) for _ in texts])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert cache.lengths.sum() == 10_000_000
+    assert peak < 15_000_000  # of 50 MB of text and 80 MB of tokens
