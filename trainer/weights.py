@@ -5,9 +5,10 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from model import LMConfig, MiniMindLM
 from model.model_lora import LoRASettings, put_lora
@@ -158,20 +159,22 @@ def load_weights(
     return model
 
 
-def load_folder(folder: str | os.PathLike) -> MiniMindLM:
-    """A model from a folder that `save_pretrained` wrote.
+def load_folder(
+    folder: str | os.PathLike, kind: type[PreTrainedModel] = MiniMindLM, dtype: str | torch.dtype = "auto"
+) -> PreTrainedModel:
+    """A model from a folder that `save_pretrained` wrote, in the dtype it was saved in or another.
 
     Raises:
         UserError: no such folder, or another kind of model.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: --load 1 takes a folder that save_pretrained wrote")
+        raise UserError(f"{folder} holds no config.json: it is no folder that save_pretrained wrote")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(model, MiniMindLM):
-        raise UserError(f"{folder} holds a {type(model).__name__}; --load 1 takes a MiniMind folder")
+    if not isinstance(model, kind):
+        raise UserError(f"{folder} holds a {type(model).__name__}, not a {kind.__name__}")
     return model
 
 
