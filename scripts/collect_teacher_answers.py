@@ -11,7 +11,6 @@ reasoning model thought, in the form that train_distill_reason.py learns.
 The key is --api_key or the environment's OPENAI_API_KEY; local servers mostly want none.
 """
 
-import argparse
 import asyncio
 import fcntl
 import hashlib
@@ -25,7 +24,7 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the rooms)
 
-from trainer.arguments import Switch, not_negative, positive
+from trainer.arguments import Parser, Switch, above_zero, not_negative, positive
 from trainer.errors import UserError, launch
 
 GIVE_UP_AFTER = 10  # questions without an answer, one after the other: then it is not the questions
@@ -38,7 +37,7 @@ class NoAnswer(Exception):
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("questions", type=Path, help="jsonl of questions")
     parser.add_argument("answers", type=Path, help="jsonl to write, or to go on with")
     parser.add_argument("--model", required=True, help="the teacher's name at the endpoint")
@@ -50,7 +49,7 @@ def get_args():
     parser.add_argument("--thinking", action=Switch, help="keep the thinking of a reasoning model, in tags")
     parser.add_argument("--concurrency", type=positive, default=8, help="questions asked at once")
     parser.add_argument("--retries", type=not_negative, default=6, help="of a question, waiting longer each time")
-    parser.add_argument("--timeout", type=float, default=300, help="seconds to wait for an answer")
+    parser.add_argument("--timeout", type=above_zero, default=300, help="seconds to wait for an answer")
     parser.add_argument("--skip_bad_lines", action=Switch, help="count and report bad lines instead of stopping")
     return parser.parse_args()
 
