@@ -1,0 +1,149 @@
+"""trainer/teacher.py: which teachers are taken, which refused and why, and what they say about packed rows."""
+
+import copy
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dataset import collate
+from model import LMConfig, MiniMindLM
+from trainer.errors import UserError
+from trainer.teacher import first_difference, load_teacher, sum_beside_teacher, teacher_logits
+
+
+def changed(tokenizer: PreTrainedTokenizerFast, change) -> PreTrainedTokenizerFast:
+    """A copy of a tokenizer after `change` has been at its json."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(state)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+def llama(vocab_size: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=64, **sizes)).eval()
+
+
+def gpt2(vocab_size: int) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocab_size, n_positions=64, n_embd=32, n_layer=2, n_head=4)).eval()
+
+
+def minimind(vocab_size: int) -> MiniMindLM:
+    torch.manual_seed(0)
+    return MiniMindLM(LMConfig(dim=32, n_layers=2, vocab_size=vocab_size)).eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, minimind])
+def test_samples_packed_in_a_row_get_what_they_get_alone(make):
+    teacher = make(vocab_size=70)
+    samples = [torch.randint(0, 64, (length,)) for length in (5, 9, 3)]
+    packed = {
+        "input_ids": torch.cat(samples[:2]),
+        "labels": torch.cat(samples[:2]),
+        "position_ids": torch.cat([torch.arange(len(sample)) for sample in samples[:2]]),
+    }
+    short = {"input_ids": samples[2], "labels": samples[2], "position_ids": torch.arange(3)}
+    batch = collate([packed, short], 16)
+    del batch["labels"]
+    logits = teacher_logits(teacher, batch, batch["attention_mask"], 64)
+    with torch.no_grad():
+        alone = [teacher(input_ids=sample[None]).logits[0, :, :64] for sample in samples]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=0, atol=1e-5)
+    kept = torch.zeros(2, 16, dtype=torch.bool)
+    kept[0, [4, 9]] = kept[1, 1] = True
+    some = torch.stack([alone[0][4], alone[1][4], alone[2][1]])
+    torch.testing.assert_close(teacher_logits(teacher, batch, kept, 64), some, rtol=0, atol=1e-5)
+
+
+def test_a_loss_in_parts_is_the_loss_of_all_answers(monkeypatch):
+    """Against torch's kl_div over the answer tokens at once; the teacher is asked for a few rows at a time."""
+    monkeypatch.setattr("trainer.teacher.TOKENS_AT_ONCE", 20)
+    teacher = minimind(vocab_size=70)
+    ids = torch.randint(0, 64, (5, 9))
+    labels = torch.where(torch.rand(5, 9) < 0.6, ids, -100)
+    labels[4] = -100  # a row of padding: the teacher is spared it
+    answers = labels[:, 1:] != -100
+    batch = {"input_ids": ids, "position_ids": torch.arange(9).expand(5, 9), "attention_mask": torch.ones(5, 9).bool()}
+    student = torch.randn(int(answers.sum()), 64, requires_grad=True)
+    asked = []
+    teacher.register_forward_hook(lambda module, arguments, output: asked.append(len(output.logits)))
+
+    def loss_of(student, taught, targets):
+        kl = F.kl_div(F.log_softmax(student, -1), F.softmax(taught, -1), reduction="sum")
+        return kl + F.cross_entropy(student, targets, reduction="sum")
+
+    loss = sum_beside_teacher(loss_of, student, labels, batch, teacher)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert asked == [int(answers[:2].sum()), int(answers[2:4].sum())]
+    expected = loss_of(student, teacher(**batch).logits[:, :-1, :64][answers].detach(), ids[:, 1:][answers])
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
+
+
+def test_a_transformers_folder_with_more_columns_is_taken(tiny_tokenizer, tmp_path):
+    llama(len(tiny_tokenizer) + 24).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    teacher = load_teacher(str(tmp_path), "nowhere", tiny_tokenizer)
+    assert isinstance(teacher, LlamaForCausalLM)
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in teacher.parameters())
+
+
+def test_a_pth_gives_its_own_sizes(tiny_tokenizer, tiny_out, tmp_path, capsys):
+    model = MiniMindLM(LMConfig(dim=64, n_layers=3, vocab_size=len(tiny_tokenizer)))
+    torch.save(model.state_dict(), tmp_path / "downloaded.pth")
+    by_tensors = load_teacher(str(tmp_path / "downloaded.pth"), "nowhere", tiny_tokenizer)
+    assert (by_tensors.config.dim, by_tensors.config.n_layers) == (64, 3)
+    assert "no json beside it" in capsys.readouterr().err
+    by_json = load_teacher("full_sft_32", str(tiny_out), tiny_tokenizer)
+    assert by_json.config.dim == 32
+    assert capsys.readouterr().err == ""
+
+
+def refusal(name: str, tokenizer) -> str:
+    with pytest.raises(UserError) as error:
+        load_teacher(name, "nowhere", tokenizer)
+    return str(error.value)
+
+
+def test_what_is_refused_and_why(tiny_tokenizer, plain_tokenizer, tmp_path):
+    assert "nowhere/full_sft_99.pth is missing" in refusal("full_sft_99", tiny_tokenizer)
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    assert "no tokenizer.json" in refusal(str(folder), tiny_tokenizer)
+    tiny_tokenizer.save_pretrained(folder)
+    assert "no config.json" in refusal(str(folder), tiny_tokenizer)
+    llama(len(tiny_tokenizer) - 1).save_pretrained(folder)
+    plain_tokenizer.save_pretrained(folder)
+    assert "id 3 is '<think>' for the student and '!' for the teacher" in refusal(str(folder), tiny_tokenizer)
+    tiny_tokenizer.save_pretrained(folder)
+    assert f"knows {len(tiny_tokenizer) - 1} tokens" in refusal(str(folder), tiny_tokenizer)
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    assert "cannot be loaded" in refusal(str(folder), tiny_tokenizer)
+    (folder / "model.safetensors").unlink()
+    assert "cannot be loaded" in refusal(str(folder), tiny_tokenizer)
+
+
+def test_the_first_difference_between_tokenizers(tiny_tokenizer):
+    def swap_merges(state):
+        merges = state["model"]["merges"]
+        merges[4], merges[5] = merges[5], merges[4]
+
+    def add_a_token(state):
+        last = copy.deepcopy(state["added_tokens"][-1])
+        state["added_tokens"].append(last | {"id": len(tiny_tokenizer), "content": "<more>"})
+
+    assert first_difference(tiny_tokenizer, changed(tiny_tokenizer, lambda state: None)) is None
+    assert first_difference(tiny_tokenizer, changed(tiny_tokenizer, swap_merges)).startswith("merge 4 joins ")
+    more = f"id {len(tiny_tokenizer)} is None for the student and '<more>' for the teacher"
+    assert first_difference(tiny_tokenizer, changed(tiny_tokenizer, add_a_token)) == more
+    spaced = changed(tiny_tokenizer, lambda state: state["pre_tokenizer"].update(add_prefix_space=True))
+    assert first_difference(tiny_tokenizer, spaced) == "their pre tokenizer differ"

@@ -1,0 +1,152 @@
+"""White-box distillation: a small model learns what a larger one thinks of every token, not only which one came.
+
+Learns from dataset/sft_1024.jsonl ({"conversations": [...]} lines) and from the teacher, which is any MiniMind of
+the same tokenizer (full_sft_768, a .pth, with its json beside it) or any local transformers folder with that tokenizer;
+starts from out/full_sft_D.pth, writes out/full_dist_D.pth.
+
+    python train_distillation.py --teacher_weight full_sft_768     one GPU, or the CPU
+    torchrun --nproc_per_node 2 train_distillation.py              several GPUs (or processes): DDP
+    deepspeed --num_gpus 2 train_distillation.py --deepspeed       DeepSpeed, ZeRO stage 2
+
+Black-box distillation needs no stage of its own: scripts/collect_teacher_answers.py, then train_full_sft.py.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dataset import SFTDataset
+from model.model import predicting
+from trainer.arguments import ROOT, above_zero, check_training_arguments, training_parser
+from trainer.checkpoint import Checkpoint
+from trainer.data import count_steps, open_data
+from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
+from trainer.errors import UserError, launch
+from trainer.evaluation import evaluate
+from trainer.metrics import Metrics
+from trainer.runtime import start_runtime
+from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+from trainer.teacher import load_teacher, sum_beside_teacher
+from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+
+
+def get_args():
+    parser = training_parser(
+        __doc__,
+        data_path=str(ROOT / "dataset" / "sft_1024.jsonl"),
+        batch_size=16,
+        learning_rate=3e-4,
+        warmup_iters=20,
+    )
+    parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) the student starts from")
+    parser.add_argument("--teacher_weight", default="full_sft_768", help="weights in --out_dir, a .pth, or a folder")
+    parser.add_argument("--alpha", type=float, default=0.0, help="share of the plain loss; the rest is the teacher's")
+    parser.add_argument(
+        "--temperature", type=above_zero, default=1.0, help="above 1 what the teacher holds less likely counts more"
+    )
+    return parser.parse_args()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, targets: Tensor, alpha: float, temperature: float) -> Tensor:
+    """alpha * CE + (1 - alpha) * T² * KL(teacher_T || student_T), summed over tokens, in nats.
+
+    x_T is softmax(x / T); T² keeps the gradient's size when T changes (Hinton et al. 2015, arXiv:1503.02531).
+
+    Args:
+        student, teacher: (tokens, vocab) logits, any float dtype; the softmaxes are taken in fp32.
+        targets: (tokens,) int64, the token that came.
+
+    Returns:
+        fp32 scalar.
+    """
+    student, teacher = student.float(), teacher.float()
+    cross_entropy = F.cross_entropy(student, targets, reduction="sum")
+    log_q = (student / temperature).log_softmax(-1)
+    log_p = (teacher / temperature).log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum()
+    return alpha * cross_entropy + (1 - alpha) * temperature**2 * kl
+
+
+def main():
+    args = get_args()
+    check_training_arguments(args)
+    if not 0 <= args.alpha <= 1:
+        raise UserError(f"--alpha {args.alpha:g} must be from 0 (the teacher alone) to 1 (no teacher)")
+    run = start_runtime(args)
+
+    # Student and teacher
+    tokenizer = load_tokenizer(args.tokenizer)
+    config = config_of(args, tokenizer)
+    facts = {name: getattr(args, name) for name in ("teacher_weight", "alpha", "temperature")}
+    checkpoint = Checkpoint(args, "full_dist", config, tokenizer, run, **facts)
+    model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    teacher = load_teacher(args.teacher_weight, args.out_dir, tokenizer).to(run.device)
+    loss_of = partial(distillation_loss, alpha=args.alpha, temperature=args.temperature)
+
+    # Data
+    loader, held_out = open_data(SFTDataset, args, tokenizer, run)
+    total_steps = count_steps(loader, args)
+
+    # Optimizer
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
+    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run.device, total_steps))
+
+    # Resume
+    progress = checkpoint.load(model, optimizer, scaler)
+    metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
+
+    # Loop: an optimizer step is a list of micro-batches
+    model.train()
+    for batches in loader.steps(progress.step, total_steps):
+        lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
+        set_learning_rate(optimizer, lr)
+        totals = run.totals(batches)
+        step_loss = torch.zeros((), device=run.device)
+        for batch in batches:
+            last = batch is batches[-1]
+            batch = run.to_device(batch)
+            labels = batch.pop("labels")
+            with run.gradients_synced(model, last):
+                with run.autocast():
+                    out = model(**batch, logits_to_keep=predicting(labels))
+                    loss = sum_beside_teacher(loss_of, out.logits, labels, batch, teacher) / totals.trained
+                    loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
+                step_loss += loss.detach()
+                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
+                if args.deepspeed:
+                    deepspeed_backward(model, loss, scaler, last)
+                else:
+                    scaler.scale(loss).backward()
+        (loss,) = run.sum(step_loss)
+        if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
+            norm = deepspeed_step(model, scaler)
+            run.is_finite(norm, loss)
+        else:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            if run.is_finite(norm, loss):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        # Log, evaluate, save
+        progress.advance(totals, run.non_finite)
+        stopping = run.asked_to_stop
+        if metrics.due(args.log_interval, stopping):
+            metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
+        if metrics.due(args.save_interval, stopping):
+            checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if stopping:
+            break
+    metrics.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main)

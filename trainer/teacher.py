@@ -1,0 +1,118 @@
+"""The frozen model a student learns from: loading it, making sure it reads the same tokens, and asking it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from model import MiniMindLM
+from model.cache import attention_mask_of
+from model.model import predicting
+from model.tokenizer import tokenizer_hash
+from trainer.chunked import sum_in_parts
+from trainer.errors import UserError
+from trainer.weights import load_folder, load_tokenizer, load_weights
+
+TOKENS_AT_ONCE = 2048  # that a teacher reads, in whole rows
+
+
+def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    """The model that --teacher_weight names, frozen, fp32, in eval mode.
+
+    Args:
+        name: the weights' name in `out_dir` ("full_sft_768"), the path of a .pth, or a `transformers` folder.
+
+    Raises:
+        UserError: it is missing, cannot be read, or reads other tokens than the student.
+    """
+    if Path(name).is_dir():
+        teacher = _from_folder(Path(name), tokenizer)
+    else:
+        path = Path(name) if name.endswith(".pth") else Path(out_dir) / f"{name}.pth"
+        teacher = load_weights(path, None, tokenizer)
+    return teacher.requires_grad_(False).eval()
+
+
+def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"--teacher_weight {folder}: no tokenizer.json there: save the teacher's tokenizer beside it")
+    difference = first_difference(tokenizer, load_tokenizer(folder))
+    if difference:
+        raise UserError(f"--teacher_weight {folder} reads other tokens than the student: {difference}")
+    teacher = load_folder(folder, PreTrainedModel, torch.float32)
+    columns = teacher.get_output_embeddings().weight.size(0)
+    if columns < len(tokenizer):
+        raise UserError(f"--teacher_weight {folder} knows {columns} tokens, and the tokenizer has {len(tokenizer)}")
+    return teacher
+
+
+def first_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """The first thing in which two tokenizers differ, in words; None when every text gets the same ids from both."""
+    if tokenizer_hash(ours) == tokenizer_hash(theirs):
+        return None
+    for token_id in range(max(len(ours), len(theirs))):
+        left, right = ours.convert_ids_to_tokens(token_id), theirs.convert_ids_to_tokens(token_id)
+        if left != right:
+            return f"id {token_id} is {left!r} for the student and {right!r} for the teacher"
+    left, right = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (ours, theirs))
+    for i, (a, b) in enumerate(zip(left["model"].get("merges", []), right["model"].get("merges", []), strict=False)):
+        if a != b:
+            return f"merge {i} joins {a} for the student and {b} for the teacher"
+    part = next(part for part in ("added_tokens", "normalizer", "pre_tokenizer", "model") if left[part] != right[part])
+    return f"their {part.replace('_', ' ')} differ"
+
+
+@torch.no_grad()
+def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor], kept: Tensor, vocab_size: int) -> Tensor:
+    """What the teacher predicts at some positions of a batch; samples packed in a row stay apart.
+
+    Args:
+        batch: input_ids, position_ids and attention_mask, each (rows, n).
+        kept: bool (rows, n), True at the positions wanted.
+        vocab_size: columns beyond it, with which some models fill up their matrices, are cut off.
+
+    Returns:
+        (positions, vocab_size).
+    """
+    if isinstance(teacher, MiniMindLM):
+        return teacher(**batch, logits_to_keep=kept).logits[:, :vocab_size]
+    # other models do not take a position of 0 for the start of a new sample: say what each token may see
+    real, positions = batch["attention_mask"].bool(), batch["position_ids"]
+    visible = attention_mask_of(real * ((positions == 0) & real).cumsum(1), real.size(1))
+    mask = torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, float("-inf"))
+    out = teacher(batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False)
+    return out.logits[kept][:, :vocab_size]
+
+
+def sum_beside_teacher(
+    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+    logits: Tensor,
+    labels: Tensor,
+    batch: dict[str, Tensor],
+    teacher: nn.Module,
+) -> Tensor:
+    """The sum of a loss over the learned tokens of a batch, the teacher asked for a few rows at a time: its logits,
+    and what the loss makes of them, never exist for the whole batch.
+
+    Args:
+        loss_of: (student's logits, teacher's logits, targets), (tokens, vocab) twice and (tokens,) -> scalar, a sum.
+        logits: (learned, vocab), the student's at `predicting(labels)`.
+        labels: (batch, n) int64, not shifted; -100 is not learned.
+        batch: what the student has read, as for `teacher_logits`.
+
+    Returns:
+        fp32 scalar.
+    """
+    step = max(1, TOKENS_AT_ONCE // labels.size(1))
+    rows = [slice(first, first + step) for first in range(0, len(labels), step)]
+    learned = predicting(labels)
+
+    def part_of(student: Tensor, part: int) -> Tensor:
+        some = {name: tensor[rows[part]] for name, tensor in batch.items()}
+        taught = teacher_logits(teacher, some, learned[rows[part]], student.size(-1))
+        return loss_of(student, taught, labels[rows[part], 1:][learned[rows[part], :-1]])
+
+    return sum_in_parts(part_of, logits, [int(learned[part].sum()) for part in rows])
