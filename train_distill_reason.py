@@ -1,0 +1,169 @@
+"""Reasoning: a model that thinks before it answers, by learning from answers that show their thinking.
+
+An answer reads <think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>. This is fine-tuning with one difference: the tokens
+of the tags weigh more, since the form hangs on them and they are few.
+
+Learns from dataset/r1_mix_1024.jsonl ({"conversations": [...]} lines), starts from out/rlhf_D.pth,
+writes out/reason_D.pth.
+
+    python train_distill_reason.py                                 one GPU, or the CPU
+    torchrun --nproc_per_node 2 train_distill_reason.py            several GPUs (or processes): DDP
+    deepspeed --num_gpus 2 train_distill_reason.py --deepspeed     DeepSpeed, ZeRO stage 2
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dataset import SFTDataset
+from model.model import IGNORED, predicting
+from model.reasoning import tag_sequences
+from trainer.arguments import ROOT, check_training_arguments, training_parser
+from trainer.checkpoint import Checkpoint
+from trainer.data import count_steps, open_data
+from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
+from trainer.errors import UserError, launch
+from trainer.evaluation import evaluate
+from trainer.metrics import Metrics
+from trainer.runtime import start_runtime
+from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+
+
+def get_args():
+    parser = training_parser(
+        __doc__,
+        data_path=str(ROOT / "dataset" / "r1_mix_1024.jsonl"),
+        max_seq_len=1024,
+        batch_size=8,
+        learning_rate=3e-4,
+        warmup_iters=20,
+    )
+    parser.add_argument("--from_weight", default="rlhf", help="stage (or .pth file) to start from")
+    parser.add_argument("--tag_weight", type=float, default=10.0, help="what a token of a tag counts, in tokens")
+    return parser.parse_args()
+
+
+def tag_weights(labels: Tensor, tags: list[list[int]], weight: float) -> Tensor:
+    """What each label counts: `weight` inside a tag, 1 in the rest of an answer, 0 where nothing is learned.
+
+    A tag is found where its whole sequence of ids stands, so a piece of it that occurs in another word counts 1.
+
+    Args:
+        labels: (batch, n) int64, -100 = not learned.
+        tags: the ids of each tag, see `tag_sequences`.
+
+    Returns:
+        (batch, n) fp32.
+    """
+    weights = (labels != IGNORED).float()
+    for tag in tags:
+        if labels.size(1) < len(tag):
+            continue
+        begins = (labels.unfold(1, len(tag), 1) == labels.new_tensor(tag)).all(-1)
+        for place in range(len(tag)):
+            weights[:, place : place + begins.size(1)][begins] = weight
+    return weights
+
+
+def weighted_next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """sum_t w_t * -log p(label_t), in nats: cross-entropy in which each token counts as much as its weight says.
+
+    The loop divides it by the number of learned tokens, not by the sum of their weights: a tag's weight takes nothing
+    away from the others.
+
+    Args:
+        logits: (learned, vocab) at `predicting(labels)`, any float dtype; the softmax is taken in fp32.
+        labels: (batch, n) int64, not shifted; -100 is not learned.
+        weights: (batch, n) fp32.
+
+    Returns:
+        fp32 scalar.
+    """
+    learned = predicting(labels)[:, :-1]
+    nats = F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="none")
+    return (nats * weights[:, 1:][learned]).sum()
+
+
+def main():
+    args = get_args()
+    check_training_arguments(args)
+    if not 0 <= args.tag_weight < math.inf:
+        raise UserError(f"--tag_weight {args.tag_weight:g} must be 0 or more; 1 is plain fine-tuning")
+    run = start_runtime(args)
+
+    # Model
+    tokenizer = load_tokenizer(args.tokenizer)
+    config = config_of(args, tokenizer)
+    checkpoint = Checkpoint(args, "reason", config, tokenizer, run, tag_weight=args.tag_weight)
+    model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    tags = tag_sequences(tokenizer)
+
+    # Data
+    loader, held_out = open_data(SFTDataset, args, tokenizer, run)
+    total_steps = count_steps(loader, args)
+
+    # Optimizer
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
+    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run.device, total_steps))
+
+    # Resume
+    progress = checkpoint.load(model, optimizer, scaler)
+    metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
+
+    # Loop: an optimizer step is a list of micro-batches
+    model.train()
+    for batches in loader.steps(progress.step, total_steps):
+        lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
+        set_learning_rate(optimizer, lr)
+        totals = run.totals(batches)
+        step_loss = torch.zeros((), device=run.device)
+        for batch in batches:
+            last = batch is batches[-1]
+            batch = run.to_device(batch)
+            labels = batch.pop("labels")
+            with run.gradients_synced(model, last):
+                with run.autocast():
+                    out = model(**batch, logits_to_keep=predicting(labels))
+                    weights = tag_weights(labels, tags, args.tag_weight)
+                    loss = weighted_next_token_loss(out.logits, labels, weights) / totals.trained
+                    loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
+                step_loss += loss.detach()
+                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
+                if args.deepspeed:
+                    deepspeed_backward(model, loss, scaler, last)
+                else:
+                    scaler.scale(loss).backward()
+        (loss,) = run.sum(step_loss)
+        if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
+            norm = deepspeed_step(model, scaler)
+            run.is_finite(norm, loss)
+        else:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            if run.is_finite(norm, loss):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        # Log, evaluate, save
+        progress.advance(totals, run.non_finite)
+        stopping = run.asked_to_stop
+        if metrics.due(args.log_interval, stopping):
+            metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
+        if metrics.due(args.save_interval, stopping):
+            checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if stopping:
+            break
+    metrics.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main)
