@@ -15,6 +15,7 @@ measured there. With --only_measure a tokenizer that is there already is verifie
 import argparse
 import hashlib
 import shutil
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,7 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size - len(TAGS),
         special_tokens=reserved,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
@@ -99,7 +101,10 @@ def verify(tokenizer: PreTrainedTokenizerFast) -> None:
     ids = tokenizer.convert_tokens_to_ids(list(SPECIAL))
     if ids != [0, 1, 2]:
         raise UserError(f"the ids of {', '.join(SPECIAL)} are {ids}, not 0, 1 and 2")
-    pieces = token_bytes(tokenizer)
+    try:
+        pieces = token_bytes(tokenizer)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     lacking = {bytes([byte]) for byte in range(256)}.difference(pieces)
     if lacking:  # then not every text has tokens
         raise UserError(f"{len(lacking)} of the 256 bytes have no entry, {min(lacking)} for one")

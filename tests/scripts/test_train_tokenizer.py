@@ -1,0 +1,265 @@
+"""The tokenizer's trainer as a user runs it, the checks it makes, and the shipped tokenizer."""
+
+import ast
+import json
+
+import pytest
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer
+
+from dataset.jsonl import BadRecord
+from model.chat import render_chat
+from model.tokenizer import StreamDecoder, token_bytes
+from scripts.train_tokenizer import PROBES, is_kept_aside, kind_of, texts_of, verify
+from tests.conftest import SENTENCES, train_tokenizer, write_jsonl
+from tests.running import ROOT, one_error_line, run_script
+from trainer.errors import UserError
+from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
+
+CHATS = [
+    [{"role": "user", "content": "你好, world"}, {"role": "assistant", "content": "Hi 🙂"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ],
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Lines in each of the project's formats."""
+    folder = tmp_path_factory.mktemp("tokenizer_data")
+    write_jsonl(folder / "texts.jsonl", [{"text": f"{n} {SENTENCES[n % 8]}"} for n in range(300)])
+    write_jsonl(folder / "medical.jsonl", [{"conversations": [*CHATS[1]]}, {"conversations": CHATS[0]}])
+    write_jsonl(folder / "pairs.jsonl", [{"chosen": CHATS[0], "rejected": CHATS[1]}])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    """A tokenizer folder made by the script, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained") / "tiny"
+    paths = sorted(data.glob("*.jsonl"))
+    done = run_script("scripts/train_tokenizer.py", "--data_path", *paths, "--out_dir", folder, "--vocab_size", "420")
+    return folder, done.stdout
+
+
+def test_the_script_writes_a_folder_that_auto_tokenizer_loads(trained):
+    folder, printed = trained
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+    assert len(tokenizer) == 420
+    assert printed.splitlines()[0].startswith(f"420 entries in {folder}")
+    assert "English" in printed
+    assert "characters a token, on texts kept aside" in printed
+    assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
+    special = (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token)
+    assert special == ("<unk>", "<unk>", "<s>", "</s>")
+    for tag in ("<think>", "</think>", "<answer>", "</answer>", "<image>"):
+        (entry,) = tokenizer.encode(tag, add_special_tokens=False)
+        assert not tokenizer.added_tokens_decoder[entry].special
+    assert not [path for path in folder.parent.iterdir() if path != folder]  # nothing left lying about
+    verify(tokenizer)
+
+
+def test_digits_are_single_tokens(trained):
+    tokenizer = load_tokenizer(trained[0])
+    assert [tokenizer.decode(i) for i in tokenizer.encode("12345", add_special_tokens=False)] == list("12345")
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+def test_the_saved_chat_template_lays_out_what_render_chat_does(trained, chat, add_generation_prompt):
+    for folder in (trained[0], SHIPPED_TOKENIZER):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        by_template = tokenizer.apply_chat_template(
+            chat, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+        assert by_template == render_chat(tokenizer, chat, add_generation_prompt)[0]
+
+
+def test_a_tokenizer_that_is_there_is_not_overwritten_and_can_be_measured(trained, data):
+    folder, printed = trained
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    common = ("--data_path", *sorted(data.glob("*.jsonl")), "--out_dir", folder)
+
+    refused = run_script("scripts/train_tokenizer.py", *common, exit_code=2)
+    assert f"{folder} has a tokenizer already" in one_error_line(refused)
+    assert "--overwrite" in one_error_line(refused)
+
+    measured = run_script("scripts/train_tokenizer.py", *common, "--only_measure")
+    assert measured.stdout == printed  # training is deterministic in what it measures, measuring in what it prints
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--vocab_size", "263"], "--vocab_size 263 has no room for the 256 bytes and 8 tags"),
+        (["--holdout", "1"], "--holdout must be from 0 to below 1"),
+        (["--data_path", "missing.jsonl"], "missing.jsonl is not there"),
+        (["--data_path", "bad.jsonl"], 'line 2: neither "text" nor "conversations"'),
+        (["--out_dir", "bad.jsonl/folder"], "folder cannot be written: Not a directory"),
+        (["--only_measure", "--out_dir", "."], "no tokenizer.json there"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, reason):
+    from scripts.train_tokenizer import main
+    from trainer.errors import launch
+
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "good.jsonl", [{"text": sentence} for sentence in SENTENCES])
+    write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"conversation": 1}])
+    usual = ["--data_path", "good.jsonl", "--out_dir", "out", "--vocab_size", "300"]
+    monkeypatch.setattr("sys.argv", ["train_tokenizer.py", *usual, *arguments])
+
+    with pytest.raises(SystemExit) as exit_:
+        launch(main)
+
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == 2
+    assert error.startswith("error: ")
+    assert reason in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "good.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("record", "texts"),
+    [
+        ({"text": "a"}, ["a"]),
+        ({"conversations": CHATS[0]}, ["你好, world", "Hi 🙂"]),
+        ({"chosen": CHATS[0], "rejected": CHATS[1]}, ["你好, world", "Hi 🙂", "Be brief.", "q", "a"]),
+        ({"image": "a.jpg", "conversations": CHATS[0]}, ["你好, world", "Hi 🙂"]),
+    ],
+)
+def test_every_format_of_the_project_gives_its_texts(record, texts):
+    assert texts_of(record) == texts
+
+
+@pytest.mark.parametrize("record", [{}, {"text": 3}, {"conversations": 5}, {"chosen": [3], "rejected": []}])
+def test_a_record_of_no_format_is_bad(record):
+    with pytest.raises(BadRecord):
+        texts_of(record)
+
+
+def test_a_tenth_is_kept_aside_whatever_file_a_text_is_in():
+    texts = [f"text {n}" for n in range(20_000)]
+    kept = [is_kept_aside(text, 0.1) for text in texts]
+
+    assert 0.09 < sum(kept) / len(kept) < 0.11
+    assert kept == [is_kept_aside(text, 0.1) for text in texts]
+    assert not any(is_kept_aside(text, 0) for text in texts[:100])
+
+
+def test_text_is_classed_by_its_characters(tmp_path):
+    assert kind_of(tmp_path / "a.jsonl", "你好，world。再见") == "Chinese"
+    assert kind_of(tmp_path / "lora_medical.jsonl", "头疼怎么办") == "Chinese medical"
+    assert kind_of(tmp_path / "lora_medical.jsonl", "headache") == "English"
+    assert kind_of(tmp_path / "a.jsonl", "naïve") is None
+
+
+# ----------------------------------------------------------------------------------------------------- verify
+
+
+def test_verify_passes_good_ones(tiny_tokenizer):
+    verify(tiny_tokenizer)
+    verify(load_tokenizer(SHIPPED_TOKENIZER))
+
+
+def broken_ids():
+    return train_tokenizer(["<s>", "<unk>", "</s>"]), "the ids of <unk>, <s>, </s> are [1, 0, 2]"
+
+
+def broken_bytes():
+    tokenizer = train_tokenizer(["<unk>", "<s>", "</s>"])
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, byte = state["model"]["vocab"], "\u0122"  # how GPT-2's alphabet spells the byte 0x80
+    vocabulary["spelledinletters"] = vocabulary.pop(byte)
+    state["model"]["merges"] = []
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer, "1 of the 256 bytes have no entry, b'\\x80' for one"
+
+
+def broken_alphabet():
+    tokenizer = train_tokenizer(["<unk>", "<s>", "</s>"])
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]["▁word"] = len(state["model"]["vocab"])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer, "is none of a byte-level BPE"
+
+
+def broken_round_trip():
+    tokenizer = train_tokenizer(["<unk>", "<s>", "</s>"])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer, "the round trip of"
+
+
+def broken_template():
+    tokenizer = train_tokenizer(["<unk>", "<s>", "</s>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return tokenizer, "its chat template lays a chat out in another way"
+
+
+@pytest.mark.parametrize("breaking", [broken_ids, broken_bytes, broken_alphabet, broken_round_trip, broken_template])
+def test_verify_names_what_does_not_hold(breaking):
+    tokenizer, reason = breaking()
+    with pytest.raises(UserError) as error:
+        verify(tokenizer)
+    assert reason in str(error.value)
+
+
+def test_no_check_is_an_assert_that_python_o_leaves_out():
+    source = (ROOT / "scripts" / "train_tokenizer.py").read_text(encoding="utf-8")
+    assert not [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+
+
+# ------------------------------------------------------------------------------------------- the shipped tokenizer
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_tokenizer(SHIPPED_TOKENIZER)
+
+
+def test_the_shipped_tokenizer_has_6400_entries_laid_out_as_the_design_says(shipped):
+    assert len(shipped) == 6400
+    assert shipped.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
+    assert (shipped.pad_token_id, shipped.bos_token_id, shipped.eos_token_id) == (0, 1, 2)
+    added = {token.content: token.special for token in shipped.added_tokens_decoder.values()}
+    tags = dict.fromkeys(["<think>", "</think>", "<answer>", "</answer>", "<image>"], False)
+    assert added == dict.fromkeys(["<unk>", "<s>", "</s>"], True) | tags
+
+
+def test_every_single_byte_has_a_token_and_round_trips(shipped):
+    pieces = token_bytes(shipped)
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    for byte in range(256):  # 0xff too, which is in no valid UTF-8
+        decoder = StreamDecoder(pieces)
+        text = decoder.push(ids[bytes([byte])]) + decoder.flush()
+        assert text == (chr(byte) if byte < 0x80 else "\ufffd")
+    # and what no merge has seen is spelled with them, byte by byte
+    decoder = StreamDecoder(pieces)
+    assert "".join(decoder.push(ids[bytes([byte])]) for byte in "龘𠮷👩‍👩‍👧‍👦é".encode()) == "龘𠮷👩‍👩‍👧‍👦é"
+
+
+@pytest.mark.parametrize("text", [*PROBES, "".join(map(chr, range(0x250))), "\U0010ffff\ue000\u2028", "<s> </s> <unk>"])
+def test_text_round_trips(shipped, text):
+    ids = shipped.encode(text, add_special_tokens=False)
+    assert shipped.decode(ids) == text
+
+
+def test_the_shipped_tokenizer_packs_text_kept_aside_as_well_as_the_references(shared, monkeypatch, capsys):
+    from scripts.train_tokenizer import main
+
+    paths = [str(path) for path in sorted((shared / "data").glob("*.jsonl"))]
+    monkeypatch.setattr("sys.argv", ["train_tokenizer.py", "--only_measure", "--data_path", *paths])
+    main()
+
+    printed = capsys.readouterr().out
+    figures = {line[:16].strip(): float(line[16:].split()[0]) for line in printed.splitlines()[1:]}
+    with capsys.disabled():
+        print(f"\n{printed}", end="")
+    assert figures["Chinese"] >= 1.268
+    assert figures["English"] >= 2.661
+    assert figures["Chinese medical"] >= 1.063
