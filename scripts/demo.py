@@ -5,22 +5,17 @@ training goes on where it stopped.
 """
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/demo.py` find the rooms)
-import torch
 
-from model import MiniMindLM
-from model.chat import render_chats
+from scripts.examination import answer, open_model, read_lines, run
 from scripts.scoring import format_table, is_right, nearest_line, tally
 from trainer.arguments import ROOT
-from trainer.errors import UserError, launch
-from trainer.runtime import pick_device
-from trainer.weights import load_tokenizer, load_weights, read_settings
+from trainer.errors import launch
+from trainer.weights import read_settings
 
 DATA, OUT = ROOT / "dataset" / "demo", ROOT / "out" / "demo"
 SIZE = ("--dim", "256", "--n_layers", "8", "--max_seq_len", "128", "--out_dir", str(OUT))  # samples are short here
@@ -38,56 +33,15 @@ EXAMS = {
 SHOWN = ("你是谁？", "中国的首都是哪里？", "Who made you?", "What is the chemical symbol of gold?")
 
 
-def run(script: str, *arguments: str) -> None:
-    """Run a script of the repository; its output is the user's to see.
-
-    Raises:
-        UserError: it failed, and has said why.
-    """
-    print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, str(ROOT / script), *arguments], check=False)
-    if done.returncode:
-        raise UserError(f"{script} ended with exit code {done.returncode}; `make demo` goes on from there")
-
-
-def read_lines(name: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
-
-
-@torch.inference_mode()
-def answer(model: MiniMindLM, tokenizer, questions: Sequence[str], batch_size: int = 128) -> tuple[list[str], int]:
-    """Greedy answers to single questions, and how many ended by themselves with `</s>`."""
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    prompts = [ids for ids, _ in render_chats(tokenizer, chats, add_generation_prompt=True)]
-    replies: list[str] = [""] * len(prompts)
-    ended = 0
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(by_length), batch_size):
-        chosen = by_length[start : start + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device
-        )
-        written = model.generate(ids, mask, max_new_tokens=48)[:, width:].tolist()
-        for i, tokens in zip(chosen, written, strict=True):
-            if tokenizer.eos_token_id in tokens:
-                tokens = tokens[: tokens.index(tokenizer.eos_token_id)]
-                ended += 1
-            replies[i] = tokenizer.decode(tokens)
-    return replies, ended
-
-
 def show_examination(weights: Path) -> dict[str, float]:
     """Ask every held-out question, print what a person wants to see, return the shares."""
-    tokenizer = load_tokenizer()
-    model = load_weights(weights, None, tokenizer).to(pick_device(None)).eval()
+    model, tokenizer = open_model(weights)
     replies, _ = answer(model, tokenizer, SHOWN)
     print("\nA few answers:")
     for question, reply in zip(SHOWN, replies, strict=True):
         print(f"  > {question}\n    {reply}")
 
-    exams = {exam: read_lines(f"eval_{exam}.jsonl") for exam in EXAMS}
+    exams = {exam: read_lines(DATA / f"eval_{exam}.jsonl") for exam in EXAMS}
     shares, asked, ended = {}, 0, 0
     for exam, questions in exams.items():
         replies, whole = answer(model, tokenizer, [question["question"] for question in questions])
@@ -105,7 +59,7 @@ def show_nearest(questions: Sequence[dict], replies: Sequence[str], count: int =
     """Print some of the questions, spread over all kinds, each with the training question most like it."""
     trained = [
         turn["content"]
-        for line in read_lines("sft_mini_512.jsonl")
+        for line in read_lines(DATA / "sft_mini_512.jsonl")
         for turn in line["conversations"]
         if turn["role"] == "user"
     ]
