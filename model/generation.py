@@ -18,6 +18,17 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def penalise_frequency(logits: Tensor, counts: Tensor, frequency: float, presence: float) -> Tensor:
+    """Make tokens of the answer less likely, by OpenAI's rule: each time one occurred costs `frequency` nats of its
+    logit, having occurred at all costs `presence`.
+
+    Args:
+        logits: (batch, vocab); counts: (batch, vocab) float, how often each was written.
+        frequency, presence: 0 changes nothing; below 0 rewards.
+    """
+    return logits - frequency * counts - presence * (counts > 0)
+
+
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Only the k best tokens (batch, vocab) stay possible (Fan et al. 2018, arXiv:1805.04833); 0 keeps all."""
     if not 0 < k < logits.size(-1):

@@ -66,6 +66,10 @@ class LoRALinear(nn.Linear):
             h = h + self.alpha / self.rank * self.lora(x)
         return h
 
+    def effective_weight(self) -> Tensor:
+        """(out, in), the one matrix that does the same: the weight, with the correction where there is one."""
+        return self.weight if self.lora is None or not self.active else self.weight + self._delta(self.lora)
+
     @torch.no_grad()
     def merge(self) -> None:
         """Add the correction to the weight."""
