@@ -5,6 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+NUCLEUS = 128  # as many likely tokens as top-p looks at before it sorts the vocabulary
+GREEDY_BELOW = 1e-5  # a temperature that leaves the best token alone, and might divide beyond what fp32 can hold
+
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens that occurred less likely, by CTRL's rule (Keskar et al. 2019, arXiv:1909.05858).
@@ -42,19 +45,46 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751); 1 keeps all."""
     if p >= 1:
         return logits
-    probabilities, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = probabilities.cumsum(-1) - probabilities  # what better tokens reach without this one
-    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
-    dropped.scatter_(-1, order[:, :1], False)
-    return logits.masked_fill(dropped, float("-inf"))
+    probabilities = logits.softmax(-1)
+    best = probabilities.topk(min(NUCLEUS, probabilities.size(-1))).values
+    if (best.sum(-1) < p).any():  # rare, and thirty times as slow
+        best = probabilities.sort(dim=-1, descending=True).values
+    before = best.cumsum(-1) - best  # what better tokens reach without this one
+    kept = (before < p).sum(-1, keepdim=True).clamp(min=1)
+    least = best.gather(-1, kept - 1)
+    better, equal = probabilities > least, probabilities == least
+    equal &= equal.cumsum(-1) <= kept - better.sum(-1, keepdim=True)  # of equal ones the first
+    return logits.masked_fill(~(better | equal), float("-inf"))
 
 
-def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """A token for each row by its probabilities, (batch, vocab) -> (batch,) int64.
+
+    The first token whose cumulative probability exceeds a uniform number (inverse transform sampling): one random
+    number a row, where `torch.multinomial` takes one for each token of the vocabulary and ten times as long.
+
+    Args:
+        generator: of all rows, or one for each.
+    """
+    cumulative = probabilities.double().cumsum(-1)
+    generators, each = ([generator], len(cumulative)) if not isinstance(generator, Sequence) else (generator, 1)
+    # fp32 numbers below 1 end 2^-24 before it, so that the product cannot be rounded up to the whole
+    uniform = torch.cat([torch.rand(each, 1, device=cumulative.device, generator=one) for one in generators])
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def choose(
+    logits: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> Tensor:
     """The next token of each row: logits (batch, vocab) -> (batch,) int64. Temperature 0 takes the best one."""
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return logits.argmax(-1)
     logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+    return draw(logits.softmax(-1), generator)
 
 
 class TextGeneration:
