@@ -13,7 +13,7 @@ import math
 import queue
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -143,19 +143,14 @@ class Answer:
         prompt = range(start + 1, min(end + 1, len(self.request.prompt))) if self.request.prompt_logprobs else ()
         return [*prompt, end] if end == len(self.ids) and self.limit else [*prompt]
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is the next one, without any look at what was written."""
-        return self.generator is None and self.seen is None and self.counts is None
-
-    def choose(self, logits: Tensor) -> int:
-        """The next token: logits (1, vocab)."""
-        request = self.request
+    def penalised(self, logits: Tensor) -> Tensor:
+        """logits (1, vocab) after the penalties for what was written."""
         if self.seen is not None:
-            logits = penalise_repetition(logits, self.seen, request.repetition_penalty)
+            logits = penalise_repetition(logits, self.seen, self.request.repetition_penalty)
         if self.counts is not None:
-            logits = penalise_frequency(logits, self.counts, request.frequency_penalty, request.presence_penalty)
-        return int(choose(logits, request.temperature, request.top_k, request.top_p, self.generator))
+            frequency, presence = self.request.frequency_penalty, self.request.presence_penalty
+            logits = penalise_frequency(logits, self.counts, frequency, presence)
+        return logits
 
     def write(self, token: Token) -> Piece:
         """Put a token behind the others; it may be the last."""
@@ -510,12 +505,20 @@ class Engine:
             logits: (rows, vocab) fp32.
             predicted: for each row the answer, and the place in its `ids` that the row is about.
         """
-        tokens = logits.argmax(-1).tolist()
-        for row, (answer, place) in enumerate(predicted):
-            if place < len(answer.ids):
-                tokens[row] = answer.ids[place]
-            elif not answer.greedy:
-                tokens[row] = answer.choose(logits[row : row + 1])
+        tokens = [answer.ids[place] if place < len(answer.ids) else None for answer, place in predicted]
+        penalised = logits
+        alike = defaultdict(list)  # rows by how their token is chosen
+        for row in [row for row, token in enumerate(tokens) if token is None]:
+            answer = predicted[row][0]
+            alike[answer.request.temperature, answer.request.top_k, answer.request.top_p].append(row)
+            if answer.seen is not None or answer.counts is not None:
+                penalised = logits.clone() if penalised is logits else penalised
+                penalised[row] = answer.penalised(logits[row : row + 1])
+        for settings, rows in alike.items():
+            of_rows = penalised if len(rows) == len(logits) else penalised[rows]
+            chosen = choose(of_rows, *settings, [predicted[row][0].generator for row in rows])
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                tokens[row] = token
         facts = self._facts(logits, tokens, [answer.request.logprobs for answer, _ in predicted])
         news = []
         for (answer, place), token in zip(predicted, facts, strict=True):

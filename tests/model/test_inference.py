@@ -1,0 +1,147 @@
+"""model/inference.py: the decoder laid out for writing, against the model itself and the published logits."""
+
+import copy
+
+import pytest
+import torch
+
+from model import LMConfig, MiniMindLM, inference
+from model.inference import Decoder, Span
+from model.model_lora import apply_lora, lora_off, lora_state_dict
+
+SMALL = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 90, "max_seq_len": 96}
+KINDS = {
+    "dense": {},
+    "all heads have keys": {"n_kv_heads": 6},
+    "moe": {"use_moe": True},
+    "moe without shared, three of five": {
+        **{"use_moe": True, "n_shared_experts": False, "n_routed_experts": 5, "num_experts_per_tok": 3},
+        "norm_topk_prob": False,
+    },
+}
+
+
+def network(**changes) -> MiniMindLM:
+    """Random weights, large enough that wrong positions or neighbours change the logits at once."""
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(**SMALL | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(5) if "norm" not in name else parameter.add_(torch.rand(parameter.shape))
+    return model
+
+
+def ids_of(rows: int, length: int) -> list[list[int]]:
+    return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(rows)).tolist()
+
+
+@torch.no_grad()
+def expected(model, ids: list[list[int]]) -> torch.Tensor:
+    return model(torch.tensor(ids)).logits
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_requests_get_the_logits_of_the_model(kind, packed, monkeypatch):
+    """Prompts whole and in chunks, single tokens beside them, slots in any order with holes between."""
+    if not packed:
+        monkeypatch.setattr(inference, "_can_pack", lambda dtype: False)
+    model = network(**KINDS[kind])
+    ids = ids_of(4, 40)
+    right = expected(model, ids)
+    decoder = Decoder(model, slots=6, slot_len=64)
+    plan = [  # (request, its slot, tokens), pass by pass
+        [(0, 2, 17), (1, 5, 30), (2, 0, 4)],
+        [(2, 0, 1), (1, 5, 1), (0, 2, 20)],
+        [(1, 5, 1), (2, 0, 9)],
+        [(0, 2, 1), (3, 1, 1), (1, 5, 1)],
+        [(3, 1, 1), (0, 2, 1)],
+        [(1, 5, 1), (2, 0, 6), (3, 1, 38)],
+        [(1, 5, 1)],
+    ]
+    done = [0] * 4
+    for step in plan:
+        spans = [Span(slot, done[i], ids[i][done[i] : done[i] + n]) for i, slot, n in step]
+        logits = decoder.logits(decoder.read(spans))
+        wanted = torch.cat([right[i, done[i] : done[i] + n] for i, _, n in step])
+        torch.testing.assert_close(logits, wanted, atol=2e-4, rtol=1e-4)
+        for i, _, n in step:
+            done[i] += n
+    assert done == [39, 35, 20, 40]
+
+
+def test_slots_are_copied_and_swapped():
+    model = network()
+    ids = ids_of(2, 20)
+    right = expected(model, ids)
+    decoder = Decoder(model, slots=3, slot_len=32)
+    decoder.read([Span(0, 0, ids[0][:19]), Span(1, 0, ids[1][:12])])
+    decoder.copy(0, 2, 10)
+    decoder.swap(0, 1, 19)
+    spans = [Span(1, 19, ids[0][19:]), Span(0, 12, ids[1][12:]), Span(2, 10, ids[0][10:])]
+    logits = decoder.logits(decoder.read(spans))
+    torch.testing.assert_close(logits, torch.cat([right[0, 19:], right[1, 12:], right[0, 10:]]), atol=2e-4, rtol=1e-4)
+
+
+def test_embeddings_stand_in_for_tokens():
+    model = network()
+    ids = ids_of(2, 12)
+    right = expected(model, ids)
+    decoder = Decoder(model, slots=2, slot_len=32)
+    embeddings = model.tok_embeddings.weight.detach()[ids[0]]
+    logits = decoder.logits(decoder.read([Span(1, 0, [0] * 12, embeddings), Span(0, 0, ids[1])]))
+    torch.testing.assert_close(logits, right.flatten(0, 1), atol=2e-4, rtol=1e-4)
+
+
+def test_an_adapter_is_in_the_snapshot_and_the_model_stays_as_it_is():
+    model = network()
+    apply_lora(model, rank=4, alpha=8, targets=["wq", "wv", "w2"])
+    with torch.no_grad():
+        for value in lora_state_dict(model).values():
+            value.normal_(std=0.3)
+    before = copy.deepcopy(model.state_dict())
+    ids = ids_of(1, 20)
+    right = expected(model, ids)
+    decoder = Decoder(model, 1, 32)
+    logits = decoder.logits(decoder.read([Span(0, 0, ids[0])]))
+    torch.testing.assert_close(logits, right[0], atol=2e-4, rtol=1e-4)
+    with lora_off(model):
+        base = Decoder(model, 1, 32)
+        assert (base.logits(base.read([Span(0, 0, ids[0])])) - logits).abs().max() > 0.1
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["minimind2_dense_lora", "minimind2_moe"])
+def test_a_published_checkpoint_gives_the_reference_logits(name, shared):
+    reference = torch.load(shared / f"fixtures/{name}.expected.pt", weights_only=True)
+    model = MiniMindLM(LMConfig(**reference["config"])).eval()
+    state = torch.load(shared / f"fixtures/{name}.pth", weights_only=True)
+    model.load_state_dict({key: value for key, value in state.items() if key in model.state_dict()})
+    decoder = Decoder(model, 2, 64)
+    for ids, logits in zip(reference["input_ids"].tolist(), reference["logits"], strict=True):
+        decoder.read([Span(0, 0, ids[:20])])
+        first = decoder.logits(decoder.read([Span(0, 20, ids[20:47])]))
+        last = decoder.logits(decoder.read([Span(0, 47, ids[47:])]))
+        assert (torch.cat([first, last]) - logits[20:]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+def test_bfloat16_weights_are_as_near_as_the_models_own(packed, monkeypatch):
+    if not packed:
+        monkeypatch.setattr(inference, "_can_pack", lambda dtype: False)
+    model = network()
+    ids = ids_of(1, 40)
+    right = expected(model, ids)[0]
+    theirs = (expected(copy.deepcopy(model).bfloat16(), ids)[0].float() - right).square().mean().sqrt()
+    for decoder in (Decoder(model, 1, 64, torch.bfloat16), Decoder(copy.deepcopy(model).bfloat16(), 1, 64)):
+        assert decoder.dtype == torch.bfloat16
+        first = decoder.logits(decoder.read([Span(0, 0, ids[0][:39])]))
+        last = decoder.logits(decoder.read([Span(0, 39, ids[0][39:])]))
+        ours = (torch.cat([first, last]) - right).square().mean().sqrt()
+        assert 0 < ours < 1.5 * theirs
+
+
+def test_slots_longer_than_the_model_are_refused():
+    for slot_len in (0, 97):
+        with pytest.raises(ValueError, match="the model takes 1 to 96"):
+            Decoder(network(), 1, slot_len)
