@@ -39,12 +39,16 @@ def load_tokenizer(folder: str | os.PathLike | None = None) -> PreTrainedTokeniz
     """The tokenizer in `folder`, or the shipped one.
 
     Raises:
-        UserError: no tokenizer there.
+        UserError: no tokenizer there, or a damaged one.
     """
     folder = Path(folder or SHIPPED_TOKENIZER)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {folder}: no tokenizer.json there; scripts/train_tokenizer.py makes one")
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # JSON's, transformers' and Rust's, of any class
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--tokenizer {folder} cannot be loaded ({reason}): restore or remake it") from error
 
 
 def weights_name(stage: str, dim: int, use_moe: bool) -> str:

@@ -102,6 +102,8 @@ def test_a_tokenizer_that_is_there_is_not_overwritten_and_can_be_measured(traine
         (["--data_path", "bad.jsonl"], 'line 2: neither "text" nor "conversations"'),
         (["--out_dir", "bad.jsonl/folder"], "folder cannot be written: Not a directory"),
         (["--only_measure", "--out_dir", "."], "no tokenizer.json there"),
+        (["--only_measure", "--out_dir", "damaged"], "damaged cannot be loaded (Invalid control character"),
+        (["--only_measure", "--out_dir", "other"], "other cannot be loaded ("),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, reason):
@@ -111,6 +113,9 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "good.jsonl", [{"text": sentence} for sentence in SENTENCES])
     write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"conversation": 1}])
+    for folder, content in {"damaged": '{"broken\n', "other": '{"model": 3}'}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tokenizer.json").write_text(content)
     usual = ["--data_path", "good.jsonl", "--out_dir", "out", "--vocab_size", "300"]
     monkeypatch.setattr("sys.argv", ["train_tokenizer.py", *usual, *arguments])
 
@@ -121,7 +126,7 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
     assert exit_.value.code == 2
     assert error.startswith("error: ")
     assert reason in error
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "good.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "damaged", "good.jsonl", "other"]
 
 
 @pytest.mark.parametrize(
