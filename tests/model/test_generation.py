@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.generation import choose, keep_top_k, keep_top_p, penalise_repetition
+from model.generation import choose, draw, keep_top_k, keep_top_p, penalise_repetition
 from tests.model.networks import KINDS, VOCAB, Llama, network, random_ids
 
 SAMPLING = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.4}
@@ -111,7 +111,7 @@ def test_sampling_is_a_plain_loop_over_transformers_processors(kind):
     with torch.no_grad():
         for _ in range(15):
             scores = processors(ids, model(ids).logits[:, -1])  # no cache, the whole text read again
-            ids = torch.cat([ids, torch.multinomial(scores.softmax(-1), 1, generator=generator)], dim=1)
+            ids = torch.cat([ids, draw(scores.softmax(-1), generator)[:, None]], dim=1)
     assert got.tolist() == ids.tolist()
 
 
