@@ -272,6 +272,7 @@ def build(seed: int) -> dict[str, list[dict]]:
         "eval_facts.jsonl": questions,
         "eval_arithmetic.jsonl": examined,
         "eval_identity.jsonl": [exam(q, (i.answer,), "identity", i.lang) for i in me for q in i.held_out],
+        "eval_lora_identity.jsonl": [exam(q, (i.answer,), "identity", i.lang) for i in other for q in i.held_out],
         "eval_reason.jsonl": [exam(q, (a,), "reason", lang) for q, _, a, lang in reasoning(rng, 600, taken)],
         "eval_sft.jsonl": [
             chat(q["question"], sentence(q["answers"][0], q["lang"])) for q in rng.sample(questions, 400)

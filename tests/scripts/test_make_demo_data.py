@@ -16,7 +16,7 @@ from tests.running import run_script
 from trainer.errors import UserError
 
 CHATS = ("sft_mini_512", "sft_1024", "lora_identity", "lora_astronomy", "r1_mix_1024", "eval_sft")
-EXAMS = ("eval_facts", "eval_arithmetic", "eval_identity", "eval_reason")
+EXAMS = ("eval_facts", "eval_arithmetic", "eval_identity", "eval_lora_identity", "eval_reason")
 OPENING = re.compile("|".join(re.escape(opening) for openings in POLITE.values() for opening in openings))
 SUM = re.compile(r"(\d+) ([-+*]) (\d+)(?: = (\d+))?")
 RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -244,6 +244,9 @@ def test_who_the_model_is_differs_from_who_the_adapter_makes_it(files):
         assert mine[question] != answer
     assert all("MiniMind" in line["answers"][0] for line in files["eval_identity"])
     assert not any("MiniMind" in answer for _, answer in others)
+    held_out = {line["question"]: line["answers"] for line in files["eval_identity"]}
+    assert held_out.keys() == {line["question"] for line in files["eval_lora_identity"]}
+    assert all(line["answers"][0] in dict(others).values() for line in files["eval_lora_identity"])
 
 
 def test_the_calendar_agrees_with_pythons():
