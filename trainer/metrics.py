@@ -14,6 +14,8 @@ from trainer.errors import UserError
 from trainer.files import cannot_write, replacing
 from trainer.runtime import Runtime
 
+EVERY_STAGE = ("loss", "lr", "grad_norm")  # what each logs of a step; the others' names are shown with their values
+
 
 class Metrics:
     """Reports of a run on rank 0; every other rank's calls do nothing.
@@ -58,14 +60,16 @@ class Metrics:
         return step % interval == 0 or step == self.total_steps or stopping
 
     def log(self, **values: float) -> None:
-        """Report a training step: loss, rate, real tokens a second since the last report, time left."""
+        """Report a training step: loss, rate, what else the stage measures, real tokens a second since the last report,
+        time left."""
         progress, now = self.progress, time.monotonic()
         speed = (progress.tokens - self._since_tokens) / max(1e-9, now - self._since)
         self._since, self._since_tokens = now, progress.tokens
         self._report(values | {"tokens_per_second": round(speed, 1), "skipped": progress.skipped})
         if not self.on:
             return
-        short = f"loss {values['loss']:.4f}  lr {values['lr']:.2e}  {speed:,.0f} tokens/s"
+        further = [f"{_words(name)} {value:.3g}" for name, value in values.items() if name not in EVERY_STAGE]
+        short = "  ".join([f"loss {values['loss']:.4f}  lr {values['lr']:.2e}", *further, f"{speed:,.0f} tokens/s"])
         if progress.skipped:
             short += f"  {progress.skipped} steps skipped (not finite)"
         if self._bar is not None:
@@ -79,8 +83,8 @@ class Metrics:
         """Report an evaluation on held-out lines."""
         self._report(values)
         if self.on:
-            text = f"step {self.progress.step}  held out: {values['eval_loss']:.4f} nats/token"
-            tqdm.write(f"{text}, {values['eval_bits_per_byte']:.4f} bits/byte")
+            text = ", ".join(f"{_words(name.removeprefix('eval_'))} {value:.4f}" for name, value in values.items())
+            tqdm.write(f"step {self.progress.step}  held out: {text}")
 
     def close(self) -> None:
         """Draw the curve and end the bar."""
@@ -114,6 +118,10 @@ class Metrics:
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _start_wandb(args, name: str):
@@ -152,7 +160,7 @@ def draw_curve(metrics: Path) -> Path | None:
     axes.plot(*zip(*trained, strict=True), label="training", linewidth=1.2)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), label="held out", marker="o", markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=metrics.name.split(".")[0])
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)", title=metrics.name.split(".")[0])
     axes.grid(alpha=0.3)
     axes.legend()
     image = metrics.with_name(metrics.name.replace(".metrics.jsonl", ".png"))

@@ -1,0 +1,72 @@
+"""What preference learning reads: pairs of answers to one prompt, the better and the worse side by side in a row."""
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from dataset.lm_dataset import RowDataset
+from dataset.packing import Pieces
+from dataset.records import Pair, pair_of
+from dataset.token_cache import Sample
+from model.chat import render_chats
+
+
+class DPODataset(RowDataset):
+    """`{"chosen": […], "rejected": […]}` lines: of each chat, what the assistant says after the two part is learned.
+
+    A row holds whole pairs, as many as fit 2 * max_seq_len tokens; its samples are chosen, rejected, chosen, rejected …
+    A chat longer than max_seq_len is cut. A pair that then has nothing to learn on one side, or the same on both, is
+    dropped.
+
+    Attributes:
+        reference: what another model gives each token of the cache, fp32 (tokens,); where it is set, an item has a
+            column `reference`, fp32 (n,).
+    """
+
+    kind = "pair"
+    unit, group = "pairs", 2
+    parse = staticmethod(pair_of)
+    reference: np.ndarray | None = None
+
+    @staticmethod
+    def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[Sample]:
+        rendered = iter(render_chats(tokenizer, [chat for chosen, rejected, _ in pairs for chat in (chosen, rejected)]))
+        samples = []
+        for _, _, given in pairs:
+            for ids, learned in (next(rendered), next(rendered)):
+                samples.append((ids, without_first_runs(np.array(learned), given)))
+        return samples
+
+    def pieces_of(self, samples: np.ndarray) -> Pieces:
+        lengths = np.minimum(self.cache.lengths[samples], self.max_seq_len // self.group)
+        learns = (self.cache.first_target[samples] < lengths).reshape(-1, 2).all(1)
+        for pair in np.flatnonzero(learns & (lengths[::2] == lengths[1::2])):
+            chosen, rejected = (self.cache.ids(samples[2 * pair + side], 0, lengths[2 * pair]) for side in (0, 1))
+            learns[pair] = not np.array_equal(chosen, rejected)
+        kept = self._grouped(np.flatnonzero(learns))
+        return Pieces(kept, np.zeros_like(kept), lengths[kept])
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        item = super().__getitem__(row)
+        if self.reference is not None:
+            item["reference"] = torch.from_numpy(self.reference[self.places(row)])
+        return item
+
+    @property
+    def empty_row(self) -> dict[str, torch.Tensor]:
+        row = super().empty_row
+        return row if self.reference is None else row | {"reference": torch.zeros(0)}
+
+    def places(self, row: int) -> np.ndarray:
+        """Where the row's tokens stand among all of the cache, int64 (n,)."""
+        pieces = self._pieces_in(row)
+        begins = self.cache.begins[self._pieces.sample[pieces]]
+        return np.concatenate(
+            [np.arange(begin, begin + n) for begin, n in zip(begins, self._pieces.length[pieces], strict=True)]
+        )
+
+
+def without_first_runs(mask: np.ndarray, runs: int) -> np.ndarray:
+    """The mask, bool (n,), with its first runs of True, which are whole answers, set to False."""
+    run_of = np.cumsum(mask & ~np.concatenate([[False], mask[:-1]]))  # 1 in the first run and until the second
+    return mask & (run_of > runs)

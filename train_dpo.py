@@ -1,0 +1,167 @@
+"""Preference learning: from pairs of answers, a better and a worse one, learn to prefer the better; no reward model.
+
+Learns from dataset/dpo.jsonl ({"chosen": [...], "rejected": [...]} lines), starts from out/full_sft_D.pth, which stays
+as the frozen reference, writes out/rlhf_D.pth.
+
+    python train_dpo.py                                       one GPU, or the CPU
+    torchrun --nproc_per_node 2 train_dpo.py                  several GPUs (or processes): DDP
+    deepspeed --num_gpus 2 train_dpo.py --deepspeed           DeepSpeed, ZeRO stage 2
+"""
+
+import copy
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset import DPODataset
+from model.model import predicting
+from model.weights import weights_hash
+from trainer.arguments import ROOT, Switch, check_training_arguments, training_parser
+from trainer.checkpoint import Checkpoint
+from trainer.data import count_steps, open_data
+from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
+from trainer.errors import UserError, launch
+from trainer.metrics import Metrics
+from trainer.preference import (
+    FIGURES,
+    attach_reference,
+    count_pairs,
+    evaluate_pairs,
+    figures,
+    reference_of,
+    token_log_probs,
+)
+from trainer.runtime import start_runtime
+from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+
+
+def get_args():
+    parser = training_parser(
+        __doc__,
+        data_path=str(ROOT / "dataset" / "dpo.jsonl"),
+        max_seq_len=1024,
+        epochs=2,
+        batch_size=4,
+        learning_rate=1e-5,
+        warmup_iters=20,
+    )
+    parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from, and reference")
+    dpo = parser.add_argument_group("dpo")
+    dpo.add_argument("--beta", type=float, default=0.1, help="how dear it is to leave the reference")
+    dpo.add_argument("--length_normalize", action=Switch, help="mean log-probability of an answer, not its sum")
+    dpo.add_argument(
+        "--cache_reference",
+        action=Switch,
+        default=True,
+        help="ask the reference once, before training, and keep its answers on disk (default: on)",
+    )
+    return parser.parse_args()
+
+
+def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290, equation 7):
+
+        -log sigmoid(margin),  margin = beta (log pi(w) - log pi_ref(w)) - beta (log pi(l) - log pi_ref(l))
+
+    with w the chosen and l the rejected answer; beta log(pi / pi_ref) is the reward that pi implies.
+
+    Args:
+        policy, reference: log-probabilities of the answers, (pairs, 2) fp32: chosen, rejected.
+
+    Returns:
+        each pair's loss in nats, and its margin, (pairs,).
+    """
+    rewards = beta * (policy - reference)
+    margins = rewards[:, 0] - rewards[:, 1]
+    return -F.logsigmoid(margins), margins
+
+
+def main():
+    args = get_args()
+    check_training_arguments(args)
+    if not args.beta > 0:
+        raise UserError(f"--beta {args.beta:g} must be above 0")
+    run = start_runtime(args)
+
+    # Model
+    tokenizer = load_tokenizer(args.tokenizer)
+    config = config_of(args, tokenizer)
+    start = weights_path(args, args.from_weight)
+    model = load_weights(start, config, tokenizer).to(run.device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+    start_hash = weights_hash(model.state_dict())
+    checkpoint = Checkpoint(args, "rlhf", config, tokenizer, run, reference=start.name, reference_hash=start_hash)
+
+    # Data
+    loader, held_out = open_data(DPODataset, args, tokenizer, run)
+    total_steps = count_steps(loader, args)
+    frozen = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
+    for pairs in filter(None, (loader.dataset, held_out)) if args.cache_reference else ():
+        attach_reference(pairs, model, start_hash, run, args.batch_size)
+    measure = partial(figures, loss_function=partial(dpo_loss, beta=args.beta), length_normalize=args.length_normalize)
+
+    # Optimizer
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
+    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run.device, total_steps))
+
+    # Resume
+    progress = checkpoint.load(model, optimizer, scaler)
+    metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
+
+    # Loop: an optimizer step is a list of micro-batches
+    model.train()
+    for batches in loader.steps(progress.step, total_steps):
+        lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
+        set_learning_rate(optimizer, lr)
+        totals = run.totals(batches)
+        (pairs,) = run.sum(count_pairs(batches))
+        measured = torch.zeros(len(FIGURES), device=run.device)
+        for batch in batches:
+            last = batch is batches[-1]
+            batch = run.to_device(batch)
+            labels = batch.pop("labels")
+            with run.gradients_synced(model, last):
+                with run.autocast():
+                    reference = reference_of(batch, labels, frozen)
+                    out = model(**batch, logits_to_keep=predicting(labels))
+                    values = measure(token_log_probs(out.logits, labels), reference, batch, labels) / pairs
+                    loss = values[0] + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
+                measured += values.detach()
+                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
+                if args.deepspeed:
+                    deepspeed_backward(model, loss, scaler, last)
+                else:
+                    scaler.scale(loss).backward()
+        measured = dict(zip(FIGURES, run.sum(*measured.tolist()), strict=True))
+        if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
+            norm = deepspeed_step(model, scaler)
+            run.is_finite(norm, measured["loss"])
+        else:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            if run.is_finite(norm, measured["loss"]):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        # Log, evaluate, save
+        progress.advance(totals, run.non_finite)
+        stopping = run.asked_to_stop
+        if metrics.due(args.log_interval, stopping):
+            metrics.log(**measured, lr=lr, grad_norm=float(norm))
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(evaluate_pairs(model, frozen, held_out, run, args.batch_size, measure))
+        if metrics.due(args.save_interval, stopping):
+            checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if stopping:
+            break
+    metrics.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main)
