@@ -21,6 +21,12 @@ def digest(parts: list) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+def find_cache_folder(source: Path, state: str, name: str) -> Path | None:
+    """What `open_cache_folder` would find, None where it would build."""
+    places = [root / f"{state}-{name}" for root in _cache_roots(source)]
+    return next((folder for folder in places if folder.is_dir()), None)
+
+
 def open_cache_folder(source: Path, state: str, name: str, build: Callable[[Path], None]) -> Path:
     """The folder of this name, in `.cache/` beside `source`, or in `~/.cache` if that is read-only.
 
@@ -35,10 +41,9 @@ def open_cache_folder(source: Path, state: str, name: str, build: Callable[[Path
     Raises:
         DataError: it cannot be written; whatever `build` raises.
     """
+    if found := find_cache_folder(source, state, name):
+        return found
     roots = _cache_roots(source)
-    for root in roots:
-        if (root / f"{state}-{name}").is_dir():
-            return root / f"{state}-{name}"
     root = next((root for root in roots if _can_write(root, source)), None)
     if root is None:
         raise DataError(f"the cache of {source} can be written neither in {roots[0]} nor in {roots[1]}")

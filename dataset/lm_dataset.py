@@ -65,6 +65,7 @@ class RowDataset(Dataset):
     ):
         if max_seq_len < 2:
             raise ValueError(f"max_seq_len is {max_seq_len}, but a row needs 2 tokens: one to read, one to predict")
+        self.data_path = Path(data_path)
         self.max_seq_len = self.group * max_seq_len
         self.packing = packing
         self.cache = open_token_cache(

@@ -5,6 +5,9 @@ from model.chat import IMAGE_MARKER
 
 ROLES = ("system", "user", "assistant")
 
+Turns = list[dict[str, str]]
+Pair = tuple[Turns, Turns, int]  # chosen, rejected, how many answers they share
+
 
 def text_of(record: dict) -> str:
     """The text of a pretraining record `{"text": "…"}`.
@@ -63,6 +66,25 @@ def _turns(record: dict, key: str) -> list[dict[str, str]]:
         except BadRecord as fault:
             raise BadRecord(f'turn {number} of "{key}": {fault}') from fault
     return chat
+
+
+def pair_of(record: dict) -> Pair:
+    """The two chats of a preference record `{"chosen": […], "rejected": […]}`, and how many answers they share.
+
+    Both go the same way up to a turn that the assistant answers differently.
+
+    Raises:
+        BadRecord: as of `chat_of`; or they part before an answer does, and so do not answer one prompt.
+    """
+    chosen, rejected = chat_of(record, "chosen"), chat_of(record, "rejected")
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(chosen) == len(rejected):
+        shared -= 1  # two equal chats: the last answer, from which there is nothing to learn
+    if any(chat[shared:] == [] or chat[shared]["role"] != "assistant" for chat in (chosen, rejected)):
+        raise BadRecord(f'"chosen" and "rejected" are no two answers to one prompt: they part at turn {shared + 1}')
+    return chosen, rejected, sum(turn["role"] == "assistant" for turn in chosen[:shared])
 
 
 def _turn(turn: object, before: list[dict[str, str]]) -> dict[str, str]:

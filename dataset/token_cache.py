@@ -72,6 +72,11 @@ class TokenCache:
     def lengths(self) -> np.ndarray:
         return np.diff(self._offsets)
 
+    @property
+    def begins(self) -> np.ndarray:
+        """Where each sample begins among all tokens, int64 (samples,)."""
+        return self._offsets[:-1]
+
     def ids(self, sample: int, start: int, length: int) -> np.ndarray:
         """Tokens start … start + length of a sample, int64 (length,)."""
         begin = self._offsets[sample] + start

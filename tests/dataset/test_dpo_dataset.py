@@ -1,0 +1,155 @@
+"""DPODataset: what of a pair is learned, how pairs share rows, what is cut, dropped and refused."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import DataError, DPODataset, StepLoader
+from dataset.dpo_dataset import without_first_runs
+from model.model import IGNORED
+from tests.conftest import write_jsonl
+
+
+def turns(*contents, system=None):
+    first = [{"role": "system", "content": system}] if system else []
+    return first + [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(contents)]
+
+
+def pair(question, better, worse, *history, system=None):
+    sides = {"chosen": better, "rejected": worse}
+    return {side: turns(*history, question, text, system=system) for side, text in sides.items()}
+
+
+@pytest.fixture
+def pairs(tmp_path, tiny_tokenizer):
+    """Makes a DPODataset of some records."""
+
+    def make(*records, **settings):
+        return DPODataset(write_jsonl(tmp_path / "dpo.jsonl", list(records)), tiny_tokenizer, **settings)
+
+    return make
+
+
+def samples(row):
+    """A row's samples as (ids, labels)."""
+    starts = [*torch.nonzero(row["position_ids"] == 0).flatten().tolist(), len(row["input_ids"])]
+    return [(row["input_ids"][a:b], row["labels"][a:b]) for a, b in pairwise(starts)]
+
+
+def learned(tokenizer, row):
+    return [tokenizer.decode(labels[labels != IGNORED]) for _, labels in samples(row)]
+
+
+def test_the_answers_are_learned_side_by_side(pairs, tiny_tokenizer):
+    (row,) = pairs(pair("What is 2 + 2?", "It is 4.", "It is 5, I think.", system="Be brief."))
+    texts = [tiny_tokenizer.decode(ids) for ids, _ in samples(row)]
+    prompt = "<s>system\nBe brief.</s>\n<s>user\nWhat is 2 + 2?</s>\n<s>assistant\n"
+    assert texts == [prompt + "It is 4.</s>\n", prompt + "It is 5, I think.</s>\n"]
+    assert learned(tiny_tokenizer, row) == ["It is 4.</s>", "It is 5, I think.</s>"]
+
+
+def test_what_both_chats_share_is_not_learned(pairs, tiny_tokenizer):
+    history = ("Hello", "Hi!", "Are you well?", "")  # an empty answer is one too
+    (row,) = pairs(pair("Tell me more", "With pleasure.", "No.", *history))
+    assert learned(tiny_tokenizer, row) == ["With pleasure.</s>", "No.</s>"]
+    longer = {"chosen": turns("Q", "A", "Q2", "A2"), "rejected": turns("Q", "B")}
+    (row,) = pairs(longer)
+    assert learned(tiny_tokenizer, row) == ["A</s>A2</s>", "B</s>"]
+
+
+def test_runs_of_a_mask():
+    mask = np.array([0, 1, 1, 0, 1, 0, 0, 1, 1], bool)
+    assert without_first_runs(mask, 0).tolist() == mask.tolist()
+    assert np.flatnonzero(without_first_runs(mask, 1)).tolist() == [4, 7, 8]
+    assert np.flatnonzero(without_first_runs(mask, 2)).tolist() == [7, 8]
+    assert np.flatnonzero(without_first_runs(np.array([1, 0, 1], bool), 1)).tolist() == [2]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_pairs_stay_together(pairs, tiny_tokenizer, packing):
+    records = [pair(f"{n} + {n}?", f"{2 * n}", f"{3 * n + 1} or more") for n in range(30)]
+    data = pairs(*records, max_seq_len=256, packing=packing)
+    assert data.max_seq_len == 512
+    seen = []
+    for row in data:
+        assert len(row["input_ids"]) <= 512
+        answers = learned(tiny_tokenizer, row)
+        seen += zip(answers[::2], answers[1::2], strict=True)
+    assert sorted(seen) == sorted((f"{2 * n}</s>", f"{3 * n + 1} or more</s>") for n in range(30))
+    assert len(data) == 30 if not packing else len(data) < 25
+    shapes = {tuple(batch["input_ids"].shape) for (batch,) in StepLoader(data, 4, 1, 1, seed=0).steps()}
+    assert shapes == {(4, 512)} if packing else len(shapes) > 1
+
+
+def test_cut_dropped_and_counted(pairs, tiny_tokenizer):
+    long = "very " * 60
+    records = [
+        pair("Short?", "Yes.", "No."),
+        pair("Long?", "Yes, " + long, "No."),  # cut
+        pair("Equal?", "The same.", "The same."),
+        pair("Equal before the cut?", long + "yes", long + "no"),
+        pair("A question of a " + long + "length?", "Yes.", "No."),  # no room for an answer
+    ]
+    data = pairs(*records, max_seq_len=100, packing=False)
+    assert "2 pairs" in data.summary
+    assert "1 cut at 100 tokens" in data.summary
+    assert "3 dropped with nothing to learn" in data.summary
+    assert [len(samples(row)) for row in data] == [2, 2]
+    assert len(samples(data[1])[0][0]) == 100
+    with pytest.raises(DataError, match="no sample has anything to learn within 100 tokens"):
+        pairs(*records[2:], max_seq_len=100)
+
+
+def test_parts_are_of_pairs(pairs):
+    records = [pair(f"{n}?", f"{n}", "no") for n in range(200)]
+    parts = {part: pairs(*records, part=part, packing=False) for part in ("all", "train", "eval")}
+    assert [len(data) for data in parts.values()] == [200, 198, 2]
+    keys = {tuple(map(str, data.rows_key)) for data in parts.values()}
+    assert len(keys) == 3
+
+
+def test_a_reference_comes_with_its_tokens(pairs):
+    data = pairs(*[pair(f"{n} + {n}?", f"{2 * n}", f"{3 * n + 1}") for n in range(9)], max_seq_len=96)
+    every = np.concatenate([data.cache.ids(sample, 0, n) for sample, n in enumerate(data.cache.lengths)])
+    data.reference = every.astype(np.float32)  # a number that tells which token it belongs to
+    for row in data:
+        assert torch.equal(row["reference"], row["input_ids"].float())
+    for (batch,) in StepLoader(data, 4, 1, 1, seed=0).steps():
+        assert batch["reference"].shape == batch["input_ids"].shape
+        assert torch.equal(batch["reference"], batch["input_ids"].float() * batch["attention_mask"])
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"chosen": turns("Q", "A")}, 'the key "rejected" is missing'),
+        ({"chosen": turns("Q", "A"), "rejected": "B"}, '"rejected" is not a list'),
+        ({"chosen": turns("Q", "A"), "rejected": turns("Q")}, '"rejected" has no answer of the assistant'),
+        ({"chosen": turns("Q", "A"), "rejected": turns("R", "B")}, "no two answers to one prompt: they part at turn 1"),
+        ({"chosen": turns("Q", "A"), "rejected": turns("Q", "A", "R", "B")}, "they part at turn 3"),
+        ({"chosen": turns("Q", "A", system="S"), "rejected": turns("Q", "B")}, "they part at turn 1"),
+        ({"chosen": turns("Q", "A", "R", "B"), "rejected": turns("Q", "A", "S", "C")}, "they part at turn 3"),
+        ({"chosen": [], "rejected": turns("Q", "B")}, '"chosen" is empty'),
+        ([], "not a JSON object"),
+    ],
+)
+def test_a_bad_line_is_named(pairs, tmp_path, tiny_tokenizer, record, told):
+    good = pair("Q", "A", "B")
+    with pytest.raises(DataError, match=r"dpo.jsonl, line 2: ") as error:
+        pairs(good, record, good)
+    assert told in str(error.value)
+    data = pairs(good, record, good, skip_bad_lines=True)
+    assert "1 bad lines skipped" in data.summary
+    assert "2 pairs" in data.summary
+
+
+def test_the_real_file(shared, tmp_path, tiny_tokenizer):
+    lines = (shared / "data" / "dpo.jsonl").read_text(encoding="utf-8").splitlines()[:50]
+    (tmp_path / "dpo.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    data = DPODataset(tmp_path / "dpo.jsonl", tiny_tokenizer, max_seq_len=1024, packing=False)
+    for row, line in zip(data, map(json.loads, lines), strict=True):
+        expected = [line[side][-1]["content"] + "</s>" for side in ("chosen", "rejected")]
+        assert learned(tiny_tokenizer, row) == expected

@@ -1,0 +1,130 @@
+"""Log-probabilities of answers, by a slow loop; and the reference's, computed once and never mistaken for another's."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import DPODataset, StepLoader, collate
+from model import LMConfig, MiniMindLM
+from model.model import predicting
+from model.weights import weights_hash
+from tests.conftest import write_jsonl
+from tests.dataset.test_dpo_dataset import pair, samples
+from trainer.preference import attach_reference, by_answer, count_pairs, reference_of, token_log_probs
+from trainer.runtime import Runtime
+
+RUN = Runtime(torch.device("cpu"), torch.float32)
+
+
+def tiny_model(vocab_size, seed=0, **changes):
+    torch.manual_seed(seed)
+    return MiniMindLM(LMConfig(**{"dim": 32, "n_layers": 1, "vocab_size": vocab_size} | changes)).eval()
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    records = [pair(f"What is {n} + {n}?", f"It is {2 * n}.", "I do not know. " * (1 + n % 3)) for n in range(12)]
+    return write_jsonl(tmp_path / "dpo.jsonl", records)
+
+
+@pytest.fixture
+def pairs(pairs_file, tiny_tokenizer):
+    return lambda **settings: DPODataset(pairs_file, tiny_tokenizer, **{"max_seq_len": 96} | settings)
+
+
+@torch.no_grad()
+def slowly(model, ids, labels):
+    """log p of each learned token, the sample alone in its batch, token by token."""
+    logits = model(ids[None]).logits[0].double()
+    return [logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(1, len(ids)) if labels[t] >= 0]
+
+
+def test_log_probabilities_of_packed_answers(pairs, tiny_tokenizer):
+    data, model = pairs(), tiny_model(len(tiny_tokenizer))
+    rows = [data[row] for row in range(3)]
+    batch = collate([*rows, data.empty_row], data.max_seq_len)
+    assert count_pairs([batch, batch]) == 2 * sum(len(samples(row)) // 2 for row in rows)
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        values = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
+    each = [slowly(model, *sample) for row in rows for sample in samples(row)]
+    one_by_one = torch.tensor([value for answer in each for value in answer], dtype=torch.float64)
+    torch.testing.assert_close(values.double(), one_by_one, atol=1e-5, rtol=0)
+    expected = torch.tensor([sum(tokens) for tokens in each], dtype=torch.float64).view(-1, 2)
+    torch.testing.assert_close(by_answer(values, batch, labels).double(), expected, atol=1e-4, rtol=0)
+
+
+def test_a_batch_of_padding_has_no_pairs_but_a_gradient(pairs, tiny_tokenizer):
+    data, model = pairs(), tiny_model(len(tiny_tokenizer))
+    batch = collate([data.empty_row] * 2, data.max_seq_len)
+    assert count_pairs([batch]) == 0
+    labels = batch.pop("labels")
+    values = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
+    by_answer(values, batch, labels).sum().backward()  # as DDP expects of every rank
+    assert model.layers[0].attention.wq.weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_cached_reference_is_what_the_model_says(pairs, tiny_tokenizer, packing):
+    data, model = pairs(packing=packing), tiny_model(len(tiny_tokenizer)).train()
+    attach_reference(data, model, "start", RUN, batch_size=4)
+    assert model.training
+    for (batch,) in StepLoader(data, 3, 1, 1, seed=0).steps():
+        labels = batch.pop("labels")
+        cached = reference_of(dict(batch), labels, None)
+        asked = reference_of(batch, labels, model.eval())
+        assert "reference" not in batch
+        torch.testing.assert_close(cached, asked, atol=1e-5, rtol=0)
+        assert len(cached) == int((labels[:, 1:] >= 0).sum()) > 0
+
+
+class Silent(MiniMindLM):
+    """A model that must not be asked."""
+
+    def forward(self, *args, **kwargs):
+        raise AssertionError("it was asked")
+
+
+def test_the_cache_is_found_again_and_never_another_s(pairs, pairs_file, tiny_tokenizer, plain_tokenizer):
+    model = tiny_model(len(tiny_tokenizer))
+    first = weights_hash(model.state_dict())
+    attach_reference(data := pairs(), model, first, RUN, 4)
+    config = model.config
+
+    def asked(data, weights=first, run=RUN, **changes):
+        silent = Silent(LMConfig(**config.to_diff_dict() | changes))
+        try:
+            attach_reference(data, silent, weights, run, 4)
+        except AssertionError:
+            return True
+        return False
+
+    assert not asked(again := pairs())
+    assert np.array_equal(again.reference, data.reference)
+    assert not asked(pairs(), run=dataclasses.replace(RUN))
+    other = tiny_model(len(tiny_tokenizer), seed=1)
+    assert asked(pairs(), weights=weights_hash(other.state_dict()))
+    assert asked(pairs(), norm_eps=1e-6)
+    assert asked(pairs(), run=Runtime(torch.device("cpu"), torch.bfloat16))
+    assert asked(pairs(max_seq_len=80))
+    assert asked(pairs(packing=False))
+    assert asked(pairs(seed=7))
+    assert asked(DPODataset(pairs_file, plain_tokenizer, max_seq_len=96))
+    copy = shutil.copy(pairs_file, pairs_file.with_name("copy.jsonl"))
+    assert asked(DPODataset(copy, tiny_tokenizer, max_seq_len=96))
+    write_jsonl(pairs_file, [pair("What is 1 + 1?", "It is 2.", "It is 3.") for _ in range(12)])
+    assert asked(pairs())
+
+
+def test_the_hash_of_weights_tells_every_number_and_name():
+    state = tiny_model(50).state_dict()
+    assert weights_hash(state) == weights_hash(dict(reversed(state.items())))
+    assert weights_hash(state) == weights_hash({name: value.double() for name, value in state.items()})
+    changed = state["norm.weight"].clone()
+    changed[3] = torch.nextafter(changed[3], torch.tensor(2.0))
+    assert weights_hash(state) != weights_hash(state | {"norm.weight": changed})
+    renamed = {name.replace("norm", "form"): value for name, value in state.items()}
+    assert weights_hash(state) != weights_hash(renamed)
