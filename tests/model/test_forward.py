@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from model.model import Attention, FeedForward, MoEFeedForward, RMSNorm, load_balancing_loss, next_token_loss
+from model.model import (
+    Attention,
+    FeedForward,
+    MoEFeedForward,
+    RMSNorm,
+    load_balancing_loss,
+    next_token_loss,
+    predicting,
+)
 from tests.model.networks import KINDS, VOCAB, Llama, assert_all_close, gradients, network, random_ids
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -235,6 +243,27 @@ def test_logits_to_keep():
     logits = model(ids).logits
     torch.testing.assert_close(model(ids, logits_to_keep=2).logits, logits[:, -2:])
     torch.testing.assert_close(model(ids, logits_to_keep=0).logits, logits)
+    wanted = torch.tensor([[0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 1]]).bool()
+    picked = model(ids, logits_to_keep=wanted).logits
+    torch.testing.assert_close(picked, torch.stack([logits[0, 1], logits[0, 4], logits[0, 5], logits[1, 5]]))
+
+
+def test_logits_where_something_is_learned_give_the_same_loss_and_gradients():
+    model = network(use_moe=True).train()
+    ids = random_ids(3, 7)
+    labels = ids.clone()
+    labels[0] = -100
+    labels[1, :4] = -100
+    assert predicting(labels).sum(1).tolist() == [0, 3, 6]
+    results = []
+    for keep in (0, predicting(labels)):
+        model.zero_grad()
+        out = model(ids, labels=labels, logits_to_keep=keep)
+        out.loss.backward()
+        results.append((out.loss, next_token_loss(out.logits, labels), gradients(model)))
+    assert out.logits.shape == (9, VOCAB)
+    torch.testing.assert_close(results[0][:2], results[1][:2])
+    assert_all_close(results[0][2], results[1][2], **CLOSE)
 
 
 def test_the_output_is_a_transformers_output():
