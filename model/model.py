@@ -1,5 +1,6 @@
 """The MiniMind decoder: pre-norm, RoPE, grouped-query attention, SwiGLU; dense or a mixture of experts."""
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -76,6 +77,29 @@ def attention_by_hand(
     return weights.type_as(v) @ v
 
 
+class Samples:
+    """How long the samples of a batch are, one after another, row by row; a run of padding is one of them.
+
+    On a CPU, attention within each of them alone takes the sum of their squared lengths, where whole rows with a mask
+    take the sum of the rows' squared lengths.
+    """
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+
+    @classmethod
+    @torch.compiler.disable
+    def of(cls, segment_ids: Tensor) -> "Samples | None":
+        """From segments (batch, n) as of `attention_mask_of`; None where padding lies in the middle of a sample."""
+        first = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+        rows, places = first.nonzero(as_tuple=True)
+        named = [pair for pair in zip(rows.tolist(), segment_ids[rows, places].tolist(), strict=True) if pair[1]]
+        if len(set(named)) < len(named):
+            return None
+        starts = (rows * segment_ids.size(1) + places).tolist()
+        return cls([end - start for start, end in itertools.pairwise([*starts, segment_ids.numel()])])
+
+
 class Attention(nn.Module):
     """Causal self-attention; `n_heads / n_kv_heads` query heads share a key/value head (arXiv:2305.13245)."""
 
@@ -90,14 +114,17 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Samples | None, cache: KVCache | None
+    ) -> Tensor:
         batch, n, _ = x.shape
         q = apply_rope(self.wq(x).view(batch, n, -1, self.head_dim), *rope).transpose(1, 2)
         k = apply_rope(self.wk(x).view(batch, n, -1, self.head_dim), *rope).transpose(1, 2)
         v = self.wv(x).view(batch, n, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out = self._attend(q, k, v, mask)
+        attend = self._attend_apart if isinstance(mask, Samples) else self._attend
+        out = attend(q, k, v, mask)
         return self.wo(out.transpose(1, 2).reshape(batch, n, -1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -112,6 +139,17 @@ class Attention(nn.Module):
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return self.attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+    @torch.compiler.disable  # how long the samples are is data, which no compiled graph can hold
+    def _attend_apart(self, q: Tensor, k: Tensor, v: Tensor, samples: Samples) -> Tensor:
+        """`_attend`, causal, for one sample after the other; in fp32, in which short ones take a CPU half the time."""
+        rows, groups = (q.size(0), q.size(2)), q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        parts = (t.transpose(0, 1).flatten(1, 2)[None].float().split(samples.lengths, dim=2) for t in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        with torch.autocast(q.device.type, enabled=False):
+            outs = [self.attend(*qkv, dropout_p=dropout, is_causal=True) for qkv in zip(*parts, strict=True)]
+        return torch.cat(outs, dim=2)[0].unflatten(1, rows).transpose(0, 1).type_as(q)
 
 
 class FeedForward(nn.Module):
@@ -230,7 +268,7 @@ class MiniMindBlock(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Samples | None,
         real: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -382,12 +420,15 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         real = self._real(attention_mask, n, past)
         positions, segments, following = self._places(input_ids, position_ids, real, past)
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
-        mask = None if segments is None else attention_mask_of(segments, n)
-        if segments is None and past is not None and n > 1:
-            mask = attention_mask_of(positions.new_ones(1, past.length + n), n)
         cache = None
         if use_cache or past is not None:
             cache = KVCache.extended(past, n, segments, following)
+        if segments is None and past is not None and n > 1:
+            segments = positions.new_ones(1, past.length + n)
+        mask = None
+        if segments is not None:
+            apart = cache is None and self.config.flash_attn and segments.device.type == "cpu"
+            mask = (Samples.of(segments) if apart else None) or attention_mask_of(segments, n)
 
         x = self.dropout(self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         aux_loss = torch.zeros((), device=x.device)

@@ -74,6 +74,7 @@ def test_a_padded_batch_gives_each_row_what_it_gets_alone(kind, side):
         ids[row, places[row]], mask[row, places[row]] = tokens[0], 1
     with torch.no_grad():
         out = model(ids, mask, use_cache=True)
+        uncached = model(ids, mask).logits
         chunked, _ = read_masked(model, ids, mask, [3, 1, 4])
         more = random_ids(3, 2, seed=51)
         one_more = model(more[:, :1], past_key_values=out.past_key_values, use_cache=True)
@@ -83,6 +84,7 @@ def test_a_padded_batch_gives_each_row_what_it_gets_alone(kind, side):
     for row, tokens in enumerate(rows):
         alone = model(torch.cat([tokens, more[row : row + 1]], dim=1)).logits[0]
         torch.testing.assert_close(out.logits[row, places[row]], alone[:-2], **CLOSE)
+        torch.testing.assert_close(uncached[row, places[row]], alone[:-2], **CLOSE)
         torch.testing.assert_close(chunked[row, places[row]], alone[:-2], **CLOSE)
         torch.testing.assert_close(torch.stack([one_more.logits[row, 0], second.logits[row, 0]]), alone[-2:], **CLOSE)
         torch.testing.assert_close(two_more.logits[row], alone[-2:], **CLOSE)

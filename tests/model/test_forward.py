@@ -363,6 +363,8 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(kind, backend):
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
+    with torch.compiler.set_stance("fail_on_recompile"):  # samples of other lengths must not compile anything anew
+        compiled(ids, arguments["attention_mask"], torch.arange(16).remainder(5)[None], ids)
     assert eager.state_dict().keys() == compiled.state_dict().keys()
     assert_all_close(gradients(compiled), gradients(eager), **CLOSE)
 
