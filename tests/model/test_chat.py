@@ -158,7 +158,7 @@ def test_text_never_becomes_a_control_token(tokenizer, text):
 def test_random_texts_are_spelt_exactly(tokenizer):
     rng = random.Random(0)
     pieces = ["<s>", "</s>", "<", ">", "/", "s", "<think>", "\n", " ", "你好", "😀", "a", "</", "<unk>", "system", "\t"]
-    for _ in range(100):
+    for _ in range(30):
         texts = ["".join(rng.choices(pieces, k=rng.randrange(9))) for _ in range(3)]
         roles = rng.choices(["user", "assistant"], k=3)
         ids, mask = render_chat(tokenizer, [turn("system", "."), *map(turn, roles, texts)])
