@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
 
+from scripts.remote_chat import answer_parts
 from trainer.arguments import Switch, not_negative, positive
 from trainer.errors import UserError, launch
 
@@ -66,25 +67,19 @@ class Chat:
         the caller stops early."""
         earlier = self.turns
         if self.args.history_cnt is not None:
-            earlier = earlier[len(earlier) - 2 * self.args.history_cnt :] if self.args.history_cnt else []
+            earlier = earlier[-2 * self.args.history_cnt :] if self.args.history_cnt else []
         system = [{"role": "system", "content": self.system}] if self.system else []
         asked = {"role": "user", "content": question}
+        messages = [*system, *earlier, asked]
         wishes = {name: getattr(self.args, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
-        wishes = {name: value for name, value in wishes.items() if value is not None}
-        reply = self.client.chat.completions.create(
-            model=self.model, messages=[*system, *earlier, asked], stream=self.args.stream, **wishes
-        )
         answer = ""
         try:
-            with reply if self.args.stream else contextlib.nullcontext():  # leaving it tells the server to stop
-                for chunk in reply if self.args.stream else [reply]:
-                    for choice in chunk.choices:
-                        said = choice.delta if self.args.stream else choice.message
-                        if thinking := getattr(said, "reasoning_content", None):
-                            yield "thinking", thinking
-                        if said.content:
-                            answer += said.content
-                            yield "answer", said.content
+            with contextlib.closing(
+                answer_parts(self.client, self.model, messages, self.args.stream, **wishes)
+            ) as parts:
+                for part, text in parts:
+                    answer += text if part == "answer" else ""
+                    yield part, text
         finally:
             if answer:
                 self.turns += [asked, {"role": "assistant", "content": answer}]

@@ -61,27 +61,22 @@ def load(args):
     if args.weights.is_file():
         settings = read_settings(args.weights)
         found = settings["config"] if settings else shape_of(state := read_state(args.weights))
-        if not settings:
-            print(f"{args.weights} has no json beside it: assuming tokenizer {tokenizer.name_or_path}")
-            if any(name.startswith("vision_proj.") for name in state):
-                raise UserError(f"{args.weights} is a vision-language model, which none of these formats can hold")
+        if not settings and any(name.startswith("vision_proj.") for name in state):
+            raise UserError(f"{args.weights} is a vision-language model, which none of these formats can hold")
         if asked:
             config = config_from(found | asked, tokenizer)
     model = load_weights(args.weights, config, tokenizer).eval()
     return model, tokenizer
 
 
-def merge(model, adapter: Path) -> None:
+def merge(model, adapter: Path, args) -> None:
     """Add an adapter to the model's weights."""
-    from model.model_lora import merge_lora, put_lora, remove_lora
-    from trainer.weights import read_settings, read_state
+    from model.model_lora import merge_lora, remove_lora
+    from trainer.weights import load_adapter
 
-    if not adapter.is_file():
-        raise UserError(f"{adapter} is missing: train_lora.py makes adapters, in out/lora/")
-    try:
-        put_lora(model, read_state(adapter), read_settings(adapter) or {})
-    except ValueError as error:
-        raise UserError(f"{adapter}: {error}") from None
+    if adapter.suffix != ".pth":
+        raise UserError(f"{adapter}: an adapter is a .pth file, in out/lora/")
+    load_adapter(str(adapter), args, model)
     merge_lora(model)
     remove_lora(model)
 
@@ -115,7 +110,7 @@ def to_transformers(args) -> None:
         raise UserError(f"{args.folder} holds a model already: choose another name, or --overwrite replaces it")
     model, tokenizer = load(args)
     if args.lora:
-        merge(model, args.lora)
+        merge(model, args.lora, args)
     new = args.folder.with_name(f".{args.folder.name}.new")
     try:
         write_folder(model, tokenizer, new)
@@ -162,7 +157,7 @@ def merge_adapter(args) -> None:
 
     check_targets(args, ".pth", ".json")
     model, tokenizer = load(args)
-    merge(model, args.adapter)
+    merge(model, args.adapter, args)
     base = {k: v for k, v in (read_settings(args.weights) or {}).items() if k not in ("config", "tokenizer")}
     save(model, tokenizer, args.out, base | {"merged": str(args.adapter)})
     print(f"{args.out}: {args.weights} with {args.adapter} in its weights")
