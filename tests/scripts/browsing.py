@@ -1,0 +1,136 @@
+"""A page of ours in headless Chromium; what needs it skips where there is none."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.running import ROOT
+
+PATIENCE = 120  # seconds, for machines with much else to do
+FLAGS = (  # the second line keeps it from looking for its maker's hosts
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1280,860"),
+    *("--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+
+@contextlib.contextmanager
+def chromium(profile: Path, language: str = "en-US"):
+    """A browser with an empty profile."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("chromium and chromium-driver are not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for flag in (*FLAGS, f"--user-data-dir={profile}", f"--lang={language}"):
+        options.add_argument(flag)
+    options.add_experimental_option("prefs", {"intl.accept_languages": language})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    try:
+        yield browser
+    finally:
+        browser.quit()
+
+
+@contextlib.contextmanager
+def streamlit(script: str, *options, log: Path) -> Iterator[str]:
+    """A page's server, started in scripts/ as a person might; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "streamlit", "run", script, "--server.headless", "true"]
+    command += ["--server.port", str(port), "--", *map(str, options)]
+    with open(log, "wb") as output:
+        server = subprocess.Popen(
+            command,
+            cwd=ROOT / "scripts",
+            stdout=output,
+            stderr=output,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    try:
+        wait_for(lambda: _answers(f"http://localhost:{port}/_stcore/health", server, log))
+        yield f"http://localhost:{port}"
+    finally:
+        server.terminate()
+        server.wait(PATIENCE)
+
+
+def _answers(address: str, server: subprocess.Popen, log: Path) -> bool:
+    assert server.poll() is None, log.read_text()
+    try:
+        return urllib.request.urlopen(address, timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def wait_for(condition: Callable, seconds: float = PATIENCE):
+    """What `condition` returns once that is true.
+
+    Raises:
+        AssertionError: it never is.
+    """
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.1)
+    return found
+
+
+class Page:
+    """What a person does on a chat page, and sees there."""
+
+    def __init__(self, browser, address: str):
+        self.browser = browser
+        browser.get(address)
+        wait_for(lambda: self.all("[data-testid=stChatInput] textarea:enabled"))
+
+    def all(self, selector: str) -> list:
+        return self.browser.find_elements("css selector", selector)
+
+    def say(self, text: str) -> None:
+        field = wait_for(lambda: self.all("[data-testid=stChatInput] textarea:enabled"))[0]
+        field.send_keys(text + "\n")
+
+    def click(self, words: str) -> None:
+        """The button, option or heading that says these words."""
+        wait_for(lambda: self._try_click(words))
+
+    def _try_click(self, words: str) -> bool:
+        from selenium.common.exceptions import WebDriverException
+
+        try:
+            for element in self.browser.find_elements("xpath", f"//*[normalize-space(text())='{words}']"):
+                if element.is_displayed():
+                    element.click()
+                    return True
+        except WebDriverException:  # Streamlit has just drawn it anew, or something passes over it
+            pass
+        return False
+
+    def messages(self) -> list[str]:
+        """The words of each message, as they stand on the page."""
+        script = "return [...document.querySelectorAll('[data-testid=stChatMessage]')].map(e => e.innerText)"
+        return self.browser.execute_script(script)
+
+    def wait_to_see(self, text: str, message: int = -1) -> str:
+        """A message once it contains the text."""
+
+        def seen():
+            messages = self.messages()
+            return messages and -len(messages) <= message < len(messages) and text in messages[message]
+
+        try:
+            wait_for(seen)
+        except AssertionError:
+            raise AssertionError(f"no {text!r} in {self.messages()}") from None
+        return self.messages()[message]

@@ -1,0 +1,123 @@
+"""An answer on a page, without the page."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts import web_answer
+from scripts.web_answer import Answer, adapters_for, connect, load_local, weights_in
+from tests.scripts.openai_double import openai_double
+from trainer.errors import UserError
+
+
+def wait(answer: Answer, seconds: float = 30) -> Answer:
+    end = time.monotonic() + seconds
+    while not answer.ended:
+        assert time.monotonic() < end
+        answer.watch(0.01)
+    return answer
+
+
+def test_thinking_text_and_history_are_told_apart():
+    parts = [("token", "<think>a"), ("thinking", "a"), ("token", "</think>b"), ("raw", "c"), ("answer", "bc")]
+    answer = wait(Answer(iter_closing(parts)))
+    assert (answer.thinking, answer.text, answer.raw) == ("a", "bc", "<think>a</think>bc")
+    assert (answer.tokens, answer.error, answer.stopped) == (2, None, False)
+
+
+def test_a_stop_keeps_what_is_there_and_closes_the_source():
+    closed = []
+
+    def endless():
+        try:
+            while True:
+                yield "answer", "x"
+                time.sleep(0.005)
+        finally:
+            closed.append(True)
+
+    answer = Answer(endless())
+    while not answer.text:
+        answer.watch(0.01)
+    answer.stop()
+    kept = answer.text
+    assert answer.ended
+    assert answer.stopped
+    end = time.monotonic() + 20
+    while not closed:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert answer.text == kept or answer.text == kept + "x"  # one piece may have been on its way
+
+
+def test_an_answer_nobody_watches_ends(monkeypatch):
+    monkeypatch.setattr(web_answer, "UNWATCHED", 0.05)
+
+    def endless():
+        while True:
+            yield "answer", "x"
+            time.sleep(0.01)
+
+    answer = Answer(endless())
+    end = time.monotonic() + 20
+    while not answer.ended:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert answer.stopped
+
+
+def test_an_error_is_kept_with_what_came_before():
+    def broken():
+        yield "answer", "half"
+        raise ValueError("the rest is lost")
+
+    answer = wait(Answer(broken()))
+    assert (answer.text, answer.error) == ("half", "the rest is lost")
+
+
+def iter_closing(parts):
+    yield from parts
+
+
+def test_only_weights_to_chat_with_are_offered_chat_stages_first(tmp_path):
+    for name in (
+        *("pretrain_512.pth", "full_sft_512.pth", "demo/full_sft_256.pth", "reason_512.pth", "mine.pth"),
+        *("lora/me_512.pth", "full_sft_512.resume/step_1/model.pth", "sft_vlm_512.pth", "full_sft_512.json"),
+        *("lora/me_640_moe.pth", "lora/big_640.pth"),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    names = [str(path.relative_to(tmp_path)) for path in weights_in(tmp_path, vision=False)]
+    assert set(names[:1]) == {"mine.pth"}
+    assert set(names[1:3]) == {"full_sft_512.pth", "demo/full_sft_256.pth"}
+    assert names[3:] == ["reason_512.pth", "pretrain_512.pth"]
+    assert [path.name for path in weights_in(tmp_path, vision=True)] == ["sft_vlm_512.pth"]
+    assert [path.name for path in adapters_for(tmp_path / "full_sft_512.pth")] == ["me_512.pth"]
+    assert [path.name for path in adapters_for(tmp_path / "rlhf_640_moe.pth")] == ["me_640_moe.pth"]
+    assert weights_in(tmp_path / "nothing", vision=False) == []
+
+
+def test_a_pretrained_model_continues_the_text_itself(tiny_out, tokenizer_dir, tiny_tokenizer):
+    import torch
+
+    from model.chat import render_text
+
+    backend = load_local(tiny_out / "pretrain_32.pth", None, str(tokenizer_dir), "cpu", None)
+    wishes = {"max_new_tokens": 12, "temperature": 0.0}
+    written = "".join(
+        text for part, text in backend.parts([], [{"content": "The little"}], wishes) if part in ("token", "raw")
+    )
+    ids = torch.tensor([render_text(tiny_tokenizer, ["The little"])[0][:-1]])
+    right = backend.model.generate(ids, max_new_tokens=12)[0, ids.size(1) :]
+    assert written == tiny_tokenizer.decode(right, skip_special_tokens=True)
+
+
+def test_an_address_says_which_models_it_has_or_what_is_wrong():
+    with openai_double() as double:
+        assert connect(double.address, "")[1] == ["double"]
+    with pytest.raises(UserError, match="nothing answers at"):
+        connect(double.address, "")
+    with pytest.raises(UserError, match="is missing"):
+        load_local(Path("nothing_512.pth"), None, None, "cpu", None)

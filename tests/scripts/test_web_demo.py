@@ -1,0 +1,135 @@
+"""The chat page: by Streamlit's own test harness, and in a real browser where there is one."""
+
+import sys
+
+import pytest
+import torch
+from streamlit.testing.v1 import AppTest
+
+from model.chat import render_chat
+from tests.running import ROOT
+from tests.scripts.openai_double import openai_double
+from trainer.weights import load_weights
+
+UGLY = "<b>bold</b> *stars* $x$ [link](javascript:alert(1)) <script>alert(1)</script>\n  two  spaces"
+
+
+@pytest.fixture
+def open_page(monkeypatch):
+    """Opens the page with options, as `streamlit run scripts/web_demo.py -- OPTIONS` would."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def run(*options, script: str = "web_demo.py") -> AppTest:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+        app = AppTest.from_file(str(ROOT / "scripts" / script), default_timeout=120).run()
+        assert not app.exception, app.exception
+        return app
+
+    return run
+
+
+@pytest.fixture
+def local(open_page, tiny_out, tokenizer_dir):
+    """The page on the tiny model, greedy and brief."""
+    app = open_page("--out_dir", tiny_out, "--tokenizer", tokenizer_dir, "--device", "cpu")
+    app.slider(key="t").set_value(0.0)
+    app.slider(key="longest").set_value(16)
+    return app
+
+
+def ask(app: AppTest, question: str) -> AppTest:
+    app.chat_input(key="question").set_value(question).run()
+    assert not app.exception, app.exception
+    return app
+
+
+def talk(app: AppTest) -> list[tuple[str, str]]:
+    """(who, what) of each message, as plain text elements show it."""
+    return [(message.name, message.text[0].value) for message in app.chat_message]
+
+
+@pytest.fixture
+def greedy(tiny_out, tiny_tokenizer):
+    """What the tiny model answers in the end."""
+    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer).eval()
+
+    def answer(*contents: str, system: str | None = None) -> str:
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+        turns = [{"role": "system", "content": system}, *turns] if system else turns
+        ids = torch.tensor([render_chat(tiny_tokenizer, turns, add_generation_prompt=True)[0]])
+        return tiny_tokenizer.decode(model.generate(ids, max_new_tokens=16)[0, ids.size(1) :], skip_special_tokens=True)
+
+    return answer
+
+
+def test_a_talk_with_a_model_of_this_machine(local, greedy):
+    assert local.selectbox(key="weights").value.name == "full_sft_32.pth"
+    ask(local, UGLY)
+    first = greedy(UGLY)
+    assert talk(local) == [("user", UGLY), ("assistant", first.strip())]
+    assert not local.markdown  # nothing that was written is Markdown
+    ask(local, "你好")
+    second = greedy(UGLY, first, "你好")
+    assert talk(local)[2:] == [("user", "你好"), ("assistant", second.strip())]
+
+    local.text_area(key="system").set_value("Be kind.")
+    local.slider(key="history").set_value(0).run()
+    assert len(talk(local)) == 4  # a change of settings leaves the talk alone
+    local.button(key="again 2").click().run()
+    assert talk(local)[3] == ("assistant", greedy("你好", system="Be kind.").strip())
+
+    local.button_group(key="language").set_value("中文").run()
+    assert local.slider(key="longest").label == "最长回答（词元）"
+    assert local.slider(key="longest").value == 16
+    assert len(talk(local)) == 4
+    local.button(key="delete 1").click().run()
+    assert next(text for _, text in talk(local)) == "你好"
+    local.button(key="new").click().run()
+    assert talk(local) == []
+    assert local.button(key="sample 0").label == "你是谁？"
+    local.button(key="sample 0").click().run()
+    assert talk(local)[0] == ("user", "你是谁？")
+
+
+def test_a_talk_over_an_address_folds_the_thinking_away(open_page, tmp_path):
+    with openai_double() as double:
+        double.reply = lambda body: [("thinking", "hm <i>"), "<think>more</think>", UGLY]
+        app = open_page("--out_dir", tmp_path, "--base_url", double.address)
+        assert app.info[0].value.startswith("There are no weights in")
+        app.radio(key="source").set_value("OpenAI API").run()
+        app.text_area(key="system").set_value("Be brief.")
+        ask(app, "hi")
+        answer = app.chat_message[1]
+        assert answer.expander[0].label == "Thinking"
+        assert not answer.expander[0].proto.expanded
+        assert answer.expander[0].text[0].value == "hm <i>more"
+        assert [element.value for element in answer.text][-1] == UGLY
+        assert not app.markdown
+        request = double.requests[-1]
+        assert request["messages"] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hi"}]
+        assert (request["max_tokens"], request["temperature"], request["stream"]) == (512, 0.85, True)
+        assert "seed" not in request
+
+        double.reply = lambda body: {"message": "too *long*", "type": "invalid_request_error"}
+        ask(app, "again")
+        assert double.requests[-1]["messages"][2]["content"].endswith(UGLY)
+        assert app.chat_message[3].text[-1].value.endswith("too *long*")
+        double.reply = lambda body: ["better"]
+        app.button(key="again 2").click().run()
+        assert talk(app)[-1] == ("assistant", "better")
+    app.text_input(key="address").set_value("http://127.0.0.1:9/v1").run()
+    assert app.sidebar.text[0].value.startswith("nothing answers at http://127.0.0.1:9/v1")
+    assert app.chat_input(key="question").disabled
+    assert talk(app)[-1] == ("assistant", "better")
+
+
+def test_weights_that_do_not_load_are_named_and_the_page_goes_on(open_page, tiny_out, tokenizer_dir, tmp_path):
+    (tmp_path / "full_sft_32.pth").write_bytes(b"nothing")
+    app = open_page("--out_dir", tmp_path, "--tokenizer", tokenizer_dir)
+    assert "is truncated" in app.sidebar.text[0].value
+    for name in ("full_sft_32.pth", "full_sft_32.json"):
+        (tmp_path / name).write_bytes((tiny_out / name).read_bytes())
+    app.run()
+    assert not app.sidebar.text
+    assert not app.chat_input(key="question").disabled
