@@ -52,8 +52,8 @@ def test_packing_puts_every_piece_into_one_row_and_none_overflows(seed):
     assert (np.diff(bounds) > 0).all()  # no row is empty
     rows = [lengths[order[begin:end]].sum() for begin, end in itertools.pairwise(bounds)]
     assert max(rows) <= max_len
-    # no two rows could share one, as best fit never opens a row while another has room
-    assert sum(sorted(rows)[:2]) > max_len or len(rows) == 1
+    longest_first = sorted(lengths.tolist(), reverse=True)  # best-fit decreasing
+    assert sorted(rows) == fillings(longest_first, pack_by_search(longest_first, max_len))
 
 
 def test_packing_depends_on_the_seed_alone_and_mixes_the_file():
