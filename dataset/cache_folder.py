@@ -71,7 +71,8 @@ def _remove_stale(root: Path, state: str) -> None:
     """Remove what was computed from other states of the source, and what a crash left; the caller holds the lock."""
     for folder in root.iterdir():
         if folder.is_dir() and not folder.name.startswith(f"{state}-"):
-            with open(folder / "info.json", "a+") as file, suppress(BlockingIOError):  # raised when it is held
+            # BlockingIOError: somebody holds it. Another one: it is not ours to remove, and does no harm.
+            with suppress(OSError), open(folder / "info.json", "a+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder)
 
