@@ -741,6 +741,7 @@ def identities(name_en: str, maker_en: str, name_zh: str, maker_zh: str) -> list
                 "I would like to know who you are.",
                 "What should I call you?",
                 "Could you introduce yourself?",
+                "Have you got a name?",
             ),
             (
                 "Can you tell me who you are?",
