@@ -31,8 +31,9 @@ def test_stretches_give_the_same_tokens(request, monkeypatch, tokenizer, stretch
 
     if stretch == 256:  # where no word is longer than half a stretch
         assert in_stretches == expected
+    bytes_of = token_bytes(tokenizer)
     for ids, text in zip(in_stretches[0], texts, strict=True):
-        assert b"".join(token_bytes(tokenizer)[i] for i in ids).decode() == text
+        assert b"".join(bytes_of[i] for i in ids).decode() == text
     for ids, mask in in_stretches[1]:
         assert len(ids) == len(mask)
 

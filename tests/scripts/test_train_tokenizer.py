@@ -12,7 +12,7 @@ from model.chat import render_chat
 from model.tokenizer import StreamDecoder, token_bytes
 from scripts.train_tokenizer import PROBES, is_kept_aside, kind_of, texts_of, verify
 from tests.conftest import SENTENCES, train_tokenizer, write_jsonl
-from tests.running import ROOT, one_error_line, run_script
+from tests.running import ROOT, call_script, one_error_line, run_script
 from trainer.errors import UserError
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
@@ -107,23 +107,17 @@ def test_a_tokenizer_that_is_there_is_not_overwritten_and_can_be_measured(traine
     ],
 )
 def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, arguments, reason):
-    from scripts.train_tokenizer import main
-    from trainer.errors import launch
-
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "good.jsonl", [{"text": sentence} for sentence in SENTENCES])
     write_jsonl(tmp_path / "bad.jsonl", [{"text": "a"}, {"conversation": 1}])
     for folder, content in {"damaged": '{"broken\n', "other": '{"model": 3}'}.items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "tokenizer.json").write_text(content)
-    usual = ["--data_path", "good.jsonl", "--out_dir", "out", "--vocab_size", "300"]
-    monkeypatch.setattr("sys.argv", ["train_tokenizer.py", *usual, *arguments])
+    usual = ("--data_path", "good.jsonl", "--out_dir", "out", "--vocab_size", "300")
 
-    with pytest.raises(SystemExit) as exit_:
-        launch(main)
+    call_script("scripts/train_tokenizer.py", *usual, *arguments, exit_code=2)
 
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert exit_.value.code == 2
     assert error.startswith("error: ")
     assert reason in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl", "damaged", "good.jsonl", "other"]
@@ -254,12 +248,9 @@ def test_text_round_trips(shipped, text):
     assert shipped.decode(ids) == text
 
 
-def test_the_shipped_tokenizer_packs_text_kept_aside_as_well_as_the_references(shared, monkeypatch, capsys):
-    from scripts.train_tokenizer import main
-
-    paths = [str(path) for path in sorted((shared / "data").glob("*.jsonl"))]
-    monkeypatch.setattr("sys.argv", ["train_tokenizer.py", "--only_measure", "--data_path", *paths])
-    main()
+def test_the_shipped_tokenizer_packs_text_kept_aside_as_well_as_the_references(shared, capsys):
+    paths = sorted((shared / "data").glob("*.jsonl"))
+    call_script("scripts/train_tokenizer.py", "--only_measure", "--data_path", *paths)
 
     printed = capsys.readouterr().out
     figures = {line[:16].strip(): float(line[16:].split()[0]) for line in printed.splitlines()[1:]}
