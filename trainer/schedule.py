@@ -69,8 +69,10 @@ def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
         for params, decay in ((adamw_matrices, weight_decay), (vectors, 0.0))
         if params
     ]
-    adamw = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
-    if not muon:
-        return adamw
-    rms_of_adamw = {"lr": args.learning_rate, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-    return OptimizerPair(torch.optim.Muon(hidden, **rms_of_adamw), adamw)
+    optimizers = []
+    if muon and hidden:
+        rms_of_adamw = {"lr": args.learning_rate, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(hidden, **rms_of_adamw))
+    if groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True))
+    return optimizers[0] if len(optimizers) == 1 else OptimizerPair(*optimizers)
