@@ -292,12 +292,12 @@ def put_lora(model: nn.Module, state: Mapping[str, Tensor], about: Mapping) -> L
         raise ValueError(f"this is no LoRA adapter: it has {strange[0] if strange else 'nothing'}")
     key, first = next(iter(state.items()))
     rank = first.size(0) if key.endswith("A.weight") else first.size(1)
-    targets = tuple(dict.fromkeys(_last(key.rpartition(".lora.")[0]) for key in state))
-    found = LoRASettings(rank, about.get("alpha", rank), targets)
+    linears = _linears(model, sorted({_last(key.rpartition(".lora.")[0]) for key in state}))
+    found = LoRASettings(rank, about.get("alpha", rank), tuple(dict.fromkeys(map(_last, linears))))
 
     has = {key: tuple(value.shape) for key, value in state.items()}
     fits = {}
-    for name, layer in _linears(model, targets).items():
+    for name, layer in linears.items():
         fits[f"{name}.lora.A.weight"] = (rank, layer.in_features)
         fits[f"{name}.lora.B.weight"] = (layer.out_features, rank)
     for key in sorted(has.keys() | fits.keys()):

@@ -4,6 +4,8 @@ python scripts/convert_model.py to-transformers out/full_sft_512.pth FOLDER [--l
 python scripts/convert_model.py from-transformers FOLDER out/mine_512.pth
 python scripts/convert_model.py to-gguf out/full_sft_512.pth minimind.gguf --dtype q8_0
 python scripts/convert_model.py merge-lora out/full_sft_512.pth out/lora/NAME_512.pth out/merged_512.pth
+python scripts/convert_model.py to-peft out/full_sft_512.pth out/lora/NAME_512.pth FOLDER [--layout minimind]
+python scripts/convert_model.py from-peft FOLDER out/full_sft_512.pth out/lora/mine_512.pth
 
 Sizes come from the json beside the weights; a downloaded .pth has none, and its tensors and the flags tell them.
 """
@@ -18,6 +20,7 @@ from trainer.arguments import Switch, positive
 from trainer.errors import UserError, launch
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
+LAYOUTS = ("llama", "minimind")
 
 
 def get_args():
@@ -47,6 +50,11 @@ def get_args():
     sub.add_argument("--dtype", choices=DTYPES, default="f16", help="of the matrices (default: f16)")
     add_sizes(sub)
     add_sizes(command("merge-lora", "the .pth of base and adapter together", "weights", "adapter", "out"))
+    sub = command("to-peft", "an adapter as a folder for peft", "weights", "adapter", "folder")
+    sub.add_argument("--layout", choices=LAYOUTS, default="llama", help="of its model: as to-transformers makes it, "
+                     "or a MiniMind folder that save_pretrained wrote (default: llama)")  # fmt: skip
+    add_sizes(sub)
+    add_sizes(command("from-peft", "the adapter in a folder of peft's, of either layout", "folder", "weights", "out"))
     return parser.parse_args()
 
 
@@ -163,6 +171,39 @@ def merge_adapter(args) -> None:
     print(f"{args.out}: {args.weights} with {args.adapter} in its weights")
 
 
+def to_peft(args) -> None:
+    from model.model_lora import lora_state_dict
+    from scripts.peft_format import SETTINGS, write_folder
+    from trainer.weights import load_adapter
+
+    if (args.folder / SETTINGS).exists() and not args.overwrite:
+        raise UserError(f"{args.folder} holds an adapter already: choose another name, or --overwrite replaces it")
+    model, _ = load(args)
+    settings = load_adapter(str(args.adapter), args, model)
+    as_llama = args.layout == "llama"
+    write_folder(lora_state_dict(model), settings, model.config, as_llama, args.weights.name, args.folder)
+    base = "to-transformers makes" if as_llama else "save_pretrained writes"
+    print(f"{args.folder}: for peft, on the model that {base}")
+
+
+def from_peft(args) -> None:
+    from model.model_lora import base_hash, lora_state_dict, put_lora
+    from scripts.peft_format import read_folder
+    from trainer.files import save_json, save_tensors
+
+    check_targets(args, ".pth", ".json")
+    model, _ = load(args)
+    base = {"base": args.weights.name, "base_hash": base_hash(model)}
+    state, about = read_folder(args.folder, model.config)
+    try:
+        settings = put_lora(model, state, about)
+    except ValueError as error:
+        raise UserError(f"{args.folder}: {error}") from None
+    save_tensors(lora_state_dict(model), args.out)
+    save_json(settings._asdict() | base | {"data_path": str(args.folder)}, args.out.with_suffix(".json"))
+    print(f"{args.out}: rank {settings.rank} on {', '.join(settings.targets)}, for {args.weights}")
+
+
 def main():
     args = get_args()
     from transformers.utils import logging
@@ -173,6 +214,8 @@ def main():
         "from-transformers": from_transformers,
         "to-gguf": to_gguf,
         "merge-lora": merge_adapter,
+        "to-peft": to_peft,
+        "from-peft": from_peft,
     }[args.command](args)
 
 

@@ -1,8 +1,8 @@
 """A LoRA adapter as a folder of peft's, and back.
 
-The same adapter has two forms there: for a MiniMind folder, as `save_pretrained` writes it, its layers keep their names;
-for the Llama or Qwen2-MoE that `convert_model.py to-transformers` makes, they have that architecture's, and what is
-done to a matrix W there is done to B, whose rows are W's (the change of W is B A). Both ways cost no bit.
+It has two forms there. For a MiniMind folder, as `save_pretrained` writes it, its layers keep their names. For the
+Llama or Qwen2-MoE that `convert_model.py to-transformers` makes, they have that architecture's, and what is done to a
+matrix W is done to B, whose rows are those of W's change B A. No way there or back costs a bit.
 """
 
 import json

@@ -1,8 +1,10 @@
 """Weights and tokenizers on disk: their names, the json beside them, and strict loading."""
 
+import contextlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -93,14 +95,21 @@ def read_settings(path: Path) -> dict | None:
     beside = path.with_suffix(".json")
     if not beside.is_file():
         return None
-    try:
+    with _reading(beside):
         settings = json.loads(beside.read_text(encoding="utf-8"))
         if not isinstance(settings["tokenizer"], str):
             raise TypeError("its tokenizer is no text")
         saved_config(settings)
+    return settings
+
+
+@contextlib.contextmanager
+def _reading(beside: Path) -> Iterator[None]:
+    """What goes wrong in here tells the user that the json is damaged."""
+    try:
+        yield
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"{beside} is damaged ({error!r:.200}): restore it, or delete it to go by the flags") from None
-    return settings
 
 
 def saved_config(settings: dict) -> LMConfig:
@@ -195,7 +204,12 @@ def load_adapter(name: str, args, model: MiniMindLM) -> LoRASettings:
             f"{path} is missing: train_lora.py --lora_name NAME makes it"
             + (f"; there are {', '.join(there)}" if there else "")
         )
-    state, about = read_state(path), read_settings(path) or {}
+    state, about, beside = read_state(path), {}, path.with_suffix(".json")
+    if beside.is_file():
+        with _reading(beside):
+            about = dict(json.loads(beside.read_text(encoding="utf-8")))
+            if not about.get("alpha", 1) > 0:
+                raise ValueError("its alpha is not above 0")
     try:
         return put_lora(model, state, about)
     except ValueError as error:
