@@ -114,6 +114,7 @@ class Attention(nn.Module):
         self.wk = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+        self.wo.adds_to_residual = True
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Samples | None, cache: KVCache | None
@@ -160,6 +161,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
         self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w2.adds_to_residual = True
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, None]:
@@ -365,12 +367,10 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02); what adds to the residual stream is scaled down by its number of additions (GPT-2)."""
         if isinstance(module, nn.Linear | nn.Embedding | Router):
-            nn.init.normal_(module.weight, std=0.02)
+            additions = 2 * self.config.n_layers if hasattr(module, "adds_to_residual") else 1
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(additions))
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
-        residual = {Attention: "wo", FeedForward: "w2"}.get(type(module))
-        if residual:
-            nn.init.normal_(getattr(module, residual).weight, std=0.02 / math.sqrt(2 * self.config.n_layers))
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.tok_embeddings

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from model import LMConfig, MiniMindLM
 from model.model import (
     Attention,
     FeedForward,
@@ -65,13 +66,15 @@ def test_attention_by_hand_equals_fused_attention(use_moe):
     padding[0, :4] = 0
     positions = torch.tensor([0, 1, 2, 0, 1, 0, 1, 2, 3, 4, 0])
     for arguments in ({}, {"attention_mask": padding}, {"position_ids": positions[None]}):
-        outs = [model(ids, **arguments, labels=ids, use_cache=True) for model in (fused, by_hand)]
+        outs = [model(ids, **arguments, labels=ids) for model in (fused, by_hand)]
         torch.testing.assert_close(outs[0].logits, outs[1].logits, **CLOSE)
         for model, out in zip((fused, by_hand), outs, strict=True):
             model.zero_grad()
             out.loss.backward()
         assert_all_close(gradients(fused), gradients(by_hand), **CLOSE)
         with torch.no_grad():
+            outs = [model(ids, **arguments, use_cache=True) for model in (fused, by_hand)]
+            torch.testing.assert_close(outs[0].logits, outs[1].logits, **CLOSE)
             more = [
                 model(random_ids(2, n), past_key_values=out.past_key_values).logits
                 for n in (1, 3)
@@ -380,6 +383,20 @@ def test_a_deep_copy_is_a_model_of_its_own(use_moe):
     twin.load_state_dict(network(seed=1, **use_moe).state_dict())
     assert (twin(ids).logits - before).abs().max() > 0.1
     torch.testing.assert_close(model(ids).logits, before, rtol=0, atol=0)
+
+
+def test_a_new_model_starts_near_the_uniform_guess_and_scales_down_what_adds_up():
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(dim=64, n_layers=8, n_heads=4, vocab_size=VOCAB, use_moe=True)).eval()
+    ids = random_ids(4, 32)
+    assert model(ids, labels=ids).loss.item() == pytest.approx(math.log(VOCAB), rel=0.05)
+    std = {name: p.std().item() for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        else:
+            residual = name.endswith(("wo.weight", "w2.weight"))
+            assert std[name] == pytest.approx(0.02 / 4 if residual else 0.02, rel=0.2), name
 
 
 def test_no_module_keeps_a_table_or_a_mask():
