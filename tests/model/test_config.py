@@ -5,6 +5,17 @@ import torch
 
 from model import LMConfig, MiniMindLM
 
+DEFAULTS = {
+    **{"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 6400, "multiple_of": 64},
+    **{"norm_eps": 1e-5, "max_seq_len": 8192, "rope_theta": 1e6, "dropout": 0.0, "flash_attn": True, "use_moe": False},
+    **{"num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": True, "scoring_func": "softmax"},
+    **{"aux_loss_alpha": 0.1, "seq_aux": True, "norm_topk_prob": True},
+}
+
+
+def test_the_defaults_are_minimind2s():
+    assert {name: getattr(LMConfig(), name) for name in DEFAULTS} == DEFAULTS
+
 
 def parameters_of(**settings) -> int:
     with torch.device("meta"):
