@@ -1,0 +1,136 @@
+"""The flags all stages share: each there, each read as people mean it, each wrong value told in one line."""
+
+import json
+
+import pytest
+
+import train_full_sft
+import train_pretrain
+from trainer.arguments import Switch, check_training_arguments, deepspeed_config, training_parser
+from trainer.errors import UserError
+
+COMMON_FLAGS = """
+    out_dir epochs max_steps batch_size accumulation_steps learning_rate warmup_iters grad_clip dtype device seed
+    num_workers log_interval save_interval eval_interval eval_path dim n_layers max_seq_len use_moe tokenizer data_path
+    resume overwrite compile gradient_checkpointing deepspeed zero_stage use_wandb wandb_project skip_bad_lines packing
+    local_rank ddp
+""".split()
+
+
+def parse(*arguments: str):
+    return training_parser("A stage.", batch_size=4, learning_rate=1e-3).parse_args(arguments)
+
+
+@pytest.mark.parametrize("stage", [train_pretrain, train_full_sft])
+def test_every_common_flag_is_there(stage, monkeypatch):
+    monkeypatch.setattr("sys.argv", [stage.__name__])
+    args = vars(stage.get_args())
+    assert set(COMMON_FLAGS) <= args.keys()
+    assert min(args["batch_size"], args["learning_rate"]) > 0
+    assert args["data_path"].endswith(".jsonl")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("", False),
+        ("--use_moe", True),
+        ("--use_moe 1", True),
+        ("--use_moe 0", False),
+        ("--use_moe true", True),
+        ("--use_moe True", True),
+        ("--use_moe False", False),
+        ("--use_moe=false", False),
+        ("--use_moe yes", True),
+        ("--use_moe off", False),
+        ("--no-use_moe", False),
+        ("--no-use_moe 0", True),
+        ("--use_moe --no-use_moe", False),
+        ("--use_moe --dim 64", True),
+    ],
+)
+def test_a_switch_is_read_as_meant(typed, meant):
+    assert parse(*typed.split()).use_moe is meant
+
+
+def test_switches_keep_their_defaults():
+    args = parse()
+    assert args.packing is True
+    assert args.compile is None  # the machine decides
+    assert parse("--no-packing").packing is False
+    assert parse("--compile", "0").compile is False
+
+
+def test_old_commands_and_launchers_are_understood():
+    args = parse("--ddp", "--local_rank=1", "--local-rank", "0")
+    assert args.ddp is True
+    assert args.local_rank == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "told"),
+    [
+        ("--batch_size", "0", "1 or more"),
+        ("--batch_size", "four", "four"),
+        ("--epochs", "-1", "1 or more"),
+        ("--accumulation_steps", "0", "1 or more"),
+        ("--max_steps", "-1", "0 or more"),
+        ("--learning_rate", "0", "above 0"),
+        ("--learning_rate", "nan", "above 0"),
+        ("--learning_rate", "inf", "above 0"),
+        ("--grad_clip", "-1", "above 0"),
+        ("--use_moe", "maybe", "'maybe'"),
+        ("--dtype", "int8", "bfloat16"),
+        ("--zero_stage", "4", "4"),
+        ("--dims", "64", "--dims"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_flag(flag, value, told):
+    with pytest.raises(UserError) as error:
+        parse(flag, value)
+    assert flag in str(error.value)
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--max_seq_len 1", "--max_seq_len"),
+        ("--resume --overwrite", "choose one"),
+        ("--deepspeed --optimizer muon", "muon"),
+    ],
+)
+def test_settings_that_cannot_work_together(arguments, told):
+    with pytest.raises(UserError, match=told):
+        check_training_arguments(parse(*arguments.split()))
+
+
+def test_a_switch_needs_two_dashes():
+    assert Switch(["--thing"], "thing").option_strings == ["--thing", "--no-thing"]
+
+
+def test_deepspeed_settings_follow_the_flags(tmp_path, capsys):
+    own = tmp_path / "ds.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}, "train_batch_size": 999}))
+    plain = deepspeed_config(parse("--deepspeed", "--zero_stage", "1", "--grad_clip", "0.5"))
+    assert plain["zero_optimization"] == {"stage": 1}
+    config = deepspeed_config(parse("--deepspeed", str(own)))
+    assert config["zero_optimization"] == {"stage": 3}
+    assert "fp16" not in config
+    assert "train_batch_size" not in config
+    for settings, clip in ((plain, 0.5), (config, 1.0)):
+        assert settings["train_micro_batch_size_per_gpu"] == 4
+        assert settings["gradient_clipping"] == clip
+    said = capsys.readouterr().err
+    assert "fp16" in said
+    assert "train_batch_size" in said
+
+
+@pytest.mark.parametrize("content", [None, "", "[1, 2]", "{'stage': 2}"])
+def test_a_deepspeed_file_that_is_none(tmp_path, content):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"ds\.json"):
+        deepspeed_config(parse("--deepspeed", str(path)))

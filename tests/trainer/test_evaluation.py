@@ -1,0 +1,44 @@
+"""Loss on held-out rows: against transformers' own cross-entropy, row by row, and bytes counted by hand."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dataset import PretrainDataset, SFTDataset
+from model import LMConfig, MiniMindLM
+from trainer.evaluation import evaluate
+from trainer.runtime import Runtime
+
+
+@pytest.fixture
+def model(tiny_tokenizer):
+    torch.manual_seed(0)
+    return MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, vocab_size=len(tiny_tokenizer)))
+
+
+@pytest.mark.parametrize(("kind", "name"), [(PretrainDataset, "pretrain_hq"), (SFTDataset, "sft_mini_512")])
+@pytest.mark.parametrize("packing", [True, False])
+def test_nats_per_token_and_bits_per_byte(model, tiny_tokenizer, tiny_data, kind, name, packing):
+    rows = kind(tiny_data / f"{name}.jsonl", tiny_tokenizer, max_seq_len=200, packing=packing)
+    run = Runtime(torch.device("cpu"), torch.float32)
+    values = evaluate(model.train(), rows, tiny_tokenizer, run, batch_size=3)
+    assert model.training  # as it was
+
+    nats = tokens = text_bytes = 0
+    with torch.no_grad():
+        for row in rows:
+            logits = model.eval()(row["input_ids"][None], position_ids=row["position_ids"][None]).logits[0]
+            targets = row["labels"][1:]
+            nats += nn.functional.cross_entropy(logits[:-1], targets, reduction="sum", ignore_index=-100).item()
+            learned = targets[targets != -100]
+            tokens += len(learned)
+            for token in learned.tolist():
+                if token > 2:  # special tokens are no text
+                    text_bytes += len(
+                        tiny_tokenizer.backend_tokenizer.id_to_token(token)
+                    )  # a character stands for a byte
+    assert values["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert values["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
+    assert evaluate(model, rows, tiny_tokenizer, run, batch_size=50) == pytest.approx(values, rel=1e-5)

@@ -1,0 +1,114 @@
+"""How large a step is, and what takes it: against formulas written out by hand."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import LMConfig, MiniMindLM
+from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+
+TINY = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64}
+
+
+def settings(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{"optimizer": "adamw", "learning_rate": 1e-2} | changes)
+
+
+def test_warm_up_is_linear_and_the_rest_half_a_cosine_down_to_a_tenth():
+    rates = [cosine_schedule(step, 21, 5, 1.0) for step in range(21)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5] == pytest.approx(1.0)  # the cosine begins at its peak
+    assert rates[20] == pytest.approx(0.1)  # and the last step is at its foot
+    for step in range(5, 21):
+        assert rates[step] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 5) / 15)))
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (3, 10), (2, 1)])
+def test_short_runs_have_a_rate_too(total, warmup):
+    for step in range(total):
+        assert 0 < cosine_schedule(step, total, warmup, 1.0) <= 1.0
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_every_parameter_is_taken_once_and_only_matrices_decay(use_moe):
+    model = MiniMindLM(LMConfig(**TINY, use_moe=use_moe))
+    for kind in ("adamw", "muon"):
+        optimizer = make_optimizer(model, settings(optimizer=kind))
+        taken = [p for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(map(id, taken)) == sorted(map(id, model.parameters()))
+        for group in optimizer.param_groups:
+            assert all((p.dim() >= 2) == (group["weight_decay"] > 0) for p in group["params"])
+
+
+def test_what_is_frozen_is_left_alone():
+    model = MiniMindLM(LMConfig(**TINY)).requires_grad_(False)
+    model.norm.weight.requires_grad_(True)
+    (group,) = make_optimizer(model, settings()).param_groups
+    assert [id(p) for p in group["params"]] == [id(model.norm.weight)]
+
+
+def test_muon_takes_the_hidden_matrices_and_nothing_else():
+    model = MiniMindLM(LMConfig(**TINY, use_moe=True))
+    muon, adamw = make_optimizer(model, settings(optimizer="muon")).optimizers
+    assert isinstance(muon, torch.optim.Muon)
+    names = {id(p): name for name, p in model.named_parameters()}
+    hidden = [names[id(p)] for p in muon.param_groups[0]["params"]]
+    others = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
+    assert all(name.startswith("layers.") and "gate" not in name and "norm" not in name for name in hidden)
+    assert "tok_embeddings.weight" in others
+    assert "layers.0.feed_forward.gate.weight" in others
+
+
+def test_one_step_of_adamw_by_hand():
+    """arXiv:1711.05101, algorithm 2: decay apart from the gradient, both moments corrected for their start at 0."""
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(**TINY))
+    weight = model.layers[0].attention.wq.weight
+    before = weight.detach().clone()
+    optimizer = make_optimizer(model, settings())
+    set_learning_rate(optimizer, 0.02)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    gradient = weight.grad.clone()
+    optimizer.step()
+    m, v = 0.1 * gradient / (1 - 0.9), 0.05 * gradient**2 / (1 - 0.95)
+    expected = before - 0.02 * (m / (v.sqrt() + 1e-8) + 0.1 * before)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_update_of_muon_is_as_large_as_that_of_adamw():
+    """arXiv:2502.16982: an orthogonal matrix times 0.2 sqrt(max(rows, columns)), so its entries have an RMS of 0.2."""
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(**TINY))
+    weight = model.layers[0].feed_forward.w1.weight
+    before = weight.detach().clone()
+    optimizer = make_optimizer(model, settings(optimizer="muon", learning_rate=1.0), weight_decay=0.0)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    update = before - weight.detach()
+    assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
+    singular = torch.linalg.svdvals(update) / (0.2 * math.sqrt(max(update.shape)))
+    assert singular.min() > 0.6  # Newton-Schulz in five rounds comes near 1, not to it
+    assert singular.max() < 1.3
+
+
+def test_a_rate_reaches_every_group_and_a_state_comes_back():
+    model = MiniMindLM(LMConfig(**TINY))
+    optimizer = make_optimizer(model, settings(optimizer="muon"))
+    set_learning_rate(optimizer, 0.5)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    other = make_optimizer(model, settings(optimizer="muon"))
+    other.load_state_dict(optimizer.state_dict())
+    for ours, theirs in zip(other.optimizers, optimizer.optimizers, strict=True):
+        for p in (p for group in theirs.param_groups for p in group["params"]):
+            for name, value in theirs.state[p].items():
+                assert torch.equal(torch.as_tensor(ours.state[p][name]), torch.as_tensor(value))
