@@ -34,7 +34,7 @@ def run_script(
     exit_code: int | None = 0,
     env: dict[str, str] | None = None,
     cwd: Path = ROOT,
-    stdin: str = "",
+    stdin: str | Path = "",
     launcher: Sequence[str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository to its end; one thread a process.
@@ -43,7 +43,7 @@ def run_script(
         processes: above 1 they share one run, as torchrun would start them.
         exit_code: what it must end with; None accepts any.
         env: added to this process's environment.
-        stdin: what is piped in; the script never sees a terminal.
+        stdin: what is piped in, or the file that is; the script never sees a terminal.
         launcher: start a new Python with these arguments before the script's name, rather than copy one that has its
             imports behind it.
 
@@ -55,7 +55,7 @@ def run_script(
             [sys.executable, *launcher, str(ROOT / script), *map(str, arguments)],
             cwd=cwd,
             env=_environment(env),
-            input=stdin,
+            input=stdin if isinstance(stdin, str) else stdin.read_text(encoding="utf-8"),
             capture_output=True,
             text=True,
             check=False,
@@ -86,18 +86,20 @@ class RunningScript:
         processes: int = 1,
         env: dict[str, str] | None = None,
         cwd: Path = ROOT,
-        stdin: str = "",
+        stdin: str | Path = "",
         terminal: str | None = None,
     ):
         self._folder = tempfile.TemporaryDirectory(prefix="minimind-script-")
         folder = Path(self._folder.name)
-        (folder / "stdin").write_text(stdin, encoding="utf-8")
+        if not isinstance(stdin, Path):
+            (folder / "stdin").write_text(stdin, encoding="utf-8")
+            stdin = folder / "stdin"
         self._out, self._err = folder / "out", folder / "err"
         order = {
             "script": str(ROOT / script),
             "arguments": [*map(str, arguments)],
             "cwd": str(cwd),
-            "stdin": terminal or str(folder / "stdin"),
+            "stdin": terminal or str(stdin),
             "out": terminal or str(self._out),
             "err": terminal or str(self._err),
         }

@@ -7,11 +7,15 @@ that no thread is running when it forks.
 Reads a JSON request a line, {"start": {…}} or {"poll": pid}, and writes a JSON reply. `tests/running.py` is its client.
 """
 
+import atexit
+import gc
 import io
 import json
 import os
 import runpy
 import sys
+import threading
+import traceback
 from pathlib import Path
 
 import matplotlib.figure  # noqa: F401
@@ -58,11 +62,24 @@ def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, std
     os.chdir(cwd)
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)
-    runpy.run_path(script, run_name="__main__")
+    code = 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int | None) else 1
+    except BaseException:
+        code = 1
+        traceback.print_exc()
+    # As Python ends, but without tearing a million objects down, which takes longer than most of these runs.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code or 0)
 
 
 if __name__ == "__main__":
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # these two import more on first use
     transformers.AutoTokenizer.from_pretrained(str(SHIPPED_TOKENIZER), local_files_only=True)
+    gc.freeze()  # so that a copy does not copy all that it only looks through
     if (order := serve()) is not None:
         become(**order)

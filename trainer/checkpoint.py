@@ -114,8 +114,6 @@ class Checkpoint:
             raise UserError(f"{self.path} is there already: --resume goes on with that run, --overwrite replaces it")
         if runtime.is_main:
             self._lock = self._locked()
-            for left in self.path.parent.glob(f".{self.path.stem}.*.tmp"):  # by a run that was killed while saving
-                left.unlink()
 
     def _locked(self):
         """The open file whose lock keeps a second run away; it ends with this process."""
@@ -175,14 +173,20 @@ class Checkpoint:
             with replacing(self.pointer) as pointer:
                 pointer.write_text(final.name, encoding="utf-8")
             self._publish(final)
-            for old in self.folder.iterdir():
-                if old.is_dir() and old != final:
-                    shutil.rmtree(old)
+            self._tidy(final)
         except OSError as error:
             raise cannot_write(final, error) from error
         finally:
             if run.is_main and temporary.exists():
                 shutil.rmtree(temporary)
+
+    def _tidy(self, current: Path) -> None:
+        """Delete older states, and what a killed run was writing."""
+        for left in (*self.folder.iterdir(), *self.path.parent.iterdir()):
+            if left.parent == self.folder and left.is_dir() and left != current:
+                shutil.rmtree(left)
+            elif left.name.endswith(".tmp") and left.name.startswith((f".{self.path.stem}.", f".{self.pointer.name}.")):
+                left.unlink()
 
     def _publish(self, folder: Path) -> None:
         """Copy weights and json to where people look for them."""
@@ -206,13 +210,8 @@ class Checkpoint:
                 self._compare(state["settings"])
                 self._restore(folder, model, optimizer, scaler)
                 progress = Progress(**state["progress"])
-                json_beside = self.path.with_suffix(".json")
-                if self.runtime.is_main and not (
-                    self.path.exists()
-                    and json_beside.is_file()
-                    and json_beside.read_bytes() == (folder / "model.json").read_bytes()
-                ):
-                    self._publish(folder)
+                if self.runtime.is_main:
+                    self._mend(folder)
             except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
@@ -222,6 +221,14 @@ class Checkpoint:
             self.runtime.say(f"resumed at step {progress.step} from {folder}")
         self.runtime.catch_signals()
         return progress
+
+    def _mend(self, folder: Path) -> None:
+        """Put right what a crash between the parts of a save left."""
+        beside = self.path.with_suffix(".json")
+        saved = (folder / "model.json").read_bytes()
+        if not self.path.exists() or not beside.is_file() or beside.read_bytes() != saved:
+            self._publish(folder)
+        self._tidy(folder)
 
     def _compare(self, saved: dict) -> None:
         """Refuse to go on with settings that give other numbers; say those that the user may want to change."""

@@ -1,0 +1,180 @@
+"""Several processes on a CPU: DDP and DeepSpeed, under torchrun's and DeepSpeed's launchers, as one process would do."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from tests.running import PATIENCE, ROOT, TORCHRUN, one_error_line
+from tests.stages.test_resume import assert_equal
+from tests.stages.training import about, distance, losses, reports, weights
+from trainer.weights import load_weights
+
+# 22 rows in steps of 4: the last step of each epoch has a single micro-batch, and rank 1 nothing but padding in it
+TWENTY_STEPS = ("--epochs", "4", "--max_steps", "20", "--batch_size", "1", "--accumulation_steps", "2")
+FOUR_STEPS = ("--max_steps", "4", "--batch_size", "2")
+
+
+@pytest.fixture(scope="module")
+def ddp(pretrain, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ddp")
+    done = pretrain(out, *TWENTY_STEPS, processes=2)
+    assert "eager, DDP on 2 processes" in done.stdout
+    assert done.stdout.count("step 20/20") == 1  # rank 0 alone speaks
+    return out
+
+
+@pytest.fixture(scope="module")
+def zero_2(pretrain, tmp_path_factory):
+    out = tmp_path_factory.mktemp("zero2")
+    pretrain(out, *TWENTY_STEPS, "--deepspeed", "--zero_stage", "2", processes=2)
+    return out
+
+
+def assert_follows(out, ddp, tokenizer) -> None:
+    """20 steps with DDP's losses, to 1e-4, and weights that anybody can load."""
+    assert len(losses(out)) == 20
+    assert losses(out) == pytest.approx(losses(ddp), abs=1e-4)
+    for ours, theirs in zip(reports(out), reports(ddp), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["tokens"] == theirs["tokens"]
+    assert distance(weights(out), weights(ddp)) < 1e-3
+    assert {value.dtype for value in weights(out).values()} == {torch.float32}
+    assert load_weights(out / "pretrain_32.pth", None, tokenizer).config.n_layers == 2
+
+
+def test_zero_2_follows_ddp(zero_2, ddp, tiny_tokenizer):
+    assert_follows(zero_2, ddp, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("stage", ["0", "1", "3"])
+def test_the_other_stages_of_zero_follow_ddp(pretrain, ddp, tiny_tokenizer, tmp_path, stage):
+    flags = ("--deepspeed", "--zero_stage", stage, "--eval_interval", "20", "--eval_path", pretrain.data_path)
+    done = pretrain(tmp_path, *TWENTY_STEPS, *flags, processes=2)
+    assert f"0.05 M parameters, 20 steps on cpu, float32, eager, DeepSpeed ZeRO-{stage} on 2 processes" in done.stdout
+    assert "step 20  held out: " in done.stdout
+    evaluation = (tmp_path / "pretrain_32.metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(evaluation)["eval_loss"] < losses(tmp_path)[0]
+    (tmp_path / "pretrain_32.metrics.jsonl").write_text(
+        "".join(line for line in (tmp_path / "pretrain_32.metrics.jsonl").open() if "eval_loss" not in line)
+    )
+    assert_follows(tmp_path, ddp, tiny_tokenizer)
+
+
+def test_zero_2_resumes_as_if_never_stopped(pretrain, zero_2, tmp_path):
+    """The signal reaches rank 1 alone."""
+    flags = (*TWENTY_STEPS, "--deepspeed")
+    done = pretrain.interrupted(tmp_path, "SIGTERM", "log", 9, *flags, processes=2, exit_code=143)
+    assert "Traceback" not in done.stderr
+    assert about(tmp_path)["step"] in (9, 10)
+    done = pretrain(tmp_path, *flags, "--resume", processes=2)
+    assert "resumed at step" in done.stdout
+    assert_equal(weights(tmp_path), weights(zero_2))
+    assert reports(tmp_path) == reports(zero_2)
+    line = one_error_line(pretrain(tmp_path, *TWENTY_STEPS, "--resume", processes=2, exit_code=2))
+    assert "deepspeed True" in line
+
+
+def test_ddp_resumes_as_if_never_stopped(pretrain, ddp, tmp_path):
+    pretrain.interrupted(tmp_path, "SIGINT", "log", 9, *TWENTY_STEPS, processes=2, exit_code=130)
+    line = one_error_line(pretrain(tmp_path, *TWENTY_STEPS, "--resume", exit_code=2))
+    assert "world_size 2" in line
+    pretrain(tmp_path, *TWENTY_STEPS, "--resume", processes=2)
+    assert_equal(weights(tmp_path), weights(ddp))
+    assert reports(tmp_path) == reports(ddp)
+
+
+def test_zero_3_resumes_with_settings_of_its_own(pretrain, tmp_path):
+    settings = tmp_path / "ds.json"
+    settings.write_text(json.dumps({"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}}))
+    flags = ("--deepspeed", settings, "--batch_size", "2", "--epochs", "2")
+    done = pretrain(tmp_path / "whole", *flags, "--max_steps", "8", processes=2)
+    assert "DeepSpeed ZeRO-3" in done.stdout
+    assert f"{settings}: the flags decide instead of bf16" in done.stderr
+    part = tmp_path / "part"
+    pretrain.interrupted(part, "SIGTERM", "log", 3, *flags, "--max_steps", "8", processes=2, exit_code=143)
+    pretrain(part, *flags, "--max_steps", "8", "--resume", processes=2)
+    assert_equal(weights(part), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [("0", "float16"), ("2", "float16"), ("3", "float16"), ("2", "bfloat16")])
+def test_half_precision_with_deepspeed(pretrain, ddp, tmp_path, stage, dtype):
+    """The gradient's norm tells whether the loss was scaled and unscaled, and clipped after that."""
+    flags = (*TWENTY_STEPS, "--max_steps", "6", "--deepspeed", "--zero_stage", stage, "--dtype", dtype)
+    pretrain(tmp_path, *flags, processes=2)
+    for ours, theirs in zip(reports(tmp_path)[:5], reports(ddp)[:5], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=0.05)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
+
+
+def test_a_mixture_of_experts_with_deepspeed(pretrain, tmp_path):
+    flags = (*FOUR_STEPS, "--use_moe")
+    pretrain(tmp_path / "ddp", *flags, processes=2)
+    pretrain(tmp_path / "zero", *flags, "--deepspeed", processes=2)
+    name = "pretrain_32_moe"
+    assert losses(tmp_path / "zero", name) == pytest.approx(losses(tmp_path / "ddp", name), abs=1e-4)
+
+
+def test_fine_tuning_with_deepspeed(sft, tmp_path):
+    sft(tmp_path / "ddp", *FOUR_STEPS, processes=2)
+    sft(tmp_path / "zero", *FOUR_STEPS, "--deepspeed", processes=2)
+    name = "full_sft_32"
+    assert losses(tmp_path / "zero", name) == pytest.approx(losses(tmp_path / "ddp", name), abs=1e-4)
+    assert distance(weights(tmp_path / "zero", name), weights(tmp_path / "ddp", name)) < 1e-4
+
+
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_deepspeed_skips_what_is_not_finite(pretrain, tmp_path, stage):
+    flags = ("--epochs", "9", "--batch_size", "2", "--learning_rate", "1e30", "--deepspeed", "--zero_stage", stage)
+    done = pretrain(tmp_path, *flags, "--save_interval", "1", processes=2, exit_code=2)
+    assert "10 times in a row" in one_error_line(done)
+    assert about(tmp_path)["skipped"] == 9
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+
+
+def test_the_real_torchrun(pretrain, ddp, tmp_path):
+    pretrain(tmp_path, *TWENTY_STEPS, launcher=TORCHRUN)
+    assert_equal(weights(tmp_path), weights(ddp))
+
+
+def test_ctrl_c_under_the_real_torchrun(pretrain, tmp_path):
+    """It reaches every process, and then once more through torchrun; the run saves all the same."""
+    command = [
+        sys.executable,
+        *TORCHRUN,
+        ROOT / pretrain.script,
+        *pretrain.common,
+        "--out_dir",
+        tmp_path,
+        "--epochs",
+        "99999",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        run = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=env, start_new_session=True)
+    deadline = time.monotonic() + PATIENCE
+    while "step 3/" not in log.read_text():
+        assert run.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(PATIENCE) != 0
+    assert "SIGINT: saving after this step" in log.read_text()
+    assert about(tmp_path)["step"] >= 3
+    assert len(list((tmp_path / "pretrain_32.resume").glob("step_*/rank_1.pt"))) == 1
+
+
+def test_the_deepspeed_launcher(pretrain, tmp_path):
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "0")
+    env = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}
+    done = pretrain(tmp_path, *FOUR_STEPS, "--deepspeed", launcher=launcher, env=env)
+    assert "DeepSpeed ZeRO-2 on 2 processes" in done.stdout
+    assert re.search(r"step 4/4  loss", done.stdout)
+    assert weights(tmp_path)

@@ -1,0 +1,268 @@
+"""A run that is stopped, killed or repeated: nothing is lost, and what goes on is as if it had never stopped."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+
+from tests.running import one_error_line
+from tests.stages.training import MEASURED, about, distance, losses, reports, snapshot, weights
+
+SOME = ("--max_steps", "8")  # two more than an epoch has
+KINDS = {
+    "AdamW": ("pretrain_32", ()),
+    "Muon, experts, workers, accumulation": (
+        "pretrain_32_moe",
+        ("--optimizer", "muon", "--use_moe", "--num_workers", "2", "--batch_size", "2", "--accumulation_steps", "2"),
+    ),
+}
+
+
+def state_of(out, name="pretrain_32") -> dict:
+    """All that a run would go on from, by file."""
+    folder = out / f"{name}.resume"
+    folder = folder / (folder / "latest").read_text()
+    state = {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.pt*")}
+    story = json.loads((folder / "state.json").read_text())["progress"]
+    return state | {"progress": {key: value for key, value in story.items() if key not in MEASURED}}
+
+
+def assert_equal(ours, theirs) -> None:
+    """Bit for bit, through all that torch.load gives back."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert_equal(ours[key], theirs[key])
+    elif isinstance(ours, list):
+        for our, their in zip(ours, theirs, strict=True):
+            assert_equal(our, their)
+    else:
+        assert ours == theirs
+
+
+@pytest.fixture(scope="module")
+def whole(pretrain, tmp_path_factory):
+    """8 steps, never interrupted, saved after 4 and 8."""
+    out = tmp_path_factory.mktemp("whole")
+    pretrain(out, "--epochs", "2", *SOME, "--save_interval", "4")
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stopped_by_a_signal_and_resumed_is_as_if_never_stopped(pretrain, tmp_path, kind):
+    name, flags = KINDS[kind]
+    flags = ("--epochs", "2", *SOME, *flags)
+    pretrain(tmp_path / "whole", *flags)
+    stopped = tmp_path / "stopped"
+    done = pretrain.interrupted(stopped, "SIGINT", "log", 3, *flags, exit_code=130)
+    assert "SIGINT: saving after this step" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert about(stopped, name)["step"] in (3, 4)  # the signal came while step 3 was reported
+    done = pretrain.interrupted(stopped, "SIGTERM", "log", 6, *flags, "--resume", exit_code=143)
+    assert "resumed at step " in done.stdout
+    assert about(stopped, name)["step"] in (6, 7)
+    pretrain(stopped, *flags, "--resume")
+    assert_equal(state_of(stopped, name), state_of(tmp_path / "whole", name))
+    assert reports(stopped, name) == reports(tmp_path / "whole", name)
+    assert_equal(weights(stopped, name), weights(tmp_path / "whole", name))
+    assert len(losses(stopped, name)) == 8
+
+
+def test_ctrl_c_from_outside(pretrain, tmp_path):
+    run = pretrain.started(tmp_path, "--epochs", "100000", "--save_interval", "100000")
+    run.wait_for("step 3/")
+    run.send(signal.SIGINT)
+    run.send(signal.SIGINT)  # at a terminal under torchrun it comes twice
+    done = run.wait()
+    assert done.returncode == 130
+    assert about(tmp_path)["step"] >= 3
+    assert weights(tmp_path)
+    assert (tmp_path / "pretrain_32.png").exists()
+
+
+@pytest.mark.parametrize("nth", range(1, 12))
+def test_killed_at_any_moment_of_a_save_there_is_a_whole_state(pretrain, tmp_path, whole, nth):
+    """Before each of the renamings and deletions that make up the second save."""
+    flags = ("--epochs", "2", *SOME)
+    done = pretrain.interrupted(tmp_path, "SIGKILL", "file", nth, *flags, "--save_interval", "4", exit_code=None)
+    if done.returncode == 0:
+        assert nth > 10  # there are no more
+        return
+    assert done.returncode == -signal.SIGKILL
+    assert weights(tmp_path).keys() == weights(whole).keys()
+    assert about(tmp_path)["step"] in (4, 8)
+    assert state_of(tmp_path)["progress"]["step"] in (4, 8)
+    if nth % 3 == 1:
+        pretrain(tmp_path, *flags, "--resume")
+        assert_equal(state_of(tmp_path), state_of(whole))
+        assert_equal(weights(tmp_path), weights(whole))
+        assert about(tmp_path)["step"] == 8
+        left = {path.name for path in tmp_path.rglob("*")}
+        assert not [name for name in left if name.endswith(".tmp") or name == ".saving"]
+        assert len([name for name in left if name.startswith("step_")]) == 1
+
+
+def test_a_full_disk_during_a_save(pretrain, tmp_path, whole):
+    """The kernel refuses to let a file grow beyond what the first save took, as a full disk would."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = snapshot(out)
+    done = pretrain.interrupted(out, "SIGXFSZ", "size", 100_000, "--epochs", "3", "--resume", exit_code=2)
+    line = one_error_line(done)
+    assert "cannot write" in line
+    assert "File too large" in line
+    after = snapshot(out)
+    assert {name: after[name] for name in before if "metrics" not in name} == {
+        name: content for name, content in before.items() if "metrics" not in name
+    }
+    assert after.keys() == before.keys()
+    pretrain(out, "--epochs", "3", "--max_steps", "9", "--resume")
+    assert about(out)["step"] == 9
+
+
+def test_a_run_that_is_there_is_not_touched(pretrain, whole):
+    before = snapshot(whole)
+    line = one_error_line(pretrain(whole, *SOME, exit_code=2))
+    assert "--resume" in line
+    assert "--overwrite" in line
+    assert "pretrain_32.pth" in line
+    assert snapshot(whole) == before
+
+
+def test_a_finished_run_that_is_resumed_ends_at_once(pretrain, whole):
+    before = snapshot(whole)
+    done = pretrain(whole, "--epochs", "2", *SOME, "--resume")
+    assert "resumed at step 8" in done.stdout
+    after = snapshot(whole)
+    del before["pretrain_32.png"], after["pretrain_32.png"]
+    assert after == before
+
+
+def test_resume_mends_what_is_missing_beside_the_state(pretrain, tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "out")
+    (tmp_path / "out" / "pretrain_32.pth").unlink()
+    (tmp_path / "out" / "pretrain_32.json").write_text("{}")
+    assert "is there already" in one_error_line(pretrain(tmp_path / "out", exit_code=2))  # its state is
+    pretrain(tmp_path / "out", "--epochs", "2", *SOME, "--resume")
+    assert distance(weights(tmp_path / "out"), weights(whole)) == 0
+    assert about(tmp_path / "out") == about(whole)
+
+
+def test_resume_starts_where_nothing_is_saved(pretrain, tmp_path, whole):
+    pretrain(tmp_path, "--epochs", "2", *SOME, "--resume")
+    assert_equal(weights(tmp_path), weights(whole))
+
+
+def test_resume_does_not_replace_weights_it_cannot_go_on_from(pretrain, tmp_path, whole):
+    shutil.copy(whole / "pretrain_32.pth", tmp_path)
+    before = snapshot(tmp_path)
+    assert "--overwrite" in one_error_line(pretrain(tmp_path, "--resume", exit_code=2))
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "sides"),
+    [
+        (("--batch_size", "2"), ("batch_size", "4", "2")),
+        (("--max_seq_len", "32"), ("max_seq_len", "64", "32")),
+        (("--n_layers", "1"), ("n_layers", "2", "1")),
+        (("--seed", "1"), ("seed", "42", "1")),
+        (("--optimizer", "muon"), ("optimizer", "adamw", "muon")),
+        (("--packing", "0"), ("packing", "True", "False")),
+        (("--eval_interval", "5"), ("held out", "False", "True")),
+    ],
+)
+def test_resume_with_other_settings_names_both_sides(pretrain, whole, flags, sides):
+    before = snapshot(whole)
+    line = one_error_line(pretrain(whole, "--epochs", "2", *SOME, *flags, "--resume", exit_code=2))
+    assert all(side in line for side in sides), line
+    assert snapshot(whole) == before
+
+
+def test_resume_with_another_rate_says_so(pretrain, tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "out")
+    done = pretrain(tmp_path / "out", "--max_steps", "9", "--epochs", "2", "--learning_rate", "2e-3", "--resume")
+    assert "--resume: learning_rate was 0.001 and is 0.002 from now on" in done.stdout
+    assert "--resume: max_steps was 8 and is 9 from now on" in done.stdout
+    assert about(tmp_path / "out")["step"] == 9
+
+
+@pytest.mark.parametrize("damage", ["cut off", "no pointer to", "deleted", "no JSON", "of another kind"])
+def test_a_state_that_is_damaged(pretrain, tmp_path, whole, damage):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    resume = out / "pretrain_32.resume"
+    folder = resume / (resume / "latest").read_text()
+    if damage == "cut off":
+        (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:1000])
+    elif damage == "no pointer to":
+        (resume / "latest").write_text("step_00000099")
+    elif damage == "deleted":
+        (folder / "rank_0.pt").unlink()
+    elif damage == "no JSON":
+        (folder / "state.json").write_text('{"progress": {')
+    else:
+        torch.save({"scaler": {}, "optimizer": {"state": {}, "param_groups": []}}, folder / "optimizer.pt")
+    before = snapshot(out)
+    line = one_error_line(pretrain(out, "--epochs", "2", "--resume", exit_code=2))
+    assert str(resume) in line
+    assert snapshot(out) == before
+
+
+def test_overwrite_loses_nothing_before_it_has_something_new(pretrain, tmp_path, whole):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    before = snapshot(out)
+    pretrain(out, "--overwrite", "--data_path", tmp_path / "missing.jsonl", exit_code=2)
+    assert snapshot(out) == before
+    done = pretrain.interrupted(out, "SIGKILL", "log", 1, "--overwrite", exit_code=None)
+    assert done.returncode == -signal.SIGKILL
+    after = snapshot(out)
+    assert losses(out) != losses(whole)  # it had begun to report
+    del before["pretrain_32.metrics.jsonl"], after["pretrain_32.metrics.jsonl"]
+    assert after == before
+
+
+def test_overwrite_begins_anew(pretrain, tmp_path, whole):
+    """The new run saves at the very step where the old one ended."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    pretrain(out, "--epochs", "2", *SOME, "--seed", "7", "--overwrite")
+    assert about(out)["step"] == 8
+    assert distance(weights(out), weights(whole)) > 1e-3
+    assert len(losses(out)) == 8
+    assert losses(out) != losses(whole)
+    assert len([path for path in (out / "pretrain_32.resume").iterdir() if path.is_dir()]) == 1
+    pretrain(out, "--epochs", "2", "--max_steps", "9", "--seed", "7", "--resume")
+    assert about(out)["step"] == 9
+
+
+def test_two_runs_into_one_place(pretrain, tmp_path):
+    first = pretrain.started(tmp_path, "--epochs", "100000", "--save_interval", "3")
+    first.wait_for("step 4/")
+    for flags in (("--resume",), ("--overwrite",)):
+        line = one_error_line(pretrain(tmp_path, *flags, exit_code=2))
+        assert f"process {first.pids[0]}" in line
+    assert "is there already" in one_error_line(pretrain(tmp_path, exit_code=2))
+    first.send(signal.SIGTERM)
+    assert first.wait().returncode == 143
+    with open(tmp_path / "pretrain_32.resume" / "lock", "a") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
+
+
+def test_what_a_kill_left_behind_is_cleared(pretrain, tmp_path):
+    left = tmp_path / ".pretrain_32.pth.123.tmp"
+    left.write_text("half of it")
+    others = tmp_path / ".full_sft_32.pth.123.tmp"
+    others.write_text("being written")
+    pretrain(tmp_path, "--max_steps", "1")
+    assert not left.exists()
+    assert others.exists()
+    assert os.listdir(tmp_path / "pretrain_32.resume")
