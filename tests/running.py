@@ -205,12 +205,16 @@ def _environment(added: dict[str, str] | None) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | (added or {})
 
 
-def _ranks(processes: int) -> list[dict[str, str]]:
-    """The environment that torchrun gives each rank."""
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return probe.getsockname()[1]
+
+
+def _ranks(processes: int) -> list[dict[str, str]]:
+    """The environment that torchrun gives each rank."""
+    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 

@@ -119,9 +119,10 @@ def deepspeed_step(engine, scaler: torch.amp.GradScaler) -> float:
     if engine.zero_optimization_stage() == 0:  # the engine clips but does not say the norm, nor skip anything
         scaler.unscale_(engine.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
-        if not torch.isfinite(norm):
+        if torch.isfinite(norm):
+            engine.step()
+        else:
             engine.zero_grad()
-        engine.step()
         scaler.update()
         return float(norm)
     engine.step()

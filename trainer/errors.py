@@ -6,7 +6,9 @@ import sys
 import time
 from collections.abc import Callable
 
-CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"  # PyTorch has no exception of its own for it
+# PyTorch has no exceptions of their own for these
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 
 
 class UserError(Exception):
@@ -16,9 +18,8 @@ class UserError(Exception):
 def launch(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that the user can mend becomes one line on stderr and exit code 2.
 
-    Of several ranks one speaks. A rank that fails for a reason of its own is told from one that fails because another
-    has gone by who speaks first: rank 0 at once, the others a little later, tracebacks last. The launcher ends the
-    rest as soon as one is gone.
+    Of several ranks one speaks: rank 0 at once, another that fails alone a little later, and those last that fail
+    because one is gone; the launcher ends the rest as soon as it can.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
@@ -31,13 +32,13 @@ def launch(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
-        message = _message(error)
+        message, rank = _message(error), os.environ.get("RANK", "0")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if message is None:
-                time.sleep(6)
-            elif os.environ.get("RANK") != "0":
-                time.sleep(3)
+            time.sleep(6 if message is None else 3 if rank != "0" else 0)
+            if any(words in str(error) for words in LOST_PEER):
+                note(f"rank {rank} ends, as another rank has ended", every_rank=True)
+                sys.exit(2)
         if message is None:
             raise
         note(f"error: {message}", every_rank=True)

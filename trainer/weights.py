@@ -148,12 +148,12 @@ def load_weights(
         saved = saved_config(settings)
         if config is None:
             config, asking = saved, "its json asks"
-        _compare(path, architecture(saved), "by its json", architecture(config), asking)
         if settings["tokenizer"] != tokenizer_hash(tokenizer):
             raise UserError(
                 f"{path} was trained with tokenizer {settings['tokenizer']}, and {tokenizer.name_or_path} is "
                 f"{tokenizer_hash(tokenizer)}: name the right folder with --tokenizer"
             )
+        _compare(path, architecture(saved), "by its json", architecture(config), asking)
     state = read_state(path)
     if config is None:
         config = config_from(shape_of(state), tokenizer)

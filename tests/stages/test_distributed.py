@@ -1,4 +1,4 @@
-"""Several processes on a CPU: DDP and DeepSpeed, under torchrun's and DeepSpeed's launchers, as one process would do."""
+"""Several processes on a CPU: DDP and DeepSpeed, under torchrun's launcher and DeepSpeed's."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from tests.running import PATIENCE, ROOT, TORCHRUN, one_error_line
+from tests.running import PATIENCE, ROOT, TORCHRUN, free_port, one_error_line
 from tests.stages.test_resume import assert_equal
 from tests.stages.training import about, distance, losses, reports, weights
 from trainer.weights import load_weights
@@ -172,9 +172,8 @@ def test_ctrl_c_under_the_real_torchrun(pretrain, tmp_path):
 
 
 def test_the_deepspeed_launcher(pretrain, tmp_path):
-    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "0")
-    env = {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2"}
-    done = pretrain(tmp_path, *FOUR_STEPS, "--deepspeed", launcher=launcher, env=env)
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()))
+    done = pretrain(tmp_path, *FOUR_STEPS, "--deepspeed", launcher=launcher)
     assert "DeepSpeed ZeRO-2 on 2 processes" in done.stdout
     assert re.search(r"step 4/4  loss", done.stdout)
     assert weights(tmp_path)

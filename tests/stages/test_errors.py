@@ -122,7 +122,7 @@ def spoil(out, how: str) -> tuple[str, ...]:
         torch.save({"model": weights(out), "step": 3}, path)
     elif how == "an adapter":
         story.unlink()
-        torch.save({"layers.0.attention.wq.lora.A.weight": torch.zeros(4, 32)}, path)
+        torch.save({f"layers.{n}.attention.wq.lora.A.weight": torch.zeros(4, 32) for n in range(2)}, path)
     elif how == "one key lacks":
         state = weights(out)
         del state["norm.weight"]
@@ -199,3 +199,4 @@ def test_a_rank_that_fails_alone_is_heard(pretrain, tmp_path):
     flags = ("--max_steps", "2")
     done = pretrain.interrupted(tmp_path, "SIGXFSZ", "size", 1000, *flags, processes=2, exit_code=2)
     assert "rank_1.pt" in one_error_line(done)
+    assert "rank 0 ends, as another rank has ended" in done.stderr

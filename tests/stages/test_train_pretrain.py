@@ -9,6 +9,7 @@ import torch
 from model.tokenizer import tokenizer_hash
 from tests.conftest import write_jsonl
 from tests.running import one_error_line
+from tests.stages.terminal import Terminal
 from tests.stages.training import about, distance, losses, reports, snapshot, weights
 from trainer.runtime import default_dtype
 
@@ -65,6 +66,17 @@ def test_what_people_see_where_there_is_no_terminal(plain):
         assert re.fullmatch(pattern, line), line
     assert [line.split("  ")[0] for line in lines if "held out" in line] == ["step 6", "step 12", "step 18"]
     assert re.search(r"held out: \d\.\d{4} nats/token, \d\.\d{4} bits/byte", lines[-1])
+
+
+def test_what_people_see_at_a_terminal(plain, pretrain, tmp_path):
+    """A bar with loss, rate, speed and time left in place of lines; evaluations are written above it."""
+    held_out = plain[0] / "held_out.jsonl"
+    screen = pretrain(tmp_path, "--eval_interval", "3", "--eval_path", held_out, by=Terminal)
+    assert screen.end() == 0
+    assert re.search(r"held out: \d\.\d{4} nats/token", screen.shown)
+    assert re.search(r"50%\|.+\| 3/6 \[\d\d:\d\d<\d\d:\d\d.+loss \d\.\d+ +lr .+ tokens/s", screen.shown)
+    assert re.search(r"100%\|.+\| 6/6 \[", screen.shown)
+    assert "step 1/6" not in screen.shown
 
 
 def test_a_curve_is_drawn(plain):

@@ -59,12 +59,13 @@ def test_of_several_ranks_the_one_that_knows_speaks_first(monkeypatch, capsys):
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, error in (("0", UserError("x")), ("1", UserError("x")), ("0", RuntimeError("connection closed"))):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:4831.")
+    for rank, error in (("0", UserError("x")), ("1", UserError("y")), ("2", lost), ("0", KeyError("a bug"))):
         monkeypatch.setenv("RANK", rank)
-        with pytest.raises((SystemExit, RuntimeError)):
+        with pytest.raises((SystemExit, KeyError)):
             launch(lambda error=error: (_ for _ in ()).throw(error))
-    assert waited == [3, 6]  # rank 0 did not wait; a traceback waits longest
-    assert capsys.readouterr().err == "error: x\n" * 2
+    assert waited == [0, 3, 6, 6]
+    assert capsys.readouterr().err == "error: x\nerror: y\nrank 2 ends, as another rank has ended\n"
 
 
 def test_a_stream_that_cannot_show_a_character(monkeypatch, capfd):

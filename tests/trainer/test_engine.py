@@ -1,0 +1,42 @@
+"""When blocks are compiled."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trainer import engine
+from trainer.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def settings(**changes) -> SimpleNamespace:
+    common = {"compile": None, "packing": True, "batch_size": 32, "accumulation_steps": 1, "max_seq_len": 512}
+    return SimpleNamespace(**common | changes)
+
+
+def test_by_itself_where_it_works_and_pays(monkeypatch):
+    monkeypatch.setattr(engine, "why_not_compile", lambda device: None)
+    assert engine.should_compile(settings(), CPU, steps=1000)
+    assert not engine.should_compile(settings(), CPU, steps=10)
+    assert not engine.should_compile(settings(packing=False), CPU, steps=1000)
+    assert not engine.should_compile(settings(compile=False), CPU, steps=1000)
+    assert engine.should_compile(settings(compile=True), CPU, steps=1)
+
+
+def test_without_a_compiler_it_is_off_and_cannot_be_forced(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert not engine.should_compile(settings(), CPU, steps=1000)
+    with pytest.raises(UserError, match=r"--compile does not work here \(there is no C\+\+ compiler\)"):
+        engine.should_compile(settings(compile=True), CPU, steps=1000)
+
+
+def test_whatever_keeps_it_from_working_is_told(monkeypatch):
+    def broken(function):
+        raise OSError("Python.h: no such file\nand a page more")
+
+    monkeypatch.setenv("CXX", "c++")
+    monkeypatch.setattr(torch, "compile", broken)
+    assert engine.why_not_compile(CPU) == "OSError: Python.h: no such file"
