@@ -1,8 +1,11 @@
 """A terminal to run scripts at, and a person's hands and eyes at it."""
 
+import fcntl
 import os
 import pty
 import select
+import struct
+import termios
 import time
 
 from tests.running import PATIENCE, RunningScript
@@ -13,6 +16,7 @@ class Terminal:
 
     def __init__(self, script: str, *arguments):
         self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
         self.shown = ""
         self._seen = 0
         self.script = RunningScript(script, *arguments, terminal=os.ttyname(slave))

@@ -66,7 +66,7 @@ def test_what_people_see_where_there_is_no_terminal(plain):
         pattern = rf"step {number}/18  loss \d\.\d{{4}}  lr \d\.\d\de-0\d  [\d,]+ tokens/s  \d+:\d\d left"
         assert re.fullmatch(pattern, line), line
     assert [line.split("  ")[0] for line in lines if "held out" in line] == ["step 6", "step 12", "step 18"]
-    assert re.search(r"held out: \d\.\d{4} nats/token, \d\.\d{4} bits/byte", lines[-1])
+    assert re.search(r"held out: loss \d\.\d{4}, bits per byte \d\.\d{4}", lines[-1])
 
 
 def test_what_people_see_at_a_terminal(plain, pretrain, tmp_path):
@@ -74,7 +74,7 @@ def test_what_people_see_at_a_terminal(plain, pretrain, tmp_path):
     held_out = plain[0] / "held_out.jsonl"
     screen = pretrain(tmp_path, "--eval_interval", "3", "--eval_path", held_out, by=Terminal)
     assert screen.end() == 0
-    assert re.search(r"held out: \d\.\d{4} nats/token", screen.shown)
+    assert re.search(r"held out: loss \d\.\d{4}", screen.shown)
     assert re.search(r"50%\|.+\| 3/6 \[\d\d:\d\d<\d\d:\d\d.+loss \d\.\d+ +lr .+ tokens/s", screen.shown)
     assert re.search(r"100%\|.+\| 6/6 \[", screen.shown)
     assert "step 1/6" not in screen.shown
