@@ -102,14 +102,14 @@ class Page:
         field.send_keys(text + "\n")
 
     def click(self, words: str) -> None:
-        """The button, option or heading that says these words."""
+        """The button, option or heading that says these words, the last of them on the page."""
         wait_for(lambda: self._try_click(words))
 
     def _try_click(self, words: str) -> bool:
         from selenium.common.exceptions import WebDriverException
 
         try:
-            for element in self.browser.find_elements("xpath", f"//*[normalize-space(text())='{words}']"):
+            for element in reversed(self.browser.find_elements("xpath", f"//*[normalize-space(text())='{words}']")):
                 if element.is_displayed():
                     element.click()
                     return True
