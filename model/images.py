@@ -51,16 +51,17 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_processor(vision_model: str | Path, image_size: int) -> CLIPImageProcessorPil:
-    """What prepares images for the tower in this folder: as its preprocessor_config.json says, or CLIP's usual way.
-
-    That is: shortest side to `image_size` (bicubic), the middle square, CLIP's mean and deviation for each channel.
-    """
+    """What prepares images for the tower in this folder: as its preprocessor_config.json says, or CLIP's usual way."""
     folder = Path(vision_model)
     if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
-    )
+    return usual_processor(image_size)
+
+
+def usual_processor(image_size: int) -> CLIPImageProcessorPil:
+    """CLIP's way: shortest side to `image_size` (bicubic), the middle square, CLIP's mean and deviation a channel."""
+    square = {"height": image_size, "width": image_size}
+    return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
 
 
 def to_pixels(processor: CLIPImageProcessorPil, images: Sequence[Image.Image]) -> Tensor:

@@ -121,7 +121,7 @@ class MiniMindVLM(MiniMindLM):
         given, wanted = tower_output(tower), (self.config.image_tokens, self.config.vision_dim)
         if given != wanted:
             raise ValueError(f"the vision tower gives {given} (tokens, width), and the model takes {wanted}")
-        self._tower = (tower.requires_grad_(False).eval(),)
+        self._tower = (tower.requires_grad_(False).eval().to(self.tok_embeddings.weight.device),)
 
     def _apply(self, fn, recurse: bool = True):
         if self.vision_encoder is not None:

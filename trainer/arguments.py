@@ -107,6 +107,23 @@ def sampling_of(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names}
 
 
+def add_tower_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--vision_model",
+        default=str(ROOT / "model" / "vision_model" / "clip-vit-base-patch16"),
+        metavar="DIR",
+        help="the vision tower: a CLIP's transformers folder (default: model/vision_model/clip-vit-base-patch16)",
+    )
+
+
+def add_vision_arguments(parser: argparse.ArgumentParser, images_path: str | None) -> None:
+    """The flags of a stage that learns from images."""
+    group = parser.add_argument_group("vision")
+    add_tower_argument(group)
+    group.add_argument("--images_path", default=images_path, metavar="DIR", help="where the lines' images lie")
+    group.add_argument("--cache_features", action=Switch, help="compute the tower's output once, and keep it on disk")
+
+
 def training_parser(description: str, **defaults) -> Parser:
     """A parser with the flags every training stage has; `defaults` are the stage's own."""
     parser = Parser(description)

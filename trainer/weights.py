@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -124,7 +124,11 @@ def architecture(config: LMConfig) -> dict:
 
 
 def load_weights(
-    path: Path, config: LMConfig | None, tokenizer: PreTrainedTokenizerBase, missing: tuple[str, ...] = ()
+    path: Path,
+    config: LMConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    missing: tuple[str, ...] = (),
+    build: Callable[[LMConfig], MiniMindLM] = MiniMindLM,
 ) -> MiniMindLM:
     """A model with the weights in `path`, loaded strictly.
 
@@ -133,6 +137,7 @@ def load_weights(
             none, the sizes its tensors tell (with the heads, experts per token and rope of MiniMind2).
         tokenizer: must be the one the weights were trained with, by the json.
         missing: prefixes of parameters that the file may lack.
+        build: makes the model that the weights go into.
 
     Raises:
         UserError: missing, damaged, of another shape or another tokenizer; the message names both sides.
@@ -158,7 +163,7 @@ def load_weights(
     if config is None:
         config = config_from(shape_of(state), tokenizer)
     _compare(path, shape_of(state), "by its tensors", architecture(config), asking)
-    model = MiniMindLM(config)
+    model = build(config)
     wanted = model.state_dict()
     lacking = [key for key in wanted if key not in state and not key.startswith(missing)]
     surplus = [key for key in state if key not in wanted]

@@ -1,0 +1,122 @@
+"""Show images to a vision-language model: those of a folder one by one, or your own; answers as they are written.
+
+python eval_vlm.py                                                  goes through dataset/eval_images/
+python eval_vlm.py --image cat.jpg --prompt "What is this?"         one question (repeat --prompt for more)
+python eval_vlm.py --model_mode 2 --image a.jpg --image b.jpg       several images in one question
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from trainer.arguments import (
+    ROOT,
+    Parser,
+    Switch,
+    add_model_arguments,
+    add_sampling_arguments,
+    add_tower_argument,
+    sampling_of,
+)
+from trainer.errors import UserError, launch
+from trainer.talk import pieces_of, show
+
+STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+PROMPTS = {1: "请描述这张图片。", 2: "请比较这两张图片。"}  # by how many images
+
+
+def get_args():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--model_mode", type=int, choices=range(3), default=1, help="0 pretrain_vlm, 1 sft_vlm, 2 sft_vlm_multi"
+    )
+    parser.add_argument(
+        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: a transformers folder, named by --out_dir"
+    )
+    add_model_arguments(parser)
+    add_tower_argument(parser)
+    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--image", action="append", metavar="FILE", help="show this one (repeat: together)")
+    parser.add_argument(
+        "--image_dir",
+        default=str(ROOT / "dataset" / "eval_images"),
+        metavar="DIR",
+        help="show its images in the order of their names, one by one; two by two with --model_mode 2",
+    )
+    parser.add_argument("--prompt", action="append", help="ask this (may be repeated) instead of for a description")
+    parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
+    add_sampling_arguments(parser)
+    parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
+    return parser.parse_args()
+
+
+def groups_of_images(args) -> list[list[Path]]:
+    """The images to show, those together that belong to one question.
+
+    Raises:
+        UserError: there are none.
+    """
+    if args.image:
+        return [[Path(name) for name in args.image]]
+    folder = Path(args.image_dir)
+    if not folder.is_dir():
+        raise UserError(f"--image_dir {folder} is no folder; --image names a single file")
+    images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    together = 2 if args.model_mode == 2 else 1
+    if len(images) < together:
+        raise UserError(
+            f"--image_dir {folder} holds {len(images)} images, and --model_mode {args.model_mode} shows {together}"
+        )
+    return [images[i : i + together] for i in range(0, len(images) - together + 1, together)]
+
+
+def load_model(args):
+    """Model, tokenizer and image processor that the flags name."""
+    from model.model_vlm import MiniMindVLM
+    from trainer.runtime import pick_device
+    from trainer.vision import load_vlm, open_vision
+    from trainer.weights import load_folder, load_tokenizer, weights_path
+
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.tokenizer or (args.out_dir if args.load == 1 else None))
+    vision = open_vision(args.vision_model)
+    if args.load == 1:
+        model = load_folder(args.out_dir, MiniMindVLM)
+        try:
+            model.set_tower(vision.tower)
+        except ValueError as error:
+            raise UserError(f"--vision_model {args.vision_model}: {error}") from None
+    else:
+        model = load_vlm(weights_path(args, STAGES[args.model_mode]), None, tokenizer, vision)
+    return model.to(device).eval(), tokenizer, vision.processor
+
+
+def main():
+    args = get_args()
+    groups = groups_of_images(args)
+    from model.images import place_chat  # after the arguments: --help need not wait for it
+    from model.tokenizer import StreamDecoder
+
+    model, tokenizer, processor = load_model(args)
+    room = model.config.max_seq_len - args.max_new_tokens
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    for images in groups:
+        for question in args.prompt or [PROMPTS[min(len(images), 2)]]:
+            chat = [*system, {"role": "user", "content": [*images, question]}]
+            try:
+                prompt = place_chat(tokenizer, chat, model.config, processor, room)
+            except ValueError as error:  # a broken image, or more of them than the model takes
+                raise UserError(str(error)) from error
+            print(f"\n{', '.join(path.name for path in images)}\n> {question}")
+            started, written = time.monotonic(), []
+            inputs = {name: tensor.to(model.device) for name, tensor in prompt.images.items()}
+            stream = model.stream(prompt.input_ids.to(model.device), **sampling_of(args), **inputs)
+            pieces = pieces_of(stream, StreamDecoder(tokenizer), written)
+            show(pieces if args.stream else ["".join(pieces)], reasoning=False, hide_thinking=False)
+            seconds = time.monotonic() - started
+            print(f"[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,129 @@
+"""Vision fine-tuning: from a model that describes images to one that answers questions about them, text at its side.
+
+Learns from dataset/sft_vlm_data.jsonl ({"image": ..., "conversations": [...]} lines, images in dataset/sft_images/),
+starts from out/pretrain_vlm_D.pth, writes out/sft_vlm_D.pth. The projection and the language model learn, the tower
+does not. With --multi, several images a line: sft_vlm_data_multi.jsonl, sft_multi_images/, sft_vlm_multi_D.pth.
+
+    python train_sft_vlm.py                                        one GPU, or the CPU
+    torchrun --nproc_per_node 2 train_sft_vlm.py                   several GPUs (or processes): DDP
+    deepspeed --num_gpus 2 train_sft_vlm.py --deepspeed            DeepSpeed, ZeRO stage 2
+"""
+
+import torch
+
+from model.model import next_token_loss, predicting
+from trainer.arguments import ROOT, Switch, add_vision_arguments, check_training_arguments, training_parser
+from trainer.checkpoint import Checkpoint
+from trainer.data import count_steps, open_data
+from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
+from trainer.errors import launch
+from trainer.evaluation import evaluate
+from trainer.metrics import Metrics
+from trainer.runtime import start_runtime
+from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+from trainer.vision import cache_features, load_vlm, open_vision, picture_data
+from trainer.weights import config_of, load_tokenizer, weights_path
+
+
+def get_args():
+    parser = training_parser(
+        __doc__,
+        data_path=None,
+        epochs=6,
+        batch_size=8,
+        learning_rate=1e-4,
+        warmup_iters=20,
+        max_seq_len=1536,
+    )
+    add_vision_arguments(parser, images_path=None)
+    parser.add_argument("--from_weight", default="pretrain_vlm", help="stage (or .pth file) to start from")
+    parser.add_argument("--multi", action=Switch, help="several images a line: other data, other weights")
+    args = parser.parse_args()
+    data, images = (
+        ("sft_vlm_data_multi.jsonl", "sft_multi_images") if args.multi else ("sft_vlm_data.jsonl", "sft_images")
+    )
+    args.data_path = args.data_path or str(ROOT / "dataset" / data)
+    args.images_path = args.images_path or str(ROOT / "dataset" / images)
+    return args
+
+
+def main():
+    args = get_args()
+    check_training_arguments(args)
+    run = start_runtime(args)
+
+    # Model
+    tokenizer = load_tokenizer(args.tokenizer)
+    config = config_of(args, tokenizer)
+    vision = open_vision(args.vision_model)
+    stage = "sft_vlm_multi" if args.multi else "sft_vlm"
+    checkpoint = Checkpoint(args, stage, config, tokenizer, run, vision_tower=vision.hash)
+    model = load_vlm(weights_path(args, args.from_weight), config, tokenizer, vision).to(run.device)
+    model.gradient_checkpointing = args.gradient_checkpointing
+
+    # Data
+    loader, held_out = open_data(picture_data(args, vision), args, tokenizer, run)
+    if args.cache_features:
+        cache_features(model, (loader.dataset, held_out), args, vision, run)
+    total_steps = count_steps(loader, args)
+
+    # Optimizer
+    optimizer = make_optimizer(model, args)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
+    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run.device, total_steps))
+
+    # Resume
+    progress = checkpoint.load(model, optimizer, scaler)
+    metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
+
+    # Loop: an optimizer step is a list of micro-batches
+    model.train()
+    for batches in loader.steps(progress.step, total_steps):
+        lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
+        set_learning_rate(optimizer, lr)
+        totals = run.totals(batches)
+        step_loss = torch.zeros((), device=run.device)
+        for batch in batches:
+            last = batch is batches[-1]
+            batch = run.to_device(batch)
+            labels = batch.pop("labels")
+            with run.gradients_synced(model, last):
+                with run.autocast():
+                    out = model(**batch, logits_to_keep=predicting(labels))
+                    loss = next_token_loss(out.logits, labels) / totals.trained
+                    loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
+                step_loss += loss.detach()
+                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
+                if args.deepspeed:
+                    deepspeed_backward(model, loss, scaler, last)
+                else:
+                    scaler.scale(loss).backward()
+        (loss,) = run.sum(step_loss)
+        if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
+            norm = deepspeed_step(model, scaler)
+            run.is_finite(norm, loss)
+        else:
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+            if run.is_finite(norm, loss):
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+        # Log, evaluate, save
+        progress.advance(totals, run.non_finite)
+        stopping = run.asked_to_stop
+        if metrics.due(args.log_interval, stopping):
+            metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
+        if metrics.due(args.save_interval, stopping):
+            checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if stopping:
+            break
+    metrics.close()
+    run.finish()
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,108 @@
+"""What the vision-language stages share: their flags, the tower, the model around it, features kept on disk."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
+
+from dataset import VLMDataset
+from dataset.cache_folder import digest
+from dataset.feature_cache import open_feature_cache
+from model import LMConfig
+from model.images import image_processor, image_token_id
+from model.model_vlm import MiniMindVLM, VisionTower, VLMConfig, load_tower
+from model.weights import weights_hash
+from trainer.errors import UserError
+from trainer.runtime import Runtime
+from trainer.weights import architecture, load_weights, read_settings
+
+
+class Vision(NamedTuple):
+    """A vision tower, what prepares images for it, and the fingerprint of its weights."""
+
+    tower: VisionTower
+    processor: CLIPImageProcessorPil
+    hash: str
+
+
+def open_vision(folder: str) -> Vision:
+    """The tower in a CLIP's folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(
+            f"--vision_model {folder} is missing: download openai/clip-vit-base-patch16 there, or name another CLIP "
+            "(`make demo-vlm` makes a small one, out/demo/clip)"
+        )
+    try:
+        tower = load_tower(folder)
+        processor = image_processor(folder, tower.config.image_size)
+    except Exception as error:  # a damaged folder makes transformers and safetensors raise almost anything
+        raise UserError(f"--vision_model {folder} cannot be used: {error}") from error
+    return Vision(tower, processor, weights_hash(tower.state_dict()))
+
+
+def load_vlm(
+    path: Path,
+    config: LMConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    vision: Vision,
+    missing: tuple[str, ...] = (),
+) -> MiniMindVLM:
+    """A vision-language model with the weights in `path` and this tower; see `load_weights`.
+
+    Raises:
+        UserError: as of `load_weights`; the weights were trained with another tower.
+    """
+    settings = read_settings(path) if path.is_file() else None
+    trained_with = (settings or {}).get("vision_tower", vision.hash)
+    if trained_with != vision.hash:
+        raise UserError(f"{path} was trained with vision tower {trained_with}, and --vision_model is {vision.hash}")
+    try:
+        place = image_token_id(tokenizer)
+    except ValueError as error:
+        raise UserError(f"--tokenizer {tokenizer.name_or_path}: {error}") from None
+
+    def build(config: LMConfig) -> MiniMindVLM:
+        fields = architecture(config) | {"max_seq_len": config.max_seq_len}
+        return MiniMindVLM(VLMConfig(image_token_id=place, **fields), vision.tower)
+
+    return load_weights(path, config, tokenizer, missing, build)
+
+
+def picture_data(args, vision: Vision) -> Callable[..., VLMDataset]:
+    """`VLMDataset` for `open_data`, with what the vision flags decide."""
+    image_tokens = (vision.tower.config.image_size // vision.tower.config.patch_size) ** 2
+    return partial(VLMDataset, images_path=args.images_path, image_tokens=image_tokens, processor=vision.processor)
+
+
+def cache_features(
+    model: MiniMindVLM, datasets: Sequence[VLMDataset | None], args, vision: Vision, run: Runtime
+) -> None:
+    """Give the data sets the tower's output for each of their images, computed now unless it is on disk.
+
+    Raises:
+        DataError: an image cannot be read; the disk is full.
+    """
+    datasets = [dataset for dataset in datasets if dataset is not None]
+    names = sorted({name for dataset in datasets for name in dataset.image_names()})
+    if not names:
+        return
+
+    def encode(pixels: Tensor) -> Tensor:
+        with run.autocast():
+            return model.encode_images(pixels.to(run.device))
+
+    how = digest([vision.hash, vision.processor.to_json_string(), args.dtype])
+    with run.main_first():
+        features = open_feature_cache(
+            names, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers
+        )
+    run.say(f"features of {len(features):,} images: {features.folder}")
+    for dataset in datasets:
+        dataset.features = features
