@@ -109,6 +109,10 @@ def test_exactly_the_answers_and_their_ends_are_learned(tmp_path, tokenizer, pac
     ids = row["input_ids"].tolist()
     closing = sum(turn["role"] is not None for turn in chat["conversations"]) + expected.startswith(DEFAULT)
     assert ids.count(tokenizer.eos_token_id) == ids.count(tokenizer.bos_token_id) == closing
+    answers = "".join(turn["content"] for turn in chat["conversations"] if turn["role"] == "assistant")
+    for tag, entry in tokenizer.get_added_vocab().items():
+        if not tokenizer.added_tokens_decoder[entry].special:
+            assert ids.count(entry) == answers.count(tag)
 
 
 @BOTH_TOKENIZERS
