@@ -19,6 +19,7 @@ from dataset.records import text_of
 from dataset.token_cache import open_token_cache
 from model.chat import render_text
 from tests.conftest import SENTENCES, write_jsonl
+from tests.running import PATIENCE
 
 fork = multiprocessing.get_context("fork")  # a process of its own, without importing torch anew
 
@@ -175,7 +176,7 @@ def test_two_processes_that_start_together_tokenise_once(data, open_it, tiny_tok
 
     def start(second: bool, replies):
         if second:
-            building.wait(60)
+            building.wait(PATIENCE)
 
         def encode(texts):
             building.set()
@@ -190,9 +191,9 @@ def test_two_processes_that_start_together_tokenise_once(data, open_it, tiny_tok
     processes = [fork.Process(target=start, args=(second, replies)) for second in (False, True)]
     for process in processes:
         process.start()
-    got = [replies.get(timeout=60) for _ in processes]
+    got = [replies.get(timeout=PATIENCE) for _ in processes]
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == 0
 
     assert got[0] == got[1] == samples_in(open_it(parse=must_not_run))
@@ -205,7 +206,7 @@ def test_a_crash_in_the_middle_leaves_nothing_wrong(data, open_it, tiny_tokenize
 
     process = fork.Process(target=partial(open_it, encode=encode_and_die))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     assert caches(data) == ["partial"]
 

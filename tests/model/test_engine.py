@@ -11,6 +11,7 @@ from model.engine import Answer, Engine, EngineThread, Piece, Request, Token, _S
 from model.model_lora import apply_lora, lora_state_dict
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import token_bytes
+from tests.running import PATIENCE
 
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 160}
 KINDS = ("dense", "moe", "lora")
@@ -424,9 +425,9 @@ def test_extreme_settings_still_write_tokens(settings, engine):
 
 
 def collect(pieces: queue.SimpleQueue) -> list[Piece]:
-    got = [pieces.get(timeout=60)]
+    got = [pieces.get(timeout=PATIENCE)]
     while got[-1].finish_reason is None:
-        got.append(pieces.get(timeout=60))
+        got.append(pieces.get(timeout=PATIENCE))
     return got
 
 
@@ -464,13 +465,13 @@ class Reader:
 
     def __call__(self, piece: Piece) -> None:
         self.pieces.put(piece)
-        self.go.wait(60)
+        self.go.wait(PATIENCE)
 
 
 def test_a_thread_hears_of_a_cancel_while_it_writes(thread, engine):
     reader = Reader()
     answer = thread.submit(Request(prompt=prompt_of(4), eos_token_id=()), reader)
-    reader.pieces.get(timeout=60)
+    reader.pieces.get(timeout=PATIENCE)
     thread.cancel(answer)
     reader.go.set()
     assert collect(reader.pieces)[-1].finish_reason == "cancelled"
@@ -492,7 +493,7 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_thread(thread, engine, m
     readers = [Reader() for _ in range(4)]
     for reader in readers:
         thread.submit(request, reader)
-    readers[0].pieces.get(timeout=60)
+    readers[0].pieces.get(timeout=PATIENCE)
     failing.set()
     for reader in readers:
         reader.go.set()

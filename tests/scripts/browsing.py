@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import ROOT
+from tests.running import PATIENCE, ROOT
 
-PATIENCE = 120  # seconds, for machines with much else to do
 FLAGS = (  # the second line keeps it from looking for its maker's hosts
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1280,860"),
     *("--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"),

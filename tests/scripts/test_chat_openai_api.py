@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.running import ROOT, one_error_line, run_script
+from tests.running import PATIENCE, ROOT, one_error_line, run_script
 from tests.scripts.openai_double import openai_double
 
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -37,17 +37,23 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 120) -> str:
+    def wait_for(self, pattern: str, again: str = "") -> str:
         """What was printed up to the pattern; forgets it.
+
+        Args:
+            again: type this now and again until it comes. Python hears a Ctrl-C that comes just before readline begins
+                to wait for a key only with the next key.
 
         Raises:
             AssertionError: it does not come.
         """
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PATIENCE
         while not (found := re.search(pattern, self.seen)):
             assert time.monotonic() < end, f"no {pattern!r} in {self.seen!r}"
-            if select.select([self.master], [], [], 0.1)[0]:
+            if select.select([self.master], [], [], 1)[0]:
                 self.seen += os.read(self.master, 65536).decode(errors="replace")
+            else:
+                self.type(again)
         before, self.seen = self.seen[: found.end()], self.seen[found.end() :]
         return before
 
@@ -90,7 +96,7 @@ def test_a_talk_with_history_commands_and_an_answer_that_is_stopped(server):
         terminal.wait_for("one more more")
         terminal.type(CTRL_C)
         terminal.wait_for(r"\(stopped\)\r\n> ")
-        assert server.abandoned.wait(10)
+        assert server.abandoned.wait(PATIENCE)
 
         server.reply = lambda body: [("thinking", "hm"), "I think\033[2J\x9b so"]
         terminal.type("/usr/bin is what?\n")
@@ -111,10 +117,10 @@ def test_a_talk_with_history_commands_and_an_answer_that_is_stopped(server):
         terminal.wait_for("/rest is no command(.|\n)*forgotten(.|\n)*/exit(.|\n)*too long by 3 tokens(.|\n)*> ")
         assert [turn["role"] for turn in server.requests[-1]["messages"]] == ["system", "user"]
 
-        terminal.type("half a line" + CTRL_C)
-        terminal.wait_for(r"Ctrl-D or /exit ends\)\r\n> ")
+        terminal.type("half a line")
+        terminal.wait_for(r"Ctrl-D or /exit ends\)\r\n> ", again=CTRL_C)
         terminal.type(CTRL_D)
-        assert terminal.process.wait(20) == 0
+        assert terminal.process.wait(PATIENCE) == 0
     finally:
         terminal.close()
 

@@ -13,7 +13,7 @@ import pytest
 
 from dataset import SFTDataset
 from tests.conftest import write_jsonl
-from tests.running import ROOT, call_script
+from tests.running import PATIENCE, ROOT, call_script
 
 SCRIPT = "scripts/collect_teacher_answers.py"
 
@@ -186,7 +186,7 @@ def test_thinking_is_kept_in_tags(endpoint, tmp_path, capsys):
 def test_ctrl_c_loses_no_answer(endpoint, questions, tmp_path):
     """In a process of its own. What was being asked is finished; the rest is left to the next run."""
     release = threading.Event()
-    endpoint.behave = lambda question, times: None if question < "question 2" else release.wait(120) and None
+    endpoint.behave = lambda question, times: None if question < "question 2" else release.wait(PATIENCE) and None
     out = tmp_path / "a.jsonl"
     command = [
         sys.executable,
@@ -207,7 +207,7 @@ def test_ctrl_c_loses_no_answer(endpoint, questions, tmp_path):
         process.send_signal(signal.SIGINT)
         assert "finishing the questions that are being asked" in process.stderr.readline()
         release.set()
-        assert process.wait(120) == 130
+        assert process.wait(PATIENCE) == 130
     asked = [body["messages"][-1]["content"] for body in endpoint.asked]
     assert len(asked) < 24
     assert sorted(question for question, _ in replies(out)) == sorted(asked)

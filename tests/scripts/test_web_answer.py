@@ -7,12 +7,13 @@ import pytest
 
 from scripts import web_answer
 from scripts.web_answer import Answer, adapters_for, connect, load_local, weights_in
+from tests.running import PATIENCE
 from tests.scripts.openai_double import openai_double
 from trainer.errors import UserError
 
 
-def wait(answer: Answer, seconds: float = 30) -> Answer:
-    end = time.monotonic() + seconds
+def wait(answer: Answer) -> Answer:
+    end = time.monotonic() + PATIENCE
     while not answer.ended:
         assert time.monotonic() < end
         answer.watch(0.01)
@@ -44,7 +45,7 @@ def test_a_stop_keeps_what_is_there_and_closes_the_source():
     kept = answer.text
     assert answer.ended
     assert answer.stopped
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while not closed:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -60,7 +61,7 @@ def test_an_answer_nobody_watches_ends(monkeypatch):
             time.sleep(0.01)
 
     answer = Answer(endless())
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while not answer.ended:
         assert time.monotonic() < end
         time.sleep(0.01)

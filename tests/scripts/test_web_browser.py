@@ -2,6 +2,7 @@
 
 import threading
 
+from tests.running import PATIENCE
 from tests.scripts.browsing import Page, chromium, streamlit, wait_for
 from tests.scripts.openai_double import openai_double
 
@@ -14,7 +15,7 @@ def test_a_person_types_sees_the_answer_grow_and_stops_another(tiny_out, tokeniz
     def in_two_halves(body):
         yield "thinking", "let me see"
         yield "Hello "
-        assert go_on.wait(120)
+        assert go_on.wait(PATIENCE)
         yield EVIL
 
     def endless(body):
@@ -53,7 +54,7 @@ def test_a_person_types_sees_the_answer_grow_and_stops_another(tiny_out, tokeniz
         page.wait_to_see("again and again and")
         page.click("Stop")
         page.wait_to_see("stopped")
-        assert double.abandoned.wait(60)
+        assert double.abandoned.wait(PATIENCE)
         page.click("中文")
         page.wait_to_see("已停止")
         assert len(page.messages()) == 6

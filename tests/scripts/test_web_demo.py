@@ -7,7 +7,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from model.chat import render_chat
-from tests.running import ROOT
+from tests.running import PATIENCE, ROOT
 from tests.scripts.openai_double import openai_double
 from trainer.weights import load_weights
 
@@ -22,7 +22,7 @@ def open_page(monkeypatch):
 
     def run(*options, script: str = "web_demo.py") -> AppTest:
         monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
-        app = AppTest.from_file(str(ROOT / "scripts" / script), default_timeout=120).run()
+        app = AppTest.from_file(str(ROOT / "scripts" / script), default_timeout=PATIENCE).run()
         assert not app.exception, app.exception
         return app
 
