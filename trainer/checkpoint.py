@@ -94,8 +94,10 @@ class Checkpoint:
             "data_path": str(args.data_path),
             **facts,
         }
+        data = Path(args.data_path)
         self.settings = {name: value for name, value in vars(args).items() if name not in FREE} | {
-            "data_path": str(Path(args.data_path).resolve()),
+            "data_path": str(data.resolve()),
+            "size of data_path": data.stat().st_size if data.is_file() else None,
             "deepspeed": bool(args.deepspeed),
             "zero_stage": (runtime.deepspeed_config or {}).get("zero_optimization", {}).get("stage", 0),
             "world_size": runtime.world_size,
@@ -124,9 +126,11 @@ class Checkpoint:
             raise cannot_write(self.folder, error) from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise UserError(f"{self.path} is being written by another run (process {file.read().strip()})") from None
+        except OSError:
+            return file  # a file system that has no locks
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -1,8 +1,10 @@
 """What the loop calls as its model: compiled, and shared with other processes by DDP or DeepSpeed."""
 
+import contextlib
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -40,17 +42,27 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Each parameter that `keep` names, whole, fp32, on the CPU, under its plain name.
+    """Each parameter that `keep` names, whole, fp32, on the CPU, under its plain name; one with two names is held once.
 
     All ranks must call it: ZeRO-3 gathers.
     """
-    plain = plain_model(model)
+    plain, copies, whole = plain_model(model), {}, {}
+    with _gathered(plain, runtime):
+        for key, value in plain.state_dict().items():
+            if keep(key):
+                place = (value.data_ptr(), value.shape)
+                if place not in copies:
+                    copies[place] = value.detach().float().cpu().clone()
+                whole[key] = copies[place]
+    return whole
+
+
+def _gathered(plain: nn.Module, runtime: Runtime) -> contextlib.AbstractContextManager:
     if not runtime.deepspeed_config:
-        return {key: value.detach().float().cpu() for key, value in plain.state_dict().items() if keep(key)}
+        return contextlib.nullcontext()
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(plain.parameters())):
-        return {key: value.detach().float().cpu().clone() for key, value in plain.state_dict().items() if keep(key)}
+    return deepspeed.zero.GatheredParameters(list(plain.parameters()))
 
 
 # ------------------------------------------------------------------------------------------------------- compiling
@@ -91,6 +103,8 @@ def _deepspeed_engine(model: nn.Module, optimizer, runtime: Runtime):
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its collectives are deprecated in PyTorch 2.13, which tells so at every step: once will do.
+    warnings.filterwarnings("once", category=FutureWarning, module="torch.distributed")
     # On a CPU it would now compile C++ collectives, which take a compiler and minutes; gloo's do as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     model.forward = runtime.autocast()(model.forward)  # around the engine it would be switched off again

@@ -66,8 +66,10 @@ def load_tensors(path: Path) -> dict:
     """`torch.load` of tensors and plain values, nothing that could run code.
 
     Raises:
-        UserError: not such a file, or not a whole one.
+        UserError: missing, not such a file, or not a whole one.
     """
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader raise almost anything

@@ -113,6 +113,16 @@ def test_half_precision_with_deepspeed(pretrain, ddp, tmp_path, stage, dtype):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.1)
 
 
+@pytest.mark.parametrize("stage", [None, "0", "2", "3"])
+def test_gradients_are_clipped(pretrain, ddp, tmp_path, stage):
+    """To so little that AdamW's epsilon outweighs them, and nothing is learned."""
+    flags = ("--deepspeed", "--zero_stage", stage) if stage else ()
+    pretrain(tmp_path, *TWENTY_STEPS, "--max_steps", "6", "--grad_clip", "1e-9", *flags, processes=2)
+    assert losses(tmp_path)[0] == losses(ddp)[0]
+    assert losses(tmp_path)[5] > losses(ddp)[5] + 0.05
+    assert min(line["grad_norm"] for line in reports(tmp_path)) > 0.5  # it is told as it was before
+
+
 def test_a_mixture_of_experts_with_deepspeed(pretrain, tmp_path):
     flags = (*FOUR_STEPS, "--use_moe")
     pretrain(tmp_path / "ddp", *flags, processes=2)

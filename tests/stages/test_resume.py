@@ -186,6 +186,16 @@ def test_resume_with_other_settings_names_both_sides(pretrain, whole, flags, sid
     assert snapshot(whole) == before
 
 
+def test_resume_with_data_that_has_changed(pretrain, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(pretrain.data_path.read_text(encoding="utf-8"), encoding="utf-8")
+    flags = ("--epochs", "2", "--data_path", data)
+    pretrain(tmp_path / "new", *flags, "--max_steps", "1")
+    with data.open("a") as file:
+        file.write('{"text": "one more"}\n')
+    assert "size of data_path" in one_error_line(pretrain(tmp_path / "new", *flags, "--resume", exit_code=2))
+
+
 def test_resume_with_another_rate_says_so(pretrain, tmp_path, whole):
     shutil.copytree(whole, tmp_path / "out")
     done = pretrain(tmp_path / "out", "--max_steps", "9", "--epochs", "2", "--learning_rate", "2e-3", "--resume")

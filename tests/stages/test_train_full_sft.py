@@ -1,6 +1,9 @@
 """train_full_sft.py, run for real."""
 
+import pytest
+
 from model.tokenizer import tokenizer_hash
+from tests.stages.training import about, distance, losses, weights
 from trainer.weights import load_weights, read_settings
 
 
@@ -12,3 +15,21 @@ def test_the_weights_of_both_stages_load_strictly(tiny_out, tiny_tokenizer):
         assert settings["step"] == 4
         assert settings["stage"] == stage
         assert settings["tokenizer"] == tokenizer_hash(tiny_tokenizer)
+
+
+def test_it_learns_to_answer(sft, tmp_path):
+    done = sft(tmp_path, "--epochs", "6")
+    assert "40 samples" in done.stdout
+    assert losses(tmp_path, "full_sft_32")[-1] < losses(tmp_path, "full_sft_32")[0] - 0.2
+    assert about(tmp_path, "full_sft_32")["stage"] == "full_sft"
+
+
+def test_a_step_is_the_same_however_it_is_cut_up(sft, tmp_path):
+    """Rows here have from a few to a hundred learned tokens, and each of them weighs the same."""
+    name, flags = "full_sft_32", ("--epochs", "2", "--packing", "0")
+    sft(tmp_path / "whole", *flags, "--batch_size", "12")
+    for how, processes in ((("3", "--accumulation_steps", "4"), 1), (("3", "--accumulation_steps", "2"), 2)):
+        out = tmp_path / str(processes)
+        sft(out, *flags, "--batch_size", *how, processes=processes)
+        assert losses(out, name) == pytest.approx(losses(tmp_path / "whole", name), abs=1e-5)
+        assert distance(weights(out, name), weights(tmp_path / "whole", name)) < 1e-5

@@ -102,5 +102,5 @@ def test_whatever_is_damaged_ends_in_one_line(tmp_path):
         damaged.write_bytes(bad)
         with pytest.raises(UserError, match="truncated, damaged"):
             load_tensors(damaged)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match="is missing"):
         load_tensors(tmp_path / "missing.pth")
