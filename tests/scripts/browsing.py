@@ -100,6 +100,11 @@ class Page:
         field = wait_for(lambda: self.all("[data-testid=stChatInput] textarea:enabled"))[0]
         field.send_keys(text + "\n")
 
+    def attach(self, file: Path) -> None:
+        """A file to what is said next; waits until it is there."""
+        self.all("[data-testid=stChatInput] input[type=file]")[0].send_keys(str(file))
+        wait_for(lambda: any(file.name in element.text for element in self.all("[data-testid=stChatInput]")))
+
     def click(self, words: str) -> None:
         """The button, option or heading that says these words, the last of them on the page."""
         wait_for(lambda: self._try_click(words))

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from model.images import place_chat
 from scripts import web_answer
-from scripts.web_answer import Answer, adapters_for, connect, load_local, weights_in
+from scripts.web_answer import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
 from tests.running import PATIENCE
 from tests.scripts.openai_double import openai_double
+from tests.scripts.seeing import picture, save_vlm
 from trainer.errors import UserError
 
 
@@ -122,3 +124,33 @@ def test_an_address_says_which_models_it_has_or_what_is_wrong():
         connect(double.address, "")
     with pytest.raises(UserError, match="is missing"):
         load_local(Path("nothing_512.pth"), None, None, "cpu", None)
+
+
+def test_a_model_that_sees_is_shown_the_pictures_of_the_talk(clip_dir, tokenizer_dir, tiny_tokenizer, tmp_path):
+    save_vlm(tiny_tokenizer, clip_dir, tmp_path / "sft_vlm_32.pth")
+    backend = load_local(tmp_path / "sft_vlm_32.pth", None, str(tokenizer_dir), "cpu", str(clip_dir))
+    turns = [
+        {"role": "user", "content": [picture("red"), "What colour?"]},
+        {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": [picture("blue"), picture("green"), "And these?"]},
+    ]
+    wishes = {"max_new_tokens": 12, "temperature": 0.0}
+    written = "".join(text for part, text in backend.parts([], turns, wishes) if part in ("token", "raw"))
+    prompt = place_chat(tiny_tokenizer, turns, backend.model.config, backend.processor)
+    assert prompt.images["pixel_values"].size(0) == 3
+    right = backend.model.generate(prompt.input_ids, max_new_tokens=12, **prompt.images)[0, prompt.input_ids.size(1) :]
+    assert written == tiny_tokenizer.decode(right, skip_special_tokens=True)
+    with pytest.raises(ValueError, match="no image"):
+        list(backend.parts([], [{"role": "user", "content": [b"GIF89a?", "What?"]}], wishes))
+
+
+def test_a_server_gets_pictures_as_data_addresses():
+    with openai_double() as double:
+        backend = RemoteModel(connect(double.address, "")[0], "double")
+        double.reply = lambda body: ["seen"]
+        parts = backend.parts([], [{"role": "user", "content": [b"\x89PNG", "What?"]}], {"temperature": 0.0})
+        assert list(parts) == [("raw", "seen"), ("answer", "seen")]
+        assert double.requests[0]["messages"][0]["content"] == [
+            {"type": "image_url", "image_url": {"url": "data:image;base64,iVBORw=="}},
+            {"type": "text", "text": "What?"},
+        ]
