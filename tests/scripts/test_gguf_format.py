@@ -115,7 +115,8 @@ def test_llama_cpp_writes_the_same_greedy_text(llama_cpp, model, tiny_tokenizer,
     chat = llama.create_chat_completion([{"role": "user", "content": QUESTIONS[0]}], temperature=0, max_tokens=24)
     spelled = b"".join(token_bytes(tiny_tokenizer)[token] for token in greedy(model, prompts(tiny_tokenizer)[0]))
     answer = spelled.decode(errors="ignore")  # llama-cpp-python leaves out what is no UTF-8
-    assert chat["choices"][0]["message"]["content"] == answer
+    assert len(answer) > 8
+    assert chat["choices"][0]["message"]["content"].startswith(answer)  # it goes on where a character is half written
 
 
 def render_text(tokenizer, question: str) -> str:
