@@ -204,9 +204,11 @@ class _Spelling:
 
     def push(self, token: Token) -> tuple[str, tuple[Token, ...]]:
         """The text that is clear with this token, and the tokens it is the end of."""
+        text = self._decoder.push(token.id)
         start = self._given + len(self._held)
-        self._held += self._decoder.push(token.id)
-        self._tokens.append((start, self._given + len(self._held), token))
+        end = start + (len(text) or 1)  # half a character is a part of the one to come
+        self._held += text
+        self._tokens.append((start, end, token))
         return self._give(self._clear())
 
     def flush(self) -> tuple[str, tuple[Token, ...]]:
@@ -214,8 +216,11 @@ class _Spelling:
         if self.stopped:
             return "", ()
         self._held += self._decoder.flush()
-        clear = self._clear()
-        return self._give(clear if self.stopped else len(self._held))
+        length = self._clear()
+        if self.stopped:
+            return self._give(length)
+        text, tokens = self._give(len(self._held))
+        return text, (*tokens, *(token for _, _, token in self._tokens))
 
     def _clear(self) -> int:
         """How many characters of the held ones are certain to stay."""

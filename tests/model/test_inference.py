@@ -8,11 +8,11 @@ import torch
 from model import LMConfig, MiniMindLM, inference
 from model.inference import Decoder, Span
 from model.model_lora import apply_lora, lora_off, lora_state_dict
+from tests.model.networks import network, random_ids
 
-SMALL = {"dim": 48, "n_layers": 2, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 90, "max_seq_len": 96}
 KINDS = {
     "dense": {},
-    "all heads have keys": {"n_kv_heads": 6},
+    "all heads have keys": {"n_kv_heads": 4},
     "moe": {"use_moe": True},
     "moe without shared, three of five": {
         **{"use_moe": True, "n_shared_experts": False, "n_routed_experts": 5, "num_experts_per_tok": 3},
@@ -21,18 +21,8 @@ KINDS = {
 }
 
 
-def network(**changes) -> MiniMindLM:
-    """Random weights, large enough that wrong positions or neighbours change the logits at once."""
-    torch.manual_seed(0)
-    model = MiniMindLM(LMConfig(**SMALL | changes)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(5) if "norm" not in name else parameter.add_(torch.rand(parameter.shape))
-    return model
-
-
 def ids_of(rows: int, length: int) -> list[list[int]]:
-    return torch.randint(3, 90, (rows, length), generator=torch.Generator().manual_seed(rows)).tolist()
+    return random_ids(rows, length).tolist()
 
 
 @torch.no_grad()
@@ -142,6 +132,6 @@ def test_bfloat16_weights_are_as_near_as_the_models_own(packed, monkeypatch):
 
 
 def test_slots_longer_than_the_model_are_refused():
-    for slot_len in (0, 97):
-        with pytest.raises(ValueError, match="the model takes 1 to 96"):
+    for slot_len in (0, 257):
+        with pytest.raises(ValueError, match="the model takes 1 to 256"):
             Decoder(network(), 1, slot_len)
