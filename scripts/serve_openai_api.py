@@ -1,0 +1,189 @@
+"""Serve a model by the OpenAI API: chats and completions, streamed or whole, to any client that speaks it.
+
+python scripts/serve_openai_api.py                                      full_sft_512, at http://127.0.0.1:8998/v1
+python scripts/serve_openai_api.py --dim 256 --out_dir out/demo --lora_name identity
+python scripts/serve_openai_api.py --vlm --vision_model out/demo/clip --out_dir out/demo       images in chats, too
+MINIMIND_API_KEY=secret python scripts/serve_openai_api.py --host 0.0.0.0            callers need the key
+
+What a client asks for: that address, the model's name, which is minimind, and the key, or any text where there is none.
+SIGTERM and Ctrl-C finish what is being written and refuse what is new; a second one ends at once.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+
+import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the rooms)
+
+from trainer.arguments import Parser, Switch, add_model_arguments, from_zero, not_negative, positive
+from trainer.errors import UserError, launch, note
+
+API_KEY = "MINIMIND_API_KEY"
+LAST_WORDS = 5  # seconds in which answers that were cut off are told so
+LARGEST_IMAGE = 20 * 2**20  # bytes that --fetch_images takes
+THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits too long for the one that sends
+
+
+def get_args():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--model_mode",
+        type=int,
+        choices=range(4),
+        default=1,
+        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason; with --vlm: 0 pretrain_vlm, 1 sft_vlm, 2 sft_vlm_multi",
+    )
+    parser.add_argument(
+        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: a transformers folder, named by --out_dir"
+    )
+    add_model_arguments(parser)
+    parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
+    parser.add_argument("--vlm", action=Switch, help="a vision-language model: image parts in chats")
+    parser.add_argument("--vision_model", default=None, metavar="DIR", help="with --vlm: a CLIP's transformers folder")
+    parser.add_argument(
+        "--fetch_images", action=Switch, help="also http(s) images: callers choose what this machine asks"
+    )
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    group.add_argument("--max_concurrency", type=positive, default=16, help="answers written at the same time")
+    group.add_argument(
+        "--max_queue", type=not_negative, default=112, help="answers that may wait; then callers get 429"
+    )
+    group = parser.add_argument_group("network")
+    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all of the network may call")
+    group.add_argument("--port", type=not_negative, default=8998, help="0: any free one")
+    group.add_argument("--api_key", default=None, help=f"what callers must send; better set {API_KEY}, which ps hides")
+    group.add_argument(
+        "--cors", action="append", metavar="ORIGIN", help="web page that browsers may call from; '*': all"
+    )
+    group.add_argument("--drain_seconds", type=from_zero, default=30, help="how long SIGTERM waits for what is written")
+    return parser.parse_args()
+
+
+def load(args):
+    """What the flags name: model, tokenizer, and what places images in a prompt, or None."""
+    if not args.vlm:
+        if args.vision_model or args.fetch_images:
+            raise UserError("--vision_model and --fetch_images need --vlm")
+        from eval_model import load_model
+
+        return *load_model(args), None
+    if args.lora_name or args.model_mode > 2:
+        raise UserError("--vlm takes no --lora_name, and --model_mode 0, 1 or 2")
+    import torch
+
+    from eval_vlm import load_model
+    from model.images import place_chat
+
+    model, tokenizer, processor = load_model(args)
+
+    @torch.inference_mode()
+    def place_images(turns):
+        prompt = place_chat(tokenizer, turns, model.config, processor, room=sys.maxsize)  # all of it; checked later
+        ids = prompt.input_ids[0].tolist()
+        if len(ids) >= model.config.max_seq_len:  # is refused; the tower need not look at it
+            return ids, None
+        images = {name: tensor.to(model.device) for name, tensor in prompt.images.items()}
+        return ids, model.embed(prompt.input_ids.to(model.device), **images)[0].float()
+
+    return model, tokenizer, place_images
+
+
+def fetch_image(url: str) -> bytes:
+    """What is at an http(s) address.
+
+    Raises:
+        ApiError: it cannot be had.
+    """
+    import httpx
+
+    from scripts.openai_schema import ApiError
+
+    data = b""
+    try:
+        with httpx.stream("GET", url, timeout=10, follow_redirects=True) as reply:
+            reply.raise_for_status()
+            for piece in reply.iter_bytes():
+                data += piece
+                if len(data) > LARGEST_IMAGE:
+                    raise ApiError(400, f"the image at {url:.200} is larger than {LARGEST_IMAGE >> 20} MiB", "messages")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ApiError(400, f"the image at {url:.200} cannot be had: {error}", "messages") from error
+    return data
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The socket to serve on.
+
+    Raises:
+        UserError: the address is taken, or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: {error}; choose another --port (0: any free one)") from None
+
+
+def serve(app, served, sock: socket.socket, drain_seconds: float) -> None:
+    """Serve until a signal; then finish what is being written, for `drain_seconds` at most."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        deadline = float("inf")
+
+        async def startup(self, sockets=None):
+            await super().startup(sockets)
+            host, port = sock.getsockname()[:2]
+            print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+
+        def handle_exit(self, number, frame):
+            if served.draining:
+                self.should_exit = self.force_exit = True
+            served.draining = True
+            self.deadline = time.monotonic() + drain_seconds
+            note(f"{signal.Signals(number).name}: finishing {len(served.unfinished)} answers (again: end at once)")
+
+        async def on_tick(self, counter):
+            if served.draining and (not served.unfinished or time.monotonic() > self.deadline):
+                for answer in served.unfinished:
+                    served.thread.cancel(answer)
+                self.should_exit = True
+            return await super().on_tick(counter)
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS)
+    Server(config).run(sockets=[sock])
+
+
+def main():
+    args = get_args()
+    api_key = args.api_key or os.environ.get(API_KEY) or None
+    sock = listen(args.host, args.port)
+    from model.engine import Engine, EngineThread
+    from scripts.openai_app import Served, make_app
+    from trainer.runtime import DTYPES
+
+    model, tokenizer, place_images = load(args)
+    engine = Engine(model, tokenizer, slots=args.max_concurrency, dtype=DTYPES[args.dtype])
+    del model  # the engine has its own copy of the weights
+    if args.host not in ("127.0.0.1", "localhost", "::1") and not api_key:
+        note(f"--host {args.host} without a key: whoever reaches this machine may use it (--api_key, or {API_KEY})")
+    thread = EngineThread(engine)
+    served = Served(
+        thread,
+        tokenizer,
+        place_images,
+        fetch_image if args.fetch_images else None,
+        reasoning=args.model_mode == 3 and not args.vlm,
+        capacity=args.max_concurrency + args.max_queue,
+    )
+    sys.setswitchinterval(THREAD_SWITCH)
+    serve(make_app(served, api_key, args.cors or ()), served, sock, args.drain_seconds)
+    thread.close()
+
+
+if __name__ == "__main__":
+    launch(main)

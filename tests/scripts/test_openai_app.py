@@ -1,0 +1,311 @@
+"""scripts/openai_app.py in this process: reasoning, images, failures in the middle, and bodies of every kind."""
+
+import base64
+import io
+import json
+import random
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from model.engine import Engine, EngineThread
+from model.images import image_processor, place_chat
+from model.model_vlm import MiniMindVLM, VLMConfig
+from model.reasoning import split_reasoning
+from scripts import openai_schema as schema
+from scripts.openai_app import Served, make_app
+from tests.model.networks import network
+from tests.scripts.malformed import bodies_by_schema, malformed_bodies
+
+QUESTION = [{"role": "user", "content": "What is a bird?"}]
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture
+def serve(tiny_tokenizer):
+    """Makes a client of an app around a model; closes its engine at the end."""
+    threads = []
+
+    def make(model, slots: int = 4, slot_len: int | None = None, **settings) -> TestClient:
+        engine = Engine(model, tiny_tokenizer, slots=slots, slot_len=slot_len)
+        threads.append(EngineThread(engine))
+        app = make_app(Served(threads[-1], tiny_tokenizer, **settings))
+        app.state.engine = engine
+        return TestClient(app, raise_server_exceptions=False)
+
+    yield make
+    for thread in threads:
+        thread.close()
+
+
+@pytest.fixture(scope="module")
+def model(tiny_tokenizer):
+    return network(vocab_size=len(tiny_tokenizer), max_seq_len=512)
+
+
+def chat(client, messages=QUESTION, **settings):
+    return client.post(
+        "/v1/chat/completions", json={"messages": messages, "temperature": 0, "max_tokens": 8} | settings
+    )
+
+
+def events(reply) -> list:
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    lines = [event.removeprefix("data: ") for event in reply.text.split("\n\n") if event]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+# -------------------------------------------------------------------------------------------------------- reasoning
+
+
+def writes(monkeypatch, client, text: str, tokenizer) -> None:
+    """Let the engine's model write this text, whatever it is asked."""
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    engine = client.app.state.engine
+
+    def logits(hidden):
+        predicted = [slot.answer for slot in engine._slots if slot.answer]
+        rows = torch.full((len(hidden), len(tokenizer)), -50.0)
+        for row, answer in enumerate(predicted):
+            rows[row, ids[min(answer.count, len(ids) - 1)]] = 50.0
+        return rows
+
+    monkeypatch.setattr(engine.decoder, "logits", logits)
+
+
+@pytest.mark.parametrize("reasoning", [True, False])
+def test_a_reasoning_models_thinking_stands_beside_its_answer(reasoning, serve, model, tiny_tokenizer, monkeypatch):
+    text = "<think>\n12 + 30\n= 42\n</think>\n<answer>\nforty-two < 43\n</answer>"
+    client = serve(model, reasoning=reasoning)
+    writes(monkeypatch, client, text, tiny_tokenizer)
+    message = chat(client, max_tokens=200).json()["choices"][0]["message"]
+    chunks = events(chat(client, max_tokens=200, stream=True))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
+    streamed = {name: "".join(d.get(name) or "" for d in deltas) for name in ("content", "reasoning_content")}
+    if reasoning:
+        thinking, answer = split_reasoning(text)
+        assert (thinking, answer) == ("12 + 30\n= 42", "forty-two < 43")
+        assert message == {"role": "assistant", "content": answer, "reasoning_content": thinking}
+        assert streamed == {"content": answer, "reasoning_content": thinking}
+    else:
+        assert message == {"role": "assistant", "content": text}
+        assert streamed == {"content": text, "reasoning_content": ""}
+    assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_log_probabilities_of_a_reasoning_model_cover_its_tags(serve, model, tiny_tokenizer, monkeypatch):
+    client = serve(model, reasoning=True)
+    writes(monkeypatch, client, "<think>\nx\n</think>\n<answer>\ny\n</answer>", tiny_tokenizer)
+    whole = chat(client, max_tokens=50, logprobs=True).json()["choices"][0]["logprobs"]["content"]
+    chunks = events(chat(client, max_tokens=50, logprobs=True, stream=True))[:-1]
+    streamed = [token for c in chunks for token in (c["choices"][0]["logprobs"] or {"content": []})["content"]]
+    assert streamed == whole
+    assert whole[0]["token"] == "<think>"
+
+
+# ----------------------------------------------------------------------------------------------------------- images
+
+
+@pytest.fixture
+def vlm(model, clip_dir, tiny_tokenizer):
+    settings = {"image_token_id": tiny_tokenizer.convert_tokens_to_ids("<image>")}
+    vlm = MiniMindVLM(VLMConfig(**model.config.to_dict() | settings), vision_model=clip_dir).eval()
+    vlm.load_state_dict(model.state_dict(), strict=False)
+    torch.nn.init.normal_(vlm.vision_proj.vision_proj[0].weight, generator=torch.Generator().manual_seed(0))
+    return vlm
+
+
+def picture(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (40, 50), colour).save(file, "png")
+    return file.getvalue()
+
+
+def image_part(data: bytes, kind: str = "image/png") -> dict:
+    return {"type": "image_url", "image_url": {"url": f"data:{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+@pytest.fixture
+def seeing(serve, vlm, clip_dir, tiny_tokenizer):
+    processor = image_processor(clip_dir, 32)
+
+    @torch.no_grad()
+    def place_images(turns):
+        prompt = place_chat(tiny_tokenizer, turns, vlm.config, processor, room=10**9)
+        return prompt.input_ids[0].tolist(), vlm.embed(prompt.input_ids, **prompt.images)[0]
+
+    pages = {"http://pictures.example/red": picture("red")}
+    return serve(vlm, place_images=place_images, fetch=pages.__getitem__)
+
+
+def test_image_parts_are_what_the_model_sees(seeing, vlm, clip_dir, tiny_tokenizer):
+    processor, said = image_processor(clip_dir, 32), []
+    for colours in (["red"], ["blue"], ["red", "blue"], ["blue", "red"]):
+        parts = [image_part(picture(colour)) for colour in colours] + [{"type": "text", "text": "What is it?"}]
+        reply = chat(seeing, [{"role": "user", "content": parts}]).json()
+        turns = [{"role": "user", "content": [*map(picture, colours), "What is it?"]}]
+        prompt = place_chat(tiny_tokenizer, turns, vlm.config, processor)
+        right = vlm.generate(prompt.input_ids, max_new_tokens=8, **prompt.images)[0, prompt.input_ids.size(1) :]
+        said.append(reply["choices"][0]["message"]["content"])
+        assert said[-1] == tiny_tokenizer.decode(right, skip_special_tokens=True)
+        assert reply["usage"]["prompt_tokens"] == prompt.input_ids.size(1)
+    assert len(set(said)) == 4, "the test needs images that matter"
+    fetched = [{"type": "image_url", "image_url": {"url": "http://pictures.example/red"}}, parts[-1]]
+    assert chat(seeing, [{"role": "user", "content": fetched}]).json()["choices"][0]["message"]["content"] == said[0]
+
+
+def test_a_typed_image_marker_is_text(seeing, tiny_tokenizer):
+    plain = chat(seeing, [{"role": "user", "content": "<image> What is it?"}]).json()
+    parts = [{"type": "text", "text": "<image> What "}, {"type": "text", "text": "is it?"}]
+    assert (
+        chat(seeing, [{"role": "user", "content": parts}]).json()["choices"][0]["message"]
+        == (plain["choices"][0]["message"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("data:image/png;base64,%%%", "base64"),
+        ("data:image/png;base64,", "image"),
+        ("data:image/png;base64,aGVsbG8=", "no image of a format"),
+        ("data:text/plain,hello", "data:image/png;base64"),
+        ("data:", "data:image/png;base64"),
+        ("ftp://x/y", "data: URL"),
+        ("", "data: URL"),
+        ("file:///etc/passwd", "data: URL"),
+        ("/etc/passwd", "data: URL"),
+    ],
+)
+def test_what_is_no_image_is_refused(url, said, seeing):
+    reply = chat(seeing, [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}])
+    assert reply.status_code == 400
+    assert said in reply.json()["error"]["message"]
+    assert reply.json()["error"]["param"] == "messages"
+
+
+def test_truncated_images_and_text_models(seeing, serve, model):
+    cut = [{"role": "user", "content": [image_part(picture("red")[:60])]}]
+    assert "cannot be read" in chat(seeing, cut).json()["error"]["message"]
+    reply = chat(serve(model), [{"role": "user", "content": [image_part(picture("red"))]}])
+    assert reply.status_code == 400
+    assert "text only" in reply.json()["error"]["message"]
+
+
+def test_fetching_is_off_unless_switched_on(serve, vlm):
+    client = serve(vlm, place_images=lambda turns: pytest.fail("must not come this far"))
+    part = {"type": "image_url", "image_url": {"url": "http://pictures.example/red"}}
+    reply = chat(client, [{"role": "user", "content": [part]}])
+    assert reply.status_code == 400
+    assert "fetches no addresses" in reply.json()["error"]["message"]
+
+
+# --------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_failure_in_the_middle_is_an_object_and_the_server_goes_on(serve, model, monkeypatch):
+    client = serve(model)
+    right = chat(client).json()["choices"][0]["message"]
+    decoder = client.app.state.engine.decoder
+    read, passes = decoder.read, iter(range(10))
+
+    def failing(spans):
+        if next(passes) in (4, 6):
+            raise RuntimeError("no memory")
+        return read(spans)
+
+    monkeypatch.setattr(decoder, "read", failing)
+    *chunks, last = events(chat(client, stream=True))
+    begun = "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks)
+    assert right["content"].startswith(begun)
+    assert begun not in ("", right["content"])
+    assert last["error"]["code"] == "failed"
+    assert last["error"].keys() == {"message", "type", "param", "code"}
+    reply = chat(client)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+    monkeypatch.setattr(decoder, "read", read)
+    assert chat(client).json()["choices"][0]["message"] == right
+
+
+def test_an_error_of_our_own_is_an_object_too(serve, model, monkeypatch):
+    client = serve(model)
+    monkeypatch.setattr("scripts.openai_app.render_chat", lambda *_, **__: 1 / 0)
+    reply = chat(client)
+    assert reply.status_code == 500
+    assert reply.json()["error"] == {
+        "message": "an error inside the server; its log says which",
+        "type": "server_error",
+        "param": None,
+        "code": "internal",
+    }
+    assert client.get("/health").status_code == 200
+
+
+# ------------------------------------------------------------------------------------------------- bodies of any kind
+
+
+def right_body(path: str) -> dict:
+    common = {"max_tokens": 2, "temperature": 0.5, "seed": 1, "stop": ["x"], "n": 1}
+    if path.endswith("chat/completions"):
+        return common | {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "logprobs": True}
+    return common | {"prompt": ["hi"], "echo": True, "logprobs": 1}
+
+
+ANSWERS = {
+    "/v1/chat/completions": schema.ChatCompletion,
+    "/v1/completions": schema.Completion,
+}
+
+
+def check_reply(reply, kind: type, sent: bytes) -> bool:
+    """Whether it was taken. What comes back has a documented form either way."""
+    if reply.status_code == 200:
+        if reply.headers["content-type"].startswith("text/event-stream"):
+            assert events(reply)[-1] == "[DONE]", sent
+        else:
+            kind.model_validate_json(reply.content, strict=True)
+        return True
+    assert 400 <= reply.status_code < 500, (reply.status_code, reply.text, sent)
+    schema.ErrorBody.model_validate_json(reply.content, strict=True)
+    return False
+
+
+@pytest.mark.parametrize("path", ANSWERS)
+def test_malformed_bodies_never_harm_the_server(path, serve, model):
+    client = serve(model, slot_len=64)
+    taken = [
+        check_reply(client.post(path, content=body, headers={"Content-Type": "application/json"}), ANSWERS[path], body)
+        for body in malformed_bodies(right_body(path), 300, seed=1)
+    ]
+    assert 10 < sum(taken) < 290, "most should be refused, and some mutations be harmless"
+    assert client.post(path, json=right_body(path)).status_code == 200
+
+
+@pytest.mark.parametrize("path", ANSWERS)
+def test_bodies_drawn_from_the_openapi_document_get_documented_answers(path, serve, model):
+    client = serve(model, slot_len=64)
+    document = client.get("/openapi.json").json()
+    operation = document["paths"][path]["post"]
+    assert {"200", "4XX", "5XX"} == operation["responses"].keys()
+    taken = [
+        check_reply(client.post(path, content=body, headers=JSON), ANSWERS[path], body)
+        for body in map(json.dumps, bodies_by_schema(document, operation, 150, seed=2))
+    ]
+    assert sum(taken) > 15
+
+
+def test_random_bytes_and_random_paths(serve, model):
+    client, order = serve(model), random.Random(3)
+    for _ in range(60):
+        body = order.randbytes(order.randrange(60))
+        method = order.choice(["GET", "POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
+        path = order.choice(["/", "/v1", "/v1/models/" + "".join(order.choices("a/%?é\u2603.", k=5)), *ANSWERS])
+        kind = order.choice(
+            ["application/json", "text/plain", "multipart/form-data", "application/x-www-form-urlencoded"]
+        )
+        reply = client.request(method, path, content=body, headers={"Content-Type": kind})
+        assert 400 <= reply.status_code < 500, (method, path, reply.status_code)
+        if method != "HEAD":
+            schema.ErrorBody.model_validate_json(reply.content, strict=True)
