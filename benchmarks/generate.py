@@ -1,0 +1,218 @@
+"""Writing speed, side by side with `transformers`: tokens a second alone and sixteen at once, time to the first token.
+
+    python -m benchmarks.generate                             26M, fp32 and bf16, on this machine's cores or its GPU
+    python -m benchmarks.generate --use_moe --dtype float32
+    python -m benchmarks.generate --dim 768 --n_layers 16 --rounds 3
+
+The peer is transformers' own class for the same network with the same weights (Llama; Qwen2-MoE for a mixture of
+experts), its `generate`, greedy, a batch padded to nothing. Where llama-cpp-python is installed, llama.cpp writes too,
+alone, from the same weights as GGUF. All take turns, round after round, so that a noisy machine disturbs them alike; a
+figure is the median of the rounds. In fp32 the texts must be the same.
+"""
+
+import importlib.util
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from model import LMConfig, MiniMindLM
+from model.engine import Engine, Request
+from model.inference import Span
+from scripts.transformers_format import to_their_config, to_their_state
+from trainer.arguments import Parser, Switch, positive
+from trainer.errors import launch
+from trainer.runtime import DTYPES, pick_device
+from trainer.weights import load_tokenizer
+
+PROMPT, BATCH, LONG_PROMPT = 32, 16, 512
+LENGTHS = (128, 1024, 4096)  # at which a single token is timed
+
+Measured = Callable[[], list[list[int]] | None]  # writes, and returns the tokens
+
+
+def peer_of(model: MiniMindLM, dtype: torch.dtype, device: torch.device):
+    """transformers' class with the weights of `model`."""
+    theirs = to_their_config(model.config)
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**theirs), dtype=dtype, attn_implementation="sdpa")
+    peer.load_state_dict(to_their_state(model.state_dict(), model.config), strict=False)
+    peer.tie_weights()
+    peer.generation_config.eos_token_id = None
+    return peer.to(device).eval()
+
+
+def contenders(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[str, Measured]:
+    """What is timed, by name."""
+    device, n = args.device, args.tokens
+    peer = peer_of(model, dtype, device)
+    own = MiniMindLM(model.config).to(device, dtype).eval()
+    own.load_state_dict(model.state_dict())
+    alone, together = (
+        Engine(own, tokenizer, slots=slots, slot_len=2048, token_budget=LONG_PROMPT) for slots in (1, BATCH)
+    )
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, model.config.vocab_size, (BATCH, PROMPT), generator=generator)
+    long = torch.randint(3, model.config.vocab_size, (args.rounds + 2, 1, LONG_PROMPT), generator=generator)
+    unread = iter(long)  # a new one each time: the engine would know an old one
+
+    def theirs(prompts: torch.Tensor, n: int) -> list[list[int]]:
+        ids = prompts.to(device)
+        with torch.inference_mode():
+            out = peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False)
+        return out[:, ids.size(1) :].tolist()
+
+    def ours(engine: Engine, prompts: torch.Tensor, n: int) -> list[list[int]]:
+        requests = [Request(prompt=ids, max_new_tokens=n, eos_token_id=()) for ids in prompts.tolist()]
+        return [answer.ids[len(answer.request.prompt) :] for answer in engine.run(requests)]
+
+    def forward(network) -> None:
+        with torch.inference_mode():
+            network(long[0].to(device), logits_to_keep=1)
+        synchronize(device)
+
+    return {
+        "transformers, one": lambda: theirs(prompts[:1], n),
+        "engine, one": lambda: ours(alone, prompts[:1], n),
+        "transformers, batch of 16": lambda: theirs(prompts, n),
+        "engine, 16 at once": lambda: ours(together, prompts, n),
+        "engine, 16 one by one": lambda: [ours(alone, prompts[i : i + 1], n)[0] for i in range(BATCH)],
+        "transformers, forward of 512": lambda: forward(peer),
+        "MiniMindLM, forward of 512": lambda: forward(own),
+        "transformers, first token of 512": lambda: theirs(long[1], 1),
+        "engine, first token of 512": lambda: ours(alone, next(unread), 1),
+    }
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def llama_cpp(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[str, Measured]:
+    """llama.cpp on the same weights, where it is installed; nothing otherwise."""
+    if importlib.util.find_spec("llama_cpp") is None or model.config.use_moe or args.device.type != "cpu":
+        return {}
+    from llama_cpp import Llama
+
+    from scripts.gguf_format import write_gguf
+
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_gguf(model, tokenizer, path, "f32" if dtype == torch.float32 else "bf16", "minimind")
+        llama = Llama(str(path), n_ctx=2048, n_threads=threads, n_threads_batch=threads, use_mmap=False, verbose=False)
+    prompt = list(range(100, 100 + PROMPT))
+
+    def write() -> None:
+        llama.reset()
+        for count, _ in enumerate(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), 1):
+            if count == args.tokens:
+                break
+
+    return {"llama.cpp, one": write}
+
+
+def take_turns(measured: dict[str, Measured], rounds: int, device: torch.device) -> tuple[dict[str, float], dict]:
+    """Median seconds of each, and what it wrote."""
+    seconds: dict[str, list[float]] = {name: [] for name in measured}
+    written = {name: write() for name, write in measured.items()}  # also the warm-up
+    for _ in range(rounds):
+        for name, write in measured.items():
+            synchronize(device)
+            started = time.perf_counter()
+            write()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}, written
+
+
+def growth(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> list[tuple[int, float, float]]:
+    """At several lengths: milliseconds of a step for one answer, and of the attention in it by itself."""
+    config = model.config
+    lengths = [length for length in LENGTHS if length <= config.max_seq_len]
+    decoder = Engine(model, tokenizer, slots=1, slot_len=lengths[-1], dtype=dtype).decoder
+    shape = (1, config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim)
+    q = torch.randn(shape, dtype=decoder._kv.dtype, device=args.device)
+    rows = []
+    for length in lengths:
+        kv = decoder._kv[:, 0, :length].permute(2, 0, 3, 1, 4)[:, :, None]
+
+        def attend(kv=kv) -> None:
+            for k, v in zip(*kv, strict=True):
+                F.scaled_dot_product_attention(q, k, v)
+
+        def step(length=length) -> None:
+            decoder.logits(decoder.read([Span(0, length - 1, [5])]))
+
+        times = {step: [], attend: []}
+        with torch.inference_mode():
+            for _ in range(args.rounds * 20):
+                for each, seconds in times.items():
+                    synchronize(args.device)
+                    started = time.perf_counter()
+                    each()
+                    synchronize(args.device)
+                    seconds.append(time.perf_counter() - started)
+        rows.append((length, *(1000 * statistics.median(seconds) for seconds in times.values())))
+    return rows
+
+
+def report(seconds: dict[str, float], n: int) -> None:
+    """The table of one dtype, and the ratios that matter."""
+    for name, time_taken in seconds.items():
+        count = BATCH * n if "16" in name else n
+        if "512" in name:
+            print(f"  {name:<36}{1000 * time_taken:>9.1f} ms")
+        else:
+            print(f"  {name:<36}{count / time_taken:>9.1f} tokens/s")
+    of = seconds.__getitem__
+    print(f"  one stream        {of('transformers, one') / of('engine, one'):.2f} x transformers")
+    print(f"  16 at once        {of('transformers, batch of 16') / of('engine, 16 at once'):.2f} x transformers")
+    print(f"  16 at once        {of('engine, 16 one by one') / of('engine, 16 at once'):.2f} x one by one")
+    first = of("engine, first token of 512")
+    print(f"  first token       {first / of('MiniMindLM, forward of 512'):.2f} of a forward pass of MiniMindLM")
+    print(f"  first token       {first / of('transformers, forward of 512'):.2f} of one of transformers")
+    if "llama.cpp, one" in seconds:
+        print(f"  one stream        {of('llama.cpp, one') / of('engine, one'):.2f} x llama.cpp")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--dim", type=positive, default=512)
+    parser.add_argument("--n_layers", type=positive, default=8)
+    parser.add_argument("--use_moe", action=Switch)
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--tokens", type=positive, default=128, help="that each answer has")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    args = parser.parse_args()
+    args.device = pick_device(args.device)
+
+    tokenizer = load_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"dim": args.dim, "n_layers": args.n_layers, "use_moe": args.use_moe, "vocab_size": len(tokenizer)}
+    model = MiniMindLM(LMConfig(**sizes)).eval()
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    where = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"{size:.1f} M parameters on {where}, prompts of {PROMPT}, answers of {args.tokens}, {args.rounds} rounds")
+    for name in args.dtype:
+        dtype = DTYPES[name]
+        measured = contenders(model, tokenizer, dtype, args) | llama_cpp(model, tokenizer, dtype, args)
+        seconds, written = take_turns(measured, args.rounds, args.device)
+        print(name)
+        report(seconds, args.tokens)
+        if dtype == torch.float32:
+            same = written["transformers, batch of 16"] == written["engine, 16 at once"]
+            print(f"  the same text as transformers, alone and in company: {'yes' if same else 'NO'}")
+        print("  length   a step    attention alone   the rest")
+        for length, step, attention in growth(model, tokenizer, dtype, args):
+            print(f"  {length:>6}{step:>9.2f} ms{attention:>14.2f} ms{step - attention:>12.2f} ms")
+
+
+if __name__ == "__main__":
+    launch(main)
