@@ -1,0 +1,449 @@
+"""A small world of pictures: coloured shapes on varied backgrounds, what can be said of them and asked about them.
+
+Nothing here reads or writes files; `make_demo_images.py` does. All lengths are shares of the picture's side.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+LANGUAGES = ("en", "zh")
+COLOURS = {  # name: (RGB, English, Chinese)
+    "red": ((214, 40, 40), "red", "红色"),
+    "orange": ((245, 133, 24), "orange", "橙色"),
+    "yellow": ((246, 218, 40), "yellow", "黄色"),
+    "green": ((38, 150, 60), "green", "绿色"),
+    "blue": ((40, 80, 214), "blue", "蓝色"),
+    "purple": ((138, 50, 176), "purple", "紫色"),
+    "white": ((248, 248, 248), "white", "白色"),
+    "black": ((16, 16, 16), "black", "黑色"),
+}
+SHAPES = {  # name: (English, Chinese)
+    "circle": ("circle", "圆形"),
+    "square": ("square", "正方形"),
+    "triangle": ("triangle", "三角形"),
+    "star": ("star", "五角星"),
+    "cross": ("cross", "十字"),
+    "ring": ("ring", "圆环"),
+}
+SIZES = {"big": ("big", "大"), "small": ("small", "小")}
+PLACES = {  # (column, row): (English, Chinese)
+    (0, 0): ("top left", "左上角"),
+    (1, 0): ("top", "上方"),
+    (2, 0): ("top right", "右上角"),
+    (0, 1): ("left", "左边"),
+    (1, 1): ("centre", "中间"),
+    (2, 1): ("right", "右边"),
+    (0, 2): ("bottom left", "左下角"),
+    (1, 2): ("bottom", "下方"),
+    (2, 2): ("bottom right", "右下角"),
+}
+NUMBERS = {1: ("one", "一"), 2: ("two", "两"), 3: ("three", "三"), 4: ("four", "四"), 5: ("five", "五")}
+RELATIONS = {  # direction: (English phrase, English answer, Chinese, the direction back)
+    "left": ("to the left of", "left", "左边", "right"),
+    "right": ("to the right of", "right", "右边", "left"),
+    "above": ("above", "above", "上面", "below"),
+    "below": ("below", "below", "下面", "above"),
+}
+BACKGROUNDS = ((176, 176, 172), (140, 146, 150), (184, 170, 150), (150, 164, 180), (160, 150, 164), (150, 166, 148))
+TEXTURES = ("plain", "gradient", "stripes", "checks", "noise")
+CELLS = (0.25, 0.5, 0.75)  # centres of the three columns and rows…
+JITTER = 0.02  # …which the centre of a thing may miss by so much
+RADII = {"big": (0.18, 0.21), "small": (0.1, 0.125), "many": (0.085, 0.1)}
+
+
+def is_held_out(colour: str, shape: str) -> bool:
+    """Whether this colour is kept away from this shape: one shape of each colour is, and a second of every other, so
+    that every colour and every shape is seen, and the pair itself never, by neither the tower nor the language model,
+    and that among such pairs there are some of one colour, and some of one shape."""
+    number = list(COLOURS).index(colour)
+    apart = (list(SHAPES).index(shape) - number) % len(SHAPES)
+    return apart == 0 or (apart == 3 and number % 2 == 0)
+
+
+Pair = tuple[str | None, str]  # colour, None for one that has no name here, and shape
+KINDS_SEEN = [(c, s) for c in COLOURS for s in SHAPES if not is_held_out(c, s)]
+KINDS_HELD_OUT = [(c, s) for c in COLOURS for s in SHAPES if is_held_out(c, s)]
+KINDS_NAMELESS = [(None, s) for s in SHAPES]  # shapes in many more colours: they teach that a shape has nothing to do
+NAMELESS = 60  # with its colour. How far these colours stay from those with a name, in one of red, green and blue
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape in a colour, centred at (x, y) with y downwards, `radius` to its outermost point, turned by degrees."""
+
+    colour: str | None
+    shape: str
+    x: float
+    y: float
+    radius: float
+    turn: float
+
+    @property
+    def pair(self) -> Pair:
+        return self.colour, self.shape
+
+    @property
+    def size(self) -> str:
+        return "big" if self.radius > 0.15 else "small"
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return tuple(min(range(3), key=lambda cell: abs(CELLS[cell] - at)) for at in (self.x, self.y))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Things on a background; `seed` decides what no caption tells: texture, shade, noise.
+
+    `kind` is "one" (a single thing), "many" (1 to 5 of the same kind) or "two" (the first stands `relation` the
+    second).
+    """
+
+    kind: str
+    things: tuple[Thing, ...]
+    seed: int
+    relation: str | None = None
+
+
+# -------------------------------------------------------------------------------------------------- inventing
+
+
+def invent(kind: str, kinds: Sequence[Pair], rng: random.Random) -> Scene:
+    """A random scene whose things are of the given (colour, shape) pairs."""
+    return {"one": _one, "many": _many, "two": _two}[kind](kinds, rng)
+
+
+def _thing(pair: Pair, x: float, y: float, size: str, rng: random.Random) -> Thing:
+    def jittered(at: float) -> float:
+        return at + rng.uniform(-JITTER, JITTER)
+
+    return Thing(*pair, jittered(x), jittered(y), rng.uniform(*RADII[size]), rng.uniform(-12, 12))
+
+
+def _one(kinds, rng: random.Random) -> Scene:
+    x, y = rng.choice(CELLS), rng.choice(CELLS)
+    thing = _thing(rng.choice(kinds), x, y, rng.choice(list(SIZES)), rng)
+    return Scene("one", (thing,), rng.getrandbits(32))
+
+
+def _many(kinds, rng: random.Random) -> Scene:
+    pair, cells = rng.choice(kinds), rng.sample(list(PLACES), rng.choice(list(NUMBERS)))
+    things = tuple(_thing(pair, CELLS[x], CELLS[y], "many", rng) for x, y in cells)
+    return Scene("many", things, rng.getrandbits(32))
+
+
+def _two(kinds, rng: random.Random) -> Scene:
+    first, second = rng.choice(kinds), rng.choice(kinds)
+    while second[1] == first[1] or second[0] == first[0] is not None:
+        second = rng.choice(kinds)
+    relation, across, size = rng.choice(list(RELATIONS)), rng.choice(CELLS), rng.choice(list(SIZES))
+    near, far = (CELLS[0], CELLS[2]) if relation in ("left", "above") else (CELLS[2], CELLS[0])
+    ends = [(near, across), (far, across)] if relation in ("left", "right") else [(across, near), (across, far)]
+    things = tuple(_thing(pair, x, y, size, rng) for pair, (x, y) in zip((first, second), ends, strict=True))
+    return Scene("two", things, rng.getrandbits(32), relation)
+
+
+# ---------------------------------------------------------------------------------------------------- drawing
+
+
+def draw(scene: Scene, side: int) -> Image.Image:
+    """The scene as an RGB picture of side x side pixels; the same scene always gives the same pixels."""
+    rng = np.random.default_rng(scene.seed)
+    fine = 4 * side  # drawn four times finer, then reduced: smooth edges
+    canvas = Image.fromarray(_background(rng, side)).resize((fine, fine), Image.Resampling.NEAREST)
+    nameless = _nameless(rng)
+    for thing in scene.things:
+        colour = COLOURS[thing.colour][0] if thing.colour else nameless
+        fill = tuple(int(v) for v in np.clip(np.array(colour) + rng.integers(-10, 11, 3), 0, 255))
+        form = Image.new("L", canvas.size)
+        for polygon, covers in _outlines(thing):
+            ImageDraw.Draw(form).polygon([(x * fine, y * fine) for x, y in polygon], fill=255 * covers)
+        canvas.paste(fill, mask=form)
+    return canvas.resize((side, side), Image.Resampling.BOX)
+
+
+def _nameless(rng: np.random.Generator) -> np.ndarray:
+    """A colour, int (3,), far from all that have a name, and from the backgrounds."""
+    named = np.array([rgb for rgb, *_ in COLOURS.values()] + list(BACKGROUNDS))
+    while True:
+        colour = rng.integers(0, 256, 3)
+        if np.abs(named - colour).max(1).min() >= NAMELESS:
+            return colour
+
+
+def _background(rng: np.random.Generator, side: int) -> np.ndarray:
+    """A muted, textured ground, uint8 (side, side, 3)."""
+    shade = np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], float) + rng.uniform(-14, 14)
+    y, x = np.mgrid[:side, :side] / side
+    texture = TEXTURES[rng.integers(len(TEXTURES))]
+    angle, period = rng.uniform(0, np.pi), rng.uniform(0.1, 0.25)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    light = {
+        "plain": np.zeros((side, side)),
+        "gradient": 24 * (along - 0.5),
+        "stripes": 9 * np.sign(np.sin(2 * np.pi * along / period)),
+        "checks": 9 * np.sign(np.sin(np.pi * x / period) * np.sin(np.pi * y / period)),
+        "noise": rng.normal(0, 8, (side, side)),
+    }[texture]
+    return np.clip(shade + light[..., None], 0, 255).astype(np.uint8)
+
+
+def _outlines(thing: Thing) -> Iterator[tuple[list[tuple[float, float]], bool]]:
+    """The polygons of a thing, and whether each covers the ground or, as the hole of a ring, leaves it free."""
+    for shape, scale, covers in ((thing.shape, 1.0, True), ("hole", 0.55, False))[: 1 + (thing.shape == "ring")]:
+        turn, radius = math.radians(thing.turn), thing.radius * scale
+        cos, sin = radius * math.cos(turn), radius * math.sin(turn)
+        yield [(thing.x + x * cos - y * sin, thing.y + x * sin + y * cos) for x, y in _unit_outline(shape)], covers
+
+
+def _unit_outline(shape: str) -> list[tuple[float, float]]:
+    """Corners of a shape of radius 1 around (0, 0), y downwards."""
+
+    def spoke(degrees: float, length: float = 1.0) -> tuple[float, float]:
+        return length * math.sin(math.radians(degrees)), -length * math.cos(math.radians(degrees))
+
+    if shape in ("circle", "ring", "hole"):
+        return [spoke(angle) for angle in range(0, 360, 6)]
+    if shape == "square":
+        return [spoke(45 + 90 * k) for k in range(4)]
+    if shape == "triangle":
+        return [spoke(120 * k) for k in range(3)]
+    if shape == "star":
+        return [spoke(36 * k, 1.0 if k % 2 == 0 else 0.42) for k in range(10)]
+    arm = 0.3  # a cross: twelve corners
+    quarter = [(arm, -0.95), (arm, -arm), (0.95, -arm)]
+    corners = []
+    for _ in range(4):
+        corners += quarter
+        quarter = [(-y, x) for x, y in quarter]
+    return corners
+
+
+# -------------------------------------------------------------------------------------------------- captions
+
+
+def captions(scene: Scene, lang: str) -> list[str]:
+    """What may be said of a scene in a language: everything first, then less."""
+    first = scene.things[0]
+    parts = [say_shape(first.shape, lang)]
+    if first.colour:
+        parts.append(say_colour(first.colour, lang))
+    if scene.kind == "one":
+        whole = say_where(first.pair, first.size, first.place, lang)
+        return [whole, say_where_first(first.pair, first.size, first.place, lang), say_what(first.pair, lang), *parts]
+    if scene.kind == "many":
+        number = len(scene.things)
+        return [say_how_many(first.pair, number, lang), say_number(number, lang), *parts]
+    relation, back = scene.relation, RELATIONS[scene.relation][3]
+    names = [
+        (
+            say_what(thing.pair, lang),
+            say_shape(thing.shape, lang),
+            *([say_colour(thing.colour, lang)] if thing.colour else []),
+        )
+        for thing in scene.things
+    ]
+    return [
+        said
+        for one, other in zip(*names, strict=True)
+        for said in (say_relation(one, relation, other, lang), say_relation(other, back, one, lang))
+    ]
+
+
+def alternatives(scene: Scene, lang: str) -> Iterator[tuple[str, list[str], int]]:
+    """What else a caption might say: (what is in question, captions, number of the true one), for zero-shot exams."""
+    first, second = scene.things[0], scene.things[-1]
+    if scene.kind == "one":
+        pairs, places = [(c, s) for c in COLOURS for s in SHAPES], list(PLACES)
+        yield "colour and shape", [say_what(pair, lang) for pair in pairs], pairs.index(first.pair)
+        described = [say_where(first.pair, first.size, place, lang) for place in places]
+        yield "position", described, places.index(first.place)
+    elif scene.kind == "many":
+        numbers = list(NUMBERS)
+        yield "count", [say_how_many(first.pair, n, lang) for n in numbers], numbers.index(len(scene.things))
+    else:
+        relations = list(RELATIONS)
+        pairs = say_what(first.pair, lang), say_what(second.pair, lang)
+        described = [say_relation(pairs[0], relation, pairs[1], lang) for relation in relations]
+        yield "relation", described, relations.index(scene.relation)
+
+
+def _name(pair: Pair, lang: str) -> str:
+    """'red circle', '红色圆形'; of a colour without a name the shape alone."""
+    colour, shape = COLOURS[pair[0]][1:] if pair[0] else ("", ""), SHAPES[pair[1]]
+    return f"{colour[0]} {shape[0]}".lstrip() if lang == "en" else f"{colour[1]}{shape[1]}"
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def say_what(pair: Pair, lang: str) -> str:
+    return _article(_name(pair, "en")) if lang == "en" else f"一个{_name(pair, 'zh')}"
+
+
+def say_where(pair: Pair, size: str, place: tuple[int, int], lang: str) -> str:
+    if lang == "zh":
+        return f"{PLACES[place][1]}有一个{SIZES[size][1]}的{_name(pair, lang)}"
+    return f"a {SIZES[size][0]} {_name(pair, lang)} {'in' if place == (1, 1) else 'at'} the {PLACES[place][0]}"
+
+
+def say_where_first(pair: Pair, size: str, place: tuple[int, int], lang: str) -> str:
+    i = LANGUAGES.index(lang)
+    said = [SHAPES[pair[1]][i], *([COLOURS[pair[0]][1 + i]] if pair[0] else []), SIZES[size][i]]
+    return f"{PLACES[place][1]}：{'，'.join(said)}" if i else f"{PLACES[place][0]}: {_article(', '.join(said))}"
+
+
+def say_colour(colour: str, lang: str) -> str:
+    return f"something {COLOURS[colour][1]}" if lang == "en" else f"{COLOURS[colour][2]}的东西"
+
+
+def say_shape(shape: str, lang: str) -> str:
+    return _article(SHAPES[shape][0]) if lang == "en" else f"一个{SHAPES[shape][1]}"
+
+
+def say_number(number: int, lang: str) -> str:
+    things = "thing" if number == 1 else "things"
+    return f"{NUMBERS[number][0]} {things}" if lang == "en" else f"{NUMBERS[number][1]}个东西"
+
+
+def say_how_many(pair: Pair, number: int, lang: str) -> str:
+    if lang == "zh":
+        return f"{NUMBERS[number][1]}个{_name(pair, lang)}"
+    ending = "" if number == 1 else "es" if pair[1] == "cross" else "s"
+    return f"{NUMBERS[number][0]} {_name(pair, lang)}{ending}"
+
+
+def say_relation(first: str, relation: str, second: str, lang: str) -> str:
+    """Of what `say_what`, `say_colour` and `say_shape` say."""
+    en, _, zh, _ = RELATIONS[relation]
+    return f"{first}在{second}的{zh}" if lang == "zh" else f"{first} {en} {second}"
+
+
+# ------------------------------------------------------------------------------------------- questions, answers
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene, or about two, and its answer, both in `lang`."""
+
+    kind: str
+    lang: str
+    text: str
+    answer: str
+
+
+ASKED = {  # kind: language: phrasings; {} is filled in by what the question is about
+    "colour": {
+        "en": ("What colour is the object?", "Tell me the colour of the object."),
+        "zh": ("物体是什么颜色的？", "请说出物体的颜色。"),
+    },
+    "shape": {
+        "en": ("What shape is the object?", "Tell me the shape of the object."),
+        "zh": ("物体是什么形状的？", "请说出物体的形状。"),
+    },
+    "position": {
+        "en": ("Where is the object?", "In which part of the picture is the object?"),
+        "zh": ("物体在哪里？", "物体在图中的哪个位置？"),
+    },
+    "size": {
+        "en": ("Is the object big or small?", "Tell me the size of the object."),
+        "zh": ("物体是大还是小？", "请说出物体的大小。"),
+    },
+    "count": {
+        "en": ("How many objects are there?", "Count the objects."),
+        "zh": ("图中有几个物体？", "数一数物体有几个。"),
+    },
+    "relation": {
+        "en": ("Where is the {0}, seen from the {1}?", "On which side of the {1} is the {0}?"),
+        "zh": ("{0}在{1}的哪一边？", "从{1}看，{0}在哪一边？"),
+    },
+    "colour of one": {
+        "en": ("What colour is the object {}?", "Tell me the colour of the object {}."),
+        "zh": ("{}的物体是什么颜色的？", "请说出{}的物体的颜色。"),
+    },
+    "shape of one": {
+        "en": ("What shape is the object {}?", "Tell me the shape of the object {}."),
+        "zh": ("{}的物体是什么形状的？", "请说出{}的物体的形状。"),
+    },
+    "same colour": {
+        "en": ("Do the two objects have the same colour?", "Are both objects of one colour?"),
+        "zh": ("两个物体的颜色相同吗？", "两张图里物体的颜色一样吗？"),
+    },
+    "same shape": {
+        "en": ("Do the two objects have the same shape?", "Are both objects of one shape?"),
+        "zh": ("两个物体的形状相同吗？", "两张图里物体的形状一样吗？"),
+    },
+    "bigger": {
+        "en": ("Which picture shows the bigger object?", "In which picture is the object bigger?"),
+        "zh": ("哪张图里的物体更大？", "更大的物体在哪张图里？"),
+    },
+}
+ONE_OF_TWO = {  # direction: how that one of two objects is called
+    "left": ("on the left", "左边"),
+    "right": ("on the right", "右边"),
+    "above": ("at the top", "上面"),
+    "below": ("at the bottom", "下面"),
+}
+SAME = {True: ("Yes, the same.", "相同。"), False: ("No, different.", "不同。")}
+ORDINALS = (("The first.", "第一张。"), ("The second.", "第二张。"))
+DESCRIBE = {
+    "en": ("Describe the picture.", "What do you see?", "What is in the picture?"),
+    "zh": ("请描述这张图片。", "图里有什么？", "你看到了什么？"),
+}
+
+
+def _ask(kind: str, lang: str, rng: random.Random, *about: str) -> str:
+    return rng.choice(ASKED[kind][lang]).format(*about)
+
+
+def _sentence(answer: str, lang: str) -> str:
+    """'top left' -> 'Top left.', '左上角' -> '左上角。'"""
+    return f"{answer[0].upper()}{answer[1:]}." if lang == "en" else f"{answer}。"
+
+
+def questions(scene: Scene, lang: str, rng: random.Random) -> list[Question]:
+    """All that can be asked about a scene, each once, in a random phrasing."""
+    i = LANGUAGES.index(lang)
+    first = scene.things[0]
+
+    def made(kind: str, answer: str, *about: str) -> Question:
+        return Question(kind, lang, _ask(kind, lang, rng, *about), _sentence(answer, lang))
+
+    if scene.kind == "one":
+        return [
+            *([made("colour", COLOURS[first.colour][1 + i])] if first.colour else []),
+            made("shape", SHAPES[first.shape][i]),
+            made("position", PLACES[first.place][i]),
+            made("size", SIZES[first.size][i]),
+        ]
+    if scene.kind == "many":
+        number = NUMBERS[len(scene.things)][i]
+        return [made("count", number if lang == "en" else f"{number}个")]
+    second = scene.things[1]
+    _, en, zh, back = RELATIONS[scene.relation]
+    one, direction = rng.choice([(first, scene.relation), (second, back)])
+    called = ONE_OF_TWO[direction][i]
+    return [
+        made("relation", (en, zh)[i], SHAPES[first.shape][i], SHAPES[second.shape][i]),
+        *([made("colour of one", COLOURS[one.colour][1 + i], called)] if one.colour else []),
+        made("shape of one", SHAPES[one.shape][i], called),
+    ]
+
+
+def comparisons(first: Scene, second: Scene, lang: str, rng: random.Random) -> list[Question]:
+    """All that can be asked about two scenes of one thing each."""
+    i = LANGUAGES.index(lang)
+    a, b = first.things[0], second.things[0]
+    asked = [
+        ("same colour", SAME[a.colour == b.colour][i]),
+        ("same shape", SAME[a.shape == b.shape][i]),
+    ]
+    if a.size != b.size:
+        asked.append(("bigger", ORDINALS[b.size == "big"][i]))
+    return [Question(kind, lang, _ask(kind, lang, rng), answer) for kind, answer in asked]

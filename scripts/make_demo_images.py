@@ -1,0 +1,211 @@
+"""Draw the demo's pictures and write what is said and asked of them: for the tower, for both VLM stages, for the exams.
+
+    python scripts/make_demo_images.py                    writes dataset/demo/images/ and five jsonl files beside it
+    python scripts/make_demo_images.py --eval_images      draws the few pictures of dataset/eval_images/ instead
+
+    clip_captions.jsonl       {"image", "captions": [...]}                       for scripts/train_clip.py
+    eval_clip.jsonl           {"image", "kind", "lang", "choices", "answer"}     and its examination
+    pretrain_vlm_data.jsonl   {"image", "conversations"}: descriptions           for train_pretrain_vlm.py
+    sft_vlm_data.jsonl        the same: questions, two pictures at once, text    for train_sft_vlm.py
+    eval_vlm.jsonl            {"image": [...], "question", "answers", "kind", "lang"}
+
+The same seed gives the same bytes. No file that this script did not write is replaced. Pictures of an examination show
+only pairs of colour and shape that no picture to learn from has (`demo_scenes.is_held_out`).
+"""
+
+import hashlib
+import io
+import json
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+import _repo  # noqa: F401  (lets `python scripts/make_demo_images.py` find the rooms)
+
+from scripts.demo_scenes import (
+    DESCRIBE,
+    KINDS_HELD_OUT,
+    KINDS_NAMELESS,
+    KINDS_SEEN,
+    LANGUAGES,
+    Question,
+    Scene,
+    alternatives,
+    captions,
+    comparisons,
+    draw,
+    invent,
+    questions,
+)
+from scripts.make_demo_data import build, chat, exam, read_manifest, sentence, write
+from trainer.arguments import ROOT, Parser, Switch, above_zero
+from trainer.errors import UserError, launch
+from trainer.files import replacing
+
+SIDE = 96  # pixels
+SCENES = {"one": 6000, "many": 3000, "two": 3000}  # to learn from…
+NAMELESS = {"one": 2500, "many": 1000, "two": 1000}  # …and of things in colours that have no name
+EXAMINED = 200  # scenes of each kind, and comparisons, in each language
+COMPARED = 5000  # pairs of pictures to learn from
+TEXT_LINES = 6000  # chats without a picture, so that the language model forgets nothing
+MARKER = "<image>\n"
+
+
+def invent_all(counts: dict[str, int], kinds: Sequence[tuple[str, str]], name: str, rng: random.Random):
+    """{file name: scene}, so many of each kind."""
+    scenes = [invent(kind, kinds, rng) for kind, count in counts.items() for _ in range(count)]
+    return {f"{name}_{number:05d}.jpg": scene for number, scene in enumerate(scenes)}
+
+
+def descriptions(scenes: dict[str, Scene], rng: random.Random) -> list[dict]:
+    lines = []
+    for name, scene in scenes.items():
+        lang = rng.choice(LANGUAGES)
+        described = captions(scene, lang)[0]
+        question = MARKER + rng.choice(DESCRIBE[lang])
+        lines.append({"image": name} | chat(question, sentence(described[0].upper() + described[1:], lang)))
+    rng.shuffle(lines)
+    return lines
+
+
+def conversation(names: Sequence[str], asked: Sequence[Question], rng: random.Random) -> dict:
+    """Questions and answers about the same picture or pictures, in any order."""
+    turns = [text for question in rng.sample(asked, len(asked)) for text in (question.text, question.answer)]
+    turns[0] = MARKER * len(names) + turns[0]
+    return {"image": ",".join(names)} | chat(*turns)
+
+
+def pairs(scenes: dict[str, Scene], count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Names of two pictures of one thing each, of which one is big and one small: in a quarter of the pairs of the same
+    colour and shape, in a quarter each only of the same colour, only of the same shape, and of neither."""
+    alike = defaultdict(list)
+    for name, scene in scenes.items():
+        if scene.kind == "one" and scene.things[0].colour:
+            alike[scene.things[0].colour, scene.things[0].shape, scene.things[0].size].append(name)
+    kinds = [
+        [(a, b) for a, b in product(alike, alike) if (a[0] == b[0], a[1] == b[1]) == same and a[2] != b[2]]
+        for same in product((True, False), repeat=2)
+    ]
+    kinds = [kind for kind in kinds if kind]  # among very few pictures there may be none alike
+    chosen = [rng.choice(kinds[number % len(kinds)]) for number in range(count)]
+    return [(rng.choice(alike[a]), rng.choice(alike[b])) for a, b in chosen]
+
+
+def lessons(scenes: dict[str, Scene], compared: int, text_lines: int, rng: random.Random) -> list[dict]:
+    """The SFT lines: all questions about each picture, about pairs of them, and chats without one."""
+    lines = [conversation([name], questions(scene, rng.choice(LANGUAGES), rng), rng) for name, scene in scenes.items()]
+    for first, second in pairs(scenes, compared, rng):
+        asked = comparisons(scenes[first], scenes[second], rng.choice(LANGUAGES), rng)
+        lines.append(conversation([first, second], asked, rng))
+    lines += rng.sample(build(rng.randrange(1000))["sft_mini_512.jsonl"], text_lines)
+    rng.shuffle(lines)
+    return lines
+
+
+def examination(scenes: dict[str, Scene], compared: int, rng: random.Random) -> list[dict]:
+    """Each question about each picture, in each language half of the pictures, and about pairs."""
+    asked = [
+        ([name], question)
+        for number, (name, scene) in enumerate(scenes.items())
+        for question in questions(scene, LANGUAGES[number % 2], rng)
+    ]
+    asked += [
+        ([first, second], question)
+        for number, (first, second) in enumerate(pairs(scenes, 2 * compared, rng))
+        for question in comparisons(scenes[first], scenes[second], LANGUAGES[number // 4 % 2], rng)
+    ]
+    return [{"image": names} | exam(q.text, (q.answer,), q.kind, q.lang) for names, q in asked]
+
+
+def zero_shot(scenes: dict[str, Scene]) -> list[dict]:
+    """For each picture, in each language: which of these captions is true?"""
+    return [
+        {"image": name, "kind": kind, "lang": lang, "choices": choices, "answer": answer}
+        for name, scene in scenes.items()
+        for lang in LANGUAGES
+        for kind, choices, answer in alternatives(scene, lang)
+    ]
+
+
+def as_jpeg(scene: Scene, side: int = SIDE) -> bytes:
+    file = io.BytesIO()
+    draw(scene, side).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+def eval_images(rng: random.Random) -> dict[str, bytes]:
+    """A few larger pictures for eval_vlm.py, {file name: JPEG}; the names say what they show."""
+    kinds = ("one", "many", "two", "one", "many", "two", "one", "one")
+    pairs = rng.sample(KINDS_HELD_OUT, len(kinds))  # so that no pair fills the folder
+    scenes = [invent(kind, KINDS_HELD_OUT if kind == "two" else [pairs.pop()], rng) for kind in kinds]
+    names = (f"{number} {captions(scene, 'en')[0]}".replace(" ", "_") for number, scene in enumerate(scenes, 1))
+    return {f"{name}.jpg": as_jpeg(scene, 224) for name, scene in zip(names, scenes, strict=True)}
+
+
+def write_images(images: dict[str, bytes], folder: Path) -> str:
+    """Write pictures, and a manifest of what was written; returns a line about them.
+
+    Raises:
+        UserError: a file is there that this script did not write, or that was changed since; nothing is written then.
+    """
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
+    ours = read_manifest(folder / "manifest.json")
+    there = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (folder.iterdir() if folder.is_dir() else ())
+        if path.name != "manifest.json" and not path.name.startswith(".")
+    }
+    for name, digest in there.items():
+        if digest not in (ours.get(name), digests.get(name)):
+            raise UserError(f"{folder / name} was not written by this script, or was changed: move it elsewhere")
+    missing = {name: content for name, content in images.items() if there.get(name) != digests[name]}
+    old = there.keys() - digests.keys()
+    if missing or old:
+        folder.mkdir(parents=True, exist_ok=True)
+        # before the pictures, so that a run cut short knows its own files again
+        with replacing(folder / "manifest.json") as temporary:
+            temporary.write_text(json.dumps(ours | digests) + "\n", encoding="utf-8")
+        temporary = folder / ".picture.tmp"
+        for name, content in missing.items():  # whole or not there; not flushed one by one, which takes minutes
+            temporary.write_bytes(content)
+            temporary.replace(folder / name)
+        for name in old:
+            (folder / name).unlink()
+    return f"{'images/':<24}{len(images):>8} files  {'written' if missing else 'unchanged'}"
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "dataset" / "demo")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--scale", type=above_zero, default=1.0, help="share of the usual number of pictures and lines")
+    parser.add_argument("--eval_images", action=Switch, help="draw dataset/eval_images/ instead")
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    if args.eval_images:
+        print(write_images(eval_images(rng), ROOT / "dataset" / "eval_images"))
+        return
+
+    def some(count: int) -> int:
+        return max(8, round(count * args.scale))
+
+    learned = invent_all({kind: some(count) for kind, count in SCENES.items()}, KINDS_SEEN, "learned", rng)
+    learned |= invent_all({kind: some(count) for kind, count in NAMELESS.items()}, KINDS_NAMELESS, "nameless", rng)
+    examined = invent_all(dict.fromkeys(SCENES, 2 * some(EXAMINED)), KINDS_HELD_OUT, "examined", rng)
+    images = {name: as_jpeg(scene) for name, scene in (learned | examined).items()}
+    print(write_images(images, args.out_dir / "images"))
+    said = {name: [text for lang in LANGUAGES for text in captions(scene, lang)] for name, scene in learned.items()}
+    files = {
+        "clip_captions.jsonl": [{"image": name, "captions": texts} for name, texts in said.items()],
+        "eval_clip.jsonl": zero_shot(examined),
+        "pretrain_vlm_data.jsonl": descriptions(learned, rng),
+        "sft_vlm_data.jsonl": lessons(learned, some(COMPARED), some(TEXT_LINES), rng),
+        "eval_vlm.jsonl": examination(examined, some(EXAMINED), rng),
+    }
+    print("\n".join(write(files, args.out_dir)))
+
+
+if __name__ == "__main__":
+    launch(main)
