@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-vlm test lint bench clean
 
 $(VENV)/.user: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,6 +16,9 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.user
 
 demo: $(VENV)/.user  ## from nothing to a model that answers, in minutes
 	$(BIN)/python scripts/demo.py
+
+demo-vlm: $(VENV)/.user  ## the demo's model learns to see
+	$(BIN)/python scripts/demo_vlm.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2

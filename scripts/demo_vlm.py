@@ -1,0 +1,105 @@
+"""Eyes for the demo's model in minutes: pictures, a tower, two stages, an examination. `make demo-vlm` runs it.
+
+Everything lies in dataset/demo/ and out/demo/; what is there from an earlier call is used again, and an interrupted
+training goes on where it stopped. Where the language model is missing, scripts/demo.py makes it first.
+
+The examination shows pictures of things whose colour and shape no picture to learn from has together. Beside each share
+stand two that need no eyes: that of the most frequent answer, and what is right when the pictures are shuffled among
+the questions of a kind. If the second is not down at the first, the questions gave something away.
+"""
+
+import time
+
+import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the rooms)
+
+from model import MiniMindLM
+from scripts.demo import DATA, EXAMS, OUT
+from scripts.examination import answer, read_lines, run
+from scripts.scoring import tally
+from scripts.vlm_exam import look, shares, shuffled
+from trainer.errors import launch
+from trainer.files import save_json
+from trainer.runtime import pick_device
+from trainer.vision import load_vlm, open_vision
+from trainer.weights import load_tokenizer, load_weights
+
+SIZE = ("--dim", "256", "--n_layers", "8")
+PICTURES = TOWER = ()  # each script's own defaults are the demo's
+TRAINING = (
+    *("--max_seq_len", "256", "--batch_size", "8", "--accumulation_steps", "1", "--warmup_iters", "20"),
+    *("--optimizer", "muon", "--epochs", "1", "--eval_interval", "0", "--cache_features"),
+)
+PRETRAIN = ("--learning_rate", "2e-3", "--unfreeze_last", "1", "--max_steps", "150")
+SFT = ("--learning_rate", "1e-3", "--max_steps", "700")
+BARS = {
+    "colour": 0.9,
+    "shape": 0.9,
+    "position": 0.9,
+    "count": 0.8,
+    "same colour": 0.85,
+    "same shape": 0.85,
+    "bigger": 0.85,
+}
+TEXT_BAR = 0.03  # what the language model may lose on questions without a picture
+
+
+def text_ability(model: MiniMindLM, tokenizer) -> dict[str, float]:
+    """Shares right of the demo's questions without a picture, for each language."""
+    questions = [question for exam in EXAMS for question in read_lines(DATA / f"eval_{exam}.jsonl")]
+    replies, _ = answer(model, tokenizer, [question["question"] for question in questions])
+    return {lang: right / of for (lang, kind), (right, of) in tally(questions, replies).items() if kind == "all"}
+
+
+def show_examination() -> dict:
+    """Ask everything, print what a person wants to see, return the figures."""
+    tokenizer, device, vision = load_tokenizer(), pick_device(None), open_vision(str(OUT / "clip"))
+    model = load_vlm(OUT / f"sft_vlm_{SIZE[1]}.pth", None, tokenizer, vision).to(device).eval()
+    exam = read_lines(DATA / "eval_vlm.jsonl")
+    replies = look(model, tokenizer, vision.processor, DATA / "images", exam)
+    blind = look(model, tokenizer, vision.processor, DATA / "images", shuffled(exam))
+    table = shares(exam, replies, blind)
+    print("\nPictures of things whose colour and shape were never seen together (greedy, exact match):")
+    print(f"{'lang':<6}{'kind':<16}{'asked':>6}{'right':>9}{'bar':>7}{'majority':>10}{'shuffled':>10}")
+    for (lang, kind), row in sorted(table.items()):
+        bar = f"{BARS[kind]:.0%}" if kind in BARS else ""
+        missed = " missed" if kind in BARS and row["right"] < BARS[kind] else ""
+        guessed = " too much: the question gives something away" if row["shuffled"] > row["limit"] else ""
+        shown = f"{row['right']:>9.1%}{bar:>7}{row['majority']:>10.1%}{row['shuffled']:>10.1%}"
+        print(f"{lang:<6}{kind:<16}{row['asked']:>6}{shown}{missed}{guessed}")
+
+    before = text_ability(load_weights(OUT / f"full_sft_{SIZE[1]}.pth", None, tokenizer).to(device).eval(), tokenizer)
+    after = text_ability(model, tokenizer)
+    print("\nQuestions without a picture, before and after it learned to see (may lose 3 points):")
+    for lang in before:
+        lost = before[lang] - after[lang]
+        print(f"  {lang}: {before[lang]:.1%} -> {after[lang]:.1%}{' missed' if lost > TEXT_BAR else ''}")
+    return {
+        "pictures": {f"{lang}/{kind}": row for (lang, kind), row in table.items()},
+        "text_before": before,
+        "text_after": after,
+    }
+
+
+def main():
+    out = ("--out_dir", str(OUT))
+    if not (OUT / f"full_sft_{SIZE[1]}.pth").is_file():
+        run("scripts/demo.py")
+    started = time.monotonic()
+    run("scripts/make_demo_images.py", "--out_dir", str(DATA), *PICTURES)
+    data = ("--images_path", str(DATA / "images"), "--data_path")
+    if not (OUT / "clip").is_dir():
+        captions, exam = str(DATA / "clip_captions.jsonl"), str(DATA / "eval_clip.jsonl")
+        run("scripts/train_clip.py", *data, captions, "--eval_path", exam, "--out_dir", str(OUT / "clip"), *TOWER)
+    eyes = ("--vision_model", str(OUT / "clip"))
+    for stage, flags in (("pretrain_vlm", PRETRAIN), ("sft_vlm", SFT)):
+        lines = str(DATA / f"{stage}_data.jsonl")
+        run(f"train_{stage}.py", *SIZE, *out, *eyes, *data, lines, *TRAINING, *flags, "--resume")
+    save_json(show_examination(), OUT / "accuracy_vlm.json")
+    print(f"\nthis call took {(time.monotonic() - started) / 60:.1f} minutes, the language model's own not counted")
+    sheet = ("--out", str(OUT / "contact_sheet.png"), "--data_dir", str(DATA))
+    run("scripts/contact_sheet.py", *sheet, *out, *SIZE[:2])
+    run("eval_vlm.py", *SIZE, *out, *eyes, "--temperature", "0", "--max_new_tokens", "48")
+
+
+if __name__ == "__main__":
+    launch(main)

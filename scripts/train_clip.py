@@ -1,0 +1,284 @@
+"""Contrastive learning: a small CLIP from nothing, which learns to tell which caption belongs to which picture.
+
+    python scripts/train_clip.py              learns from dataset/demo/clip_captions.jsonl, writes out/demo/clip/
+
+Two networks meet in one space (Radford et al. 2021, arXiv:2103.00020): a vision transformer makes a vector of a
+picture, a text transformer one of a caption. In a batch every picture is compared with every caption; the loss asks
+that each find its own. Nobody tells the network what a colour or a star is: it must see them to tell captions apart.
+The result is a `transformers` CLIP folder, and its vision half is the tower of the vision-language model.
+
+What the tower gives to the language model is its patch tokens, of which CLIP's own loss, read from the class token,
+trains those of the last layer not at all. So here the mean of the patch tokens is taught to find its caption as well.
+
+At the end it is examined on pictures of things it never saw, without any training for it (zero-shot): which of several
+captions is nearest?
+"""
+
+import math
+import random
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import _repo  # noqa: F401  (lets `python scripts/train_clip.py` find the rooms)
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+from dataset.jsonl import BadRecord, DataError, JsonlReader
+from model.images import ImageError, read_image, to_pixels, usual_processor
+from trainer.arguments import ROOT, Parser, Switch, above_zero, positive
+from trainer.errors import UserError, launch
+from trainer.files import save_json
+from trainer.runtime import DTYPES, default_dtype, pick_device
+from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
+
+DEMO = ROOT / "dataset" / "demo"
+POSITION = 0.3  # deviation of what stands for a patch's row, and of its column's, at the start
+WORDS = 500  # entries of the captions' own byte-level BPE; 256 of them are the bytes
+
+
+def get_args():
+    parser = Parser(__doc__)
+    parser.add_argument("--data_path", type=Path, default=DEMO / "clip_captions.jsonl", help='{"image", "captions"}')
+    parser.add_argument("--eval_path", type=Path, default=DEMO / "eval_clip.jsonl", help="what choices to offer")
+    parser.add_argument("--images_path", type=Path, default=DEMO / "images")
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "demo" / "clip", help="the folder to make")
+    parser.add_argument("--overwrite", action=Switch, help="replace the folder of an earlier run")
+    parser.add_argument("--image_size", type=positive, default=64, help="pixels at each side")
+    parser.add_argument("--patch_size", type=positive, default=16)
+    parser.add_argument("--width", type=positive, default=192, help="of both networks, and of the space they share")
+    parser.add_argument("--layers", type=positive, default=4, help="of the vision network; the text network has half")
+    parser.add_argument("--steps", type=positive, default=1100)
+    parser.add_argument("--batch_size", type=positive, default=256)
+    parser.add_argument("--learning_rate", type=above_zero, default=1.5e-3)
+    parser.add_argument("--warmup_iters", type=positive, default=50)
+    parser.add_argument("--log_interval", type=positive, default=50)
+    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of autocast (default: what the machine computes in)")
+    parser.add_argument("--seed", type=int, default=42)
+    return parser.parse_args()
+
+
+def info_nce(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor) -> Tensor:
+    """Symmetric InfoNCE (van den Oord et al. 2018, arXiv:1807.03748; in CLIP's form).
+
+    The similarity of picture i and caption j is scale * cos(i, j). Seen from a picture, the captions are classes and
+    its own is the right one; seen from a caption, the pictures are. Where several captions of a batch are the same
+    text, each is as right as the others, and the target is shared out among them.
+
+    Args:
+        images, texts: (batch, width), of any length; pair i is images[i], texts[i].
+        scale: the inverse temperature, learned.
+        same: bool (batch, batch), symmetric, True where captions i and j are the same text; the diagonal is.
+
+    Returns:
+        the mean of both cross-entropies, nats, fp32 scalar.
+    """
+    similarity = scale * F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
+    target = same / same.sum(1, keepdim=True)
+    from_images = -(target * similarity.log_softmax(1)).sum(1).mean()
+    from_texts = -(target * similarity.T.log_softmax(1)).sum(1).mean()
+    return (from_images + from_texts) / 2
+
+
+def picture_vectors(clip: CLIPModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels (pictures, 3, H, W) -> what the class token says, as CLIP has it, and what the patch tokens say in their
+    mean, each (pictures, width)."""
+    seen = clip.vision_model(pixel_values=pixels)
+    patches = clip.vision_model.post_layernorm(seen.last_hidden_state[:, 1:].mean(1))
+    return clip.visual_projection(seen.pooler_output), clip.visual_projection(patches)
+
+
+def caption_vectors(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
+    """Captions -> (captions, width)."""
+    batch = tokenizer(texts, padding=True, return_tensors="pt").to(clip.device)
+    hidden = clip.text_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return clip.text_projection(hidden.pooler_output)
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+
+def caption_record(record: dict) -> tuple[str, list[str]]:
+    image, texts = record.get("image"), record.get("captions")
+    if not isinstance(image, str) or not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
+        raise BadRecord('not {"image": name, "captions": [text, …]}')
+    if not texts:
+        raise BadRecord('"captions" is empty')
+    return image, texts
+
+
+def choice_record(record: dict) -> tuple[str, str, str, list[str], int]:
+    try:
+        return tuple(record[key] for key in ("image", "kind", "lang", "choices", "answer"))
+    except KeyError as missing:
+        raise BadRecord(f"the key {missing} is missing") from None
+
+
+def load_pictures(names: list[str], args) -> Tensor:
+    """All pictures as the tower wants them, fp16 (pictures, 3, H, W): they fit in memory, and are read once."""
+    processor = usual_processor(args.image_size)
+    try:
+        return torch.cat([to_pixels(processor, [read_image(args.images_path / name)]).half() for name in names])
+    except ImageError as error:
+        raise DataError(str(error)) from error
+
+
+def train_caption_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE with CLIP's two marks; the end is where the text network gives its vector."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    marks = ["<|startoftext|>", "<|endoftext|>", "<pad>"]  # the end is not 2, by which transformers knows an old CLIP
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=WORDS, special_tokens=marks, initial_alphabet=alphabet, show_progress=False),
+    )
+    start, end, pad = marks
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(start, 0), (end, 1)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=start, eos_token=end, pad_token=pad)
+
+
+# ------------------------------------------------------------------------------------------------------ network
+
+
+def make_clip(args, tokenizer: PreTrainedTokenizerFast, longest: int) -> CLIPModel:
+    """The two networks, of one width, with heads of 32; captions of at most `longest` tokens."""
+    half = {"hidden_size": args.width, "intermediate_size": 4 * args.width, "num_attention_heads": args.width // 32}
+    vision = {"image_size": args.image_size, "patch_size": args.patch_size, "num_hidden_layers": args.layers}
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": longest,
+        "num_hidden_layers": max(1, args.layers // 2),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    clip = CLIPModel(CLIPConfig(vision_config=half | vision, text_config=half | text, projection_dim=args.width))
+    # transformers' positions are a hundredth of what a patch is, and in minutes nobody would learn where things are
+    side = args.image_size // args.patch_size
+    across, down = torch.randn(side, args.width) * POSITION, torch.randn(side, 1, args.width) * POSITION
+    clip.vision_model.embeddings.position_embedding.weight.data[1:] = (across + down).flatten(0, 1)
+    return clip
+
+
+@torch.no_grad()
+def zero_shot(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, pixels: Tensor, exam: list) -> dict[str, float]:
+    """The share of pictures whose true caption is the nearest of those offered, for each language and kind.
+
+    Args:
+        pixels: (pictures, 3, H, W); exam: for each (kind, lang, choices, number of the true one).
+    """
+    clip.eval()
+    counts = defaultdict(lambda: [0, 0])
+    texts = sorted({text for _, _, choices, _ in exam for text in choices})
+    known = dict(
+        zip(
+            texts,
+            torch.cat([caption_vectors(clip, tokenizer, texts[i : i + 512]) for i in range(0, len(texts), 512)]),
+            strict=True,
+        )
+    )
+    seen = torch.cat([picture_vectors(clip, batch.float().to(clip.device))[0] for batch in pixels.split(256)])
+    for picture, (kind, lang, choices, answer) in zip(seen, exam, strict=True):
+        offered = F.normalize(torch.stack([known[text] for text in choices]).float(), dim=-1)
+        counts[lang, kind, len(choices)][0] += int((offered @ picture.float()).argmax()) == answer
+        counts[lang, kind, len(choices)][1] += 1
+    return {f"{lang}: {kind}, one of {n}": right / asked for (lang, kind, n), (right, asked) in sorted(counts.items())}
+
+
+def main():
+    args = get_args()
+    if args.image_size % args.patch_size or args.width % 32:
+        raise UserError("--image_size must be a multiple of --patch_size, and --width of 32")
+    if args.out_dir.exists() and not args.overwrite:
+        raise UserError(f"{args.out_dir} is there already: --overwrite replaces it")
+    device = pick_device(args.device)
+    dtype = DTYPES[args.dtype or default_dtype(device)]
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+
+    # Data
+    names, captions = zip(*JsonlReader(args.data_path, caption_record), strict=True)
+    exam = list(JsonlReader(args.eval_path, choice_record))
+    pixels = load_pictures(names, args)
+    tokenizer = train_caption_tokenizer([text for texts in captions for text in texts])
+    every = [text for texts in captions for text in texts] + [text for _, _, _, choices, _ in exam for text in choices]
+    longest = max(len(ids) for ids in tokenizer(sorted(set(every)))["input_ids"])
+
+    # Networks and optimizer
+    clip = make_clip(args, tokenizer, longest).to(device)
+    hidden = [p for key, p in clip.named_parameters() if ".layers." in key and p.dim() == 2]
+    others = [p for key, p in clip.named_parameters() if not (".layers." in key and p.dim() == 2)]
+    optimizer = OptimizerPair(
+        torch.optim.Muon(hidden, lr=args.learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    )
+    millions = [sum(p.numel() for p in half.parameters()) / 1e6 for half in (clip.vision_model, clip.text_model)]
+    print(
+        f"{len(names):,} pictures; vision {millions[0]:.2f} M, text {millions[1]:.2f} M parameters, {device}, {dtype}"
+    )
+
+    # Loop
+    started, order = time.monotonic(), []
+    for step in range(args.steps):
+        set_learning_rate(optimizer, cosine_schedule(step, args.steps, args.warmup_iters, args.learning_rate))
+        if len(order) < args.batch_size:
+            order += rng.sample(range(len(names)), len(names))
+        batch, order = order[: args.batch_size], order[args.batch_size :]
+        texts = [rng.choice(captions[i]) for i in batch]
+        number = {text: i for i, text in enumerate(texts)}
+        numbers = torch.tensor([number[text] for text in texts], device=device)
+        same = numbers[:, None] == numbers
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            by_class, by_patches = picture_vectors(clip, pixels[batch].float().to(device))
+            words = caption_vectors(clip, tokenizer, texts)
+        scale = clip.logit_scale.exp()
+        loss = (info_nce(by_class, words, scale, same) + info_nce(by_patches, words, scale, same)) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=math.log(100))  # as CLIP does: sharper than that is unstable
+        if (step + 1) % args.log_interval == 0 or step + 1 == args.steps:
+            speed = (step + 1) * args.batch_size / (time.monotonic() - started)
+            print(
+                f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  scale {scale.item():.1f}  {speed:,.0f} pairs/s",
+                flush=True,
+            )
+
+    # Examination
+    shares = zero_shot(clip, tokenizer, load_pictures([line[0] for line in exam], args), [line[1:] for line in exam])
+    print("zero-shot, things never seen:")
+    for name, share in shares.items():
+        print(f"  {name:<40}{share:>8.1%}")
+    save(clip, tokenizer, args, shares)
+    print(f"{args.out_dir}: a transformers CLIP, for --vision_model")
+
+
+def save(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, args, shares: dict[str, float]) -> None:
+    """Write the folder beside its place, then move it there."""
+    partial = args.out_dir.with_name(f".{args.out_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        clip.float().cpu().save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        usual_processor(args.image_size).save_pretrained(partial)
+        save_json(shares, partial / "zero_shot.json")
+        if args.out_dir.exists():
+            shutil.rmtree(args.out_dir)
+        partial.rename(args.out_dir)
+    except OSError as error:
+        raise UserError(f"cannot write {args.out_dir}: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    launch(main)

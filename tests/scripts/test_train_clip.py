@@ -1,0 +1,108 @@
+"""The contrastive loss by hand, and a tower made for real."""
+
+import math
+from argparse import Namespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer, CLIPModel
+
+from model.images import image_processor
+from model.model_vlm import load_tower
+from scripts.train_clip import info_nce, make_clip, picture_vectors, train_caption_tokenizer
+from tests.running import one_error_line, run_script
+
+NEVER = torch.eye(3, dtype=torch.bool)
+
+
+def test_info_nce_by_hand():
+    images, texts = torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    # cosines 1, 0.6 / 0, 0.8; scale 2
+    rows = -math.log(math.exp(2) / (math.exp(2) + math.exp(1.2))) - math.log(math.exp(1.6) / (1 + math.exp(1.6)))
+    columns = -math.log(math.exp(2) / (math.exp(2) + 1)) - math.log(math.exp(1.6) / (math.exp(1.6) + math.exp(1.2)))
+    loss = info_nce(images, texts, torch.tensor(2.0), torch.eye(2, dtype=torch.bool))
+    assert float(loss) == pytest.approx((rows + columns) / 4, abs=1e-6)
+
+
+def test_a_caption_that_stands_twice_is_twice_right():
+    """A slow loop over all pairs: the target is shared out among equal captions."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = torch.randn(4, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    texts[2] = texts[0]
+    words = ["a", "b", "a", "c"]
+    same = torch.tensor([[x == y for y in words] for x in words])
+    expected = 0.0
+    for left, right in ((images, texts), (texts, images)):
+        for i in range(4):
+            cosines = [float(left[i] @ right[j] / left[i].norm() / right[j].norm()) for j in range(4)]
+            total = sum(math.exp(5 * cosine) for cosine in cosines)
+            right_ones = [j for j in range(4) if words[j] == words[i]]
+            expected -= sum(5 * cosines[j] - math.log(total) for j in right_ones) / len(right_ones) / 8
+    assert float(info_nce(images, texts, torch.tensor(5.0), same)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_it_is_least_where_pairs_agree_and_the_temperature_learns():
+    vectors, scale = torch.eye(3), torch.tensor(3.0, requires_grad=True)
+    agreeing = info_nce(vectors, vectors, scale, NEVER)
+    agreeing.backward()
+    assert scale.grad < 0  # right and not sure enough: sharper
+    assert agreeing < info_nce(vectors, vectors.roll(1, 0), scale, NEVER)
+    assert float(info_nce(vectors, vectors, torch.tensor(0.0), NEVER)) == pytest.approx(math.log(3))
+
+
+def test_the_text_network_reads_its_vector_at_the_captions_end():
+    tokenizer = train_caption_tokenizer(["a red circle", "一个红色圆形"])
+    short, long = tokenizer(["red", "a red circle"], padding=True)["input_ids"]
+    assert len(short) == len(long)
+    for ids in (short, long):
+        assert ids[0] == tokenizer.bos_token_id
+        assert ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.eos_token_id != 2  # for 2 transformers takes the largest id, as for the first CLIPs
+    assert tokenizer.decode(long, skip_special_tokens=True).strip() == "a red circle"
+
+
+def test_the_patch_tokens_are_taught_which_the_class_token_leaves_alone():
+    """By the gradient of what the last layer puts out."""
+    shape = Namespace(image_size=32, patch_size=8, width=32, layers=2)
+    clip = make_clip(shape, train_caption_tokenizer(["a red circle"]), longest=8)
+    hidden = []
+    clip.vision_model.encoder.layers[-1].register_forward_hook(lambda *about: hidden.append(about[-1]))
+    by_class, by_patches = picture_vectors(clip, torch.randn(2, 3, 32, 32))
+    (tokens,) = hidden
+    for vectors, class_learns in ((by_class, True), (by_patches, False)):
+        (gradient,) = torch.autograd.grad(vectors[:, 0].sum(), tokens, retain_graph=True)
+        assert bool(gradient[:, 0].any()) == class_learns
+        assert bool(gradient[:, 1:].any()) != class_learns
+
+
+def test_a_patch_knows_its_row_and_its_column_from_the_start():
+    shape = Namespace(image_size=32, patch_size=8, width=64, layers=1)
+    clip = make_clip(shape, train_caption_tokenizer(["a red circle"]), longest=8)
+    places = clip.vision_model.embeddings.position_embedding.weight[1:].reshape(4, 4, 64)
+    torch.testing.assert_close(places[0, 1] - places[0, 0], places[3, 1] - places[3, 0])
+    torch.testing.assert_close(places[1, 0] - places[0, 0], places[1, 3] - places[0, 3])
+    assert places[0, 0].dist(places[2, 3]) > 1
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory):
+    """A small world of pictures, drawn by the real script."""
+    folder = tmp_path_factory.mktemp("demo")
+    run_script("scripts/make_demo_images.py", "--out_dir", folder, "--scale", "0.002")
+    return folder
+
+
+def test_a_run_makes_a_clip_folder(small_demo, tmp_path):
+    data = ("--data_path", small_demo / "clip_captions.jsonl", "--eval_path", small_demo / "eval_clip.jsonl")
+    tiny = ("--image_size", "32", "--width", "32", "--layers", "2", "--batch_size", "8", "--device", "cpu")
+    flags = (*data, "--images_path", small_demo / "images", *tiny, "--steps", "6", "--log_interval", "3")
+    done = run_script("scripts/train_clip.py", *flags, "--out_dir", tmp_path / "clip")
+    assert "zero-shot" in done.stdout
+    assert "zh: colour and shape, one of 48" in done.stdout
+    clip = CLIPModel.from_pretrained(tmp_path / "clip")
+    assert clip.logit_scale.item() != pytest.approx(2.6592, abs=1e-5)  # it learned
+    assert AutoTokenizer.from_pretrained(tmp_path / "clip").eos_token_id == clip.config.text_config.eos_token_id
+    assert load_tower(tmp_path / "clip").config.hidden_size == 32
+    assert image_processor(tmp_path / "clip", 0).crop_size["height"] == 32
+    again = run_script("scripts/train_clip.py", *flags, "--out_dir", tmp_path / "clip", exit_code=2)
+    assert "--overwrite" in one_error_line(again)
