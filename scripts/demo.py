@@ -70,11 +70,16 @@ def show_nearest(questions: Sequence[dict], replies: Sequence[str], count: int =
         print(f"  {question}  ->  {replies[i]}  ({mark})\n      nearest: {nearest_line(question, trained)}")
 
 
-def main():
-    started = time.monotonic()
+def make_model() -> None:
+    """Data, pretraining and fine-tuning, as far as they are not there."""
     run("scripts/make_demo_data.py")
     run("train_pretrain.py", *SIZE, *TRAINING, *PRETRAIN, "--resume")
     run("train_full_sft.py", *SIZE, *TRAINING, *SFT, "--resume")
+
+
+def main():
+    started = time.monotonic()
+    make_model()
     shares = show_examination(OUT / "full_sft_256.pth")
     (OUT / "accuracy.json").write_text(json.dumps(shares, indent=2) + "\n", encoding="utf-8")
     minutes = sum(read_settings(OUT / f"{name}_256.pth")["seconds"] for name in ("pretrain", "full_sft")) / 60
