@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-vlm test lint bench clean
+.PHONY: demo demo-all demo-vlm test lint bench clean
 
 $(VENV)/.user: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -16,6 +16,9 @@ $(VENV)/.dev: requirements-dev.txt $(VENV)/.user
 
 demo: $(VENV)/.user  ## from nothing to a model that answers, in minutes
 	$(BIN)/python scripts/demo.py
+
+demo-all: $(VENV)/.user  ## on from there: DPO, LoRA, distillation, reasoning, each measured
+	$(BIN)/python scripts/demo_all.py
 
 demo-vlm: $(VENV)/.user  ## the demo's model learns to see
 	$(BIN)/python scripts/demo_vlm.py

@@ -18,7 +18,7 @@ from dataset import DPODataset, PretrainDataset, SFTDataset
 from model import MiniMindLM
 from model.model_lora import load_lora
 from model.reasoning import is_well_formed, majority, split_reasoning
-from scripts.demo import DATA, OUT, PRETRAIN, SIZE, TRAINING, make_model
+from scripts.demo import DATA, OUT, PRETRAIN, SFT, SIZE, TRAINING, make_model
 from scripts.examination import answer, open_model, read_lines, run
 from scripts.scoring import is_right
 from train_dpo import dpo_loss
@@ -29,8 +29,10 @@ from trainer.preference import evaluate_pairs, figures
 from trainer.runtime import Runtime
 from trainer.weights import read_settings
 
+Opened = tuple[MiniMindLM, PreTrainedTokenizerBase]
 Measure = Callable[[MiniMindLM, PreTrainedTokenizerBase], float]
 VOTES = 8
+SAMPLING = {"temperature": 0.85, "top_p": 0.85}  # as eval_model.py does
 
 # ------------------------------------------------------------------------------------------------------- measures
 
@@ -75,19 +77,54 @@ says_it_is_another = partial(share_right, exam="eval_lora_identity.jsonl")
 problems = partial(share_right, exam="eval_reason.jsonl", max_new_tokens=96)
 
 
-def reasoning_in_detail(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A thought, and what a vote adds to the greedy answers, as a text to show."""
+def price_of_preferring(start: Opened, end: Opened) -> str:
+    """What preference learning did to the loss that fine-tuning had brought down."""
+    before, after = held_out_loss(*start), held_out_loss(*end)
+    return (
+        f"DPO: nats a token of the answers that SFT keeps aside {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})"
+    )
+
+
+def thinks(start: Opened, end: Opened) -> str:
+    """A thought, and how many of the new problems are right."""
+    lines = read_lines(DATA / "eval_reason.jsonl")
+    thought = answer(*end, [lines[0]["question"]], max_new_tokens=96)[0][0]
+    return f"> {lines[0]['question']}\n{thought}\n\n{solve(*end).told()}"
+
+
+class Solved(NamedTuple):
+    """How many of the held-out problems: in the right form, right at temperature 0, right by majority of VOTES."""
+
+    problems: int
+    form: int
+    greedy: int
+    vote: int
+
+    def told(self) -> str:
+        right, by_vote = (with_error(count, self.problems) for count in (self.greedy, self.vote))
+        return (
+            f"Of {self.problems} new problems: form right {self.form / self.problems:.1%}, "
+            f"answer right {right} greedy, {by_vote} by {VOTES} votes"
+        )
+
+
+def with_error(right: int, of: int) -> str:
+    """A share with its standard error."""
+    share = right / of
+    return f"{share:.1%} ± {(share * (1 - share) / of) ** 0.5:.1%}"
+
+
+def solve(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> Solved:
+    """Ask every held-out problem, once greedy and VOTES times with eval_model.py's sampling."""
     lines = read_lines(DATA / "eval_reason.jsonl")
     questions = [line["question"] for line in lines]
     greedy, _ = answer(model, tokenizer, questions, max_new_tokens=96)
     torch.manual_seed(0)
-    sampling = {"temperature": 0.85, "top_p": 0.85}  # as eval_model.py does
-    many, _ = answer(model, tokenizer, [q for q in questions for _ in range(VOTES)], 256, max_new_tokens=96, **sampling)
+    asked = [question for question in questions for _ in range(VOTES)]
+    many, _ = answer(model, tokenizer, asked, 256, max_new_tokens=96, **SAMPLING)
     elected = [majority(many[first : first + VOTES])[0] for first in range(0, len(many), VOTES)]
-    shares = [sum(map(is_well_formed, greedy)), count_right(lines, greedy), count_right(lines, elected)]
-    form, right, by_vote = (f"{count / len(lines):.1%}" for count in shares)
-    told = f"Of {len(lines)} new problems: form right {form}, answer right {right} greedy, {by_vote} by {VOTES} votes"
-    return f"> {questions[0]}\n{greedy[0]}\n\n{told}"
+    form = sum(map(is_well_formed, greedy))
+    return Solved(len(lines), form, count_right(lines, greedy), count_right(lines, elected))
 
 
 # --------------------------------------------------------------------------------------------------------- stages
@@ -104,25 +141,44 @@ class Stage(NamedTuple):
     measure: Measure
     form: str = "{:.1%}"
     answers: bool = True  # so that it can be asked for facts
-    detail: Callable[[MiniMindLM, PreTrainedTokenizerBase], str] | None = None
+    detail: Callable[[Opened, Opened], str] | None = None  # of start and end: more to say than two numbers
 
 
 TEXTS = "bits a byte, texts kept aside"
 STUDENT = ("--dim", "128", "--n_layers", "5", *SIZE[4:])  # a quarter of the teacher's parameters
+FROM_TEACHER = ("--teacher_weight", "full_sft_256", "--alpha", "0.5", "--temperature", "2")
+REASON = (
+    *("--max_seq_len", "256", "--packing", "0", "--batch_size", "48", "--accumulation_steps", "1"),
+    *("--epochs", "5", "--learning_rate", "1.5e-3", "--optimizer", "muon", "--warmup_iters", "20"),
+)
 STAGES = (
     Stage("pretraining", (), None, "pretrain_256", TEXTS, bits_per_byte, "{:.3f}", answers=False),
     Stage("SFT", (), "pretrain_256", "full_sft_256", "facts right, new phrasings", facts),
     Stage(
         "DPO",
-        ("train_dpo.py", *SIZE, "--data_path", str(DATA / "dpo.jsonl"), "--eval_path", str(DATA / "eval_dpo.jsonl")),
+        (
+            *(
+                "train_dpo.py",
+                *SIZE,
+                "--data_path",
+                str(DATA / "dpo.jsonl"),
+                "--eval_path",
+                str(DATA / "eval_dpo.jsonl"),
+            ),
+            *("--epochs", "6", "--batch_size", "4", "--learning_rate", "1e-5"),
+        ),
         "full_sft_256",
         "rlhf_256",
         "better answer likelier, new pairs",
         prefers_the_better,
+        detail=price_of_preferring,
     ),
     Stage(
         "LoRA",
-        ("train_lora.py", *SIZE, "--data_path", str(DATA / "lora_identity.jsonl"), "--lora_name", "identity"),
+        (
+            *("train_lora.py", *SIZE, "--data_path", str(DATA / "lora_identity.jsonl"), "--lora_name", "identity"),
+            *("--epochs", "5", "--batch_size", "8", "--learning_rate", "5e-3", "--eval_interval", "0"),
+        ),
         "full_sft_256",
         "lora/identity_256",
         "says who it is now, new phrasings",
@@ -140,11 +196,7 @@ STAGES = (
     ),
     Stage(
         "distillation",
-        (
-            *("train_distillation.py", *STUDENT, *TRAINING, "--data_path", str(DATA / "sft_mini_512.jsonl")),
-            *("--eval_path", str(DATA / "eval_sft.jsonl"), "--from_weight", "pretrain"),
-            *("--teacher_weight", "full_sft_256"),
-        ),
+        ("train_distillation.py", *STUDENT, *TRAINING, *SFT, "--from_weight", "pretrain", *FROM_TEACHER),
         "pretrain_128",
         "full_dist_128",
         "nats a token, answers kept aside",
@@ -153,12 +205,12 @@ STAGES = (
     ),
     Stage(
         "reasoning",
-        ("train_distill_reason.py", *SIZE, "--max_seq_len", "512", "--data_path", str(DATA / "r1_mix_1024.jsonl")),
+        ("train_distill_reason.py", *SIZE, "--data_path", str(DATA / "r1_mix_1024.jsonl"), *REASON),
         "rlhf_256",
         "reason_256",
         "answers right, new problems",
         problems,
-        detail=reasoning_in_detail,
+        detail=thinks,
     ),
 )
 
@@ -197,7 +249,7 @@ def examined(stage: Stage, known: dict) -> dict:
     if stage.answers:
         found["facts"] = facts(*opened(stage.end, stage.end))
     if stage.detail:
-        found["detail"] = stage.detail(*opened(stage.end, stage.end))
+        found["detail"] = stage.detail(opened(stage.start, stage.end), opened(stage.end, stage.end))
     return known | now | found
 
 

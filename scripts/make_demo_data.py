@@ -144,6 +144,11 @@ def identity_chats(who: list[Identity], rng: random.Random, repeats: int) -> lis
     return lines
 
 
+def among(known: list[dict], new: list[dict], rng: random.Random, count: int) -> list[dict]:
+    """New lines among some that the model knows already, so that learning the new does not cost it the old."""
+    return rng.sample(lines := rng.sample(known, count) + new, len(lines))
+
+
 def fact_texts(world: list[Relation], rng: random.Random) -> list[dict]:
     """Every fact in every statement, and a few statements in a row; some as question and answer."""
     texts = []
@@ -207,23 +212,23 @@ def reasoning(rng: random.Random, count: int, taken: set) -> Iterator[tuple[str,
 # --------------------------------------------------------------------------------------------------- files
 
 
-def preferences(world: list[Relation], rng: random.Random, phrasings: str) -> list[dict]:
-    """The right answer is preferred to another entity's, or to a shrug; `phrasings`: "asked" or "held_out"."""
+def near_misses(world: list[Relation], rng: random.Random, phrasings: str) -> list[dict]:
+    """Of what comes after a thing, and before it, the one that was asked for is preferred to the other: what a
+    fine-tuned model of this size still confuses; `phrasings`: "asked" or "held_out"."""
+    beside = {(r.kind, r.lang, x): y for r in world if r.kind in ("after", "before") for x, (y, *_) in r.rows}
+    other = {"after": "before", "before": "after"}
     pairs = []
     for relation in world:
-        for x, right in relation.rows:
-            y = right[0]
-            question = rng.choice(getattr(relation, phrasings)).format(x=x)
-            wrong = rng.choice([other for _, (other, *_) in relation.rows if other not in right])
-            shrug = "我不知道。" if relation.lang == "zh" else "I do not know."
-            bad = shrug if rng.random() < 0.3 else sentence(wrong, relation.lang)
-            good = sentence(y, relation.lang)
-            pairs.append(
-                {
-                    side: chat(question, answer)["conversations"]
-                    for side, answer in (("chosen", good), ("rejected", bad))
-                }
-            )
+        for x, right in relation.rows if relation.kind in other else ():
+            wrong = beside[other[relation.kind], relation.lang, x]
+            for phrasing in getattr(relation, phrasings) if wrong not in right else ():
+                answers = {"chosen": right[0], "rejected": wrong}
+                pairs.append(
+                    {
+                        side: chat(phrasing.format(x=x), sentence(y, relation.lang))["conversations"]
+                        for side, y in answers.items()
+                    }
+                )
     rng.shuffle(pairs)
     return pairs
 
@@ -264,11 +269,11 @@ def build(seed: int) -> dict[str, list[dict]]:
         "pretrain_hq.jsonl": texts,
         "sft_mini_512.jsonl": sft,
         "sft_1024.jsonl": rng.sample(sft, 4000),
-        "lora_identity.jsonl": identity_chats(other, rng, 8),
+        "lora_identity.jsonl": among(facts, identity_chats(other, rng, 8), random.Random(seed), 400),
         "lora_astronomy.jsonl": planets * 4,
-        "dpo.jsonl": preferences(world, rng, "asked") + preferences(world, rng, "asked"),
-        "r1_mix_1024.jsonl": r1,
-        "eval_dpo.jsonl": preferences(world, rng, "held_out")[:300],
+        "dpo.jsonl": near_misses(world, rng, "asked"),
+        "r1_mix_1024.jsonl": among(facts, r1, random.Random(seed), 1500),
+        "eval_dpo.jsonl": near_misses(world, rng, "held_out"),
         "eval_facts.jsonl": questions,
         "eval_arithmetic.jsonl": examined,
         "eval_identity.jsonl": [exam(q, (i.answer,), "identity", i.lang) for i in me for q in i.held_out],

