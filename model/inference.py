@@ -19,6 +19,7 @@ from model.model import FeedForward, MiniMindLM, MoEFeedForward, RMSNorm, rope_a
 from model.model_lora import LoRALinear
 
 PACKED_FOR = 512  # rows of input that oneDNN chooses the layout for; as good for one row here (benchmarks/generate.py)
+ROWS = 16  # more rows of input than these are filled up to a multiple of them
 
 
 @dataclass
@@ -248,7 +249,10 @@ def _effective_weight(linear: nn.Linear) -> Tensor:
 
 
 def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    rows = len(x)
+    if rows > ROWS:  # oneDNN keeps half a megabyte for every number of rows it ever met
+        x = F.pad(x, (0, 0, 0, -rows % ROWS))
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")[:rows]
 
 
 def _can_pack(dtype: torch.dtype) -> bool:

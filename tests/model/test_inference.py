@@ -131,6 +131,15 @@ def test_bfloat16_weights_are_as_near_as_the_models_own(packed, monkeypatch):
         assert 0 < ours < 1.5 * theirs
 
 
+@pytest.mark.skipif(not inference._can_pack(torch.float32), reason="no oneDNN here")
+@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33])
+def test_packed_matrices_multiply_any_number_of_rows(rows):
+    generator = torch.Generator().manual_seed(rows)
+    x, weight = torch.randn(rows, 24, generator=generator), torch.randn(40, 24, generator=generator)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, inference.PACKED_FOR)
+    torch.testing.assert_close(inference._packed_linear(x, packed), x @ weight.T)
+
+
 def test_slots_longer_than_the_model_are_refused():
     for slot_len in (0, 257):
         with pytest.raises(ValueError, match="the model takes 1 to 256"):
