@@ -136,13 +136,14 @@ def place_chat(
     room = config.max_seq_len - 1 if room is None else room
     ids, kept = fit_history(tokenizer, turns[:has_system], turns[has_system:], room)
     kept = [*chat[:has_system], *chat[len(chat) - len(kept) :]]
-    images = [part for turn in kept if not isinstance(turn["content"], str) for part in turn["content"]]
-    images = [read_image(part) for part in images if not isinstance(part, str)]
+    parts = [part for turn in kept if not isinstance(turn["content"], str) for part in turn["content"]]
+    images = [part for part in parts if not isinstance(part, str)]
+    pixels = [to_pixels(processor, [read_image(image)]) for image in images]  # one is in memory at a time
 
     input_ids = torch.tensor([ids])
     mask = input_ids == IMAGE_PLACE
     input_ids[mask] = config.image_token_id
-    inputs = {"image_mask": mask, "pixel_values": to_pixels(processor, images)} if images else {}
+    inputs = {"image_mask": mask, "pixel_values": torch.cat(pixels)} if images else {}
     return PlacedPrompt(input_ids, inputs, kept[has_system:])
 
 

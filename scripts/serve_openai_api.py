@@ -17,12 +17,13 @@ import time
 
 import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the rooms)
 
-from trainer.arguments import Parser, Switch, add_model_arguments, from_zero, not_negative, positive
+from trainer.arguments import Parser, Switch, add_model_arguments, add_tower_argument, from_zero, not_negative, positive
 from trainer.errors import UserError, launch, note
 
 API_KEY = "MINIMIND_API_KEY"
 LAST_WORDS = 5  # seconds in which answers that were cut off are told so
 LARGEST_IMAGE = 20 * 2**20  # bytes that --fetch_images takes
+FETCH_SECONDS = 20  # that it takes at most
 THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits too long for the one that sends
 
 
@@ -41,7 +42,7 @@ def get_args():
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
     parser.add_argument("--vlm", action=Switch, help="a vision-language model: image parts in chats")
-    parser.add_argument("--vision_model", default=None, metavar="DIR", help="with --vlm: a CLIP's transformers folder")
+    add_tower_argument(parser)
     parser.add_argument(
         "--fetch_images", action=Switch, help="also http(s) images: callers choose what this machine asks"
     )
@@ -66,8 +67,8 @@ def get_args():
 def load(args):
     """What the flags name: model, tokenizer, and what places images in a prompt, or None."""
     if not args.vlm:
-        if args.vision_model or args.fetch_images:
-            raise UserError("--vision_model and --fetch_images need --vlm")
+        if args.fetch_images:
+            raise UserError("--fetch_images needs --vlm")
         from eval_model import load_model
 
         return *load_model(args), None
@@ -79,12 +80,17 @@ def load(args):
     from model.images import place_chat
 
     model, tokenizer, processor = load_model(args)
+    image_tokens, room = model.config.image_tokens, model.config.max_seq_len
 
     @torch.inference_mode()
     def place_images(turns):
+        parts = [part for turn in turns if not isinstance(turn["content"], str) for part in turn["content"]]
+        images = sum(not isinstance(part, str) for part in parts)
+        if images * image_tokens > room:  # need not be read
+            raise ValueError(f"{images} images of {image_tokens} tokens are too many for the model's context of {room}")
         prompt = place_chat(tokenizer, turns, model.config, processor, room=sys.maxsize)  # all of it; checked later
         ids = prompt.input_ids[0].tolist()
-        if len(ids) >= model.config.max_seq_len:  # is refused; the tower need not look at it
+        if len(ids) >= room:  # is refused; the tower need not look at it
             return ids, None
         images = {name: tensor.to(model.device) for name, tensor in prompt.images.items()}
         return ids, model.embed(prompt.input_ids.to(model.device), **images)[0].float()
@@ -102,7 +108,7 @@ def fetch_image(url: str) -> bytes:
 
     from scripts.openai_schema import ApiError
 
-    data = b""
+    data, end_by = bytearray(), time.monotonic() + FETCH_SECONDS
     try:
         with httpx.stream("GET", url, timeout=10, follow_redirects=True) as reply:
             reply.raise_for_status()
@@ -110,9 +116,11 @@ def fetch_image(url: str) -> bytes:
                 data += piece
                 if len(data) > LARGEST_IMAGE:
                     raise ApiError(400, f"the image at {url:.200} is larger than {LARGEST_IMAGE >> 20} MiB", "messages")
+                if time.monotonic() > end_by:
+                    raise ApiError(400, f"the image at {url:.200} did not come in {FETCH_SECONDS} seconds", "messages")
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ApiError(400, f"the image at {url:.200} cannot be had: {error}", "messages") from error
-    return data
+    return bytes(data)
 
 
 def listen(host: str, port: int) -> socket.socket:
