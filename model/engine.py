@@ -99,6 +99,7 @@ class Answer:
         finish_reason: None while it waits or is written, see `Piece`.
         prompt_tokens: the prompt with its log-probabilities, once it is read; empty unless asked for.
         count: tokens written, those included that ended it and are no part of its text.
+        end_token: the one of these that is its end; None where something else ended it.
         reused: tokens of the prompt that were not read, since a slot held them already.
     """
 
@@ -110,6 +111,7 @@ class Answer:
         self.finish_reason: str | None = None
         self.prompt_tokens = [Token(request.prompt[0])] if request.prompt_logprobs else []
         self.count = 0
+        self.end_token: Token | None = None
         self.reused = 0
         self.end_by: str | None = None  # a finish_reason, for the next step to act on
         self.deadline = None if request.timeout is None else time.monotonic() + request.timeout
@@ -158,6 +160,7 @@ class Answer:
         self.keys.append(token.id)
         self.count += 1
         if token.id in self._ends:
+            self.end_token = token
             return self.end("stop")
         if self.seen is not None:
             self.seen[0, token.id] = True

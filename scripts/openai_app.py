@@ -92,13 +92,16 @@ class Served:
 class Writing:
     """The answers to one HTTP request while they are written. A client that goes away ends them.
 
+    Args:
+        param: the request's field that the prompts came from.
+
     Raises (on construction):
         ApiError: no place for them, or one of the requests cannot be done.
     """
 
-    def __init__(self, served: Served, requests: Sequence[engine.Request], http: Request):
+    def __init__(self, served: Served, requests: Sequence[engine.Request], http: Request, param: str):
         self.served = served
-        self._check(requests)
+        self._check(requests, param)
         self._arrived: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self.answers = [
@@ -108,7 +111,7 @@ class Writing:
         served.unfinished |= set(self.answers)
         self._watcher = asyncio.create_task(self._watch(http))
 
-    def _check(self, requests: Sequence[engine.Request]) -> None:
+    def _check(self, requests: Sequence[engine.Request], param: str) -> None:
         served = self.served
         if served.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
@@ -120,12 +123,13 @@ class Writing:
                     400,
                     f"the prompt has {len(request.prompt)} tokens, and the model's context of {served.context} "
                     "must hold it and an answer: shorten it",
-                    code="context_length_exceeded",
+                    param,
+                    "context_length_exceeded",
                 )
             try:
                 served.thread.engine.check(request)
             except ValueError as error:
-                raise ApiError(400, str(error)) from error
+                raise ApiError(400, str(error), param) from error  # the schema has looked at the settings
         if len(served.unfinished) + len(requests) > served.capacity:
             raise ApiError(
                 429,
@@ -440,8 +444,8 @@ class CompletionText:
         self._offsets = [0] * len(self.prompts)
         self._echoed = [False] * len(self.prompts)
 
-    def add(self, index: int, text: str, tokens: Sequence[Token]) -> tuple[str, dict | None]:
-        """What is next: text, and the log-probabilities of its tokens."""
+    def add(self, index: int, text: str, tokens: Sequence[Token], last: bool) -> tuple[str, dict | None]:
+        """What is next: text, and the log-probabilities of its tokens; with the last of it, of the end token too."""
         answer, prompt = self.writing.answers[index], self.prompts[index]
         if self.body.echo and not self._echoed[index]:
             self._echoed[index] = True
@@ -451,6 +455,8 @@ class CompletionText:
         self._offsets[index] += len(text)
         if self.body.logprobs is None:
             return text, None
+        if last and answer.end_token:  # evaluation tools count on max_tokens tokens behind the prompt's, or an end
+            tokens = [*tokens, answer.end_token]
         return text, completion_logprobs(self.writing.served, tokens, offset)
 
 
@@ -461,7 +467,7 @@ async def completion_chunks(writing, body: CompletionRequest, head: dict, prompt
         head = head | {"usage": None}
     texts = CompletionText(writing, body, prompts)
     async for index, piece in writing.pieces():
-        text, logprobs = texts.add(index, piece.text, piece.tokens)
+        text, logprobs = texts.add(index, piece.text, piece.tokens, piece.finish_reason is not None)
         if text or (logprobs and logprobs["tokens"]) or piece.finish_reason:
             choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
             yield head | {"choices": [choice]}
@@ -474,7 +480,7 @@ async def whole_completion(writing, body: CompletionRequest, head: dict, prompts
     reasons = await writing.finish()
     texts, written = CompletionText(writing, body, prompts), []
     for index, (answer, reason) in enumerate(zip(writing.answers, reasons, strict=True)):
-        text, logprobs = texts.add(index, answer.text, answer.tokens)
+        text, logprobs = texts.add(index, answer.text, answer.tokens, last=True)
         written.append({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
     return head | {"choices": written, "usage": usage(writing.answers, [prompt.ids for prompt in prompts])}
 
@@ -555,7 +561,7 @@ def make_app(served: Served, api_key: str | None = None, origins: Sequence[str] 
     async def chat_completions(body: ChatRequest, http: Request):
         check_name(body.model)
         requests = await asyncio.to_thread(chat_requests, served, body)
-        writing, first = Writing(served, requests, http), head("chatcmpl")
+        writing, first = Writing(served, requests, http, "messages"), head("chatcmpl")
         if body.stream:
             chunks = chat_chunks(writing, body, first)
             return StreamingResponse(events(writing, chunks), media_type="text/event-stream")
@@ -565,7 +571,8 @@ def make_app(served: Served, api_key: str | None = None, origins: Sequence[str] 
     async def completions(body: CompletionRequest, http: Request):
         check_name(body.model)
         prompts = await asyncio.to_thread(completion_prompts, served, body)
-        writing, first = Writing(served, completion_requests(body, prompts), http), head("cmpl")
+        requests = completion_requests(body, prompts)
+        writing, first = Writing(served, requests, http, "prompt"), head("cmpl")
         if body.stream:
             chunks = completion_chunks(writing, body, first, prompts)
             return StreamingResponse(events(writing, chunks), media_type="text/event-stream")

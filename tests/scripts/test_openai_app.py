@@ -1,9 +1,13 @@
 """scripts/openai_app.py in this process: reasoning, images, failures in the middle, and bodies of every kind."""
 
 import base64
+import contextlib
+import http.server
 import io
 import json
 import random
+import sys
+import threading
 
 import pytest
 import torch
@@ -14,9 +18,13 @@ from model.engine import Engine, EngineThread
 from model.images import image_processor, place_chat
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.reasoning import split_reasoning
+from model.tokenizer import tokenizer_hash
 from scripts import openai_schema as schema
+from scripts import serve_openai_api
 from scripts.openai_app import Served, make_app
+from scripts.openai_schema import ApiError
 from tests.model.networks import network
+from tests.running import free_port
 from tests.scripts.malformed import bodies_by_schema, malformed_bodies
 
 QUESTION = [{"role": "user", "content": "What is a bird?"}]
@@ -103,6 +111,28 @@ def test_log_probabilities_of_a_reasoning_model_cover_its_tags(serve, model, tin
     streamed = [token for c in chunks for token in (c["choices"][0]["logprobs"] or {"content": []})["content"]]
     assert streamed == whole
     assert whole[0]["token"] == "<think>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completions_end_has_its_log_probability(stream, serve, model, tiny_tokenizer, monkeypatch):
+    """lm-evaluation-harness asks for one token and takes the last entry away, whatever it is."""
+    client = serve(model)
+    end = torch.full((len(tiny_tokenizer),), -50.0)
+    end[tiny_tokenizer.eos_token_id] = 50.0
+    monkeypatch.setattr(client.app.state.engine.decoder, "logits", lambda hidden: end.repeat(len(hidden), 1))
+    ids = tiny_tokenizer.encode("The sky", add_special_tokens=False)
+    body = {"prompt": ids, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0, "stream": stream}
+    reply = client.post("/v1/completions", json=body)
+    chunks = events(reply)[:-1] if stream else [reply.json()]
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(choice["text"] for choice in choices) == "The sky"
+    assert choices[-1]["finish_reason"] == "stop"
+    tokens, scores, offsets = (
+        [entry for choice in choices for entry in choice["logprobs"][name]]
+        for name in ("tokens", "token_logprobs", "text_offset")
+    )
+    assert len(tokens) == len(scores) == len(offsets) == len(ids) + 1
+    assert (tokens[-1], scores[-1], offsets[-1]) == ("</s>", pytest.approx(0.0), len("The sky"))
 
 
 # ----------------------------------------------------------------------------------------------------------- images
@@ -200,6 +230,72 @@ def test_fetching_is_off_unless_switched_on(serve, vlm):
     reply = chat(client, [{"role": "user", "content": [part]}])
     assert reply.status_code == 400
     assert "fetches no addresses" in reply.json()["error"]["message"]
+
+
+@pytest.fixture
+def loaded(vlm, clip_dir, tokenizer_dir, tiny_tokenizer, tmp_path, monkeypatch):
+    """What the server's script loads by --vlm."""
+    torch.save(vlm.state_dict(), tmp_path / "sft_vlm_32.pth")
+    settings = {"config": vlm.config.to_dict(), "tokenizer": tokenizer_hash(tiny_tokenizer)}
+    (tmp_path / "sft_vlm_32.json").write_text(json.dumps(settings))
+    flags = ("--out_dir", tmp_path, "--tokenizer", tokenizer_dir, "--vision_model", clip_dir, "--device", "cpu")
+    monkeypatch.setattr(sys, "argv", ["serve_openai_api.py", "--vlm", "--dim", "32", *map(str, flags)])
+    return serve_openai_api.load(serve_openai_api.get_args())
+
+
+def test_a_vision_model_is_loaded_to_see(loaded, vlm, clip_dir, tiny_tokenizer):
+    model, _, place_images = loaded
+    turns = [{"role": "user", "content": [picture("red"), "Or", picture("blue"), "?"]}]
+    ids, embeddings = place_images(turns)
+    prompt = place_chat(tiny_tokenizer, turns, vlm.config, image_processor(clip_dir, 32))
+    assert ids == prompt.input_ids[0].tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(embeddings, vlm.embed(prompt.input_ids, **prompt.images)[0])
+    assert model.config.max_seq_len == 512
+    with pytest.raises(ValueError, match="200 images of 4 tokens are too many for the model's context of 512"):
+        place_images([{"role": "user", "content": [b"which nobody reads"] * 200}])
+
+
+class Pictures(http.server.BaseHTTPRequestHandler):
+    """A site with a picture, a way to it, and a flood."""
+
+    def do_GET(self):
+        self.send_response({"/moved": 302, "/none": 404}.get(self.path, 200))
+        self.send_header("Location", "/red")
+        self.end_headers()
+        if self.path == "/red":
+            self.wfile.write(picture("red"))
+        with contextlib.suppress(ConnectionError):  # the other side has had enough
+            while self.path == "/flood":
+                self.wfile.write(bytes(2**20))
+
+    def log_message(self, *_):
+        pass
+
+
+def test_images_are_fetched_where_they_are(monkeypatch):
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    threading.Thread(target=site.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{site.server_port}"
+    try:
+        for page in ("/red", "/moved"):
+            assert serve_openai_api.fetch_image(address + page) == picture("red")
+        for url, said in (
+            (f"{address}/none", "404"),
+            (f"{address}/flood", "larger than 20 MiB"),
+            (f"http://127.0.0.1:{free_port()}/", "cannot be had"),
+            ("http://", "cannot be had"),
+            ("http://[", "cannot be had"),
+        ):
+            with pytest.raises(ApiError, match=said) as caught:
+                serve_openai_api.fetch_image(url)
+            assert (caught.value.status_code, caught.value.param) == (400, "messages")
+        monkeypatch.setattr(serve_openai_api, "FETCH_SECONDS", -1)
+        with pytest.raises(ApiError, match="did not come in"):
+            serve_openai_api.fetch_image(f"{address}/red")
+    finally:
+        site.shutdown()
+        site.server_close()
 
 
 # --------------------------------------------------------------------------------------------------------- failures

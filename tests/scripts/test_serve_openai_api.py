@@ -373,8 +373,9 @@ def test_a_bad_completion_names_the_parameter(changes, param, server):
 
 
 def test_ids_that_the_model_does_not_have(server, tiny_tokenizer):
-    with pytest.raises(openai.BadRequestError, match=f"not among 0 to {len(tiny_tokenizer) - 1}"):
+    with pytest.raises(openai.BadRequestError, match=f"not among 0 to {len(tiny_tokenizer) - 1}") as caught:
         server.complete([5, len(tiny_tokenizer)])
+    assert caught.value.param == "prompt"
 
 
 @pytest.mark.parametrize(
@@ -406,9 +407,10 @@ def test_a_prompt_longer_than_the_context_says_both_numbers(server, tiny_tokeniz
     n = len(prompt_of(tiny_tokenizer, long))
     with pytest.raises(openai.BadRequestError, match=rf"\b{n} tokens.*\b{CONTEXT}\b") as caught:
         server.chat(long)
-    assert caught.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match=rf"\b{CONTEXT + 1} tokens"):
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError, match=rf"\b{CONTEXT + 1} tokens") as caught:
         server.complete([5] * (CONTEXT + 1), max_tokens=0)
+    assert caught.value.param == "prompt"
 
 
 def test_the_key(server):
@@ -567,7 +569,9 @@ def test_sigterm_waits_no_longer_than_it_was_told(out_dir, tokenizer_dir):
         (("--lora_name", "nobody"), "nobody"),
         (("--port", "99999"), "--port 99999"),
         (("--host", "192.0.2.1"), "--host 192.0.2.1"),
-        (("--vision_model", "x"), "need --vlm"),
+        (("--fetch_images",), "needs --vlm"),
+        (("--vlm", "--vision_model", "nowhere"), "--vision_model nowhere"),
+        (("--vlm", "--lora_name", "x"), "--lora_name"),
         (("--max_concurrency", "0"), "--max_concurrency"),
         (("--dtype", "float16"), "--dtype"),
     ],
