@@ -239,7 +239,7 @@ def ask(turn: Turn, settings: Settings) -> None:
     """Let the model begin its answer."""
     turns = st.session_state.turns
     earlier = turns[: turns.index(turn)]
-    known = [message for old in earlier[len(earlier) - settings.history :] for message in old.messages()]
+    known = [message for old in earlier[max(0, len(earlier) - settings.history) :] for message in old.messages()]
     turn.answer = Answer(settings.backend.parts(settings.system, [*known, turn.asked()], settings.wishes))
 
 

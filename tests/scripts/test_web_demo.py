@@ -72,6 +72,9 @@ def test_a_talk_with_a_model_of_this_machine(local, greedy):
     ask(local, "你好")
     second = greedy(UGLY, first, "你好")
     assert talk(local)[2:] == [("user", "你好"), ("assistant", second.strip())]
+    ask(local, "And?")
+    assert talk(local)[5] == ("assistant", greedy(UGLY, first, "你好", second, "And?").strip())
+    local.button(key="delete 3").click().run()
 
     local.text_area(key="system").set_value("Be kind.")
     local.slider(key="history").set_value(0).run()
