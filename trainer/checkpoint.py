@@ -249,7 +249,8 @@ class Checkpoint:
 
     def _restore(self, folder: Path, model: nn.Module, optimizer, scaler) -> None:
         state = load_tensors(folder / "optimizer.pt")
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # float16 had one; a run that goes on in it from another dtype begins with its own
+            scaler.load_state_dict(state["scaler"])
         if self.runtime.deepspeed_config:
             if model.load_checkpoint(str(folder), tag="engine")[0] is None:
                 raise ValueError("DeepSpeed finds none of its files there")

@@ -204,6 +204,13 @@ def test_resume_with_another_rate_says_so(pretrain, tmp_path, whole):
     assert about(tmp_path / "out")["step"] == 9
 
 
+def test_resume_in_float16_begins_with_a_scale_of_its_own(pretrain, tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "out")
+    flags = ("--max_steps", "9", "--epochs", "2", "--dtype", "float16", "--resume")
+    assert "dtype was float32 and is float16 from now on" in pretrain(tmp_path / "out", *flags).stdout
+    assert about(tmp_path / "out")["step"] == 9
+
+
 @pytest.mark.parametrize("damage", ["cut off", "no pointer to", "deleted", "no JSON", "of another kind"])
 def test_a_state_that_is_damaged(pretrain, tmp_path, whole, damage):
     out = tmp_path / "out"
