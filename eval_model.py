@@ -8,6 +8,7 @@ python eval_model.py --model_mode 3 --votes 8             a reasoning model's mo
 
 import sys
 import time
+from pathlib import Path
 
 from trainer.arguments import (
     Parser,
@@ -41,7 +42,11 @@ def get_args():
         "--model_mode", type=int, choices=range(4), default=1, help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason"
     )
     parser.add_argument(
-        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: a transformers folder, named by --out_dir"
+        "--load",
+        type=int,
+        choices=(0, 1),
+        default=0,
+        help="0: our .pth; 1: a transformers folder, also one that convert_model.py made, named by --out_dir",
     )
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
@@ -65,10 +70,12 @@ def load_model(args):
     from trainer.runtime import pick_device
 
     device = pick_device(args.device)
-    tokenizer = weights.load_tokenizer(args.tokenizer or (args.out_dir if args.load == 1 else None))
     if args.load == 1:
-        model = weights.load_folder(args.out_dir)
+        from scripts.transformers_format import read_folder
+
+        model, tokenizer = read_folder(Path(args.out_dir), args.tokenizer)
     else:
+        tokenizer = weights.load_tokenizer(args.tokenizer)
         path = weights.weights_path(args, STAGES[args.model_mode])
         config = None if weights.read_settings(path) else weights.config_of(args, tokenizer)
         model = weights.load_weights(path, config, tokenizer)

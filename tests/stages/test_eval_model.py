@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import eval_model
 from model import MiniMindLM
 from model.chat import render_chat
+from scripts.transformers_format import write_folder
 from tests.running import ROOT, RunningScript, one_error_line, run_script
 from tests.stages.terminal import Terminal
 from tests.stages.training import about
@@ -111,12 +111,14 @@ def test_a_transformers_folder(ask, talker, tiny_tokenizer, tmp_path):
 
     line = one_error_line(ask(*flags, "--out_dir", tmp_path, exit_code=2))
     assert "config.json" in line
-    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    LlamaForCausalLM(LlamaConfig(vocab_size=50, **tiny)).save_pretrained(tmp_path / "llama")
-    assert "LlamaForCausalLM" in one_error_line(ask(*flags, "--out_dir", tmp_path / "llama", exit_code=2))
+    write_folder(talker, tiny_tokenizer, tmp_path / "llama")
+    assert ask(*flags, "--out_dir", tmp_path / "llama").stdout == ask(*flags[2:]).stdout
+    about = tmp_path / "llama" / "config.json"
+    about.write_text(about.read_text().replace('"llama"', '"gpt2"'))
+    assert "gpt2" in one_error_line(ask(*flags, "--out_dir", tmp_path / "llama", exit_code=2))
     shard = tmp_path / "ours" / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:1000])
-    assert "cannot be loaded" in one_error_line(ask(*flags, "--out_dir", tmp_path / "ours", exit_code=2))
+    assert "model.safetensors is truncated" in one_error_line(ask(*flags, "--out_dir", tmp_path / "ours", exit_code=2))
 
 
 @pytest.mark.parametrize(
