@@ -1,9 +1,11 @@
 """Running the repository's scripts as a user does: a process of its own, read by its exit code and its output."""
 
+import contextlib
 import functools
 import importlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -206,10 +208,18 @@ def _environment(added: dict[str, str] | None) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this machine that nobody listens at.
+
+    It lies below those that a system gives out by itself, and in a stretch that belongs to this worker of pytest, so
+    that it is still free when a script comes to take it.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20_000 + worker % 12 * 1000
+    while True:
+        port = first + secrets.randbelow(1000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _ranks(processes: int) -> list[dict[str, str]]:

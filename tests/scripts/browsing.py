@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import PATIENCE, ROOT
+from tests.running import PATIENCE, ROOT, free_port
 
 FLAGS = (  # the second line keeps it from looking for its maker's hosts
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1280,860"),
@@ -43,9 +42,7 @@ def chromium(profile: Path, language: str = "en-US"):
 @contextlib.contextmanager
 def streamlit(script: str, *options, log: Path) -> Iterator[str]:
     """A page's server, started in scripts/ as a person might; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "streamlit", "run", script, "--server.headless", "true"]
     command += ["--server.port", str(port), "--", *map(str, options)]
     with open(log, "wb") as output:
