@@ -16,7 +16,7 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the rooms)
 
-from trainer.arguments import Switch, positive
+from trainer.arguments import Parser, Switch, above_zero, positive
 from trainer.errors import UserError, launch
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
@@ -24,7 +24,7 @@ LAYOUTS = ("llama", "minimind")
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str, *paths: str) -> argparse.ArgumentParser:
@@ -40,7 +40,7 @@ def get_args():
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len"):
             group.add_argument(f"--{name}", type=positive)
         group.add_argument("--use_moe", action=Switch, default=None)
-        group.add_argument("--rope_theta", type=float)
+        group.add_argument("--rope_theta", type=above_zero)
 
     sub = command("to-transformers", "a folder that transformers loads as Llama or Qwen2-MoE", "weights", "folder")
     sub.add_argument("--lora", type=Path, metavar="ADAPTER", help="merge this adapter in")
@@ -77,14 +77,20 @@ def load(args):
     return model, tokenizer
 
 
-def merge(model, adapter: Path, args) -> None:
-    """Add an adapter to the model's weights."""
-    from model.model_lora import merge_lora, remove_lora
+def put_on(model, adapter: Path, args):
+    """Give the model an adapter; returns its settings."""
     from trainer.weights import load_adapter
 
     if adapter.suffix != ".pth":
         raise UserError(f"{adapter}: an adapter is a .pth file, in out/lora/")
-    load_adapter(str(adapter), args, model)
+    return load_adapter(str(adapter), args, model)
+
+
+def merge(model, adapter: Path, args) -> None:
+    """Add an adapter to the model's weights."""
+    from model.model_lora import merge_lora, remove_lora
+
+    put_on(model, adapter, args)
     merge_lora(model)
     remove_lora(model)
 
@@ -122,10 +128,13 @@ def to_transformers(args) -> None:
     new = args.folder.with_name(f".{args.folder.name}.new")
     try:
         write_folder(model, tokenizer, new)
+        targets = {file: args.folder / file.name for file in new.iterdir()}
+        if not args.overwrite and (there := [str(target) for target in targets.values() if target.exists()]):
+            raise UserError(f"{', '.join(there)} is there already: choose another folder, or --overwrite replaces it")
         difference = check_equal(model, new)
         args.folder.mkdir(parents=True, exist_ok=True)
-        for file in new.iterdir():
-            file.replace(args.folder / file.name)
+        for file, target in targets.items():
+            file.replace(target)
     except OSError as error:
         raise UserError(f"cannot write {args.folder}: {error.strerror or error}") from None
     finally:
@@ -174,12 +183,11 @@ def merge_adapter(args) -> None:
 def to_peft(args) -> None:
     from model.model_lora import lora_state_dict
     from scripts.peft_format import SETTINGS, write_folder
-    from trainer.weights import load_adapter
 
     if (args.folder / SETTINGS).exists() and not args.overwrite:
         raise UserError(f"{args.folder} holds an adapter already: choose another name, or --overwrite replaces it")
     model, _ = load(args)
-    settings = load_adapter(str(args.adapter), args, model)
+    settings = put_on(model, args.adapter, args)
     as_llama = args.layout == "llama"
     write_folder(lora_state_dict(model), settings, model.config, as_llama, args.weights.name, args.folder)
     base = "to-transformers makes" if as_llama else "save_pretrained writes"

@@ -112,9 +112,14 @@ def read_folder(folder: Path, config: LMConfig) -> tuple[dict[str, Tensor], dict
         state = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{folder / SETTINGS} is no JSON object: it is damaged")
     if about.get("peft_type") != "LORA":
         raise UserError(f"{folder} holds a {about.get('peft_type')}, and a MiniMind takes a LORA")
     for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if about.get(name):
             raise UserError(f"{folder} was made with {name}, which a MiniMind adapter cannot say")
-    return to_our_state(state, config), {"alpha": about["lora_alpha"]}
+    alpha = about.get("lora_alpha")
+    if not isinstance(alpha, int | float) or not alpha > 0:
+        raise UserError(f"{folder / SETTINGS}: its lora_alpha is {alpha!r}, not a number above 0")
+    return to_our_state(state, config), {"alpha": alpha}

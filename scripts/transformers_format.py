@@ -274,6 +274,8 @@ def read_folder(folder: Path, tokenizer_folder: str | None = None) -> tuple[Mini
             state = to_our_state(state, config)
     except KeyError as missing:
         raise UserError(f"{folder} lacks {missing} in its config.json or its weights") from None
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'config.json'} is damaged ({error})") from None
     tokenizer = load_tokenizer(tokenizer_folder or folder)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
@@ -326,10 +328,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: this is no folder of a transformers model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
 
 

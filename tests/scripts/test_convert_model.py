@@ -116,6 +116,12 @@ def test_a_folder_or_weights_that_are_there_stay(convert, tokenizer_dir, weights
     assert (folder / "mine.txt").read_text() == "mine"
     with pytest.raises(UserError, match="holds a model already"):
         convert("to-transformers", weights, folder, "--tokenizer", tokenizer_dir)
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    (other / "tokenizer.json").write_text("mine")
+    with pytest.raises(UserError, match=r"tokenizer\.json is there already"):
+        convert("to-transformers", weights, other, "--tokenizer", tokenizer_dir)
+    assert [(file.name, file.read_text()) for file in other.iterdir()] == [("tokenizer.json", "mine")]
     with pytest.raises(UserError, match="is a file"):
         convert("to-transformers", weights, weights, "--tokenizer", tokenizer_dir)
     with pytest.raises(UserError, match="is there already"):
@@ -137,6 +143,10 @@ def test_wrong_input_is_named(convert, tokenizer_dir, small_tokenizer_dir, weigh
     ):
         with pytest.raises(UserError, match=message):
             convert("to-transformers", *arguments[:1], tmp_path / "out", *arguments[1:])
+    with pytest.raises(UserError, match=r"an adapter is a \.pth file"):
+        convert("to-peft", weights, tmp_path / "lora/me_32", tmp_path / "out", "--tokenizer", tokenizer_dir)
+    with pytest.raises(UserError, match=r"what is no part of it goes before"):
+        convert("to-transformers", "--overwrite", weights, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -97,8 +97,13 @@ def test_what_the_other_side_cannot_say_is_refused(tiny_tokenizer, tmp_path):
     folder = tmp_path / "peft"
     write_folder(lora_state_dict(model), settings, model.config, True, "base", folder)
     about, weights = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
-    for change, told in (({"use_dora": True}, "made with use_dora"), ({"peft_type": "IA3"}, "holds a IA3")):
-        (folder / "adapter_config.json").write_text(json.dumps(about | change))
+    for changed, told in (
+        (about | {"use_dora": True}, "made with use_dora"),
+        (about | {"peft_type": "IA3"}, "holds a IA3"),
+        (about | {"lora_alpha": None}, "lora_alpha is None"),
+        ([about], "no JSON object"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps(changed))
         with pytest.raises(UserError, match=told):
             read_folder(folder, model.config)
     (folder / "adapter_config.json").write_text(json.dumps(about))

@@ -193,12 +193,16 @@ def test_our_own_save_pretrained_folder_and_old_bin_files_are_read(tiny_tokenize
         ({"head_dim": 32}, "head_dim 32"),
         ({"num_hidden_layers": 3}, "does not fit its config.json"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"hidden_size": "64"}, "config.json is damaged"),
     ],
 )
 def test_what_a_minimind_is_not_is_refused_by_name(llama, tmp_path, change, message):
     _, folder = llama
     copy_folder(folder, tmp_path, change)
     with pytest.raises(UserError, match=message):
+        read_folder(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
         read_folder(tmp_path)
 
 
