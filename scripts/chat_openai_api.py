@@ -7,7 +7,6 @@ python scripts/chat_openai_api.py --base_url http://host:8000/v1 --model NAME --
 answer, Ctrl-D ends.
 """
 
-import argparse
 import contextlib
 import os
 import sys
@@ -15,8 +14,8 @@ from collections.abc import Iterator
 
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
 
-from scripts.remote_chat import answer_parts
-from trainer.arguments import Switch, not_negative, positive
+from scripts.remote_chat import answer_parts, check_address, models_at
+from trainer.arguments import Parser, Switch, not_negative, positive, seed
 from trainer.errors import UserError, launch
 
 HELP = """/reset          forget the talk so far
@@ -31,7 +30,7 @@ UNPRINTABLE = {
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--base_url", default="http://127.0.0.1:8998/v1", help="address of the API (default: %(default)s)"
     )
@@ -46,7 +45,7 @@ def get_args():
     )
     parser.add_argument("--temperature", type=float, default=None)
     parser.add_argument("--top_p", type=float, default=None)
-    parser.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
+    parser.add_argument("--seed", type=seed, default=None, help="makes sampling repeatable")
     parser.add_argument("--stream", action=Switch, default=True, help="print while the model writes (default: on)")
     parser.add_argument("--hide_thinking", action=Switch, help="of a reasoning model show the answer alone")
     return parser.parse_args()
@@ -146,18 +145,14 @@ def main():
     with contextlib.suppress(ImportError):  # arrow keys in input(); Windows has its own
         import readline  # noqa: F401
 
-    client = openai.OpenAI(base_url=args.base_url, api_key=args.api_key or os.environ.get("OPENAI_API_KEY") or "none")
+    api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    check_address(args.base_url, api_key)
+    client = openai.OpenAI(base_url=args.base_url, api_key=api_key)
     chat = Chat(client, args)
-    try:
-        chat.model = chat.model or next(iter(client.models.list())).id
-    except openai.APIConnectionError:
-        raise UserError(
-            f"nothing answers at {args.base_url}: start scripts/serve_openai_api.py, or name another --base_url"
-        ) from None
-    except openai.APIStatusError as error:
-        raise UserError(f"{args.base_url} says: {error.message}") from None
-    except StopIteration:
-        raise UserError(f"{args.base_url} lists no model: name one with --model") from None
+    if not chat.model:
+        chat.model = next(iter(models_at(client)), None)
+    if not chat.model:
+        raise UserError(f"{args.base_url} lists no model: name one with --model")
     print(f"{chat.model} at {args.base_url}; /help for help", file=sys.stderr)
     for line in lines():
         if line.startswith("/") and obey(line, chat):
@@ -167,8 +162,8 @@ def main():
                 show(parts, args.hide_thinking)
         except KeyboardInterrupt:
             print("(stopped)")
-        except openai.APIError as error:
-            print(f"error: {error.message.translate(UNPRINTABLE)}", file=sys.stderr)
+        except (openai.APIError, UserError) as error:
+            print(f"error: {str(error).translate(UNPRINTABLE)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

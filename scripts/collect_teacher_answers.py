@@ -24,6 +24,7 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the rooms)
 
+from scripts.remote_chat import check_address
 from trainer.arguments import Parser, Switch, above_zero, not_negative, positive
 from trainer.errors import UserError, launch
 
@@ -66,15 +67,19 @@ class AnswerFile:
         answered: how often each question, by its key, has an answer there.
 
     Raises (on construction):
-        UserError: another run writes to it, or it holds a line that is no answer of this model to these questions.
+        UserError: it cannot be written, another run writes to it, or it holds a line that is no answer of this model
+            to these questions.
     """
 
     def __init__(self, path: Path, model: str, questions: Counter[bytes]):
         self.path = path
         self.model = model
         self.answered: Counter[bytes] = Counter()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open, and locked, as long as the object lives
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open, and locked, as long as the object lives
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -182,8 +187,8 @@ def answer_of(completion, thinking: bool) -> str:
     """
     from model.reasoning import is_well_formed
 
-    if not completion.choices or completion.choices[0].message is None:
-        raise NoAnswer("the endpoint sent no choices")
+    if not getattr(completion, "choices", None) or completion.choices[0].message is None:
+        raise NoAnswer("the endpoint sent no choices (does its address end in /v1?)")
     choice = completion.choices[0]
     answer = (choice.message.content or "").strip()
     if choice.finish_reason == "length":
@@ -205,6 +210,9 @@ def main():
 
     from dataset.jsonl import JsonlReader
     from dataset.records import question_of
+
+    api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
+    check_address(args.base_url, api_key)
 
     def questions() -> Iterator[Chat]:
         for chat in JsonlReader(args.questions, question_of, args.skip_bad_lines):
@@ -228,7 +236,7 @@ def main():
     async def run(progress) -> str | None:
         async with openai.AsyncOpenAI(
             base_url=args.base_url,
-            api_key=args.api_key or os.environ.get("OPENAI_API_KEY") or "none",
+            api_key=api_key,
             max_retries=args.retries,
             timeout=args.timeout,
         ) as client:

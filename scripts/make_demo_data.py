@@ -8,7 +8,6 @@ Arithmetic: an unordered pair of operands belongs to training or to the examinat
 seen either way round.
 """
 
-import argparse
 import hashlib
 import json
 import random
@@ -18,7 +17,7 @@ from pathlib import Path
 import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the rooms)
 
 from scripts.demo_world import Identity, Relation, identities, relations
-from trainer.arguments import ROOT
+from trainer.arguments import ROOT, Parser
 from trainer.errors import UserError, launch
 from trainer.files import replacing
 
@@ -339,7 +338,7 @@ def read_manifest(path: Path) -> dict[str, str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "dataset" / "demo")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()

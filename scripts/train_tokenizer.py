@@ -12,7 +12,6 @@ measured there. With --only_measure a tokenizer that is there already is verifie
     python scripts/train_tokenizer.py --only_measure --data_path ../shared/data/*.jsonl
 """
 
-import argparse
 import hashlib
 import shutil
 import sys
@@ -28,7 +27,7 @@ from dataset.jsonl import BadRecord, JsonlReader
 from dataset.records import chat_of, text_of
 from model.chat import CHAT_TEMPLATE, render_chat
 from model.tokenizer import StreamDecoder, token_bytes
-from trainer.arguments import Switch, positive
+from trainer.arguments import Parser, Switch, positive
 from trainer.errors import UserError, launch
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
@@ -167,7 +166,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="jsonl files")
     parser.add_argument("--out_dir", type=Path, default=SHIPPED_TOKENIZER)
     parser.add_argument("--vocab_size", type=positive, default=6400)

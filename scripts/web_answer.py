@@ -10,8 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scripts.remote_chat import answer_parts
-from trainer.errors import UserError
+from scripts.remote_chat import answer_parts, check_address, models_at
 
 UNWATCHED = 20.0  # seconds after which an answer that no page shows is not worth writing on
 
@@ -217,15 +216,11 @@ def connect(base_url: str, api_key: str) -> tuple[object, list[str]]:
     """A client for an address, and the names of the models there.
 
     Raises:
-        UserError: nothing answers, or it refuses.
+        UserError: it is no address, nothing answers, or it refuses.
     """
     import openai
 
+    check_address(base_url, api_key)
     patient = openai.Timeout(600, connect=5)  # a busy server may let a question wait
     client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", max_retries=0, timeout=patient)
-    try:
-        return client, [model.id for model in client.with_options(timeout=10).models.list()]
-    except openai.APIConnectionError as error:
-        raise UserError(f"nothing answers at {base_url} ({error.__cause__ or error})") from None
-    except openai.APIStatusError as error:
-        raise UserError(f"{base_url} says {error.status_code}: {error.message}") from None
+    return client, models_at(client.with_options(timeout=10))

@@ -36,7 +36,9 @@ class Switch(argparse.Action):
     def __call__(self, parser, namespace, value, option_string=None):
         on = True if value is None else self.WORDS.get(value.lower())
         if on is None:
-            parser.error(f"{option_string} takes 1 or 0, true or false, not {value!r}")
+            parser.error(
+                f"{option_string} takes 1 or 0, true or false, not {value!r}; what is no part of it goes before"
+            )
         setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
 
@@ -53,6 +55,14 @@ def not_negative(text: str) -> int:
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, not {number}")
+    return number
+
+
+def seed(text: str) -> int:
+    """What every random generator here takes: an integer of 0 to 2^63 - 1."""
+    number = int(text)
+    if not 0 <= number < 1 << 63:
+        raise argparse.ArgumentTypeError(f"must be 0 to 2^63 - 1, not {text}")
     return number
 
 
@@ -98,7 +108,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top_p", type=share, default=0.85, help="likeliest tokens that reach this share together")
     group.add_argument("--top_k", type=not_negative, default=0, help="likeliest tokens to choose among; 0: no limit")
     group.add_argument("--repetition_penalty", type=above_zero, default=1.0, help="1: none")
-    group.add_argument("--seed", type=int, default=None, help="makes sampling repeatable")
+    group.add_argument("--seed", type=seed, default=None, help="makes sampling repeatable")
 
 
 def sampling_of(args: argparse.Namespace) -> dict:
@@ -148,7 +158,7 @@ def training_parser(description: str, **defaults) -> Parser:
     training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for hidden matrices")
     training.add_argument("--warmup_iters", type=not_negative, default=0, help="steps of linear warm-up")
     training.add_argument("--grad_clip", type=above_zero, default=1.0, help="largest norm of the gradient")
-    training.add_argument("--seed", type=int, default=42)
+    training.add_argument("--seed", type=seed, default=42)
 
     engine = parser.add_argument_group("machine")
     engine.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")

@@ -91,3 +91,27 @@ def openai_double() -> Iterator[Double]:
         yield double
     finally:
         double.close()
+
+
+@contextlib.contextmanager
+def http_server(body: bytes, kind: str) -> Iterator[str]:
+    """The address of a server that answers everything with the same."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            """Say nothing."""
+
+        def do_GET(self):
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.send_response(200)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()

@@ -14,6 +14,7 @@ import pytest
 from dataset import SFTDataset
 from tests.conftest import write_jsonl
 from tests.running import PATIENCE, ROOT, call_script
+from tests.scripts.openai_double import http_server
 
 SCRIPT = "scripts/collect_teacher_answers.py"
 
@@ -97,7 +98,15 @@ def replies(path) -> list[tuple[str, str]]:
 
 
 def test_answers_stand_in_the_order_of_the_questions(endpoint, questions, tmp_path, tiny_tokenizer):
-    endpoint.behave = lambda question, times: time.sleep(0.08 if question in ("question 0?", "question 9?") else 0.01)
+    second = threading.Event()
+
+    def behave(question, times):
+        if question == "question 0?":
+            assert second.wait(PATIENCE)  # so it is answered after another one
+        else:
+            second.set()
+
+    endpoint.behave = behave
     collect(endpoint, questions, tmp_path / "out" / "a.jsonl", "--concurrency", "6", "--temperature", "0.5")
     expected = [(f"question {n}?", f"about question {n}?") for n in range(24)]
     assert replies(tmp_path / "out" / "a.jsonl") == expected
@@ -250,6 +259,25 @@ def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
     collect(endpoint, questions, out, "--model", "other", exit_code=2)
     assert "line 1 is no answer of other" in capsys.readouterr().err
     assert out.read_bytes() == mine
+
+
+def test_a_place_that_cannot_be_written_and_an_address_that_is_none(endpoint, questions, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out, flags, told in (
+        (tmp_path, (), "cannot write"),
+        (tmp_path / "file" / "a.jsonl", (), "cannot write"),
+        (tmp_path / "a.jsonl", ("--base_url", "http://[::1"), "no address of an API"),
+        (tmp_path / "a.jsonl", ("--base_url", "localhost:1"), "no address of an API"),
+    ):
+        collect(endpoint, questions, out, *flags, exit_code=2)
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_an_endpoint_that_sends_something_else_is_told(questions, tmp_path, capsys):
+    with http_server(b"<html>Welcome</html>", "text/html") as address:
+        call_script(SCRIPT, questions, tmp_path / "a.jsonl", "--base_url", address, "--model", "big", exit_code=2)
+    assert "does its address end in /v1?" in capsys.readouterr().err
 
 
 def test_a_bad_line_stops_before_the_first_question(endpoint, tmp_path, capsys):

@@ -3,13 +3,15 @@
 import time
 from pathlib import Path
 
+import openai
 import pytest
 
 from model.images import place_chat
 from scripts import web_answer
+from scripts.remote_chat import answer_parts
 from scripts.web_answer import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
 from tests.running import PATIENCE
-from tests.scripts.openai_double import openai_double
+from tests.scripts.openai_double import http_server, openai_double
 from tests.scripts.seeing import picture, save_vlm
 from trainer.errors import UserError
 
@@ -122,6 +124,24 @@ def test_an_address_says_which_models_it_has_or_what_is_wrong():
         assert connect(double.address, "")[1] == ["double"]
     with pytest.raises(UserError, match="nothing answers at"):
         connect(double.address, "")
+    for address, key in (("http://[::1", ""), ("127.0.0.1:8998", ""), ("ftp://a/v1", ""), ("http://a:99999", "")):
+        with pytest.raises(UserError, match="no address of an API"):
+            connect(address, key)
+    with pytest.raises(UserError, match="ASCII"):
+        connect("http://127.0.0.1:9/v1", "ключ")
+
+
+def test_a_web_site_is_no_api():
+    with http_server(b"<html>Welcome</html>", "text/html") as address:
+        with pytest.raises(UserError, match="does it end in /v1"):
+            connect(address, "")
+        client = openai.OpenAI(base_url=address, api_key="none")
+        for stream in (False, True):
+            with pytest.raises(UserError, match="does its address end in /v1"):
+                list(answer_parts(client, "m", [{"role": "user", "content": "hi"}], stream))
+
+
+def test_weights_that_are_gone_are_named():
     with pytest.raises(UserError, match="is missing"):
         load_local(Path("nothing_512.pth"), None, None, "cpu", None)
 

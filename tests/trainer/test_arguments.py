@@ -79,6 +79,8 @@ def test_old_commands_and_launchers_are_understood():
         ("--learning_rate", "nan", "above 0"),
         ("--learning_rate", "inf", "above 0"),
         ("--grad_clip", "-1", "above 0"),
+        ("--seed", "-1", "2^63"),
+        ("--seed", "9223372036854775808", "2^63"),
         ("--use_moe", "maybe", "'maybe'"),
         ("--dtype", "int8", "bfloat16"),
         ("--zero_stage", "4", "4"),
