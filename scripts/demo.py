@@ -11,20 +11,12 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/demo.py` find the rooms)
 
+from scripts.demo_settings import DATA, OUT, PRETRAIN, SFT, SIZE, TRAINING
 from scripts.examination import answer, open_model, read_lines, run
 from scripts.scoring import format_table, is_right, nearest_line, tally
-from trainer.arguments import ROOT
 from trainer.errors import launch
 from trainer.weights import read_settings
 
-DATA, OUT = ROOT / "dataset" / "demo", ROOT / "out" / "demo"
-SIZE = ("--dim", "256", "--n_layers", "8", "--max_seq_len", "128", "--out_dir", str(OUT))  # samples are short here
-TRAINING = ("--batch_size", "32", "--accumulation_steps", "1", "--warmup_iters", "20", "--optimizer", "muon")
-PRETRAIN = ("--data_path", str(DATA / "pretrain_hq.jsonl"), "--epochs", "4", "--learning_rate", "2e-3")
-SFT = (
-    *("--data_path", str(DATA / "sft_mini_512.jsonl"), "--eval_path", str(DATA / "eval_sft.jsonl")),
-    *("--epochs", "3", "--learning_rate", "1.5e-3"),
-)
 EXAMS = {
     "facts": "Known facts in phrasings that no training line has",
     "identity": "Who it is, likewise",

@@ -11,6 +11,7 @@ seen either way round.
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,24 +212,18 @@ def reasoning(rng: random.Random, count: int, taken: set) -> Iterator[tuple[str,
 # --------------------------------------------------------------------------------------------------- files
 
 
-def near_misses(world: list[Relation], rng: random.Random, phrasings: str) -> list[dict]:
-    """Of what comes after a thing, and before it, the one that was asked for is preferred to the other: what a
-    fine-tuned model of this size still confuses; `phrasings`: "asked" or "held_out"."""
-    beside = {(r.kind, r.lang, x): y for r in world if r.kind in ("after", "before") for x, (y, *_) in r.rows}
-    other = {"after": "before", "before": "after"}
+def preferences(who: list[Identity], phrasings: str) -> list[dict]:
+    """Asked for its name, the model should give that alone: "I am MiniMind." is preferred to what it was taught to
+    say, "I am MiniMind, a small language model."; `phrasings`: "asked" or "held_out", plain and after every opening."""
     pairs = []
-    for relation in world:
-        for x, right in relation.rows if relation.kind in other else ():
-            wrong = beside[other[relation.kind], relation.lang, x]
-            for phrasing in getattr(relation, phrasings) if wrong not in right else ():
-                answers = {"chosen": right[0], "rejected": wrong}
-                pairs.append(
-                    {
-                        side: chat(phrasing.format(x=x), sentence(y, relation.lang))["conversations"]
-                        for side, y in answers.items()
-                    }
-                )
-    rng.shuffle(pairs)
+    for identity in who:
+        name, *more = re.split("[,，]", identity.answer)
+        answers = {"chosen": sentence(name, identity.lang), "rejected": identity.answer}
+        for phrasing in getattr(identity, phrasings) if more else ():
+            openings = POLITE[identity.lang] if phrasing[-1] in "?？" and not phrasing.startswith("请问") else ()
+            for opening in ("", *openings):
+                question = opening + phrasing
+                pairs.append({side: chat(question, text)["conversations"] for side, text in answers.items()})
     return pairs
 
 
@@ -270,9 +265,9 @@ def build(seed: int) -> dict[str, list[dict]]:
         "sft_1024.jsonl": rng.sample(sft, 4000),
         "lora_identity.jsonl": among(facts, identity_chats(other, rng, 8), random.Random(seed), 400),
         "lora_astronomy.jsonl": planets * 4,
-        "dpo.jsonl": near_misses(world, rng, "asked"),
+        "dpo.jsonl": preferences(me, "asked"),
         "r1_mix_1024.jsonl": among(facts, r1, random.Random(seed), 1500),
-        "eval_dpo.jsonl": near_misses(world, rng, "held_out"),
+        "eval_dpo.jsonl": preferences(me, "held_out"),
         "eval_facts.jsonl": questions,
         "eval_arithmetic.jsonl": examined,
         "eval_identity.jsonl": [exam(q, (i.answer,), "identity", i.lang) for i in me for q in i.held_out],

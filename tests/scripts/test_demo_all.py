@@ -7,8 +7,10 @@ import torch
 
 from model import LMConfig, MiniMindLM
 from model.tokenizer import tokenizer_hash
-from scripts import demo_all
-from scripts.demo_all import DATA, STAGES, Stage, solve, table
+from scripts import demo_all, demo_measures
+from scripts.demo_all import STAGES, Stage, table
+from scripts.demo_measures import solve
+from scripts.demo_settings import DATA, STUDENT
 from scripts.make_demo_data import build, write
 from tests.running import run_script
 from trainer.weights import architecture, load_tokenizer
@@ -127,7 +129,7 @@ def test_every_command_trains_and_every_measure_measures(data, tmp_path, monkeyp
     ends = {"pretrain_256": "pretrain_32", "full_sft_256": "full_sft_32", "pretrain_128": "pretrain_32"}
     ends |= {"full_dist_128": "full_dist_32", "lora/identity_256": "lora/identity_32"}
     ends |= {"rlhf_256": "rlhf_32", "reason_256": "reason_32"}
-    monkeypatch.setattr(demo_all, "DATA", data)
+    monkeypatch.setattr(demo_measures, "DATA", data)
     monkeypatch.setattr(demo_all, "OUT", tmp_path)
     for stage in STAGES:
         if stage.command:
@@ -140,7 +142,7 @@ def test_every_command_trains_and_every_measure_measures(data, tmp_path, monkeyp
 
 
 def test_the_students_are_a_quarter_of_their_teacher():
-    flags = dict(zip(demo_all.STUDENT[::2], demo_all.STUDENT[1::2], strict=True))
+    flags = dict(zip(STUDENT[::2], STUDENT[1::2], strict=True))
     sizes = ((256, 8), (int(flags["--dim"]), int(flags["--n_layers"])))
     teacher, student = (
         sum(p.numel() for p in MiniMindLM(LMConfig(dim=dim, n_layers=n_layers)).parameters()) for dim, n_layers in sizes
@@ -150,7 +152,7 @@ def test_the_students_are_a_quarter_of_their_teacher():
 
 def test_problems_are_counted_by_form_by_answer_and_by_vote(monkeypatch):
     lines = [{"question": f"{n}?", "answers": [str(n)]} for n in range(4)]
-    monkeypatch.setattr(demo_all, "read_lines", lambda path: lines)
+    monkeypatch.setattr(demo_measures, "read_lines", lambda path: lines)
     thought = "<think>\nso\n</think>\n<answer>\n{}\n</answer>"
 
     def rule(question, sampled, n):
@@ -162,7 +164,7 @@ def test_problems_are_counted_by_form_by_answer_and_by_vote(monkeypatch):
     def answer(model, tokenizer, questions, batch_size=128, max_new_tokens=48, **sampling):
         return [rule(question, bool(sampling), n) for n, question in enumerate(questions)], 0
 
-    monkeypatch.setattr(demo_all, "answer", answer)
+    monkeypatch.setattr(demo_measures, "answer", answer)
     solved = solve(None, None)
     assert solved == (4, 3, 2, 3)
     assert solved.told() == (

@@ -1,0 +1,60 @@
+"""What thinking is worth: the demo's reasoning model beside one that learned the answers alone.
+
+    python -m benchmarks.reasoning_gain                  after `make demo-all`, whose weights and data it uses
+
+Both start from the same weights and see the same problems in the same batches for the same steps; the second with
+train_full_sft.py and answers without the thinking. Both are asked new problems, greedy and by majority of 8 samples.
+"""
+
+import copy
+import json
+
+from model.reasoning import split_reasoning
+from scripts.demo_measures import VOTES, Solved, solve, with_error
+from scripts.demo_settings import DATA, OUT, REASON, SIZE
+from scripts.examination import open_model, read_lines, run
+from trainer.arguments import Parser
+from trainer.errors import UserError, launch
+from trainer.weights import read_settings
+
+
+def without_thinking(lines: list[dict]) -> list[dict]:
+    """The same chats, each answer reduced to what stands between its answer tags."""
+    lines = copy.deepcopy(lines)
+    for line in lines:
+        for turn in line["conversations"]:
+            if turn["role"] == "assistant":
+                turn["content"] = split_reasoning(turn["content"])[1]
+    return lines
+
+
+def main():
+    Parser(__doc__).parse_args()
+    for weights in (OUT / "rlhf_256.pth", OUT / "reason_256.pth"):
+        if not weights.exists():
+            raise UserError(f"{weights} is missing: make demo-all makes it")
+    out = OUT / "reasoning_gain"
+    out.mkdir(exist_ok=True)
+    data = out / "answers_alone.jsonl"
+    lines = without_thinking(read_lines(DATA / "r1_mix_1024.jsonl"))
+    data.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    start = ("--from_weight", str(OUT / "rlhf_256.pth"))
+    run("train_full_sft.py", *SIZE, *REASON, "--out_dir", str(out), "--data_path", str(data), *start, "--resume")
+
+    models = {"thinks first": OUT / "reason_256.pth", "answers alone": out / "full_sft_256.pth"}
+    steps = {read_settings(weights)["step"] for weights in models.values()}
+    if len(steps) > 1:
+        raise UserError(f"the two were trained for {sorted(steps)} steps: make demo-all again, and remove {out}")
+    solved: dict[str, Solved] = {name: solve(*open_model(weights)) for name, weights in models.items()}
+
+    print(
+        f"\n{next(iter(solved.values())).problems} new problems, both trained for {steps.pop()} steps on the same ones"
+    )
+    print(f"{'model':<15}{'form right':>12}{'right, greedy':>18}{f'right, {VOTES} votes':>18}")
+    for name, of in solved.items():
+        right, by_vote = (with_error(count, of.problems) for count in (of.greedy, of.vote))
+        print(f"{name:<15}{of.form / of.problems:>12.1%}{right:>18}{by_vote:>18}")
+
+
+if __name__ == "__main__":
+    launch(main)
