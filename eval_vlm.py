@@ -42,7 +42,7 @@ def get_args():
         "--image_dir",
         default=str(ROOT / "dataset" / "eval_images"),
         metavar="DIR",
-        help="show its images in the order of their names, one by one; two by two with --model_mode 2",
+        help="show its images in order of their names, one by one; with --model_mode 2 in twos, the last perhaps alone",
     )
     parser.add_argument("--prompt", action="append", help="ask this (may be repeated) instead of for a description")
     parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
@@ -68,7 +68,7 @@ def groups_of_images(args) -> list[list[Path]]:
         raise UserError(
             f"--image_dir {folder} holds {len(images)} images, and --model_mode {args.model_mode} shows {together}"
         )
-    return [images[i : i + together] for i in range(0, len(images) - together + 1, together)]
+    return [images[i : i + together] for i in range(0, len(images), together)]
 
 
 def load_model(args):

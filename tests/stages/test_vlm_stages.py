@@ -221,7 +221,7 @@ class TestEval:
         shown = asked("--image_dir", pictures / "images")
         assert [line for line in shown.splitlines() if line.endswith(".png")] == ["blue.png", "green.png", "red.png"]
         together = asked("--image_dir", pictures / "images", "--model_mode", "2")
-        assert [line for line in together.splitlines() if line.endswith(".png")] == ["blue.png, green.png"]
+        assert [line for line in together.splitlines() if line.endswith(".png")] == ["blue.png, green.png", "red.png"]
 
     def test_without_arguments_it_goes_through_the_pictures_we_ship(self, asked):
         shown = [line for line in asked().splitlines() if line.endswith(".jpg")]
