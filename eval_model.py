@@ -20,7 +20,7 @@ from trainer.arguments import (
     sampling_of,
 )
 from trainer.errors import UserError, launch
-from trainer.talk import pieces_of, questions, show, typed
+from trainer.talk import questions, show, texts_of, typed
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")
 SAMPLE_QUESTIONS = (
@@ -85,35 +85,33 @@ def load_model(args):
     return model.to(device).eval(), tokenizer
 
 
-def reply(model, tokenizer, ids: list[int], args, by_hand: bool) -> str:
+def reply(engine, ids: list[int], args, by_hand: bool) -> str:
     """Write an answer to a prompt; show it, and how fast it came."""
-    import torch
-
+    from model.engine import Request
     from model.reasoning import majority
-    from model.tokenizer import StreamDecoder
 
     settings = sampling_of(args)
     reasoning = args.model_mode == 3
-    started, written, election = time.monotonic(), [], ""
-    prompt = torch.tensor([ids] * args.votes, device=model.device)
+    started, pieces, election = time.monotonic(), [], ""
     try:
         if args.votes == 1:
-            pieces = pieces_of(model.stream(prompt, **settings), StreamDecoder(tokenizer), written)
-            show(pieces if args.stream else ["".join(pieces)], reasoning, args.hide_thinking)
-            answer = tokenizer.decode(written, skip_special_tokens=True)
+            texts = texts_of(engine.stream(Request(prompt=ids, **settings)), pieces)
+            show(texts if args.stream else ["".join(texts)], reasoning, args.hide_thinking)
+            answer = "".join(piece.text for piece in pieces)
         else:
-            answers = model.generate(prompt, **settings)[:, len(ids) :]
-            written = answers[answers != model.config.pad_token_id]
-            answer, votes = majority(tokenizer.batch_decode(answers, skip_special_tokens=True))
+            seeds = [None if args.seed is None else args.seed + i for i in range(args.votes)]
+            pieces = engine.run(Request(prompt=ids, **settings | {"seed": seed}) for seed in seeds)
+            answer, votes = majority([written.text for written in pieces])
             show([answer], reasoning, args.hide_thinking)
             election = f"{votes} of {args.votes} votes, "
     except KeyboardInterrupt:
         if not by_hand:
             raise
+        engine.abandon()  # wherever in a step it was
         print(" [stopped]")  # the answer ends here, the talk goes on
-        answer = tokenizer.decode(written, skip_special_tokens=True)
-    seconds = time.monotonic() - started
-    print(f"[{election}{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
+        answer = "".join(piece.text for piece in pieces)
+    seconds, count = time.monotonic() - started, sum(len(piece.tokens) for piece in pieces)
+    print(f"[{election}{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
     return answer
 
 
@@ -122,11 +120,13 @@ def main():
     if args.votes > 1 and args.temperature == 0:
         raise UserError(f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise it")
     from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
+    from model.engine import Engine
 
     model, tokenizer = load_model(args)
     room = model.config.max_seq_len - args.max_new_tokens
     if room < 1:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: the model takes {model.config.max_seq_len} in all")
+    engine = Engine(model, tokenizer, slots=args.votes)
     pretrained = args.model_mode == 0
     samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
     system = [{"role": "system", "content": args.system}] if args.system else []
@@ -149,7 +149,7 @@ def main():
                 raise UserError(f"{question[:40]!r}: {error}") from None
             print(error)
             continue
-        turns = [*turns, {"role": "assistant", "content": reply(model, tokenizer, ids, args, by_hand)}]
+        turns = [*turns, {"role": "assistant", "content": reply(engine, ids, args, by_hand)}]
 
 
 if __name__ == "__main__":

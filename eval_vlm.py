@@ -19,7 +19,7 @@ from trainer.arguments import (
     sampling_of,
 )
 from trainer.errors import UserError, launch
-from trainer.talk import pieces_of, show
+from trainer.talk import show, texts_of
 
 STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -95,10 +95,11 @@ def load_model(args):
 def main():
     args = get_args()
     groups = groups_of_images(args)
-    from model.images import place_chat  # after the arguments: --help need not wait for it
-    from model.tokenizer import StreamDecoder
+    from model.engine import Engine, Request  # after the arguments: --help need not wait for it
+    from model.images import place_chat, prompt_embeddings
 
     model, tokenizer, processor = load_model(args)
+    engine = Engine(model, tokenizer, slots=1)
     room = model.config.max_seq_len - args.max_new_tokens
     system = [{"role": "system", "content": args.system}] if args.system else []
     for images in groups:
@@ -109,13 +110,13 @@ def main():
             except ValueError as error:  # a broken image, or more of them than the model takes
                 raise UserError(str(error)) from error
             print(f"\n{', '.join(path.name for path in images)}\n> {question}")
-            started, written = time.monotonic(), []
-            inputs = {name: tensor.to(model.device) for name, tensor in prompt.images.items()}
-            stream = model.stream(prompt.input_ids.to(model.device), **sampling_of(args), **inputs)
-            pieces = pieces_of(stream, StreamDecoder(tokenizer), written)
-            show(pieces if args.stream else ["".join(pieces)], reasoning=False, hide_thinking=False)
-            seconds = time.monotonic() - started
-            print(f"[{len(written)} tokens, {len(written) / seconds:.1f} tokens/s]", file=sys.stderr)
+            started, pieces = time.monotonic(), []
+            seen = prompt_embeddings(model, prompt)
+            request = Request(prompt=prompt.input_ids[0].tolist(), embeddings=seen, **sampling_of(args))
+            texts = texts_of(engine.stream(request), pieces)
+            show(texts if args.stream else ["".join(texts)], reasoning=False, hide_thinking=False)
+            seconds, count = time.monotonic() - started, sum(len(piece.tokens) for piece in pieces)
+            print(f"[{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from model.chat import IMAGE_MARKER, IMAGE_PLACE, fit_history
-from model.model_vlm import VLMConfig
+from model.model_vlm import MiniMindVLM, VLMConfig
 
 STRIP_RATIO = 8  # sides of a strip that is cut to its middle before it is enlarged: the centre crop keeps less of it
 
@@ -145,6 +145,15 @@ def place_chat(
     input_ids[mask] = config.image_token_id
     inputs = {"image_mask": mask, "pixel_values": torch.cat(pixels)} if images else {}
     return PlacedPrompt(input_ids, inputs, kept[has_system:])
+
+
+@torch.inference_mode()
+def prompt_embeddings(model: MiniMindVLM, prompt: PlacedPrompt) -> Tensor | None:
+    """What an engine reads in place of the prompt's ids, (n, dim) fp32; None where there are no images in it."""
+    if not prompt.images:
+        return None
+    images = {name: tensor.to(model.device) for name, tensor in prompt.images.items()}
+    return model.embed(prompt.input_ids.to(model.device), **images)[0].float()
 
 
 def _with_places(content: str | list[str | bytes | Path], image_tokens: int) -> str | list[str | list[int]]:

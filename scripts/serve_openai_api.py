@@ -74,15 +74,12 @@ def load(args):
         return *load_model(args), None
     if args.lora_name or args.model_mode > 2:
         raise UserError("--vlm takes no --lora_name, and --model_mode 0, 1 or 2")
-    import torch
-
     from eval_vlm import load_model
-    from model.images import place_chat
+    from model.images import place_chat, prompt_embeddings
 
     model, tokenizer, processor = load_model(args)
     image_tokens, room = model.config.image_tokens, model.config.max_seq_len
 
-    @torch.inference_mode()
     def place_images(turns):
         parts = [part for turn in turns if not isinstance(turn["content"], str) for part in turn["content"]]
         images = sum(not isinstance(part, str) for part in parts)
@@ -92,8 +89,7 @@ def load(args):
         ids = prompt.input_ids[0].tolist()
         if len(ids) >= room:  # is refused; the tower need not look at it
             return ids, None
-        images = {name: tensor.to(model.device) for name, tensor in prompt.images.items()}
-        return ids, model.embed(prompt.input_ids.to(model.device), **images)[0].float()
+        return ids, prompt_embeddings(model, prompt)
 
     return model, tokenizer, place_images
 

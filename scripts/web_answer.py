@@ -5,14 +5,17 @@ of the script comes by shows how far it is.
 """
 
 import base64
+import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from scripts.remote_chat import answer_parts, check_address, models_at
 
 UNWATCHED = 20.0  # seconds after which an answer that no page shows is not worth writing on
+AT_ONCE = 4  # answers that a model writes at the same time, each for another page
 
 
 class Answer:
@@ -83,7 +86,11 @@ class LocalModel:
     """
 
     def __init__(self, model, tokenizer, processor=None, pretrained: bool = False):
+        from model.engine import Engine, EngineThread
+
         self.model, self.tokenizer, self.processor, self.pretrained = model, tokenizer, processor, pretrained
+        self._thread = EngineThread(Engine(model, tokenizer, slots=AT_ONCE))
+        weakref.finalize(self, self._thread.close)
 
     def parts(self, system: list[dict], turns: Sequence[dict], wishes: dict) -> Iterator[tuple[str, str]]:
         """Yield ("thinking" | "answer", text) to show, and ("token" | "raw", text) of what the model writes itself.
@@ -92,38 +99,41 @@ class LocalModel:
             system: the system turn, or nothing for the default one.
             turns: the talk so far, a question last; content is a string, or a list of pictures (their bytes) and
                 strings.
-            wishes: settings of `TextGeneration.stream`.
+            wishes: settings of an engine's `Request`.
 
         Raises:
             ValueError: the question does not fit, a picture cannot be read, or a wish is out of range.
+            RuntimeError: the engine failed.
         """
+        from model.engine import Request
         from model.reasoning import ReasoningStream
-        from model.tokenizer import StreamDecoder
 
-        ids, inputs = self._prompt(system, list(turns), self.model.config.max_seq_len - wishes["max_new_tokens"])
-        decoder, reader = StreamDecoder(self.tokenizer), ReasoningStream()
-        for token in self.model.stream(ids.to(self.model.device), **inputs, **wishes):
-            piece = decoder.push(int(token))
-            yield "token", piece
-            yield from reader.push(piece)
-        rest = decoder.flush()
-        yield "raw", rest
-        yield from reader.push(rest)
-        yield from reader.flush()
+        ids, seen = self._prompt(system, list(turns), self.model.config.max_seq_len - wishes["max_new_tokens"])
+        pieces, reader = queue.SimpleQueue(), ReasoningStream()
+        answer = self._thread.submit(Request(prompt=ids, embeddings=seen, **wishes), pieces.put)
+        try:
+            ended = None
+            while ended is None:
+                _, _, ended = piece = pieces.get()
+                yield "token", piece.text
+                yield from reader.push(piece.text)
+            yield from reader.flush()
+        finally:
+            self._thread.cancel(answer)
+        if ended == "error":
+            raise RuntimeError("the engine failed; the terminal says why")
 
     def _prompt(self, system: list[dict], turns: list[dict], room: int):
-        """Ids (1, n), and what else `stream` takes for the pictures in them."""
-        import torch
-
+        """Ids, and for pictures in them the embeddings, else None."""
         from model.chat import fit_history, render_text
-        from model.images import place_chat
+        from model.images import place_chat, prompt_embeddings
 
         if self.processor is not None:
             prompt = place_chat(self.tokenizer, [*system, *turns], self.model.config, self.processor, room)
-            return prompt.input_ids, {name: value.to(self.model.device) for name, value in prompt.images.items()}
+            return prompt.input_ids[0].tolist(), prompt_embeddings(self.model, prompt)
         if self.pretrained:
-            return torch.tensor(render_text(self.tokenizer, [turns[-1]["content"]]))[:, :-1], {}
-        return torch.tensor([fit_history(self.tokenizer, system, turns, room)[0]]), {}
+            return render_text(self.tokenizer, [turns[-1]["content"]])[0][:-1], None
+        return fit_history(self.tokenizer, system, turns, room)[0], None
 
 
 class RemoteModel:

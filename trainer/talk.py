@@ -35,12 +35,11 @@ def questions(prompts: list[str] | None, samples: Iterable[str], by_hand: bool) 
             raise UserError(f"what is piped in is not UTF-8 ({error.reason} at byte {error.start + 1})") from None
 
 
-def pieces_of(stream, decoder, written: list[int]):
-    """The text of each token as it comes; its id goes to `written`."""
-    for token in stream:
-        written.append(int(token))
-        yield decoder.push(written[-1])
-    yield decoder.flush()
+def texts_of(stream, pieces: list) -> Iterator[str]:
+    """The text of each piece of an engine's answer as it comes; the piece itself goes to `pieces`."""
+    for piece in stream:
+        pieces.append(piece)
+        yield piece.text
 
 
 def show(pieces, reasoning: bool, hide_thinking: bool) -> None:

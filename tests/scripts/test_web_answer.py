@@ -1,5 +1,7 @@
 """An answer on a page, without the page."""
 
+import gc
+import itertools
 import time
 from pathlib import Path
 
@@ -117,6 +119,24 @@ def test_a_pretrained_model_continues_the_text_itself(tiny_out, tokenizer_dir, t
     ids = torch.tensor([render_text(tiny_tokenizer, ["The little"])[0][:-1]])
     right = backend.model.generate(ids, max_new_tokens=12)[0, ids.size(1) :]
     assert written == tiny_tokenizer.decode(right, skip_special_tokens=True)
+
+
+def test_several_pages_ask_at_once_and_a_model_nobody_holds_ends_its_thread(tiny_out, tokenizer_dir):
+    backend = load_local(tiny_out / "pretrain_32.pth", None, str(tokenizer_dir), "cpu", None)
+    wishes = {"max_new_tokens": 12, "temperature": 0.0}
+    asked = [backend.parts([], [{"content": text}], wishes) for text in ("The little", "你好", "A teacher")]
+    together = [[] for _ in asked]
+    for parts in itertools.zip_longest(*asked):
+        for number, part in enumerate(parts):
+            together[number].append(part)
+    for text, got in zip(("The little", "你好", "A teacher"), together, strict=True):
+        alone = [*backend.parts([], [{"content": text}], wishes)]
+        assert [part for part in got if part] == alone
+    thread = backend._thread._thread
+    del backend, asked
+    gc.collect()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
 
 
 def test_an_address_says_which_models_it_has_or_what_is_wrong():

@@ -12,6 +12,7 @@ import torch
 import eval_model
 from model import MiniMindLM
 from model.chat import render_chat
+from model.engine import Engine, Piece
 from scripts.transformers_format import write_folder
 from tests.running import ROOT, RunningScript, one_error_line, run_script
 from tests.stages.terminal import Terminal
@@ -151,14 +152,14 @@ def test_a_pipe_that_is_not_utf8(common, tmp_path):
 def shown(monkeypatch, common):
     """Runs the script in this process with a model that answers "One." and shows what prompts it was given."""
 
-    def run(tokenizer, *flags, questions: list[str]) -> list[list[int]]:
-        prompts, answer = [], [*tokenizer.encode("One.", add_special_tokens=False), tokenizer.eos_token_id]
+    def run(*flags, questions: list[str]) -> list[list[int]]:
+        prompts = []
 
-        def stream(self, input_ids, **settings):
-            prompts.append(input_ids[0].tolist())
-            return iter(torch.tensor([[token] for token in answer]))
+        def stream(self, request):
+            prompts.append(request.prompt)
+            return iter([Piece("One."), Piece(finish_reason="stop")])
 
-        monkeypatch.setattr(MiniMindLM, "stream", stream)
+        monkeypatch.setattr(Engine, "stream", stream)
         asked = [flag for question in questions for flag in ("--prompt", question)]
         monkeypatch.setattr(sys, "argv", ["eval_model.py", *map(str, common), *map(str, flags), *asked])
         eval_model.main()
@@ -181,7 +182,7 @@ def turns(*contents: str) -> list[dict[str, str]]:
     ],
 )
 def test_the_model_is_shown_so_many_earlier_questions(shown, tiny_tokenizer, count, last):
-    prompts = shown(tiny_tokenizer, "--history_cnt", count, questions=["A?", "B?", "C?"])
+    prompts = shown("--history_cnt", count, questions=["A?", "B?", "C?"])
     assert prompts[2] == render_chat(tiny_tokenizer, turns(*last), add_generation_prompt=True)[0]
 
 
@@ -197,7 +198,7 @@ def test_what_does_not_fit_goes_whole_turns_from_the_front_and_the_system_prompt
     story["config"]["max_seq_len"] = room + 12
     (tmp_path / "full_sft_32.json").write_text(json.dumps(story))
     flags = ("--history_cnt", "9", "--system", "Be brief.", "--out_dir", tmp_path)
-    prompts = shown(tiny_tokenizer, *flags, questions=["A?", "B?", "C?"])
+    prompts = shown(*flags, questions=["A?", "B?", "C?"])
     left = [system, *turns("B?", "One.", "C?")]
     assert prompts[2] == render_chat(tiny_tokenizer, left, add_generation_prompt=True)[0]
 
@@ -236,15 +237,18 @@ import time
 import torch
 sys.path.insert(0, ROOT)
 import eval_model
-from model import MiniMindLM
+from model.engine import Engine
 from trainer.errors import launch
 
-def stream(self, input_ids, **settings):
-    while True:
-        time.sleep(0.01)
-        yield torch.tensor([70])
+predict = Engine._predict
 
-MiniMindLM.stream = stream
+def endless(self, logits, predicted):
+    time.sleep(0.01)
+    only = torch.full_like(logits, -1e9)
+    only[:, 70] = 0
+    return predict(self, only, predicted)
+
+Engine._predict = endless
 launch(eval_model.main)
 """
 
@@ -253,7 +257,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(common, tiny_tokenizer, tmp_path
     script = tmp_path / "endless.py"
     script.write_text(ENDLESS.replace("ROOT", repr(str(ROOT))))
     letter = tiny_tokenizer.decode([70])
-    screen = Terminal(script, *common)
+    screen = Terminal(script, *common, "--max_new_tokens", "8000")
     screen.see("by hand: ")
     screen.type("1\n")
     for _ in range(2):
