@@ -1,0 +1,103 @@
+"""LoRA, DPO and reasoning on real text: each stage's own measure before and after it, on lines kept aside.
+
+    python -m benchmarks.real_text --data_dir ../shared/data          a model of the demo's size, made on the way
+
+Learns from pretrain_hq, sft_mini_512, lora_medical, dpo and r1_mix_1024 (.jsonl) of a folder; the last lines of each
+are kept aside. The model and the split files lie in out/real_text; a second call trains nothing that is there.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dataset import DPODataset, SFTDataset
+from model.model_lora import load_lora
+from model.reasoning import is_well_formed
+from scripts.demo_measures import with_error
+from scripts.examination import answer, open_model, read_lines, run
+from train_dpo import dpo_loss
+from trainer.arguments import ROOT, Parser, positive
+from trainer.errors import UserError, launch
+from trainer.evaluation import evaluate
+from trainer.preference import evaluate_pairs, figures
+from trainer.runtime import Runtime
+
+KEPT_ASIDE = 200  # lines of each file
+OUT = ROOT / "out" / "real_text"
+COMMON = ("--dim", "256", "--out_dir", str(OUT), "--accumulation_steps", "1", "--eval_interval", "0", "--resume")
+BY_MUON = ("--batch_size", "8", "--optimizer", "muon", "--warmup_iters", "20")
+STAGES = {  # script, file, steps as a share of --steps, flags
+    "train_pretrain.py": ("pretrain_hq", 1.0, (*BY_MUON, "--learning_rate", "2e-3", "--max_seq_len", "512")),
+    "train_full_sft.py": ("sft_mini_512", 0.5, (*BY_MUON, "--learning_rate", "1e-3", "--max_seq_len", "512")),
+    "train_lora.py": (
+        "lora_medical",
+        0.5,
+        ("--lora_name", "medical", "--batch_size", "8", "--learning_rate", "3e-3", "--max_seq_len", "512"),
+    ),
+    "train_dpo.py": ("dpo", 0.4, ("--batch_size", "4", "--learning_rate", "2e-5")),
+    "train_distill_reason.py": (
+        "r1_mix_1024",
+        1.5,
+        (*BY_MUON, "--learning_rate", "1e-3", "--max_seq_len", "512", "--from_weight", "full_sft"),
+    ),
+}
+
+
+def split(source: Path) -> tuple[Path, Path]:
+    """A file's lines but the last KEPT_ASIDE, and those, as files in OUT.
+
+    Raises:
+        UserError: there is no such file, or it has too few lines.
+    """
+    if not source.is_file():
+        raise UserError(f"{source} is missing: --data_dir names the folder that has it")
+    lines = source.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    if len(lines) <= KEPT_ASIDE:
+        raise UserError(f"{source} has {len(lines)} lines: {KEPT_ASIDE} are kept aside, and none would be left")
+    learned, kept = OUT / source.name, OUT / f"eval_{source.name}"
+    learned.write_text("".join(lines[:-KEPT_ASIDE]), encoding="utf-8")
+    kept.write_text("".join(lines[-KEPT_ASIDE:]), encoding="utf-8")
+    return learned, kept
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--steps", type=positive, default=120, help="of pretraining; the other stages take their share")
+    args = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    kept = {}
+    for script, (name, share, flags) in STAGES.items():
+        learned, kept[name] = split(args.data_dir / f"{name}.jsonl")
+        steps = ("--epochs", "99", "--max_steps", str(max(1, round(share * args.steps))))
+        run(script, "--data_path", str(learned), *COMMON, *steps, *flags)
+
+    start, tokenizer = open_model(OUT / "full_sft_256.pth")
+    here = Runtime(start.device, torch.float32)
+
+    def loss(model, name: str) -> float:
+        rows = SFTDataset(kept[name], tokenizer, 512)
+        return evaluate(model, rows, tokenizer, here, 8)["eval_loss"]
+
+    def accuracy(model) -> float:
+        measure = partial(figures, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
+        return evaluate_pairs(model, model, DPODataset(kept["dpo"], tokenizer, 1024), here, 8, measure)["eval_accuracy"]
+
+    def form(model) -> str:
+        questions = [line["conversations"][0]["content"] for line in read_lines(kept["r1_mix_1024"])]
+        replies, _ = answer(model, tokenizer, questions, max_new_tokens=400)
+        return with_error(sum(map(is_well_formed, replies)), len(replies))
+
+    after_dpo, reasons = (open_model(OUT / f"{name}_256.pth")[0] for name in ("rlhf", "reason"))
+    before = loss(start, "lora_medical"), accuracy(start), loss(start, "sft_mini_512"), form(start)
+    load_lora(start, OUT / "lora" / "medical_256.pth")
+    print(f"\n{KEPT_ASIDE} lines of each file kept aside")
+    print(f"LoRA       nats a token, lora_medical        {before[0]:.3f} -> {loss(start, 'lora_medical'):.3f}")
+    print(f"DPO        better answer likelier, dpo       {before[1]:.1%} -> {accuracy(after_dpo):.1%}")
+    print(f"           nats a token, sft_mini_512        {before[2]:.3f} -> {loss(after_dpo, 'sft_mini_512'):.3f}")
+    print(f"reasoning  form right, r1_mix_1024           {before[3]} -> {form(reasons)}")
+
+
+if __name__ == "__main__":
+    launch(main)

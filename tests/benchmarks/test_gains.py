@@ -1,0 +1,43 @@
+"""What the comparisons of stages do beside training: which lines they learn from, and how they say a result."""
+
+import pytest
+
+from benchmarks import real_text
+from benchmarks.distillation_gain import spread
+from benchmarks.reasoning_gain import without_thinking
+from scripts.demo_measures import with_error
+from trainer.errors import UserError
+
+
+def test_the_last_lines_are_kept_aside_and_none_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_text, "OUT", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    lines = [f'{{"text": "第{n}行"}}\n' for n in range(real_text.KEPT_ASIDE + 3)]
+    (tmp_path / "x.jsonl").write_text("".join(lines), encoding="utf-8-sig")
+    learned, kept = (path.read_text(encoding="utf-8") for path in real_text.split(tmp_path / "x.jsonl"))
+    assert learned == "".join(lines[:3])
+    assert kept == "".join(lines[3:])
+
+
+@pytest.mark.parametrize(("lines", "told"), [(None, "--data_dir"), (real_text.KEPT_ASIDE, "none would be left")])
+def test_a_file_that_cannot_be_split_is_told(tmp_path, lines, told):
+    if lines is not None:
+        (tmp_path / "x.jsonl").write_text("{}\n" * lines, encoding="utf-8")
+    with pytest.raises(UserError, match=told):
+        real_text.split(tmp_path / "x.jsonl")
+
+
+def test_answers_alone_are_what_stood_between_the_answer_tags():
+    def chat(answer):
+        return {"conversations": [{"role": "user", "content": "<think>?"}, {"role": "assistant", "content": answer}]}
+
+    thought = "<think>\n1 + 2 = 3\n</think>\n<answer>\n3\n</answer>"
+    lines = [chat(thought), chat("Paris.")]
+    assert without_thinking(lines) == [chat("3"), chat("Paris.")]
+    assert lines == [chat(thought), chat("Paris.")]
+
+
+def test_mean_and_spread():
+    assert spread([1.0, 2.0, 3.0], ".1f") == "2.0 ± 1.0"
+    assert spread([1.25], ".2f") == "1.25"
+    assert with_error(50, 100) == "50.0% ± 5.0%"
