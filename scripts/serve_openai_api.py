@@ -127,7 +127,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        sock = socket.create_server((host, port), family=family, backlog=2048)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens wait 40 ms for receipts
+        return sock
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: {error}; choose another --port (0: any free one)") from None
 

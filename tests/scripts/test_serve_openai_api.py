@@ -16,6 +16,7 @@ import torch
 from model import MiniMindLM
 from model.chat import render_chat
 from model.tokenizer import tokenizer_hash
+from scripts import serve_openai_api
 from tests.model.networks import network
 from tests.running import PATIENCE, RunningScript, call_script
 
@@ -582,6 +583,14 @@ def test_what_cannot_be_served_is_one_line(arguments, said, out_dir, tokenizer_d
     (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert said in line
     assert "Traceback" not in printed.err
+
+
+def test_what_is_sent_waits_for_no_receipt():
+    """Connections take it from the socket that listens; asyncio sees to it for its own sockets only."""
+    with serve_openai_api.listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_that_is_taken(server, out_dir, tokenizer_dir, capsys):
