@@ -106,6 +106,10 @@ class Page:
         """The button, option or heading that says these words, the last of them on the page."""
         wait_for(lambda: self._try_click(words))
 
+    def click_until(self, words: str, said: str) -> None:
+        """Click until the last message says something: what a growing answer moves may slip from under a click."""
+        wait_for(lambda: said in self.messages()[-1] or (self._try_click(words) and False))
+
     def _try_click(self, words: str) -> bool:
         from selenium.common.exceptions import WebDriverException
 
