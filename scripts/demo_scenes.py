@@ -68,8 +68,10 @@ def is_held_out(colour: str, shape: str) -> bool:
 Pair = tuple[str | None, str]  # colour, None for one that has no name here, and shape
 KINDS_SEEN = [(c, s) for c in COLOURS for s in SHAPES if not is_held_out(c, s)]
 KINDS_HELD_OUT = [(c, s) for c in COLOURS for s in SHAPES if is_held_out(c, s)]
-KINDS_NAMELESS = [(None, s) for s in SHAPES]  # shapes in many more colours: they teach that a shape has nothing to do
-NAMELESS = 60  # with its colour. How far these colours stay from those with a name, in one of red, green and blue
+# Shapes in many more colours teach that a shape has nothing to do with its colour.
+KINDS_NAMELESS = [(None, s) for s in SHAPES]
+# How far these colours stay from those with a name, and from the backgrounds, in red, green or blue.
+NAMELESS_APART = 60
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,10 @@ def draw(scene: Scene, side: int) -> Image.Image:
 
 def _nameless(rng: np.random.Generator) -> np.ndarray:
     """A colour, int (3,), far from all that have a name, and from the backgrounds."""
-    named = np.array([rgb for rgb, *_ in COLOURS.values()] + list(BACKGROUNDS))
+    known = np.array([rgb for rgb, *_ in COLOURS.values()] + list(BACKGROUNDS))
     while True:
         colour = rng.integers(0, 256, 3)
-        if np.abs(named - colour).max(1).min() >= NAMELESS:
+        if np.abs(known - colour).max(1).min() >= NAMELESS_APART:
             return colour
 
 
@@ -440,10 +442,9 @@ def comparisons(first: Scene, second: Scene, lang: str, rng: random.Random) -> l
     """All that can be asked about two scenes of one thing each."""
     i = LANGUAGES.index(lang)
     a, b = first.things[0], second.things[0]
-    asked = [
-        ("same colour", SAME[a.colour == b.colour][i]),
-        ("same shape", SAME[a.shape == b.shape][i]),
-    ]
+    asked = [("same shape", SAME[a.shape == b.shape][i])]
+    if a.colour and b.colour:
+        asked.append(("same colour", SAME[a.colour == b.colour][i]))
     if a.size != b.size:
         asked.append(("bigger", ORDINALS[b.size == "big"][i]))
     return [Question(kind, lang, _ask(kind, lang, rng), answer) for kind, answer in asked]

@@ -13,7 +13,8 @@ import time
 import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the rooms)
 
 from model import MiniMindLM
-from scripts.demo import DATA, EXAMS, OUT
+from scripts.demo import EXAMS
+from scripts.demo_settings import DATA, OUT
 from scripts.examination import answer, read_lines, run
 from scripts.scoring import tally
 from scripts.vlm_exam import look, shares, shuffled
@@ -30,7 +31,7 @@ TRAINING = (
     *("--optimizer", "muon", "--epochs", "1", "--eval_interval", "0", "--cache_features"),
 )
 PRETRAIN = ("--learning_rate", "2e-3", "--unfreeze_last", "1", "--max_steps", "150")
-SFT = ("--learning_rate", "1e-3", "--max_steps", "700")
+SFT = ("--learning_rate", "1e-3", "--max_steps", "1000")
 BARS = {
     "colour": 0.9,
     "shape": 0.9,

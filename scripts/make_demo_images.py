@@ -48,8 +48,9 @@ SIDE = 96  # pixels
 SCENES = {"one": 6000, "many": 3000, "two": 3000}  # to learn from…
 NAMELESS = {"one": 2500, "many": 1000, "two": 1000}  # …and of things in colours that have no name
 EXAMINED = 200  # scenes of each kind, and comparisons, in each language
-COMPARED = 5000  # pairs of pictures to learn from
-TEXT_LINES = 6000  # chats without a picture, so that the language model forgets nothing
+COMPARED = 7000  # pairs of pictures to learn from
+DESCRIBED = 3000  # descriptions, so that it can still give them
+TEXT_LINES = 14000  # chats without a picture, most of them twice, so that the language model forgets nothing
 MARKER = "<image>\n"
 
 
@@ -82,7 +83,7 @@ def pairs(scenes: dict[str, Scene], count: int, rng: random.Random) -> list[tupl
     colour and shape, in a quarter each only of the same colour, only of the same shape, and of neither."""
     alike = defaultdict(list)
     for name, scene in scenes.items():
-        if scene.kind == "one" and scene.things[0].colour:
+        if scene.kind == "one":
             alike[scene.things[0].colour, scene.things[0].shape, scene.things[0].size].append(name)
     kinds = [
         [(a, b) for a, b in product(alike, alike) if (a[0] == b[0], a[1] == b[1]) == same and a[2] != b[2]]
@@ -93,13 +94,17 @@ def pairs(scenes: dict[str, Scene], count: int, rng: random.Random) -> list[tupl
     return [(rng.choice(alike[a]), rng.choice(alike[b])) for a, b in chosen]
 
 
-def lessons(scenes: dict[str, Scene], compared: int, text_lines: int, rng: random.Random) -> list[dict]:
-    """The SFT lines: all questions about each picture, about pairs of them, and chats without one."""
+def lessons(scenes: dict[str, Scene], compared: int, described: int, text_lines: int, rng: random.Random) -> list[dict]:
+    """The SFT lines: all questions about each picture, about pairs of them, descriptions, and chats without one."""
     lines = [conversation([name], questions(scene, rng.choice(LANGUAGES), rng), rng) for name, scene in scenes.items()]
-    for first, second in pairs(scenes, compared, rng):
+    named = {name: scene for name, scene in scenes.items() if scene.things[0].colour}
+    nameless = {name: scene for name, scene in scenes.items() if name not in named}
+    for first, second in pairs(named, compared, rng) + pairs(nameless, compared // 3, rng):
         asked = comparisons(scenes[first], scenes[second], rng.choice(LANGUAGES), rng)
         lines.append(conversation([first, second], asked, rng))
-    lines += rng.sample(build(rng.randrange(1000))["sft_mini_512.jsonl"], text_lines)
+    lines += descriptions(dict(rng.sample(list(scenes.items()), described)), rng)
+    texts = 2 * build(rng.randrange(1000))["sft_mini_512.jsonl"]
+    lines += rng.sample(texts, min(text_lines, len(texts)))
     rng.shuffle(lines)
     return lines
 
@@ -161,18 +166,17 @@ def write_images(images: dict[str, bytes], folder: Path) -> str:
         if digest not in (ours.get(name), digests.get(name)):
             raise UserError(f"{folder / name} was not written by this script, or was changed: move it elsewhere")
     missing = {name: content for name, content in images.items() if there.get(name) != digests[name]}
-    old = there.keys() - digests.keys()
+    old = [name for name, digest in there.items() if digest != digests.get(name)]
     if missing or old:
         folder.mkdir(parents=True, exist_ok=True)
-        # before the pictures, so that a run cut short knows its own files again
+        for name in old:  # before the manifest, and that before the new: a run cut short knows its own files again
+            (folder / name).unlink()
         with replacing(folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(ours | digests) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(digests) + "\n", encoding="utf-8")
         temporary = folder / ".picture.tmp"
         for name, content in missing.items():  # whole or not there; not flushed one by one, which takes minutes
             temporary.write_bytes(content)
             temporary.replace(folder / name)
-        for name in old:
-            (folder / name).unlink()
     return f"{'images/':<24}{len(images):>8} files  {'written' if missing else 'unchanged'}"
 
 
@@ -201,7 +205,7 @@ def main():
         "clip_captions.jsonl": [{"image": name, "captions": texts} for name, texts in said.items()],
         "eval_clip.jsonl": zero_shot(examined),
         "pretrain_vlm_data.jsonl": descriptions(learned, rng),
-        "sft_vlm_data.jsonl": lessons(learned, some(COMPARED), some(TEXT_LINES), rng),
+        "sft_vlm_data.jsonl": lessons(learned, some(COMPARED), some(DESCRIBED), some(TEXT_LINES), rng),
         "eval_vlm.jsonl": examination(examined, some(EXAMINED), rng),
     }
     print("\n".join(write(files, args.out_dir)))

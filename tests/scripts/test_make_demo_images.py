@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,6 +215,11 @@ class TestFiles:
             names = line["image"].split(",") if "image" in line else []
             assert set(names) <= there
             assert line["conversations"][0]["content"].count("<image>") == len(names) or not names
+        lessons = [line for line in lines_of(demo / "sft_vlm_data.jsonl") if "," in line.get("image", "")]
+        assert {line["image"].count("nameless") for line in lessons} == {0, 2}
+        for line in lessons:  # colours without a name are not compared either
+            about_colour = [turn for turn in line["conversations"] if re.search("colour|颜色", turn["content"])]
+            assert bool(about_colour) == ("nameless" not in line["image"])
         kinds = {(line["kind"], line["lang"]) for line in lines_of(demo / "eval_vlm.jsonl")}
         for kind in ("colour", "shape", "position", "size", "count", "relation", "same colour", "same shape", "bigger"):
             assert {(kind, lang) for lang in LANGUAGES} <= kinds
@@ -226,6 +233,26 @@ class TestFiles:
         assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
         self.run(monkeypatch, copy, "--seed", "7")
         assert all(path.read_bytes() != before[path] for path in copy.rglob("*") if path.is_file())
+
+    def test_a_run_cut_short_knows_its_own_pictures_again(self, demo, monkeypatch, tmp_path):
+        copy = tmp_path / "demo"
+        shutil.copytree(demo, copy)
+        replace, replaced = Path.replace, []
+
+        def cut_short(path, target):
+            if len(replaced) == 20:
+                raise KeyboardInterrupt
+            replaced.append(replace(path, target))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", cut_short)
+            with pytest.raises(KeyboardInterrupt):
+                self.run(monkeypatch, copy, "--seed", "7")
+        assert len(list((copy / "images").glob("*.jpg"))) < len(list((demo / "images").glob("*.jpg")))
+        self.run(monkeypatch, copy)
+        assert (copy / "images" / "manifest.json").read_text() == (demo / "images" / "manifest.json").read_text()
+        for path in (demo / "images").glob("*.jpg"):
+            assert (copy / "images" / path.name).read_bytes() == path.read_bytes()
 
     @pytest.mark.parametrize("name", ["images/learned_00001.jpg", "images/mine.jpg", "sft_vlm_data.jsonl"])
     def test_no_file_of_others_is_replaced(self, demo, monkeypatch, tmp_path, name):
