@@ -13,7 +13,7 @@ SFT = (
 
 # what `make demo-all` adds
 STUDENT = ("--dim", "128", "--n_layers", "5", *SIZE[4:])  # a quarter of the teacher's parameters
-FROM_TEACHER = ("--teacher_weight", "full_sft_256", "--alpha", "0.5", "--temperature", "2")
+FROM_TEACHER = ("--teacher_weight", "full_sft_256")  # it alone: alpha 0, temperature 1
 REASON = (
     *("--max_seq_len", "256", "--packing", "0", "--batch_size", "48", "--accumulation_steps", "1"),
     *("--epochs", "3", "--learning_rate", "1.5e-3", "--optimizer", "muon", "--warmup_iters", "20"),
