@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.conftest import write_jsonl
 from tests.running import ROOT, TINY, TINY_TRAINING, run_script
@@ -21,6 +22,8 @@ DATA_OF = {
     "train_distillation.py": "sft_mini_512.jsonl",
     "train_dpo.py": "dpo.jsonl",
     "train_distill_reason.py": "r1_mix_1024.jsonl",
+    "train_pretrain_vlm.py": "vlm.jsonl",
+    "train_sft_vlm.py": "vlm.jsonl",
 }
 
 
@@ -73,7 +76,7 @@ def test_every_file_linked_is_there():
 
 @pytest.fixture(scope="module")
 def every_data(tiny_data, tmp_path_factory) -> Path:
-    """`tiny_data`, with pairs and reasoning beside it."""
+    """`tiny_data`, with pairs, reasoning and pictures beside it."""
     folder = shutil.copytree(tiny_data, tmp_path_factory.mktemp("readme") / "data")
     asked = [[{"role": "user", "content": f"How much is {n} and {n}?"}] for n in range(16)]
     pairs = [{"chosen": [*q, said(f"It is {2 * n}.")], "rejected": [*q, said("No.")]} for n, q in enumerate(asked)]
@@ -81,6 +84,9 @@ def every_data(tiny_data, tmp_path_factory) -> Path:
     thought = "<think>\nTwice {n}.\n</think>\n<answer>\n{m}\n</answer>"
     chats = [{"conversations": [*q, said(thought.format(n=n, m=2 * n))]} for n, q in enumerate(asked)]
     write_jsonl(folder / "r1_mix_1024.jsonl", chats)
+    Image.new("RGB", (40, 32), "red").save(folder / "red.png")
+    shown = {"image": "red.png", "conversations": [{"role": "user", "content": "<image>\nWhat?"}, said("Red.")]}
+    write_jsonl(folder / "vlm.jsonl", [shown] * 16)
     return folder
 
 
@@ -88,7 +94,7 @@ def said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def test_the_commands_run_shrunken(every_data, tokenizer_dir, tmp_path):
+def test_the_commands_run_shrunken(every_data, tokenizer_dir, clip_dir, tmp_path):
     """Each (script, launcher, kind of model) once, in the README's order, each from what the ones before it made."""
     common = ("--tokenizer", tokenizer_dir, "--out_dir", tmp_path)
     seen = set()
@@ -105,6 +111,8 @@ def test_the_commands_run_shrunken(every_data, tokenizer_dir, tmp_path):
         shrunken = [*TINY_TRAINING, "--max_seq_len", "128", "--max_steps", "2", "--overwrite"]
         if script == "train_distillation.py":
             shrunken += ["--teacher_weight", "full_sft_32"]
+        if script.endswith("_vlm.py"):
+            shrunken += ["--images_path", every_data, "--vision_model", clip_dir]
         data = ("--data_path", every_data / DATA_OF[script])
         run_script(script, *flags, *common, *shrunken, *data, processes=2 if command[0] == "torchrun" else 1)
     assert {script for script, *_ in seen} == set(DATA_OF)
