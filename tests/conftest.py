@@ -1,6 +1,7 @@
 """Fixtures that every test file may ask for."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ SENTENCES = [
     "绿色的小岛上有一座城市，城市里有七只黄色的小鸟。",
     "user assistant system: every question has an answer, every answer has an end.",
 ]
+
+
+def pytest_configure() -> None:
+    """Scripts under test hear Ctrl-C also where the suite runs in the background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,20 @@ class Page:
 
     def say(self, text: str) -> None:
         field = wait_for(lambda: self.all("[data-testid=stChatInput] textarea:enabled"))[0]
-        field.send_keys(text + "\n")
+        field.send_keys(text)
+        wait_for(lambda: self._try_enter())
+
+    def _try_enter(self) -> bool:
+        """Press Enter; whether what was typed is gone then: while a file is on its way it stays."""
+        from selenium.common.exceptions import WebDriverException
+
+        try:
+            field = self.all("[data-testid=stChatInput] textarea")[0]
+            if field.get_attribute("value"):
+                field.send_keys("\n")
+            return not field.get_attribute("value")
+        except (WebDriverException, IndexError):  # Streamlit has just drawn it anew
+            return False
 
     def attach(self, file: Path) -> None:
         """A file to what is said next; waits until it is there."""
@@ -106,9 +119,14 @@ class Page:
         """The button, option or heading that says these words, the last of them on the page."""
         wait_for(lambda: self._try_click(words))
 
-    def click_until(self, words: str, said: str) -> None:
-        """Click until the last message says something: what a growing answer moves may slip from under a click."""
-        wait_for(lambda: said in self.messages()[-1] or (self._try_click(words) and False))
+    def click_until(self, words: str, said: str) -> bool:
+        """Click until the last message says something: what a growing answer moves may slip from under a click. Rarely,
+        as each click begins a run of the page anew."""
+        for _ in range(PATIENCE // 60):
+            self._try_click(words)
+            with contextlib.suppress(AssertionError):
+                return wait_for(lambda: said in self.messages()[-1], 60)
+        raise AssertionError(f"no {said!r} in {self.messages()}")
 
     def _try_click(self, words: str) -> bool:
         from selenium.common.exceptions import WebDriverException

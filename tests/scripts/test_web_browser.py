@@ -29,9 +29,10 @@ def test_a_person_types_sees_the_answer_grow_and_stops_another(browser, tiny_out
         yield EVIL
 
     def endless(body):
-        while True:
-            yield "again and "
-            yield 0.05
+        yield "again and again and "
+        while True:  # slowly: the button must not run away from the pointer
+            yield "."
+            yield 0.5
 
     options = ("--out_dir", tiny_out, "--tokenizer", tokenizer_dir, "--device", "cpu")
     with (
