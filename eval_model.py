@@ -20,7 +20,7 @@ from trainer.arguments import (
     sampling_of,
 )
 from trainer.errors import UserError, launch
-from trainer.talk import questions, show, texts_of, typed
+from trainer.talk import questions, report_speed, show, texts_of, typed
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")
 SAMPLE_QUESTIONS = (
@@ -110,8 +110,7 @@ def reply(engine, ids: list[int], args, by_hand: bool) -> str:
         engine.abandon()  # wherever in a step it was
         print(" [stopped]")  # the answer ends here, the talk goes on
         answer = "".join(piece.text for piece in pieces)
-    seconds, count = time.monotonic() - started, sum(len(piece.tokens) for piece in pieces)
-    print(f"[{election}{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
+    report_speed(pieces, started, election)
     return answer
 
 

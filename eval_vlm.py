@@ -5,7 +5,6 @@ python eval_vlm.py --image cat.jpg --prompt "What is this?"         one question
 python eval_vlm.py --model_mode 2 --image a.jpg --image b.jpg       several images in one question
 """
 
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from trainer.arguments import (
     sampling_of,
 )
 from trainer.errors import UserError, launch
-from trainer.talk import show, texts_of
+from trainer.talk import report_speed, show, texts_of
 
 STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -115,8 +114,7 @@ def main():
             request = Request(prompt=prompt.input_ids[0].tolist(), embeddings=seen, **sampling_of(args))
             texts = texts_of(engine.stream(request), pieces)
             show(texts if args.stream else ["".join(texts)], reasoning=False, hide_thinking=False)
-            seconds, count = time.monotonic() - started, sum(len(piece.tokens) for piece in pieces)
-            print(f"[{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
+            report_speed(pieces, started)
 
 
 if __name__ == "__main__":

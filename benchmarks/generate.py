@@ -40,8 +40,8 @@ def peer_of(model: MiniMindLM, dtype: torch.dtype, device: torch.device):
     """transformers' class with the weights of `model`."""
     theirs = to_their_config(model.config)
     peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**theirs), dtype=dtype, attn_implementation="sdpa")
-    peer.load_state_dict(to_their_state(model.state_dict(), model.config), strict=False)
-    peer.tie_weights()
+    peer.load_state_dict(to_their_state(model.state_dict(), model.config), strict=False)  # all but lm_head
+    peer.tie_weights()  # which is the embedding
     peer.generation_config.eos_token_id = None
     return peer.to(device).eval()
 

@@ -553,6 +553,7 @@ class Engine:
 
 def _alike(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """How many items two sequences have in common at their start."""
+    # as far as the shorter one goes, hence not strict
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

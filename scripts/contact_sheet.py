@@ -34,7 +34,7 @@ def draw_sheet(exam: list[dict], replies: list[str], images_path: Path, columns:
     cells = figure.subplots(rows, columns, squeeze=False).flat
     for cell in cells:
         cell.axis("off")
-    for cell, question, reply in zip(figure.axes, exam, replies, strict=False):
+    for cell, question, reply in zip(figure.axes, exam, replies, strict=False):  # the last row may have cells to spare
         pictures = [np.asarray(Image.open(images_path / name)) for name in question["image"]]
         cell.imshow(np.concatenate([np.pad(p, ((2, 2), (2, 2), (0, 0)), constant_values=255) for p in pictures], 1))
         right = is_right(reply, question["answers"])

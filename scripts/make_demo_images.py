@@ -39,7 +39,7 @@ from scripts.demo_scenes import (
     invent,
     questions,
 )
-from scripts.make_demo_data import build, chat, exam, read_manifest, sentence, write
+from scripts.make_demo_data import build, chat, digest_of, exam, read_manifest, sentence, write
 from trainer.arguments import ROOT, Parser, Switch, above_zero
 from trainer.errors import UserError, launch
 from trainer.files import replacing
@@ -158,12 +158,12 @@ def write_images(images: dict[str, bytes], folder: Path) -> str:
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
     ours = read_manifest(folder / "manifest.json")
     there = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        path.name: digest_of(path)
         for path in (folder.iterdir() if folder.is_dir() else ())
         if path.name != "manifest.json" and not path.name.startswith(".")
     }
     for name, digest in there.items():
-        if digest not in (ours.get(name), digests.get(name)):
+        if digest is None or digest not in (ours.get(name), digests.get(name)):
             raise UserError(f"{folder / name} was not written by this script, or was changed: move it elsewhere")
     missing = {name: content for name, content in images.items() if there.get(name) != digests[name]}
     old = [name for name, digest in there.items() if digest != digests.get(name)]

@@ -1,6 +1,7 @@
 """Talking to a model at a terminal or in a pipe: where questions come from, and how an answer is shown."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator
 
 from trainer.errors import UserError
@@ -40,6 +41,12 @@ def texts_of(stream, pieces: list) -> Iterator[str]:
     for piece in stream:
         pieces.append(piece)
         yield piece.text
+
+
+def report_speed(pieces: Iterable, started: float, prefix: str = "") -> None:
+    """Say on stderr how many tokens an engine's pieces, or answers, have, and how fast they came since `started`."""
+    seconds, count = time.monotonic() - started, sum(len(piece.tokens) for piece in pieces)
+    print(f"[{prefix}{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
 def show(pieces, reasoning: bool, hide_thinking: bool) -> None:
