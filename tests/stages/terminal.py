@@ -38,11 +38,20 @@ class Terminal:
         begin, self._seen = self._seen, found + len(text)
         return self.shown[begin : self._seen]
 
-    def end(self) -> int:
-        """Its exit code, once it has ended; what was left to see is in `shown`."""
+    def end(self, again: str = "") -> int:
+        """Its exit code, once it has ended; what was left to see is in `shown`.
+
+        Args:
+            again: type this every second until then. Python hears a Ctrl-C that comes just before `input` begins to
+                wait for a key only with the next key.
+        """
         deadline = time.monotonic() + PATIENCE
+        typed = time.monotonic()
         while self.script.exit_code() is None:
             assert time.monotonic() < deadline, f"hangs after:\n{self.shown}"
+            if time.monotonic() > typed + 1:
+                typed = time.monotonic()
+                self.type(again)
             self._read()
         while self._read():
             pass

@@ -268,7 +268,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(common, tiny_tokenizer, tmp_path
         screen.see("[stopped]")
     screen.see("\n> ")
     screen.type("\x03")  # no answer to end: the talk
-    assert screen.end() == 130
+    assert screen.end(again="\x03") == 130
     assert "Traceback" not in screen.shown
 
 
