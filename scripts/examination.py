@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from model import MiniMindLM
@@ -40,6 +41,12 @@ def open_model(weights: Path) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
     return load_weights(weights, None, tokenizer).to(pick_device(None)).eval(), tokenizer
 
 
+def left_padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of several lengths as one int64 tensor (rows, longest), with zeros before the shorter ones."""
+    longest = max(map(len, rows))
+    return torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+
+
 def answer(
     model: MiniMindLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,12 +67,9 @@ def answer(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
-        width = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
-        mask = torch.tensor(
-            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device
-        )
-        written = model.generate(ids, mask, max_new_tokens=max_new_tokens, **sampling)[:, width:].tolist()
+        ids = left_padded([prompts[i] for i in chosen]).to(model.device)
+        mask = left_padded([[1] * len(prompts[i]) for i in chosen]).to(model.device)
+        written = model.generate(ids, mask, max_new_tokens=max_new_tokens, **sampling)[:, ids.size(1) :].tolist()
         for i, tokens in zip(chosen, written, strict=True):
             if tokenizer.eos_token_id in tokens:
                 tokens = tokens[: tokens.index(tokenizer.eos_token_id)]

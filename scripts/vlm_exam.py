@@ -11,6 +11,7 @@ from transformers import CLIPImageProcessorPil
 
 from model.images import place_chat
 from model.model_vlm import MiniMindVLM
+from scripts.examination import left_padded
 from scripts.scoring import is_right, normalise
 
 
@@ -33,16 +34,12 @@ def look(
     replies = [""] * len(exam)
     for start in range(0, len(exam), batch_size):
         chosen = by_length[start : start + batch_size]
-        width = lengths[chosen[-1]]
-        ids = torch.zeros(len(chosen), width, dtype=torch.int64)
-        real, places = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-        for row, i in enumerate(chosen):
-            ids[row, width - lengths[i] :] = prompts[i].input_ids[0]
-            real[row, width - lengths[i] :] = True
-            places[row, width - lengths[i] :] = prompts[i].images["image_mask"][0]
+        ids = left_padded([prompts[i].input_ids[0].tolist() for i in chosen])
+        real = left_padded([[1] * lengths[i] for i in chosen])
+        places = left_padded([prompts[i].images["image_mask"][0].tolist() for i in chosen]).bool()
         pixels = torch.cat([prompts[i].images["pixel_values"] for i in chosen])
         ids, real, places, pixels = (tensor.to(model.device) for tensor in (ids, real, places, pixels))
-        written = model.generate(ids, real, image_mask=places, pixel_values=pixels, max_new_tokens=24)[:, width:]
+        written = model.generate(ids, real, image_mask=places, pixel_values=pixels, max_new_tokens=24)[:, ids.size(1) :]
         for i, reply in zip(chosen, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
             replies[i] = reply
     return replies
