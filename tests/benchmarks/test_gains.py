@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import real_text
-from benchmarks.distillation_gain import spread
+from benchmarks.distillation_gain import first_lines, spread
 from benchmarks.reasoning_gain import without_thinking
 from scripts.demo_measures import with_error
 from trainer.errors import UserError
@@ -35,6 +35,14 @@ def test_answers_alone_are_what_stood_between_the_answer_tags():
     lines = [chat(thought), chat("Paris.")]
     assert without_thinking(lines) == [chat("3"), chat("Paris.")]
     assert lines == [chat(thought), chat("Paris.")]
+
+
+def test_the_first_lines_are_written_and_too_many_are_told(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"一": 1}\n{"b": 2}\n{"c": 3}\n', encoding="utf-8")
+    written = first_lines(tmp_path / "x.jsonl", 2, tmp_path / "new" / "y.jsonl")
+    assert written.read_text(encoding="utf-8") == '{"一": 1}\n{"b": 2}\n'
+    with pytest.raises(UserError, match="has 3"):
+        first_lines(tmp_path / "x.jsonl", 4, tmp_path / "y.jsonl")
 
 
 def test_mean_and_spread():
