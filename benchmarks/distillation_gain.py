@@ -3,8 +3,9 @@
     python -m benchmarks.distillation_gain               after `make demo-all`, whose weights and data it uses
     python -m benchmarks.distillation_gain --lines 1200 --epochs 20
 
-Many lines and few: a teacher has more to say where the student has seen too little to tell by itself. Both start from the same pretrained student and see the same batches in the same order; each seed is another order. What
-is measured: nats a token of the answers that SFT keeps aside, and facts right in phrasings never seen, greedy.
+Many lines and few: a teacher has more to say where the student has seen too little to tell by itself. Both start from
+the same pretrained student and see the same batches in the same order; each seed is another order. What is measured:
+nats a token of the answers that SFT keeps aside, and facts right in phrasings never seen, greedy.
 """
 
 from pathlib import Path

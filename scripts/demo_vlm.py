@@ -31,7 +31,7 @@ TRAINING = (
     *("--optimizer", "muon", "--epochs", "1", "--eval_interval", "0", "--cache_features"),
 )
 PRETRAIN = ("--learning_rate", "2e-3", "--unfreeze_last", "1", "--max_steps", "150")
-SFT = ("--learning_rate", "1e-3", "--max_steps", "1000")
+SFT = ("--learning_rate", "1e-3")
 BARS = {
     "colour": 0.9,
     "shape": 0.9,
