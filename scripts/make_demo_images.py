@@ -46,9 +46,9 @@ from trainer.files import replacing
 
 SIDE = 96  # pixels
 SCENES = {"one": 6000, "many": 3000, "two": 3000}  # to learn from…
-NAMELESS = {"one": 2500, "many": 1000, "two": 1000}  # …and of things in colours that have no name
+NAMELESS = {"one": 3200, "many": 1000, "two": 1000}  # …and of things in colours that have no name
 EXAMINED = 200  # scenes of each kind, and comparisons, in each language
-COMPARED = 7000  # pairs of pictures to learn from
+COMPARED = 9000  # pairs of pictures to learn from
 DESCRIBED = 3000  # descriptions, so that it can still give them
 TEXT_LINES = 14000  # chats without a picture, most of them twice, so that the language model forgets nothing
 MARKER = "<image>\n"
