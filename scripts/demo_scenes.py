@@ -170,10 +170,13 @@ def draw(scene: Scene, side: int) -> Image.Image:
 
 
 def _nameless(rng: np.random.Generator) -> np.ndarray:
-    """A colour, int (3,), far from all that have a name, and from the backgrounds."""
+    """A colour, int (3,), far from all that have a name, and from the backgrounds.
+
+    Drawn toward the edges of colour space: named colours lie there, and shape must not hang on how vivid a thing is.
+    """
     known = np.array([rgb for rgb, *_ in COLOURS.values()] + list(BACKGROUNDS))
     while True:
-        colour = rng.integers(0, 256, 3)
+        colour = np.rint(255 * rng.beta(0.5, 0.5, 3)).astype(int)
         if np.abs(known - colour).max(1).min() >= NAMELESS_APART:
             return colour
 
