@@ -3,6 +3,7 @@
 Nothing here reads or writes files; `make_demo_images.py` does. All lengths are shares of the picture's side.
 """
 
+import colorsys
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -68,10 +69,11 @@ def is_held_out(colour: str, shape: str) -> bool:
 Pair = tuple[str | None, str]  # colour, None for one that has no name here, and shape
 KINDS_SEEN = [(c, s) for c in COLOURS for s in SHAPES if not is_held_out(c, s)]
 KINDS_HELD_OUT = [(c, s) for c in COLOURS for s in SHAPES if is_held_out(c, s)]
-# Shapes in many more colours teach that a shape has nothing to do with its colour.
+# Shapes in many more colours, of which no caption tells, teach that a shape has nothing to do with its colour.
 KINDS_NAMELESS = [(None, s) for s in SHAPES]
-# How far these colours stay from those with a name, and from the backgrounds, in red, green or blue.
+# How far these colours stay from those above, and from the backgrounds, in red, green or blue.
 NAMELESS_APART = 60
+DARK, PALE = 0.25, 0.25  # below this value a colour is black to the eye, below this saturation white, grey or black
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def draw(scene: Scene, side: int) -> Image.Image:
     rng = np.random.default_rng(scene.seed)
     fine = 4 * side  # drawn four times finer, then reduced: smooth edges
     canvas = Image.fromarray(_background(rng, side)).resize((fine, fine), Image.Resampling.NEAREST)
-    nameless = _nameless(rng)
+    nameless = _nameless(scene) if any(thing.colour is None for thing in scene.things) else None
     for thing in scene.things:
         colour = COLOURS[thing.colour][0] if thing.colour else nameless
         fill = tuple(int(v) for v in np.clip(np.array(colour) + rng.integers(-10, 11, 3), 0, 255))
@@ -169,16 +171,35 @@ def draw(scene: Scene, side: int) -> Image.Image:
     return canvas.resize((side, side), Image.Resampling.BOX)
 
 
-def _nameless(rng: np.random.Generator) -> np.ndarray:
-    """A colour, int (3,), far from all that have a name, and from the backgrounds.
+def _nameless(scene: Scene) -> tuple[int, int, int]:
+    """The colour of a scene's things that have none, far from the backgrounds and from all that captions tell of.
 
-    Drawn toward the edges of colour space: named colours lie there, and shape must not hang on how vivid a thing is.
+    Whoever knows only the names in COLOURS would still give it one: it is kept away from the shapes from which that
+    name is held out. It lies toward the edges of colour space, where the named ones do.
     """
+    rng = np.random.default_rng((scene.seed, 1))  # of its own: the rest of a picture does not hang on it
     known = np.array([rgb for rgb, *_ in COLOURS.values()] + list(BACKGROUNDS))
     while True:
         colour = np.rint(255 * rng.beta(0.5, 0.5, 3)).astype(int)
-        if np.abs(known - colour).max(1).min() >= NAMELESS_APART:
-            return colour
+        if np.abs(known - colour).max(1).min() < NAMELESS_APART:
+            continue
+        if not any(is_held_out(nearest_name(colour), thing.shape) for thing in scene.things):
+            return tuple(colour.tolist())
+
+
+def nearest_name(colour: Sequence[int]) -> str:
+    """The name in COLOURS that a person would give to an RGB colour: by its hue, or by its lightness if it has none."""
+    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))
+    if value < DARK:
+        return "black"
+    if saturation < PALE:
+        return "white" if value > 0.5 else "black"
+
+    def turn(name: str) -> float:
+        apart = abs(hue - colorsys.rgb_to_hsv(*(channel / 255 for channel in COLOURS[name][0]))[0])
+        return min(apart, 1 - apart)
+
+    return min((name for name in COLOURS if name not in ("white", "black")), key=turn)
 
 
 def _background(rng: np.random.Generator, side: int) -> np.ndarray:
