@@ -8,7 +8,8 @@ An answer is written the moment it comes, as a line to fine-tune on, so that Ctr
 only what has no answer yet. When all have one, the lines stand in the order of the questions. --thinking keeps what a
 reasoning model thought, in the form that train_distill_reason.py learns.
 
-The key is --api_key or the environment's OPENAI_API_KEY; local servers mostly want none.
+The address is --base_url or the environment's OPENAI_BASE_URL, or else OpenAI's own; the key --api_key or the
+environment's OPENAI_API_KEY, and local servers mostly want none.
 """
 
 import asyncio
@@ -28,8 +29,6 @@ from scripts.remote_chat import check_address
 from trainer.arguments import Parser, Switch, above_zero, not_negative, positive
 from trainer.errors import UserError, launch
 
-GIVE_UP_AFTER = 10  # questions without an answer, one after the other: then it is not the questions
-
 Chat = list[dict[str, str]]
 
 
@@ -42,7 +41,11 @@ def get_args():
     parser.add_argument("questions", type=Path, help="jsonl of questions")
     parser.add_argument("answers", type=Path, help="jsonl to write, or to go on with")
     parser.add_argument("--model", required=True, help="the teacher's name at the endpoint")
-    parser.add_argument("--base_url", default=None, help="of the endpoint (default: OPENAI_BASE_URL, or OpenAI's own)")
+    parser.add_argument(
+        "--base_url",
+        default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
+        help="of the endpoint (default: the environment's OPENAI_BASE_URL, or OpenAI's own)",
+    )
     parser.add_argument("--api_key", default=None, help="default: the environment's OPENAI_API_KEY")
     parser.add_argument("--system", default=None, help="system prompt for chats that have none")
     parser.add_argument("--temperature", type=float, default=None, help="default: the endpoint's own")
@@ -50,6 +53,9 @@ def get_args():
     parser.add_argument("--thinking", action=Switch, help="keep the thinking of a reasoning model, in tags")
     parser.add_argument("--concurrency", type=positive, default=8, help="questions asked at once")
     parser.add_argument("--retries", type=not_negative, default=6, help="of a question, waiting longer each time")
+    parser.add_argument(
+        "--give_up_after", type=positive, default=10, help="questions in a row without an answer: then it isn't them"
+    )
     parser.add_argument("--timeout", type=above_zero, default=300, help="seconds to wait for an answer")
     parser.add_argument("--skip_bad_lines", action=Switch, help="count and report bad lines instead of stopping")
     return parser.parse_args()
@@ -61,19 +67,23 @@ def key_of(chat: Chat) -> bytes:
 
 
 class AnswerFile:
-    """The file of answers: `{"conversations": [question…, answer], "model": NAME}` lines.
+    """The file of answers: `{"conversations": [question…, answer], "model": NAME, "thinking": BOOL}` lines.
+
+    Args:
+        made_by: what is the same in every line, the model's name and whether thinking is kept.
+        questions: how often each question, by its key, is asked.
 
     Attributes:
         answered: how often each question, by its key, has an answer there.
 
     Raises (on construction):
         UserError: it cannot be written, another run writes to it, or it holds a line that is no answer of this model
-            to these questions.
+            to these questions, in this form.
     """
 
-    def __init__(self, path: Path, model: str, questions: Counter[bytes]):
+    def __init__(self, path: Path, made_by: dict[str, str | bool], questions: Counter[bytes]):
         self.path = path
-        self.model = model
+        self.made_by = made_by
         self.answered: Counter[bytes] = Counter()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,23 +94,23 @@ class AnswerFile:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{path}: another run is writing to it") from None
-        for number, (key, _, line_model) in enumerate(self._lines(), 1):
+        for number, (key, _, made_by_same) in enumerate(self._lines(), 1):
             self.answered[key] += 1
-            if line_model != model or self.answered[key] > questions[key]:
+            if not made_by_same or self.answered[key] > questions[key]:
                 raise UserError(
-                    f"{path}, line {number} is no answer of {model} to one of these questions: nothing was changed; "
-                    "name another file, or the questions and the --model, --system it was made with"
+                    f"{path}, line {number} is no answer of {made_by['model']} to one of these questions: nothing was "
+                    "changed; name another file, or the questions and the --model, --system, --thinking it was made by"
                 )
 
-    def _lines(self) -> Iterator[tuple[bytes, bytes, str | None]]:
-        """The key, the bytes and the model of each line; no key where the line is none of ours."""
+    def _lines(self) -> Iterator[tuple[bytes, bytes, bool]]:
+        """The key and the bytes of each line, and whether it was made as ours are; no key where it is none of ours."""
         self._file.seek(0)
         for line in self._file.readlines():
             try:
                 record = json.loads(line)
-                yield key_of(record["conversations"][:-1]), line, record["model"]
-            except (ValueError, KeyError, TypeError):
-                yield b"", line, None
+                yield key_of(record.pop("conversations")[:-1]), line, record == self.made_by
+            except (ValueError, KeyError, TypeError, AttributeError):
+                yield b"", line, False
 
     def add(self, chat: Chat, answer: str) -> None:
         """Append an answer.
@@ -109,7 +119,7 @@ class AnswerFile:
             UserError: it could not be written; the file is as it was.
         """
         turns = [*chat, {"role": "assistant", "content": answer}]
-        line = json.dumps({"conversations": turns, "model": self.model}, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps({"conversations": turns, **self.made_by}, ensure_ascii=False).encode() + b"\n"
         size = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(line) != len(line):
@@ -120,7 +130,7 @@ class AnswerFile:
         self.answered[key_of(chat)] += 1
 
     def sort(self, questions: Iterator[Chat]) -> None:
-        """Put the lines into the order of the questions."""
+        """Put the lines into the order of the questions; those whose question is there no longer stand at the end."""
         from trainer.files import replacing
 
         lines: dict[bytes, deque[bytes]] = defaultdict(deque)
@@ -130,14 +140,24 @@ class AnswerFile:
             for key in map(key_of, questions):
                 if lines[key]:
                     file.write(lines[key].popleft())
+            for rest in lines.values():
+                file.writelines(rest)
 
 
 async def ask_all(
-    pending: Iterator[Chat], ask: Callable[[Chat], Awaitable[str]], answers: AnswerFile, concurrency: int, progress
+    pending: Iterator[Chat],
+    ask: Callable[[Chat], Awaitable[str]],
+    answers: AnswerFile,
+    concurrency: int,
+    give_up_after: int,
+    progress,
 ) -> str | None:
     """Ask every question, some at once; an answer is written the moment it comes.
 
     The first Ctrl-C (or SIGTERM) lets those that are being asked finish, a second one does not.
+
+    Args:
+        give_up_after: so many questions in a row without an answer.
 
     Returns:
         why it stopped before the end, or None.
@@ -158,8 +178,11 @@ async def ask_all(
             except (openai.OpenAIError, NoAnswer) as error:
                 failed_in_a_row += 1
                 progress.write(f"no answer to {chat[-1]['content'][:60]!r}: {error}", file=sys.stderr)
-                if isinstance(error, hopeless) or failed_in_a_row >= GIVE_UP_AFTER:
-                    reason = f"{failed_in_a_row} question(s) in a row got no answer, the last: {error}"
+                if isinstance(error, hopeless) or failed_in_a_row >= give_up_after:
+                    reason = (
+                        f"{failed_in_a_row} question(s) in a row got no answer (--give_up_after {give_up_after}), "
+                        f"the last: {error}"
+                    )
 
     def on_signal() -> None:
         nonlocal reason
@@ -179,6 +202,20 @@ async def ask_all(
     return reason
 
 
+def text_of(content) -> str:
+    """What a message says; the client takes whatever an endpoint sends for text.
+
+    Raises:
+        NoAnswer: it is no text, or holds half a character, which no file can.
+    """
+    if not isinstance(content, str | None):
+        raise NoAnswer(f"it is no text but {str(content)[:60]}")
+    try:
+        return (content or "").encode().decode().strip()
+    except UnicodeEncodeError:
+        raise NoAnswer("it holds half a character") from None
+
+
 def answer_of(completion, thinking: bool) -> str:
     """The text to learn from a chat completion.
 
@@ -187,16 +224,18 @@ def answer_of(completion, thinking: bool) -> str:
     """
     from model.reasoning import is_well_formed
 
-    if not getattr(completion, "choices", None) or completion.choices[0].message is None:
-        raise NoAnswer("the endpoint sent no choices (does its address end in /v1?)")
-    choice = completion.choices[0]
-    answer = (choice.message.content or "").strip()
-    if choice.finish_reason == "length":
+    try:
+        choice = completion.choices[0]
+        message, ended = choice.message, getattr(choice, "finish_reason", None)
+        answer = text_of(message.content)
+    except (AttributeError, LookupError, TypeError):  # the client takes whatever comes for a completion
+        raise NoAnswer("the endpoint sent no choices (does its address end in /v1?)") from None
+    if ended == "length":
         raise NoAnswer("cut off at the token limit (--max_tokens raises it)")
     if not answer:
         raise NoAnswer("it is empty")
     if thinking and not is_well_formed(answer):
-        thought = (getattr(choice.message, "reasoning_content", None) or "").strip()
+        thought = text_of(getattr(message, "reasoning_content", None))
         answer = f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
         if not is_well_formed(answer):
             raise NoAnswer("no reasoning_content came with it" if not thought else "its thinking holds tags")
@@ -213,6 +252,7 @@ def main():
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     check_address(args.base_url, api_key)
+    made_by = {"model": args.model, "thinking": bool(args.thinking)}
 
     def questions() -> Iterator[Chat]:
         for chat in JsonlReader(args.questions, question_of, args.skip_bad_lines):
@@ -220,7 +260,7 @@ def main():
             yield chat if has_system or not args.system else [{"role": "system", "content": args.system}, *chat]
 
     asked = Counter(map(key_of, questions()))  # also shows every bad line before the first question is asked
-    answers = AnswerFile(args.answers, args.model, asked)
+    answers = AnswerFile(args.answers, made_by, asked)
     found = answers.answered.total()
 
     def pending() -> Iterator[Chat]:
@@ -242,10 +282,13 @@ def main():
         ) as client:
 
             async def ask(chat: Chat) -> str:
-                completion = await client.chat.completions.create(model=args.model, messages=chat, **settings)
+                try:
+                    completion = await client.chat.completions.create(model=args.model, messages=chat, **settings)
+                except ValueError as error:  # the client reads as JSON whatever calls itself so
+                    raise NoAnswer(f"the endpoint sent no JSON ({error})") from None
                 return answer_of(completion, args.thinking)
 
-            return await ask_all(pending(), ask, answers, args.concurrency, progress)
+            return await ask_all(pending(), ask, answers, args.concurrency, args.give_up_after, progress)
 
     with tqdm(total=asked.total(), initial=found, unit="answer", disable=None) as progress:
         reason = asyncio.run(run(progress))

@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         status, reply = server.behave(question, times) or (200, completion(f"about {question}"))
         with server.lock:
             server.open -= 1
-        data = json.dumps(reply).encode()
+        data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
@@ -131,7 +131,7 @@ def test_what_is_sent_of_a_chat(endpoint, tmp_path):
     assert endpoint.asked[0]["authorization"] == "Bearer k"
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0]["conversations"] == [system, user, assistant, user, {**assistant, "content": "about user"}]
-    assert lines[0]["model"] == "big"
+    assert (lines[0]["model"], lines[0]["thinking"]) == ("big", False)
 
 
 def test_a_busy_endpoint_is_asked_again(endpoint, questions, tmp_path, monkeypatch):
@@ -165,6 +165,44 @@ def test_a_second_run_asks_only_what_has_no_answer(endpoint, questions, tmp_path
     endpoint.asked.clear()
     collect(endpoint, questions, out)
     assert endpoint.asked == []
+
+
+def test_no_reply_whatever_its_shape_stops_a_worker(endpoint, questions, tmp_path, capsys):
+    said = [b"", b"[", {"choices": "x"}, {"choices": [{}]}, {"choices": [{"message": None}]}, {"choices": [7]}]
+    said += [completion([{"type": "text", "text": "in parts"}]), completion("half \ud800")]
+    odd = {f"question {n}?": (200, reply) for n, reply in enumerate(said)}
+    endpoint.behave = lambda question, times: odd.get(question)
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--concurrency", "1", exit_code=2)
+    errors = capsys.readouterr().err
+    assert [question for question, _ in replies(tmp_path / "a.jsonl")] == [f"question {n}?" for n in range(8, 24)]
+    for word in ("sent no JSON", "sent no choices", "it is no text but", "half a character", "8 questions got no answer"):
+        assert word in errors
+
+
+def test_hopeless_questions_are_got_past_by_a_larger_give_up_after(endpoint, questions, tmp_path, capsys):
+    endpoint.behave = lambda question, times: (200, completion("")) if question[9:11].strip("?") < "2" else None
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--concurrency", "1", "--give_up_after", "2", exit_code=2)
+    assert "2 question(s) in a row got no answer (--give_up_after 2), the last: it is empty" in capsys.readouterr().err
+    assert replies(tmp_path / "a.jsonl") == []
+    collect(endpoint, questions, tmp_path / "a.jsonl", "--concurrency", "1", "--give_up_after", "24", exit_code=2)
+    assert len(replies(tmp_path / "a.jsonl")) == 12
+
+
+def test_an_answer_whose_question_went_away_meanwhile_is_kept(endpoint, questions, tmp_path):
+    def behave(question, times):
+        write_jsonl(questions, [{"question": "question 1?"}])
+
+    endpoint.behave = behave
+    collect(endpoint, questions, tmp_path / "a.jsonl")
+    written = replies(tmp_path / "a.jsonl")
+    assert written[0][0] == "question 1?"
+    assert len(written) == 24
+
+
+def test_the_address_may_come_from_the_environment(endpoint, questions, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint.url)
+    call_script(SCRIPT, questions, tmp_path / "a.jsonl", "--model", "big")
+    assert len(replies(tmp_path / "a.jsonl")) == 24
 
 
 def test_the_same_question_twice_gets_two_answers(endpoint, tmp_path):
@@ -244,7 +282,7 @@ def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
     collect(endpoint, questions, out)
     mine = out.read_bytes()
     foreign = [
-        b'{"conversations": [{"content": "x"}, {"content": "y"}], "model": "big"}\n',
+        b'{"conversations": [{"content": "x"}, {"content": "y"}], "model": "big", "thinking": false}\n',
         b'{"text": "a novel"}\n',
         b'{"conversations": [{"role": "us',
         b"[]\n",
@@ -258,6 +296,8 @@ def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
     out.write_bytes(mine)
     collect(endpoint, questions, out, "--model", "other", exit_code=2)
     assert "line 1 is no answer of other" in capsys.readouterr().err
+    collect(endpoint, questions, out, "--thinking", exit_code=2)
+    assert "and the --model, --system, --thinking it was made by" in capsys.readouterr().err
     assert out.read_bytes() == mine
 
 
@@ -296,7 +336,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(endpoint, questions, tmp_path, ca
     from trainer.errors import UserError
 
     chat = [{"role": "user", "content": "hi"}]
-    answers = AnswerFile(tmp_path / "a.jsonl", "big", Counter([key_of(chat)] * 2))
+    answers = AnswerFile(tmp_path / "a.jsonl", {"model": "big"}, Counter([key_of(chat)] * 2))
     answers.add(chat, "one")
     before = (tmp_path / "a.jsonl").read_bytes()
 
