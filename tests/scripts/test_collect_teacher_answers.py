@@ -175,7 +175,13 @@ def test_no_reply_whatever_its_shape_stops_a_worker(endpoint, questions, tmp_pat
     collect(endpoint, questions, tmp_path / "a.jsonl", "--concurrency", "1", exit_code=2)
     errors = capsys.readouterr().err
     assert [question for question, _ in replies(tmp_path / "a.jsonl")] == [f"question {n}?" for n in range(8, 24)]
-    for word in ("sent no JSON", "sent no choices", "it is no text but", "half a character", "8 questions got no answer"):
+    for word in (
+        "sent no JSON",
+        "sent no choices",
+        "it is no text but",
+        "half a character",
+        "8 questions got no answer",
+    ):
         assert word in errors
 
 
