@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dataset import SFTDataset
 from model.model import predicting
+from model.weights import weights_hash
 from trainer.arguments import ROOT, above_zero, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
@@ -79,11 +80,13 @@ def main():
     # Student and teacher
     tokenizer = load_tokenizer(args.tokenizer)
     config = config_of(args, tokenizer)
+    teacher = load_teacher(args.teacher_weight, args.out_dir, tokenizer, args.max_seq_len)
     facts = {name: getattr(args, name) for name in ("teacher_weight", "alpha", "temperature")}
+    facts["teacher_hash"] = weights_hash(teacher.state_dict())
     checkpoint = Checkpoint(args, "full_dist", config, tokenizer, run, **facts)
     model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
-    teacher = load_teacher(args.teacher_weight, args.out_dir, tokenizer).to(run.device)
+    teacher.to(run.device)
     loss_of = partial(distillation_loss, alpha=args.alpha, temperature=args.temperature)
 
     # Data

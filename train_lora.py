@@ -53,8 +53,10 @@ def get_args():
 def main():
     args = get_args()
     check_training_arguments(args)
-    if not re.fullmatch(r"[\w.-]+", args.lora_name):
-        raise UserError(f"--lora_name {args.lora_name!r} must be letters, digits, '_', '-' and '.': it names a file")
+    if not re.fullmatch(r"[\w.-]+", args.lora_name) or args.lora_name.endswith(".pth"):
+        raise UserError(
+            f"--lora_name {args.lora_name!r} must be letters, digits, '_', '-' and '.', without .pth at the end"
+        )
     run = start_runtime(args)
 
     # Model

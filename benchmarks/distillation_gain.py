@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 from scripts.demo_measures import facts, held_out_loss
 from scripts.demo_settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
-from scripts.examination import open_model, run
+from scripts.examination import open_model, run, state_of
 from trainer.arguments import Parser, positive
 from trainer.errors import UserError, launch
 from trainer.files import replacing
@@ -39,10 +39,11 @@ def main():
     if args.lines:
         data = first_lines(data, args.lines, OUT / "distillation_gain" / f"first_{args.lines}.jsonl")
 
+    folder = OUT / "distillation_gain" / f"{state_of(start)}-{state_of(teacher)}"  # other weights, other results
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in TRAININGS}
     for seed in range(1, args.seeds + 1):
         for name, ((script, *flags), written) in TRAININGS.items():
-            out = OUT / "distillation_gain" / f"{name}_{seed}_{args.epochs}_{args.lines or 'all'}"
+            out = folder / f"{name}_{seed}_{args.epochs}_{args.lines or 'all'}"
             common = (*STUDENT, *TRAINING, *SFT, "--data_path", str(data), "--epochs", args.epochs)
             common += ("--out_dir", str(out), "--seed", str(seed))
             taught = ("--teacher_weight", str(teacher)) if flags else ()
@@ -64,7 +65,8 @@ def first_lines(file: Path, count: int, to: Path) -> Path:
     Raises:
         UserError: there are not so many.
     """
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    with open(file, encoding="utf-8") as source:
+        lines = source.readlines()
     if count > len(lines):
         raise UserError(f"--lines {count}: {file} has {len(lines)}")
     to.parent.mkdir(parents=True, exist_ok=True)

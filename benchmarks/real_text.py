@@ -52,7 +52,10 @@ def split(source: Path) -> tuple[Path, Path]:
     """
     if not source.is_file():
         raise UserError(f"{source} is missing: --data_dir names the folder that has it")
-    lines = source.read_text(encoding="utf-8-sig").splitlines(keepends=True)
+    if source.parent.resolve() == OUT.resolve():
+        raise UserError(f"--data_dir {source.parent} is where the split files go: name the folder of the whole ones")
+    with open(source, encoding="utf-8-sig") as file:
+        lines = file.readlines()
     if len(lines) <= KEPT_ASIDE:
         raise UserError(f"{source} has {len(lines)} lines: {KEPT_ASIDE} are kept aside, and none would be left")
     learned, kept = OUT / source.name, OUT / f"eval_{source.name}"

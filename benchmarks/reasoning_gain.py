@@ -12,7 +12,7 @@ import json
 from model.reasoning import split_reasoning
 from scripts.demo_measures import VOTES, Solved, solve, with_error
 from scripts.demo_settings import DATA, OUT, REASON, SIZE
-from scripts.examination import open_model, read_lines, run
+from scripts.examination import open_model, read_lines, run, state_of
 from trainer.arguments import Parser
 from trainer.errors import UserError, launch
 from trainer.weights import read_settings
@@ -33,8 +33,8 @@ def main():
     for weights in (OUT / "rlhf_256.pth", OUT / "reason_256.pth"):
         if not weights.exists():
             raise UserError(f"{weights} is missing: make demo-all makes it")
-    out = OUT / "reasoning_gain"
-    out.mkdir(exist_ok=True)
+    out = OUT / "reasoning_gain" / state_of(OUT / "rlhf_256.pth")  # another start, another comparison
+    out.mkdir(parents=True, exist_ok=True)
     data = out / "answers_alone.jsonl"
     lines = without_thinking(read_lines(DATA / "r1_mix_1024.jsonl"))
     data.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

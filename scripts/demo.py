@@ -14,6 +14,7 @@ import _repo  # noqa: F401  (lets `python scripts/demo.py` find the rooms)
 from scripts.demo_settings import DATA, OUT, PRETRAIN, SFT, SIZE, TRAINING
 from scripts.examination import answer, open_model, read_lines, run
 from scripts.scoring import format_table, is_right, nearest_line, tally
+from trainer.arguments import Parser
 from trainer.errors import launch
 from trainer.weights import read_settings
 
@@ -70,6 +71,7 @@ def make_model() -> None:
 
 
 def main():
+    Parser(__doc__).parse_args()
     started = time.monotonic()
     make_model()
     shares = show_examination(OUT / "full_sft_256.pth")

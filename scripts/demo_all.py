@@ -4,7 +4,6 @@ It goes on from `make demo`, whose data and weights it uses (and makes where the
 earlier call is used again, and an interrupted training goes on where it stopped.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from typing import NamedTuple
@@ -28,7 +27,8 @@ from scripts.demo_measures import (
     thinks,
 )
 from scripts.demo_settings import DATA, FROM_TEACHER, OUT, PRETRAIN, REASON, SFT, SIZE, STUDENT, TRAINING
-from scripts.examination import open_model, run
+from scripts.examination import open_model, run, state_of
+from trainer.arguments import Parser
 from trainer.errors import launch
 from trainer.files import save_json
 from trainer.weights import read_settings
@@ -50,6 +50,15 @@ class Stage(NamedTuple):
     form: str = "{:.1%}"
     answers: bool = True  # so that it can be asked for facts
     detail: Callable[[Opened, Opened], str] | None = None  # of start and end: more to say than two numbers
+    teacher: str | None = None
+
+    def state(self) -> dict[str, str]:
+        """Tells one training of its weights, and of those that they came from, from another."""
+        sources = [name for name in (self.start, self.teacher) if name]
+        return {
+            "began": "-".join(state_of(OUT / f"{name}.pth") for name in sources),
+            "trained": state_of(OUT / f"{self.end}.pth"),
+        }
 
 
 TEXTS = "bits a byte, texts kept aside"
@@ -61,7 +70,7 @@ STAGES = (
         (
             *("train_dpo.py", *SIZE, "--data_path", str(DATA / "dpo.jsonl")),
             *("--eval_path", str(DATA / "eval_dpo.jsonl")),
-            *("--epochs", "6", "--batch_size", "4", "--learning_rate", "1e-5"),
+            *("--epochs", "3", "--batch_size", "4", "--learning_rate", "1e-5"),
         ),
         "full_sft_256",
         "rlhf_256",
@@ -98,6 +107,7 @@ STAGES = (
         "nats a token, answers kept aside",
         held_out_loss,
         "{:.3f}",
+        teacher="full_sft_256",
     ),
     Stage(
         "reasoning",
@@ -112,12 +122,6 @@ STAGES = (
 
 
 # ------------------------------------------------------------------------------------------------------- the whole
-
-
-def state_of(weights: str | None) -> str:
-    """Tells one training of these weights from another; empty where there is none."""
-    about = OUT / f"{weights}.json"
-    return hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about.is_file() else ""
 
 
 def opened(weights: str | None, like: str) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
@@ -136,7 +140,7 @@ def opened(weights: str | None, like: str) -> tuple[MiniMindLM, PreTrainedTokeni
 
 def examined(stage: Stage, known: dict) -> dict:
     """What is known of a stage, its start and its end examined if they have not been."""
-    now = {"began": state_of(stage.start), "trained": state_of(stage.end)}
+    now = stage.state()
     if known.items() >= now.items():
         return known
     print(f"\nexamining {stage.name} …", flush=True)
@@ -161,6 +165,7 @@ def table(stages: tuple[Stage, ...], results: dict[str, dict]) -> str:
 
 
 def main():
+    Parser(__doc__).parse_args()
     make_model()
     file = OUT / "all.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -173,7 +178,7 @@ def main():
     for stage in STAGES:
         known = results.get(stage.name, {})
         if stage.command:
-            begins_from = state_of(stage.start)
+            begins_from = stage.state()["began"]
             anew = known.get("begins_from", begins_from) != begins_from  # it has been trained again since
             if not anew:
                 known = remember(stage, known | {"begins_from": begins_from})

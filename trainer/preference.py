@@ -78,7 +78,7 @@ def attach_reference(dataset: DPODataset, model: nn.Module, model_hash: str, run
     """
     decided_by = [FORMAT, dataset.rows_key, model_hash, architecture(model.config), str(run.dtype), run.device.type]
     place = (dataset.data_path, dataset.cache.folder.name.split("-")[0], f"reference-{digest(decided_by)}")
-    (missing,) = run.sum(run.is_main and find_cache_folder(*place) is None)
+    (missing,) = run.sum(find_cache_folder(*place) is None)  # somewhere: machines have disks of their own
     values = _all_log_probs(dataset, model, run, batch_size) if missing else None
 
     def build(folder: Path) -> None:

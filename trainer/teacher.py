@@ -17,22 +17,27 @@ from trainer.errors import UserError
 from trainer.weights import load_folder, load_tokenizer, load_weights
 
 TOKENS_AT_ONCE = 2048  # that a teacher reads, in whole rows
+POSITIONS = ("max_seq_len", "max_position_embeddings", "n_positions")
 
 
-def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> nn.Module:
     """The model that --teacher_weight names, frozen, fp32, in eval mode.
 
     Args:
         name: the weights' name in `out_dir` ("full_sft_768"), the path of a .pth, or a `transformers` folder.
 
     Raises:
-        UserError: it is missing, cannot be read, or reads other tokens than the student.
+        UserError: it is missing, cannot be read, reads other tokens than the student, or fewer than `max_seq_len`.
     """
     if Path(name).is_dir():
         teacher = _from_folder(Path(name), tokenizer)
     else:
         path = Path(name) if name.endswith(".pth") else Path(out_dir) / f"{name}.pth"
         teacher = load_weights(path, None, tokenizer)
+    # by any of the names that transformers has for it; None: no limit that it tells of
+    longest = next((n for key in POSITIONS if (n := getattr(teacher.config, key, None))), None)
+    if longest is not None and longest < max_seq_len:
+        raise UserError(f"--teacher_weight {name} reads at most {longest} tokens: lower --max_seq_len {max_seq_len}")
     return teacher.requires_grad_(False).eval()
 
 

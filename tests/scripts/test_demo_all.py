@@ -25,6 +25,7 @@ def ran():
 @pytest.fixture
 def out(tmp_path, monkeypatch, ran):
     """An out/demo with a trained base; a command is noted, and trains for one step."""
+    monkeypatch.setattr("sys.argv", ["demo_all.py"])
     monkeypatch.setattr(demo_all, "OUT", tmp_path)
     monkeypatch.setattr(demo_all, "make_model", lambda: None)
     monkeypatch.setattr(demo_all, "facts", lambda model, tokenizer: 0.5)
@@ -99,6 +100,15 @@ def test_a_training_that_fails_is_gone_on_with(out, ran, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             demo_all.main()
     assert ran == ["--resume", "--resume", "--overwrite", "--overwrite"]
+
+
+def test_a_student_learns_anew_from_a_new_teacher(out, ran, monkeypatch):
+    stage = Stage("second", ("x.py", "more"), "base", "more", "how far", lambda *_: 0.0, teacher="teacher")
+    monkeypatch.setattr(demo_all, "STAGES", (stage,))
+    for teacher in (3, 3, 4):
+        save(out, "teacher", teacher)
+        demo_all.main()
+    assert ran == ["--resume", "--resume", "--overwrite"]
 
 
 @pytest.fixture(scope="module")

@@ -123,6 +123,17 @@ def test_a_resumed_run_is_bit_for_bit_the_same(stage, alone, tmp_path, capsys):
     assert_close(stage.weights(tmp_path), stage.weights(alone), atol=0)
 
 
+def test_a_run_does_not_go_on_with_another_teacher(base, tokenizer_dir, tmp_path, capsys):
+    stage = Stage("full_dist", base, tokenizer_dir)
+    flags = stage.in_folder(tmp_path)
+    call_script(stage.script, *flags, stop_after=2, exit_code=130)
+    teacher = torch.load(base / "teacher.pth", weights_only=True)
+    (tmp_path / "teacher.pth").unlink()  # a link to everybody's
+    torch.save({key: value * 2 for key, value in teacher.items()}, tmp_path / "teacher.pth")
+    call_script(stage.script, *flags, "--resume", exit_code=2)
+    assert "the saved run had teacher_hash " in capsys.readouterr().err
+
+
 def test_a_negative_tag_weight_is_refused(base, tokenizer_dir, tmp_path, capsys):
     stage = Stage("reason", base, tokenizer_dir)
     for weight in ("-1", "nan", "inf"):

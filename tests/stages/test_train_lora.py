@@ -119,6 +119,7 @@ def test_eval_model_puts_the_adapter_on(out, train, tokenizer_dir):
     ("flags", "told"),
     [
         (("--lora_name", "a/b"), "--lora_name 'a/b' must be letters"),
+        (("--lora_name", "me.pth"), "--lora_name 'me.pth' must be letters"),
         (("--target_modules", "wq,q_proj"), "no Linear of the model's blocks is named q_proj; there are wq"),
         (("--target_modules", ""), "no Linear of the model's blocks is named ; there are"),
         (("--alpha", "-1"), "alpha above 0"),

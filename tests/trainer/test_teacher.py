@@ -90,7 +90,7 @@ def test_a_loss_in_parts_is_the_loss_of_all_answers(monkeypatch):
 def test_a_transformers_folder_with_more_columns_is_taken(tiny_tokenizer, tmp_path):
     llama(len(tiny_tokenizer) + 24).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    teacher = load_teacher(str(tmp_path), "nowhere", tiny_tokenizer)
+    teacher = load_teacher(str(tmp_path), "nowhere", tiny_tokenizer, 128)
     assert isinstance(teacher, LlamaForCausalLM)
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -100,17 +100,26 @@ def test_a_transformers_folder_with_more_columns_is_taken(tiny_tokenizer, tmp_pa
 def test_a_pth_gives_its_own_sizes(tiny_tokenizer, tiny_out, tmp_path, capsys):
     model = MiniMindLM(LMConfig(dim=64, n_layers=3, vocab_size=len(tiny_tokenizer)))
     torch.save(model.state_dict(), tmp_path / "downloaded.pth")
-    by_tensors = load_teacher(str(tmp_path / "downloaded.pth"), "nowhere", tiny_tokenizer)
+    by_tensors = load_teacher(str(tmp_path / "downloaded.pth"), "nowhere", tiny_tokenizer, 128)
     assert (by_tensors.config.dim, by_tensors.config.n_layers) == (64, 3)
     assert "no json beside it" in capsys.readouterr().err
-    by_json = load_teacher("full_sft_32", str(tiny_out), tiny_tokenizer)
+    by_json = load_teacher("full_sft_32", str(tiny_out), tiny_tokenizer, 128)
     assert by_json.config.dim == 32
     assert capsys.readouterr().err == ""
 
 
+def test_a_teacher_that_reads_less_than_a_row_is_refused(tiny_tokenizer, tmp_path):
+    llama(len(tiny_tokenizer)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    longest = LlamaForCausalLM.from_pretrained(tmp_path).config.max_position_embeddings
+    load_teacher(str(tmp_path), "nowhere", tiny_tokenizer, longest)
+    with pytest.raises(UserError, match=f"reads at most {longest} tokens: lower --max_seq_len {longest + 1}"):
+        load_teacher(str(tmp_path), "nowhere", tiny_tokenizer, longest + 1)
+
+
 def refusal(name: str, tokenizer) -> str:
     with pytest.raises(UserError) as error:
-        load_teacher(name, "nowhere", tokenizer)
+        load_teacher(name, "nowhere", tokenizer, 128)
     return str(error.value)
 
 
