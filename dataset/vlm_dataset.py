@@ -1,5 +1,6 @@
 """What a vision-language model reads: chats with images, as rows of tokens with the images' places among them."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -122,8 +123,9 @@ def picture_record(record: dict, images_path: Path) -> Record:
     """
     names, chat = picture_chat_of(record)
     for name in names:
-        if not (images_path / name).is_file():
-            raise BadRecord(f"the image {images_path / name} is not there (--images_path names the folder)")
+        if not os.path.isfile(images_path / name):  # Path's own raises where the name is too long, or a folder closed
+            shown = name if len(name) < 200 else f"{name[:200]}…"
+            raise BadRecord(f"the image {images_path / shown} is not there (--images_path names the folder)")
     return names, chat
 
 

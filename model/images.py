@@ -32,13 +32,20 @@ def read_image(source: bytes | Path) -> Image.Image:
     name = "the image" if isinstance(source, bytes) else str(source)
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _as_rgb(ImageOps.exif_transpose(image))
+            return _as_rgb(_upright(image))
     except FileNotFoundError:
         raise ImageError(f"{name} is not there") from None
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name} is no image of a format that Pillow reads") from None
     except Exception as error:  # a damaged file can make Pillow's decoders raise nearly anything
         raise ImageError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # an unreadable EXIF block, which says nothing; what is wrong with the image itself shows later
+        return image
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -66,10 +73,9 @@ def usual_processor(image_size: int) -> CLIPImageProcessorPil:
 
 def to_pixels(processor: CLIPImageProcessorPil, images: Sequence[Image.Image]) -> Tensor:
     """RGB images of any sizes -> (images, 3, H, W) fp32, as the tower wants them."""
+    if not images:
+        return to_pixels(processor, [Image.new("RGB", (3, 2))])[:0]
     cut = [_middle_of_strip(image) for image in images]
-    if not cut:
-        side = processor.crop_size
-        return torch.zeros(0, 3, side["height"], side["width"])
     return processor(images=cut, return_tensors="pt")["pixel_values"]
 
 

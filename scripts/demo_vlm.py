@@ -1,13 +1,15 @@
 """Eyes for the demo's model in minutes: pictures, a tower, two stages, an examination. `make demo-vlm` runs it.
 
 Everything lies in dataset/demo/ and out/demo/; what is there from an earlier call is used again, and an interrupted
-training goes on where it stopped. Where the language model is missing, scripts/demo.py makes it first.
+training goes on where it stopped; from other pictures all is learned anew. Where the language model is missing,
+scripts/demo.py makes it first.
 
 The examination shows pictures of things whose colour and shape no picture to learn from has together. Beside each share
 stand two that need no eyes: that of the most frequent answer, and what is right when the pictures are shuffled among
 the questions of a kind. If the second is not down at the first, the questions gave something away.
 """
 
+import json
 import time
 
 import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the rooms)
@@ -16,13 +18,15 @@ from model import MiniMindLM
 from scripts.demo import EXAMS
 from scripts.demo_settings import DATA, OUT
 from scripts.examination import answer, read_lines, run
+from scripts.make_demo_data import digest_of
 from scripts.scoring import tally
 from scripts.vlm_exam import look, shares, shuffled
+from trainer.arguments import Parser
 from trainer.errors import launch
 from trainer.files import save_json
 from trainer.runtime import pick_device
 from trainer.vision import load_vlm, open_vision
-from trainer.weights import load_tokenizer, load_weights
+from trainer.weights import load_tokenizer, load_weights, read_settings
 
 SIZE = ("--dim", "256", "--n_layers", "8")
 PICTURES = TOWER = ()  # each script's own defaults are the demo's
@@ -82,19 +86,27 @@ def show_examination() -> dict:
 
 
 def main():
+    Parser(__doc__).parse_args()
     out = ("--out_dir", str(OUT))
     if not (OUT / f"full_sft_{SIZE[1]}.pth").is_file():
         run("scripts/demo.py")
     started = time.monotonic()
     run("scripts/make_demo_images.py", "--out_dir", str(DATA), *PICTURES)
     data = ("--images_path", str(DATA / "images"), "--data_path")
-    if not (OUT / "clip").is_dir():
+    shown = {"pictures": digest_of(DATA / "images" / "manifest.json")}
+    seen = OUT / "clip" / "seen.json"  # which pictures the tower there has learned from
+    if not seen.is_file() or json.loads(seen.read_text(encoding="utf-8")) != shown:
         captions, exam = str(DATA / "clip_captions.jsonl"), str(DATA / "eval_clip.jsonl")
-        run("scripts/train_clip.py", *data, captions, "--eval_path", exam, "--out_dir", str(OUT / "clip"), *TOWER)
+        to = ("--eval_path", exam, "--out_dir", str(OUT / "clip"), "--overwrite")
+        run("scripts/train_clip.py", *data, captions, *to, *TOWER)
+        save_json(shown, seen)
+    tower = open_vision(str(OUT / "clip")).hash
     eyes = ("--vision_model", str(OUT / "clip"))
     for stage, flags in (("pretrain_vlm", PRETRAIN), ("sft_vlm", SFT)):
         lines = str(DATA / f"{stage}_data.jsonl")
-        run(f"train_{stage}.py", *SIZE, *out, *eyes, *data, lines, *TRAINING, *flags, "--resume")
+        earlier = read_settings(OUT / f"{stage}_{SIZE[1]}.pth") or {"vision_tower": tower}
+        go_on = "--resume" if earlier["vision_tower"] == tower else "--overwrite"  # by another tower: it is of no use
+        run(f"train_{stage}.py", *SIZE, *out, *eyes, *data, lines, *TRAINING, *flags, go_on)
     save_json(show_examination(), OUT / "accuracy_vlm.json")
     print(f"\nthis call took {(time.monotonic() - started) / 60:.1f} minutes, the language model's own not counted")
     sheet = ("--out", str(OUT / "contact_sheet.png"), "--data_dir", str(DATA))

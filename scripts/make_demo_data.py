@@ -279,24 +279,40 @@ def build(seed: int) -> dict[str, list[dict]]:
     }
 
 
-def write(files: dict[str, list[dict]], folder: Path) -> list[str]:
-    """Write the files into `folder`, and a manifest of what was written; returns a line about each.
+def as_jsonl(lines: list[dict]) -> bytes:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def check_ours(digests: dict[str, str], folder: Path) -> dict[str, str]:
+    """Which of these files are in `folder`, each with its SHA-256.
+
+    Args:
+        digests: of what is to be written, by name.
 
     Raises:
-        UserError: a file is there that this script did not write, or that was changed since; nothing is written then.
+        UserError: one is there that this script did not write, or that was changed since.
     """
-    contents = {
-        name: "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines).encode() for name, lines in files.items()
-    }
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    manifest = folder / "manifest.json"
-    ours = read_manifest(manifest)
-    there = {name: digest_of(folder / name) for name in files if (folder / name).exists()}
+    ours = read_manifest(folder / "manifest.json")
+    there = {name: digest_of(folder / name) for name in digests if (folder / name).exists()}
     for name, digest in there.items():
         if digest is None or digest not in (ours.get(name), digests[name]):
             raise UserError(
                 f"{folder / name} was not written by this script, or was changed: move it, or use --out_dir"
             )
+    return there
+
+
+def write(files: dict[str, list[dict]], folder: Path) -> list[str]:
+    """Write the files into `folder`, and a manifest of what was written; returns a line about each.
+
+    Raises:
+        UserError: as of `check_ours`; nothing is written then.
+    """
+    contents = {name: as_jsonl(lines) for name, lines in files.items()}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    there = check_ours(digests, folder)
+    manifest = folder / "manifest.json"
+    ours = read_manifest(manifest)
     report = []
     for name, content in contents.items():
         if there.get(name) != digests[name]:

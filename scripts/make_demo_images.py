@@ -39,7 +39,7 @@ from scripts.demo_scenes import (
     invent,
     questions,
 )
-from scripts.make_demo_data import build, chat, digest_of, exam, read_manifest, sentence, write
+from scripts.make_demo_data import as_jsonl, build, chat, check_ours, digest_of, exam, read_manifest, sentence, write
 from trainer.arguments import ROOT, Parser, Switch, above_zero
 from trainer.errors import UserError, launch
 from trainer.files import replacing
@@ -149,34 +149,42 @@ def eval_images(rng: random.Random) -> dict[str, bytes]:
     return {f"{name}.jpg": as_jpeg(scene, 224) for name, scene in zip(names, scenes, strict=True)}
 
 
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def write_images(images: dict[str, bytes], folder: Path) -> str:
     """Write pictures, and a manifest of what was written; returns a line about them.
 
     Raises:
-        UserError: a file is there that this script did not write, or that was changed since; nothing is written then.
+        UserError: a file is there that this script did not write, or that was changed since, and nothing is written
+            then; or they cannot be written.
     """
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
+    digests = {name: digest(content) for name, content in images.items()}
     ours = read_manifest(folder / "manifest.json")
     there = {
         path.name: digest_of(path)
         for path in (folder.iterdir() if folder.is_dir() else ())
         if path.name != "manifest.json" and not path.name.startswith(".")
     }
-    for name, digest in there.items():
-        if digest is None or digest not in (ours.get(name), digests.get(name)):
+    for name, found in there.items():
+        if found is None or found not in (ours.get(name), digests.get(name)):
             raise UserError(f"{folder / name} was not written by this script, or was changed: move it elsewhere")
     missing = {name: content for name, content in images.items() if there.get(name) != digests[name]}
-    old = [name for name, digest in there.items() if digest != digests.get(name)]
-    if missing or old:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in old:  # before the manifest, and that before the new: a run cut short knows its own files again
-            (folder / name).unlink()
-        with replacing(folder / "manifest.json") as temporary:
-            temporary.write_text(json.dumps(digests) + "\n", encoding="utf-8")
-        temporary = folder / ".picture.tmp"
-        for name, content in missing.items():  # whole or not there; not flushed one by one, which takes minutes
-            temporary.write_bytes(content)
-            temporary.replace(folder / name)
+    old = [name for name, found in there.items() if found != digests.get(name)]
+    try:
+        if missing or old:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in old:  # before the manifest, and that before the new: a run cut short knows its own files again
+                (folder / name).unlink()
+            with replacing(folder / "manifest.json") as temporary:
+                temporary.write_text(json.dumps(digests) + "\n", encoding="utf-8")
+            temporary = folder / ".picture.tmp"
+            for name, content in missing.items():  # whole or not there; not flushed one by one, which takes minutes
+                temporary.write_bytes(content)
+                temporary.replace(folder / name)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}; make room, and the same command goes on") from error
     return f"{'images/':<24}{len(images):>8} files  {'written' if missing else 'unchanged'}"
 
 
@@ -199,7 +207,6 @@ def main():
     learned |= invent_all({kind: some(count) for kind, count in NAMELESS.items()}, KINDS_NAMELESS, "nameless", rng)
     examined = invent_all(dict.fromkeys(SCENES, 2 * some(EXAMINED)), KINDS_HELD_OUT, "examined", rng)
     images = {name: as_jpeg(scene) for name, scene in (learned | examined).items()}
-    print(write_images(images, args.out_dir / "images"))
     said = {name: [text for lang in LANGUAGES for text in captions(scene, lang)] for name, scene in learned.items()}
     files = {
         "clip_captions.jsonl": [{"image": name, "captions": texts} for name, texts in said.items()],
@@ -208,6 +215,8 @@ def main():
         "sft_vlm_data.jsonl": lessons(learned, some(COMPARED), some(DESCRIBED), some(TEXT_LINES), rng),
         "eval_vlm.jsonl": examination(examined, some(EXAMINED), rng),
     }
+    check_ours({name: digest(as_jsonl(lines)) for name, lines in files.items()}, args.out_dir)  # before a picture goes
+    print(write_images(images, args.out_dir / "images"))
     print("\n".join(write(files, args.out_dir)))
 
 

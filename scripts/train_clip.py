@@ -38,6 +38,7 @@ from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
 DEMO = ROOT / "dataset" / "demo"
 POSITION = 0.3  # deviation of what stands for a patch's row, and of its column's, at the start
+HALVES = ("bfloat16", "float32")  # float16 would want a gradient scaler
 WORDS = 500  # entries of the captions' own byte-level BPE; 256 of them are the bytes
 
 
@@ -58,7 +59,7 @@ def get_args():
     parser.add_argument("--warmup_iters", type=positive, default=50)
     parser.add_argument("--log_interval", type=positive, default=50)
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of autocast (default: what the machine computes in)")
+    parser.add_argument("--dtype", choices=HALVES, help="of autocast (default: bfloat16 where the machine has it)")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -162,6 +163,7 @@ def make_clip(args, tokenizer: PreTrainedTokenizerFast, longest: int) -> CLIPMod
         "pad_token_id": tokenizer.pad_token_id,
     }
     clip = CLIPModel(CLIPConfig(vision_config=half | vision, text_config=half | text, projection_dim=args.width))
+    clip.set_attn_implementation("eager")  # for so few tokens twice as fast on a CPU as SDPA, whose backward is slow
     # transformers' positions are a hundredth of what a patch is, and in minutes nobody would learn where things are
     side = args.image_size // args.patch_size
     across, down = torch.randn(side, args.width) * POSITION, torch.randn(side, 1, args.width) * POSITION
@@ -198,17 +200,19 @@ def main():
     args = get_args()
     if args.image_size % args.patch_size or args.width % 32:
         raise UserError("--image_size must be a multiple of --patch_size, and --width of 32")
+    if args.out_dir.exists() and not is_ours(args.out_dir):
+        raise UserError(f"{args.out_dir} is there already and no tower made by this script: name another --out_dir")
     if args.out_dir.exists() and not args.overwrite:
         raise UserError(f"{args.out_dir} is there already: --overwrite replaces it")
     device = pick_device(args.device)
-    dtype = DTYPES[args.dtype or default_dtype(device)]
+    dtype = DTYPES[args.dtype or (default_dtype(device) if default_dtype(device) in HALVES else "float32")]
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
     # Data
     names, captions = zip(*JsonlReader(args.data_path, caption_record), strict=True)
     exam = list(JsonlReader(args.eval_path, choice_record))
-    pixels = load_pictures(names, args)
+    pixels, exam_pixels = load_pictures(names, args), load_pictures([line[0] for line in exam], args)
     tokenizer = train_caption_tokenizer([text for texts in captions for text in texts])
     every = [text for texts in captions for text in texts] + [text for _, _, _, choices, _ in exam for text in choices]
     longest = max(len(ids) for ids in tokenizer(sorted(set(every)))["input_ids"])
@@ -256,7 +260,7 @@ def main():
             )
 
     # Examination
-    shares = zero_shot(clip, tokenizer, load_pictures([line[0] for line in exam], args), [line[1:] for line in exam])
+    shares = zero_shot(clip, tokenizer, exam_pixels, [line[1:] for line in exam])
     print("zero-shot, things never seen:")
     for name, share in shares.items():
         print(f"  {name:<40}{share:>8.1%}")
@@ -264,18 +268,25 @@ def main():
     print(f"{args.out_dir}: a transformers CLIP, for --vision_model")
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is one that `save` wrote, and nothing else lies in it."""
+    return (folder / "zero_shot.json").is_file() and not any(path.is_dir() for path in folder.iterdir())
+
+
 def save(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, args, shares: dict[str, float]) -> None:
-    """Write the folder beside its place, then move it there."""
-    partial = args.out_dir.with_name(f".{args.out_dir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """Write the folder beside its place, then move it there; an earlier one goes when the new one is there."""
+    partial, earlier = (args.out_dir.with_name(f".{args.out_dir.name}.{end}") for end in ("partial", "earlier"))
+    for left in (partial, earlier):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         clip.float().cpu().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         usual_processor(args.image_size).save_pretrained(partial)
         save_json(shares, partial / "zero_shot.json")
         if args.out_dir.exists():
-            shutil.rmtree(args.out_dir)
+            args.out_dir.rename(earlier)
         partial.rename(args.out_dir)
+        shutil.rmtree(earlier, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {args.out_dir}: {error.strerror or error}") from error
 

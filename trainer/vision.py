@@ -12,12 +12,15 @@ from dataset import VLMDataset
 from dataset.cache_folder import digest
 from dataset.feature_cache import open_feature_cache
 from model import LMConfig
-from model.images import image_processor, image_token_id
+from model.images import image_processor, image_token_id, to_pixels
 from model.model_vlm import MiniMindVLM, VisionTower, VLMConfig, load_tower
 from model.weights import weights_hash
 from trainer.errors import UserError
 from trainer.runtime import Runtime
 from trainer.weights import architecture, load_weights, read_settings
+
+# of a CLIPVisionConfig: what its weights do not tell, and their output depends on
+TOWER_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size")
 
 
 class Vision(NamedTuple):
@@ -44,6 +47,13 @@ def open_vision(folder: str) -> Vision:
         processor = image_processor(folder, tower.config.image_size)
     except Exception as error:  # a damaged folder makes transformers and safetensors raise almost anything
         raise UserError(f"--vision_model {folder} cannot be used: {error}") from error
+    height, width = to_pixels(processor, []).shape[2:]
+    side = tower.config.image_size
+    if (height, width) != (side, side):
+        raise UserError(
+            f"--vision_model {folder}: its preprocessor_config.json makes images of {width} x {height} pixels, and its "
+            f"tower takes {side} x {side}: use the tower's own file, or remove it for CLIP's usual preprocessing"
+        )
     return Vision(tower, processor, weights_hash(tower.state_dict()))
 
 
@@ -98,7 +108,8 @@ def cache_features(
         with run.autocast():
             return model.encode_images(pixels.to(run.device))
 
-    how = digest([vision.hash, vision.processor.to_json_string(), args.dtype])
+    computed_by = [getattr(vision.tower.config, name) for name in TOWER_SETTINGS]
+    how = digest([vision.hash, computed_by, vision.processor.to_json_string(), args.dtype])
     with run.main_first():
         features = open_feature_cache(
             names, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers

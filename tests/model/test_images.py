@@ -79,6 +79,12 @@ class TestReading:
         with pytest.raises(ImageError, match="the image"):
             read_image(whole[:-600])
 
+    def test_an_unreadable_exif_block_spoils_no_image(self):
+        broken = as_file(picture(), "JPEG", exif=b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\xff\xff")
+        assert read_image(broken).size == picture().size
+        png = as_file(picture(), "PNG", exif=b"Exif\x00\x00no TIFF at all")
+        assert np.array_equal(read_image(png), picture())
+
     def test_a_bomb_is_refused(self, monkeypatch):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses twice as many
         with pytest.raises(ImageError, match="decompression bomb"):

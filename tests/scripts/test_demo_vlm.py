@@ -46,10 +46,11 @@ def tiny_demo(tmp_path, monkeypatch):
         "run": lambda script, *flags: call_script(script, *flags),
     }.items():
         monkeypatch.setattr(demo_vlm, name, value)
+    monkeypatch.setattr("sys.argv", ["demo_vlm.py"])
     return out
 
 
-def test_from_pictures_to_answers_and_again(tiny_demo, capsys):
+def test_from_pictures_to_answers_and_again(tiny_demo, capsys, monkeypatch):
     demo_vlm.main()
     shown = capsys.readouterr().out
     assert "zero-shot" in shown
@@ -70,6 +71,10 @@ def test_from_pictures_to_answers_and_again(tiny_demo, capsys):
     demo_vlm.main()  # nothing is left to train
     assert [path.read_bytes() for path in made] == before
     assert "encoding images" not in capsys.readouterr().err
+
+    monkeypatch.setattr(demo_vlm, "PICTURES", ("--scale", "0.001", "--seed", "7"))
+    demo_vlm.main()  # other pictures: neither the tower nor what learned from it is worth anything
+    assert all(path.read_bytes() != old for path, old in zip(made, before, strict=True))
 
 
 def test_a_language_model_is_made_where_there_is_none(tiny_demo, monkeypatch):

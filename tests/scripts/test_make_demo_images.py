@@ -22,6 +22,8 @@ from scripts.demo_scenes import (
     comparisons,
     draw,
     invent,
+    is_held_out,
+    nearest_name,
     questions,
 )
 from scripts.make_demo_images import main, pairs
@@ -84,6 +86,39 @@ class TestPictures:
         picture = np.asarray(draw(scene, 96))
         (y1, x1), (y2, x2) = (max(parts(painted(picture, c)), key=len).mean(0) for c in (first, second))
         assert {"left": x1 < x2 - 20, "right": x1 > x2 + 20, "above": y1 < y2 - 20, "below": y1 > y2 + 20}[relation]
+
+    @pytest.mark.parametrize(
+        ("colour", "name"),
+        [
+            ((0, 255, 0), "green"),
+            ((0, 0, 255), "blue"),
+            ((255, 90, 0), "orange"),
+            ((255, 0, 120), "red"),
+            ((200, 0, 255), "purple"),
+            ((255, 255, 190), "yellow"),
+            ((220, 226, 230), "white"),
+            ((40, 10, 10), "black"),
+            ((90, 90, 92), "black"),
+            *((rgb, name) for name, (rgb, *_) in COLOURS.items()),
+        ],
+    )
+    def test_what_a_person_calls_a_colour(self, colour, name):
+        assert nearest_name(colour) == name
+
+    @pytest.mark.parametrize("kind", ["one", "many", "two"])
+    def test_no_picture_shows_what_is_held_out_by_another_colour(self, kind):
+        """Seen in the pixels: whatever a nameless thing's colour would be called, its shape is not held out from it."""
+        names = set()
+        for seed in range(60):
+            scene = invent(kind, KINDS_NAMELESS, random.Random(seed))
+            pixels = np.asarray(draw(scene, 96))
+            for thing in scene.things:
+                x, y = (int(96 * at) for at in (thing.x, thing.y))
+                if thing.shape != "ring":  # whose middle is the background
+                    name = nearest_name(np.median(pixels[y - 1 : y + 2, x - 1 : x + 2], axis=(0, 1)))
+                    assert not is_held_out(name, thing.shape), (scene, name)
+                    names.add(name)
+        assert len(names) > 4
 
     @pytest.mark.parametrize("kind", ["one", "many", "two"])
     def test_a_colour_without_a_name_is_like_none_that_has_one_and_nobody_speaks_of_it(self, kind):
@@ -259,6 +294,7 @@ class TestFiles:
         copy = tmp_path / "demo"
         shutil.copytree(demo, copy)
         (copy / name).write_bytes(b"mine")
+        before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
         with pytest.raises(UserError, match="was not written by this script"):
             self.run(monkeypatch, copy, "--seed", "7")
-        assert (copy / name).read_bytes() == b"mine"
+        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before  # nor of our own

@@ -106,3 +106,12 @@ def test_a_run_makes_a_clip_folder(small_demo, tmp_path):
     assert image_processor(tmp_path / "clip", 0).crop_size["height"] == 32
     again = run_script("scripts/train_clip.py", *flags, "--out_dir", tmp_path / "clip", exit_code=2)
     assert "--overwrite" in one_error_line(again)
+
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"old")
+    run_script("scripts/train_clip.py", *flags, "--out_dir", tmp_path / "clip", "--overwrite")
+    CLIPModel.from_pretrained(tmp_path / "clip")
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
+    for other in (tmp_path, tmp_path / "clip" / "config.json"):  # the folder above it; a file
+        refused = run_script("scripts/train_clip.py", *flags, "--out_dir", other, "--overwrite", exit_code=2)
+        assert "no tower made by this script" in one_error_line(refused)
+    assert (tmp_path / "clip" / "model.safetensors").is_file()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.images import image_token_id
+from model.images import image_token_id, usual_processor
 from model.model_vlm import MiniMindVLM, VLMConfig, load_tower
 from tests.conftest import write_jsonl
 from tests.running import ROOT, TINY, TINY_TRAINING, call_script, run_script
@@ -164,6 +164,12 @@ class TestErrors:
         weights = tmp_path / "clip" / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:1000])
         assert "clip cannot be used" in refused("pretrain_vlm", out, "--vision_model", tmp_path / "clip")
+
+    def test_a_preprocessor_of_another_tower(self, refused, out, clip_dir, tmp_path):
+        folder = shutil.copytree(clip_dir, tmp_path / "clip")
+        usual_processor(224).save_pretrained(folder)
+        told = refused("pretrain_vlm", out, "--vision_model", folder)
+        assert "makes images of 224 x 224 pixels, and its tower takes 32 x 32" in told
 
     def test_a_picture_that_breaks_off(self, refused, out, pictures, tmp_path):
         shutil.copytree(pictures / "images", tmp_path / "images")
