@@ -71,9 +71,8 @@ KINDS_SEEN = [(c, s) for c in COLOURS for s in SHAPES if not is_held_out(c, s)]
 KINDS_HELD_OUT = [(c, s) for c in COLOURS for s in SHAPES if is_held_out(c, s)]
 # Shapes in many more colours, of which no caption tells, teach that a shape has nothing to do with its colour.
 KINDS_NAMELESS = [(None, s) for s in SHAPES]
-# How far these colours stay from those above, and from the backgrounds, in red, green or blue.
-NAMELESS_APART = 60
-DARK, PALE = 0.25, 0.25  # below this value a colour is black to the eye, below this saturation white, grey or black
+HUE_APART = 30  # degrees by which these colours differ from those above
+GROUND_APART = 60  # and from the backgrounds, in red, green or blue
 
 
 @dataclass(frozen=True)
@@ -172,34 +171,27 @@ def draw(scene: Scene, side: int) -> Image.Image:
 
 
 def _nameless(scene: Scene) -> tuple[int, int, int]:
-    """The colour of a scene's things that have none, far from the backgrounds and from all that captions tell of.
-
-    Whoever knows only the names in COLOURS would still give it one: it is kept away from the shapes from which that
-    name is held out. It lies toward the edges of colour space, where the named ones do.
-    """
+    """The colour of a scene's things that have none: far from the backgrounds, and of a hue between those that captions
+    tell of (lime, turquoise, pink), so that no shape is seen in a colour that it is kept away from."""
     rng = np.random.default_rng((scene.seed, 1))  # of its own: the rest of a picture does not hang on it
-    known = np.array([rgb for rgb, *_ in COLOURS.values()] + list(BACKGROUNDS))
     while True:
-        colour = np.rint(255 * rng.beta(0.5, 0.5, 3)).astype(int)
-        if np.abs(known - colour).max(1).min() < NAMELESS_APART:
-            continue
-        if not any(is_held_out(nearest_name(colour), thing.shape) for thing in scene.things):
+        colour = np.rint(255 * rng.beta(0.5, 0.5, 3)).astype(int)  # toward the edges, where the named colours lie
+        if hue_apart(colour) > HUE_APART and np.abs(np.array(BACKGROUNDS) - colour).max(1).min() > GROUND_APART:
             return tuple(colour.tolist())
 
 
-def nearest_name(colour: Sequence[int]) -> str:
-    """The name in COLOURS that a person would give to an RGB colour: by its hue, or by its lightness if it has none."""
-    hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))
-    if value < DARK:
-        return "black"
-    if saturation < PALE:
-        return "white" if value > 0.5 else "black"
+def hue_apart(colour: Sequence[int]) -> float:
+    """By how many degrees an RGB colour's hue differs from the nearest that has a name; 0 where it has hardly any."""
+    hue, saturation, value = _hsv(colour)
+    if saturation < 0.25 or value < 0.3:  # white, grey, or black to the eye
+        return 0.0
+    named = [_hsv(rgb) for rgb, *_ in COLOURS.values()]
+    turns = [abs(hue - known) for known, saturated, _ in named if saturated]
+    return 360 * min(min(turn, 1 - turn) for turn in turns)
 
-    def turn(name: str) -> float:
-        apart = abs(hue - colorsys.rgb_to_hsv(*(channel / 255 for channel in COLOURS[name][0]))[0])
-        return min(apart, 1 - apart)
 
-    return min((name for name in COLOURS if name not in ("white", "black")), key=turn)
+def _hsv(colour: Sequence[int]) -> tuple[float, float, float]:
+    return colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))
 
 
 def _background(rng: np.random.Generator, side: int) -> np.ndarray:
