@@ -69,10 +69,12 @@ def is_held_out(colour: str, shape: str) -> bool:
 Pair = tuple[str | None, str]  # colour, None for one that has no name here, and shape
 KINDS_SEEN = [(c, s) for c in COLOURS for s in SHAPES if not is_held_out(c, s)]
 KINDS_HELD_OUT = [(c, s) for c in COLOURS for s in SHAPES if is_held_out(c, s)]
-# Shapes in many more colours, of which no caption tells, teach that a shape has nothing to do with its colour.
+# Shapes in one colour for which captions have no word, or in two at once: no caption tells. They teach that a shape has
+# nothing to do with its colour, and none is seen in a colour that it is kept away from.
 KINDS_NAMELESS = [(None, s) for s in SHAPES]
-HUE_APART = 30  # degrees by which these colours differ from those above
-GROUND_APART = 60  # and from the backgrounds, in red, green or blue
+HUE_APART = 30  # degrees by which such a colour differs from those above…
+GROUND_APART = 60  # …from the backgrounds, in red, green or blue…
+OPPOSITES_APART = 255  # …and, where a thing has two at once, one from the other, in the sum of the three
 
 
 @dataclass(frozen=True)
@@ -159,25 +161,45 @@ def draw(scene: Scene, side: int) -> Image.Image:
     rng = np.random.default_rng(scene.seed)
     fine = 4 * side  # drawn four times finer, then reduced: smooth edges
     canvas = Image.fromarray(_background(rng, side)).resize((fine, fine), Image.Resampling.NEAREST)
-    nameless = _nameless(scene) if any(thing.colour is None for thing in scene.things) else None
+    untold = np.random.default_rng((scene.seed, 1))  # of its own: no other picture hangs on what captions do not tell
+    striped, between = untold.random() < 0.5, _between_names(untold)
     for thing in scene.things:
-        colour = COLOURS[thing.colour][0] if thing.colour else nameless
-        fill = tuple(int(v) for v in np.clip(np.array(colour) + rng.integers(-10, 11, 3), 0, 255))
         form = Image.new("L", canvas.size)
         for polygon, covers in _outlines(thing):
             ImageDraw.Draw(form).polygon([(x * fine, y * fine) for x, y in polygon], fill=255 * covers)
-        canvas.paste(fill, mask=form)
+        if thing.colour is None and striped:
+            fill = _stripes(thing, untold, fine)
+        else:
+            colour = np.array(COLOURS[thing.colour][0] if thing.colour else between)
+            fill = np.full((fine, fine, 3), np.clip(colour + rng.integers(-10, 11, 3), 0, 255), np.uint8)
+        canvas.paste(Image.fromarray(fill), mask=form)
     return canvas.resize((side, side), Image.Resampling.BOX)
 
 
-def _nameless(scene: Scene) -> tuple[int, int, int]:
-    """The colour of a scene's things that have none: far from the backgrounds, and of a hue between those that captions
-    tell of (lime, turquoise, pink), so that no shape is seen in a colour that it is kept away from."""
-    rng = np.random.default_rng((scene.seed, 1))  # of its own: the rest of a picture does not hang on it
+def _vivid(rng: np.random.Generator) -> np.ndarray:
+    """A colour, int (3,), toward the edges of colour space, where the named ones lie; it and its opposite, 255 less
+    it, are far from the backgrounds and from each other."""
     while True:
-        colour = np.rint(255 * rng.beta(0.5, 0.5, 3)).astype(int)  # toward the edges, where the named colours lie
-        if hue_apart(colour) > HUE_APART and np.abs(np.array(BACKGROUNDS) - colour).max(1).min() > GROUND_APART:
-            return tuple(colour.tolist())
+        colour = np.rint(255 * rng.beta(0.5, 0.5, 3)).astype(int)
+        near = min(np.abs(np.array(BACKGROUNDS) - one).max(1).min() for one in (colour, 255 - colour))
+        if near > GROUND_APART and np.abs(255 - 2 * colour).sum() > OPPOSITES_APART:
+            return colour
+
+
+def _between_names(rng: np.random.Generator) -> np.ndarray:
+    """A colour, int (3,), that captions have no word for: lime, turquoise, pink."""
+    while hue_apart(colour := _vivid(rng)) < HUE_APART:
+        pass
+    return colour
+
+
+def _stripes(thing: Thing, rng: np.random.Generator, side: int) -> np.ndarray:
+    """Stripes of a colour and its opposite, at any angle, several across the thing, uint8 (side, side, 3)."""
+    colour = _vivid(rng)
+    angle, phase, period = rng.uniform(0, np.pi), rng.uniform(), rng.uniform(0.6, 1.2) * thing.radius
+    y, x = np.mgrid[:side, :side] / side
+    along = (x - thing.x) * np.cos(angle) + (y - thing.y) * np.sin(angle)
+    return np.where((along / period + phase)[..., None] % 1 < 0.5, colour, 255 - colour).astype(np.uint8)
 
 
 def hue_apart(colour: Sequence[int]) -> float:

@@ -53,7 +53,7 @@ def get_args():
     parser.add_argument("--patch_size", type=positive, default=16)
     parser.add_argument("--width", type=positive, default=192, help="of both networks, and of the space they share")
     parser.add_argument("--layers", type=positive, default=4, help="of the vision network; the text network has half")
-    parser.add_argument("--steps", type=positive, default=1500)
+    parser.add_argument("--steps", type=positive, default=1000)
     parser.add_argument("--batch_size", type=positive, default=256)
     parser.add_argument("--learning_rate", type=above_zero, default=1.5e-3)
     parser.add_argument("--warmup_iters", type=positive, default=50)
