@@ -69,12 +69,11 @@ def is_held_out(colour: str, shape: str) -> bool:
 Pair = tuple[str | None, str]  # colour, None for one that has no name here, and shape
 KINDS_SEEN = [(c, s) for c in COLOURS for s in SHAPES if not is_held_out(c, s)]
 KINDS_HELD_OUT = [(c, s) for c in COLOURS for s in SHAPES if is_held_out(c, s)]
-# Shapes in one colour for which captions have no word, or in two at once: no caption tells. They teach that a shape has
-# nothing to do with its colour, and none is seen in a colour that it is kept away from.
+# Shapes in stripes of two colours, or in one for which captions have no word: they teach that a shape has nothing to do
+# with its colour, of which no caption tells then, and none of them is of a colour that it is kept away from.
 KINDS_NAMELESS = [(None, s) for s in SHAPES]
-HUE_APART = 30  # degrees by which such a colour differs from those above…
-GROUND_APART = 60  # …from the backgrounds, in red, green or blue…
-OPPOSITES_APART = 255  # …and, where a thing has two at once, one from the other, in the sum of the three
+HUE_APART = 30  # degrees by which such a colour differs from those above
+GROUND_APART = 60  # and from the backgrounds, in red, green or blue
 
 
 @dataclass(frozen=True)
@@ -176,30 +175,21 @@ def draw(scene: Scene, side: int) -> Image.Image:
     return canvas.resize((side, side), Image.Resampling.BOX)
 
 
-def _vivid(rng: np.random.Generator) -> np.ndarray:
-    """A colour, int (3,), toward the edges of colour space, where the named ones lie; it and its opposite, 255 less
-    it, are far from the backgrounds and from each other."""
+def _between_names(rng: np.random.Generator) -> np.ndarray:
+    """A colour, int (3,), that captions have no word for: lime, turquoise, pink, far from the backgrounds."""
     while True:
-        colour = np.rint(255 * rng.beta(0.5, 0.5, 3)).astype(int)
-        near = min(np.abs(np.array(BACKGROUNDS) - one).max(1).min() for one in (colour, 255 - colour))
-        if near > GROUND_APART and np.abs(255 - 2 * colour).sum() > OPPOSITES_APART:
+        colour = np.rint(255 * rng.beta(0.5, 0.5, 3)).astype(int)  # toward the edges, where the named ones lie
+        if hue_apart(colour) > HUE_APART and np.abs(np.array(BACKGROUNDS) - colour).max(1).min() > GROUND_APART:
             return colour
 
 
-def _between_names(rng: np.random.Generator) -> np.ndarray:
-    """A colour, int (3,), that captions have no word for: lime, turquoise, pink."""
-    while hue_apart(colour := _vivid(rng)) < HUE_APART:
-        pass
-    return colour
-
-
 def _stripes(thing: Thing, rng: np.random.Generator, side: int) -> np.ndarray:
-    """Stripes of a colour and its opposite, at any angle, several across the thing, uint8 (side, side, 3)."""
-    colour = _vivid(rng)
+    """Stripes of two named colours, at any angle, several across the thing, uint8 (side, side, 3)."""
+    one, other = (COLOURS[name][0] for name in rng.choice(list(COLOURS), 2, replace=False))
     angle, phase, period = rng.uniform(0, np.pi), rng.uniform(), rng.uniform(0.6, 1.2) * thing.radius
     y, x = np.mgrid[:side, :side] / side
     along = (x - thing.x) * np.cos(angle) + (y - thing.y) * np.sin(angle)
-    return np.where((along / period + phase)[..., None] % 1 < 0.5, colour, 255 - colour).astype(np.uint8)
+    return np.where((along / period + phase)[..., None] % 1 < 0.5, one, other).astype(np.uint8)
 
 
 def hue_apart(colour: Sequence[int]) -> float:

@@ -64,25 +64,25 @@ def get_args():
     return parser.parse_args()
 
 
-def info_nce(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor) -> Tensor:
+def info_nce(images: Tensor, texts: Tensor, scale: Tensor, true: Tensor) -> Tensor:
     """Symmetric InfoNCE (van den Oord et al. 2018, arXiv:1807.03748; in CLIP's form).
 
     The similarity of picture i and caption j is scale * cos(i, j). Seen from a picture, the captions are classes and
-    its own is the right one; seen from a caption, the pictures are. Where several captions of a batch are the same
-    text, each is as right as the others, and the target is shared out among them.
+    those that are true of it the right ones; seen from a caption, the pictures are. Where several are right, the target
+    is shared out among them (as in supervised contrastive learning, Khosla et al. 2020, arXiv:2004.11362): CLIP, which
+    cannot know, takes a picture's own caption alone for true, and "a star" for wrong of every other star.
 
     Args:
         images, texts: (batch, width), of any length; pair i is images[i], texts[i].
         scale: the inverse temperature, learned.
-        same: bool (batch, batch), symmetric, True where captions i and j are the same text; the diagonal is.
+        true: bool (batch, batch), True where caption j is true of picture i; the diagonal is.
 
     Returns:
         the mean of both cross-entropies, nats, fp32 scalar.
     """
     similarity = scale * F.normalize(images.float(), dim=-1) @ F.normalize(texts.float(), dim=-1).T
-    target = same / same.sum(1, keepdim=True)
-    from_images = -(target * similarity.log_softmax(1)).sum(1).mean()
-    from_texts = -(target * similarity.T.log_softmax(1)).sum(1).mean()
+    from_images = -(true / true.sum(1, keepdim=True) * similarity.log_softmax(1)).sum(1).mean()
+    from_texts = -(true / true.sum(0, keepdim=True) * similarity.log_softmax(0)).sum(0).mean()
     return (from_images + from_texts) / 2
 
 
@@ -212,6 +212,7 @@ def main():
     # Data
     names, captions = zip(*JsonlReader(args.data_path, caption_record), strict=True)
     exam = list(JsonlReader(args.eval_path, choice_record))
+    known = [frozenset(texts) for texts in captions]
     pixels, exam_pixels = load_pictures(names, args), load_pictures([line[0] for line in exam], args)
     tokenizer = train_caption_tokenizer([text for texts in captions for text in texts])
     every = [text for texts in captions for text in texts] + [text for _, _, _, choices, _ in exam for text in choices]
@@ -238,14 +239,12 @@ def main():
             order += rng.sample(range(len(names)), len(names))
         batch, order = order[: args.batch_size], order[args.batch_size :]
         texts = [rng.choice(captions[i]) for i in batch]
-        number = {text: i for i, text in enumerate(texts)}
-        numbers = torch.tensor([number[text] for text in texts], device=device)
-        same = numbers[:, None] == numbers
+        true = torch.tensor([[text in known[i] for text in texts] for i in batch], device=device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             by_class, by_patches = picture_vectors(clip, pixels[batch].float().to(device))
             words = caption_vectors(clip, tokenizer, texts)
         scale = clip.logit_scale.exp()
-        loss = (info_nce(by_class, words, scale, same) + info_nce(by_patches, words, scale, same)) / 2
+        loss = (info_nce(by_class, words, scale, true) + info_nce(by_patches, words, scale, true)) / 2
         loss.backward()
         torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
         optimizer.step()
