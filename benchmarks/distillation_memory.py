@@ -107,7 +107,7 @@ def main():
                     loss = form(student, teacher, batch, labels, loss_of) / predicting(labels).sum()
                 loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
-            results[name].append((peak.mebibytes, time.monotonic() - started, float(loss), float(norm)))
+            results[name].append((peak.mebibytes, time.monotonic() - started, float(loss.detach()), float(norm)))
             del loss
             student.zero_grad(set_to_none=True)
 

@@ -90,7 +90,7 @@ def test_a_loss_in_parts_is_the_loss_of_all_answers(monkeypatch):
 def test_a_transformers_folder_with_more_columns_is_taken(tiny_tokenizer, tmp_path):
     llama(len(tiny_tokenizer) + 24).save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
-    teacher = load_teacher(str(tmp_path), "nowhere", tiny_tokenizer, 128)
+    teacher = load_teacher(str(tmp_path), "nowhere", tiny_tokenizer, 64)
     assert isinstance(teacher, LlamaForCausalLM)
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -100,10 +100,10 @@ def test_a_transformers_folder_with_more_columns_is_taken(tiny_tokenizer, tmp_pa
 def test_a_pth_gives_its_own_sizes(tiny_tokenizer, tiny_out, tmp_path, capsys):
     model = MiniMindLM(LMConfig(dim=64, n_layers=3, vocab_size=len(tiny_tokenizer)))
     torch.save(model.state_dict(), tmp_path / "downloaded.pth")
-    by_tensors = load_teacher(str(tmp_path / "downloaded.pth"), "nowhere", tiny_tokenizer, 128)
+    by_tensors = load_teacher(str(tmp_path / "downloaded.pth"), "nowhere", tiny_tokenizer, 64)
     assert (by_tensors.config.dim, by_tensors.config.n_layers) == (64, 3)
     assert "no json beside it" in capsys.readouterr().err
-    by_json = load_teacher("full_sft_32", str(tiny_out), tiny_tokenizer, 128)
+    by_json = load_teacher("full_sft_32", str(tiny_out), tiny_tokenizer, 64)
     assert by_json.config.dim == 32
     assert capsys.readouterr().err == ""
 
@@ -119,7 +119,7 @@ def test_a_teacher_that_reads_less_than_a_row_is_refused(tiny_tokenizer, tmp_pat
 
 def refusal(name: str, tokenizer) -> str:
     with pytest.raises(UserError) as error:
-        load_teacher(name, "nowhere", tokenizer, 128)
+        load_teacher(name, "nowhere", tokenizer, 64)
     return str(error.value)
 
 
