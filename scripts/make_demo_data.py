@@ -10,6 +10,7 @@ seen either way round.
 
 import hashlib
 import json
+import os
 import random
 import re
 from collections.abc import Iterator
@@ -279,21 +280,25 @@ def build(seed: int) -> dict[str, list[dict]]:
     }
 
 
-def as_jsonl(lines: list[dict]) -> bytes:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+def as_jsonl(files: dict[str, list[dict]]) -> dict[str, bytes]:
+    """What stands in each file, by its name."""
+    return {
+        name: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        for name, lines in files.items()
+    }
 
 
-def check_ours(digests: dict[str, str], folder: Path) -> dict[str, str]:
+def check_ours(digests: dict[str, str | None], folder: Path) -> dict[str, str]:
     """Which of these files are in `folder`, each with its SHA-256.
 
     Args:
-        digests: of what is to be written, by name.
+        digests: of what is to be written, by name; None where nothing is.
 
     Raises:
         UserError: one is there that this script did not write, or that was changed since.
     """
     ours = read_manifest(folder / "manifest.json")
-    there = {name: digest_of(folder / name) for name in digests if (folder / name).exists()}
+    there = {name: digest_of(folder / name) for name in digests if os.path.lexists(folder / name)}
     for name, digest in there.items():
         if digest is None or digest not in (ours.get(name), digests[name]):
             raise UserError(
@@ -302,19 +307,18 @@ def check_ours(digests: dict[str, str], folder: Path) -> dict[str, str]:
     return there
 
 
-def write(files: dict[str, list[dict]], folder: Path) -> list[str]:
-    """Write the files into `folder`, and a manifest of what was written; returns a line about each.
+def write(files: dict[str, bytes], folder: Path) -> list[str]:
+    """Write jsonl files into `folder`, and a manifest of what was written; returns a line about each.
 
     Raises:
         UserError: as of `check_ours`; nothing is written then.
     """
-    contents = {name: as_jsonl(lines) for name, lines in files.items()}
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    digests = {name: sha256(content) for name, content in files.items()}
     there = check_ours(digests, folder)
     manifest = folder / "manifest.json"
     ours = read_manifest(manifest)
     report = []
-    for name, content in contents.items():
+    for name, content in files.items():
         if there.get(name) != digests[name]:
             with replacing(folder / name) as temporary:
                 temporary.write_bytes(content)
@@ -322,13 +326,18 @@ def write(files: dict[str, list[dict]], folder: Path) -> list[str]:
         with replacing(manifest) as temporary:  # now, so that a run cut short knows its own files again
             temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
         state = "unchanged" if there.get(name) == digests[name] else "written"
-        report.append(f"{name:<24}{len(files[name]):>8} lines  {state}")
+        lines = content.count(b"\n")
+        report.append(f"{name:<24}{lines:>8} lines  {state}")
     return report
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def digest_of(path: Path) -> str | None:
     """The SHA-256 of a file; None of what is no file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return sha256(path.read_bytes()) if path.is_file() else None
 
 
 def read_manifest(path: Path) -> dict[str, str]:
@@ -353,7 +362,7 @@ def main():
     parser.add_argument("--out_dir", type=Path, default=ROOT / "dataset" / "demo")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
-    print("\n".join(write(build(args.seed), args.out_dir)))
+    print("\n".join(write(as_jsonl(build(args.seed)), args.out_dir)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The same seed gives the same bytes. No file that this script did not write is re
 only pairs of colour and shape that no picture to learn from has (`demo_scenes.is_held_out`).
 """
 
-import hashlib
 import io
 import json
 import random
@@ -39,7 +38,7 @@ from scripts.demo_scenes import (
     invent,
     questions,
 )
-from scripts.make_demo_data import as_jsonl, build, chat, check_ours, digest_of, exam, read_manifest, sentence, write
+from scripts.make_demo_data import as_jsonl, build, chat, check_ours, exam, sentence, sha256, write
 from trainer.arguments import ROOT, Parser, Switch, above_zero
 from trainer.errors import UserError, launch
 from trainer.files import replacing
@@ -149,29 +148,18 @@ def eval_images(rng: random.Random) -> dict[str, bytes]:
     return {f"{name}.jpg": as_jpeg(scene, 224) for name, scene in zip(names, scenes, strict=True)}
 
 
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def write_images(images: dict[str, bytes], folder: Path) -> str:
     """Write pictures, and a manifest of what was written; returns a line about them.
 
     Raises:
-        UserError: a file is there that this script did not write, or that was changed since, and nothing is written
-            then; or they cannot be written.
+        UserError: as of `check_ours` for every file there, and nothing is written then; or they cannot be written.
     """
-    digests = {name: digest(content) for name, content in images.items()}
-    ours = read_manifest(folder / "manifest.json")
-    there = {
-        path.name: digest_of(path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.name != "manifest.json" and not path.name.startswith(".")
-    }
-    for name, found in there.items():
-        if found is None or found not in (ours.get(name), digests.get(name)):
-            raise UserError(f"{folder / name} was not written by this script, or was changed: move it elsewhere")
+    digests = {name: sha256(content) for name, content in images.items()}
+    found = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    pictures = [name for name in found if name != "manifest.json" and not name.startswith(".")]
+    there = check_ours({name: digests.get(name) for name in pictures}, folder)
     missing = {name: content for name, content in images.items() if there.get(name) != digests[name]}
-    old = [name for name, found in there.items() if found != digests.get(name)]
+    old = [name for name, digest in there.items() if digest != digests.get(name)]
     try:
         if missing or old:
             folder.mkdir(parents=True, exist_ok=True)
@@ -208,14 +196,16 @@ def main():
     examined = invent_all(dict.fromkeys(SCENES, 2 * some(EXAMINED)), KINDS_HELD_OUT, "examined", rng)
     images = {name: as_jpeg(scene) for name, scene in (learned | examined).items()}
     said = {name: [text for lang in LANGUAGES for text in captions(scene, lang)] for name, scene in learned.items()}
-    files = {
-        "clip_captions.jsonl": [{"image": name, "captions": texts} for name, texts in said.items()],
-        "eval_clip.jsonl": zero_shot(examined),
-        "pretrain_vlm_data.jsonl": descriptions(learned, rng),
-        "sft_vlm_data.jsonl": lessons(learned, some(COMPARED), some(DESCRIBED), some(TEXT_LINES), rng),
-        "eval_vlm.jsonl": examination(examined, some(EXAMINED), rng),
-    }
-    check_ours({name: digest(as_jsonl(lines)) for name, lines in files.items()}, args.out_dir)  # before a picture goes
+    files = as_jsonl(
+        {
+            "clip_captions.jsonl": [{"image": name, "captions": texts} for name, texts in said.items()],
+            "eval_clip.jsonl": zero_shot(examined),
+            "pretrain_vlm_data.jsonl": descriptions(learned, rng),
+            "sft_vlm_data.jsonl": lessons(learned, some(COMPARED), some(DESCRIBED), some(TEXT_LINES), rng),
+            "eval_vlm.jsonl": examination(examined, some(EXAMINED), rng),
+        }
+    )
+    check_ours({name: sha256(content) for name, content in files.items()}, args.out_dir)  # before a picture goes
     print(write_images(images, args.out_dir / "images"))
     print("\n".join(write(files, args.out_dir)))
 

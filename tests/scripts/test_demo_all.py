@@ -11,7 +11,7 @@ from scripts import demo_all, demo_measures
 from scripts.demo_all import STAGES, Stage, table
 from scripts.demo_measures import solve
 from scripts.demo_settings import DATA, STUDENT
-from scripts.make_demo_data import build, write
+from scripts.make_demo_data import as_jsonl, build, write
 from tests.running import run_script
 from trainer.weights import architecture, load_tokenizer
 
@@ -115,7 +115,7 @@ def test_a_student_learns_anew_from_a_new_teacher(out, ran, monkeypatch):
 def data(tmp_path_factory):
     """The demo's data, a few lines of each file."""
     folder = tmp_path_factory.mktemp("demo")
-    write({name: lines[:24] for name, lines in build(42).items()}, folder)
+    write(as_jsonl({name: lines[:24] for name, lines in build(42).items()}), folder)
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 from dataset.jsonl import JsonlReader
 from dataset.records import chat_of, text_of
 from scripts.demo_world import relations
-from scripts.make_demo_data import MINIMIND, POLITE, WILLOW, build, identities, write
+from scripts.make_demo_data import MINIMIND, POLITE, WILLOW, as_jsonl, build, identities, write
 from scripts.scoring import normalise
 from tests.running import run_script
 from trainer.errors import UserError
@@ -72,7 +72,7 @@ def test_another_seed_writes_other_lines(files):
     assert build(1)["sft_mini_512.jsonl"] != files["sft_mini_512"]
 
 
-SOME_FILES = {"a.jsonl": [{"text": "eins"}], "b.jsonl": [{"text": "zwei"}]}
+SOME_FILES = as_jsonl({"a.jsonl": [{"text": "eins"}], "b.jsonl": [{"text": "zwei"}]})
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl", "manifest.json"])
@@ -85,7 +85,7 @@ def test_a_file_that_is_the_users_is_never_replaced(tmp_path, name, written_befo
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     with pytest.raises(UserError, match=re.escape(str(tmp_path / name))):
-        write({file: [{"text": "new"}] for file in SOME_FILES}, tmp_path)
+        write(as_jsonl({file: [{"text": "new"}] for file in SOME_FILES}), tmp_path)
 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -103,7 +103,7 @@ def test_its_own_files_are_replaced_and_lost_ones_written_again(tmp_path):
     write(SOME_FILES, tmp_path)
     (tmp_path / "b.jsonl").unlink()
 
-    report = write(SOME_FILES | {"a.jsonl": [{"text": "drei"}]}, tmp_path)
+    report = write(SOME_FILES | as_jsonl({"a.jsonl": [{"text": "drei"}]}), tmp_path)
 
     assert [line.split()[-1] for line in report] == ["written", "written"]
     assert json.loads((tmp_path / "a.jsonl").read_text()) == {"text": "drei"}
@@ -112,7 +112,7 @@ def test_its_own_files_are_replaced_and_lost_ones_written_again(tmp_path):
 
 def test_a_run_cut_short_knows_its_own_files_again(tmp_path, monkeypatch):
     write(SOME_FILES, tmp_path)
-    changed = {name: [{"text": "new"}] for name in SOME_FILES}
+    changed = as_jsonl({name: [{"text": "new"}] for name in SOME_FILES})
     replace, calls = __import__("os").replace, []
 
     def fail_at_the_third(*paths):
@@ -131,7 +131,7 @@ def test_a_run_cut_short_knows_its_own_files_again(tmp_path, monkeypatch):
 
 
 def test_every_line_passes_the_projects_own_parsers(files, tmp_path):
-    write({f"{name}.jsonl": lines for name, lines in files.items()}, tmp_path)
+    write(as_jsonl({f"{name}.jsonl": lines for name, lines in files.items()}), tmp_path)
     texts = list(JsonlReader(tmp_path / "pretrain_hq.jsonl", text_of))
     pairs = [
         list(JsonlReader(tmp_path / f"{name}.jsonl", lambda line: (chat_of(line, "chosen"), chat_of(line, "rejected"))))
