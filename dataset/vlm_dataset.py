@@ -64,6 +64,7 @@ class VLMDataset(SFTDataset):
         self.image_tokens = image_tokens
         self.processor = processor
         self.features: FeatureCache | None = None
+        self._no_pixels = to_pixels(processor, [])  # which every row's begin with
         changed = self.images_path.stat().st_mtime_ns if self.images_path.is_dir() else None
         self.kind = f"pictures-{digest([str(self.images_path.resolve()), changed, image_tokens])}"
         self.parse = partial(picture_record, images_path=self.images_path)
@@ -112,7 +113,7 @@ class VLMDataset(SFTDataset):
     def _images(self, names: Sequence[str]) -> dict[str, Tensor]:
         if self.features is not None:
             return {"image_features": self.features.of(names)}
-        return {"pixel_values": torch.cat([to_pixels(self.processor, []), *map(self.load_pixels, names)])}
+        return {"pixel_values": torch.cat([self._no_pixels, *map(self.load_pixels, names)])}
 
 
 def picture_record(record: dict, images_path: Path) -> Record:

@@ -252,7 +252,7 @@ def main():
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     check_address(args.base_url, api_key)
-    made_by = {"model": args.model, "thinking": bool(args.thinking)}
+    made_by = {"model": args.model, "thinking": args.thinking}
 
     def questions() -> Iterator[Chat]:
         for chat in JsonlReader(args.questions, question_of, args.skip_bad_lines):

@@ -38,7 +38,7 @@ from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
 DEMO = ROOT / "dataset" / "demo"
 POSITION = 0.3  # deviation of what stands for a patch's row, and of its column's, at the start
-HALVES = ("bfloat16", "float32")  # float16 would want a gradient scaler
+OFFERED = ("bfloat16", "float32")  # float16 would want a gradient scaler
 WORDS = 500  # entries of the captions' own byte-level BPE; 256 of them are the bytes
 
 
@@ -59,7 +59,7 @@ def get_args():
     parser.add_argument("--warmup_iters", type=positive, default=50)
     parser.add_argument("--log_interval", type=positive, default=50)
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=HALVES, help="of autocast (default: bfloat16 where the machine has it)")
+    parser.add_argument("--dtype", choices=OFFERED, help="of autocast (default: bfloat16 where the machine has it)")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -205,7 +205,8 @@ def main():
     if args.out_dir.exists() and not args.overwrite:
         raise UserError(f"{args.out_dir} is there already: --overwrite replaces it")
     device = pick_device(args.device)
-    dtype = DTYPES[args.dtype or (default_dtype(device) if default_dtype(device) in HALVES else "float32")]
+    usual = default_dtype(device)
+    dtype = DTYPES[args.dtype or (usual if usual in OFFERED else "float32")]
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 

@@ -17,7 +17,6 @@ from trainer.errors import UserError
 from trainer.weights import load_folder, load_tokenizer, load_weights
 
 TOKENS_AT_ONCE = 2048  # that a teacher reads, in whole rows
-POSITIONS = ("max_seq_len", "max_position_embeddings", "n_positions")
 
 
 def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> nn.Module:
@@ -34,8 +33,7 @@ def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase, ma
     else:
         path = Path(name) if name.endswith(".pth") else Path(out_dir) / f"{name}.pth"
         teacher = load_weights(path, None, tokenizer)
-    # by any of the names that transformers has for it; None: no limit that it tells of
-    longest = next((n for key in POSITIONS if (n := getattr(teacher.config, key, None))), None)
+    longest = getattr(teacher.config, "max_position_embeddings", None)  # None: no limit that it tells of
     if longest is not None and longest < max_seq_len:
         raise UserError(f"--teacher_weight {name} reads at most {longest} tokens: lower --max_seq_len {max_seq_len}")
     return teacher.requires_grad_(False).eval()
