@@ -84,7 +84,7 @@ class TokenCache:
 
     def learned(self, sample: int, start: int, length: int) -> np.ndarray:
         """Whether each of these tokens is learned, bool (length,)."""
-        if self._mask is None:
+        if self._mask is None:  # none was kept: every token is learned, as in plain text
             return np.ones(length, dtype=bool)
         begin = self._offsets[sample] + start
         bits = np.unpackbits(self._mask[begin // 8 : (begin + length + 7) // 8])

@@ -142,7 +142,7 @@ def test_a_completions_end_has_its_log_probability(stream, serve, model, tiny_to
 def vlm(model, clip_dir, tiny_tokenizer):
     settings = {"image_token_id": tiny_tokenizer.convert_tokens_to_ids("<image>")}
     vlm = MiniMindVLM(VLMConfig(**model.config.to_dict() | settings), vision_model=clip_dir).eval()
-    vlm.load_state_dict(model.state_dict(), strict=False)
+    vlm.load_state_dict(model.state_dict(), strict=False)  # all but the projection
     torch.nn.init.normal_(vlm.vision_proj.vision_proj[0].weight, generator=torch.Generator().manual_seed(0))
     return vlm
 
