@@ -207,7 +207,7 @@ class Decoder:
         def attend(q: Tensor, layer: int) -> Tensor:
             if scattered is not None:
                 q = q.new_zeros(count, q.size(1)).index_copy_(0, scattered, q)
-            out = F.scaled_dot_product_attention(q.view(shape), k[layer], v[layer], attn_mask=mask).view(count, -1)
+            out = F.scaled_dot_product_attention(q.view(shape), k[layer], v[layer], attn_mask=mask).reshape(count, -1)
             return out if scattered is None else out[scattered]
 
         return attend

@@ -137,7 +137,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if q.size(2) == 1:  # the queries that share a key head stand side by side: no copy of the cache for each
             grouped = q.view(q.size(0), k.size(1), -1, self.head_dim)
-            return self.attend(grouped, k, v, attn_mask=mask, dropout_p=dropout).view(q.shape)
+            return self.attend(grouped, k, v, attn_mask=mask, dropout_p=dropout).reshape(q.shape)
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return self.attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)

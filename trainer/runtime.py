@@ -176,7 +176,7 @@ def start_runtime(args) -> Runtime:
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """The device asked for, or this rank's GPU, or the CPU.
+    """The device asked for, or this rank's GPU, or the CPU; a GPU made ready for texts of all lengths.
 
     Raises:
         UserError: it is not there.
@@ -196,6 +196,9 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", local_rank)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{device} is asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+        # On Hopper and Blackwell PyTorch asks cuDNN first, which takes a second to plan for each new length, forward
+        # and backward: at every token written, and every unpacked row (measured by benchmarks/, an H200, torch 2.11).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
