@@ -196,7 +196,7 @@ def main():
     tokenizer = load_tokenizer()
     torch.manual_seed(0)
     sizes = {"dim": args.dim, "n_layers": args.n_layers, "use_moe": args.use_moe, "vocab_size": len(tokenizer)}
-    model = MiniMindLM(LMConfig(**sizes)).eval()
+    model = MiniMindLM(LMConfig(**sizes)).to(args.device).eval()
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     where = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
     print(f"{size:.1f} M parameters on {where}, prompts of {PROMPT}, answers of {args.tokens}, {args.rounds} rounds")
