@@ -72,8 +72,7 @@ KINDS_HELD_OUT = [(c, s) for c in COLOURS for s in SHAPES if is_held_out(c, s)]
 # Shapes in stripes of two colours, or in one for which captions have no word: they teach that a shape has nothing to do
 # with its colour, of which no caption tells then, and none of them is of a colour that it is kept away from.
 KINDS_NAMELESS = [(None, s) for s in SHAPES]
-HUE_APART = 30  # degrees by which such a colour differs from those above
-GROUND_APART = 60  # and from the backgrounds, in red, green or blue
+BETWEEN_NAMES = {"lime": (70, 82), "turquoise": (168, 188), "pink": (318, 338)}  # hues in degrees
 
 
 @dataclass(frozen=True)
@@ -166,21 +165,20 @@ def draw(scene: Scene, side: int) -> Image.Image:
         form = Image.new("L", canvas.size)
         for polygon, covers in _outlines(thing):
             ImageDraw.Draw(form).polygon([(x * fine, y * fine) for x, y in polygon], fill=255 * covers)
-        if thing.colour is None and striped:
-            fill = _stripes(thing, untold, fine)
+        if thing.colour is None:
+            fill = _stripes(thing, untold, fine) if striped else np.full((fine, fine, 3), between)
         else:
-            colour = np.array(COLOURS[thing.colour][0] if thing.colour else between)
-            fill = np.full((fine, fine, 3), np.clip(colour + rng.integers(-10, 11, 3), 0, 255), np.uint8)
+            colour = np.array(COLOURS[thing.colour][0]) + rng.integers(-10, 11, 3)
+            fill = np.full((fine, fine, 3), np.clip(colour, 0, 255), np.uint8)
         canvas.paste(Image.fromarray(fill), mask=form)
     return canvas.resize((side, side), Image.Resampling.BOX)
 
 
 def _between_names(rng: np.random.Generator) -> np.ndarray:
-    """A colour, int (3,), that captions have no word for: lime, turquoise, pink, far from the backgrounds."""
-    while True:
-        colour = np.rint(255 * rng.beta(0.5, 0.5, 3)).astype(int)  # toward the edges, where the named ones lie
-        if hue_apart(colour) > HUE_APART and np.abs(np.array(BACKGROUNDS) - colour).max(1).min() > GROUND_APART:
-            return colour
+    """A colour, uint8 (3,), that captions have no word for, mostly in a pale tone: white has no other neighbours."""
+    hue = rng.uniform(*BETWEEN_NAMES[rng.choice(list(BETWEEN_NAMES))])
+    saturation, value = rng.triangular(0.25, 0.25, 1), rng.uniform(0.9, 1)
+    return np.rint(255 * np.array(colorsys.hsv_to_rgb(hue / 360, saturation, value))).astype(np.uint8)
 
 
 def _stripes(thing: Thing, rng: np.random.Generator, side: int) -> np.ndarray:
@@ -190,20 +188,6 @@ def _stripes(thing: Thing, rng: np.random.Generator, side: int) -> np.ndarray:
     y, x = np.mgrid[:side, :side] / side
     along = (x - thing.x) * np.cos(angle) + (y - thing.y) * np.sin(angle)
     return np.where((along / period + phase)[..., None] % 1 < 0.5, one, other).astype(np.uint8)
-
-
-def hue_apart(colour: Sequence[int]) -> float:
-    """By how many degrees an RGB colour's hue differs from the nearest that has a name; 0 where it has hardly any."""
-    hue, saturation, value = _hsv(colour)
-    if saturation < 0.25 or value < 0.3:  # white, grey, or black to the eye
-        return 0.0
-    named = [_hsv(rgb) for rgb, *_ in COLOURS.values()]
-    turns = [abs(hue - known) for known, saturated, _ in named if saturated]
-    return 360 * min(min(turn, 1 - turn) for turn in turns)
-
-
-def _hsv(colour: Sequence[int]) -> tuple[float, float, float]:
-    return colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))
 
 
 def _background(rng: np.random.Generator, side: int) -> np.ndarray:
