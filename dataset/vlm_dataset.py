@@ -65,8 +65,9 @@ class VLMDataset(SFTDataset):
         self.processor = processor
         self.features: FeatureCache | None = None
         self._no_pixels = to_pixels(processor, [])  # which every row's begin with
-        changed = self.images_path.stat().st_mtime_ns if self.images_path.is_dir() else None
-        self.kind = f"pictures-{digest([str(self.images_path.resolve()), changed, image_tokens])}"
+        folders = sorted(folder for folder, _, _ in os.walk(self.images_path))
+        changed = [os.stat(folder).st_mtime_ns for folder in folders]  # so that lines left out for want of an image…
+        self.kind = f"pictures-{digest([str(self.images_path.resolve()), changed, image_tokens])}"  # …are read again
         self.parse = partial(picture_record, images_path=self.images_path)
         self.encode = partial(encode_pictures, image_tokens=image_tokens)
         super().__init__(data_path, tokenizer, max_seq_len, packing, skip_bad_lines, seed, part)

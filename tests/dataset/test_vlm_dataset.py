@@ -30,10 +30,12 @@ def images_path(tmp_path_factory):
 
 @pytest.fixture
 def open_lines(tmp_path, images_path, clip_dir, tiny_tokenizer):
-    """Write lines and open them; further arguments go to VLMDataset."""
+    """Write lines and open them, or None: those that are there; further arguments go to VLMDataset."""
 
-    def open_them(lines: list[dict], tokenizer=tiny_tokenizer, images=images_path, **given) -> VLMDataset:
-        path = write_jsonl(tmp_path / "lines.jsonl", lines)
+    def open_them(lines: list[dict] | None, tokenizer=tiny_tokenizer, images=images_path, **given) -> VLMDataset:
+        path = tmp_path / "lines.jsonl"
+        if lines is not None:
+            write_jsonl(path, lines)
         processor = image_processor(clip_dir, 32)
         return VLMDataset(path, tokenizer, images_path=images, image_tokens=TOKENS, processor=processor, **given)
 
@@ -185,6 +187,15 @@ class TestRefused:
         dataset = open_lines([good, record], skip_bad_lines=True)
         assert len(dataset) == 1
         assert "1 bad lines skipped, the first: line 2" in dataset.summary
+
+    @pytest.mark.parametrize("name", ["late.png", "below/late.png"])
+    def test_a_line_left_out_for_want_of_its_image_is_read_once_that_is_there(self, open_lines, tmp_path, name):
+        images = tmp_path / "images"
+        (images / "below").mkdir(parents=True)
+        lines = [line("<image>", "Late.", name), line("Hi", "Hello.")]
+        assert len(open_lines(lines, images=images, skip_bad_lines=True, packing=False)) == 1
+        Image.new("RGB", (40, 32)).save(images / name)
+        assert len(open_lines(None, images=images, skip_bad_lines=True, packing=False)) == 2
 
     def test_a_sample_that_would_lose_part_of_an_image_is_dropped_and_counted(self, open_lines, tiny_tokenizer):
         short = line("<image>", "Red.", "red.png")
