@@ -445,6 +445,13 @@ class Engine:
             slot.holds = []
         return [(answer, answer.end("error")) for answer in answers if answer.finish_reason is None]
 
+    def computes(self) -> bool:
+        """Whether the device still does; after some errors a GPU refuses everything until the process ends."""
+        try:
+            return int(torch.ones(1, device=self.decoder.device).sum()) == 1
+        except RuntimeError:
+            return False
+
     def _release(self, slot: _Slot) -> None:
         """Free a slot; what it holds stays, in case that a prompt begins alike."""
         slot.answer.slot, slot.answer, slot.last_used = None, None, self._steps
@@ -562,10 +569,14 @@ class EngineThread:
 
     A step that fails (no memory, say) ends all answers it was to serve with the finish_reason "error", is logged, and
     the engine goes on with what comes next.
+
+    Attributes:
+        broken: a step failed, and since then the device computes nothing any more, as a GPU does after some errors.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
+        self.broken = False
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deliver: dict[Answer, Callable[[Piece], None]] = {}
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -617,6 +628,7 @@ class EngineThread:
             return self.engine.step()
         except Exception:  # whatever it is, those who wait must hear of it
             logging.getLogger(__name__).exception("a step of the engine failed")
+            self.broken = not self.engine.computes()
             return self.engine.abandon()
 
     def _hand_over(self, answer: Answer, piece: Piece) -> None:

@@ -591,6 +591,8 @@ def make_app(served: Served, api_key: str | None = None, origins: Sequence[str] 
     async def health():
         if served.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down")
+        if served.thread.broken:
+            raise ApiError(503, "the device computes no more: start the server anew", code="broken")
         engine = served.thread.engine
         return {"status": "ok", "running": engine.running, "waiting": len(served.unfinished) - engine.running}
 

@@ -325,6 +325,23 @@ def test_a_failure_in_the_middle_is_an_object_and_the_server_goes_on(serve, mode
     assert chat(client).json()["choices"][0]["message"] == right
 
 
+def test_health_tells_when_the_device_computes_no_more(serve, model, monkeypatch):
+    client = serve(model)
+    engine, computes = client.app.state.engine, torch.ones
+
+    def dead(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine.decoder, "read", dead)
+    assert chat(client).status_code == 500
+    assert client.get("/health").status_code == 200, "the step failed, the device did not"
+    monkeypatch.setattr(torch, "ones", dead)
+    assert chat(client).status_code == 500
+    monkeypatch.setattr(torch, "ones", computes)
+    reply = client.get("/health")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "broken")
+
+
 def test_an_error_of_our_own_is_an_object_too(serve, model, monkeypatch):
     client = serve(model)
     monkeypatch.setattr("scripts.openai_app.render_chat", lambda *_, **__: 1 / 0)
