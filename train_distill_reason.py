@@ -109,7 +109,7 @@ def main():
     # Optimizer
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
-    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run.device, total_steps))
+    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
     progress = checkpoint.load(model, optimizer, scaler)

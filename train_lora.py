@@ -63,13 +63,14 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer)
     config = config_of(args, tokenizer)
     base = weights_path(args, args.from_weight)
-    model = load_weights(base, config, tokenizer).to(run.device)
+    model = load_weights(base, config, tokenizer)
     model.gradient_checkpointing = args.gradient_checkpointing
     facts = {"base": base.name, "base_hash": base_hash(model)}
     try:
         rank, alpha, targets = apply_lora(model, args.rank, args.alpha, args.target_modules)
     except ValueError as error:
         raise UserError(f"--rank, --alpha, --target_modules: {error}") from None
+    model.to(run.device)  # now: the adapter begins with the same numbers on every device
     facts |= {"rank": rank, "alpha": alpha, "targets": list(targets)}
     checkpoint = Checkpoint(args, f"lora/{args.lora_name}", config, tokenizer, run, keep=is_lora, **facts)
 
@@ -80,7 +81,7 @@ def main():
     # Optimizer
     optimizer = make_optimizer(model, args)
     scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
-    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run.device, total_steps))
+    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
     progress = checkpoint.load(model, optimizer, scaler)

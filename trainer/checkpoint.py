@@ -273,4 +273,4 @@ class Checkpoint:
 
 def _wait(runtime: Runtime) -> None:
     if runtime.world_size > 1:
-        dist.barrier()
+        dist.barrier(device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None)

@@ -68,17 +68,19 @@ def _gathered(plain: nn.Module, runtime: Runtime) -> contextlib.AbstractContextM
 # ------------------------------------------------------------------------------------------------------- compiling
 
 
-def should_compile(args, device: torch.device, steps: int) -> bool:
+def should_compile(args, runtime: Runtime, steps: int) -> bool:
     """Whether to use torch.compile: as --compile says, else where it works and the run is long enough to earn it back
-    (unpacked rows have all lengths, and each would be compiled anew).
+    (unpacked rows have all lengths, and each would be compiled anew; ZeRO-3's hooks compile over and over).
 
     Raises:
         UserError: --compile was asked for and does not work here.
     """
     if args.compile is None:
         tokens = steps * args.batch_size * args.accumulation_steps * args.max_seq_len
-        return args.packing and tokens >= COMPILE_PAYS_FROM and why_not_compile(device) is None
-    if args.compile and (why_not := why_not_compile(device)):
+        zero = (runtime.deepspeed_config or {}).get("zero_optimization", {})
+        pays = args.packing and tokens >= COMPILE_PAYS_FROM and zero.get("stage") != 3
+        return pays and why_not_compile(runtime.device) is None
+    if args.compile and (why_not := why_not_compile(runtime.device)):
         raise UserError(f"--compile does not work here ({why_not}): leave it out")
     return args.compile
 

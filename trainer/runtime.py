@@ -153,11 +153,16 @@ def start_runtime(args) -> Runtime:
     Sets `args.dtype` where the user has not.
 
     Raises:
-        UserError: no such device, or --deepspeed without a launcher.
+        UserError: no such device, or another rank's; --deepspeed without a launcher.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     device = pick_device(args.device, local_rank)
+    if "RANK" in os.environ and device.type == "cuda" and device.index != local_rank and torch.cuda.device_count() > 1:
+        raise UserError(
+            f"--device {args.device}: a launcher gives each process a GPU of its own; leave it out, and let "
+            "CUDA_VISIBLE_DEVICES choose among them"
+        )
     args.dtype = args.dtype or default_dtype(device)
     config = None
     if args.deepspeed:
@@ -169,14 +174,12 @@ def start_runtime(args) -> Runtime:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if world_size > 1:
         runtime._preparation = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     torch.manual_seed(args.seed)
     return runtime
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """The device asked for, or this rank's GPU, or the CPU; a GPU made ready for texts of all lengths.
+    """The device asked for, or this rank's GPU, or the CPU. A GPU becomes the current one, ready for any lengths.
 
     Raises:
         UserError: it is not there.
@@ -196,6 +199,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", local_rank)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"{device} is asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0")
+        torch.cuda.set_device(device)
         # On Hopper and Blackwell PyTorch asks cuDNN first, which takes a second to plan for each new length, forward
         # and backward: at every token written, and every unpacked row (measured by benchmarks/, an H200, torch 2.11).
         torch.backends.cuda.enable_cudnn_sdp(False)

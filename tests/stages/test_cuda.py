@@ -95,16 +95,17 @@ def on_cpu(pretrain, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("flags", [(), ("--compile", "1"), ("--num_workers", "2"), ("--packing", "0")], ids=" ".join)
+@pytest.mark.parametrize("flags", ["", "--compile 1", "--num_workers 2", "--packing 0", "--use_moe"])
 def test_pretraining_follows_the_cpu(pretrain, on_cpu, tmp_path, flags):
-    expected = on_cpu
-    if "--packing" in flags:
+    flags = flags.split()
+    expected, name = on_cpu, "pretrain_32_moe" if "--use_moe" in flags else "pretrain_32"
+    if {"--packing", "--use_moe"} & set(flags):
         expected = tmp_path / "cpu"
         pretrain(expected, *EIGHT_STEPS, *flags)
     done = pretrain(tmp_path, *EIGHT_STEPS, *GPU, *flags)
     assert "8 steps on cuda:0, float32" in done.stdout
-    assert losses(tmp_path) == pytest.approx(losses(expected), abs=1e-3)
-    assert distance(weights(tmp_path), weights(expected)) < 1e-2
+    assert losses(tmp_path, name) == pytest.approx(losses(expected, name), abs=1e-3)
+    assert distance(weights(tmp_path, name), weights(expected, name)) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -127,10 +128,12 @@ def test_an_interrupted_run_goes_on(pretrain, tmp_path):
     assert losses(stopped) == pytest.approx(losses(whole), abs=1e-4)  # not bit for bit: a GPU adds in any order
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="PyTorch sees no two GPUs here")
 def test_nccl_takes_every_gpu(pretrain, tmp_path):
-    gpus = str(torch.cuda.device_count())
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", gpus)
-    pretrain(tmp_path, *EIGHT_STEPS, *GPU, launcher=launcher)
+    gpus = torch.cuda.device_count()
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus))
+    done = pretrain(tmp_path, *EIGHT_STEPS, *GPU, launcher=launcher)
+    assert f"DDP on {gpus} processes" in done.stdout
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.5
 
 

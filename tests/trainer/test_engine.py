@@ -7,8 +7,9 @@ import torch
 
 from trainer import engine
 from trainer.errors import UserError
+from trainer.runtime import Runtime
 
-CPU = torch.device("cpu")
+RUN = Runtime(torch.device("cpu"), torch.float32)
 
 
 def settings(**changes) -> SimpleNamespace:
@@ -18,19 +19,22 @@ def settings(**changes) -> SimpleNamespace:
 
 def test_by_itself_where_it_works_and_pays(monkeypatch):
     monkeypatch.setattr(engine, "why_not_compile", lambda device: None)
-    assert engine.should_compile(settings(), CPU, steps=1000)
-    assert not engine.should_compile(settings(), CPU, steps=10)
-    assert not engine.should_compile(settings(packing=False), CPU, steps=1000)
-    assert not engine.should_compile(settings(compile=False), CPU, steps=1000)
-    assert engine.should_compile(settings(compile=True), CPU, steps=1)
+    assert engine.should_compile(settings(), RUN, steps=1000)
+    assert not engine.should_compile(settings(), RUN, steps=10)
+    assert not engine.should_compile(settings(packing=False), RUN, steps=1000)
+    assert not engine.should_compile(settings(compile=False), RUN, steps=1000)
+    assert engine.should_compile(settings(compile=True), RUN, steps=1)
+    for stage, compiles in ((2, True), (3, False)):
+        run = Runtime(RUN.device, torch.float32, deepspeed_config={"zero_optimization": {"stage": stage}})
+        assert engine.should_compile(settings(), run, steps=1000) == compiles
 
 
 def test_without_a_compiler_it_is_off_and_cannot_be_forced(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
-    assert not engine.should_compile(settings(), CPU, steps=1000)
+    assert not engine.should_compile(settings(), RUN, steps=1000)
     with pytest.raises(UserError, match=r"--compile does not work here \(there is no C\+\+ compiler\)"):
-        engine.should_compile(settings(compile=True), CPU, steps=1000)
+        engine.should_compile(settings(compile=True), RUN, steps=1000)
 
 
 def test_whatever_keeps_it_from_working_is_told(monkeypatch):
@@ -39,4 +43,4 @@ def test_whatever_keeps_it_from_working_is_told(monkeypatch):
 
     monkeypatch.setenv("CXX", "c++")
     monkeypatch.setattr(torch, "compile", broken)
-    assert engine.why_not_compile(CPU) == "OSError: Python.h: no such file"
+    assert engine.why_not_compile(RUN.device) == "OSError: Python.h: no such file"

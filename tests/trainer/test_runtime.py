@@ -3,12 +3,13 @@
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.runtime import NON_FINITE_LIMIT, Runtime, default_dtype, pick_device
+from trainer.runtime import NON_FINITE_LIMIT, Runtime, default_dtype, pick_device, start_runtime
 
 CPU = torch.device("cpu")
 
@@ -28,11 +29,23 @@ def test_a_device_that_is_not_there(name, monkeypatch):
 def test_the_gpu_of_a_rank(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert pick_device(None, local_rank=1) == torch.device("cuda:1")
     assert pick_device("cuda:0", local_rank=1) == torch.device("cuda:0")
     assert pick_device("cpu") == CPU
+    assert current == [torch.device("cuda:1"), torch.device("cuda:0")]
     with pytest.raises(UserError, match="2 GPUs"):
         pick_device("cuda", local_rank=2)
+
+
+def test_a_launcher_gives_each_rank_a_gpu_of_its_own(monkeypatch):
+    for name, answer in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="--device cuda:0: a launcher gives each process a GPU of its own"):
+        start_runtime(SimpleNamespace(device="cuda:0"))
 
 
 @pytest.mark.parametrize(
