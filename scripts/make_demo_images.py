@@ -47,9 +47,9 @@ SIDE = 96  # pixels
 SCENES = {"one": 6000, "many": 3000, "two": 3000}  # to learn from…
 NAMELESS = {"one": 3200, "many": 1000, "two": 1000}  # …and of things in colours that have no name
 EXAMINED = 200  # scenes of each kind, and comparisons, in each language
-COMPARED = 9000  # pairs of pictures to learn from
+COMPARED = 10000  # pairs of pictures to learn from, and a third as many with one without a name, and with two
 DESCRIBED = 3000  # descriptions, so that it can still give them
-TEXT_LINES = 14000  # chats without a picture, most of them twice, so that the language model forgets nothing
+TEXT_LINES = 17000  # chats without a picture, most of them twice, so that the language model forgets nothing
 MARKER = "<image>\n"
 
 
@@ -77,20 +77,27 @@ def conversation(names: Sequence[str], asked: Sequence[Question], rng: random.Ra
     return {"image": ",".join(names)} | chat(*turns)
 
 
-def pairs(scenes: dict[str, Scene], count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Names of two pictures of one thing each, of which one is big and one small: in a quarter of the pairs of the same
-    colour and shape, in a quarter each only of the same colour, only of the same shape, and of neither."""
+def pairs(scenes: dict[str, Scene], others: dict[str, Scene], count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Names of two pictures of one thing each, one of `scenes` and one of `others`, in any order, of which one is big
+    and one small: in a quarter of the pairs of the same colour and shape, in a quarter each only of the same colour,
+    only of the same shape, and of neither."""
+    alike, alike_there = _of_one_thing(scenes), _of_one_thing(others)
+    kinds = [
+        [(a, b) for a, b in product(alike, alike_there) if (a[0] == b[0], a[1] == b[1]) == same and a[2] != b[2]]
+        for same in product((True, False), repeat=2)
+    ]
+    kinds = [kind for kind in kinds if kind]  # among very few pictures, or of no common colour, some are missing
+    chosen = [rng.choice(kinds[number % len(kinds)]) for number in range(count)]
+    return [tuple(rng.sample([rng.choice(alike[a]), rng.choice(alike_there[b])], 2)) for a, b in chosen]
+
+
+def _of_one_thing(scenes: dict[str, Scene]) -> dict[tuple[str | None, str, str], list[str]]:
+    """Names of the pictures of a single thing, by its colour, shape and size."""
     alike = defaultdict(list)
     for name, scene in scenes.items():
         if scene.kind == "one":
             alike[scene.things[0].colour, scene.things[0].shape, scene.things[0].size].append(name)
-    kinds = [
-        [(a, b) for a, b in product(alike, alike) if (a[0] == b[0], a[1] == b[1]) == same and a[2] != b[2]]
-        for same in product((True, False), repeat=2)
-    ]
-    kinds = [kind for kind in kinds if kind]  # among very few pictures there may be none alike
-    chosen = [rng.choice(kinds[number % len(kinds)]) for number in range(count)]
-    return [(rng.choice(alike[a]), rng.choice(alike[b])) for a, b in chosen]
+    return alike
 
 
 def lessons(scenes: dict[str, Scene], compared: int, described: int, text_lines: int, rng: random.Random) -> list[dict]:
@@ -98,7 +105,8 @@ def lessons(scenes: dict[str, Scene], compared: int, described: int, text_lines:
     lines = [conversation([name], questions(scene, rng.choice(LANGUAGES), rng), rng) for name, scene in scenes.items()]
     named = {name: scene for name, scene in scenes.items() if scene.things[0].colour}
     nameless = {name: scene for name, scene in scenes.items() if name not in named}
-    for first, second in pairs(named, compared, rng) + pairs(nameless, compared // 3, rng):
+    compared_with = [(named, named, compared), (named, nameless, compared // 3), (nameless, nameless, compared // 3)]
+    for first, second in (pair for which in compared_with for pair in pairs(*which, rng)):
         asked = comparisons(scenes[first], scenes[second], rng.choice(LANGUAGES), rng)
         lines.append(conversation([first, second], asked, rng))
     lines += descriptions(dict(rng.sample(list(scenes.items()), described)), rng)
@@ -117,7 +125,7 @@ def examination(scenes: dict[str, Scene], compared: int, rng: random.Random) -> 
     ]
     asked += [
         ([first, second], question)
-        for number, (first, second) in enumerate(pairs(scenes, 2 * compared, rng))
+        for number, (first, second) in enumerate(pairs(scenes, scenes, 2 * compared, rng))
         for question in comparisons(scenes[first], scenes[second], LANGUAGES[number // 4 % 2], rng)
     ]
     return [{"image": names} | exam(q.text, (q.answer,), q.kind, q.lang) for names, q in asked]

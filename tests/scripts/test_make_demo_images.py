@@ -203,10 +203,20 @@ class TestQuestions:
     def test_pairs_are_alike_and_different_in_equal_parts(self):
         rng = random.Random(0)
         scenes = {str(number): invent("one", KINDS_HELD_OUT, rng) for number in range(300)}
-        chosen = [(scenes[a].things[0], scenes[b].things[0]) for a, b in pairs(scenes, 100, rng)]
+        chosen = [(scenes[a].things[0], scenes[b].things[0]) for a, b in pairs(scenes, scenes, 100, rng)]
         assert sum(a.colour == b.colour for a, b in chosen) == 50
         assert sum(a.shape == b.shape for a, b in chosen) == 50
         assert all(a.size != b.size for a, b in chosen)
+
+    def test_pairs_of_two_sets_have_one_of_each_in_any_order(self):
+        rng = random.Random(0)
+        named = {f"named {number}": invent("one", KINDS_SEEN, rng) for number in range(100)}
+        nameless = {f"nameless {number}": invent("one", KINDS_NAMELESS, rng) for number in range(100)}
+        chosen = pairs(named, nameless, 100, rng)
+        assert {(a in named) + (b in named) for a, b in chosen} == {1}
+        assert 30 < sum(a in named for a, _ in chosen) < 70
+        both = named | nameless
+        assert sum(both[a].things[0].shape == both[b].things[0].shape for a, b in chosen) == 50
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +268,7 @@ class TestFiles:
             assert set(names) <= there
             assert line["conversations"][0]["content"].count("<image>") == len(names) or not names
         lessons = [line for line in lines_of(demo / "sft_vlm_data.jsonl") if "," in line.get("image", "")]
-        assert {line["image"].count("nameless") for line in lessons} == {0, 2}
+        assert {line["image"].count("nameless") for line in lessons} == {0, 1, 2}
         for line in lessons:  # colours without a name are not compared either
             about_colour = [turn for turn in line["conversations"] if re.search("colour|颜色", turn["content"])]
             assert bool(about_colour) == ("nameless" not in line["image"])
