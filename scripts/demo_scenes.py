@@ -165,20 +165,19 @@ def draw(scene: Scene, side: int) -> Image.Image:
         form = Image.new("L", canvas.size)
         for polygon, covers in _outlines(thing):
             ImageDraw.Draw(form).polygon([(x * fine, y * fine) for x, y in polygon], fill=255 * covers)
-        if thing.colour is None:
-            fill = _stripes(thing, untold, fine) if striped else np.full((fine, fine, 3), between)
+        if thing.colour:
+            fill = tuple(np.clip(COLOURS[thing.colour][0] + rng.integers(-10, 11, 3), 0, 255).tolist())
         else:
-            colour = np.array(COLOURS[thing.colour][0]) + rng.integers(-10, 11, 3)
-            fill = np.full((fine, fine, 3), np.clip(colour, 0, 255), np.uint8)
-        canvas.paste(Image.fromarray(fill), mask=form)
+            fill = Image.fromarray(_stripes(thing, untold, fine)) if striped else between
+        canvas.paste(fill, mask=form)
     return canvas.resize((side, side), Image.Resampling.BOX)
 
 
-def _between_names(rng: np.random.Generator) -> np.ndarray:
-    """A colour, uint8 (3,), that captions have no word for, mostly in a pale tone: white has no other neighbours."""
+def _between_names(rng: np.random.Generator) -> tuple[int, int, int]:
+    """A colour that captions have no word for, mostly in a pale tone: white has no other neighbours."""
     hue = rng.uniform(*BETWEEN_NAMES[rng.choice(list(BETWEEN_NAMES))])
     saturation, value = rng.triangular(0.25, 0.25, 1), rng.uniform(0.9, 1)
-    return np.rint(255 * np.array(colorsys.hsv_to_rgb(hue / 360, saturation, value))).astype(np.uint8)
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue / 360, saturation, value))
 
 
 def _stripes(thing: Thing, rng: np.random.Generator, side: int) -> np.ndarray:
