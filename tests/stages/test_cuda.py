@@ -9,14 +9,15 @@ from PIL import Image
 
 from model import LMConfig, MiniMindLM
 from model.engine import Engine, Request
+from scripts.examination import left_padded
 from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair
+from tests.dataset.test_vlm_dataset import line
 from tests.model.networks import network
 from tests.model.test_reference import reference
 from tests.running import TINY_TRAINING, run_script
 from tests.stages.test_eval_model import SPEED
 from tests.stages.training import distance, losses, weights
-from trainer.metrics import read_metrics
 
 pytestmark = [
     pytest.mark.cuda,
@@ -27,7 +28,7 @@ GPU = ("--device", "cuda")
 STAGES = {  # script: the weights it leaves
     "train_full_sft.py": "full_sft_32",
     "train_dpo.py": "rlhf_32",
-    "train_lora.py": "lora_32",
+    "train_lora.py": "lora/lora_32",
     "train_distillation.py": "full_dist_32",
     "train_distill_reason.py": "reason_32",
     "train_pretrain_vlm.py": "pretrain_vlm_32",
@@ -62,9 +63,7 @@ class TestWriting:
     def test_a_padded_batch_is_continued_as_on_the_cpu(self, tiny_tokenizer, use_moe):
         model = network(vocab_size=len(tiny_tokenizer), max_seq_len=160, use_moe=use_moe)
         prompts = _prompts()
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids, real = left_padded(prompts), left_padded([[1] * len(prompt) for prompt in prompts])
         on_cpu = model.generate(ids, real, max_new_tokens=20)
         assert model.cuda().generate(ids.cuda(), real.cuda(), max_new_tokens=20).tolist() == on_cpu.tolist()
 
@@ -146,18 +145,14 @@ def lines(tmp_path_factory):
     )
     thought = "<think>\n{0} and {0} more\n</think>\n<answer>\n{1}\n</answer>"
     chats = [(f"What is {n} + {n}?", thought.format(n, 2 * n)) for n in range(30)]
-    write_jsonl(folder / "reason.jsonl", [_chat(*chat) for chat in chats])
+    write_jsonl(folder / "reason.jsonl", [line(*chat) for chat in chats])
     for number in range(3):
         Image.new("RGB", (40, 32), (90 * number, 0, 200)).save(folder / f"{number}.png")
     write_jsonl(
         folder / "vlm.jsonl",
-        [{"image": f"{n % 3}.png"} | _chat("<image>\nWhich one?", f"Number {n % 3}.") for n in range(30)],
+        [line("<image>\nWhich one?", f"Number {n % 3}.", f"{n % 3}.png") for n in range(30)],
     )
     return folder
-
-
-def _chat(question: str, answer: str) -> dict:
-    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
 @pytest.fixture(scope="module")
@@ -194,11 +189,6 @@ def test_every_other_stage_follows_the_cpu(train, script, tmp_path):
         flags += ("--from_weight", tmp_path / "eyes" / "pretrain_vlm_32.pth")
     train(script, tmp_path / "cpu", *flags)
     train(script, tmp_path / "gpu", *flags, *GPU)
-    on_cpu, on_gpu = (_losses(tmp_path / device, STAGES[script]) for device in ("cpu", "gpu"))
+    on_cpu, on_gpu = (losses(tmp_path / device, STAGES[script]) for device in ("cpu", "gpu"))
     assert len(on_cpu) == 8
     assert on_gpu == pytest.approx(on_cpu, abs=2e-3)
-
-
-def _losses(out, name: str) -> list[float]:
-    (metrics,) = out.rglob(f"{name}.metrics.jsonl")
-    return [line["loss"] for line in read_metrics(metrics) if "loss" in line]
