@@ -2,35 +2,40 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-all demo-vlm test lint bench clean
+.PHONY: demo demo-all demo-vlm test quick lint bench clean
 
-$(VENV)/.user: requirements.txt
+$(VENV)/.core: requirements-core.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements-core.txt
 	touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.user
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/.dev: requirements.txt requirements-dev.txt $(VENV)/.core
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
-demo: $(VENV)/.user  ## from nothing to a model that answers, in minutes
+demo: $(VENV)/.core  ## from nothing to a model that answers, in minutes
 	$(BIN)/python scripts/demo.py
 
-demo-all: $(VENV)/.user  ## on from there: DPO, LoRA, distillation, reasoning, each measured
+demo-all: $(VENV)/.core  ## on from there: DPO, LoRA, distillation, reasoning, each measured
 	$(BIN)/python scripts/demo_all.py
 
-demo-vlm: $(VENV)/.user  ## the demo's model learns to see
+demo-vlm: $(VENV)/.core  ## the demo's model learns to see
 	$(BIN)/python scripts/demo_vlm.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2
 
+quick: $(VENV)/.dev  ## the tests that compute next to nothing, in less than a minute
+	$(BIN)/python -m pytest -q -n 2 -m quick
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
-bench: $(VENV)/.user
+bench: $(VENV)/.core
 	$(BIN)/python -m benchmarks.train_throughput
 
 clean:  ## caches only, never data or weights
