@@ -133,7 +133,7 @@ def main():
         if stopping:
             break
     metrics.close()
-    run.finish()
+    run.finish(finished=progress.step >= total_steps)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ order and the shape of one. At ViT-B/16's 196 x 768 an image takes 301 kB.
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from dataset.cache_folder import digest, open_cache_folder, to_disk
 from dataset.jsonl import DataError, worker_errors_plain
+from dataset.workers import collate_to_send
 
 FORMAT = 1  # to be raised when the files above change
 
@@ -71,7 +73,8 @@ def open_feature_cache(
     images = [[name, state.st_size, state.st_mtime_ns] for name, state in zip(names, states, strict=True)]
 
     def build(folder: Path) -> None:
-        loader = DataLoader(_Loaded(names, load), batch_size, num_workers=num_workers, collate_fn=torch.cat)
+        collate = partial(collate_to_send, collate=torch.cat)
+        loader = DataLoader(_Loaded(names, load), batch_size, num_workers=num_workers, collate_fn=collate)
         with open(folder / "features.bin", "wb") as file:
             for pixels in worker_errors_plain(tqdm(loader, desc="encoding images", disable=None)):
                 features = encode(pixels).to("cpu", torch.float16)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.jsonl import worker_errors_plain
+from dataset.workers import collate_to_send
 from model.model import IGNORED
 
 Batch = dict[str, torch.Tensor]
@@ -117,7 +118,7 @@ class StepLoader:
             DataLoader(
                 self.dataset,
                 batch_sampler=self._micro_batches(start_step),
-                collate_fn=self._collate_fn(),
+                collate_fn=partial(collate_to_send, collate=self._collate_fn()),
                 num_workers=self.num_workers,
                 # A DataLoader seeds its workers from a generator: from its own, or else it would advance torch's
                 # global one, and a resumed run would see other dropout than one never interrupted.

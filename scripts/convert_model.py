@@ -102,8 +102,8 @@ def save(model, tokenizer, out: Path, about: dict) -> None:
     from trainer.weights import architecture
 
     config = architecture(model.config) | {"max_seq_len": model.config.max_seq_len}
-    save_tensors({name: value.float() for name, value in model.state_dict().items()}, out)
-    save_json({"config": config, "tokenizer": tokenizer_hash(tokenizer)} | about, out.with_suffix(".json"))
+    written = {"sha256": save_tensors({name: value.float() for name, value in model.state_dict().items()}, out)}
+    save_json({"config": config, "tokenizer": tokenizer_hash(tokenizer)} | about | written, out.with_suffix(".json"))
 
 
 def check_targets(args, suffix: str, beside: str) -> None:
@@ -207,8 +207,8 @@ def from_peft(args) -> None:
         settings = put_lora(model, state, about)
     except ValueError as error:
         raise UserError(f"{args.folder}: {error}") from None
-    save_tensors(lora_state_dict(model), args.out)
-    save_json(settings._asdict() | base | {"data_path": str(args.folder)}, args.out.with_suffix(".json"))
+    written = {"data_path": str(args.folder), "sha256": save_tensors(lora_state_dict(model), args.out)}
+    save_json(settings._asdict() | base | written, args.out.with_suffix(".json"))
     print(f"{args.out}: rank {settings.rank} on {', '.join(settings.targets)}, for {args.weights}")
 
 

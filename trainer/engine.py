@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from model.weights import weights_hash
 from trainer.errors import UserError
 from trainer.runtime import Runtime
 
@@ -22,7 +23,11 @@ def wrap_model(model: nn.Module, optimizer, runtime: Runtime, compile_blocks: bo
 
     Returns:
         (what the loop calls and takes steps with, its optimizer).
+
+    Raises:
+        UserError: the ranks begin with different weights.
     """
+    require_same_weights(model, runtime)
     if compile_blocks:
         for block in model.layers:  # all alike: compiled once, and the state dict keeps its names
             block.compile()
@@ -55,6 +60,24 @@ def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bo
                     copies[place] = value.detach().float().cpu().clone()
                 whole[key] = copies[place]
     return whole
+
+
+def require_same_weights(model: nn.Module, runtime: Runtime) -> None:
+    """All ranks must call it, before a step is taken together: it would mix what they have.
+
+    Raises:
+        UserError: a rank has other weights than rank 0.
+    """
+    plain = plain_model(model)
+    parted = any(hasattr(parameter, "ds_numel") for parameter in plain.parameters())  # ZeRO-3: each has a share
+    if runtime.world_size == 1 or parted:
+        return
+    rank = runtime.first_that_differs(weights_hash(plain.state_dict()))
+    if rank is not None:
+        raise UserError(
+            f"rank {rank} has other weights than rank 0: give all machines the same files, best one --out_dir that "
+            "they share"
+        )
 
 
 def _gathered(plain: nn.Module, runtime: Runtime) -> contextlib.AbstractContextManager:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 # PyTorch has no exceptions of their own for these
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+LOST_WORKER = "DataLoader worker (pid"
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 
 
@@ -57,6 +58,11 @@ def _message(error: Exception) -> str | None:
 
     if isinstance(error, UserError | DataError):
         return str(error)
+    if str(error).startswith(LOST_WORKER):
+        return (
+            f"a process of --num_workers has ended ({' '.join(str(error).split())}): out of memory, or of room in "
+            "/dev/shm (docker run --shm-size 2g)? Try fewer of them, or --num_workers 0"
+        )
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or CPU_OUT_OF_MEMORY in str(error):
         return (

@@ -13,6 +13,7 @@ from trainer.checkpoint import Progress
 from trainer.errors import UserError
 from trainer.files import cannot_write, replacing
 from trainer.runtime import Runtime
+from trainer.signals import terminal_may_go
 
 EVERY_STAGE = ("loss", "lr", "grad_norm")  # what each logs of a step; the others' names are shown with their values
 
@@ -44,10 +45,9 @@ class Metrics:
         if not self.on:
             return
         millions = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) / 1e6  # ZeRO-3 keeps a share
-        print(
+        runtime.say(
             f"{path.stem}: {millions:.2f} M parameters, {total_steps} steps on {runtime.device}, "
-            f"{args.dtype}, {runtime.engine}",
-            flush=True,
+            f"{args.dtype}, {runtime.engine}"
         )
         if sys.stdout.isatty():
             self._bar = tqdm(total=total_steps, initial=progress.step, file=sys.stdout, unit="step", dynamic_ncols=True)
@@ -72,26 +72,29 @@ class Metrics:
         short = "  ".join([f"loss {values['loss']:.4f}  lr {values['lr']:.2e}", *further, f"{speed:,.0f} tokens/s"])
         if progress.skipped:
             short += f"  {progress.skipped} steps skipped (not finite)"
-        if self._bar is not None:
-            self._bar.set_postfix_str(short, refresh=False)
-            self._bar.update(progress.step - self._bar.n)
-        else:
-            left = (self.total_steps - progress.step) * progress.seconds / progress.step
-            print(f"step {progress.step}/{self.total_steps}  {short}  {_clock(left)} left", flush=True)
+        left = (self.total_steps - progress.step) * progress.seconds / progress.step
+        with terminal_may_go():
+            if self._bar is not None:
+                self._bar.set_postfix_str(short, refresh=False)
+                self._bar.update(progress.step - self._bar.n)
+            else:
+                print(f"step {progress.step}/{self.total_steps}  {short}  {_clock(left)} left", flush=True)
 
     def log_evaluation(self, values: dict[str, float]) -> None:
         """Report an evaluation on held-out lines."""
         self._report(values)
         if self.on:
             text = ", ".join(f"{_words(name.removeprefix('eval_'))} {value:.4f}" for name, value in values.items())
-            tqdm.write(f"step {self.progress.step}  held out: {text}")
+            with terminal_may_go():
+                tqdm.write(f"step {self.progress.step}  held out: {text}")
 
     def close(self) -> None:
         """Draw the curve and end the bar."""
         if not self.on:
             return
         if self._bar is not None:
-            self._bar.close()
+            with terminal_may_go():
+                self._bar.close()
         if self._wandb is not None:
             self._wandb.finish()
         draw_curve(self.path)

@@ -3,9 +3,7 @@
 import contextlib
 import datetime
 import os
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -17,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from model.model import predicting
 from trainer.arguments import deepspeed_config
 from trainer.errors import UserError
+from trainer.launcher import place_of
+from trainer.signals import StopSignals, terminal_may_go
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NON_FINITE_LIMIT = 10  # in a row; float16's scaler needs a few of them to find its scale
@@ -42,9 +42,9 @@ class Runtime:
     deepspeed_config: dict | None = None
     engine: str = "eager"  # what `wrap_model` made of the model, for people to read
     non_finite: int = 0  # steps skipped so far
-    asked_to_stop: bool = False  # by Ctrl-C or SIGTERM, on any rank: the loop saves and ends
+    asked_to_stop: bool = False  # by a signal, on any rank: the loop saves and ends
     _non_finite_in_a_row: int = 0
-    _signals: list[tuple[int, float]] = field(default_factory=list)  # number and time of each
+    _signals: StopSignals = field(default_factory=StopSignals)
     _preparation: dist.ProcessGroup | None = None
 
     @property
@@ -99,32 +99,28 @@ class Runtime:
         return False
 
     def catch_signals(self) -> None:
-        """From now on Ctrl-C and SIGTERM let the current step end and be saved; a second Ctrl-C ends at once."""
-        process = os.getpid()
+        """From now on Ctrl-C and its like let the current step end and be saved; a second Ctrl-C ends at once."""
+        self._signals.catch(speak=self.is_main)
 
-        def on_signal(number: int, _frame) -> None:
-            if os.getpid() != process:  # a DataLoader's worker, which lives as long as we do
-                if number == signal.SIGTERM:
-                    os._exit(0)
-                return
-            now = time.monotonic()
-            # At a terminal one Ctrl-C comes twice, from the terminal and from torchrun or DeepSpeed.
-            if number == signal.SIGINT and self._signals and now - self._signals[0][1] > 1:
-                sys.exit(128 + number)
-            self._signals.append((number, now))
-            if self.is_main and len(self._signals) == 1:
-                text = f"\n{signal.Signals(number).name}: saving after this step (Ctrl-C again: stop at once)\n"
-                os.write(2, text.encode())  # print is not to be used while another print may be under way
-
-        signal.signal(signal.SIGINT, on_signal)
-        signal.signal(signal.SIGTERM, on_signal)
-
-    def finish(self) -> None:
-        """The end of a stage; a run that was asked to stop ends with the signal's exit code."""
+    def finish(self, finished: bool) -> None:
+        """The end of a stage; a run that was asked to stop and is not `finished` ends with the signal's exit code."""
         if dist.is_initialized():
             dist.destroy_process_group()
-        if self.asked_to_stop:
-            sys.exit(128 + (self._signals[0][0] if self._signals else signal.SIGTERM))
+        if self.asked_to_stop and not finished:
+            sys.exit(128 + self._signals.first)
+
+    def gather(self, value) -> list:
+        """What each rank has, in their order; all ranks must call it, with anything that can be pickled."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._preparation)
+        return values
+
+    def first_that_differs(self, value) -> int | None:
+        """The first rank that has something else than rank 0; None where all have the same."""
+        values = self.gather(value)
+        return next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -144,7 +140,8 @@ class Runtime:
     def say(self, text: str) -> None:
         """Print a line, on rank 0."""
         if self.is_main:
-            print(text, flush=True)
+            with terminal_may_go():
+                print(text, flush=True)
 
 
 def start_runtime(args) -> Runtime:
@@ -153,29 +150,45 @@ def start_runtime(args) -> Runtime:
     Sets `args.dtype` where the user has not.
 
     Raises:
-        UserError: no such device, or another rank's; --deepspeed without a launcher.
+        UserError: no such device, or another rank's; --deepspeed without a launcher; half a launcher's environment;
+            the processes do not find each other.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    device = pick_device(args.device, local_rank)
-    if "RANK" in os.environ and device.type == "cuda" and device.index != local_rank and torch.cuda.device_count() > 1:
-        raise UserError(
-            f"--device {args.device}: a launcher gives each process a GPU of its own; leave it out, and let "
-            "CUDA_VISIBLE_DEVICES choose among them"
-        )
+    place = place_of(os.environ)
+    device = pick_device(args.device, place.local_rank or 0)
+    if place.launched and device.type == "cuda" and torch.cuda.device_count() > 1:
+        if place.local_rank is None and place.world_size > 1:
+            raise UserError("LOCAL_RANK is not in the environment, which says whose GPU is whose: torchrun sets it")
+        if device.index != (place.local_rank or 0):
+            raise UserError(
+                f"--device {args.device}: a launcher gives each process a GPU of its own; leave it out, and let "
+                "CUDA_VISIBLE_DEVICES choose among them"
+            )
     args.dtype = args.dtype or default_dtype(device)
     config = None
     if args.deepspeed:
-        if "RANK" not in os.environ:
+        if not place.launched:
             raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node N, or deepspeed --num_gpus N")
         config = deepspeed_config(args)
-    runtime = Runtime(device, DTYPES[args.dtype], rank, world_size, config)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if world_size > 1:
+    runtime = Runtime(device, DTYPES[args.dtype], place.rank, place.world_size, config)
+    if place.launched:
+        _meet("nccl" if device.type == "cuda" else "gloo")
+    if place.world_size > 1:
         runtime._preparation = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
     torch.manual_seed(args.seed)
     return runtime
+
+
+def _meet(backend: str) -> None:
+    """Find the other processes of the run."""
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the processes do not meet at {where}, which MASTER_ADDR and MASTER_PORT name ({reason}): is the port "
+            "taken, the name known, and does rank 0 run there?"
+        ) from error
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:

@@ -17,7 +17,7 @@ from model.model_lora import LoRASettings, put_lora
 from model.tokenizer import tokenizer_hash
 from trainer.arguments import ROOT
 from trainer.errors import UserError, note
-from trainer.files import load_tensors
+from trainer.files import check_hash, load_tensors
 
 SHIPPED_TOKENIZER = ROOT / "model" / "minimind_tokenizer"
 SCRIPT_OF_STAGE = {
@@ -173,6 +173,7 @@ def load_weights(
     if reshaped:
         key = reshaped[0]
         raise UserError(f"{path} does not fit the model: {key} is {[*state[key].shape]}, not {[*wanted[key].shape]}")
+    check_hash(path, path.with_suffix(".json"), settings or {})
     model.load_state_dict(state, strict=not missing)
     return model
 
@@ -215,6 +216,7 @@ def load_adapter(name: str, args, model: MiniMindLM) -> LoRASettings:
             about = dict(json.loads(beside.read_text(encoding="utf-8")))
             if not about.get("alpha", 1) > 0:
                 raise ValueError("its alpha is not above 0")
+    check_hash(path, beside, about)
     try:
         return put_lora(model, state, about)
     except ValueError as error:

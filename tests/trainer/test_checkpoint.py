@@ -43,6 +43,7 @@ def test_random_state_goes_on_where_it_was(open_checkpoint):
     progress.advance(Totals(1, 1, 1), skipped=0)
     checkpoint.save(*parts, progress, {})
     expected = torch.rand(4)
+    del checkpoint  # and its lock
     checkpoint, parts = open_checkpoint(resume=True)
     assert checkpoint.load(*parts).step == 1
     assert torch.equal(torch.rand(4), expected)
@@ -56,6 +57,7 @@ def test_only_the_keys_to_keep_are_saved_and_the_others_stay_as_they_are(open_ch
     saved = parts[0].state_dict()
     checkpoint.save(*parts, Progress(step=3), {})
     assert torch.load(tmp_path / "stage_32.pth", weights_only=True).keys() == set(filter(keep, saved))
+    del checkpoint  # and its lock
     checkpoint, parts = open_checkpoint(resume=True, keep=keep, rank=4)
     before = {key: value.clone() for key, value in parts[0].state_dict().items()}
     assert checkpoint.load(*parts).step == 3

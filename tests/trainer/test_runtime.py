@@ -12,6 +12,8 @@ from trainer.errors import UserError
 from trainer.runtime import NON_FINITE_LIMIT, Runtime, default_dtype, pick_device, start_runtime
 
 CPU = torch.device("cpu")
+# what torchrun tells the second of two processes
+PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture
@@ -42,8 +44,8 @@ def test_the_gpu_of_a_rank(monkeypatch):
 def test_a_launcher_gives_each_rank_a_gpu_of_its_own(monkeypatch):
     for name, answer in (("is_available", True), ("device_count", 2), ("set_device", None)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--device cuda:0: a launcher gives each process a GPU of its own"):
         start_runtime(SimpleNamespace(device="cuda:0"))
 
@@ -110,7 +112,7 @@ def test_a_signal_asks_to_stop_after_the_step(caught, number, capfd):
     assert caught.asked_to_stop
     assert number.name in capfd.readouterr().err
     with pytest.raises(SystemExit) as end:
-        caught.finish()
+        caught.finish(finished=False)
     assert end.value.code == 128 + number
 
 
