@@ -15,7 +15,7 @@ from dataset.lm_dataset import samples_of
 from model.chat import DEFAULT_SYSTEM_PROMPT, render_text
 from model.tokenizer import token_bytes
 from tests.conftest import SENTENCES, write_jsonl
-from tests.running import PATIENCE
+from tests.running import from_process
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
 BOTH_TOKENIZERS = pytest.mark.parametrize("tokenizer", ["tiny_tokenizer", "plain_tokenizer"], indirect=True)
@@ -379,7 +379,7 @@ def test_a_line_of_50_mb_simply_works(shipped, tmp_path):
     reply = fork.Queue()
     process = fork.Process(target=measure, args=(reply,))
     process.start()
-    rows, tokens, summary, peak = reply.get(timeout=PATIENCE)
+    rows, tokens, summary, peak = from_process(reply, process)
     process.join()
 
     assert "2 samples" in summary

@@ -19,7 +19,7 @@ from dataset.records import text_of
 from dataset.token_cache import open_token_cache
 from model.chat import render_text
 from tests.conftest import SENTENCES, write_jsonl
-from tests.running import PATIENCE
+from tests.running import PATIENCE, from_process
 
 fork = multiprocessing.get_context("fork")  # a process of its own, without importing torch anew
 
@@ -188,10 +188,10 @@ def test_two_processes_that_start_together_tokenise_once(data, open_it, tiny_tok
         replies.put(samples_in(open_it(encode=encode)))
 
     replies = fork.Queue()
-    processes = [fork.Process(target=start, args=(second, replies)) for second in (False, True)]
+    processes = [fork.Process(target=start, args=(second, replies), daemon=True) for second in (False, True)]
     for process in processes:
         process.start()
-    got = [replies.get(timeout=PATIENCE) for _ in processes]
+    got = [from_process(replies, *processes) for _ in processes]
     for process in processes:
         process.join(PATIENCE)
         assert process.exitcode == 0

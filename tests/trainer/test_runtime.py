@@ -1,13 +1,17 @@
 """Device, precision, sums over ranks, skipped steps and signals of one process."""
 
+import errno
 import os
+import runpy
 import signal
+import socket
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from trainer import signals
 from trainer.errors import UserError
 from trainer.runtime import NON_FINITE_LIMIT, Runtime, default_dtype, pick_device, start_runtime
 
@@ -94,16 +98,22 @@ def test_steps_that_are_not_finite_are_counted_until_there_are_too_many_in_a_row
 
 
 @pytest.fixture
-def caught(run):
-    """A runtime that catches signals, until the test ends."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    run.catch_signals()
-    yield run
+def handlers():
+    """What signals do now is what they do when the test has ended."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture
+def caught(run, handlers):
+    """A runtime that catches signals, until the test ends."""
+    run.catch_signals()
+    return run
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_asks_to_stop_after_the_step(caught, number, capfd):
     caught.sum(0.0)
     assert not caught.asked_to_stop
@@ -114,6 +124,79 @@ def test_a_signal_asks_to_stop_after_the_step(caught, number, capfd):
     with pytest.raises(SystemExit) as end:
         caught.finish(finished=False)
     assert end.value.code == 128 + number
+    caught.finish(finished=True)  # a run that is done has done what it was started for
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(run, handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run.catch_signals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    run.sum(0.0)
+    assert not run.asked_to_stop
+
+
+def test_a_system_without_sighup(run, handlers, monkeypatch):
+    """Windows: signals.py is imported anew as it would be there."""
+    monkeypatch.delattr(signal, "SIGHUP")
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    before = signal.getsignal(signal.SIGUSR1)
+    fresh = runpy.run_path(signals.__file__)
+    came = fresh["StopSignals"]()
+    came.catch(speak=False)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
+    assert len(came) == 1
+    assert came.first == signal.SIGUSR1
+
+
+def test_after_a_hang_up_a_print_fails_no_more(run):
+    """What a terminal that is gone answers, and a pipe whose reader is."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        os.close(reader)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        run.catch_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.write(1, b"nobody reads it")
+        os._exit(0)
+    os.close(reader)
+    os.close(writer)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_terminal_that_goes_without_a_word_ends_nothing(monkeypatch):
+    left = []
+    monkeypatch.setattr(signals, "leave_terminal", lambda: left.append(True))
+    with signals.terminal_may_go():
+        raise OSError(errno.EIO, "Input/output error")
+    assert left == [True]
+    with pytest.raises(OSError, match="No space"), signals.terminal_may_go():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("gone", ["RANK", "LOCAL_RANK"])
+def test_several_gpus_and_half_a_launcher(monkeypatch, gone):
+    for name, answer in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(gone)
+    with pytest.raises(UserError, match=f"no {gone}|{gone} is not in the environment"):
+        start_runtime(SimpleNamespace(device=None))
+
+
+def test_processes_that_do_not_meet(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in (PLACE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"do not meet at 127.0.0.1:{port}"):
+            start_runtime(SimpleNamespace(device="cpu", dtype=None, deepspeed=None, seed=0))
 
 
 def test_one_ctrl_c_may_come_twice_and_a_second_one_stops_at_once(caught, monkeypatch):
