@@ -1,6 +1,9 @@
 """Runs a script that something happens to, at an exact place and so on any machine in the same way.
 
 interrupted.py SIGTERM log 3 train_pretrain.py …       the signal comes while step 3 is reported
+interrupted.py SIGINT evaluate 1 train_pretrain.py …   it comes as the first evaluation begins
+interrupted.py SIGINT save 2 train_pretrain.py …       it comes as the second save begins
+interrupted.py SIGINT close 1 train_pretrain.py …      it comes when all is saved, and the curve is to be drawn
 interrupted.py SIGKILL file 4 train_pretrain.py …      it comes before the 4th renaming or deletion of the second save
 interrupted.py SIGXFSZ size 9999 train_pretrain.py …   it comes, ignored, when a file would grow beyond so many bytes:
                                                        what is written fails, as on a full disk
@@ -14,6 +17,7 @@ import signal
 import sys
 from pathlib import Path
 
+import trainer.evaluation
 from trainer.checkpoint import Checkpoint
 from trainer.metrics import Metrics
 
@@ -32,6 +36,23 @@ def at_log(number: signal.Signals, step: int) -> None:
             strike(number)
 
     Metrics.log = watched
+
+
+def at_call(owner, name: str):
+    """Strikes as a function or method is called for the nth time."""
+
+    def arrange(number: signal.Signals, nth: int) -> None:
+        function, calls = getattr(owner, name), []
+
+        def watched(*arguments, **settings):
+            calls.append(None)
+            if len(calls) == nth:
+                strike(number)
+            return function(*arguments, **settings)
+
+        setattr(owner, name, watched)
+
+    return arrange
 
 
 def at_file(number: signal.Signals, nth: int) -> None:
@@ -62,7 +83,12 @@ def at_size(number: signal.Signals, limit: int) -> None:
 
 if __name__ == "__main__":
     _, name, place, nth, script, *arguments = sys.argv
-    {"log": at_log, "file": at_file, "size": at_size}[place](signal.Signals[name], int(nth))
+    arrange = {
+        **{"log": at_log, "file": at_file, "size": at_size},
+        **{"save": at_call(Checkpoint, "save"), "close": at_call(Metrics, "close")},
+        "evaluate": at_call(trainer.evaluation, "evaluate"),
+    }
+    arrange[place](signal.Signals[name], int(nth))
     script = str(Path(__file__).parents[2] / script)
     sys.argv = [script, *arguments]
     sys.path[0] = str(Path(script).parent)

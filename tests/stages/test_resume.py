@@ -8,7 +8,8 @@ import signal
 import pytest
 import torch
 
-from tests.running import one_error_line
+from tests.running import call_script, one_error_line
+from tests.stages.terminal import Terminal
 from tests.stages.training import MEASURED, about, distance, losses, reports, snapshot, weights
 
 SOME = ("--max_steps", "8")  # two more than an epoch has
@@ -84,6 +85,32 @@ def test_ctrl_c_from_outside(pretrain, tmp_path):
     assert about(tmp_path)["step"] >= 3
     assert weights(tmp_path)
     assert (tmp_path / "pretrain_32.png").exists()
+
+
+@pytest.mark.parametrize(("place", "nth"), [("log", 4), ("save", 1), ("evaluate", 1), ("close", 1)])
+def test_a_signal_after_the_last_step_does_not_make_a_finished_run_an_interrupted_one(pretrain, tmp_path, place, nth):
+    flags = ("--max_steps", "4", "--eval_interval", "4", "--eval_path", pretrain.data_path)
+    done = pretrain.interrupted(tmp_path, "SIGTERM", place, nth, *flags)
+    assert "SIGTERM: saving" in done.stderr
+    assert about(tmp_path)["step"] == 4
+    assert (tmp_path / "pretrain_32.png").exists()
+
+
+def test_a_hang_up_saves(pretrain, tmp_path):
+    flags = ("--epochs", "100000", "--save_interval", "100000")
+    done = pretrain.interrupted(tmp_path, "SIGHUP", "log", 3, *flags, exit_code=129)
+    assert "SIGHUP: saving after this step" in done.stderr
+    assert about(tmp_path)["step"] in (3, 4)
+
+
+def test_a_terminal_that_goes_away_costs_nothing(pretrain, tmp_path):
+    """What a dropped SSH does: the terminal is gone, and each print to it fails."""
+    flags = (*pretrain.common, "--out_dir", tmp_path, "--epochs", "100000", "--save_interval", "100000")
+    terminal = Terminal(pretrain.script, *flags)
+    terminal.see("1/")
+    assert terminal.drop() == 129
+    assert about(tmp_path)["step"] >= 1
+    assert weights(tmp_path)
 
 
 @pytest.mark.parametrize("nth", range(1, 12))
@@ -270,6 +297,40 @@ def test_two_runs_into_one_place(pretrain, tmp_path):
     first.send(signal.SIGTERM)
     assert first.wait().returncode == 143
     pretrain(tmp_path, "--max_steps", "1", "--resume")  # free again
+
+
+def test_files_and_folders_under_links_stay_where_they_lie(pretrain, tmp_path):
+    """A big disk behind a small one, which holds links alone."""
+    out, big = tmp_path / "out", tmp_path / "big"
+    out.mkdir()
+    big.mkdir()
+    for name in ("pretrain_32.pth", "pretrain_32.json", "pretrain_32.metrics.jsonl", "pretrain_32.png"):
+        (out / name).symlink_to(big / name.replace("pretrain_32", "mine"))
+    (big / "state").mkdir()
+    (out / "pretrain_32.resume").symlink_to(big / "state")
+    left = big / ".mine.pth.123.tmp"
+    left.write_text("what a killed run was writing")
+    pretrain(out, "--epochs", "2", "--max_steps", "4")
+    pretrain(out, "--epochs", "2", *SOME, "--resume")
+    assert all(path.is_symlink() for path in out.iterdir())
+    assert len(list(out.iterdir())) == 5
+    assert about(out)["step"] == 8
+    assert not left.exists()
+    assert sorted(os.listdir(big)) == ["mine.json", "mine.metrics.jsonl", "mine.png", "mine.pth", "state"]
+
+
+def test_a_flipped_bit_in_what_a_run_goes_on_from(pretrain, tmp_path, whole, capsys):
+    """Each file is tried in tests/trainer/test_checkpoint.py; here, that the run ends as it should."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (path,) = out.rglob("optimizer.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    before = snapshot(out)
+    pretrain(out, "--epochs", "3", "--resume", by=call_script, exit_code=2)
+    assert f"error: {path} is damaged" in capsys.readouterr().err
+    assert snapshot(out) == before
 
 
 def test_what_a_kill_left_behind_is_cleared(pretrain, tmp_path):
