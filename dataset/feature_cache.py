@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from dataset.cache_folder import digest, open_cache_folder, to_disk
 from dataset.jsonl import DataError, worker_errors_plain
-from dataset.workers import collate_to_send
+from dataset.workers import collate_to_send, require_room_for
 
 FORMAT = 1  # to be raised when the files above change
 
@@ -73,6 +73,7 @@ def open_feature_cache(
     images = [[name, state.st_size, state.st_mtime_ns] for name, state in zip(names, states, strict=True)]
 
     def build(folder: Path) -> None:
+        require_room_for(num_workers)
         collate = partial(collate_to_send, collate=torch.cat)
         loader = DataLoader(_Loaded(names, load), batch_size, num_workers=num_workers, collate_fn=collate)
         with open(folder / "features.bin", "wb") as file:

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.jsonl import worker_errors_plain
-from dataset.workers import collate_to_send
+from dataset.workers import collate_to_send, require_room_for
 from model.model import IGNORED
 
 Batch = dict[str, torch.Tensor]
@@ -114,6 +114,7 @@ class StepLoader:
 
         `steps(k)` yields what `steps(0)` does from its k-th on.
         """
+        require_room_for(self.num_workers)
         micro_batches = worker_errors_plain(
             DataLoader(
                 self.dataset,

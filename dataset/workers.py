@@ -1,11 +1,29 @@
 """What the worker processes of a DataLoader need beyond it."""
 
+import multiprocessing
 from collections.abc import Callable
 
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from dataset.jsonl import DataError
+
+MORE_ROOM = "give it more (docker run --shm-size 2g), or --num_workers 0, which needs none"
+
+
+def require_room_for(num_workers: int) -> None:
+    """What a DataLoader is about to set up for its workers, tried out: it leaves much noise behind where it fails.
+
+    Raises:
+        DataError: there is not even room for a lock.
+    """
+    try:
+        for _ in range(num_workers and num_workers + 1):
+            multiprocessing.Queue().close()
+    except OSError as error:
+        raise DataError(
+            f"--num_workers cannot be set up in shared memory, /dev/shm ({error.strerror}): {MORE_ROOM}"
+        ) from None
 
 
 def collate_to_send(items: list, collate: Callable[[list], Tensor | dict[str, Tensor]]) -> Tensor | dict[str, Tensor]:
@@ -26,7 +44,6 @@ def collate_to_send(items: list, collate: Callable[[list], Tensor | dict[str, Te
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition(">: ")[2]
         raise DataError(
-            f"a batch that --num_workers prepared finds no room in shared memory, /dev/shm ({reason}): give it more "
-            "(docker run --shm-size 2g), or --num_workers 0, which needs none"
+            f"a batch that --num_workers prepared finds no room in shared memory, /dev/shm ({reason}): {MORE_ROOM}"
         ) from None
     return batch

@@ -117,6 +117,7 @@ def check_targets(args, suffix: str, beside: str) -> None:
 
 def to_transformers(args) -> None:
     from scripts.transformers_format import check_equal, write_folder
+    from trainer.files import real_place
 
     if args.folder.exists() and not args.folder.is_dir():
         raise UserError(f"{args.folder} is a file, and to-transformers writes a folder")
@@ -125,7 +126,8 @@ def to_transformers(args) -> None:
     model, tokenizer = load(args)
     if args.lora:
         merge(model, args.lora, args)
-    new = args.folder.with_name(f".{args.folder.name}.new")
+    place = real_place(args.folder)  # where a link leads to: files are moved within a disk only
+    new = place.with_name(f".{place.name}.new")
     try:
         write_folder(model, tokenizer, new)
         targets = {file: args.folder / file.name for file in new.iterdir()}
@@ -134,7 +136,7 @@ def to_transformers(args) -> None:
         difference = check_equal(model, new)
         args.folder.mkdir(parents=True, exist_ok=True)
         for file, target in targets.items():
-            file.replace(target)
+            shutil.move(file, real_place(target))
     except OSError as error:
         raise UserError(f"cannot write {args.folder}: {error.strerror or error}") from None
     finally:

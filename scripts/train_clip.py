@@ -32,7 +32,7 @@ from dataset.jsonl import BadRecord, DataError, JsonlReader
 from model.images import ImageError, read_image, to_pixels, usual_processor
 from trainer.arguments import ROOT, Parser, Switch, above_zero, positive
 from trainer.errors import UserError, launch
-from trainer.files import save_json
+from trainer.files import real_place, save_json
 from trainer.runtime import DTYPES, default_dtype, pick_device
 from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
@@ -275,7 +275,8 @@ def is_ours(folder: Path) -> bool:
 
 def save(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, args, shares: dict[str, float]) -> None:
     """Write the folder beside its place, then move it there; an earlier one goes when the new one is there."""
-    partial, earlier = (args.out_dir.with_name(f".{args.out_dir.name}.{end}") for end in ("partial", "earlier"))
+    place = real_place(args.out_dir)  # where a link leads to: a folder is moved within a disk only
+    partial, earlier = (place.with_name(f".{place.name}.{end}") for end in ("partial", "earlier"))
     for left in (partial, earlier):
         shutil.rmtree(left, ignore_errors=True)
     try:
@@ -283,9 +284,9 @@ def save(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, args, shares: dict
         tokenizer.save_pretrained(partial)
         usual_processor(args.image_size).save_pretrained(partial)
         save_json(shares, partial / "zero_shot.json")
-        if args.out_dir.exists():
-            args.out_dir.rename(earlier)
-        partial.rename(args.out_dir)
+        if place.exists():
+            place.rename(earlier)
+        partial.rename(place)
         shutil.rmtree(earlier, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {args.out_dir}: {error.strerror or error}") from error

@@ -189,6 +189,21 @@ def test_a_downloaded_file_says_which_tokenizer_is_assumed(sft, tiny_out, tokeni
     assert about(tmp_path, "full_sft_32")["step"] == 1
 
 
+@pytest.mark.parametrize(("size", "told"), [("64k", "a batch that --num_workers prepared"), ("4k", "cannot be set up")])
+def test_a_small_shared_memory(pretrain, tmp_path, size, told):
+    """It used to wait forever for the batch that had found no room."""
+    before = ("tests/stages/small_shm.py", size)
+    done = pretrain(tmp_path, "--num_workers", "2", "--batch_size", "64", before=before, exit_code=None)
+    if done.returncode == 77:
+        pytest.skip("a small /dev/shm cannot be mounted here")
+    assert done.returncode == 2
+    line = one_error_line(done)
+    assert told in line
+    assert "--shm-size" in line
+    assert "--num_workers 0" in line
+    pretrain(tmp_path, "--num_workers", "0", "--batch_size", "16", "--max_steps", "1", before=before)
+
+
 def test_of_two_ranks_one_speaks(pretrain, tmp_path):
     done = pretrain(tmp_path, "--data_path", "/nowhere.jsonl", processes=2, exit_code=2)
     assert "/nowhere.jsonl" in one_error_line(done)

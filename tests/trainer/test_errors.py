@@ -1,5 +1,7 @@
 """How scripts end: one line and exit code 2 for what the user can mend, a traceback for what is a bug."""
 
+import os
+import signal
 import sys
 import time
 
@@ -36,6 +38,25 @@ def test_out_of_memory_says_what_needs_less(error, capsys):
     code, said = ending(error, capsys)
     assert code == 2
     assert "--batch_size" in said
+
+
+def test_a_lost_worker_says_what_needs_less(capsys):
+    class Dies(torch.utils.data.Dataset):
+        def __len__(self):
+            return 8
+
+        def __getitem__(self, number):
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+
+    def main():
+        list(torch.utils.data.DataLoader(Dies(), num_workers=1, multiprocessing_context="fork"))
+
+    with pytest.raises(SystemExit) as end:
+        launch(main)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: a process of --num_workers has ended (DataLoader worker (pid")
+    assert "--num_workers 0" in said
 
 
 def test_pytorch_still_words_it_like_that():

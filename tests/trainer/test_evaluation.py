@@ -42,3 +42,25 @@ def test_nats_per_token_and_bits_per_byte(model, tiny_tokenizer, tiny_data, kind
     assert values["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert values["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
     assert evaluate(model, rows, tiny_tokenizer, run, batch_size=50) == pytest.approx(values, rel=1e-5)
+
+
+class OneOfTwo(Runtime):
+    """A rank of two; `sum` adds what the other one has found."""
+
+    others: tuple = ()
+
+    def sum(self, *values):
+        self.found = values
+        return [ours + theirs for ours, theirs in zip(values, self.others or [0.0] * len(values), strict=True)]
+
+
+def test_two_ranks_find_together_what_one_finds(model, tiny_tokenizer, tiny_data):
+    """Each evaluates its share of the rows."""
+    rows = PretrainDataset(tiny_data / "pretrain_hq.jsonl", tiny_tokenizer, max_seq_len=100)
+    cpu = torch.device("cpu")
+    alone = evaluate(model, rows, tiny_tokenizer, Runtime(cpu, torch.float32), batch_size=3)
+    second, first = (OneOfTwo(cpu, torch.float32, rank, world_size=2) for rank in (1, 0))
+    half = evaluate(model, rows, tiny_tokenizer, second, batch_size=3)
+    first.others = second.found
+    assert evaluate(model, rows, tiny_tokenizer, first, batch_size=3) == pytest.approx(alone, rel=1e-5)
+    assert half["eval_loss"] != pytest.approx(alone["eval_loss"], rel=1e-4)

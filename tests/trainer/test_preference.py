@@ -13,7 +13,15 @@ from model.model import predicting
 from model.weights import weights_hash
 from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair, samples
-from trainer.preference import attach_reference, by_answer, count_pairs, reference_of, token_log_probs
+from trainer.preference import (
+    FIGURES,
+    attach_reference,
+    by_answer,
+    count_pairs,
+    evaluate_pairs,
+    reference_of,
+    token_log_probs,
+)
 from trainer.runtime import Runtime
 
 RUN = Runtime(torch.device("cpu"), torch.float32)
@@ -128,3 +136,32 @@ def test_the_hash_of_weights_tells_every_number_and_name():
     assert weights_hash(state) != weights_hash(state | {"norm.weight": changed})
     renamed = {name.replace("norm", "form"): value for name, value in state.items()}
     assert weights_hash(state) != weights_hash(renamed)
+
+
+class OneOfTwo(Runtime):
+    """A rank of two; `sum` adds what the other one has found."""
+
+    others: tuple = ()
+
+    def sum(self, *values):
+        self.found = values
+        return [ours + theirs for ours, theirs in zip(values, self.others or [0.0] * len(values), strict=True)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pairs_are_evaluated_without_dropout_and_the_model_is_then_as_it_was(pairs, tiny_tokenizer, training):
+    data, model = pairs(), tiny_model(len(tiny_tokenizer), dropout=0.5)
+    frozen = tiny_model(len(tiny_tokenizer), seed=1)
+
+    def measure(policy, reference, batch, labels):
+        wins, losses = by_answer(policy - reference, batch, labels).view(-1, 2).T
+        return torch.stack([(wins - losses).sum()] * len(FIGURES))
+
+    values = [evaluate_pairs(model.train(training), frozen, data, RUN, 4, measure) for _ in range(2)]
+    assert model.training == training
+    assert values[0] == values[1]
+    assert values[0].keys() == {f"eval_{name}" for name in FIGURES}
+    second, first = (OneOfTwo(RUN.device, RUN.dtype, rank, world_size=2) for rank in (1, 0))
+    evaluate_pairs(model, frozen, data, second, 2, measure)
+    first.others = second.found
+    assert evaluate_pairs(model, frozen, data, first, 2, measure) == pytest.approx(values[0], rel=1e-4)
