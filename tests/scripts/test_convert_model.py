@@ -14,6 +14,7 @@ from tests.conftest import SPECIAL, train_tokenizer
 from tests.running import ROOT, one_error_line, run_script
 from tests.scripts.converting import make_model, save_model
 from trainer.errors import UserError
+from trainer.files import file_hash
 from trainer.weights import load_weights
 
 
@@ -93,6 +94,33 @@ def test_a_merged_adapter_is_in_the_weights(convert, tiny_tokenizer, tokenizer_d
     with pytest.raises(UserError, match="train_lora"):
         convert("merge-lora", other, tmp_path / "nothing.pth", tmp_path / "x.pth", "--tokenizer", tokenizer_dir)
     assert not (tmp_path / "x.pth").exists()
+
+
+def test_what_is_written_is_known_by_its_own_hash(convert, tiny_tokenizer, tokenizer_dir, weights, tmp_path):
+    """Not by that of the weights it was made from."""
+    beside = weights.with_suffix(".json")
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"sha256": file_hash(weights)}))
+    model = load_weights(weights, None, tiny_tokenizer)
+    apply_lora(model, rank=4)
+    about = json.loads(beside.read_text())
+    save_lora(model, tmp_path / "name.pth", config=about["config"], tokenizer=about["tokenizer"])
+    out = tmp_path / "merged_64.pth"
+    convert("merge-lora", weights, tmp_path / "name.pth", out, "--tokenizer", tokenizer_dir)
+    assert json.loads(out.with_suffix(".json").read_text())["sha256"] == file_hash(out) != file_hash(weights)
+    load_weights(out, None, tiny_tokenizer)
+
+
+def test_a_folder_and_files_under_links_are_written_where_they_lie(convert, tokenizer_dir, weights, tmp_path):
+    big, folder = tmp_path / "big", tmp_path / "folder"
+    big.mkdir()
+    folder.symlink_to(big)
+    (big / "elsewhere").mkdir()
+    (big / "model.safetensors").symlink_to(big / "elsewhere" / "weights")
+    convert("to-transformers", weights, folder, "--tokenizer", tokenizer_dir, "--overwrite")
+    assert folder.is_symlink()
+    assert (big / "model.safetensors").is_symlink()
+    assert (big / "elsewhere" / "weights").stat().st_size > 10_000
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_gguf_gets_a_modelfile_beside_it_and_nothing_is_replaced_unasked(convert, tokenizer_dir, weights, tmp_path):

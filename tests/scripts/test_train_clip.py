@@ -9,10 +9,23 @@ from transformers import AutoTokenizer, CLIPModel
 
 from model.images import image_processor
 from model.model_vlm import load_tower
-from scripts.train_clip import info_nce, make_clip, picture_vectors, train_caption_tokenizer
+from scripts.train_clip import info_nce, make_clip, picture_vectors, save, train_caption_tokenizer
 from tests.running import one_error_line, run_script
 
 NEVER = torch.eye(3, dtype=torch.bool)
+
+
+def test_a_folder_under_a_link_is_replaced_where_it_lies(tmp_path, clip_dir, tiny_tokenizer):
+    big, link = tmp_path / "disk" / "clip", tmp_path / "clip"
+    big.parent.mkdir()
+    link.symlink_to(big)
+    clip = CLIPModel.from_pretrained(clip_dir)
+    for share in (0.5, 0.6):  # the first one, and one over it
+        save(clip, tiny_tokenizer, Namespace(out_dir=link, image_size=32), {"share": share})
+    assert link.is_symlink()
+    assert (big / "zero_shot.json").read_text().split() == ["{", '"share":', "0.6", "}"]
+    assert [path.name for path in big.parent.iterdir()] == ["clip"]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_info_nce_by_hand():
