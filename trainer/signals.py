@@ -13,6 +13,8 @@ from collections.abc import Iterator
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 ASK_TO_STOP = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
+WORKERS_LAST = 5  # seconds
+
 
 class StopSignals:
     """The signals that have come since `catch`; each lets the current step end and be saved.
@@ -37,8 +39,9 @@ class StopSignals:
 
         def on_signal(number: int, _frame) -> None:
             if os.getpid() != process:  # a DataLoader's worker, which lives as long as we do
-                if number == signal.SIGTERM:
-                    os._exit(0)
+                if number == signal.SIGTERM:  # schedulers send it to all: the step under way needs its batches yet
+                    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+                    signal.alarm(WORKERS_LAST)
                 return
             now = time.monotonic()
             # At a terminal one Ctrl-C comes twice, from the terminal and from torchrun or DeepSpeed.

@@ -107,6 +107,18 @@ def test_every_file_that_is_read_to_go_on_is_known_by_its_hash(saved, tmp_path):
     assert about["sha256"] == hashes["model.pth"] == file_hash(tmp_path / "stage_32.pth")
 
 
+def test_each_rank_has_a_random_state_of_its_own(open_checkpoint, run, monkeypatch, tmp_path):
+    """Rank 0 writes them all: another machine may not see its folder."""
+    first, second = torch.get_rng_state(), torch.Generator().manual_seed(7).get_state()
+    monkeypatch.setattr(run, "gather", lambda value: [{"cpu": first}, {"cpu": second}], raising=False)
+    checkpoint, parts = open_checkpoint(resume=False)
+    checkpoint.save(*parts, Progress(step=1), {})
+    (folder,) = (tmp_path / "stage_32.resume").glob("step_*")
+    for rank, state in enumerate((first, second)):
+        assert torch.equal(torch.load(folder / f"rank_{rank}.pt", weights_only=True)["cpu"], state)
+    assert "rank_1.pt" in json.loads((folder / "state.json").read_text())["sha256"]
+
+
 @pytest.mark.parametrize("name", ["model.pth", "optimizer.pt", "rank_0.pt"])
 @pytest.mark.parametrize("place", [0.3, 0.6])
 def test_a_flipped_bit_is_seen_and_its_file_named(open_checkpoint, saved, name, place):

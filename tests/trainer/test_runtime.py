@@ -135,6 +135,22 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(run, handlers):
     assert not run.asked_to_stop
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_worker_outlives_the_signal_for_a_while(caught, number):
+    """A scheduler sends it to all processes, and the step under way waits for what its workers fetch."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.kill(os.getpid(), number)
+        os.write(writer, str(signal.alarm(1)).encode())  # how long it had, at most; it ends in a second
+        signal.pause()
+    os.close(writer)
+    seconds = int(os.read(reader, 9))
+    assert (1 <= seconds <= 5) if number == signal.SIGTERM else seconds == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == (0 if number == signal.SIGTERM else -signal.SIGALRM)
+    os.close(reader)
+
+
 def test_a_system_without_sighup(run, handlers, monkeypatch):
     """Windows: signals.py is imported anew as it would be there."""
     monkeypatch.delattr(signal, "SIGHUP")
