@@ -197,6 +197,8 @@ def test_what_is_saved_is_what_the_last_step_made(whole):
     assert state_of(whole.out, whole.name)["progress"]["step"] == 5
     assert story(whole)["step"] == 5
     assert story(whole)["metrics"]["loss"] == reports(whole.out, whole.name)[-2]["loss"]
+    (kept,) = whole.out.glob(f"{whole.name}.resume/step_*/model.json")
+    assert kept.read_bytes() == (whole.out / f"{whole.name}.json").read_bytes()  # the last evaluation in both
 
 
 def test_interrupted_and_resumed_is_as_if_never_interrupted(world, script, whole, tmp_path):
@@ -222,6 +224,16 @@ def test_evaluation_comes_at_its_steps_and_leaves_the_model_in_training_mode(who
     assert sum(gradients for gradients, _ in whole.forwards) == 5
     last = evaluations(whole)[-1]
     assert story(whole)["metrics"].items() >= {key: last[key] for key in last if key.startswith("eval_")}.items()
+
+
+@pytest.mark.parametrize("script", SCRIPTS[:1], indirect=True)
+def test_the_json_tells_no_evaluation_of_later_weights(world, script, whole, tmp_path):
+    flags = (*EVALUATE, world.folder / script.data, "--save_interval", "3")
+    run = world.call(script, tmp_path, *flags, stop_after=4, exit_code=130)
+    second, fourth = evaluations(run)
+    assert fourth["step"] == 4
+    assert story(run)["step"] == 3
+    assert story(run)["metrics"]["eval_loss"] == second["eval_loss"]
 
 
 def test_an_evaluation_that_fails_costs_an_evaluation(world, script, whole, tmp_path, capsys):
