@@ -226,7 +226,7 @@ def test_evaluation_comes_at_its_steps_and_leaves_the_model_in_training_mode(who
     assert story(whole)["metrics"].items() >= {key: last[key] for key in last if key.startswith("eval_")}.items()
 
 
-@pytest.mark.parametrize("script", SCRIPTS[:1], indirect=True)
+@pytest.mark.parametrize("script", SCRIPTS[:1], ids=["train_pretrain"], indirect=True)
 def test_the_json_tells_no_evaluation_of_later_weights(world, script, whole, tmp_path):
     flags = (*EVALUATE, world.folder / script.data, "--save_interval", "3")
     run = world.call(script, tmp_path, *flags, stop_after=4, exit_code=130)
@@ -257,7 +257,7 @@ def test_ctrl_c_in_an_evaluation_finds_the_step_saved(world, script, whole, tmp_
     assert_saved(run, whole.steps[1].after)
 
 
-@pytest.mark.parametrize("script", [SCRIPTS[0], SCRIPTS[3]], indirect=True)
+@pytest.mark.parametrize("script", [SCRIPTS[0], SCRIPTS[3]], ids=["train_pretrain", "train_dpo"], indirect=True)
 def test_an_evaluation_that_fails_on_one_rank_keeps_no_other_waiting(world, script, tmp_path):
     """The second one of two; the last step is a batch of padding for it."""
     flags = (*EVALUATE, world.folder / script.data, "--batch_size", "4")

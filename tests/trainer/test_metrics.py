@@ -92,7 +92,8 @@ def test_an_evaluation_is_told(metrics, tmp_path, capsys):
     measured.log_evaluation(lambda: {"eval_loss": 1.5, "eval_bits_per_byte": 0.75})
     assert capsys.readouterr().out == "step 3  held out: loss 1.5000, bits per byte 0.7500\n"
     assert read_metrics(tmp_path / "stage_32.metrics.jsonl")[0].items() >= {"step": 3, "eval_loss": 1.5}.items()
-    assert measured.last == {"eval_loss": 1.5, "eval_bits_per_byte": 0.75}
+    measured.log_evaluation(lambda: {"eval_loss": 1.25})
+    assert measured.last == {"eval_loss": 1.25, "eval_bits_per_byte": 0.75}  # the newest of each
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -104,7 +105,8 @@ def test_an_evaluation_is_told(metrics, tmp_path, capsys):
         (None, ""),  # another rank says why
     ],
 )
-def test_an_evaluation_that_failed_is_told_by_the_rank_that_knows_why(metrics, capsys, rank, cause, told):
+def test_an_evaluation_that_failed_is_told_by_the_rank_that_knows_why(metrics, capsys, monkeypatch, rank, cause, told):
+    monkeypatch.setenv("RANK", str(rank))
     measured = metrics(Progress(step=3), rank)
 
     def evaluate():
