@@ -1,7 +1,6 @@
 """Reasoning: a model that thinks before it answers, by learning from answers that show their thinking.
 
-An answer reads <think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>. This is fine-tuning with one difference: the tokens
-of the tags weigh more, since the form hangs on them and they are few.
+Answers read <think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>; the tags, few as they are, weigh more than other tokens.
 
 Learns from dataset/r1_mix_1024.jsonl ({"conversations": [...]} lines), starts from out/rlhf_D.pth,
 writes out/reason_D.pth.
@@ -150,15 +149,16 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, evaluate, save
+        # Log, save, evaluate: what is learned is safe before it is measured
         progress.advance(totals, run.non_finite)
         stopping = run.asked_to_stop
         if metrics.due(args.log_interval, stopping):
             metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
-        if held_out and metrics.due(args.eval_interval):
-            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(lambda: evaluate(model, held_out, tokenizer, run, args.batch_size))
+            checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break
     metrics.close()

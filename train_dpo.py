@@ -148,15 +148,16 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, evaluate, save
+        # Log, save, evaluate: what is learned is safe before it is measured
         progress.advance(totals, run.non_finite)
         stopping = run.asked_to_stop
         if metrics.due(args.log_interval, stopping):
             metrics.log(**measured, lr=lr, grad_norm=float(norm))
-        if held_out and metrics.due(args.eval_interval):
-            metrics.log_evaluation(evaluate_pairs(model, frozen, held_out, run, args.batch_size, measure))
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(lambda: evaluate_pairs(model, frozen, held_out, run, args.batch_size, measure))
+            checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break
     metrics.close()

@@ -94,15 +94,16 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, evaluate, save
+        # Log, save, evaluate: what is learned is safe before it is measured
         progress.advance(totals, run.non_finite)
         stopping = run.asked_to_stop
         if metrics.due(args.log_interval, stopping):
             metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
-        if held_out and metrics.due(args.eval_interval):
-            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(lambda: evaluate(model, held_out, tokenizer, run, args.batch_size))
+            checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break
     metrics.close()

@@ -98,6 +98,7 @@ class Checkpoint:
         self.runtime = runtime
         self.keep = keep
         self.resuming = args.resume
+        self._saved_step: int | None = None
         self.about = {
             "config": architecture(config) | {"max_seq_len": config.max_seq_len},
             "stage": stage,
@@ -159,6 +160,20 @@ class Checkpoint:
                 state["optimizer"] = optimizer.state_dict()
             hashes["optimizer.pt"] = save_tensors(state, folder / "optimizer.pt")
             seal(folder, {"progress": dataclasses.asdict(progress), "settings": self.settings}, hashes)
+        self._saved_step = progress.step
+
+    def add_metrics(self, progress: Progress, metrics: dict) -> None:
+        """Tell in the json what was measured of the weights after they were saved; nothing when this step saved none.
+
+        Raises:
+            UserError: it could not be written; the json is as it was.
+        """
+        if not self.runtime.is_main or self._saved_step != progress.step:
+            return
+        path = self.folder / self.pointer.read_text(encoding="utf-8").strip() / "model.json"
+        about = json.loads(path.read_text(encoding="utf-8"))
+        for place in (path, self.path.with_suffix(".json")):
+            save_json(about | {"metrics": metrics}, place)
 
     @contextlib.contextmanager
     def _new_folder(self, name: str) -> Iterator[Path]:

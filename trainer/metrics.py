@@ -4,13 +4,16 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 from tqdm import tqdm
 
+from dataset import DataError
 from trainer.checkpoint import Progress
-from trainer.errors import UserError
+from trainer.errors import UserError, note
+from trainer.evaluation import EvaluationError
 from trainer.files import cannot_write, replacing
 from trainer.runtime import Runtime
 from trainer.signals import terminal_may_go
@@ -80,8 +83,16 @@ class Metrics:
             else:
                 print(f"step {progress.step}/{self.total_steps}  {short}  {_clock(left)} left", flush=True)
 
-    def log_evaluation(self, values: dict[str, float]) -> None:
-        """Report an evaluation on held-out lines."""
+    def log_evaluation(self, evaluate: Callable[[], dict[str, float]]) -> None:
+        """Evaluate on held-out lines and report it. One that fails costs an evaluation and not the training: the rank
+        where it failed says why, and all of them go on."""
+        try:
+            values = evaluate()
+        except EvaluationError as error:
+            if (cause := error.__cause__) is not None:
+                reason = str(cause) if isinstance(cause, UserError | DataError) else f"{type(cause).__name__}: {cause}"
+                note(f"no evaluation at step {self.progress.step}, as it failed ({reason[:300]})", every_rank=True)
+            return
         self._report(values)
         if self.on:
             text = ", ".join(f"{_words(name.removeprefix('eval_'))} {value:.4f}" for name, value in values.items())

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import DPODataset, StepLoader, collate
+from dataset import DPODataset, collate
 from dataset.cache_folder import digest, find_cache_folder, open_cache_folder, to_disk
 from model.model import IGNORED, predicting
+from trainer.evaluation import held_out_loader, sum_over_ranks
 from trainer.runtime import Runtime
 from trainer.weights import architecture
 
@@ -166,20 +167,23 @@ def evaluate_pairs(
     Args:
         frozen: as of `reference_of`.
         measure: `figures` with the stage's settings.
+
+    Raises:
+        EvaluationError: as of `sum_over_ranks`.
     """
-    loader = StepLoader(held_out, batch_size, 1, 1, 0, rank=run.rank, world_size=run.world_size)
-    training = model.training
-    model.eval()
-    measured = torch.zeros(len(FIGURES), device=run.device)
-    pairs = 0
-    for (batch,) in loader.steps():
-        pairs += count_pairs([batch])
-        batch = run.to_device(batch)
-        labels = batch.pop("labels")
-        with run.autocast():
-            reference = reference_of(batch, labels, frozen)
-            policy = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
-        measured += measure(policy, reference, batch, labels)
-    model.train(training)
-    pairs, *sums = run.sum(pairs, *measured.tolist())
+
+    def sums_of_share() -> list[float]:
+        measured = torch.zeros(len(FIGURES), device=run.device)
+        pairs = 0
+        for (batch,) in held_out_loader(held_out, batch_size, run).steps():
+            pairs += count_pairs([batch])
+            batch = run.to_device(batch)
+            labels = batch.pop("labels")
+            with run.autocast():
+                reference = reference_of(batch, labels, frozen)
+                policy = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
+            measured += measure(policy, reference, batch, labels)
+        return [pairs, *measured.tolist()]
+
+    pairs, *sums = sum_over_ranks(sums_of_share, 1 + len(FIGURES), model, run)
     return {f"eval_{name}": value / pairs for name, value in zip(FIGURES, sums, strict=True)}

@@ -1,5 +1,6 @@
 """Where a stage runs: device, precision, the processes it shares a step with, and signals."""
 
+import atexit
 import contextlib
 import datetime
 import os
@@ -105,7 +106,9 @@ class Runtime:
     def finish(self, finished: bool) -> None:
         """The end of a stage; a run that was asked to stop and is not `finished` ends with the signal's exit code."""
         if dist.is_initialized():
-            dist.destroy_process_group()
+            # Once the model is gone. Were DDP's reducer the last to hold a group, it would wait for gloo's threads and
+            # keep the GIL meanwhile, for which one of them may be waiting: a run that never ends.
+            atexit.register(dist.destroy_process_group)
         if self.asked_to_stop and not finished:
             sys.exit(128 + self._signals.first)
 

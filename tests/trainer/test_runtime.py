@@ -1,5 +1,6 @@
 """Device, precision, sums over ranks, skipped steps and signals of one process."""
 
+import atexit
 import errno
 import os
 import runpy
@@ -104,6 +105,16 @@ def handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_the_group_outlives_the_model(run, monkeypatch):
+    """It ends with the process: destroyed before DDP's reducer is, it now and then waits for itself for ever."""
+    registered = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: pytest.fail("the model still has it"))
+    run.finish(finished=True)
+    assert registered == [torch.distributed.destroy_process_group]
 
 
 @pytest.fixture
