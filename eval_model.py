@@ -13,6 +13,7 @@ from pathlib import Path
 from trainer.arguments import (
     Parser,
     Switch,
+    add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
     not_negative,
@@ -50,7 +51,7 @@ def get_args():
     )
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     parser.add_argument("--prompt", action="append", help="ask this (may be repeated) and end")
     parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
     parser.add_argument(
@@ -67,7 +68,7 @@ def load_model(args):
     """Model and tokenizer that the flags name."""
     from model.model_lora import merge_lora
     from trainer import weights
-    from trainer.runtime import pick_device
+    from trainer.device import pick_device
 
     device = pick_device(args.device)
     if args.load == 1:

@@ -12,6 +12,7 @@ from trainer.arguments import (
     ROOT,
     Parser,
     Switch,
+    add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
     add_tower_argument,
@@ -35,7 +36,7 @@ def get_args():
     )
     add_model_arguments(parser)
     add_tower_argument(parser)
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     parser.add_argument("--image", action="append", metavar="FILE", help="show this one (repeat: together)")
     parser.add_argument(
         "--image_dir",
@@ -73,7 +74,7 @@ def groups_of_images(args) -> list[list[Path]]:
 def load_model(args):
     """Model, tokenizer and image processor that the flags name."""
     from model.model_vlm import MiniMindVLM
-    from trainer.runtime import pick_device
+    from trainer.device import pick_device
     from trainer.vision import load_vlm, open_vision
     from trainer.weights import load_folder, load_tokenizer, weights_path
 

@@ -116,7 +116,11 @@ async def client_loop(client, bodies: list[dict], right: list[str], end: float, 
 
 def resident(pid: int) -> int:
     """The process's resident memory in bytes."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    line = next(
+        line
+        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+        if line.startswith("VmRSS")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -185,7 +189,7 @@ def main():
         for name in ("out_dir", "dim", "n_layers", "use_moe", "max_concurrency"):
             command += [f"--{name}", str(getattr(args, name))]
         command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
         try:
             found = re.search(r"serving at (\S+)/v1", server.stdout.readline())
             if found is None:

@@ -204,7 +204,7 @@ def load_local(
         UserError: one of them does not load.
     """
     from model.model_lora import merge_lora
-    from trainer.runtime import pick_device
+    from trainer.device import pick_device
     from trainer.weights import load_adapter, load_tokenizer, load_weights
 
     tokenizer, processor = load_tokenizer(tokenizer_folder), None

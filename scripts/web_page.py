@@ -12,7 +12,7 @@ from pathlib import Path
 import streamlit as st
 
 from scripts.web_answer import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
-from trainer.arguments import ROOT
+from trainer.arguments import ROOT, add_device_argument
 from trainer.errors import UserError
 
 SOURCES = ("out/", "OpenAI API")  # alike in both languages: a selection whose words change loses its mark
@@ -125,7 +125,7 @@ def get_args():
     parser = argparse.ArgumentParser(description="streamlit run scripts/web_demo.py -- OPTIONS")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out", help="where weights lie")
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     parser.add_argument(
         "--vision_model",
         default=str(ROOT / "model" / "vision_model" / "clip-vit-base-patch16"),

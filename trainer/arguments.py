@@ -100,6 +100,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights lie")
 
 
+def add_device_argument(parser) -> None:
+    """--device, of a parser or of a group of one."""
+    what = "cpu, cuda, cuda:N, mps, xpu (default: the accelerator that PyTorch finds, else cpu)"
+    parser.add_argument("--device", default=None, help=what)
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say how a model writes; `sampling_of` reads them."""
     group = parser.add_argument_group("writing")
@@ -161,11 +167,11 @@ def training_parser(description: str, **defaults) -> Parser:
     training.add_argument("--seed", type=seed, default=42)
 
     engine = parser.add_argument_group("machine")
-    engine.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(engine)
     engine.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of autocast (default: bfloat16 where the machine computes in it; else float16 on GPU, float32 on CPU)",
+        help="of autocast (default: bfloat16 where the machine computes in it; else float16 on cuda, float32)",
     )
     engine.add_argument("--compile", action=Switch, default=None, help="torch.compile (default: where it pays)")
     engine.add_argument("--gradient_checkpointing", action=Switch, help="less memory, a third more time")

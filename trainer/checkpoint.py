@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
+from trainer.device import index_of, random_state, set_random_state
 from trainer.engine import full_state_dict, plain_model
 from trainer.errors import UserError
 from trainer.files import cannot_write, load_tensors, replacing, save_json, save_tensors, writing_tensors
@@ -145,7 +145,7 @@ class Checkpoint:
         run = self.runtime
         weights = full_state_dict(model, run, self.keep)
         with self._new_folder(f"step_{progress.step:08d}") as folder:
-            save_tensors(self._random_state(), folder / f"rank_{run.rank}.pt")
+            save_tensors(random_state(run.device), folder / f"rank_{run.rank}.pt")
             if run.deepspeed_config:
                 with writing_tensors():
                     model.save_checkpoint(str(folder), tag="engine")
@@ -259,18 +259,9 @@ class Checkpoint:
             given = {key: value for key, value in plain.state_dict().items() if not self.keep(key)}
             plain.load_state_dict(given | load_tensors(folder / "model.pth"))
             optimizer.load_state_dict(state["optimizer"])
-        random = load_tensors(folder / f"rank_{self.runtime.rank}.pt")
-        torch.set_rng_state(random["cpu"])
-        if self.runtime.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], self.runtime.device)
-
-    def _random_state(self) -> dict:
-        state = {"cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        return state
+        set_random_state(self.runtime.device, load_tensors(folder / f"rank_{self.runtime.rank}.pt"))
 
 
 def _wait(runtime: Runtime) -> None:
     if runtime.world_size > 1:
-        dist.barrier(device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None)
+        dist.barrier(device_ids=index_of(runtime.device))
