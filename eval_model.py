@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
+
 from trainer.arguments import (
     Parser,
     Switch,
@@ -19,6 +21,7 @@ from trainer.arguments import (
     not_negative,
     positive,
     sampling_of,
+    text,
 )
 from trainer.errors import UserError, launch
 from trainer.talk import questions, report_speed, show, texts_of, typed
@@ -52,8 +55,8 @@ def get_args():
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
     add_device_argument(parser)
-    parser.add_argument("--prompt", action="append", help="ask this (may be repeated) and end")
-    parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
+    parser.add_argument("--prompt", type=text, action="append", help="ask this (may be repeated) and end")
+    parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     parser.add_argument(
         "--history_cnt", type=not_negative, default=0, help="earlier questions with their answers that it is shown"
     )

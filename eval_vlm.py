@@ -8,6 +8,8 @@ python eval_vlm.py --model_mode 2 --image a.jpg --image b.jpg       several imag
 import time
 from pathlib import Path
 
+import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
+
 from trainer.arguments import (
     ROOT,
     Parser,
@@ -17,6 +19,7 @@ from trainer.arguments import (
     add_sampling_arguments,
     add_tower_argument,
     sampling_of,
+    text,
 )
 from trainer.errors import UserError, launch
 from trainer.talk import report_speed, show, texts_of
@@ -44,8 +47,10 @@ def get_args():
         metavar="DIR",
         help="show its images in order of their names, one by one; with --model_mode 2 in twos, the last perhaps alone",
     )
-    parser.add_argument("--prompt", action="append", help="ask this (may be repeated) instead of for a description")
-    parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
+    parser.add_argument(
+        "--prompt", type=text, action="append", help="ask this (may be repeated) instead of for a description"
+    )
+    parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     add_sampling_arguments(parser)
     parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
     return parser.parse_args()

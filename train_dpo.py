@@ -11,6 +11,7 @@ as the frozen reference, writes out/rlhf_D.pth.
 import copy
 from functools import partial
 
+import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -10,6 +10,7 @@ out/full_sft_D.pth, writes the adapter alone to out/lora/NAME_D.pth. `eval_model
 
 import re
 
+import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
 import torch
 
 from dataset import SFTDataset

@@ -7,6 +7,7 @@ Learns from dataset/pretrain_hq.jsonl ({"text": ...} lines), writes out/pretrain
     deepspeed --num_gpus 2 train_pretrain.py --deepspeed           DeepSpeed, ZeRO stage 2
 """
 
+import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
 import torch
 
 from dataset import PretrainDataset

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM

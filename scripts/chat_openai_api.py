@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
 
 from scripts.remote_chat import answer_parts, check_address, models_at
-from trainer.arguments import Parser, Switch, not_negative, positive, seed
+from trainer.arguments import Parser, Switch, not_negative, positive, seed, text
 from trainer.errors import UserError, launch
 
 HELP = """/reset          forget the talk so far
@@ -35,8 +35,10 @@ def get_args():
         "--base_url", default="http://127.0.0.1:8998/v1", help="address of the API (default: %(default)s)"
     )
     parser.add_argument("--api_key", default=None, help="default: OPENAI_API_KEY of the environment, if any")
-    parser.add_argument("--model", default=None, help="name of the model (default: the first that the server has)")
-    parser.add_argument("--system", default=None, help="system prompt (default: the server's own)")
+    parser.add_argument(
+        "--model", type=text, default=None, help="name of the model (default: the first that the server has)"
+    )
+    parser.add_argument("--system", type=text, default=None, help="system prompt (default: the server's own)")
     parser.add_argument(
         "--history_cnt", type=not_negative, default=None, help="earlier turns sent along (default: all)"
     )

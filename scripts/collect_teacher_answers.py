@@ -26,7 +26,7 @@ from pathlib import Path
 import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the rooms)
 
 from scripts.remote_chat import check_address
-from trainer.arguments import Parser, Switch, above_zero, not_negative, positive
+from trainer.arguments import Parser, Switch, above_zero, not_negative, positive, text
 from trainer.errors import UserError, launch
 
 Chat = list[dict[str, str]]
@@ -40,14 +40,14 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("questions", type=Path, help="jsonl of questions")
     parser.add_argument("answers", type=Path, help="jsonl to write, or to go on with")
-    parser.add_argument("--model", required=True, help="the teacher's name at the endpoint")
+    parser.add_argument("--model", type=text, required=True, help="the teacher's name at the endpoint")
     parser.add_argument(
         "--base_url",
         default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
         help="of the endpoint (default: the environment's OPENAI_BASE_URL, or OpenAI's own)",
     )
     parser.add_argument("--api_key", default=None, help="default: the environment's OPENAI_API_KEY")
-    parser.add_argument("--system", default=None, help="system prompt for chats that have none")
+    parser.add_argument("--system", type=text, default=None, help="system prompt for chats that have none")
     parser.add_argument("--temperature", type=float, default=None, help="default: the endpoint's own")
     parser.add_argument("--max_tokens", type=positive, default=None, help="of an answer (default: the endpoint's own)")
     parser.add_argument("--thinking", action=Switch, help="keep the thinking of a reasoning model, in tags")

@@ -6,6 +6,13 @@ streamlit run scripts/web_demo.py -- --out_dir out/demo    options of the page f
 
 import _repo  # noqa: F401  (lets Streamlit find the rooms)
 
-from scripts.web_page import page
+from trainer.errors import launch
 
-page()
+
+def main():
+    from scripts.web_page import page
+
+    page()
+
+
+launch(main)

@@ -6,6 +6,13 @@ streamlit run scripts/web_demo_vlm.py -- --out_dir out/demo --vision_model FOLDE
 
 import _repo  # noqa: F401  (lets Streamlit find the rooms)
 
-from scripts.web_page import page
+from trainer.errors import launch
 
-page(vision=True)
+
+def main():
+    from scripts.web_page import page
+
+    page(vision=True)
+
+
+launch(main)

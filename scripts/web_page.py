@@ -6,6 +6,7 @@ characters it is, never as Markdown or HTML.
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -324,7 +325,14 @@ def draw_greeting(words: dict, ready: bool, vision: bool) -> None:
 
 
 def page(vision: bool = False) -> None:
-    """Draw the page; `vision` for models that take pictures."""
+    """Draw the page; `vision` for models that take pictures.
+
+    Raises:
+        UserError: Python runs the script, and not Streamlit.
+    """
+    if not st.runtime.exists():
+        script = "web_demo_vlm.py" if vision else "web_demo.py"
+        raise UserError(f"the page is drawn by Streamlit: type {sys.executable} -m streamlit run scripts/{script}")
     args = get_args()
     st.set_page_config(page_title="MiniMind", page_icon=":material/forum:")
     state = st.session_state

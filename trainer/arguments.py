@@ -42,6 +42,15 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
 
+def text(value: str) -> str:
+    """What is said to a model or a server, who take whole characters only; a path may be any bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8") from None
+    return value
+
+
 def positive(text: str) -> int:
     """An integer from 1 on."""
     number = int(text)
@@ -191,7 +200,7 @@ def training_parser(description: str, **defaults) -> Parser:
     )
     saving.add_argument("--overwrite", action=Switch, help="replace the weights of an earlier run")
     saving.add_argument("--use_wandb", action=Switch, help="also log to Weights & Biases")
-    saving.add_argument("--wandb_project", default="MiniMind")
+    saving.add_argument("--wandb_project", type=text, default="MiniMind")
     parser.set_defaults(**defaults)
     return parser
 

@@ -22,7 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -58,8 +58,9 @@ def writing_tensors() -> Iterator[None]:
 
 
 def save_json(content: dict, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    with replacing(path) as temporary:  # half characters, of a path that is not UTF-8, become JSON's own escapes
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def load_tensors(path: Path) -> dict:
