@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
 from trainer.arguments import (
     Parser,

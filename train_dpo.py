@@ -11,7 +11,7 @@ as the frozen reference, writes out/rlhf_D.pth.
 import copy
 from functools import partial
 
-import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 import torch.nn.functional as F
 from torch import Tensor

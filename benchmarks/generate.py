@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -9,7 +9,7 @@ train_full_sft.py and answers without the thinking. Both are asked new problems,
 import copy
 import json
 
-import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
 from model.reasoning import split_reasoning
 from scripts.demo_measures import VOTES, Solved, solve, with_error

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import trainer.installed  # noqa: F401  (first: says what to do where PyTorch is missing)
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,7 +1,7 @@
 """Lets `python scripts/x.py` find the rooms of the repository, from any working directory.
 
 Python puts the script's own folder on its path, not the repository's root; importing this module, before any room, adds
-the root. It is the one place of the project that touches the path. Then it looks whether this Python has the packages.
+the root. It is the one place of the project that touches the path. Then it looks whether all is here that scripts need.
 """
 
 import sys
@@ -9,4 +9,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import trainer.installed  # noqa: F401  (says what to do where PyTorch is missing)
+import trainer.start  # noqa: F401  (says what to do where PyTorch is missing)

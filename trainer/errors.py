@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from trainer.installed import missing
+from trainer.start import missing
 
 # PyTorch has no exceptions of their own for these
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
