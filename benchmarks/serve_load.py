@@ -117,11 +117,8 @@ async def client_loop(client, bodies: list[dict], right: list[str], end: float, 
 
 def resident(pid: int) -> int:
     """The process's resident memory in bytes."""
-    line = next(
-        line
-        for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-        if line.startswith("VmRSS")
-    )
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
@@ -129,7 +126,7 @@ async def load(address: str, pid: int, args) -> None:
     """The whole run, and its report."""
     bodies = questions()
     limits = httpx.Limits(max_connections=args.clients, max_keepalive_connections=args.clients)
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits, trust_env=False) as client:
         alone = [await ask(client, body) for body in bodies]
         right = [text for text, *_ in alone]
         pace = statistics.median((tokens - 1) / rest for _, tokens, _, rest in alone if tokens > 1)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
 
-from scripts.remote_chat import answer_parts, check_address, models_at
+from scripts.remote_chat import answer_parts, models_at, open_client, reason_of
 from trainer.arguments import Parser, Switch, not_negative, positive, seed, text
 from trainer.errors import UserError, launch
 
@@ -148,8 +148,7 @@ def main():
         import readline  # noqa: F401
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    check_address(args.base_url, api_key)
-    client = openai.OpenAI(base_url=args.base_url, api_key=api_key)
+    client = open_client(args.base_url, api_key)
     chat = Chat(client, args)
     if not chat.model:
         chat.model = next(iter(models_at(client)), None)
@@ -165,7 +164,8 @@ def main():
         except KeyboardInterrupt:
             print("(stopped)")
         except (openai.APIError, UserError) as error:
-            print(f"error: {str(error).translate(UNPRINTABLE)}", file=sys.stderr)
+            why = reason_of(error, args.base_url) if isinstance(error, openai.APIError) else str(error)
+            print(f"error: {why.translate(UNPRINTABLE)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

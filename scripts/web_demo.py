@@ -15,4 +15,5 @@ def main():
     page()
 
 
-launch(main)
+if __name__ == "__main__":
+    launch(main)

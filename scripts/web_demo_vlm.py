@@ -15,4 +15,5 @@ def main():
     page(vision=True)
 
 
-launch(main)
+if __name__ == "__main__":
+    launch(main)
