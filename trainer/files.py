@@ -58,9 +58,9 @@ def writing_tensors() -> Iterator[None]:
 
 
 def save_json(content: dict, path: Path) -> None:
-    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
-    with replacing(path) as temporary:  # half characters, of a path that is not UTF-8, become JSON's own escapes
-        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+    with replacing(path) as temporary:  # a file's name that is not UTF-8 in JSON's own escapes
+        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def load_tensors(path: Path) -> dict:
