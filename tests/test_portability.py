@@ -157,3 +157,32 @@ def test_no_module_imports_what_only_unix_has():
     }
     found = {path.relative_to(ROOT): imported(path.read_text(encoding="utf-8")) & hiding.MODULES for path in SOURCES}
     assert not {path: names for path, names in found.items() if names}
+
+
+def needed(source: str) -> set[str]:
+    """What a module takes from `os`, `signal` and `time` that only Unix has, and asks nowhere whether it is there."""
+    tree = ast.parse(source)
+    names = {module.__name__: set(hidden) for module, hidden in hiding.ATTRIBUTES.items()}
+    asked = {
+        (getattr(call.args[0], "id", ""), getattr(call.args[1], "value", ""))
+        for name, call in calls(tree)
+        if name == "hasattr" and len(call.args) == 2
+    }
+    taken = {
+        (getattr(node.value, "id", ""), node.attr) for node in ast.walk(tree) if isinstance(node, ast.Attribute)
+    } | {
+        (node.module, alias.name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    return {f"{module}.{name}" for module, name in taken - asked if name in names.get(module, ())}
+
+
+def test_no_module_needs_what_only_unix_has():
+    assert needed("import os, signal\nos.fork()\nsignal.signal(signal.SIGHUP, f)\nfrom os import nice") == {
+        "os.fork",
+        "signal.SIGHUP",
+        "os.nice",
+    }
+    assert not needed("if hasattr(os, 'getuid'): os.getuid()")
+    assert not needed("os.getpid(), signal.SIGTERM, path.uname")
+    found = {path.relative_to(ROOT): needed(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert not {path: names for path, names in found.items() if names}
