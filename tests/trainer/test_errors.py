@@ -76,6 +76,14 @@ def test_a_stream_that_cannot_show_a_character(monkeypatch, capfd):
     assert capfd.readouterr().out == "? water\n"
 
 
+def test_of_several_ranks_the_first_alone_notes(monkeypatch, capsys):
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        note(f"from {rank}")
+        note(f"of {rank}", every_rank=True)
+    assert capsys.readouterr().err.splitlines() == ["from 0", "of 0", "of 1", "of 2"]
+
+
 def test_a_package_that_is_missing_is_named(capsys):
     def main():
         import no_such_package_as_this.at_all  # noqa: F401
