@@ -10,14 +10,18 @@ import sys
 import time
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+
 from trainer.arguments import (
     Parser,
     Switch,
+    add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
     not_negative,
     positive,
     sampling_of,
+    text,
 )
 from trainer.errors import UserError, launch
 from trainer.talk import questions, report_speed, show, texts_of, typed
@@ -50,9 +54,9 @@ def get_args():
     )
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--prompt", action="append", help="ask this (may be repeated) and end")
-    parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
+    add_device_argument(parser)
+    parser.add_argument("--prompt", type=text, action="append", help="ask this (may be repeated) and end")
+    parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     parser.add_argument(
         "--history_cnt", type=not_negative, default=0, help="earlier questions with their answers that it is shown"
     )
@@ -67,7 +71,7 @@ def load_model(args):
     """Model and tokenizer that the flags name."""
     from model.model_lora import merge_lora
     from trainer import weights
-    from trainer.runtime import pick_device
+    from trainer.device import pick_device
 
     device = pick_device(args.device)
     if args.load == 1:

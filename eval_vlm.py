@@ -8,14 +8,18 @@ python eval_vlm.py --model_mode 2 --image a.jpg --image b.jpg       several imag
 import time
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+
 from trainer.arguments import (
     ROOT,
     Parser,
     Switch,
+    add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
     add_tower_argument,
     sampling_of,
+    text,
 )
 from trainer.errors import UserError, launch
 from trainer.talk import report_speed, show, texts_of
@@ -35,7 +39,7 @@ def get_args():
     )
     add_model_arguments(parser)
     add_tower_argument(parser)
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     parser.add_argument("--image", action="append", metavar="FILE", help="show this one (repeat: together)")
     parser.add_argument(
         "--image_dir",
@@ -43,8 +47,10 @@ def get_args():
         metavar="DIR",
         help="show its images in order of their names, one by one; with --model_mode 2 in twos, the last perhaps alone",
     )
-    parser.add_argument("--prompt", action="append", help="ask this (may be repeated) instead of for a description")
-    parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
+    parser.add_argument(
+        "--prompt", type=text, action="append", help="ask this (may be repeated) instead of for a description"
+    )
+    parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     add_sampling_arguments(parser)
     parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
     return parser.parse_args()
@@ -73,7 +79,7 @@ def groups_of_images(args) -> list[list[Path]]:
 def load_model(args):
     """Model, tokenizer and image processor that the flags name."""
     from model.model_vlm import MiniMindVLM
-    from trainer.runtime import pick_device
+    from trainer.device import pick_device
     from trainer.vision import load_vlm, open_vision
     from trainer.weights import load_folder, load_tokenizer, weights_path
 

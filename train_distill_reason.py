@@ -12,6 +12,7 @@ writes out/reason_D.pth.
 
 import math
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -13,6 +13,7 @@ Black-box distillation needs no stage of its own: scripts/collect_teacher_answer
 
 from functools import partial
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 from torch import Tensor
 from torch.nn import functional as F

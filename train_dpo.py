@@ -11,6 +11,7 @@ as the frozen reference, writes out/rlhf_D.pth.
 import copy
 from functools import partial
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -8,6 +8,7 @@ writes out/full_sft_D.pth.
     deepspeed --num_gpus 2 train_full_sft.py --deepspeed           DeepSpeed, ZeRO stage 2
 """
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from dataset import SFTDataset

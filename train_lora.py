@@ -10,6 +10,7 @@ out/full_sft_D.pth, writes the adapter alone to out/lora/NAME_D.pth. `eval_model
 
 import re
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from dataset import SFTDataset

@@ -7,6 +7,7 @@ Learns from dataset/pretrain_hq.jsonl ({"text": ...} lines), writes out/pretrain
     deepspeed --num_gpus 2 train_pretrain.py --deepspeed           DeepSpeed, ZeRO stage 2
 """
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from dataset import PretrainDataset

@@ -8,6 +8,7 @@ dataset/pretrain_images/), starts from out/full_sft_D.pth, writes out/pretrain_v
     deepspeed --num_gpus 2 train_pretrain_vlm.py --deepspeed       DeepSpeed, ZeRO stage 2
 """
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from model.model import next_token_loss, predicting

@@ -9,6 +9,7 @@ does not. With --multi, several images a line: sft_vlm_data_multi.jsonl, sft_mul
     deepspeed --num_gpus 2 train_sft_vlm.py --deepspeed            DeepSpeed, ZeRO stage 2
 """
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from model.model import next_token_loss, predicting

@@ -11,6 +11,8 @@ nats a token of the answers that SFT keeps aside, and facts right in phrasings n
 from pathlib import Path
 from statistics import mean, stdev
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+
 from scripts.demo_measures import facts, held_out_loss
 from scripts.demo_settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
 from scripts.examination import open_model, run, state_of

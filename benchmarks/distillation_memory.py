@@ -14,6 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 from torch import Tensor
 
@@ -21,8 +22,8 @@ from model import LMConfig, MiniMindLM
 from model.model import predicting
 from train_distillation import distillation_loss
 from trainer.arguments import Parser, positive
+from trainer.device import DTYPES, pick_device
 from trainer.errors import launch
-from trainer.runtime import DTYPES, pick_device
 from trainer.teacher import sum_beside_teacher, teacher_logits
 
 SIZES = {"student": {"dim": 512, "n_layers": 8}, "teacher": {"dim": 768, "n_layers": 16}}
@@ -60,7 +61,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
             self._before = self._status("VmRSS")
         return self
 
@@ -72,7 +73,8 @@ class PeakMemory:
 
     @staticmethod
     def _status(name: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        line = next(line for line in status.splitlines() if line.startswith(name))
         return int(line.split()[1]) * 1024
 
 

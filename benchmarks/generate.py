@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -25,9 +26,9 @@ from model import LMConfig, MiniMindLM
 from model.engine import Engine, Request
 from model.inference import Span
 from scripts.transformers_format import to_their_config, to_their_state
-from trainer.arguments import Parser, Switch, positive
+from trainer.arguments import Parser, Switch, add_device_argument, positive
+from trainer.device import DTYPES, pick_device
 from trainer.errors import launch
-from trainer.runtime import DTYPES, pick_device
 from trainer.weights import load_tokenizer
 
 PROMPT, BATCH, LONG_PROMPT = 32, 16, 512
@@ -89,8 +90,8 @@ def contenders(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[s
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def llama_cpp(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[str, Measured]:
@@ -189,7 +190,7 @@ def main():
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=positive, default=128, help="that each answer has")
     parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     args = parser.parse_args()
     args.device = pick_device(args.device)
 
@@ -198,7 +199,8 @@ def main():
     sizes = {"dim": args.dim, "n_layers": args.n_layers, "use_moe": args.use_moe, "vocab_size": len(tokenizer)}
     model = MiniMindLM(LMConfig(**sizes)).to(args.device).eval()
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    where = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    where = f"{torch.get_num_threads()} threads" if args.device.type == "cpu" else str(args.device)
+    where = torch.cuda.get_device_name() if args.device.type == "cuda" else where
     print(f"{size:.1f} M parameters on {where}, prompts of {PROMPT}, answers of {args.tokens}, {args.rounds} rounds")
     for name in args.dtype:
         dtype = DTYPES[name]

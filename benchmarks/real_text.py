@@ -9,6 +9,7 @@ are kept aside. The model and the split files lie in out/real_text; a second cal
 from functools import partial
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from dataset import DPODataset, SFTDataset

@@ -9,6 +9,8 @@ train_full_sft.py and answers without the thinking. Both are asked new problems,
 import copy
 import json
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+
 from model.reasoning import split_reasoning
 from scripts.demo_measures import VOTES, Solved, solve, with_error
 from scripts.demo_settings import DATA, OUT, REASON, SIZE

@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import httpx
 import torch
 
@@ -116,7 +117,8 @@ async def client_loop(client, bodies: list[dict], right: list[str], end: float, 
 
 def resident(pid: int) -> int:
     """The process's resident memory in bytes."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
@@ -124,7 +126,7 @@ async def load(address: str, pid: int, args) -> None:
     """The whole run, and its report."""
     bodies = questions()
     limits = httpx.Limits(max_connections=args.clients, max_keepalive_connections=args.clients)
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits, trust_env=False) as client:
         alone = [await ask(client, body) for body in bodies]
         right = [text for text, *_ in alone]
         pace = statistics.median((tokens - 1) / rest for _, tokens, _, rest in alone if tokens > 1)
@@ -185,7 +187,7 @@ def main():
         for name in ("out_dir", "dim", "n_layers", "use_moe", "max_concurrency"):
             command += [f"--{name}", str(getattr(args, name))]
         command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
         try:
             found = re.search(r"serving at (\S+)/v1", server.stdout.readline())
             if found is None:

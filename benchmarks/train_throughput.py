@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,8 +24,8 @@ from dataset import PretrainDataset, StepLoader, collate
 from model import LMConfig, MiniMindLM
 from model.model import next_token_loss, predicting
 from trainer.arguments import ROOT, Switch, positive
+from trainer.device import DTYPES, pick_device
 from trainer.errors import launch
-from trainer.runtime import DTYPES, pick_device
 from trainer.schedule import make_optimizer
 from trainer.weights import load_tokenizer
 
@@ -172,7 +173,7 @@ def main():
     }
     if args.compile:
         contenders["MiniMind, bf16, packed, compiled (default)"] = our_step(packed, config, args, bf16, True)
-    synchronize = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
+    synchronize = torch.accelerator.synchronize if args.device.type != "cpu" else lambda: None
     measure(contenders, args.rounds, args.seconds, synchronize)
 
 

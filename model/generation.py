@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+WITHOUT_FLOAT64 = ("mps",)  # devices
 NUCLEUS = 128  # as many likely tokens as top-p looks at before it sorts the vocabulary
 GREEDY_BELOW = 1e-5  # a temperature that leaves the best token alone, and might divide beyond what fp32 can hold
 
@@ -66,11 +67,13 @@ def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Gene
     Args:
         generator: of all rows, or one for each.
     """
-    cumulative = probabilities.double().cumsum(-1)
+    device = probabilities.device
+    where = "cpu" if device.type in WITHOUT_FLOAT64 else device
+    cumulative = probabilities.to(where).double().cumsum(-1)
     generators, each = ([generator], len(cumulative)) if not isinstance(generator, Sequence) else (generator, 1)
     # fp32 numbers below 1 end 2^-24 before it, so that the product cannot be rounded up to the whole
-    uniform = torch.cat([torch.rand(each, 1, device=cumulative.device, generator=one) for one in generators])
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+    uniform = torch.cat([torch.rand(each, 1, device=device, generator=one) for one in generators]).to(where)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1).to(device)
 
 
 def choose(

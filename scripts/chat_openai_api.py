@@ -14,8 +14,8 @@ from collections.abc import Iterator
 
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
 
-from scripts.remote_chat import answer_parts, check_address, models_at
-from trainer.arguments import Parser, Switch, not_negative, positive, seed
+from scripts.remote_chat import answer_parts, models_at, open_client, reason_of
+from trainer.arguments import Parser, Switch, not_negative, positive, seed, text
 from trainer.errors import UserError, launch
 
 HELP = """/reset          forget the talk so far
@@ -35,8 +35,10 @@ def get_args():
         "--base_url", default="http://127.0.0.1:8998/v1", help="address of the API (default: %(default)s)"
     )
     parser.add_argument("--api_key", default=None, help="default: OPENAI_API_KEY of the environment, if any")
-    parser.add_argument("--model", default=None, help="name of the model (default: the first that the server has)")
-    parser.add_argument("--system", default=None, help="system prompt (default: the server's own)")
+    parser.add_argument(
+        "--model", type=text, default=None, help="name of the model (default: the first that the server has)"
+    )
+    parser.add_argument("--system", type=text, default=None, help="system prompt (default: the server's own)")
     parser.add_argument(
         "--history_cnt", type=not_negative, default=None, help="earlier turns sent along (default: all)"
     )
@@ -146,8 +148,7 @@ def main():
         import readline  # noqa: F401
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    check_address(args.base_url, api_key)
-    client = openai.OpenAI(base_url=args.base_url, api_key=api_key)
+    client = open_client(args.base_url, api_key)
     chat = Chat(client, args)
     if not chat.model:
         chat.model = next(iter(models_at(client)), None)
@@ -163,7 +164,8 @@ def main():
         except KeyboardInterrupt:
             print("(stopped)")
         except (openai.APIError, UserError) as error:
-            print(f"error: {str(error).translate(UNPRINTABLE)}", file=sys.stderr)
+            why = reason_of(error, args.base_url) if isinstance(error, openai.APIError) else str(error)
+            print(f"error: {why.translate(UNPRINTABLE)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

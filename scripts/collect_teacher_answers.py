@@ -13,7 +13,6 @@ environment's OPENAI_API_KEY, and local servers mostly want none.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -25,8 +24,8 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the rooms)
 
-from scripts.remote_chat import check_address
-from trainer.arguments import Parser, Switch, above_zero, not_negative, positive
+from scripts.remote_chat import open_client, reason_of
+from trainer.arguments import Parser, Switch, above_zero, not_negative, positive, text
 from trainer.errors import UserError, launch
 
 Chat = list[dict[str, str]]
@@ -40,14 +39,14 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("questions", type=Path, help="jsonl of questions")
     parser.add_argument("answers", type=Path, help="jsonl to write, or to go on with")
-    parser.add_argument("--model", required=True, help="the teacher's name at the endpoint")
+    parser.add_argument("--model", type=text, required=True, help="the teacher's name at the endpoint")
     parser.add_argument(
         "--base_url",
         default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
         help="of the endpoint (default: the environment's OPENAI_BASE_URL, or OpenAI's own)",
     )
     parser.add_argument("--api_key", default=None, help="default: the environment's OPENAI_API_KEY")
-    parser.add_argument("--system", default=None, help="system prompt for chats that have none")
+    parser.add_argument("--system", type=text, default=None, help="system prompt for chats that have none")
     parser.add_argument("--temperature", type=float, default=None, help="default: the endpoint's own")
     parser.add_argument("--max_tokens", type=positive, default=None, help="of an answer (default: the endpoint's own)")
     parser.add_argument("--thinking", action=Switch, help="keep the thinking of a reasoning model, in tags")
@@ -90,10 +89,7 @@ class AnswerFile:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open, and locked, as long as the object lives
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another run is writing to it") from None
+        self._lock = self._locked()
         for number, (key, _, made_by_same) in enumerate(self._lines(), 1):
             self.answered[key] += 1
             if not made_by_same or self.answered[key] > questions[key]:
@@ -101,6 +97,20 @@ class AnswerFile:
                     f"{path}, line {number} is no answer of {made_by['model']} to one of these questions: nothing was "
                     "changed; name another file, or the questions and the --model, --system, --thinking it was made by"
                 )
+
+    def _locked(self):
+        """What keeps a second run away as long as it lives; None on a file system that has no locks."""
+        from filelock import FileLock, Timeout
+
+        place = self.path.resolve()  # by whatever name the file is opened
+        lock = FileLock(place.with_name(f".{place.name}.lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"{self.path}: another run is writing to it") from None
+        except (OSError, NotImplementedError):
+            return None
+        return lock
 
     def _lines(self) -> Iterator[tuple[bytes, bytes, bool]]:
         """The key and the bytes of each line, and whether it was made as ours are; no key where it is none of ours."""
@@ -125,7 +135,7 @@ class AnswerFile:
             if self._file.write(line) != len(line):
                 raise OSError("no space left on the device")
         except OSError as error:
-            os.truncate(self.path, size)
+            self._file.truncate(size)
             raise UserError(f"cannot write {self.path}: {error.strerror or error}; make room and start again") from None
         self.answered[key_of(chat)] += 1
 
@@ -136,6 +146,7 @@ class AnswerFile:
         lines: dict[bytes, deque[bytes]] = defaultdict(deque)
         for key, line, _ in self._lines():
             lines[key].append(line)
+        self._file.close()  # Windows replaces no open file
         with replacing(self.path) as temporary, open(temporary, "wb") as file:
             for key in map(key_of, questions):
                 if lines[key]:
@@ -184,7 +195,7 @@ async def ask_all(
                         f"the last: {error}"
                     )
 
-    def on_signal() -> None:
+    def stop() -> None:
         nonlocal reason
         if reason is not None:
             for task in tasks:
@@ -194,9 +205,13 @@ async def ask_all(
 
     loop = asyncio.get_running_loop()
     tasks = [asyncio.create_task(worker()) for _ in range(concurrency)]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    for done in await asyncio.gather(*tasks, return_exceptions=True):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:  # the loop's own add_signal_handler is Unix's alone
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    for done in ended:
         if isinstance(done, Exception):
             raise done
     return reason
@@ -251,7 +266,8 @@ def main():
     from dataset.records import question_of
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    check_address(args.base_url, api_key)
+    patience = {"max_retries": args.retries, "timeout": args.timeout}
+    client = open_client(args.base_url, api_key, asynchronous=True, **patience)
     made_by = {"model": args.model, "thinking": args.thinking}
 
     def questions() -> Iterator[Chat]:
@@ -274,16 +290,13 @@ def main():
     settings = {name: value for name, value in given.items() if value is not None}
 
     async def run(progress) -> str | None:
-        async with openai.AsyncOpenAI(
-            base_url=args.base_url,
-            api_key=api_key,
-            max_retries=args.retries,
-            timeout=args.timeout,
-        ) as client:
+        async with client:
 
             async def ask(chat: Chat) -> str:
                 try:
                     completion = await client.chat.completions.create(model=args.model, messages=chat, **settings)
+                except openai.APIConnectionError as error:
+                    raise NoAnswer(reason_of(error, args.base_url)) from None
                 except ValueError as error:  # the client reads as JSON whatever calls itself so
                     raise NoAnswer(f"the endpoint sent no JSON ({error})") from None
                 return answer_of(completion, args.thinking)

@@ -18,9 +18,9 @@ from scripts.examination import read_lines
 from scripts.scoring import is_right
 from scripts.vlm_exam import look
 from trainer.arguments import ROOT, Parser, positive
+from trainer.device import pick_device
 from trainer.errors import UserError, launch
 from trainer.files import replacing
-from trainer.runtime import pick_device
 from trainer.vision import load_vlm, open_vision
 from trainer.weights import load_tokenizer
 

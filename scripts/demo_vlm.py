@@ -22,9 +22,9 @@ from scripts.make_demo_data import digest_of
 from scripts.scoring import tally
 from scripts.vlm_exam import look, shares, shuffled
 from trainer.arguments import Parser
+from trainer.device import pick_device
 from trainer.errors import launch
 from trainer.files import save_json
-from trainer.runtime import pick_device
 from trainer.vision import load_vlm, open_vision
 from trainer.weights import load_tokenizer, load_weights, read_settings
 

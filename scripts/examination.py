@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from model import MiniMindLM
 from model.chat import render_chats
 from trainer.arguments import ROOT
+from trainer.device import pick_device
 from trainer.errors import UserError
-from trainer.runtime import pick_device
 from trainer.weights import load_tokenizer, load_weights
 
 

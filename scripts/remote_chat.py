@@ -1,6 +1,9 @@
 """Asking an OpenAI-compatible server: what its clients here have in common."""
 
 import contextlib
+import ipaddress
+import os
+import urllib.request
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +28,56 @@ def check_address(base_url: str, api_key: str) -> None:
         raise UserError("the API key has other characters than ASCII, which no key has")
 
 
+def is_this_machine(host: str) -> bool:
+    """Whether a name or an address leads back here, where no proxy stands in between."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def proxy_variable(base_url: str) -> str | None:
+    """The environment variable whose proxy an address is asked through; None where it is asked directly."""
+    parts = urlsplit(base_url)
+    if is_this_machine(parts.hostname) or urllib.request.proxy_bypass_environment(parts.netloc.rpartition("@")[2]):
+        return None
+    names = [name for kind in (parts.scheme, "all") for name in (f"{kind}_proxy", f"{kind.upper()}_PROXY")]
+    return next((name for name in names if os.environ.get(name)), None)
+
+
+def open_client(base_url: str, api_key: str, asynchronous: bool = False, **settings):
+    """An `openai.OpenAI`, or `openai.AsyncOpenAI`, which asks this machine directly and others as the environment says.
+
+    Args:
+        settings: of the client, such as `timeout`.
+
+    Raises:
+        UserError: the address or the key is none, or the environment names a proxy that the client cannot use.
+    """
+    import openai
+
+    check_address(base_url, api_key)
+    client = openai.AsyncOpenAI if asynchronous else openai.OpenAI
+    transport = openai.DefaultAsyncHttpxClient if asynchronous else openai.DefaultHttpxClient
+    direct = is_this_machine(urlsplit(base_url).hostname)
+    try:
+        http_client = transport(trust_env=not direct)
+    except (ValueError, ImportError) as error:  # of a kind that it does not know, or has no package for
+        names = ", ".join(name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy"))
+        raise UserError(f"{names} of the environment: {error}; unset it, or give it an http:// address") from None
+    return client(base_url=base_url, api_key=api_key, http_client=http_client, **settings)
+
+
+def reason_of(error: Exception, base_url: str) -> str:
+    """What an `openai.APIError` says, why, and which proxy it came through."""
+    text = f"{error} ({error.__cause__})" if str(error.__cause__ or "") else str(error)
+    through = proxy_variable(base_url)
+    return f"{text}, asked through the proxy of {through}" if through else text
+
+
 def models_at(client) -> list[str]:
     """The names of the models that an `openai.OpenAI` finds at its address.
 
@@ -38,11 +91,18 @@ def models_at(client) -> list[str]:
         return [model.id for model in client.models.list()]
     except openai.APIConnectionError as error:
         why = f" ({error.__cause__})" if error.__cause__ else ""
+        if through := proxy_variable(address):
+            host = urlsplit(address).hostname
+            raise UserError(
+                f"{address} does not answer through the proxy of {through}{why}: "
+                f"mend or unset {through}, or add {host} to NO_PROXY"
+            ) from None
         raise UserError(
             f"nothing answers at {address}{why}: start scripts/serve_openai_api.py, or name another address"
         ) from None
     except openai.APIStatusError as error:
-        raise UserError(f"{address} says {error.status_code}: {error.message}") from None
+        through = f" (through the proxy of {name})" if (name := proxy_variable(address)) else ""
+        raise UserError(f"{address} says {error.status_code}{through}: {error.message}") from None
     except (openai.APIError, AttributeError, TypeError, ValueError):  # it reads whatever came as if it were a list
         raise UserError(f"{address} answers, but not as an OpenAI API: does it end in /v1?") from None
 

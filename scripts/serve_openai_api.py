@@ -17,7 +17,16 @@ import time
 
 import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the rooms)
 
-from trainer.arguments import Parser, Switch, add_model_arguments, add_tower_argument, from_zero, not_negative, positive
+from trainer.arguments import (
+    Parser,
+    Switch,
+    add_device_argument,
+    add_model_arguments,
+    add_tower_argument,
+    from_zero,
+    not_negative,
+    positive,
+)
 from trainer.errors import UserError, launch, note
 
 API_KEY = "MINIMIND_API_KEY"
@@ -47,7 +56,7 @@ def get_args():
         "--fetch_images", action=Switch, help="also http(s) images: callers choose what this machine asks"
     )
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(group)
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     group.add_argument("--max_concurrency", type=positive, default=16, help="answers written at the same time")
     group.add_argument(
@@ -170,7 +179,7 @@ def main():
     sock = listen(args.host, args.port)
     from model.engine import Engine, EngineThread
     from scripts.openai_app import Served, make_app
-    from trainer.runtime import DTYPES
+    from trainer.device import DTYPES
 
     model, tokenizer, place_images = load(args)
     engine = Engine(model, tokenizer, slots=args.max_concurrency, dtype=DTYPES[args.dtype])

@@ -30,10 +30,10 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from dataset.jsonl import BadRecord, DataError, JsonlReader
 from model.images import ImageError, read_image, to_pixels, usual_processor
-from trainer.arguments import ROOT, Parser, Switch, above_zero, positive
+from trainer.arguments import ROOT, Parser, Switch, above_zero, add_device_argument, positive
+from trainer.device import DTYPES, default_dtype, pick_device
 from trainer.errors import UserError, launch
 from trainer.files import real_place, save_json
-from trainer.runtime import DTYPES, default_dtype, pick_device
 from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
 DEMO = ROOT / "dataset" / "demo"
@@ -58,7 +58,7 @@ def get_args():
     parser.add_argument("--learning_rate", type=above_zero, default=1.5e-3)
     parser.add_argument("--warmup_iters", type=positive, default=50)
     parser.add_argument("--log_interval", type=positive, default=50)
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     parser.add_argument("--dtype", choices=OFFERED, help="of autocast (default: bfloat16 where the machine has it)")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()

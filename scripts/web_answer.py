@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scripts.remote_chat import answer_parts, check_address, models_at
+from scripts.remote_chat import answer_parts, models_at, open_client
 
 UNWATCHED = 20.0  # seconds after which an answer that no page shows is not worth writing on
 AT_ONCE = 4  # answers that a model writes at the same time, each for another page
@@ -204,7 +204,7 @@ def load_local(
         UserError: one of them does not load.
     """
     from model.model_lora import merge_lora
-    from trainer.runtime import pick_device
+    from trainer.device import pick_device
     from trainer.weights import load_adapter, load_tokenizer, load_weights
 
     tokenizer, processor = load_tokenizer(tokenizer_folder), None
@@ -226,11 +226,10 @@ def connect(base_url: str, api_key: str) -> tuple[object, list[str]]:
     """A client for an address, and the names of the models there.
 
     Raises:
-        UserError: it is no address, nothing answers, or it refuses.
+        UserError: it is no address, nothing answers, it refuses, or a proxy is in the way.
     """
     import openai
 
-    check_address(base_url, api_key)
     patient = openai.Timeout(600, connect=5)  # a busy server may let a question wait
-    client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", max_retries=0, timeout=patient)
+    client = open_client(base_url, api_key or "none", max_retries=0, timeout=patient)
     return client, models_at(client.with_options(timeout=10))

@@ -6,6 +6,14 @@ streamlit run scripts/web_demo.py -- --out_dir out/demo    options of the page f
 
 import _repo  # noqa: F401  (lets Streamlit find the rooms)
 
-from scripts.web_page import page
+from trainer.errors import launch
 
-page()
+
+def main():
+    from scripts.web_page import page
+
+    page()
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -6,6 +6,14 @@ streamlit run scripts/web_demo_vlm.py -- --out_dir out/demo --vision_model FOLDE
 
 import _repo  # noqa: F401  (lets Streamlit find the rooms)
 
-from scripts.web_page import page
+from trainer.errors import launch
 
-page(vision=True)
+
+def main():
+    from scripts.web_page import page
+
+    page(vision=True)
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -6,13 +6,14 @@ characters it is, never as Markdown or HTML.
 
 import argparse
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import streamlit as st
 
 from scripts.web_answer import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
-from trainer.arguments import ROOT
+from trainer.arguments import ROOT, add_device_argument
 from trainer.errors import UserError
 
 SOURCES = ("out/", "OpenAI API")  # alike in both languages: a selection whose words change loses its mark
@@ -125,7 +126,7 @@ def get_args():
     parser = argparse.ArgumentParser(description="streamlit run scripts/web_demo.py -- OPTIONS")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out", help="where weights lie")
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     parser.add_argument(
         "--vision_model",
         default=str(ROOT / "model" / "vision_model" / "clip-vit-base-patch16"),
@@ -324,7 +325,14 @@ def draw_greeting(words: dict, ready: bool, vision: bool) -> None:
 
 
 def page(vision: bool = False) -> None:
-    """Draw the page; `vision` for models that take pictures."""
+    """Draw the page; `vision` for models that take pictures.
+
+    Raises:
+        UserError: Python runs the script, and not Streamlit.
+    """
+    if not st.runtime.exists():
+        script = "web_demo_vlm.py" if vision else "web_demo.py"
+        raise UserError(f"the page is drawn by Streamlit: type {sys.executable} -m streamlit run scripts/{script}")
     args = get_args()
     st.set_page_config(page_title="MiniMind", page_icon=":material/forum:")
     state = st.session_state

@@ -1,6 +1,7 @@
 """Fixtures that every test file may ask for."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -27,7 +28,10 @@ SENTENCES = [
 
 
 def pytest_configure() -> None:
-    """Scripts under test hear Ctrl-C also where the suite runs in the background, which ignores it."""
+    """Scripts under test hear Ctrl-C also where the suite runs in the background, which ignores it, and no client of
+    theirs or ours asks this machine through a proxy."""
+    for name in [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
+        del os.environ[name]
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -42,6 +42,15 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
 
+def text(value: str) -> str:
+    """What is said to a model or a server, who take whole characters only; a path may be any bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8") from None
+    return value
+
+
 def positive(text: str) -> int:
     """An integer from 1 on."""
     number = int(text)
@@ -98,6 +107,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--use_moe", action=Switch, help="mixture of experts; '_moe' is appended to the weights' names")
     group.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     group.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights lie")
+
+
+def add_device_argument(parser) -> None:
+    """--device, of a parser or of a group of one."""
+    what = "cpu, cuda, cuda:N, mps, xpu (default: the accelerator that PyTorch finds, else cpu)"
+    parser.add_argument("--device", default=None, help=what)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,11 +176,11 @@ def training_parser(description: str, **defaults) -> Parser:
     training.add_argument("--seed", type=seed, default=42)
 
     engine = parser.add_argument_group("machine")
-    engine.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(engine)
     engine.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of autocast (default: bfloat16 where the machine computes in it; else float16 on GPU, float32 on CPU)",
+        help="of autocast (default: bfloat16 where the machine computes in it; else float16 on cuda, float32)",
     )
     engine.add_argument("--compile", action=Switch, default=None, help="torch.compile (default: where it pays)")
     engine.add_argument("--gradient_checkpointing", action=Switch, help="less memory, a third more time")
@@ -185,7 +200,7 @@ def training_parser(description: str, **defaults) -> Parser:
     )
     saving.add_argument("--overwrite", action=Switch, help="replace the weights of an earlier run")
     saving.add_argument("--use_wandb", action=Switch, help="also log to Weights & Biases")
-    saving.add_argument("--wandb_project", default="MiniMind")
+    saving.add_argument("--wandb_project", type=text, default="MiniMind")
     parser.set_defaults(**defaults)
     return parser
 

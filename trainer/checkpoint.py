@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
+from trainer.device import index_of, random_state, set_random_state
 from trainer.engine import full_state_dict, plain_model, require_same_weights
 from trainer.errors import UserError
 from trainer.files import (
@@ -138,7 +138,7 @@ class Checkpoint:
         """
         run = self.runtime
         weights = full_state_dict(model, run, self.keep)
-        random = run.gather(self._random_state())
+        random = run.gather(random_state(run.device))
         with self._new_folder(f"step_{progress.step:08d}") as folder:
             if run.deepspeed_config:
                 with writing_tensors():
@@ -303,18 +303,9 @@ class Checkpoint:
             given = {key: value for key, value in plain.state_dict().items() if not self.keep(key)}
             plain.load_state_dict(given | load_tensors(folder / "model.pth"))
             optimizer.load_state_dict(state["optimizer"])
-        random = load_tensors(folder / f"rank_{self.runtime.rank}.pt")
-        torch.set_rng_state(random["cpu"])
-        if self.runtime.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], self.runtime.device)
-
-    def _random_state(self) -> dict:
-        state = {"cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        return state
+        set_random_state(self.runtime.device, load_tensors(folder / f"rank_{self.runtime.rank}.pt"))
 
 
 def _wait(runtime: Runtime) -> None:
     if runtime.world_size > 1:
-        dist.barrier(device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None)
+        dist.barrier(device_ids=index_of(runtime.device))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model.weights import weights_hash
+from trainer.device import index_of
 from trainer.errors import UserError
 from trainer.runtime import Runtime
 
@@ -36,7 +37,7 @@ def wrap_model(model: nn.Module, optimizer, runtime: Runtime, compile_blocks: bo
         model, optimizer = _deepspeed_engine(model, optimizer, runtime)
         runtime.engine += f", DeepSpeed ZeRO-{model.zero_optimization_stage()} on {runtime.world_size} processes"
     elif runtime.world_size > 1:
-        model = DistributedDataParallel(model, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
+        model = DistributedDataParallel(model, device_ids=index_of(runtime.device))
         runtime.engine += f", DDP on {runtime.world_size} processes"
     return model, optimizer
 
@@ -102,7 +103,8 @@ def should_compile(args, runtime: Runtime, steps: int) -> bool:
         tokens = steps * args.batch_size * args.accumulation_steps * args.max_seq_len
         zero = (runtime.deepspeed_config or {}).get("zero_optimization", {})
         pays = args.packing and tokens >= COMPILE_PAYS_FROM and zero.get("stage") != 3
-        return pays and why_not_compile(runtime.device) is None
+        prototype = runtime.device.type == "mps"  # by PyTorch's own word
+        return pays and not prototype and why_not_compile(runtime.device) is None
     if args.compile and (why_not := why_not_compile(runtime.device)):
         raise UserError(f"--compile does not work here ({why_not}): leave it out")
     return args.compile
@@ -110,7 +112,8 @@ def should_compile(args, runtime: Runtime, steps: int) -> bool:
 
 def why_not_compile(device: torch.device) -> str | None:
     """What keeps torch.compile from working on this machine; None where it works."""
-    if device.type == "cpu" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+    compilers = ("g++", "clang++", "cl")  # the last on Windows
+    if device.type == "cpu" and not (os.environ.get("CXX") or any(map(shutil.which, compilers))):
         return "there is no C++ compiler"
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))

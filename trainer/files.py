@@ -126,7 +126,8 @@ def writing_tensors() -> Iterator[None]:
 
 def save_json(content: dict, path: Path) -> str:
     """A dict as JSON that people can read, whole or not at all; returns the file's SHA-256."""
-    data = (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    data = text.encode(errors="backslashreplace")  # a file's name that is not UTF-8 in JSON's own escapes
     with replacing(path) as temporary:
         temporary.write_bytes(data)
     return hashlib.sha256(data).hexdigest()
@@ -134,8 +135,11 @@ def save_json(content: dict, path: Path) -> str:
 
 def file_hash(path: Path) -> str:
     """A file's SHA-256, 64 hex digits; half a second a GB."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_hash(path: Path, beside: Path, about: dict) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dataset import DataError
 from trainer.checkpoint import Progress
-from trainer.errors import UserError, note
+from trainer.errors import UserError, note, shown
 from trainer.evaluation import EvaluationError
 from trainer.files import cannot_write, replacing
 from trainer.runtime import Runtime
@@ -142,7 +142,8 @@ def _start_wandb(args, name: str):
     import wandb
 
     try:
-        return wandb.init(project=args.wandb_project, name=name, config=vars(args))
+        settings = {key: shown(value) if isinstance(value, str) else value for key, value in vars(args).items()}
+        return wandb.init(project=args.wandb_project, name=shown(name), config=settings)
     except wandb.Error as error:
         raise UserError(f"--use_wandb: {error} (WANDB_MODE=offline needs no account)") from error
 
@@ -167,14 +168,18 @@ def draw_curve(metrics: Path) -> Path | None:
     held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     if not trained:
         return None
-    from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
+    except ImportError as error:
+        note(f"no loss curve is drawn: {error}")
+        return None
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*trained, strict=True), label="training", linewidth=1.2)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), label="held out", marker="o", markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats)", title=metrics.name.split(".")[0])
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)", title=shown(metrics.name.split(".")[0]))
     axes.grid(alpha=0.3)
     axes.legend()
     image = metrics.with_name(metrics.name.replace(".metrics.jsonl", ".png"))

@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.model import predicting
 from trainer.arguments import deepspeed_config
+from trainer.device import DTYPES, default_dtype, moved, pick_device
 from trainer.errors import UserError
 from trainer.launcher import place_of
 from trainer.signals import StopSignals, terminal_may_go
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NON_FINITE_LIMIT = 10  # in a row; float16's scaler needs a few of them to find its scale
 
 
@@ -56,12 +56,13 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: moved(tensor, self.device) for name, tensor in batch.items()}
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over all ranks, who also tell each other here whether one of them was asked to stop."""
-        tensor = torch.tensor([*values, len(self._signals)], dtype=torch.float64, device=self.device)
+        tensor = torch.tensor([*values, len(self._signals)], dtype=torch.float64)
         if self.world_size > 1:
+            tensor = tensor.to(self.device)  # where the ranks meet; not all devices have float64 (mps)
             dist.all_reduce(tensor)
         *sums, signals = tensor.tolist()
         self.asked_to_stop = signals > 0
@@ -158,7 +159,9 @@ def start_runtime(args) -> Runtime:
     """
     place = place_of(os.environ)
     device = pick_device(args.device, place.local_rank or 0)
-    if place.launched and device.type == "cuda" and torch.cuda.device_count() > 1:
+    if place.world_size > 1 and device.type == "mps":
+        raise UserError("--device mps: a Mac's GPU cannot be shared by processes; leave the launcher out")
+    if place.launched and device.index is not None and torch.accelerator.device_count() > 1:
         if place.local_rank is None and place.world_size > 1:
             raise UserError("LOCAL_RANK is not in the environment, which says whose GPU is whose: torchrun sets it")
         if device.index != (place.local_rank or 0):
@@ -174,7 +177,7 @@ def start_runtime(args) -> Runtime:
         config = deepspeed_config(args)
     runtime = Runtime(device, DTYPES[args.dtype], place.rank, place.world_size, config)
     if place.launched:
-        _meet("nccl" if device.type == "cuda" else "gloo")
+        _meet(dist.get_default_backend_for_device(device))  # nccl for cuda, gloo for the CPU
     if place.world_size > 1:
         runtime._preparation = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
     torch.manual_seed(args.seed)
@@ -192,39 +195,3 @@ def _meet(backend: str) -> None:
             f"the processes do not meet at {where}, which MASTER_ADDR and MASTER_PORT name ({reason}): is the port "
             "taken, the name known, and does rank 0 run there?"
         ) from error
-
-
-def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """The device asked for, or this rank's GPU, or the CPU. A GPU becomes the current one, ready for any lengths.
-
-    Raises:
-        UserError: it is not there.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: use cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: PyTorch sees no CUDA GPU here; use --device cpu")
-        if device.index is None:
-            device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"{device} is asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0")
-        torch.cuda.set_device(device)
-        # On Hopper and Blackwell PyTorch asks cuDNN first, which takes a second to plan for each new length, forward
-        # and backward: at every token written, and every unpacked row (measured by benchmarks/, an H200, torch 2.11).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
-
-
-def default_dtype(device: torch.device) -> str:
-    """The fastest dtype to train in: bfloat16 where the machine computes in it, which needs no loss scaling."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    able = torch.cpu.get_capabilities()  # bf16: what ARM calls it
-    return "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"

@@ -7,7 +7,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from model.chat import render_chat
-from tests.running import PATIENCE, ROOT
+from tests.running import PATIENCE, ROOT, call_script
 from tests.scripts.openai_double import openai_double
 from trainer.weights import load_weights
 
@@ -136,3 +136,10 @@ def test_weights_that_do_not_load_are_named_and_the_page_goes_on(open_page, tiny
     app.run()
     assert not app.sidebar.text
     assert not app.chat_input(key="question").disabled
+
+
+@pytest.mark.parametrize("script", ["web_demo.py", "web_demo_vlm.py"])
+def test_without_streamlit_it_says_what_to_type(script, capsys):
+    call_script(f"scripts/{script}", exit_code=2)
+    told = f"error: the page is drawn by Streamlit: type {sys.executable} -m streamlit run scripts/{script}"
+    assert told in capsys.readouterr().err.splitlines()

@@ -1,12 +1,13 @@
 """The flags all stages share: each there, each read as people mean it, each wrong value told in one line."""
 
+import importlib
 import json
 
 import pytest
 
 import train_full_sft
 import train_pretrain
-from trainer.arguments import Switch, check_training_arguments, deepspeed_config, training_parser
+from trainer.arguments import Switch, check_training_arguments, deepspeed_config, text, training_parser
 from trainer.errors import UserError
 
 COMMON_FLAGS = """
@@ -136,3 +137,17 @@ def test_a_deepspeed_file_that_is_none(tmp_path, content):
         path.write_text(content)
     with pytest.raises(UserError, match=r"ds\.json"):
         deepspeed_config(parse("--deepspeed", str(path)))
+
+
+@pytest.mark.parametrize(
+    "stage", ["eval_model", "eval_vlm", "scripts.chat_openai_api", "scripts.collect_teacher_answers"]
+)
+def test_what_is_said_to_a_model_is_utf8(stage, monkeypatch):
+    """A path may be any bytes; a prompt that no tokenizer and no server takes is refused by name."""
+    flag = "--system" if stage.startswith("scripts") else "--prompt"
+    broken = b"caf\xe9".decode("utf-8", "surrogateescape")
+    monkeypatch.setattr("sys.argv", [stage, flag, broken])
+    with pytest.raises(UserError, match=f"argument {flag}: it is not UTF-8"):
+        importlib.import_module(stage).get_args()
+    assert parse("--data_path", broken).data_path == broken
+    assert text("水") == "水"

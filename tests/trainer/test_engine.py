@@ -29,6 +29,21 @@ def test_by_itself_where_it_works_and_pays(monkeypatch):
         assert engine.should_compile(settings(), run, steps=1000) == compiles
 
 
+def test_a_prototype_is_not_used_unasked(monkeypatch):
+    monkeypatch.setattr(engine, "why_not_compile", lambda device: None)
+    run = Runtime(torch.device("mps"), torch.float32)
+    assert not engine.should_compile(settings(), run, steps=1000)
+    assert engine.should_compile(settings(compile=True), run, steps=1000)
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++", "cl"])
+def test_any_compiler_that_inductor_takes(compiler, monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(engine.shutil, "which", lambda name: name if name == compiler else None)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert engine.why_not_compile(RUN.device) is None
+
+
 def test_without_a_compiler_it_is_off_and_cannot_be_forced(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")

@@ -1,5 +1,6 @@
 """How scripts end: one line and exit code 2 for what the user can mend, a traceback for what is a bug."""
 
+import io
 import os
 import signal
 import sys
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from dataset import DataError
-from trainer.errors import UserError, launch
+from trainer import errors
+from trainer.errors import UserError, launch, note, shown
 
 
 def ending(error: BaseException, capsys) -> tuple[int, str]:
@@ -93,3 +95,63 @@ def test_a_stream_that_cannot_show_a_character(monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdout", open(1, "w", encoding="ascii", closefd=False))  # noqa: SIM115
     launch(lambda: print("水 water"))
     assert capfd.readouterr().out == "? water\n"
+
+
+def test_of_several_ranks_the_first_alone_notes(monkeypatch, capsys):
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        note(f"from {rank}")
+        note(f"of {rank}", every_rank=True)
+    assert capsys.readouterr().err.splitlines() == ["from 0", "of 0", "of 1", "of 2"]
+
+
+def test_a_package_that_is_missing_is_named(capsys):
+    def main():
+        import no_such_package_as_this.at_all  # noqa: F401
+
+    with pytest.raises(SystemExit) as end:
+        launch(main)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: no_such_package_as_this is not installed for {sys.executable}: ")
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("no", name="torch.gone"), ModuleNotFoundError("no")])
+def test_a_part_of_a_package_that_is_missing_is_a_bug(error):
+    with pytest.raises(ModuleNotFoundError):
+        launch(lambda: (_ for _ in ()).throw(error))
+
+
+def test_a_reader_that_has_enough_is_no_error(monkeypatch, tmp_path):
+    """`| head`: 141, as a shell has it, also where there is no SIGPIPE to ask for its number."""
+    monkeypatch.setattr(sys, "stdout", open(tmp_path / "out", "w", encoding="utf-8"))  # noqa: SIM115
+    monkeypatch.delattr(errors.signal, "SIGPIPE")
+    with pytest.raises(SystemExit) as end:
+        launch(lambda: (_ for _ in ()).throw(BrokenPipeError()))
+    assert end.value.code == 141
+
+
+def test_streams_that_are_closed(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    launch(lambda: (print("x"), note("y"), sys.stdin.read()))
+
+
+def test_on_windows_pipes_and_files_are_utf8(monkeypatch):
+    """Where a code page would be used that has no Chinese."""
+    raw = {name: io.BytesIO("你好".encode() if name == "stdin" else b"") for name in ("stdin", "stdout", "stderr")}
+    for name, stream in raw.items():
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding="cp1252", errors="strict"))
+    monkeypatch.setattr(sys, "platform", "win32")
+    launch(lambda: (print(sys.stdin.read()), note("水"), sys.stdout.flush()))
+    assert raw["stdout"].getvalue().decode().strip() == "你好"
+    assert raw["stderr"].getvalue().decode().strip() == "水"
+
+
+def test_a_name_that_is_not_utf8_can_be_shown(capsys):
+    name = b"a\xff\xe6\xb0\xb4.jsonl".decode("utf-8", "surrogateescape")
+    assert shown(name) == "a\\udcff水.jsonl"
+    assert shown("水") == "水"
+    note(f"error in {name}")
+    assert capsys.readouterr().err == "error in a\\udcff水.jsonl\n"
+    assert ending(UserError(f"{name} is missing"), capsys) == (2, "error: a\\udcff水.jsonl is missing\n")

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.trainer.accelerators import pretend
 from trainer import signals
 from trainer.errors import UserError
-from trainer.runtime import NON_FINITE_LIMIT, Runtime, default_dtype, pick_device, start_runtime
+from trainer.runtime import NON_FINITE_LIMIT, Runtime, start_runtime
 
 CPU = torch.device("cpu")
 # what torchrun tells the second of two processes
@@ -26,55 +27,25 @@ def run():
     return Runtime(CPU, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["gpu", "meta", "mps", "cuda:x", "", "cuda"])
-def test_a_device_that_is_not_there(name, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="--device"):
-        pick_device(name)
-
-
-def test_the_gpu_of_a_rank(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    current = []
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert pick_device(None, local_rank=1) == torch.device("cuda:1")
-    assert pick_device("cuda:0", local_rank=1) == torch.device("cuda:0")
-    assert pick_device("cpu") == CPU
-    assert current == [torch.device("cuda:1"), torch.device("cuda:0")]
-    with pytest.raises(UserError, match="2 GPUs"):
-        pick_device("cuda", local_rank=2)
-
-
 def test_a_launcher_gives_each_rank_a_gpu_of_its_own(monkeypatch):
-    for name, answer in (("is_available", True), ("device_count", 2), ("set_device", None)):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    pretend(monkeypatch, "cuda", 2)
     for name, value in PLACE.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--device cuda:0: a launcher gives each process a GPU of its own"):
         start_runtime(SimpleNamespace(device="cuda:0"))
 
 
-@pytest.mark.parametrize(
-    ("able", "dtype"),
-    [
-        ({"avx2": True}, "float32"),
-        ({"avx512_f": True, "avx512_bf16": False}, "float32"),
-        ({"avx512_bf16": True}, "bfloat16"),
-        ({"amx_bf16": True}, "bfloat16"),
-        ({"neon": True, "bf16": True}, "bfloat16"),
-        ({"neon": True}, "float32"),
-    ],
-)
-def test_a_cpu_trains_in_bfloat16_where_it_computes_in_it(able, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    assert default_dtype(CPU) == dtype
+def test_a_macs_gpu_cannot_be_shared(monkeypatch):
+    pretend(monkeypatch, "mps", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"--device mps: .* leave the launcher out"):
+        start_runtime(SimpleNamespace(device="mps"))
 
 
-@pytest.mark.parametrize(("able", "dtype"), [(True, "bfloat16"), (False, "float16")])
-def test_a_gpu_trains_in_bfloat16_where_it_computes_in_it(able, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
-    assert default_dtype(torch.device("cuda")) == dtype
+def test_sums_are_exact_also_where_the_device_has_no_float64():
+    """A Mac's GPU refuses them; nothing may be made there, and a token more among 2^24 of them counts."""
+    run = Runtime(torch.device("mps"), torch.float32)
+    assert run.sum(2**24 + 1, torch.tensor(0.5)) == [2**24 + 1, 0.5]
 
 
 def test_a_step_is_counted_by_its_trained_tokens_its_rows_and_its_real_tokens(run):
