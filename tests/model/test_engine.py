@@ -152,6 +152,27 @@ def test_a_lone_answer_in_a_high_slot_and_a_few_far_apart_end_up_side_by_side(mo
     assert [ids(answer) for answer in answers] == [alone(models["dense"], request) for request in requests]
 
 
+@pytest.mark.parametrize(("moved", "kept"), [(90, 4), (4, 90)], ids=["long beside short", "short beside long"])
+def test_slots_that_change_places_keep_all_that_they_hold(moved, kept, models, tiny_tokenizer):
+    """What is being written moves, and the slot it moves to holds what a later prompt begins with."""
+    engine = Engine(models["dense"], tiny_tokenizer, slots=8, token_budget=1000)
+    lengths = (25, 3, 3, 3, 3, 3, 3, 25)
+    prompts = [prompt_of(n, seed) for seed, n in enumerate((3, kept, 3, 3, 3, 3, 3, moved), 1)]
+    requests = [
+        Request(prompt=prompt, max_new_tokens=n, eos_token_id=()) for prompt, n in zip(prompts, lengths, strict=True)
+    ]
+    answers = [engine.submit(request) for request in requests]
+    at = {}
+    while engine.running or engine.waiting:
+        engine.step()
+        at[len(answers[7].ids)] = answers[7].slot and answers[7].slot.number
+    assert [at[moved + 1], at[moved + 20]] == [7, 1], "the test needs a slot that moves"
+    again = Request(prompt=[*prompts[1], *ids(answers[1]), 9], max_new_tokens=9, eos_token_id=())
+    answers += engine.run([again])
+    assert answers[8].reused == kept + 2
+    assert [ids(answer) for answer in answers] == [alone(models["dense"], r) for r in [*requests, again]]
+
+
 # ---------------------------------------------------------------------------------------------- what is used again
 
 
@@ -234,6 +255,15 @@ def test_stop_strings_cut_the_text_wherever_tokens_end(cut, engine, tiny_tokeniz
         assert tiny_tokenizer.decode(tokens).startswith(text)
         if text and text[-1] != "\ufffd":  # which half a character shows as, too
             assert not tiny_tokenizer.decode(tokens[:-1]).startswith(text)
+
+
+@pytest.mark.parametrize("stop", [["three", "two"], ["two", "three"], ["two three", "three", "two"]])
+def test_of_several_stop_strings_the_first_in_the_text_counts(stop):
+    spelling = _Spelling([b"one ", b"two three four"], stop)
+    assert [spelling.push(Token(id))[0] for id in (0, 1)] == ["one ", ""]
+    assert spelling.stopped
+    held = _Spelling([b"one t", b"hree two"], stop)  # "t" may begin either
+    assert "".join(held.push(Token(id))[0] for id in (0, 1)) == ("one " if "three" in stop else "one three ")
 
 
 def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(engine):
@@ -327,6 +357,22 @@ def test_log_probabilities_are_the_models_own(engine, models):
     for seed, other in enumerate(others):
         assert all(len(token.top) == seed and token.logprob < 0 for token in other.tokens)
         assert other.prompt_tokens == []
+
+
+PENALTIES = {"repetition_penalty": 1.7, "frequency_penalty": 2.0, "presence_penalty": 1.5}
+
+
+@pytest.mark.parametrize("company", [0, 2])
+def test_log_probabilities_are_taken_before_penalties_and_temperature(company, engine, models):
+    shaped = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 2, "logprobs": 4, "eos_token_id": ()}
+    request = Request(prompt=prompt_of(9), max_new_tokens=12, **shaped, **PENALTIES)
+    others = [Request(prompt=prompt_of(9, seed), max_new_tokens=12, eos_token_id=()) for seed in range(1, company + 1)]
+    answer = engine.run([request, *others])[0]
+    with torch.no_grad():
+        right = models["dense"](torch.tensor([[*request.prompt, *ids(answer)]])).logits[0, 8:].log_softmax(-1)
+    for token, row in zip(answer.tokens, right[:-1], strict=True):
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
+        assert [value for _, value in token.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
 
 
 def test_a_prompt_can_be_scored_without_writing(engine, models):
