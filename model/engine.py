@@ -401,7 +401,9 @@ class Engine:
         Raises:
             ValueError: see `check`; before anything is written.
         """
-        answers = [self.submit(request) for request in requests]
+        answers = [self.prepare(request) for request in requests]
+        for answer in answers:
+            self.enqueue(answer)
         while any(answer.finish_reason is None for answer in answers):
             self.step()
         return answers

@@ -438,6 +438,12 @@ def test_what_cannot_be_done_is_refused_at_once(settings, said, engine):
     assert engine.waiting == 0
 
 
+def test_of_several_requests_none_is_queued_where_one_is_refused(engine):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.run([Request(prompt=[3, 4]), Request(prompt=[])])
+    assert engine.waiting == 0
+
+
 def test_an_engine_needs_a_slot_and_a_budget(models, tiny_tokenizer):
     for settings in ({"slots": 0}, {"token_budget": 0}):
         with pytest.raises(ValueError, match="from 1 on"):

@@ -66,7 +66,7 @@ def test_the_template_of_the_file_is_plain_jinja_and_lays_a_chat_out_as_we_do(mo
     chat = [
         {"role": "user", "content": " hi"},
         {"role": "assistant", "content": "你好 "},
-        {"role": "user", "content": "\n"},
+        {"role": "user", "content": "\nbye"},
     ]
     text = template.render(messages=chat, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
     ids = render_chat(tiny_tokenizer, chat, add_generation_prompt=True)[0]
