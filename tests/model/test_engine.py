@@ -190,6 +190,29 @@ def test_a_prompt_that_begins_alike_is_read_only_where_it_differs(engine, models
     assert other.reused == 0
 
 
+def test_the_slot_that_nobody_used_for_longest_is_taken(engine):
+    requests = [Request(prompt=prompt_of(30, seed), max_new_tokens=2, eos_token_id=()) for seed in range(4)]
+    for request in requests:  # one after the other, in three slots
+        engine.run([request])
+    assert [engine.run([requests[seed]])[0].reused for seed in (1, 2, 3, 0)] == [29, 29, 29, 0]
+
+
+def test_a_long_text_is_not_given_up_for_a_short_one_that_begins_alike(engine):
+    long = Request(prompt=prompt_of(90), max_new_tokens=2, eos_token_id=())
+    engine.run([long])
+    (short,) = engine.run([Request(prompt=[*long.prompt[:10], 9], max_new_tokens=2, eos_token_id=())])
+    assert short.reused == 10
+    assert engine.run([long])[0].reused == 89
+
+
+def test_prompts_are_read_in_the_order_they_came(engine):
+    first, second = (engine.submit(Request(prompt=prompt_of(60, seed), eos_token_id=())) for seed in (1, 2))
+    for _ in range(3):
+        engine.step()
+    assert (first.count, second.count) == (1, 0)
+    assert len(second.slot.holds) == 3 * 24 - 60
+
+
 def test_a_prompt_is_copied_from_an_answer_that_is_being_written(engine, models):
     request = Request(prompt=prompt_of(70), max_new_tokens=12, eos_token_id=())
     answers = [engine.submit(request)]
@@ -310,6 +333,13 @@ def test_cancelling_frees_the_slot_for_the_very_next_step(engine):
     assert engine.step() == []
 
 
+def test_the_first_reason_to_end_an_answer_counts(engine):
+    answer = engine.submit(Request(prompt=prompt_of(5), eos_token_id=()))
+    engine.cancel(answer, "timeout")
+    engine.cancel(answer)
+    assert [piece.finish_reason for _, piece in engine.step()] == ["timeout"]
+
+
 def test_leaving_a_stream_early_frees_its_slot(engine):
     stream = engine.stream(Request(prompt=prompt_of(5), eos_token_id=()))
     next(stream)
@@ -343,7 +373,7 @@ def test_log_probabilities_are_the_models_own(engine, models):
     company = [
         Request(prompt=prompt_of(9, seed), max_new_tokens=8, logprobs=seed, eos_token_id=()) for seed in range(3)
     ]
-    answer, *others = engine.run([request, *company])
+    *others, answer = engine.run([*company, request])
     with torch.no_grad():
         right = models["dense"](torch.tensor([prompt + ids(answer)])).logits[0].log_softmax(-1)
     tokens = answer.prompt_tokens + answer.tokens

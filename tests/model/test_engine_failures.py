@@ -117,6 +117,16 @@ def test_a_cancelled_answer_hears_its_end_though_the_step_fails(thread, failing)
     assert [collect(reader.pieces)[-1].finish_reason for reader in readers] == ["cancelled", "error", "cancelled"]
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_thread_knows_whether_its_device_is_broken(broken, thread, engine, failing, monkeypatch):
+    monkeypatch.setattr(engine, "computes", lambda: not broken)
+    pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+    failing.set = True
+    thread.submit(request_of(1), pieces.put)
+    collect(pieces)
+    assert thread.broken == broken
+
+
 def test_an_idle_thread_stands_still(thread, engine, failing, monkeypatch):
     """Also after a failure: it neither steps nor looks again and again."""
     steps = []

@@ -12,12 +12,13 @@ from tests.model.networks import network, random_ids
 
 KINDS = {
     "dense": {},
-    "all heads have keys": {"n_kv_heads": 4},
+    "all heads have keys, another epsilon and base": {"n_kv_heads": 4, "norm_eps": 1e-2, "rope_theta": 100.0},
     "moe": {"use_moe": True},
     "moe without shared, three of five": {
         **{"use_moe": True, "n_shared_experts": False, "n_routed_experts": 5, "num_experts_per_tok": 3},
         "norm_topk_prob": False,
     },
+    "moe, one expert a token": {"use_moe": True, "num_experts_per_tok": 1},  # which is weighted all the same
 }
 
 
@@ -71,6 +72,17 @@ def test_slots_are_copied_and_swapped():
     spans = [Span(1, 19, ids[0][19:]), Span(0, 12, ids[1][12:]), Span(2, 10, ids[0][10:])]
     logits = decoder.logits(decoder.read(spans))
     torch.testing.assert_close(logits, torch.cat([right[0, 19:], right[1, 12:], right[0, 10:]]), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [(0, 1), (1, 0)])
+def test_writers_of_almost_one_length_in_any_order(slots):
+    model = network()
+    ids = ids_of(2, 20)
+    right = expected(model, ids)
+    decoder = Decoder(model, slots=2, slot_len=32)
+    decoder.read([Span(slots[0], 0, ids[0][:18]), Span(slots[1], 0, ids[1][:19])])
+    logits = decoder.logits(decoder.read([Span(slots[0], 18, ids[0][18:19]), Span(slots[1], 19, ids[1][19:])]))
+    torch.testing.assert_close(logits, torch.stack([right[0, 18], right[1, 19]]), atol=2e-4, rtol=1e-4)
 
 
 def test_embeddings_stand_in_for_tokens():

@@ -85,7 +85,10 @@ def test_the_folder_is_plain_and_readable_by_older_transformers(llama):
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert about["chat_template"] == CHAT_TEMPLATE
     assert about["padding_side"] == "left"
-    assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
+    assert about["model_max_length"] == 256
+    writing = GenerationConfig.from_pretrained(folder)
+    assert (writing.pad_token_id, writing.bos_token_id, writing.eos_token_id) == (0, 1, 2)
+    assert (writing.do_sample, writing.temperature, writing.top_p) == (True, 0.85, 0.85)  # as eval_model.py
 
 
 def test_the_pipeline_chats(llama, tiny_tokenizer):
@@ -302,6 +305,10 @@ def test_a_folder_that_computes_something_else_is_noticed(llama, tmp_path):
 
 def test_configurations_map_one_to_one():
     for changes in SHAPES.values():
-        config = make_model(50, **changes).config
+        config = make_model(50, **{"aux_loss_alpha": 0.03 if "use_moe" in changes else 0.1} | changes).config
         shared = {"model.layers.0.mlp.shared_expert.down_proj.weight": torch.ones(1) * config.n_shared_experts}
-        assert to_our_config(to_their_config(config), shared).to_dict() == config.to_dict()
+        theirs = to_their_config(config)
+        assert to_our_config(theirs, shared).to_dict() == config.to_dict()
+        for place in ("rope_theta", "rope_parameters"):  # transformers 4 saves the one, transformers 5 the other
+            without = {key: value for key, value in theirs.items() if key != place}
+            assert to_our_config(without, shared).rope_theta == config.rope_theta
