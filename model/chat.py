@@ -21,19 +21,6 @@ IMAGE_PLACE = -1  # an image's places among rendered ids, until they get their o
 CALL_CHARS = 1 << 20  # of text in one call of the tokenizer…
 STRETCH_CHARS = 1 << 16  # …and of one text at once, so that the tokenizer's threads share a long one
 
-# The same layout for `tokenizer.apply_chat_template`, saved with the tokenizer for tools outside this project.
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<s>system\\n" + DEFAULT_SYSTEM_PROMPT + "</s>\\n' }}"
-    "{% endif %}"
-    "{% for message in messages %}"
-    "{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<s>assistant\\n' }}"
-    "{% endif %}"
-)
-
 Content = str | list[str | list[int]]  # text, or pieces of it and ids that stand as they are, such as an image's places
 Chat = Sequence[dict[str, Content]]
 

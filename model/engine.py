@@ -6,6 +6,7 @@
         print(piece.text, end="")
 """
 
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -15,6 +16,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,7 +144,9 @@ class Answer:
     def predicted(self, start: int, n: int) -> list[int]:
         """Which of `ids` are asked for when those from `start` on are read, n of them: the next one, the prompt's."""
         end = start + n
-        prompt = range(start + 1, min(end + 1, len(self.request.prompt))) if self.request.prompt_logprobs else ()
+        prompt: Iterable[int] = ()
+        if self.request.prompt_logprobs:  # once each, also where new weights read the prompt again
+            prompt = range(max(start + 1, len(self.prompt_tokens)), min(end + 1, len(self.request.prompt)))
         return [*prompt, end] if end == len(self.ids) and self.limit else [*prompt]
 
     def penalised(self, logits: Tensor) -> Tensor:
@@ -291,6 +295,7 @@ class Engine:
         self.token_budget = token_budget
         self._slots = [_Slot(number) for number in range(slots)]
         self._waiting: deque[Answer] = deque()
+        self._news: list[tuple[Answer, Piece]] = []  # what no step has returned yet
         self._numbers = itertools.count()
         self._steps = 0
 
@@ -322,15 +327,15 @@ class Engine:
                 f"the prompt has {len(r.prompt)} tokens, and with an answer {self.decoder.slot_len} are possible"
             )
         for name, ok in (
-            ("max_new_tokens", r.max_new_tokens is None or r.max_new_tokens >= 0),
+            ("max_new_tokens", r.max_new_tokens is None or _is_count(r.max_new_tokens)),
             ("temperature", 0 <= r.temperature < math.inf),
-            ("top_k", r.top_k >= 0),
+            ("top_k", _is_count(r.top_k)),
             ("top_p", 0 < r.top_p <= 1),
             ("repetition_penalty", 0 < r.repetition_penalty < math.inf),
             ("frequency_penalty", math.isfinite(r.frequency_penalty)),
             ("presence_penalty", math.isfinite(r.presence_penalty)),
-            ("stop", not isinstance(r.stop, str) and all(r.stop)),
-            ("logprobs", 0 <= (r.logprobs or 0) <= vocabulary),
+            ("stop", not isinstance(r.stop, str) and all(isinstance(text, str) and text for text in r.stop)),
+            ("logprobs", r.logprobs is None or (_is_count(r.logprobs) and r.logprobs <= vocabulary)),
             ("prompt_logprobs", not r.prompt_logprobs or r.logprobs is not None),
             ("timeout", r.timeout is None or r.timeout >= 0),
             ("embeddings", r.embeddings is None or r.embeddings.shape == (len(r.prompt), self.decoder.config.dim)),
@@ -356,6 +361,18 @@ class Engine:
         answer = self.prepare(request)
         self.enqueue(answer)
         return answer
+
+    def refresh(self, model: MiniMindLM) -> None:
+        """Go on with the weights that the model has now: all answers to come, and the rest of those on their way.
+
+        Nothing that the old weights computed is used again; the next steps read what was written so far once more.
+
+        Raises:
+            ValueError: see `Decoder.refresh`.
+        """
+        for slot in self._slots:
+            slot.holds = []
+        self.decoder.refresh(model)
 
     def cancel(self, answer: Answer, reason: str = "cancelled") -> None:
         """End an answer where it is; the next step begins by giving its slot to a request that waits."""
@@ -384,7 +401,9 @@ class Engine:
         Raises:
             ValueError: see `check`; before anything is written.
         """
-        answers = [self.submit(request) for request in requests]
+        answers = [self.prepare(request) for request in requests]
+        for answer in answers:
+            self.enqueue(answer)
         while any(answer.finish_reason is None for answer in answers):
             self.step()
         return answers
@@ -396,14 +415,27 @@ class Engine:
 
         Returns:
             what was added to which answer; an answer's last piece has its `finish_reason`.
+
+        Raises:
+            Exception: whatever failed. By then every request has ended, with "error" unless it had already, and the
+                next step returns these ends, together with the pieces that the failed one had made.
         """
+        try:
+            self._advance()
+        except BaseException:
+            self.abandon()
+            raise
+        news, self._news = self._news, []
+        return news
+
+    def _advance(self) -> None:
         self._steps += 1
-        news = self._end_early()
+        self._end_early()
         self._admit()
         self._close_ranks()
         slots = self._readers()
         if not slots:
-            return news
+            return
         spans = [self._span(slot, n) for slot, n in slots.items()]
         hidden = self.decoder.read(spans)
 
@@ -416,34 +448,35 @@ class Engine:
             first += n
         if rows:
             logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
-            news += self._predict(logits, predicted)
+            self._predict(logits, predicted)
         for slot in slots:
             if slot.answer.limit == 0 and not slot.answer.unread():
-                news.append((slot.answer, slot.answer.end("length")))
+                self._news.append((slot.answer, slot.answer.end("length")))
             if slot.answer.finish_reason:
                 self._release(slot)
-        return news
 
-    def _end_early(self) -> list[tuple[Answer, Piece]]:
+    def _end_early(self) -> None:
         """End what was cancelled and what is out of time."""
-        now, news = time.monotonic(), []
+        now = time.monotonic()
         for answer in [*self._waiting, *(slot.answer for slot in self._slots if slot.answer)]:
             if answer.deadline is not None and now >= answer.deadline:
                 self.cancel(answer, "timeout")
             if answer.end_by:
-                news.append((answer, answer.end(answer.end_by)))
+                self._news.append((answer, answer.end(answer.end_by)))
                 self._release(answer.slot) if answer.slot else self._waiting.remove(answer)
-        return news
 
-    def abandon(self) -> list[tuple[Answer, Piece]]:
-        """End everything with "error", after a step that failed: what the slots hold is not to be trusted."""
+    def abandon(self) -> None:
+        """End everything with "error", after a step that failed: what the slots hold is not to be trusted.
+
+        The next step returns the ends.
+        """
         answers = [*self._waiting, *(slot.answer for slot in self._slots if slot.answer)]
         self._waiting.clear()
         for slot in self._slots:
             if slot.answer:
                 self._release(slot)
             slot.holds = []
-        return [(answer, answer.end("error")) for answer in answers if answer.finish_reason is None]
+        self._news += [(answer, answer.end("error")) for answer in answers if answer.finish_reason is None]
 
     def computes(self) -> bool:
         """Whether the device still does; after some errors a GPU refuses everything until the process ends."""
@@ -513,7 +546,7 @@ class Engine:
             embeddings = embeddings[start : start + n] if start < len(embeddings) else None
         return Span(slot.number, start, answer.ids[start : start + n], embeddings)
 
-    def _predict(self, logits: Tensor, predicted: list[tuple[Answer, int]]) -> list[tuple[Answer, Piece]]:
+    def _predict(self, logits: Tensor, predicted: list[tuple[Answer, int]]) -> None:
         """Choose the tokens to be written, and note what was asked about those of prompts.
 
         Args:
@@ -535,13 +568,11 @@ class Engine:
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 tokens[row] = token
         facts = self._facts(logits, tokens, [answer.request.logprobs for answer, _ in predicted])
-        news = []
         for (answer, place), token in zip(predicted, facts, strict=True):
             if place < len(answer.ids):
                 answer.prompt_tokens.append(token)
             else:
-                news.append((answer, answer.write(token)))
-        return news
+                self._news.append((answer, answer.write(token)))
 
     def _facts(self, logits: Tensor, tokens: list[int], asked: list[int | None]) -> list[Token]:
         """Each row's token, where asked with its log-probability and the so many likeliest: logits (rows, vocab)."""
@@ -558,6 +589,10 @@ class Engine:
         return facts
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
 def _alike(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """How many items two sequences have in common at their start."""
     # as far as the shorter one goes, hence not strict
@@ -565,7 +600,7 @@ def _alike(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 
 class EngineThread:
-    """An engine at work in a thread of its own; `submit` and `cancel` may be called from any other.
+    """An engine at work in a thread of its own; everything here may be called from any other.
 
     A step that fails (no memory, say) ends all answers it was to serve with the finish_reason "error", is logged, and
     the engine goes on with what comes next.
@@ -577,13 +612,14 @@ class EngineThread:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.broken = False
-        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._deliver: dict[Answer, Callable[[Piece], None]] = {}
+        self._closing = self._closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: Request, deliver: Callable[[Piece], None]) -> Answer:
-        """Queue a request.
+        """Queue a request; once the thread is closed it ends at once, "cancelled".
 
         Args:
             deliver: called with each piece, in the engine's thread, which waits for it: hand it on and return.
@@ -595,46 +631,83 @@ class EngineThread:
 
         def begin() -> None:
             self._deliver[answer] = deliver
-            self.engine.enqueue(answer)
+            if self._closing:
+                self._hand_over(answer, answer.end("cancelled"))
+            else:
+                self.engine.enqueue(answer)
 
-        self._calls.put(begin)
+        self._call(begin)
         return answer
 
     def cancel(self, answer: Answer, reason: str = "cancelled") -> None:
         """End an answer where it is, within a step; its last piece says the reason."""
-        self._calls.put(lambda: self.engine.cancel(answer, reason))
+        self._call(lambda: self.engine.cancel(answer, reason))
+
+    def refresh(self, model: MiniMindLM) -> None:
+        """`Engine.refresh` between two steps; returns when it is done. Not from a `deliver`, which would wait for ever.
+
+        Raises:
+            ValueError: see `Decoder.refresh`.
+        """
+        done: Future[None] = Future()
+
+        def refresh() -> None:
+            try:
+                done.set_result(self.engine.refresh(model))
+            except BaseException as error:  # the caller's to handle
+                done.set_exception(error)
+
+        self._call(refresh)
+        done.result()
 
     def close(self) -> None:
         """Cancel what runs, and end the thread."""
-        self._calls.put(None)
-        self._thread.join()
+
+        def end() -> None:
+            self._closing = True
+
+        self._call(end)
+        if threading.current_thread() is not self._thread:  # which a `deliver`, or a finalizer, may run in
+            self._thread.join()
+
+    def _call(self, call: Callable[[], None]) -> None:
+        """Let the engine's thread call this before its next step."""
+        self._calls.put(call)
+        if self._closed:
+            self._call_the_rest()
+
+    def _call_the_rest(self) -> None:
+        """What was asked too late for the thread's loop; each by whoever comes first, the thread or who asked."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()()
 
     def _work(self) -> None:
-        closing = False
-        while not closing or self._deliver:
-            while not (self._deliver and self._calls.empty()) and not closing:
-                call = self._calls.get()  # waits while there is nothing to write
-                if call is None:
-                    closing = True
-                    for answer in self._deliver:
-                        self.engine.cancel(answer)
-                else:
-                    call()
-            for answer, piece in self._step():
-                self._hand_over(answer, piece)
+        while not self._closing:
+            if self._deliver and self._calls.empty():
+                self._step()
+            else:
+                self._calls.get()()  # waits while there is nothing to write
+        for answer in self._deliver:
+            self.engine.cancel(answer)
+        self._step()
+        self._closed = True
+        self._call_the_rest()
 
-    def _step(self) -> list[tuple[Answer, Piece]]:
+    def _step(self) -> None:
         try:
-            return self.engine.step()
+            news = self.engine.step()
         except Exception:  # whatever it is, those who wait must hear of it
             logging.getLogger(__name__).exception("a step of the engine failed")
             self.broken = not self.engine.computes()
-            return self.engine.abandon()
+            news = self.engine.step()  # nothing is left to be done; this gives the ends
+        for answer, piece in news:
+            self._hand_over(answer, piece)
 
     def _hand_over(self, answer: Answer, piece: Piece) -> None:
         deliver = self._deliver.pop(answer) if piece.finish_reason else self._deliver[answer]
         try:
             deliver(piece)
-        except Exception:  # one reader's failure is not the others'
+        except BaseException:  # one reader's failure is not the others', not even a SystemExit
             logging.getLogger(__name__).exception("nobody takes an answer any more")
             self.engine.cancel(answer)

@@ -6,8 +6,10 @@ angles from a table, keys and values of all requests in one block of memory that
 cheap operations between the matrices.
 """
 
+import copy
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.model import FeedForward, MiniMindLM, MoEFeedForward, RMSNorm, rope_angles
+from model.model import MiniMindLM, MoEFeedForward, RMSNorm, rope_angles
 from model.model_lora import LoRALinear
 
 PACKED_FOR = 512  # rows of input that oneDNN chooses the layout for; as good for one row here (benchmarks/generate.py)
 ROWS = 16  # more rows of input than these are filled up to a multiple of them
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe")
+EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob")
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Decoder:
     """
 
     def __init__(self, model: MiniMindLM, slots: int, slot_len: int, dtype: torch.dtype | None = None):
-        config = model.config
+        config = copy.deepcopy(model.config)
         if not 0 < slot_len <= config.max_seq_len:
             raise ValueError(f"slots of {slot_len} tokens: the model takes 1 to {config.max_seq_len}")
         self.config = config
@@ -59,10 +63,11 @@ class Decoder:
         self.dtype = dtype or model.tok_embeddings.weight.dtype
         self._packed = self.device.type == "cpu" and _can_pack(self.dtype)
         self._linear = _packed_linear if self._packed else F.linear
-        self._layers = [self._layer(block) for block in model.layers]
-        self._embeddings = model.tok_embeddings.weight.detach().to(self.dtype)
-        self._norm = self._scaled(model.norm)
-        self._output = self._matrix(model.output)
+        self._weights = list(self._taken(model))
+        weights = iter(self._weights)
+        self._embeddings = next(weights)
+        self._layers = [self._layer(weights) for _ in range(config.n_layers)]
+        self._norm, self._output = weights
         self._eps = torch.tensor(math.sqrt(config.dim * config.norm_eps), device=self.device)
         cos, sin = rope_angles(torch.arange(slot_len, device=self.device)[None], config.head_dim, config.rope_theta)
         self._rope = torch.complex(cos, sin)[0]  # (slot_len, 1, head_dim / 2)
@@ -74,23 +79,60 @@ class Decoder:
 
     # ------------------------------------------------------------------------------------------------- the weights
 
+    @torch.inference_mode()
+    def refresh(self, model: MiniMindLM) -> None:
+        """Copy the weights that the model has now over those taken before; nothing is allocated that stays.
+
+        What the slots hold was computed by the old weights: read it again.
+
+        Raises:
+            ValueError: a model of another architecture; nothing is changed then.
+        """
+        for name in SHAPE + EXPERTS * self.config.use_moe:
+            ours, theirs = getattr(self.config, name), getattr(model.config, name)
+            if ours != theirs:
+                raise ValueError(f"the decoder was made for a model with {name} {ours}, and this one has {theirs}")
+        for mine, new in zip(self._weights, self._taken(model), strict=True):
+            mine.copy_(new)
+
+    def _taken(self, model: MiniMindLM) -> Iterator[Tensor]:
+        """Copies of the model's weights as a pass reads them, in the order of `__init__`, one at a time."""
+        yield self._copied(model.tok_embeddings.weight, self.dtype)
+        for block in model.layers:
+            a, f = block.attention, block.feed_forward
+            yield self._scaled(block.attention_norm)
+            yield self._matrix(a.wq, a.wk, a.wv)
+            yield self._matrix(a.wo)
+            yield self._scaled(block.ffn_norm)
+            experts = [f]
+            if isinstance(f, MoEFeedForward):
+                yield self._copied(f.gate.weight, torch.float32)
+                experts = [*f.experts, *([f.shared_experts] if f.shared_experts is not None else [])]
+            for expert in experts:
+                yield self._matrix(expert.w1, expert.w3)
+                yield self._matrix(expert.w2)
+        yield self._scaled(model.norm)
+        yield self._matrix(model.output)
+
+    def _copied(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.detach().to(self.device, dtype, copy=True)
+
     def _matrix(self, *linears: nn.Linear) -> Tensor:
         """The weights of Linears that read the same input, one below the other, as `self._linear` takes them."""
-        weight = torch.cat([_effective_weight(linear) for linear in linears]).to(self.dtype)
+        weight = self._copied(torch.cat([_effective_weight(linear) for linear in linears]), self.dtype)
         return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self._packed else weight
 
     def _scaled(self, norm: RMSNorm) -> Tensor:
-        return norm.weight.detach().float() * math.sqrt(self.config.dim)  # see _normed
+        return self._copied(norm.weight, torch.float32) * math.sqrt(self.config.dim)  # see _normed
 
-    def _layer(self, block: nn.Module) -> tuple:
-        a, f = block.attention, block.feed_forward
-        feed_forward = self._experts(f) if isinstance(f, MoEFeedForward) else self._feed_forward(f)
-        qkv, wo = self._matrix(a.wq, a.wk, a.wv), self._matrix(a.wo)
-        return self._scaled(block.attention_norm), qkv, wo, self._scaled(block.ffn_norm), feed_forward
+    def _layer(self, weights: Iterator[Tensor]) -> tuple:
+        attention_norm, qkv, wo, ffn_norm = itertools.islice(weights, 4)
+        feed_forward = self._experts(weights) if self.config.use_moe else self._feed_forward(weights)
+        return attention_norm, qkv, wo, ffn_norm, feed_forward
 
-    def _feed_forward(self, f: FeedForward) -> Callable[[Tensor], Tensor]:
+    def _feed_forward(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
         """(tokens, dim) -> the same, w2(silu(w1 x) * w3 x)."""
-        linear, w13, w2 = self._linear, self._matrix(f.w1, f.w3), self._matrix(f.w2)
+        linear, w13, w2 = self._linear, next(weights), next(weights)
 
         def forward(x: Tensor) -> Tensor:
             gate, up = linear(x, w13).chunk(2, -1)
@@ -98,12 +140,12 @@ class Decoder:
 
         return forward
 
-    def _experts(self, f: MoEFeedForward) -> Callable[[Tensor], Tensor]:
+    def _experts(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
         """(tokens, dim) -> the same, fp32: each token's best experts, weighted, and the shared one."""
-        router = f.gate.weight.detach().float()
-        experts = [self._feed_forward(expert) for expert in f.experts]
-        shared = None if f.shared_experts is None else self._feed_forward(f.shared_experts)
-        k, norm_topk_prob = f.k, f.norm_topk_prob
+        router = next(weights)
+        experts = [self._feed_forward(weights) for _ in range(self.config.n_routed_experts)]
+        shared = self._feed_forward(weights) if self.config.n_shared_experts else None
+        k, norm_topk_prob = self.config.num_experts_per_tok, self.config.norm_topk_prob
 
         def forward(x: Tensor) -> Tensor:
             weights, chosen = F.linear(x.float(), router).softmax(-1).topk(k, dim=-1)

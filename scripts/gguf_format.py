@@ -12,7 +12,8 @@ import gguf
 from transformers import PreTrainedTokenizerFast
 
 from model import MiniMindLM
-from model.chat import CHAT_TEMPLATE, DEFAULT_SYSTEM_PROMPT
+from model.chat import DEFAULT_SYSTEM_PROMPT
+from model.chat_template import CHAT_TEMPLATE, without_generation_marks
 from trainer.errors import UserError
 
 DTYPES = {  # of matrices, by the name on the command line: how a tensor is stored, and what the file calls itself
@@ -131,7 +132,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)  # the chat template begins with it
     writer.add_add_eos_token(False)
-    writer.add_chat_template(tokenizer.chat_template or CHAT_TEMPLATE)
+    writer.add_chat_template(without_generation_marks(CHAT_TEMPLATE))  # llama-cpp-python's Jinja is the plain one
 
 
 def modelfile(weights: Path, context: int) -> str:

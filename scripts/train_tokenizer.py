@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.jsonl import BadRecord, JsonlReader
 from dataset.records import chat_of, text_of
-from model.chat import CHAT_TEMPLATE, render_chat
+from model.chat import render_chat
+from model.chat_template import CHAT_TEMPLATE
 from model.tokenizer import StreamDecoder, token_bytes
 from trainer.arguments import Parser, Switch, positive
 from trainer.errors import UserError, launch
@@ -151,6 +152,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=8192,
+        padding_side="left",  # where a model goes on at the end of each row
     )
     new = folder.with_name(f".{folder.name}.new")
     try:

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from model.chat import CHAT_TEMPLATE
+from model.chat_template import CHAT_TEMPLATE
 from tests.running import ROOT, TINY_TRAINING, run_script
 
 SPECIAL = ["<unk>", "<s>", "</s>"]

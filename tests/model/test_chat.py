@@ -5,7 +5,8 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from model.chat import CHAT_TEMPLATE, DEFAULT_SYSTEM_PROMPT, fit_history, render_chat, render_chats, render_text
+from model.chat import DEFAULT_SYSTEM_PROMPT, fit_history, render_chat, render_chats, render_text
+from model.chat_template import CHAT_TEMPLATE
 from model.tokenizer import token_bytes
 from tests.running import ROOT
 

@@ -1,14 +1,16 @@
 """GGUF files: read back by the gguf package, and run by llama.cpp where it is installed."""
 
+import copy
 import random
 import unicodedata
 
 import gguf
 import numpy as np
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer
 
-from model.chat import DEFAULT_SYSTEM_PROMPT
+from model.chat import DEFAULT_SYSTEM_PROMPT, render_chat
 from model.tokenizer import token_bytes
 from scripts.gguf_format import modelfile, pre_tokenizer_name, write_gguf
 from tests.scripts.converting import QUESTIONS, greedy, make_model, prompts
@@ -52,7 +54,23 @@ def test_every_matrix_is_there_within_its_rounding(model, tiny_tokenizer, tmp_pa
         assert np.abs(value - right).max() <= (0 if exact else off * np.abs(right).max())
     assert reader.get_field("llama.rope.freq_base").contents() == 1e6
     assert reader.get_field("llama.attention.head_count_kv").contents() == 2
-    assert reader.get_field("tokenizer.chat_template").contents() == tiny_tokenizer.chat_template
+
+
+def test_the_template_of_the_file_is_plain_jinja_and_lays_a_chat_out_as_we_do(model, tiny_tokenizer, tmp_path):
+    """llama-cpp-python renders it so; whatever template the tokenizer brought, this is the layout a MiniMind learns."""
+    other = copy.deepcopy(tiny_tokenizer)
+    other.chat_template = "{{ messages[0]['content'] }}"
+    reader = gguf.GGUFReader(write(model, other, tmp_path / "x.gguf"))
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(reader.get_field("tokenizer.chat_template").contents())
+    chat = [
+        {"role": "user", "content": " hi"},
+        {"role": "assistant", "content": "你好 "},
+        {"role": "user", "content": "\nbye"},
+    ]
+    text = template.render(messages=chat, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+    ids = render_chat(tiny_tokenizer, chat, add_generation_prompt=True)[0]
+    assert tiny_tokenizer.encode(text, add_special_tokens=False) == ids
 
 
 def test_what_gguf_cannot_hold_is_refused(model, tiny_tokenizer, tmp_path):
