@@ -362,7 +362,7 @@ def test_a_bad_chat_names_the_parameter(changes, param, server):
         ({"prompt": 3}, "prompt"),
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": "\udc00"}, "prompt"),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
     ],
 )
