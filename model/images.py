@@ -14,6 +14,10 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 from model.chat import IMAGE_MARKER, IMAGE_PLACE, fit_history
 from model.model_vlm import MiniMindVLM, VLMConfig
 
+MOST_PIXELS = 2**26  # of an image: 67 million, more than cameras make; decoded it takes a quarter of a gigabyte
+SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of bytes, which anybody may have sent
+DRAWINGS = ("EPS", "WMF")  # which Pillow has other programs draw
+BAND = 2**20  # pixels that are laid over white at a time
 STRIP_RATIO = 8  # sides of a strip that is cut to its middle before it is enlarged: the centre crop keeps less of it
 
 
@@ -24,37 +28,73 @@ class ImageError(ValueError):
 def read_image(source: bytes | Path) -> Image.Image:
     """An image from its bytes or its file as a person sees it: RGB, turned as its EXIF says, clear parts white.
 
-    Of an animation the first frame.
+    Of an animation the first frame. A JPEG of too many pixels is read at a half, a quarter or an eighth of its size.
+    Bytes are of one of `SENT_FORMATS`, a file of any that Pillow reads by itself.
 
     Raises:
-        ImageError: no image, or not a whole one, or one of more pixels than Pillow takes (179 million).
+        ImageError: no image, or not a whole one, or one of more than `MOST_PIXELS`, which is said before it is decoded.
     """
-    name = "the image" if isinstance(source, bytes) else str(source)
+    sent = isinstance(source, bytes)
+    name = "the image" if sent else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if sent else source, formats=SENT_FORMATS if sent else None) as image:
+            if image.format in DRAWINGS:
+                raise ImageError(f"{name} is a drawing ({image.format}): save it as PNG or JPEG")
+            _fit(image, name)
+            image.load()
             return _as_rgb(_upright(image))
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{name} is not there") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name} is no image of a format that Pillow reads") from None
+        read = "is taken here: send PNG, JPEG, WebP, GIF or BMP" if sent else "Pillow reads"
+        raise ImageError(f"{name} is no image of a format that {read}") from None
     except Exception as error:  # a damaged file can make Pillow's decoders raise nearly anything
         raise ImageError(f"{name} cannot be read as an image: {error}") from error
 
 
+def _fit(image: Image.Image, name: str) -> None:
+    """See that an opened image, of which only the header is read, takes no more memory than it may.
+
+    Raises:
+        ImageError: it would.
+    """
+    width, height = image.size
+    if width * height > MOST_PIXELS and not image.info.get("progressive"):  # such a JPEG is decoded whole first
+        shrink = next((s for s in (2, 4, 8) if -(-width // s) * -(-height // s) <= MOST_PIXELS), 8)
+        image.draft(None, (width // shrink, height // shrink))  # formats other than JPEG stay as they are
+    if image.width * image.height > MOST_PIXELS:
+        raise ImageError(f"{name} has {width} x {height} pixels: at most {MOST_PIXELS // 10**6} million are read")
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # an unreadable EXIF block, which says nothing; what is wrong with the image itself shows later
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # an unreadable EXIF block, which says nothing; the image itself is loaded
         return image
+    return image
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    """A copy; of the image as it was and of the copy there is never a third beside them."""
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return _over_white(image)
     if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        levels = np.round(np.arange(2**16) / 257).astype(np.uint8)
+        image = Image.fromarray(levels[np.asarray(image)])
     return image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """An image that is clear in places, on white; band by band, as each takes several copies."""
+    result = Image.new("RGB", image.size)
+    height = max(1, BAND // image.width)
+    for top in range(0, image.height, height):
+        band = image.crop((0, top, image.width, min(top + height, image.height))).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        result.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return result
 
 
 def image_processor(vision_model: str | Path, image_size: int) -> CLIPImageProcessorPil:

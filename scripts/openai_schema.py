@@ -1,78 +1,123 @@
 """What the OpenAI API's requests and answers look like: the part of it that `scripts/serve_openai_api.py` speaks.
 
-Fields that a request has beyond these are ignored, as OpenAI's clients send many. Where a field is null it is as if it
-were not there.
+Where a field is null it is as if it were not there. For fields that a request has beyond these see `openai_refusals`.
 """
 
 from typing import Annotated, Any, Literal
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from starlette.exceptions import HTTPException
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 64
 MOST_TOP_LOGPROBS = 20
+MOST_IMAGES = 16
 
 Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+NoLimit = Literal[-1]
 
 
 # --------------------------------------------------------------------------------------------------------- requests
 
 
-class StreamOptions(BaseModel):
+def without_nulls(given: Any) -> Any:
+    """An object without its fields that are null; anything else as it is."""
+    return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class Form(BaseModel):
+    """A part of a request, in which null is as good as nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        return without_nulls(given)
+
+
+class StreamOptions(Form):
     include_usage: bool | None = None
 
 
-class Sampling(BaseModel):
+class Sampling(Form):
     """What chats and completions have in common."""
 
     model: str | None = Field(None, description="a name that /v1/models lists; the served model where absent")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: NoLimit | Annotated[int, Field(ge=0)] | None = Field(
+        None, description="-1: as many as there is room for"
+    )
     temperature: Temperature | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = Field(None, description="beyond OpenAI's own: 0 = no limit")
+    top_k: NoLimit | Annotated[int, Field(ge=0)] | None = Field(
+        None, description="beyond OpenAI's own: 0 or -1 = no limit"
+    )
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
     ignore_eos: bool | None = Field(None, description="beyond OpenAI's own: write on until max_tokens")
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: int | None = None
+    seed: int | None = Field(None, description="-1: another answer each time, as without one")
 
 
-class TextPart(BaseModel):
+class TextPart(Form):
     type: Literal["text"]
     text: str
 
 
-class ImageURL(BaseModel):
+class ImageURL(Form):
     url: str = Field(description="data:image/…;base64,…, or http(s) where the server was told to fetch")
 
 
-class ImagePart(BaseModel):
+class ImagePart(Form):
     type: Literal["image_url"]
     image_url: ImageURL
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+def usual_part(part: Any) -> Any:
+    """A part of a message's content as chats have it, where it is written as OpenAI's Responses API has it."""
+    if not isinstance(part, dict):
+        return part
+    kind, image = part.get("type"), part.get("image_url")
+    if kind == "input_text":
+        return part | {"type": "text"}
+    if kind in ("image_url", "input_image"):
+        return part | {"type": "image_url", "image_url": {"url": image} if isinstance(image, str) else image}
+    return part
 
 
-class Message(BaseModel):
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type"), BeforeValidator(usual_part)]
+
+
+class Message(Form):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
 
 class ChatRequest(Sampling):
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1, description="older name of max_completion_tokens")
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    max_completion_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(
+        None, description="-1: as many as there is room for"
+    )
+    max_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(
+        None, description="older name of max_completion_tokens"
+    )
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
 
@@ -87,9 +132,9 @@ class ChatRequest(Sampling):
 class CompletionRequest(Sampling):
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     ) = ""
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
@@ -226,19 +271,13 @@ class ApiError(HTTPException):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def api_error(error: Exception) -> ApiError:
-    """What FastAPI raises about a request, in our form."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, RequestValidationError):
-        worst = max(error.errors(), key=_fit)
-        if worst["type"] == "json_invalid":
-            return ApiError(400, f"the body is no JSON: {worst['ctx']['error']} at character {worst['loc'][-1]}")
-        param = _place(worst["loc"][1:])
-        if not param:
-            return ApiError(400, "the body must be a JSON object, with Content-Type: application/json")
-        return ApiError(400, f"{param}: {worst['msg'].removeprefix('Value error, ')}", param)
-    return ApiError(error.status_code, error.detail, headers=error.headers)
+def invalid(error: ValidationError) -> ApiError:
+    """What pydantic says about a request, in our form."""
+    worst = max(error.errors(include_url=False, include_input=False), key=_fit)
+    param = _place(worst["loc"])
+    if not param:
+        return ApiError(400, "the body must be a JSON object, with Content-Type: application/json")
+    return ApiError(400, f"{param}: {worst['msg'].removeprefix('Value error, ')}", param)
 
 
 def _fit(error: dict) -> tuple[bool, int]:

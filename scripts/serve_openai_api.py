@@ -31,8 +31,6 @@ from trainer.errors import UserError, launch, note
 
 API_KEY = "MINIMIND_API_KEY"
 LAST_WORDS = 5  # seconds in which answers that were cut off are told so
-LARGEST_IMAGE = 20 * 2**20  # bytes that --fetch_images takes
-FETCH_SECONDS = 20  # that it takes at most
 THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits too long for the one that sends
 
 
@@ -53,7 +51,12 @@ def get_args():
     parser.add_argument("--vlm", action=Switch, help="a vision-language model: image parts in chats")
     add_tower_argument(parser)
     parser.add_argument(
-        "--fetch_images", action=Switch, help="also http(s) images: callers choose what this machine asks"
+        "--fetch_images",
+        action=Switch,
+        help="also http(s) images: callers choose what this machine asks of the internet",
+    )
+    parser.add_argument(
+        "--fetch_private", action=Switch, help="with --fetch_images: of this machine and its own network, too"
     )
     group = parser.add_argument_group("machine")
     add_device_argument(group)
@@ -69,12 +72,20 @@ def get_args():
     group.add_argument(
         "--cors", action="append", metavar="ORIGIN", help="web page that browsers may call from; '*': all"
     )
+    group.add_argument(
+        "--keep_alive",
+        type=positive,
+        default=75,
+        help="seconds that a connection is kept open for a client's next request",
+    )
     group.add_argument("--drain_seconds", type=from_zero, default=30, help="how long SIGTERM waits for what is written")
     return parser.parse_args()
 
 
 def load(args):
     """What the flags name: model, tokenizer, and what places images in a prompt, or None."""
+    if args.fetch_private and not args.fetch_images:
+        raise UserError("--fetch_private needs --fetch_images")
     if not args.vlm:
         if args.fetch_images:
             raise UserError("--fetch_images needs --vlm")
@@ -103,31 +114,6 @@ def load(args):
     return model, tokenizer, place_images
 
 
-def fetch_image(url: str) -> bytes:
-    """What is at an http(s) address.
-
-    Raises:
-        ApiError: it cannot be had.
-    """
-    import httpx
-
-    from scripts.openai_schema import ApiError
-
-    data, end_by = bytearray(), time.monotonic() + FETCH_SECONDS
-    try:
-        with httpx.stream("GET", url, timeout=10, follow_redirects=True) as reply:
-            reply.raise_for_status()
-            for piece in reply.iter_bytes():
-                data += piece
-                if len(data) > LARGEST_IMAGE:
-                    raise ApiError(400, f"the image at {url:.200} is larger than {LARGEST_IMAGE >> 20} MiB", "messages")
-                if time.monotonic() > end_by:
-                    raise ApiError(400, f"the image at {url:.200} did not come in {FETCH_SECONDS} seconds", "messages")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ApiError(400, f"the image at {url:.200} cannot be had: {error}", "messages") from error
-    return bytes(data)
-
-
 def listen(host: str, port: int) -> socket.socket:
     """The socket to serve on.
 
@@ -143,8 +129,29 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: {error}; choose another --port (0: any free one)") from None
 
 
-def serve(app, served, sock: socket.socket, drain_seconds: float) -> None:
-    """Serve until a signal; then finish what is being written, for `drain_seconds` at most."""
+def telling_keep_alive(app, seconds: int):
+    """The app with answers that say how long their connection stays open, so that clients leave it in time."""
+
+    async def telling(scope, receive, send):
+        async def told(message):
+            if message["type"] == "http.response.start":
+                kept = [(b"connection", b"keep-alive"), (b"keep-alive", b"timeout=%d" % seconds)]
+                message = message | {"headers": [*message.get("headers", ()), *kept]}
+            await send(message)
+
+        wishes = dict(scope.get("headers", ())).get(b"connection", b"").lower()
+        kept = scope["type"] == "http" and scope["http_version"] == "1.1" and b"close" not in wishes
+        await app(scope, receive, told if kept else send)
+
+    return telling
+
+
+def serve(app, served, sock: socket.socket, drain_seconds: float, keep_alive: int) -> None:
+    """Serve until a signal; then finish what is being written, for `drain_seconds` at most.
+
+    Args:
+        keep_alive: seconds that a connection may be idle between two requests.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -156,20 +163,25 @@ def serve(app, served, sock: socket.socket, drain_seconds: float) -> None:
             print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
 
         def handle_exit(self, number, frame):
-            if served.draining:
+            places = served.places
+            if places.draining:
                 self.should_exit = self.force_exit = True
-            served.draining = True
+            places.draining = True
             self.deadline = time.monotonic() + drain_seconds
-            note(f"{signal.Signals(number).name}: finishing {len(served.unfinished)} answers (again: end at once)")
+            note(f"{signal.Signals(number).name}: finishing {places.taken} answers (again: end at once)")
 
         async def on_tick(self, counter):
-            if served.draining and (not served.unfinished or time.monotonic() > self.deadline):
-                for answer in served.unfinished:
-                    served.thread.cancel(answer)
+            if served.places.draining and (not served.places.taken or time.monotonic() > self.deadline):
+                served.close()
                 self.should_exit = True
             return await super().on_tick(counter)
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS)
+    config = uvicorn.Config(
+        telling_keep_alive(app, keep_alive),
+        log_level="warning",
+        timeout_keep_alive=keep_alive,
+        timeout_graceful_shutdown=LAST_WORDS,
+    )
     Server(config).run(sockets=[sock])
 
 
@@ -178,7 +190,9 @@ def main():
     api_key = args.api_key or os.environ.get(API_KEY) or None
     sock = listen(args.host, args.port)
     from model.engine import Engine, EngineThread
-    from scripts.openai_app import Served, make_app
+    from scripts.fetch_images import ImageFetcher
+    from scripts.openai_app import make_app
+    from scripts.openai_writing import Served
     from trainer.device import DTYPES
 
     model, tokenizer, place_images = load(args)
@@ -191,12 +205,12 @@ def main():
         thread,
         tokenizer,
         place_images,
-        fetch_image if args.fetch_images else None,
+        ImageFetcher(args.fetch_private) if args.fetch_images else None,
         reasoning=args.model_mode == 3 and not args.vlm,
         capacity=args.max_concurrency + args.max_queue,
     )
     sys.setswitchinterval(THREAD_SWITCH)
-    serve(make_app(served, api_key, args.cors or ()), served, sock, args.drain_seconds)
+    serve(make_app(served, api_key, args.cors or ()), served, sock, args.drain_seconds, args.keep_alive)
     thread.close()
 
 

@@ -1,13 +1,10 @@
 """scripts/openai_app.py in this process: reasoning, images, failures in the middle, and bodies of every kind."""
 
 import base64
-import contextlib
-import http.server
 import io
 import json
 import random
 import sys
-import threading
 
 import pytest
 import torch
@@ -21,10 +18,9 @@ from model.reasoning import split_reasoning
 from model.tokenizer import tokenizer_hash
 from scripts import openai_schema as schema
 from scripts import serve_openai_api
-from scripts.openai_app import Served, make_app
-from scripts.openai_schema import ApiError
+from scripts.openai_app import make_app
+from scripts.openai_writing import Served
 from tests.model.networks import network
-from tests.running import free_port
 from tests.scripts.malformed import bodies_by_schema, malformed_bodies
 
 QUESTION = [{"role": "user", "content": "What is a bird?"}]
@@ -167,7 +163,7 @@ def seeing(serve, vlm, clip_dir, tiny_tokenizer):
         return prompt.input_ids[0].tolist(), vlm.embed(prompt.input_ids, **prompt.images)[0]
 
     pages = {"http://pictures.example/red": picture("red")}
-    return serve(vlm, place_images=place_images, fetch=pages.__getitem__)
+    return serve(vlm, place_images=place_images, fetch=lambda urls: [pages[url] for url in urls])
 
 
 def test_image_parts_are_what_the_model_sees(seeing, vlm, clip_dir, tiny_tokenizer):
@@ -254,48 +250,6 @@ def test_a_vision_model_is_loaded_to_see(loaded, vlm, clip_dir, tiny_tokenizer):
     assert model.config.max_seq_len == 512
     with pytest.raises(ValueError, match="200 images of 4 tokens are too many for the model's context of 512"):
         place_images([{"role": "user", "content": [b"which nobody reads"] * 200}])
-
-
-class Pictures(http.server.BaseHTTPRequestHandler):
-    """A site with a picture, a way to it, and a flood."""
-
-    def do_GET(self):
-        self.send_response({"/moved": 302, "/none": 404}.get(self.path, 200))
-        self.send_header("Location", "/red")
-        self.end_headers()
-        if self.path == "/red":
-            self.wfile.write(picture("red"))
-        with contextlib.suppress(ConnectionError):  # the other side has had enough
-            while self.path == "/flood":
-                self.wfile.write(bytes(2**20))
-
-    def log_message(self, *_):
-        pass
-
-
-def test_images_are_fetched_where_they_are(monkeypatch):
-    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
-    threading.Thread(target=site.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{site.server_port}"
-    try:
-        for page in ("/red", "/moved"):
-            assert serve_openai_api.fetch_image(address + page) == picture("red")
-        for url, said in (
-            (f"{address}/none", "404"),
-            (f"{address}/flood", "larger than 20 MiB"),
-            (f"http://127.0.0.1:{free_port()}/", "cannot be had"),
-            ("http://", "cannot be had"),
-            ("http://[", "cannot be had"),
-        ):
-            with pytest.raises(ApiError, match=said) as caught:
-                serve_openai_api.fetch_image(url)
-            assert (caught.value.status_code, caught.value.param) == (400, "messages")
-        monkeypatch.setattr(serve_openai_api, "FETCH_SECONDS", -1)
-        with pytest.raises(ApiError, match="did not come in"):
-            serve_openai_api.fetch_image(f"{address}/red")
-    finally:
-        site.shutdown()
-        site.server_close()
 
 
 # --------------------------------------------------------------------------------------------------------- failures
