@@ -18,6 +18,7 @@ from trainer.arguments import (
     not_negative,
     positive,
     sampling_of,
+    words,
 )
 from trainer.errors import UserError, launch
 from trainer.talk import questions, report_speed, show, texts_of, typed
@@ -51,8 +52,8 @@ def get_args():
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
     parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--prompt", action="append", help="ask this (may be repeated) and end")
-    parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
+    parser.add_argument("--prompt", type=words, action="append", help="ask this (may be repeated) and end")
+    parser.add_argument("--system", type=words, default=None, help="system prompt (default: MiniMind's own)")
     parser.add_argument(
         "--history_cnt", type=not_negative, default=0, help="earlier questions with their answers that it is shown"
     )

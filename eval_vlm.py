@@ -16,6 +16,7 @@ from trainer.arguments import (
     add_sampling_arguments,
     add_tower_argument,
     sampling_of,
+    words,
 )
 from trainer.errors import UserError, launch
 from trainer.talk import report_speed, show, texts_of
@@ -43,8 +44,10 @@ def get_args():
         metavar="DIR",
         help="show its images in order of their names, one by one; with --model_mode 2 in twos, the last perhaps alone",
     )
-    parser.add_argument("--prompt", action="append", help="ask this (may be repeated) instead of for a description")
-    parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
+    parser.add_argument(
+        "--prompt", type=words, action="append", help="ask this (may be repeated) instead of for a description"
+    )
+    parser.add_argument("--system", type=words, default=None, help="system prompt (default: MiniMind's own)")
     add_sampling_arguments(parser)
     parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
     return parser.parse_args()

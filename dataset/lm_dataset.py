@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from dataset.jsonl import DataError
+from dataset.jsonl import DataError, Ignored, named_counts
 from dataset.packing import Pieces, cut_long, pack, split_long
 from dataset.records import chat_of, text_of
 from dataset.token_cache import Sample, open_token_cache
@@ -39,7 +39,8 @@ class RowDataset(Dataset):
     Attributes:
         max_seq_len: the longest row in tokens.
         rows_key: what decides the rows, as JSON values.
-        summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped.
+        summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped,
+            and which keys of the lines were ignored.
 
     Raises:
         DataError: the file is missing, empty or has a bad line; nothing is left to learn ("eval" is empty then).
@@ -48,7 +49,7 @@ class RowDataset(Dataset):
 
     kind: str
     unit, group = "samples", 1  # what a line is, and how many samples it gives, which then share a row
-    parse: Callable[[dict], object]
+    parse: Callable[[dict, Ignored], object]
     encode: Callable[[PreTrainedTokenizerFast, list], list[Sample]]
     pieces_of: Callable[["RowDataset", np.ndarray], Pieces]  # of these samples, which count from 0 there
     notes: Sequence[tuple[int, str]] = ()  # for the summary, what a subclass has to say beyond the usual
@@ -135,9 +136,13 @@ class RowDataset(Dataset):
             (cut, f"cut at {max_len} tokens"),
             (dropped, "dropped with nothing to learn"),
             *self.notes,
-            (self.cache.bad_lines, f"bad lines skipped, the first: {self.cache.first_bad}"),
         ]
-        return ", ".join(parts + [f"{count:,} {note}" for count, note in notes if count])
+        parts += [f"{count:,} {note}" for count, note in notes if count]
+        if self.cache.ignored:
+            parts.append(f"ignored keys: {named_counts(self.cache.ignored)}")
+        if self.cache.bad_lines:
+            parts.append(f"{self.cache.bad_lines:,} bad lines skipped, the first: {self.cache.told[0]}")
+        return ", ".join(parts)
 
 
 class PretrainDataset(RowDataset):

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
 
 from scripts.remote_chat import answer_parts, check_address, models_at
-from trainer.arguments import Parser, Switch, not_negative, positive, seed
+from trainer.arguments import Parser, Switch, not_negative, positive, seed, words
 from trainer.errors import UserError, launch
+from trainer.talk import piped_lines, typed_line
 
 HELP = """/reset          forget the talk so far
 /system TEXT    set the system prompt, and forget the talk; without TEXT: show it
@@ -36,7 +37,7 @@ def get_args():
     )
     parser.add_argument("--api_key", default=None, help="default: OPENAI_API_KEY of the environment, if any")
     parser.add_argument("--model", default=None, help="name of the model (default: the first that the server has)")
-    parser.add_argument("--system", default=None, help="system prompt (default: the server's own)")
+    parser.add_argument("--system", type=words, default=None, help="system prompt (default: the server's own)")
     parser.add_argument(
         "--history_cnt", type=not_negative, default=None, help="earlier turns sent along (default: all)"
     )
@@ -122,20 +123,29 @@ def show(parts: Iterator[tuple[str, str]], hide_thinking: bool) -> None:
 
 
 def lines() -> Iterator[str]:
-    """What a person types, or what is piped in, until it ends. Ctrl-C only clears the line."""
-    terminal = sys.stdin.isatty()
+    """What a person types, or what is piped in, until it ends or says /exit.
+
+    Raises:
+        UserError: what is piped in is not UTF-8.
+    """
+    for line in typed_lines() if sys.stdin.isatty() else piped_lines():
+        if line == "/exit":
+            return
+        yield line
+
+
+def typed_lines() -> Iterator[str]:
+    """What a person types, until Ctrl-D. Ctrl-C only clears the line."""
     while True:
         try:
-            line = input("> " if terminal else "").strip()
+            if line := typed_line("> "):
+                yield line
         except EOFError:
             return
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /exit ends)")
-            continue
-        if line == "/exit":
-            return
-        if line:
-            yield line
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def main():

@@ -3,7 +3,8 @@
     python scripts/collect_teacher_answers.py questions.jsonl dataset/answers.jsonl --model NAME
         --base_url http://127.0.0.1:8998/v1 --concurrency 16
 
-A question is a line {"question": "…"}, or {"conversations": […]}, of which everything up to the last user turn is sent.
+A question is a line {"question": "…"}, or {"conversations": […]}, of which everything up to the last user turn is sent;
+"system" beside either is its system prompt. What else a line has is counted by name.
 An answer is written the moment it comes, as a line to fine-tune on, so that Ctrl-C loses none, and a second run asks
 only what has no answer yet. When all have one, the lines stand in the order of the questions. --thinking keeps what a
 reasoning model thought, in the form that train_distill_reason.py learns.
@@ -26,10 +27,10 @@ from pathlib import Path
 import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the rooms)
 
 from scripts.remote_chat import check_address
-from trainer.arguments import Parser, Switch, above_zero, not_negative, positive
-from trainer.errors import UserError, launch
+from trainer.arguments import Parser, Switch, above_zero, not_negative, positive, words
+from trainer.errors import UserError, launch, note
 
-Chat = list[dict[str, str]]
+Chat = list[dict]  # of turns, as dataset/records.py has them
 
 
 class NoAnswer(Exception):
@@ -47,7 +48,7 @@ def get_args():
         help="of the endpoint (default: the environment's OPENAI_BASE_URL, or OpenAI's own)",
     )
     parser.add_argument("--api_key", default=None, help="default: the environment's OPENAI_API_KEY")
-    parser.add_argument("--system", default=None, help="system prompt for chats that have none")
+    parser.add_argument("--system", type=words, default=None, help="system prompt for chats that have none")
     parser.add_argument("--temperature", type=float, default=None, help="default: the endpoint's own")
     parser.add_argument("--max_tokens", type=positive, default=None, help="of an answer (default: the endpoint's own)")
     parser.add_argument("--thinking", action=Switch, help="keep the thinking of a reasoning model, in tags")
@@ -222,7 +223,7 @@ def answer_of(completion, thinking: bool) -> str:
     Raises:
         NoAnswer: there is none, or it is cut off.
     """
-    from model.reasoning import is_well_formed
+    from model.reasoning import is_well_formed, with_thought
 
     try:
         choice = completion.choices[0]
@@ -236,9 +237,12 @@ def answer_of(completion, thinking: bool) -> str:
         raise NoAnswer("it is empty")
     if thinking and not is_well_formed(answer):
         thought = text_of(getattr(message, "reasoning_content", None))
-        answer = f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
-        if not is_well_formed(answer):
-            raise NoAnswer("no reasoning_content came with it" if not thought else "its thinking holds tags")
+        if not thought:
+            raise NoAnswer("no reasoning_content came with it")
+        try:
+            answer = with_thought(thought, answer)
+        except ValueError as fault:
+            raise NoAnswer(str(fault)) from None
     return answer
 
 
@@ -247,19 +251,25 @@ def main():
     import openai  # after the arguments: --help need not wait for it
     from tqdm import tqdm
 
-    from dataset.jsonl import JsonlReader
+    from dataset.jsonl import JsonlReader, named_counts
     from dataset.records import question_of
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     check_address(args.base_url, api_key)
     made_by = {"model": args.model, "thinking": args.thinking}
 
+    reader = JsonlReader(args.questions, question_of, args.skip_bad_lines)
+
     def questions() -> Iterator[Chat]:
-        for chat in JsonlReader(args.questions, question_of, args.skip_bad_lines):
+        for chat in reader:
             has_system = chat[0]["role"] == "system"
             yield chat if has_system or not args.system else [{"role": "system", "content": args.system}, *chat]
 
-    asked = Counter(map(key_of, questions()))  # also shows every bad line before the first question is asked
+    asked = Counter(map(key_of, questions()))  # also shows a bad line before the first question is asked
+    if reader.ignored:
+        note(f"{args.questions}: ignored keys: {named_counts(reader.ignored)}")
+    if reader.bad_lines:
+        note(f"{args.questions}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
     answers = AnswerFile(args.answers, made_by, asked)
     found = answers.answered.total()
 
@@ -282,8 +292,9 @@ def main():
         ) as client:
 
             async def ask(chat: Chat) -> str:
+                sent = [{"role": turn["role"], "content": turn["content"]} for turn in chat]  # a weight is for learning
                 try:
-                    completion = await client.chat.completions.create(model=args.model, messages=chat, **settings)
+                    completion = await client.chat.completions.create(model=args.model, messages=sent, **settings)
                 except ValueError as error:  # the client reads as JSON whatever calls itself so
                     raise NoAnswer(f"the endpoint sent no JSON ({error})") from None
                 return answer_of(completion, args.thinking)

@@ -42,6 +42,15 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
 
+def words(given: str) -> str:
+    """Text for a model. Bytes that are not UTF-8 come from the shell as half characters, which no tokenizer takes."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("must be UTF-8") from None
+    return given
+
+
 def positive(text: str) -> int:
     """An integer from 1 on."""
     number = int(text)

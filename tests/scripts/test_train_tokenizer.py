@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections import Counter
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
@@ -128,18 +129,22 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
     [
         ({"text": "a"}, ["a"]),
         ({"conversations": CHATS[0]}, ["你好, world", "Hi 🙂"]),
-        ({"chosen": CHATS[0], "rejected": CHATS[1]}, ["你好, world", "Hi 🙂", "Be brief.", "q", "a"]),
+        (
+            {"chosen": CHATS[0], "rejected": [CHATS[0][0], {"role": "assistant", "content": "a"}]},
+            ["你好, world", "Hi 🙂", "你好, world", "a"],
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, ["s", "q", "a", "s", "q", "b"]),
         ({"image": "a.jpg", "conversations": CHATS[0]}, ["你好, world", "Hi 🙂"]),
     ],
 )
 def test_every_format_of_the_project_gives_its_texts(record, texts):
-    assert texts_of(record) == texts
+    assert texts_of(record, Counter()) == texts
 
 
 @pytest.mark.parametrize("record", [{}, {"text": 3}, {"conversations": 5}, {"chosen": [3], "rejected": []}])
 def test_a_record_of_no_format_is_bad(record):
     with pytest.raises(BadRecord):
-        texts_of(record)
+        texts_of(record, Counter())
 
 
 def test_a_tenth_is_kept_aside_whatever_file_a_text_is_in():
