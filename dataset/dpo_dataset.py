@@ -55,7 +55,7 @@ class DPODataset(RowDataset):
     def places(self, row: int) -> np.ndarray:
         """Where the row's tokens stand among all of the cache, int64 (n,)."""
         pieces = self._pieces_in(row)
-        begins = self.cache.begins[self._pieces.sample[pieces]]
+        begins = self.cache.begins[self.pieces.sample[pieces]]
         return np.concatenate(
-            [np.arange(begin, begin + n) for begin, n in zip(begins, self._pieces.length[pieces], strict=True)]
+            [np.arange(begin, begin + n) for begin, n in zip(begins, self.pieces.length[pieces], strict=True)]
         )

@@ -39,6 +39,7 @@ class RowDataset(Dataset):
     Attributes:
         max_seq_len: the longest row in tokens.
         rows_key: what decides the rows, as JSON values.
+        pieces: what became of the samples, in the order of the file; the rows are made of them.
         summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped,
             and which keys of the lines were ignored.
 
@@ -75,7 +76,7 @@ class RowDataset(Dataset):
         self.rows_key = [self.cache.folder.name, max_seq_len, packing, seed, part]
         samples = self._grouped(samples_of(part, len(self.cache) // self.group))
         pieces = self.pieces_of(samples)
-        self._pieces = pieces._replace(sample=samples[pieces.sample])
+        self.pieces = pieces._replace(sample=samples[pieces.sample])
         lengths = pieces.length.reshape(-1, self.group).sum(1)
         if packing:
             order, bounds = pack(lengths, self.max_seq_len, seed)
@@ -94,7 +95,7 @@ class RowDataset(Dataset):
         return len(self._bounds) - 1
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        pieces = [self._piece(piece) for piece in self._pieces_in(row)]
+        pieces = [self.piece(number) for number in self._pieces_in(row)]
         names = ("input_ids", "labels", "position_ids")
         return {
             name: torch.from_numpy(np.concatenate(parts))
@@ -112,9 +113,9 @@ class RowDataset(Dataset):
         row %= len(self)
         return self._order[self._bounds[row] : self._bounds[row + 1]]
 
-    def _piece(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, labels and positions of one piece, each int64 (length,)."""
-        sample, start, length = (field[piece] for field in self._pieces)
+    def piece(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, labels and positions of one of the pieces, each int64 (length,)."""
+        sample, start, length = (field[number] for field in self.pieces)
         ids = self.cache.ids(sample, start, length)
         labels = np.where(self.cache.learned(sample, start, length), ids, IGNORED)
         labels[0] = IGNORED  # nothing in the row comes before it that could predict it

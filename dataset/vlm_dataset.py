@@ -84,11 +84,11 @@ class VLMDataset(SFTDataset):
         item = super().__getitem__(row)
         mask, names, begin = torch.zeros(len(item["input_ids"]), dtype=torch.bool), [], 0
         for piece in self._pieces_in(row):
-            note = self.cache.note(self._pieces.sample[piece])
+            note = self.cache.note(self.pieces.sample[piece])
             names += note["images"]
             for start in note["starts"]:
                 mask[begin + start : begin + start + self.image_tokens] = True
-            begin += self._pieces.length[piece]
+            begin += self.pieces.length[piece]
         return item | {"image_mask": mask} | self._images(names)
 
     @property
@@ -97,7 +97,7 @@ class VLMDataset(SFTDataset):
 
     def image_names(self) -> list[str]:
         """The names of all images in the rows, each once."""
-        notes = (self.cache.note(sample) for sample in self._pieces.sample)
+        notes = (self.cache.note(sample) for sample in self.pieces.sample)
         return sorted({name for note in notes for name in note["images"]})
 
     def load_pixels(self, name: str) -> Tensor:

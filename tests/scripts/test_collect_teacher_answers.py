@@ -233,7 +233,7 @@ def test_thinking_is_kept_in_tags(endpoint, tmp_path, capsys):
     assert replies(tmp_path / "a.jsonl") == [("0", answer), ("1", tagged)]
     errors = capsys.readouterr().err
     assert "no reasoning_content came with it" in errors
-    assert "its thinking holds tags" in errors
+    assert "the thought holds the tag </think>" in errors
 
 
 def test_ctrl_c_loses_no_answer(endpoint, questions, tmp_path):

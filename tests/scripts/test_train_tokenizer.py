@@ -33,7 +33,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer_data")
     write_jsonl(folder / "texts.jsonl", [{"text": f"{n} {SENTENCES[n % 8]}"} for n in range(300)])
     write_jsonl(folder / "medical.jsonl", [{"conversations": [*CHATS[1]]}, {"conversations": CHATS[0]}])
-    write_jsonl(folder / "pairs.jsonl", [{"chosen": CHATS[0], "rejected": CHATS[1]}])
+    write_jsonl(folder / "pairs.jsonl", [{"chosen": CHATS[1], "rejected": [*CHATS[1][:2], CHATS[0][1]], "id": 1}])
     return folder
 
 
@@ -43,6 +43,7 @@ def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "tiny"
     paths = sorted(data.glob("*.jsonl"))
     done = run_script("scripts/train_tokenizer.py", "--data_path", *paths, "--out_dir", folder, "--vocab_size", "420")
+    assert done.stderr.count(f"{data / 'pairs.jsonl'}: ignored keys: id 1\n") == 1
     return folder, done.stdout
 
 
