@@ -194,6 +194,16 @@ def test_dropped_cut_and_skipped_samples_are_counted(tmp_path, tiny_tokenizer, p
     assert f"{len(dataset)} rows" in dataset.summary
 
 
+def test_ignored_keys_are_told_in_every_run_on_the_same_cache(tmp_path, tiny_tokenizer):
+    path = write_jsonl(tmp_path / "chats.jsonl", [turns("q", "a") | {"id": n, "lang": "en"} for n in range(3)])
+    path.write_text(path.read_text() + '{"id": 4}\n')
+    told = ", ignored keys: id 3, lang 3, 1 bad lines skipped, the first: line 4: the key"
+    for _ in range(2):
+        dataset = SFTDataset(path, tiny_tokenizer, skip_bad_lines=True)
+        assert told in dataset.summary
+    assert len(list((tmp_path / ".cache" / "chats.jsonl").glob("*/info.json"))) == 1
+
+
 def test_roles_left_out_are_the_users_and_the_assistants_in_turn(tmp_path, tiny_tokenizer):
     without = {"conversations": [{"content": "Hi"}, {"content": "Hello!"}]}
     (row,) = open_chats(tmp_path, tiny_tokenizer, without)

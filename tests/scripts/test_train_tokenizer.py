@@ -135,7 +135,7 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
             ["你好, world", "Hi 🙂", "你好, world", "a"],
         ),
         ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, ["s", "q", "a", "s", "q", "b"]),
-        ({"image": "a.jpg", "conversations": CHATS[0]}, ["你好, world", "Hi 🙂"]),
+        ({"image": "a.jpg", "conversations": [{"content": "<image>"}, CHATS[0][1]]}, ["<image>", "Hi 🙂"]),
     ],
 )
 def test_every_format_of_the_project_gives_its_texts(record, texts):
