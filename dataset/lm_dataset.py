@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from dataset.jsonl import DataError
+from dataset.jsonl import DataError, Ignored, named_counts
 from dataset.packing import Pieces, cut_long, pack, split_long
 from dataset.records import chat_of, text_of
 from dataset.token_cache import Sample, open_token_cache
@@ -39,7 +39,9 @@ class RowDataset(Dataset):
     Attributes:
         max_seq_len: the longest row in tokens.
         rows_key: what decides the rows, as JSON values.
-        summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped.
+        pieces: what became of the samples, in the order of the file; the rows are made of them.
+        summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped,
+            and which keys of the lines were ignored.
 
     Raises:
         DataError: the file is missing, empty or has a bad line; nothing is left to learn ("eval" is empty then).
@@ -48,7 +50,7 @@ class RowDataset(Dataset):
 
     kind: str
     unit, group = "samples", 1  # what a line is, and how many samples it gives, which then share a row
-    parse: Callable[[dict], object]
+    parse: Callable[[dict, Ignored], object]
     encode: Callable[[PreTrainedTokenizerFast, list], list[Sample]]
     pieces_of: Callable[["RowDataset", np.ndarray], Pieces]  # of these samples, which count from 0 there
     notes: Sequence[tuple[int, str]] = ()  # for the summary, what a subclass has to say beyond the usual
@@ -74,7 +76,7 @@ class RowDataset(Dataset):
         self.rows_key = [self.cache.folder.name, max_seq_len, packing, seed, part]
         samples = self._grouped(samples_of(part, len(self.cache) // self.group))
         pieces = self.pieces_of(samples)
-        self._pieces = pieces._replace(sample=samples[pieces.sample])
+        self.pieces = pieces._replace(sample=samples[pieces.sample])
         lengths = pieces.length.reshape(-1, self.group).sum(1)
         if packing:
             order, bounds = pack(lengths, self.max_seq_len, seed)
@@ -93,7 +95,7 @@ class RowDataset(Dataset):
         return len(self._bounds) - 1
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        pieces = [self._piece(piece) for piece in self._pieces_in(row)]
+        pieces = [self.piece(number) for number in self._pieces_in(row)]
         names = ("input_ids", "labels", "position_ids")
         return {
             name: torch.from_numpy(np.concatenate(parts))
@@ -111,9 +113,9 @@ class RowDataset(Dataset):
         row %= len(self)
         return self._order[self._bounds[row] : self._bounds[row + 1]]
 
-    def _piece(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, labels and positions of one piece, each int64 (length,)."""
-        sample, start, length = (field[piece] for field in self._pieces)
+    def piece(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, labels and positions of one of the pieces, each int64 (length,)."""
+        sample, start, length = (field[number] for field in self.pieces)
         ids = self.cache.ids(sample, start, length)
         labels = np.where(self.cache.learned(sample, start, length), ids, IGNORED)
         labels[0] = IGNORED  # nothing in the row comes before it that could predict it
@@ -135,9 +137,13 @@ class RowDataset(Dataset):
             (cut, f"cut at {max_len} tokens"),
             (dropped, "dropped with nothing to learn"),
             *self.notes,
-            (self.cache.bad_lines, f"bad lines skipped, the first: {self.cache.first_bad}"),
         ]
-        return ", ".join(parts + [f"{count:,} {note}" for count, note in notes if count])
+        parts += [f"{count:,} {note}" for count, note in notes if count]
+        if self.cache.ignored:
+            parts.append(f"ignored keys: {named_counts(self.cache.ignored)}")
+        if self.cache.bad_lines:
+            parts.append(f"{self.cache.bad_lines:,} bad lines skipped, the first: {self.cache.told[0]}")
+        return ", ".join(parts)
 
 
 class PretrainDataset(RowDataset):

@@ -8,7 +8,7 @@ A cache is a folder, written under another name and renamed when it is whole:
     first_target.bin  int64 (samples,): place of the first token to learn in the sample, its length if there is none
     notes.bin         what else belongs to a sample, JSON, end to end; empty where nothing does
     note_offsets.bin  int64 (samples + 1,): as offsets.bin, in bytes
-    info.json         counts, and the first bad line that was skipped
+    info.json         counts, the first bad lines that were skipped, and the keys that mean nothing here
 
 Samples are whole, so one cache serves every row length. When the data file changes, the next cache replaces the old.
 """
@@ -25,13 +25,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from dataset.cache_folder import digest, hold, open_cache_folder, to_disk
-from dataset.jsonl import DataError, JsonlReader, require_data_file
+from dataset.jsonl import DataError, Ignored, JsonlReader, require_data_file
 from model.tokenizer import tokenizer_hash
 
 Ids, Learned = Sequence[int], Sequence[bool] | None
 Sample = tuple[Ids, Learned] | tuple[Ids, Learned, Any]  # ids, which of them are learned (None: all), a JSON value
 
-FORMAT = 2  # to be raised when the files above, or the way text becomes tokens, change
+FORMAT = 3  # to be raised when the files above, or the way text becomes tokens, change
 BATCH_RECORDS = 1024  # given to the tokenizer at once, which spreads them over its threads…
 BATCH_BYTES = 1 << 21  # …but no more than this, as a token takes about 100 bytes on its way
 
@@ -42,7 +42,7 @@ class TokenCache:
     Attributes:
         lengths: tokens of each sample, int64 (samples,).
         first_target: place of the first token to learn in each sample, its length when there is none, int64 (samples,).
-        bad_lines, first_bad: how many lines were skipped, and the first, as `JsonlReader` tells it, or None.
+        bad_lines, told, ignored: what `JsonlReader` says of bad lines, and of keys that mean nothing here.
     """
 
     def __init__(self, folder: Path):
@@ -50,7 +50,8 @@ class TokenCache:
         hold(folder, self)
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         self.bad_lines: int = info["bad_lines"]
-        self.first_bad: str | None = info["first_bad"]
+        self.told: list[str] = info["told"]
+        self.ignored: dict[str, int] = info["ignored"]
         self._tokens = self._map("tokens", info["dtype"])
         self._mask = self._map("mask", np.uint8) if info["masked"] else None
         self._offsets = self._map("offsets", np.int64)
@@ -102,7 +103,7 @@ def open_token_cache(
     data_path: str | Path,
     tokenizer: PreTrainedTokenizerFast,
     kind: str,
-    parse: Callable[[dict], Any],
+    parse: Callable[[dict, Ignored], Any],
     encode: Callable[[list], list[Sample]],
     skip_bad_lines: bool = False,
 ) -> TokenCache:
@@ -112,7 +113,7 @@ def open_token_cache(
         data_path: a jsonl file. The cache lies in `.cache/` beside it, or in `~/.cache` if that is read-only.
         tokenizer: its hash is part of the cache's name, as are the file's size, time and sampled content.
         kind: names what `parse` and `encode` make of a line.
-        parse: JSON object of a line -> record; raises BadRecord.
+        parse: as of `JsonlReader`: JSON object of a line -> record.
         encode: list of records -> list of samples, any number of them a record.
         skip_bad_lines: leave bad lines out and count them.
 
@@ -136,7 +137,7 @@ def open_token_cache(
     except OSError as error:
         raise DataError(f"the cache {folder} cannot be read ({error.strerror}): start again") from error
     if cache.bad_lines and not skip_bad_lines:
-        raise DataError(f"{path}, {cache.first_bad}")
+        raise DataError(f"{path}, {cache.told[0]}")
     return cache
 
 
@@ -164,8 +165,7 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
             writer.write(encode(batch))
             progress.update(reader.bytes_read - progress.n)
     if not writer.samples:
-        found = f"{reader.bad_lines} bad, the first: {reader.first_bad}" if reader.bad_lines else "all are blank"
-        raise DataError(f"{reader.path} has no good line; {found}")
+        raise DataError(f"{reader.path} has no good line; none of them gives a sample")
     info = {
         "source": reader.path.name,
         "dtype": np.dtype(dtype).name,
@@ -174,7 +174,8 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
         "samples": writer.samples,
         "tokens": writer.tokens,
         "bad_lines": reader.bad_lines,
-        "first_bad": reader.first_bad,
+        "told": reader.told,
+        "ignored": reader.ignored,
     }
     with open(folder / "info.json", "w", encoding="utf-8") as file:
         json.dump(info, file, indent=2, ensure_ascii=False)

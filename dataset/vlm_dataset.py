@@ -12,15 +12,15 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from dataset.cache_folder import digest
 from dataset.feature_cache import FeatureCache
-from dataset.jsonl import BadRecord, DataError
+from dataset.jsonl import BadRecord, DataError, Ignored
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import Pieces
-from dataset.records import picture_chat_of
+from dataset.records import Turns, picture_chat_of
 from dataset.token_cache import Sample
 from model.chat import render_chats
 from model.images import IMAGE_MARKER, IMAGE_PLACE, ImageError, image_token_id, read_image, to_pixels
 
-Record = tuple[list[str], list[dict[str, str]]]  # names of images, chat
+Record = tuple[list[str], Turns]  # names of images, chat
 
 
 class VLMDataset(SFTDataset):
@@ -84,11 +84,11 @@ class VLMDataset(SFTDataset):
         item = super().__getitem__(row)
         mask, names, begin = torch.zeros(len(item["input_ids"]), dtype=torch.bool), [], 0
         for piece in self._pieces_in(row):
-            note = self.cache.note(self._pieces.sample[piece])
+            note = self.cache.note(self.pieces.sample[piece])
             names += note["images"]
             for start in note["starts"]:
                 mask[begin + start : begin + start + self.image_tokens] = True
-            begin += self._pieces.length[piece]
+            begin += self.pieces.length[piece]
         return item | {"image_mask": mask} | self._images(names)
 
     @property
@@ -97,7 +97,7 @@ class VLMDataset(SFTDataset):
 
     def image_names(self) -> list[str]:
         """The names of all images in the rows, each once."""
-        notes = (self.cache.note(sample) for sample in self._pieces.sample)
+        notes = (self.cache.note(sample) for sample in self.pieces.sample)
         return sorted({name for note in notes for name in note["images"]})
 
     def load_pixels(self, name: str) -> Tensor:
@@ -117,13 +117,13 @@ class VLMDataset(SFTDataset):
         return {"pixel_values": torch.cat([self._no_pixels, *map(self.load_pixels, names)])}
 
 
-def picture_record(record: dict, images_path: Path) -> Record:
+def picture_record(record: dict, ignored: Ignored, images_path: Path) -> Record:
     """`picture_chat_of`, and the images are there.
 
     Raises:
         BadRecord: as of `picture_chat_of`, or an image is missing.
     """
-    names, chat = picture_chat_of(record)
+    names, chat = picture_chat_of(record, ignored)
     for name in names:
         if not os.path.isfile(images_path / name):  # Path's own raises where the name is too long, or a folder closed
             shown = name if len(name) < 200 else f"{name[:200]}…"
@@ -144,7 +144,7 @@ def encode_pictures(tokenizer: PreTrainedTokenizerFast, records: Sequence[Record
     return samples
 
 
-def _placed(chat: list[dict[str, str]], images: int, image_tokens: int) -> list[dict]:
+def _placed(chat: Turns, images: int, image_tokens: int) -> Turns:
     """The chat with places for `images` images in place of its first markers."""
     turns = []
     for turn in chat:
@@ -153,5 +153,5 @@ def _placed(chat: list[dict[str, str]], images: int, image_tokens: int) -> list[
         pieces = [before]
         for text in after:
             pieces += [[IMAGE_PLACE] * image_tokens, text]
-        turns.append({"role": turn["role"], "content": pieces})
+        turns.append(turn | {"content": pieces})
     return turns

@@ -10,6 +10,7 @@ that somebody typed can never turn into a control token.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -22,7 +23,7 @@ CALL_CHARS = 1 << 20  # of text in one call of the tokenizer…
 STRETCH_CHARS = 1 << 16  # …and of one text at once, so that the tokenizer's threads share a long one
 
 Content = str | list[str | list[int]]  # text, or pieces of it and ids that stand as they are, such as an image's places
-Chat = Sequence[dict[str, Content]]
+Chat = Sequence[dict[str, Any]]  # of turns {"role": str, "content": Content}, "weight": 0 or 1 where it says so
 
 
 def render_chats(
@@ -33,12 +34,12 @@ def render_chats(
     Args:
         tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; never changed.
         chats: each a list of {"role": "system" | "user" | "assistant", "content": Content}. One that does not begin
-            with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front.
+            with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front. A turn with "weight" 0 is not learned.
         add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
 
     Returns:
         for each chat (ids, loss_mask), both of its length; the mask is True exactly at the tokens of an assistant's
-        content and at the `</s>` that closes it.
+        content and at the `</s>` that closes it, where its turn is learned.
 
     Raises:
         ValueError: an unknown role, or content that is not a string or not encodable as UTF-8.
@@ -64,7 +65,8 @@ def render_chats(
             role = turn["role"]
             content = [i for piece in _pieces(turn) for i in (next(encoded) if isinstance(piece, str) else piece)]
             ids += head[role] + content + tail
-            mask += untrained[role] + [role == "assistant"] * (len(content) + 1) + untrained_newline
+            learned = role == "assistant" and turn.get("weight", 1) != 0
+            mask += untrained[role] + [learned] * (len(content) + 1) + untrained_newline
         if add_generation_prompt:
             ids += head["assistant"]
             mask += untrained["assistant"]
@@ -94,7 +96,7 @@ def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> lis
     return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in _encode(tokenizer, bodies)]
 
 
-def _pieces(turn: dict[str, Content]) -> list[str | list[int]]:
+def _pieces(turn: dict[str, Any]) -> list[str | list[int]]:
     if turn["role"] not in ROLES:
         raise ValueError(f"unknown role {turn['role']!r}: a turn is one of {', '.join(ROLES)}")
     content = turn["content"]

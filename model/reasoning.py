@@ -25,6 +25,18 @@ def is_well_formed(text: str) -> bool:
     return FORMAT.fullmatch(text) is not None
 
 
+def with_thought(thought: str, answer: str) -> str:
+    """The text of an answer that thinks first, in the form above.
+
+    Raises:
+        ValueError: one of the two holds a tag, so that nobody could tell them apart.
+    """
+    for name, text in (("thought", thought), ("answer", answer)):
+        if found := _TAG.search(text):
+            raise ValueError(f"the {name} holds the tag {found[0]}, and is to get tags of its own")
+    return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
 def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """The ids of each tag: one where the tokenizer has an entry for it, several pieces otherwise."""
     return [tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS]

@@ -17,6 +17,7 @@ import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the r
 from scripts.remote_chat import answer_parts, models_at, open_client, reason_of
 from trainer.arguments import Parser, Switch, not_negative, positive, seed, text
 from trainer.errors import UserError, launch
+from trainer.talk import piped_lines, typed_line
 
 HELP = """/reset          forget the talk so far
 /system TEXT    set the system prompt, and forget the talk; without TEXT: show it
@@ -124,20 +125,29 @@ def show(parts: Iterator[tuple[str, str]], hide_thinking: bool) -> None:
 
 
 def lines() -> Iterator[str]:
-    """What a person types, or what is piped in, until it ends. Ctrl-C only clears the line."""
-    terminal = sys.stdin.isatty()
+    """What a person types, or what is piped in, until it ends or says /exit.
+
+    Raises:
+        UserError: what is piped in is not UTF-8.
+    """
+    for line in typed_lines() if sys.stdin.isatty() else piped_lines():
+        if line == "/exit":
+            return
+        yield line
+
+
+def typed_lines() -> Iterator[str]:
+    """What a person types, until Ctrl-D. Ctrl-C only clears the line."""
     while True:
         try:
-            line = input("> " if terminal else "").strip()
+            if line := typed_line("> "):
+                yield line
         except EOFError:
             return
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /exit ends)")
-            continue
-        if line == "/exit":
-            return
-        if line:
-            yield line
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def main():

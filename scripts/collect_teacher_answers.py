@@ -3,7 +3,8 @@
     python scripts/collect_teacher_answers.py questions.jsonl dataset/answers.jsonl --model NAME
         --base_url http://127.0.0.1:8998/v1 --concurrency 16
 
-A question is a line {"question": "…"}, or {"conversations": […]}, of which everything up to the last user turn is sent.
+A question is a line {"question": "…"}, or {"conversations": […]}, of which everything up to the last user turn is sent;
+"system" beside either is its system prompt. What else a line has is counted by name.
 An answer is written the moment it comes, as a line to fine-tune on, so that Ctrl-C loses none, and a second run asks
 only what has no answer yet. When all have one, the lines stand in the order of the questions. --thinking keeps what a
 reasoning model thought, in the form that train_distill_reason.py learns.
@@ -26,9 +27,9 @@ import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` fi
 
 from scripts.remote_chat import open_client, reason_of
 from trainer.arguments import Parser, Switch, above_zero, not_negative, positive, text
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, launch, note
 
-Chat = list[dict[str, str]]
+Chat = list[dict]  # of turns, as dataset/records.py has them
 
 
 class NoAnswer(Exception):
@@ -237,7 +238,7 @@ def answer_of(completion, thinking: bool) -> str:
     Raises:
         NoAnswer: there is none, or it is cut off.
     """
-    from model.reasoning import is_well_formed
+    from model.reasoning import is_well_formed, with_thought
 
     try:
         choice = completion.choices[0]
@@ -251,9 +252,12 @@ def answer_of(completion, thinking: bool) -> str:
         raise NoAnswer("it is empty")
     if thinking and not is_well_formed(answer):
         thought = text_of(getattr(message, "reasoning_content", None))
-        answer = f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
-        if not is_well_formed(answer):
-            raise NoAnswer("no reasoning_content came with it" if not thought else "its thinking holds tags")
+        if not thought:
+            raise NoAnswer("no reasoning_content came with it")
+        try:
+            answer = with_thought(thought, answer)
+        except ValueError as fault:
+            raise NoAnswer(str(fault)) from None
     return answer
 
 
@@ -262,7 +266,7 @@ def main():
     import openai  # after the arguments: --help need not wait for it
     from tqdm import tqdm
 
-    from dataset.jsonl import JsonlReader
+    from dataset.jsonl import JsonlReader, named_counts
     from dataset.records import question_of
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
@@ -270,12 +274,18 @@ def main():
     client = open_client(args.base_url, api_key, asynchronous=True, **patience)
     made_by = {"model": args.model, "thinking": args.thinking}
 
+    reader = JsonlReader(args.questions, question_of, args.skip_bad_lines)
+
     def questions() -> Iterator[Chat]:
-        for chat in JsonlReader(args.questions, question_of, args.skip_bad_lines):
+        for chat in reader:
             has_system = chat[0]["role"] == "system"
             yield chat if has_system or not args.system else [{"role": "system", "content": args.system}, *chat]
 
-    asked = Counter(map(key_of, questions()))  # also shows every bad line before the first question is asked
+    asked = Counter(map(key_of, questions()))  # also shows a bad line before the first question is asked
+    if reader.ignored:
+        note(f"{args.questions}: ignored keys: {named_counts(reader.ignored)}")
+    if reader.bad_lines:
+        note(f"{args.questions}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
     answers = AnswerFile(args.answers, made_by, asked)
     found = answers.answered.total()
 
@@ -293,8 +303,9 @@ def main():
         async with client:
 
             async def ask(chat: Chat) -> str:
+                sent = [{"role": turn["role"], "content": turn["content"]} for turn in chat]  # a weight is for learning
                 try:
-                    completion = await client.chat.completions.create(model=args.model, messages=chat, **settings)
+                    completion = await client.chat.completions.create(model=args.model, messages=sent, **settings)
                 except openai.APIConnectionError as error:
                     raise NoAnswer(reason_of(error, args.base_url)) from None
                 except ValueError as error:  # the client reads as JSON whatever calls itself so

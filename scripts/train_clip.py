@@ -19,6 +19,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/train_clip.py` find the rooms)
@@ -28,11 +29,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from dataset.jsonl import BadRecord, DataError, JsonlReader
+from dataset.jsonl import BadRecord, DataError, Ignored, JsonlReader, named_counts
+from dataset.records import Keys
 from model.images import ImageError, read_image, to_pixels, usual_processor
 from trainer.arguments import ROOT, Parser, Switch, above_zero, add_device_argument, positive
 from trainer.device import DTYPES, default_dtype, pick_device
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, launch, note
 from trainer.files import real_place, save_json
 from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
@@ -104,8 +106,13 @@ def caption_vectors(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, texts: 
 # --------------------------------------------------------------------------------------------------------- data
 
 
-def caption_record(record: dict) -> tuple[str, list[str]]:
-    image, texts = record.get("image"), record.get("captions")
+CAPTIONS = Keys(("image", "captions"))
+CHOICES = Keys(("image", "kind", "lang", "choices", "answer"))
+
+
+def caption_record(record: dict, ignored: Ignored) -> tuple[str, list[str]]:
+    CAPTIONS.check(record, ignored)
+    image, texts = record["image"], record["captions"]
     if not isinstance(image, str) or not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
         raise BadRecord('not {"image": name, "captions": [text, …]}')
     if not texts:
@@ -113,11 +120,18 @@ def caption_record(record: dict) -> tuple[str, list[str]]:
     return image, texts
 
 
-def choice_record(record: dict) -> tuple[str, str, str, list[str], int]:
-    try:
-        return tuple(record[key] for key in ("image", "kind", "lang", "choices", "answer"))
-    except KeyError as missing:
-        raise BadRecord(f"the key {missing} is missing") from None
+def choice_record(record: dict, ignored: Ignored) -> tuple[str, str, str, list[str], int]:
+    CHOICES.check(record, ignored)
+    return tuple(record[key] for key in CHOICES.needed)
+
+
+def read_all(path: Path, parse: Callable[[dict, Ignored], tuple]) -> list[tuple]:
+    """All lines of a file; what was ignored in them is told."""
+    reader = JsonlReader(path, parse)
+    lines = list(reader)
+    if reader.ignored:
+        note(f"{path}: ignored keys: {named_counts(reader.ignored)}")
+    return lines
 
 
 def load_pictures(names: list[str], args) -> Tensor:
@@ -211,8 +225,8 @@ def main():
     rng = random.Random(args.seed)
 
     # Data
-    names, captions = zip(*JsonlReader(args.data_path, caption_record), strict=True)
-    exam = list(JsonlReader(args.eval_path, choice_record))
+    names, captions = zip(*read_all(args.data_path, caption_record), strict=True)
+    exam = read_all(args.eval_path, choice_record)
     known = [frozenset(texts) for texts in captions]
     pixels, exam_pixels = load_pictures(names, args), load_pictures([line[0] for line in exam], args)
     tokenizer = train_caption_tokenizer([text for texts in captions for text in texts])

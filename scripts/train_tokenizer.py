@@ -23,13 +23,14 @@ import _repo  # noqa: F401  (lets `python scripts/train_tokenizer.py` find the r
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dataset.jsonl import BadRecord, JsonlReader
-from dataset.records import chat_of, text_of
+from dataset.jsonl import BadRecord, Ignored, JsonlReader, named_counts
+from dataset.records import chat_of, pair_of, picture_chat_of, text_of
+from dataset.shapes import shape_of
 from model.chat import render_chat
 from model.chat_template import CHAT_TEMPLATE
 from model.tokenizer import StreamDecoder, token_bytes
 from trainer.arguments import Parser, Switch, positive
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, launch, note
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -46,18 +47,26 @@ PROBES = (
 )
 
 
-def texts_of(record: dict) -> list[str]:
+def texts_of(record: dict, ignored: Ignored) -> list[str]:
     """The texts of a line in any of the project's formats.
 
     Raises:
         BadRecord: it is in none of them.
     """
     if "text" in record:
-        return [text_of(record)]
-    keys = [key for key in ("conversations", "chosen", "rejected") if key in record]
-    if not keys:
-        raise BadRecord('neither "text" nor "conversations" nor "chosen" and "rejected"')
-    return [turn["content"] for key in keys for turn in chat_of(record, key)]
+        return [text_of(record, ignored)]
+    if "chosen" in record and "rejected" in record:
+        chats = pair_of(record, ignored)
+    elif "image" in record:
+        chats = (picture_chat_of(record, ignored)[1],)
+    elif "conversations" in record:
+        chats = (chat_of(record, ignored),)
+    else:
+        shape = shape_of(record)
+        raise BadRecord(
+            'neither "text" nor "conversations" nor "chosen" and "rejected"' + (f" (this is {shape})" if shape else "")
+        )
+    return [turn["content"] for chat in chats for turn in chat]
 
 
 def is_kept_aside(text: str, share: float) -> bool:
@@ -68,10 +77,13 @@ def is_kept_aside(text: str, share: float) -> bool:
 def texts_in(paths: list[Path], share: float, kept_aside: bool) -> Iterator[tuple[Path, str]]:
     """Stream (file, text) of the training texts, or of those kept aside."""
     for path in paths:
-        for texts in JsonlReader(path, texts_of):
+        reader = JsonlReader(path, texts_of)
+        for texts in reader:
             for text in texts:
                 if is_kept_aside(text, share) == kept_aside:
                     yield path, text
+        if reader.ignored and kept_aside:  # told once: the texts that are kept aside are read in every call, and last
+            note(f"{path}: ignored keys: {named_counts(reader.ignored)}")
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -2,10 +2,11 @@
 
 import json
 import tracemalloc
+from collections import Counter
 
 import pytest
 
-from dataset.jsonl import DataError, JsonlReader, excerpt
+from dataset.jsonl import DataError, JsonlReader, excerpt, named_counts
 from dataset.records import chat_of, text_of
 
 GOOD_TEXT = b'{"text": "good"}'
@@ -23,6 +24,7 @@ BAD_LINES = [
     (DEEP, "not valid JSON (nested too deeply)"),
     (b"\xff\xfe{\x00", "not UTF-8 (invalid start byte at byte 1)"),
     (b'{"text": "caf\xe9"}', "not UTF-8 (invalid continuation byte at byte 14)"),
+    (b'{"text": "a", "text": "b"}', 'the key "text" stands twice in one object'),
     (b'["text"]', "not a JSON object"),
     (b'"text"', "not a JSON object"),
     (b"null", "not a JSON object"),
@@ -49,7 +51,7 @@ BAD_CHATS = [
     ('{"conversations": [{"role": ["user"], "content": "a"}]}', "unknown role ['user']"),
     (f'{{"conversations": [{TURN}, {{"role": "system", "content": "s"}}]}}', "turn 2 of \"conversations\": a system"),
     (f'{{"conversations": [{TURN}]}}', '"conversations" has no answer of the assistant'),
-    (f'{{"conversations": [{TURN}, {{"content": " \\n"}}]}}', '"conversations" has no answer of the assistant'),
+    (f'{{"conversations": [{TURN}, {{"content": " \\n"}}]}}', 'turn 2 of "conversations": an empty answer would teach'),
 ]  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def test_skip_bad_lines_counts_every_bad_line_and_keeps_every_good_one(tmp_path)
 
     assert list(reader) == ["good"] * len(BAD_LINES)
     assert reader.bad_lines == len(BAD_LINES)
-    assert reader.first_bad == f"line 1: {BAD_LINES[0][1]}: {BAD_LINES[0][0].decode()}"
+    assert reader.told[0] == f"line 1: {BAD_LINES[0][1]}: {BAD_LINES[0][0].decode()}"
+    assert len(reader.told) == 20
     assert reader.bytes_read == reader.path.stat().st_size
 
 
@@ -115,11 +118,11 @@ def test_unicode_line_separators_inside_a_text_do_not_end_the_line(tmp_path):
 
 def test_a_turn_without_a_role_is_the_users_or_the_assistants_in_turn():
     contents = [{"content": text} for text in "abcd"]
-    roles = [turn["role"] for turn in chat_of({"conversations": contents})]
+    roles = [turn["role"] for turn in chat_of({"conversations": contents}, Counter())]
     with_system = [{"role": "system", "content": "s"}, *contents]
 
     assert roles == ["user", "assistant", "user", "assistant"]
-    assert [turn["role"] for turn in chat_of({"conversations": with_system})] == ["system", *roles]
+    assert [turn["role"] for turn in chat_of({"conversations": with_system}, Counter())] == ["system", *roles]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +154,33 @@ def test_a_file_that_cannot_be_read_is_told_before_reading(tmp_path, make, reaso
     with pytest.raises(DataError, match=reason) as error:
         JsonlReader(path, text_of)
     assert str(error.value).startswith(str(path))
+
+
+def test_keys_that_mean_nothing_are_counted_in_good_lines_only(tmp_path):
+    lines = [
+        {"text": "a", "id": 1, "url": None},
+        {"text": "b", "id": 2, "\x1b[31mred": 1},
+        {"text": "", "id": 3},
+        {"text": "c"},
+    ]
+    reader = JsonlReader(write(tmp_path / "texts.jsonl", [json.dumps(line).encode() for line in lines]), text_of, True)
+
+    assert list(reader) == ["a", "b", "c"]
+    assert reader.ignored == {"id": 2, "url": 1, "\\x1b[31mred": 1}
+    assert named_counts(reader.ignored) == "id 2, \\x1b[31mred 1, url 1"
+
+
+def test_a_file_whose_keys_are_data_does_not_fill_the_memory(tmp_path):
+    lines = [json.dumps({"text": "a"} | {f"{n} {'x' * 99}": 1}).encode() for n in range(1100)]
+    reader = JsonlReader(write(tmp_path / "texts.jsonl", lines), text_of)
+
+    assert len(list(reader)) == 1100
+    assert reader.ignored.total() == 1100
+    assert len(reader.ignored) == 1001
+    assert reader.ignored["others"] == 100
+    told = named_counts(reader.ignored)
+    assert told.startswith("others 100, 0 xx")
+    assert told.endswith("x… 1, and 981 more")
 
 
 def test_memory_holds_one_line_however_long_the_file(tmp_path):

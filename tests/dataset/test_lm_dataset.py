@@ -87,15 +87,32 @@ SHOWN_CHATS = [
         "<s>system\n<s></s>\n<s>user\n</s>\n<s>assistant\nPWNED <think></s>\n"
         "<s>assistant\n⟦<think>\nno </s> here\n</think></s>⟧\n",
     ),
-    (  # two answers in a row, and an empty one
+    (  # two answers in a row, and empty ones that are not learned
         {
             "conversations": [
                 {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "", "weight": 0},
                 {"role": "assistant", "content": "a 👩‍👩‍👧"},
-                {"role": "assistant", "content": ""},
+                {"role": "assistant", "content": "b"},
+                {"role": "assistant", "content": " ", "train": False},
             ]
         },
-        DEFAULT + "<s>user\nq</s>\n<s>assistant\n⟦a 👩‍👩‍👧</s>⟧\n<s>assistant\n⟦</s>⟧\n",
+        DEFAULT + "<s>user\nq</s>\n<s>assistant\n</s>\n<s>assistant\n⟦a 👩‍👩‍👧</s>⟧\n<s>assistant\n⟦b</s>⟧\n"
+        "<s>assistant\n </s>\n",
+    ),
+    (  # the thought of an answer, and the system prompt that the line has beside its turns
+        {
+            "system": "Think.",
+            "conversations": [
+                {"role": "user", "content": "2 + 3?", "weight": 0},
+                {"role": "assistant", "reasoning_content": "2 and 3\nmake 5.", "content": "5"},
+                {"role": "user", "content": "4 + 3?", "train": None},
+                {"role": "assistant", "reasoning_content": " ", "content": "7", "weight": 1.0},
+            ],
+        },
+        "<s>system\nThink.</s>\n<s>user\n2 + 3?</s>\n"
+        "<s>assistant\n⟦<think>\n2 and 3\nmake 5.\n</think>\n<answer>\n5\n</answer></s>⟧\n"
+        "<s>user\n4 + 3?</s>\n<s>assistant\n⟦7</s>⟧\n",
     ),
 ]
 
@@ -108,9 +125,9 @@ def test_exactly_the_answers_and_their_ends_are_learned(tmp_path, tokenizer, pac
 
     assert shown(row, tokenizer) == expected
     ids = row["input_ids"].tolist()
-    closing = sum(turn["role"] is not None for turn in chat["conversations"]) + expected.startswith(DEFAULT)
+    closing = len(chat["conversations"]) + (expected.startswith(DEFAULT) or "system" in chat)
     assert ids.count(tokenizer.eos_token_id) == ids.count(tokenizer.bos_token_id) == closing
-    answers = "".join(turn["content"] for turn in chat["conversations"] if turn["role"] == "assistant")
+    answers = "".join(re.findall("⟦(.*?)⟧", expected, re.DOTALL))
     for tag, entry in tokenizer.get_added_vocab().items():
         if not tokenizer.added_tokens_decoder[entry].special:
             assert ids.count(entry) == answers.count(tag)
@@ -175,6 +192,16 @@ def test_dropped_cut_and_skipped_samples_are_counted(tmp_path, tiny_tokenizer, p
         in (dataset.summary)
     )
     assert f"{len(dataset)} rows" in dataset.summary
+
+
+def test_ignored_keys_are_told_in_every_run_on_the_same_cache(tmp_path, tiny_tokenizer):
+    path = write_jsonl(tmp_path / "chats.jsonl", [turns("q", "a") | {"id": n, "lang": "en"} for n in range(3)])
+    path.write_text(path.read_text() + '{"id": 4}\n')
+    told = ", ignored keys: id 3, lang 3, 1 bad lines skipped, the first: line 4: the key"
+    for _ in range(2):
+        dataset = SFTDataset(path, tiny_tokenizer, skip_bad_lines=True)
+        assert told in dataset.summary
+    assert len(list((tmp_path / ".cache" / "chats.jsonl").glob("*/info.json"))) == 1
 
 
 def test_roles_left_out_are_the_users_and_the_assistants_in_turn(tmp_path, tiny_tokenizer):

@@ -67,7 +67,7 @@ def test_samples_come_back_whole_and_in_part(open_it, tiny_tokenizer):
     assert cache.ids(3, 2, 4).tolist() == expected[3][2:6]
     assert cache.learned(3, 2, 4).tolist() == [True] * 4
     assert cache.first_target.tolist() == [1] * 30
-    assert (cache.bad_lines, cache.first_bad, cache.note(0)) == (0, None, None)
+    assert (cache.bad_lines, cache.told, cache.ignored, cache.note(0)) == (0, [], {}, None)
 
 
 @pytest.mark.parametrize("vocabulary", [600, 70_000])
@@ -290,7 +290,7 @@ def test_bad_lines_stop_the_run_or_are_counted_with_one_cache_for_both(data, ope
 
     cache = open_it(skip_bad_lines=True)
     assert (len(cache), cache.bad_lines) == (30, 2)
-    assert cache.first_bad.startswith("line 6: not valid JSON")
+    assert cache.told[0].startswith("line 6: not valid JSON")
     with pytest.raises(DataError, match=r"texts\.jsonl, line 6: not valid JSON"):
         open_it(parse=must_not_run)
     assert open_it(skip_bad_lines=True, parse=must_not_run).bad_lines == 2

@@ -103,6 +103,20 @@ class TestRows:
         )
         assert [main_colour(pixels) for pixels in row["pixel_values"]] == ["red.png", "blue.jpg"]
 
+    def test_system_thought_and_weight_are_used_as_in_every_stage(self, open_lines, tiny_tokenizer):
+        turns = [
+            {"role": "user", "content": "<image>"},
+            {"role": "assistant", "content": "1", "weight": 0},
+            {"role": "user", "content": "And?"},
+            {"role": "assistant", "reasoning_content": "Red.", "content": "2", "train": True},
+        ]
+        dataset = open_lines([{"id": 1, "system": "s", "image": "red.png", "conversations": turns}], packing=False)
+        assert "".join(pieces_of(dataset[0], tiny_tokenizer)).replace("][", "") == (
+            "<s>system\ns</s>\n<s>user\n#</s>\n<s>assistant\n1</s>\n<s>user\nAnd?</s>\n"
+            "<s>assistant\n[<think>\nRed.\n</think>\n<answer>\n2\n</answer></s>]\n"
+        )
+        assert dataset.summary.endswith(", ignored keys: id 1")
+
     def test_grey_palette_transparent_and_cmyk_files(self, open_lines, tmp_path):
         folder = tmp_path / "modes"
         folder.mkdir()

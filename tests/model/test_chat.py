@@ -109,6 +109,16 @@ def test_the_template_is_saved_with_the_tokenizer(tokenizer, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template == CHAT_TEMPLATE
 
 
+def test_a_turn_of_weight_0_is_laid_out_as_ever_and_not_learned(tokenizer):
+    chat = [turn("user", "q"), turn("assistant", "a"), turn("user", "r"), turn("assistant", "bb")]
+    ids, mask = render_chat(tokenizer, chat)
+    first = mask.index(True)
+    last = mask.index(False, first)  # after the first answer
+    for weight, learned in ((0, False), (1, True)):
+        weighed = [chat[0] | {"weight": 0}, chat[1] | {"weight": weight}, *chat[2:]]
+        assert render_chat(tokenizer, weighed) == (ids, mask[:first] + [learned] * (last - first) + mask[last:])
+
+
 def test_many_chats_at_once_are_each_as_alone(tokenizer):
     assert render_chats(tokenizer, CHATS) == [render_chat(tokenizer, chat) for chat in CHATS]
     assert render_chats(tokenizer, []) == []

@@ -134,6 +134,29 @@ def test_what_is_sent_of_a_chat(endpoint, tmp_path):
     assert (lines[0]["model"], lines[0]["thinking"]) == ("big", False)
 
 
+def test_a_question_is_what_its_line_says(endpoint, tmp_path, capsys, tiny_tokenizer):
+    """The system prompt is sent, a weight is not but stays in the line, and what means nothing is counted."""
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    lines = [
+        {"question": "one", "system": "own", "id": 1, "answer": "1"},
+        {"conversations": [user, answer | {"weight": 0}, user, answer], "id": 2},
+        {"question": ""},
+    ]
+    questions, out = write_jsonl(tmp_path / "q.jsonl", lines), tmp_path / "a.jsonl"
+    flags = ("--concurrency", "1", "--skip_bad_lines")
+    collect(endpoint, questions, out, *flags)
+    asked = [body["messages"] for body in endpoint.asked]
+    assert asked == [[{"role": "system", "content": "own"}, user | {"content": "one"}], [user, answer, user]]
+    said = capsys.readouterr().err
+    assert f"{questions}: ignored keys: id 2, answer 1, turns after the question 1\n" in said
+    assert f"{questions}: 1 bad lines skipped, the first: line 3: there is no question in it" in said
+    written = [json.loads(line)["conversations"] for line in out.read_text(encoding="utf-8").splitlines()]
+    assert written[1] == [user, answer | {"weight": 0}, user, {"role": "assistant", "content": "about hi"}]
+    assert "ignored keys: model 2, thinking 2" in SFTDataset(out, tiny_tokenizer).summary
+    collect(endpoint, questions, out, *flags)  # finds its own answers again
+    assert len(endpoint.asked) == 2
+
+
 def test_a_busy_endpoint_is_asked_again(endpoint, questions, tmp_path, monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     busy = {0: (429, {"error": {"message": "busy"}}), 1: (503, {"error": {"message": "later"}})}
@@ -233,7 +256,7 @@ def test_thinking_is_kept_in_tags(endpoint, tmp_path, capsys):
     assert replies(tmp_path / "a.jsonl") == [("0", answer), ("1", tagged)]
     errors = capsys.readouterr().err
     assert "no reasoning_content came with it" in errors
-    assert "its thinking holds tags" in errors
+    assert "the thought holds the tag </think>" in errors
 
 
 def test_ctrl_c_loses_no_answer(endpoint, questions, tmp_path):

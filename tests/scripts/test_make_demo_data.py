@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from dataset.jsonl import JsonlReader
-from dataset.records import chat_of, text_of
+from dataset.records import chat_of, pair_of, text_of
 from scripts.demo_world import relations
 from scripts.make_demo_data import MINIMIND, POLITE, WILLOW, as_jsonl, build, identities, write
 from scripts.scoring import normalise
@@ -133,16 +133,15 @@ def test_a_run_cut_short_knows_its_own_files_again(tmp_path, monkeypatch):
 def test_every_line_passes_the_projects_own_parsers(files, tmp_path):
     write(as_jsonl({f"{name}.jsonl": lines for name, lines in files.items()}), tmp_path)
     texts = list(JsonlReader(tmp_path / "pretrain_hq.jsonl", text_of))
-    pairs = [
-        list(JsonlReader(tmp_path / f"{name}.jsonl", lambda line: (chat_of(line, "chosen"), chat_of(line, "rejected"))))
-        for name in ("dpo", "eval_dpo")
-    ]
-    chats = [chat for name in CHATS for chat in JsonlReader(tmp_path / f"{name}.jsonl", chat_of)]
+    pairs = [list(JsonlReader(tmp_path / f"{name}.jsonl", pair_of)) for name in ("dpo", "eval_dpo")]
+    readers = [JsonlReader(tmp_path / f"{name}.jsonl", chat_of) for name in CHATS]
+    chats = [chat for reader in readers for chat in reader]
 
     assert len(texts) > 5000
     assert len(pairs[1]) > 70
     assert all(chosen[:-1] == rejected[:-1] and chosen != rejected for part in pairs for chosen, rejected in part)
     assert all(chat[-1]["role"] == "assistant" for chat in chats)
+    assert not any(reader.ignored for reader in readers)
     for name in EXAMS:
         for line in files[name]:
             assert list(line) == ["question", "answers", "kind", "lang"]

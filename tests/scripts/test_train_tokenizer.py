@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections import Counter
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
@@ -32,7 +33,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer_data")
     write_jsonl(folder / "texts.jsonl", [{"text": f"{n} {SENTENCES[n % 8]}"} for n in range(300)])
     write_jsonl(folder / "medical.jsonl", [{"conversations": [*CHATS[1]]}, {"conversations": CHATS[0]}])
-    write_jsonl(folder / "pairs.jsonl", [{"chosen": CHATS[0], "rejected": CHATS[1]}])
+    write_jsonl(folder / "pairs.jsonl", [{"chosen": CHATS[1], "rejected": [*CHATS[1][:2], CHATS[0][1]], "id": 1}])
     return folder
 
 
@@ -42,6 +43,7 @@ def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "tiny"
     paths = sorted(data.glob("*.jsonl"))
     done = run_script("scripts/train_tokenizer.py", "--data_path", *paths, "--out_dir", folder, "--vocab_size", "420")
+    assert done.stderr.count(f"{data / 'pairs.jsonl'}: ignored keys: id 1\n") == 1
     return folder, done.stdout
 
 
@@ -128,18 +130,22 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
     [
         ({"text": "a"}, ["a"]),
         ({"conversations": CHATS[0]}, ["你好, world", "Hi 🙂"]),
-        ({"chosen": CHATS[0], "rejected": CHATS[1]}, ["你好, world", "Hi 🙂", "Be brief.", "q", "a"]),
-        ({"image": "a.jpg", "conversations": CHATS[0]}, ["你好, world", "Hi 🙂"]),
+        (
+            {"chosen": CHATS[0], "rejected": [CHATS[0][0], {"role": "assistant", "content": "a"}]},
+            ["你好, world", "Hi 🙂", "你好, world", "a"],
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, ["s", "q", "a", "s", "q", "b"]),
+        ({"image": "a.jpg", "conversations": [{"content": "<image>"}, CHATS[0][1]]}, ["<image>", "Hi 🙂"]),
     ],
 )
 def test_every_format_of_the_project_gives_its_texts(record, texts):
-    assert texts_of(record) == texts
+    assert texts_of(record, Counter()) == texts
 
 
 @pytest.mark.parametrize("record", [{}, {"text": 3}, {"conversations": 5}, {"chosen": [3], "rejected": []}])
 def test_a_record_of_no_format_is_bad(record):
     with pytest.raises(BadRecord):
-        texts_of(record)
+        texts_of(record, Counter())
 
 
 def test_a_tenth_is_kept_aside_whatever_file_a_text_is_in():
