@@ -76,7 +76,7 @@ def test_each_tokenizer_has_its_name(tiny_tokenizer):
 
 def test_the_modelfile_lays_a_chat_out_as_we_do(tmp_path, tiny_tokenizer):
     """Ollama's template language is Go's: `range` repeats its body for each message, dots read fields."""
-    text = modelfile(tmp_path / "tiny.gguf", 256)
+    text = modelfile(tmp_path / "tiny.gguf", tiny_tokenizer, 256)
     assert text.startswith("FROM ./tiny.gguf\n")
     body = text.split('TEMPLATE """')[1].split('"""')[0]
     turn = body.removeprefix("{{ range .Messages }}").removesuffix("{{ end }}<s>assistant\n")

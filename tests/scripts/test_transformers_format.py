@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from model import LMConfig, MiniMindLM
+from model.chat import CHAT_TEMPLATE
 from scripts.transformers_format import (
     check_equal,
     read_folder,
@@ -81,7 +82,7 @@ def test_the_folder_is_plain_and_readable_by_older_transformers(llama):
     assert config["rope_theta"] == 1e6  # transformers 4 would take 1e4 otherwise
     about = json.loads((folder / "tokenizer_config.json").read_text())
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert "<s>assistant" in about["chat_template"]
+    assert about["chat_template"] == CHAT_TEMPLATE
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
 
 
