@@ -23,12 +23,12 @@ def state(request):
     return make_model(use_moe=request.param).state_dict()
 
 
-def in_april_2025(state: dict, prefix: str = "model.") -> dict:
+def in_april_2025(state: dict, prefix: str = "model.", heads: tuple[int, int] = HEADS) -> dict:
     """A state dict under the names, and with the order of rows, of MiniMind's files since April 2025."""
     theirs = {}
     for name, value in state.items():
         if name.endswith(("wq.weight", "wk.weight")):
-            value = half_split(value, HEADS["wk" in name])
+            value = half_split(value, heads["wk" in name])
         if name == "output.weight":
             theirs["lm_head.weight"] = value
             continue
