@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from model import LMConfig, MiniMindLM
 from model.chat import CHAT_TEMPLATE
 from model.tokenizer import special_ids
-from model.weight_layouts import OUR_NAME, TABLES, THEIR_NAME, half_split, interleaved
+from model.weight_layouts import OUR_NAME, TABLES, THEIR_NAME, half_split, interleaved, recognise
 from trainer.errors import UserError
 from trainer.weight_files import read_content
 from trainer.weights import load_tokenizer
@@ -160,7 +160,8 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
     """
     kind = theirs.get("model_type")
     if kind == "minimind":
-        return LMConfig.from_dict(theirs)
+        names = LMConfig.attribute_map | {"rms_norm_eps": "norm_eps"}  # those of April 2025
+        return LMConfig.from_dict({names.get(name, name): value for name, value in theirs.items()})
     if kind not in ("llama", "qwen2_moe"):
         raise UserError(f"config.json says model_type {kind!r}: a MiniMind is a 'llama', a 'qwen2_moe' or a 'minimind'")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
@@ -245,12 +246,16 @@ def read_folder(folder: Path, tokenizer_folder: str | None = None) -> tuple[Mini
     state = _read_tensors(folder)
     try:
         config = to_our_config(theirs, state)
-        if theirs["model_type"] != "minimind":
+        if theirs["model_type"] == "minimind":
+            state = recognise(state, config.n_heads, config.n_kv_heads).state
+        else:
             state = to_our_state(state, config)
     except KeyError as missing:
         raise UserError(f"{folder} lacks {missing} in its config.json or its weights") from None
     except (TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged ({error})") from None
+    except ValueError as error:
+        raise UserError(f"{folder} {error}") from None
     tokenizer = load_tokenizer(tokenizer_folder or folder)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
