@@ -100,7 +100,8 @@ def recognise(content: object, n_heads: int, n_kv_heads: int) -> Recognised:
     if outer:
         notes.append(f"{outer} taken off its names")
     if newer:
-        notes.append("its names are MiniMind's of April 2025, rows of q and k reordered")
+        heads = f"{n_heads} and {n_kv_heads} heads"
+        notes.append(f"its names are MiniMind's of April 2025, rows of q and k reordered as those of {heads}")
 
     state: dict[str, Tensor] = {}
     for name, plain in names.items():

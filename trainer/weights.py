@@ -232,16 +232,20 @@ def load_folder(
     """A model from a folder that `save_pretrained` wrote, in the dtype it was saved in or another.
 
     Raises:
-        UserError: no such folder, or another kind of model.
+        UserError: no such folder, one that lacks a parameter, or another kind of model.
     """
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"{folder} holds no config.json: it is no folder that save_pretrained wrote")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=dtype)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder), local_files_only=True, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(model, kind):
         raise UserError(f"{folder} holds a {type(model).__name__}, not a {kind.__name__}")
+    if report["missing_keys"]:  # which transformers fills with random numbers
+        raise UserError(f"{folder} lacks {_few(sorted(report['missing_keys']))} of what its config.json describes")
     return model
 
 

@@ -68,7 +68,10 @@ FORMS = {
     ),
     "no output": (lambda state: {name: value for name, value in state.items() if name != "output.weight"}, ""),
     "no embedding": (lambda state: {name: v for name, v in state.items() if name != "tok_embeddings.weight"}, ""),
-    "April 2025": (in_april_2025, "its names are MiniMind's of April 2025, rows of q and k reordered"),
+    "April 2025": (
+        in_april_2025,
+        "names are MiniMind's of April 2025, rows of q and k reordered as those of 4 and 2 heads",
+    ),
     "April 2025, no head": (
         lambda state: {name: value for name, value in in_april_2025(state).items() if name != "lm_head.weight"},
         "April 2025",

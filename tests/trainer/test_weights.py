@@ -16,6 +16,7 @@ from trainer.errors import UserError
 from trainer.teacher import load_teacher
 from trainer.weights import (
     load_adapter,
+    load_folder,
     load_tokenizer,
     load_weights,
     read_settings,
@@ -94,6 +95,23 @@ def test_names_of_april_2025_are_read_by_the_heads_and_another_chat_form_is_told
 
 def make_model_for(tokenizer):
     return MiniMindLM(LMConfig(dim=32, n_layers=1, vocab_size=len(tokenizer)))
+
+
+def test_a_folder_that_lacks_a_parameter_is_not_filled_with_random_numbers(tiny_out, tiny_tokenizer, tmp_path):
+    """As a MiniMind folder of April 2025, whose names transformers does not know for this kind of model."""
+    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert same_weights(load_folder(tmp_path), model.state_dict())
+    for state in (
+        {name: value for name, value in model.state_dict().items() if name not in ("norm.weight", "output.weight")},
+        {name: value.clone() for name, value in in_april_2025(model.state_dict(), heads=(8, 2)).items()},
+    ):
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"lacks .* of what its config\.json describes"):
+            load_folder(tmp_path)
+        with pytest.raises(UserError, match=r"lacks .* of what its config\.json describes"):
+            load_teacher(str(tmp_path), "out", tiny_tokenizer, 64)
 
 
 def test_a_safetensors_by_the_name_of_the_weights_stands_for_them(tiny_out, tiny_tokenizer, tmp_path):
