@@ -257,11 +257,8 @@ def load_adapter(name: str, args, model: MiniMindLM) -> LoRASettings:
     """
     by_file = is_file_name(name)
     path = existing(weights_path(args, name if by_file else f"lora/{name}"), not by_file, adapter=True)
-    state, about, beside = (
-        read_weights(path, model.config.n_heads, model.config.n_kv_heads).state,
-        {},
-        path.with_suffix(".json"),
-    )
+    state = read_weights(path, model.config.n_heads, model.config.n_kv_heads).state
+    about, beside = {}, path.with_suffix(".json")
     if beside.is_file():
         with _reading(beside):
             about = dict(json.loads(beside.read_text(encoding="utf-8")))
