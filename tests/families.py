@@ -1,6 +1,6 @@
 """Tokenizers of other families in small: trained on SENTENCES, with the special tokens that such families have."""
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import SENTENCES
@@ -38,6 +38,25 @@ def family(name: str) -> PreTrainedTokenizerFast:
     """A tokenizer of FAMILIES."""
     special, roles = FAMILIES[name]
     return PreTrainedTokenizerFast(tokenizer_object=byte_level(special), **roles)
+
+
+def with_llama_3s_pattern(special_tags: bool = False) -> PreTrainedTokenizerFast:
+    """Cuts text as Llama 3 does, which puts punctuation and the line breaks behind it together.
+
+    Args:
+        special_tags: <think> and </think> are special tokens.
+    """
+    backend = Tokenizer(models.BPE())
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(cuts), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["<think>\nWhy?\n</think>\n<answer>\nSo.\n</answer>"] * 9, trainer)
+    special, roles = FAMILIES["llama3"]
+    special = [*special, "<think>", "</think>"] if special_tags else special
+    backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **roles)
 
 
 def unigram() -> PreTrainedTokenizerFast:
