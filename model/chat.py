@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
 ROLES = ("system", "user", "assistant")
+TEXT_BEGIN, TEXT_END = "<s>", "</s>"  # as a pretraining text may spell them itself
 IMAGE_MARKER = "<image>"  # an image's place in a line of data, and the shipped tokenizer's entry for one
 IMAGE_PLACE = -1  # an image's places among rendered ids, until they get their own id: no text renders to it
 CALL_CHARS = 1 << 20  # of text in one call of the tokenizer…
@@ -85,14 +86,17 @@ def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> lis
     """Render pretraining samples, `<s>text</s>`.
 
     A literal `<s>` at the start and `</s>` at the end of a text (one published form of the data has them) are those
-    same delimiters and not doubled; anywhere else they are plain text.
+    same delimiters and not doubled, and so are the tokenizer's own; anywhere else they are plain text.
 
     Raises:
         ValueError: a text that is not encodable as UTF-8.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     guard = _guards(tokenizer)["assistant"]
-    bodies = [_cut(text.removeprefix(bos).removesuffix(eos), guard) for text in texts]
+    bodies = []
+    for text in texts:
+        text = text.removeprefix(bos if text.startswith(bos) else TEXT_BEGIN)
+        bodies.append(_cut(text.removesuffix(eos if text.endswith(eos) else TEXT_END), guard))
     return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in _encode(tokenizer, bodies)]
 
 

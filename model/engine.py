@@ -67,7 +67,7 @@ class Request:
         top_k, top_p: sample among the k likeliest (0 = all), of these among the fewest that reach the probability p.
         repetition_penalty: over prompt and answer, see `penalise_repetition`; 1 = none.
         frequency_penalty, presence_penalty: over the answer, see `penalise_frequency`; 0 = none.
-        eos_token_id: one or several ids that end the answer and are no part of it; None = the model's, () = none.
+        eos_token_id: one or several ids that end the answer and are no part of it; None = the tokenizer's, () = none.
         stop: texts that end the answer; it is cut before the first of them.
         seed: makes sampling repeatable; None = another answer each time.
         logprobs: give log-probabilities, and those of the so many likeliest tokens; None = do not.
@@ -291,7 +291,7 @@ class Engine:
             raise ValueError(f"an engine needs slots and a token_budget from 1 on, not {slots} and {token_budget}")
         self.decoder = Decoder(model, slots, slot_len or model.config.max_seq_len, dtype)
         self.token_bytes = token_bytes(tokenizer)
-        self.eos_token_id = model.config.eos_token_id
+        self.eos_token_id = tokenizer.eos_token_id
         self.token_budget = token_budget
         self._slots = [_Slot(number) for number in range(slots)]
         self._waiting: deque[Answer] = deque()

@@ -8,11 +8,15 @@
 </answer>
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
+
+from model.chat import render_text
+from model.tokenizer import token_bytes
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAG = re.compile("|".join(TAGS))
@@ -38,8 +42,21 @@ def with_thought(thought: str, answer: str) -> str:
 
 
 def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """The ids of each tag: one where the tokenizer has an entry for it, several pieces otherwise."""
-    return [tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS]
+    """The ids of each tag in an answer: one where the tokenizer has an entry for it, several pieces otherwise.
+
+    Where a tokenizer reads the last piece of a tag together with the line break behind it, as Llama 3's and Qwen's do,
+    these ids stand there as well.
+    """
+    pieces = token_bytes(tokenizer)
+    sequences = []
+    for tag in TAGS:
+        (_, *alone, _), (_, *before_break, _) = render_text(tokenizer, [tag, f"{tag}\n"])
+        if before_break[: len(alone)] != alone:
+            ends = itertools.accumulate(len(pieces[i]) for i in before_break)
+            length = next(n for n, end in enumerate(ends, 1) if end >= len(tag))
+            sequences.append(before_break[:length])
+        sequences.append(alone)
+    return sequences
 
 
 class ReasoningStream:

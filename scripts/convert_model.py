@@ -60,28 +60,33 @@ def get_args():
 
 def load(args):
     """Model and tokenizer that the command line names, with the adapter merged where there is one."""
-    from trainer.weights import config_from, load_tokenizer, load_weights, read_settings, read_state, shape_of
+    from trainer.weight_files import read_weights
+    from trainer.weights import config_from, existing, load_tokenizer, load_weights, read_settings, shape_of
 
+    weights = existing(args.weights, by_flags=False)
     tokenizer = load_tokenizer(args.tokenizer)
     asked = ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
     asked = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     config = None  # as load_weights finds it
-    if args.weights.is_file():
-        settings = read_settings(args.weights)
-        found = settings["config"] if settings else shape_of(state := read_state(args.weights))
-        if not settings and any(name.startswith("vision_proj.") for name in state):
-            raise UserError(f"{args.weights} is a vision-language model, which none of these formats can hold")
-        if asked:
-            config = config_from(found | asked, tokenizer)
-    model = load_weights(args.weights, config, tokenizer).eval()
+    if settings := read_settings(weights):
+        found = settings["config"]
+    else:
+        state = read_weights(weights, **{name: value for name, value in asked.items() if "heads" in name}).state
+        if any(name.startswith("vision_proj.") for name in state):
+            raise UserError(f"{weights} is a vision-language model, which none of these formats can hold")
+        found = shape_of(state)
+    if asked:
+        config = config_from(found | asked, tokenizer)
+    model = load_weights(weights, config, tokenizer).eval()
     return model, tokenizer
 
 
 def put_on(model, adapter: Path, args):
     """Give the model an adapter; returns its settings."""
+    from trainer.weight_files import is_file_name
     from trainer.weights import load_adapter
 
-    if adapter.suffix != ".pth":
+    if not is_file_name(adapter.name):
         raise UserError(f"{adapter}: an adapter is a .pth file, in out/lora/")
     return load_adapter(str(adapter), args, model)
 
@@ -166,7 +171,7 @@ def to_gguf(args) -> None:
     with replacing(args.out) as temporary:
         write_gguf(model, tokenizer, temporary, args.dtype, args.out.stem)
     with replacing(beside) as temporary:
-        temporary.write_text(modelfile(args.out, model.config.max_seq_len), encoding="utf-8")
+        temporary.write_text(modelfile(args.out, tokenizer, model.config.max_seq_len), encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, for llama.cpp")
     print(f"ollama create {args.out.stem} -f {beside}")
 

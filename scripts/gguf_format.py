@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from model import MiniMindLM
 from model.chat import DEFAULT_SYSTEM_PROMPT
 from model.chat_template import CHAT_TEMPLATE, without_generation_marks
+from model.tokenizer import special_ids
 from trainer.errors import UserError
 
 DTYPES = {  # of matrices, by the name on the command line: how a tensor is stored, and what the file calls itself
@@ -127,28 +128,31 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in backend["model"]["merges"]])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
+    ids = special_ids(tokenizer)
+    writer.add_bos_token_id(ids["bos_token_id"])
+    writer.add_eos_token_id(ids["eos_token_id"])
+    writer.add_pad_token_id(ids["pad_token_id"])
     writer.add_add_bos_token(False)  # the chat template begins with it
     writer.add_add_eos_token(False)
     writer.add_chat_template(without_generation_marks(CHAT_TEMPLATE))  # llama-cpp-python's Jinja is the plain one
 
 
-def modelfile(weights: Path, context: int) -> str:
+def modelfile(weights: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> str:
     """What `ollama create NAME -f FILE` reads: the weights, MiniMind's chat layout as a Go template, how to sample.
 
     Args:
         weights: the GGUF, in the same folder.
+        tokenizer: its tokenizer, by whose bos and eos a turn begins and ends.
         context: tokens of prompt and answer together.
     """
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
     return f'''FROM ./{weights.name}
-TEMPLATE """{{{{ range .Messages }}}}<s>{{{{ .Role }}}}
-{{{{ .Content }}}}</s>
-{{{{ end }}}}<s>assistant
+TEMPLATE """{{{{ range .Messages }}}}{bos}{{{{ .Role }}}}
+{{{{ .Content }}}}{eos}
+{{{{ end }}}}{bos}assistant
 """
 SYSTEM """{DEFAULT_SYSTEM_PROMPT}"""
-PARAMETER stop "</s>"
+PARAMETER stop "{eos}"
 PARAMETER num_ctx {context}
 PARAMETER temperature 0.85
 PARAMETER top_p 0.85

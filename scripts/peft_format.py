@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model import LMConfig
 from model.model_lora import LoRASettings
-from scripts.transformers_format import OUR_NAME, THEIR_NAME, half_split, interleaved
+from model.weight_layouts import OUR_NAME, THEIR_NAME, half_split, interleaved
 from trainer.errors import UserError
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"

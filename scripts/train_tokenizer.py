@@ -28,23 +28,14 @@ from dataset.records import chat_of, pair_of, picture_chat_of, text_of
 from dataset.shapes import shape_of
 from model.chat import render_chat
 from model.chat_template import CHAT_TEMPLATE
-from model.tokenizer import StreamDecoder, token_bytes
+from model.tokenizer import token_bytes
+from model.tokenizer_check import check_round_trips, check_tokenizer
 from trainer.arguments import Parser, Switch, positive
 from trainer.errors import UserError, launch, note
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<image>")
-PROBES = (
-    "",
-    " ",
-    "\n\n  \t",
-    "Hello, world!",
-    "龘靐齉爩 𠮷 㐀",
-    "👩‍👩‍👧‍👦 🇨🇳 😀",
-    "def f(x):\n\treturn x ** 2  # ½",
-    "1234567890",
-)
 
 
 def texts_of(record: dict, ignored: Ignored) -> list[str]:
@@ -114,18 +105,10 @@ def verify(tokenizer: PreTrainedTokenizerFast) -> None:
     if ids != [0, 1, 2]:
         raise UserError(f"the ids of {', '.join(SPECIAL)} are {ids}, not 0, 1 and 2")
     try:
-        pieces = token_bytes(tokenizer)
+        check_tokenizer(tokenizer)
+        check_round_trips(tokenizer, [*map(chr, range(0x80, 0x800, 7))], token_bytes(tokenizer))
     except ValueError as error:
         raise UserError(str(error)) from error
-    lacking = {bytes([byte]) for byte in range(256)}.difference(pieces)
-    if lacking:  # then not every text has tokens
-        raise UserError(f"{len(lacking)} of the 256 bytes have no entry, {min(lacking)} for one")
-    every_byte = bytes(range(256)).decode("latin-1")  # as characters: UTF-8 puts all lead and trail bytes to use
-    for text in (*PROBES, every_byte, *map(chr, range(0x80, 0x800, 7))):
-        decoder = StreamDecoder(pieces)
-        back = "".join(map(decoder.push, tokenizer.encode(text, add_special_tokens=False))) + decoder.flush()
-        if back != text:
-            raise UserError(f"the round trip of {text!r} gives {back!r}")
     chat = [{"role": "user", "content": "你好, world"}, {"role": "assistant", "content": "Hi 🙂"}]
     if tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) != render_chat(tokenizer, chat)[0]:
         raise UserError("its chat template lays a chat out in another way than model/chat.py")

@@ -17,48 +17,23 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from model import LMConfig, MiniMindLM
 from model.chat_template import CHAT_TEMPLATE
+from model.tokenizer import special_ids
+from model.weight_layouts import OUR_NAME, TABLES, THEIR_NAME, half_split, interleaved, recognise
 from trainer.errors import UserError
-from trainer.files import load_tensors
-from trainer.weights import OLD_BUFFERS, load_tokenizer
+from trainer.weight_files import read_content
+from trainer.weights import load_tokenizer
 
 WEIGHTS = "model.safetensors"
-THEIR_NAME = {  # of each part of a parameter's name that differs
-    "tok_embeddings": "embed_tokens",
-    "attention": "self_attn",
-    "attention_norm": "input_layernorm",
-    "wq": "q_proj",
-    "wk": "k_proj",
-    "wv": "v_proj",
-    "wo": "o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "feed_forward": "mlp",
-    "shared_experts": "shared_expert",
-    "w1": "gate_proj",
-    "w2": "down_proj",
-    "w3": "up_proj",
-}
-OUR_NAME = {theirs: ours for ours, theirs in THEIR_NAME.items()}
 SAMPLING = {"do_sample": True, "temperature": 0.85, "top_p": 0.85}  # what eval_model.py does unless told otherwise
 
 
 # ------------------------------------------------------------------------------------------------------- tensors
-
-
-def half_split(weight: Tensor, heads: int) -> Tensor:
-    """wq or wk (heads * d, dim) with the rows of each head reordered from pairs (2i, 2i+1) to pairs (i, i + d/2)."""
-    return weight.view(heads, -1, 2, weight.size(1)).transpose(1, 2).reshape_as(weight)
-
-
-def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """The inverse of `half_split`."""
-    return weight.view(heads, 2, -1, weight.size(1)).transpose(1, 2).reshape_as(weight)
 
 
 def to_their_state(state: Mapping[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
@@ -185,7 +160,8 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
     """
     kind = theirs.get("model_type")
     if kind == "minimind":
-        return LMConfig.from_dict(theirs)
+        names = LMConfig.attribute_map | {"rms_norm_eps": "norm_eps"}  # those of April 2025
+        return LMConfig.from_dict({names.get(name, name): value for name, value in theirs.items()})
     if kind not in ("llama", "qwen2_moe"):
         raise UserError(f"config.json says model_type {kind!r}: a MiniMind is a 'llama', a 'qwen2_moe' or a 'minimind'")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
@@ -271,18 +247,23 @@ def read_folder(folder: Path, tokenizer_folder: str | None = None) -> tuple[Mini
     state = _read_tensors(folder)
     try:
         config = to_our_config(theirs, state)
-        if theirs["model_type"] != "minimind":
+        if theirs["model_type"] == "minimind":
+            state = recognise(state, config.n_heads, config.n_kv_heads).state
+        else:
             state = to_our_state(state, config)
     except KeyError as missing:
         raise UserError(f"{folder} lacks {missing} in its config.json or its weights") from None
     except (TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged ({error})") from None
+    except ValueError as error:
+        raise UserError(f"{folder} {error}") from None
     tokenizer = load_tokenizer(tokenizer_folder or folder)
     if len(tokenizer) > config.vocab_size:
         raise UserError(
             f"{folder} is of {config.vocab_size} tokens, and the tokenizer has {len(tokenizer)}: --tokenizer"
         )
-    state = {name: value for name, value in state.items() if name.split(".")[-1] not in OLD_BUFFERS}
+    config.update(special_ids(tokenizer))
+    state = {name: value for name, value in state.items() if name.split(".")[-1] not in TABLES}
     state.setdefault("output.weight", state.get("tok_embeddings.weight"))
     model = MiniMindLM(config)
     try:
@@ -315,15 +296,10 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / f"{WEIGHTS}.index.json"
     files = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
     if files == [WEIGHTS] and not (folder / WEIGHTS).is_file() and (folder / "pytorch_model.bin").is_file():
-        return load_tensors(folder / "pytorch_model.bin")
+        files = ["pytorch_model.bin"]
     state = {}
     for name in files:
-        try:
-            state |= load_file(folder / name)
-        except FileNotFoundError:
-            raise UserError(f"{folder / name} is missing") from None
-        except SafetensorError as error:
-            raise UserError(f"{folder / name} is truncated or no safetensors file ({error})") from None
+        state |= read_content(folder / name)
     return state
 
 

@@ -67,6 +67,15 @@ def test_every_script_exists_and_knows_the_flags_shown(script):
     assert shown <= known
 
 
+def test_a_teacher_is_made_before_it_teaches():
+    made = set()
+    for command in ALL:
+        if script_of(command) == "train_full_sft.py" and "--dim" in command:
+            made.add(f"full_sft_{command[command.index('--dim') + 1]}")
+        if "--teacher_weight" in command:
+            assert command[command.index("--teacher_weight") + 1] in made
+
+
 def test_every_file_linked_is_there():
     for readme in READMES:
         text = (ROOT / readme).read_text(encoding="utf-8")

@@ -143,12 +143,14 @@ def file_hash(path: Path) -> str:
 
 
 def check_hash(path: Path, beside: Path, about: dict) -> None:
-    """Compare a file with the "sha256" that the json beside it tells of it; one that tells none is not checked.
+    """Compare a .pth with the "sha256" that the json beside it tells of it; one that tells none is not checked.
+
+    Nor is the same file in another format, which shares the json.
 
     Raises:
         UserError: the file is not what was written.
     """
-    if "sha256" in about and file_hash(path) != about["sha256"]:
+    if path.suffix == ".pth" and "sha256" in about and file_hash(path) != about["sha256"]:
         raise UserError(
             f"{path} is not what was written (another sha256 than in {beside}): it is damaged, was changed, or a save "
             "was cut short: --resume of the stage that wrote it mends it, else restore it; if you have changed it "

@@ -14,7 +14,8 @@ from model.model import predicting
 from model.tokenizer import tokenizer_hash
 from trainer.chunked import sum_in_parts
 from trainer.errors import UserError
-from trainer.weights import load_folder, load_tokenizer, load_weights
+from trainer.weight_files import is_file_name
+from trainer.weights import existing, load_folder, load_weights, read_tokenizer
 
 TOKENS_AT_ONCE = 2048  # that a teacher reads, in whole rows
 
@@ -31,8 +32,8 @@ def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase, ma
     if Path(name).is_dir():
         teacher = _from_folder(Path(name), tokenizer)
     else:
-        path = Path(name) if name.endswith(".pth") else Path(out_dir) / f"{name}.pth"
-        teacher = load_weights(path, None, tokenizer)
+        path = Path(name) if is_file_name(name) else Path(out_dir) / f"{name}.pth"
+        teacher = load_weights(existing(path, by_flags=False), None, tokenizer)
     longest = getattr(teacher.config, "max_position_embeddings", None)  # None: no limit that it tells of
     if longest is not None and longest < max_seq_len:
         raise UserError(f"--teacher_weight {name} reads at most {longest} tokens: lower --max_seq_len {max_seq_len}")
@@ -42,7 +43,7 @@ def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase, ma
 def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--teacher_weight {folder}: no tokenizer.json there: save the teacher's tokenizer beside it")
-    difference = first_difference(tokenizer, load_tokenizer(folder))
+    difference = first_difference(tokenizer, read_tokenizer(folder))
     if difference:
         raise UserError(f"--teacher_weight {folder} reads other tokens than the student: {difference}")
     teacher = load_folder(folder, PreTrainedModel, torch.float32)

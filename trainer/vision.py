@@ -14,6 +14,7 @@ from dataset.feature_cache import open_feature_cache
 from model import LMConfig
 from model.images import image_processor, image_token_id, to_pixels
 from model.model_vlm import MiniMindVLM, VisionTower, VLMConfig, load_tower
+from model.tokenizer import special_ids
 from model.weights import weights_hash
 from trainer.errors import UserError
 from trainer.runtime import Runtime
@@ -79,7 +80,7 @@ def load_vlm(
         raise UserError(f"--tokenizer {tokenizer.name_or_path}: {error}") from None
 
     def build(config: LMConfig) -> MiniMindVLM:
-        fields = architecture(config) | {"max_seq_len": config.max_seq_len}
+        fields = architecture(config) | special_ids(tokenizer) | {"max_seq_len": config.max_seq_len}
         return MiniMindVLM(VLMConfig(image_token_id=place, **fields), vision.tower)
 
     return load_weights(path, config, tokenizer, missing, build)

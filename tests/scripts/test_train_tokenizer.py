@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from dataset.jsonl import BadRecord
 from model.chat import render_chat
 from model.tokenizer import StreamDecoder, token_bytes
-from scripts.train_tokenizer import PROBES, is_kept_aside, kind_of, texts_of, verify
+from model.tokenizer_check import PROBES
+from scripts.train_tokenizer import is_kept_aside, kind_of, texts_of, verify
 from tests.conftest import SENTENCES, train_tokenizer, write_jsonl
 from tests.running import ROOT, call_script, one_error_line, run_script
 from trainer.errors import UserError

@@ -20,6 +20,7 @@ from scripts.transformers_format import (
     write_folder,
 )
 from tests.conftest import SENTENCES
+from tests.model.test_weight_layouts import in_april_2025
 from tests.scripts.converting import QUESTIONS, greedy, make_model, prompts
 from trainer.errors import UserError
 
@@ -243,6 +244,22 @@ def test_our_own_save_pretrained_folder_and_old_bin_files_are_read(tiny_tokenize
     for name in ("minimind", "bin"):
         back, _ = read_folder(tmp_path / name)
         assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True)), name
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_a_minimind_folder_of_april_2025_is_read(tiny_tokenizer, tmp_path, use_moe):
+    """model_type "minimind", with transformers' names for its sizes and, all but the shared expert's, its tensors."""
+    model = make_model(len(tiny_tokenizer), use_moe=use_moe, hidden_dim=96, rope_theta=1e4, norm_eps=1e-6)
+    config = {theirs: getattr(model.config, ours) for theirs, ours in LMConfig.attribute_map.items()}
+    config |= {name: getattr(model.config, name) for name in ("vocab_size", "rope_theta", "use_moe", "norm_topk_prob")}
+    config |= {"model_type": "minimind", "rms_norm_eps": 1e-6, "n_shared_experts": 1, "bos_token_id": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = {name: value.clone() for name, value in in_april_2025(model.state_dict(), heads=(4, 2)).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    back, _ = read_folder(tmp_path)
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
+    assert back.config.to_dict() == model.config.to_dict()
 
 
 @pytest.mark.parametrize(

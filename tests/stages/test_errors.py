@@ -119,7 +119,7 @@ def spoil(out, how: str) -> tuple[str, ...]:
         with open(path, "wb") as file:
             pickle.dump({"a": os.path.join}, file)
     elif how == "no state dict":
-        torch.save({"model": weights(out), "step": 3}, path)
+        torch.save({"lr": 1e-4, "step": 3}, path)
     elif how == "an adapter":
         story.unlink()
         torch.save({f"layers.{n}.attention.wq.lora.A.weight": torch.zeros(4, 32) for n in range(2)}, path)
@@ -144,15 +144,15 @@ def spoil(out, how: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("missing", ("pretrain_64.pth is missing", "train_pretrain.py")),
+        ("missing", ("pretrain_64.pth is missing", "train_pretrain.py", "pretrain_32.pth (--dim 32)")),
         ("unknown", ("best_32.pth is missing",)),
-        ("another depth", ("n_layers 2", "n_layers 3", "json")),
+        ("another depth", ("n_layers 2", "n_layers 3", "json", "give --n_layers 2")),
         ("another depth, no json", ("n_layers 2", "n_layers 3", "tensors")),
-        ("dense, where experts are asked for", ("use_moe False", "use_moe True")),
+        ("dense, where experts are asked for", ("use_moe False", "use_moe True", "give --no-use_moe")),
         ("truncated", ("truncated, damaged",)),
         ("empty", ("truncated, damaged",)),
         ("code", ("code in it was not run",)),
-        ("no state dict", ("no plain state dict",)),
+        ("no state dict", ("no plain state dict of tensors: its 'lr' is a float",)),
         ("an adapter", ("lora.A.weight",)),
         ("one key lacks", ("lacks norm.weight",)),
         ("one key too much", ("vision_proj.weight too much",)),
