@@ -2,10 +2,20 @@
 
 import asyncio
 import os
+from types import SimpleNamespace
 
 import pytest
 
-from scripts.remote_chat import is_this_machine, models_at, open_client, proxy_variable, reason_of
+from scripts.chat_openai_api import show
+from scripts.remote_chat import (
+    answer_parts,
+    check_address,
+    is_this_machine,
+    models_at,
+    open_client,
+    proxy_variable,
+    reason_of,
+)
 from tests.running import call_script, free_port
 from tests.scripts.openai_double import openai_double
 from trainer.errors import UserError
@@ -141,3 +151,26 @@ def test_the_chat_names_the_proxy(monkeypatch, capsys):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0)
     call_script("scripts/chat_openai_api.py", "--base_url", ELSEWHERE, "--model", "m")
     assert "asked through the proxy of http_proxy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", "ftp://a/v1 http:///v1 http://a:0/v1 http://a:99999/v1 a/v1 http://[/v1".split())
+def test_what_is_no_address(address):
+    with pytest.raises(UserError, match="is no address of an API"):
+        check_address(address, "none")
+    check_address("http://a:1/v1", "none")
+
+
+def test_wishes_of_zero_are_sent_and_those_left_to_the_server_are_not():
+    sent = {}
+    said = SimpleNamespace(reasoning_content=None, content="x")
+    reply = SimpleNamespace(choices=[SimpleNamespace(message=said)])
+    completions = SimpleNamespace(create=lambda **given: sent.update(given) or reply)
+    client = SimpleNamespace(chat=SimpleNamespace(completions=completions))
+    wishes = {"temperature": 0.0, "seed": 0, "top_p": None}
+    assert list(answer_parts(client, "m", [], stream=False, **wishes)) == [("answer", "x")]
+    assert sent == {"model": "m", "messages": [], "stream": False, "temperature": 0.0, "seed": 0}
+
+
+def test_what_would_steer_a_terminal_is_not_printed(capsys):
+    show(iter([("answer", "a\x1b[2J\x00\x7f\x9bb\n\tc")]), hide_thinking=False)
+    assert capsys.readouterr().out == "a[2Jb\n\tc\n"

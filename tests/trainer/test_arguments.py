@@ -1,5 +1,6 @@
 """The flags all stages share: each there, each read as people mean it, each wrong value told in one line."""
 
+import argparse
 import importlib
 import json
 
@@ -7,7 +8,19 @@ import pytest
 
 import train_full_sft
 import train_pretrain
-from trainer.arguments import Switch, check_training_arguments, deepspeed_config, text, training_parser
+from trainer.arguments import (
+    Switch,
+    above_zero,
+    check_training_arguments,
+    deepspeed_config,
+    from_zero,
+    not_negative,
+    positive,
+    seed,
+    share,
+    text,
+    training_parser,
+)
 from trainer.errors import UserError
 
 COMMON_FLAGS = """
@@ -151,3 +164,21 @@ def test_what_is_said_to_a_model_is_utf8(stage, monkeypatch):
         importlib.import_module(stage).get_args()
     assert parse("--data_path", broken).data_path == broken
     assert text("水") == "水"
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken", "refused"),
+    [
+        (positive, ("1", "9"), ("0", "-1", "x")),
+        (not_negative, ("0", "9"), ("-1", "0.5")),
+        (seed, ("0", str(2**63 - 1)), ("-1", str(2**63))),
+        (above_zero, ("0.1", "9"), ("0", "-1", "inf", "nan")),
+        (from_zero, ("0", "9"), ("-0.1", "inf", "nan")),
+        (share, ("0.1", "1"), ("0", "1.1", "-1", "nan")),
+    ],
+)
+def test_the_bounds_of_a_number(kind, taken, refused):
+    assert [kind(number) for number in taken] == [type(kind(number))(number) for number in taken]
+    for number in refused:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            kind(number)

@@ -37,7 +37,8 @@ def test_a_launcher_gives_each_rank_a_gpu_of_its_own(monkeypatch):
 
 def test_a_macs_gpu_cannot_be_shared(monkeypatch):
     pretend(monkeypatch, "mps", 1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"--device mps: .* leave the launcher out"):
         start_runtime(SimpleNamespace(device="mps"))
 
