@@ -100,7 +100,7 @@ def main():
     total_steps = count_steps(loader, args)
     frozen = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
     for pairs in filter(None, (loader.dataset, held_out)) if args.cache_reference else ():
-        attach_reference(pairs, model, start_hash, run, args.batch_size)
+        attach_reference(pairs, model, start_hash, run, args.batch_size, args.cache_limit)
     measure = partial(figures, loss_function=partial(dpo_loss, beta=args.beta), length_normalize=args.length_normalize)
 
     # Optimizer
@@ -109,7 +109,7 @@ def main():
     model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
-    progress = checkpoint.load(model, optimizer, scaler)
+    progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
     # Loop: an optimizer step is a list of micro-batches

@@ -1,5 +1,6 @@
 """Reading jsonl files: one line at a time, and every fault told with its file, line and reason."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -66,6 +67,7 @@ class JsonlReader:
 
     Attributes (they grow while iterating):
         bytes_read: bytes of the lines read so far.
+        sha256: of these bytes, a hashlib object.
         bad_lines: how many lines were skipped.
         first_bad: "line 17: reason: first characters" of the first of them, or None.
 
@@ -78,6 +80,7 @@ class JsonlReader:
         self.parse = parse
         self.skip_bad_lines = skip_bad_lines
         self.bytes_read = 0
+        self.sha256 = hashlib.sha256()
         self.bad_lines = 0
         self.first_bad: str | None = None
         self._line = b""
@@ -103,6 +106,7 @@ class JsonlReader:
         blank = 0  # lines, which are at the end of the file if nothing follows them
         for line in self._read(file):
             self.bytes_read += len(line)
+            self.sha256.update(line)
             line = line.strip()
             if not line:
                 blank += 1

@@ -19,6 +19,7 @@ import random
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/train_clip.py` find the rooms)
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from dataset.jsonl import BadRecord, DataError, JsonlReader
+from dataset.pictures import check_pictures, refuse_faulty
 from model.images import ImageError, read_image, to_pixels, usual_processor
 from trainer.arguments import ROOT, Parser, Switch, above_zero, positive
 from trainer.errors import UserError, launch
@@ -47,6 +49,7 @@ def get_args():
     parser.add_argument("--data_path", type=Path, default=DEMO / "clip_captions.jsonl", help='{"image", "captions"}')
     parser.add_argument("--eval_path", type=Path, default=DEMO / "eval_clip.jsonl", help="what choices to offer")
     parser.add_argument("--images_path", type=Path, default=DEMO / "images")
+    parser.add_argument("--skip_bad_lines", action=Switch, help="count bad lines and broken pictures, do not stop")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "demo" / "clip", help="the folder to make")
     parser.add_argument("--overwrite", action=Switch, help="replace the folder of an earlier run")
     parser.add_argument("--image_size", type=positive, default=64, help="pixels at each side")
@@ -115,9 +118,35 @@ def caption_record(record: dict) -> tuple[str, list[str]]:
 
 def choice_record(record: dict) -> tuple[str, str, str, list[str], int]:
     try:
-        return tuple(record[key] for key in ("image", "kind", "lang", "choices", "answer"))
+        line = tuple(record[key] for key in ("image", "kind", "lang", "choices", "answer"))
     except KeyError as missing:
         raise BadRecord(f"the key {missing} is missing") from None
+    if not isinstance(line[0], str):
+        raise BadRecord('"image" is not a name')
+    return line
+
+
+def read_lines(path: Path, parse: Callable[[dict], tuple], args) -> list[tuple]:
+    """What `parse` makes of the lines of a file, the picture's name first; all pictures are there and whole.
+
+    Raises:
+        DataError: a line or its picture is bad, and --skip_bad_lines was not given; no line is good.
+    """
+    pictures = check_pictures(path, args.images_path, lambda record: [parse(record)[0]])
+    faults = {name: picture.fault for name, picture in pictures.items() if picture.fault}
+
+    def checked(record: dict) -> tuple:
+        line = parse(record)
+        refuse_faulty(line[:1], args.images_path, faults)
+        return line
+
+    reader = JsonlReader(path, checked, args.skip_bad_lines)
+    lines = list(reader)
+    if not lines:
+        raise DataError(f"{path} has no good line; the first bad one: {reader.first_bad}")
+    if reader.bad_lines:
+        print(f"{path}: {reader.bad_lines:,} bad lines skipped, the first: {reader.first_bad}")
+    return lines
 
 
 def load_pictures(names: list[str], args) -> Tensor:
@@ -211,8 +240,8 @@ def main():
     rng = random.Random(args.seed)
 
     # Data
-    names, captions = zip(*JsonlReader(args.data_path, caption_record), strict=True)
-    exam = list(JsonlReader(args.eval_path, choice_record))
+    names, captions = zip(*read_lines(args.data_path, caption_record, args), strict=True)
+    exam = read_lines(args.eval_path, choice_record, args)
     known = [frozenset(texts) for texts in captions]
     pixels, exam_pixels = load_pictures(names, args), load_pictures([line[0] for line in exam], args)
     tokenizer = train_caption_tokenizer([text for texts in captions for text in texts])

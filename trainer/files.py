@@ -58,8 +58,9 @@ def writing_tensors() -> Iterator[None]:
 
 
 def save_json(content: dict, path: Path) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:  # a file's name that is not UTF-8 in JSON's own escapes
+        text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def load_tensors(path: Path) -> dict:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import DPODataset, StepLoader, collate
-from dataset.cache_folder import digest, find_cache_folder, open_cache_folder, to_disk
+from dataset.cache_folder import digest, find_cache, hold, open_cache
+from dataset.caches import limit_caches
 from model.model import IGNORED, predicting
 from trainer.runtime import Runtime
 from trainer.weights import architecture
@@ -67,28 +68,41 @@ def reference_of(batch: dict[str, Tensor], labels: Tensor, frozen: nn.Module | N
         return token_log_probs(frozen(**batch, logits_to_keep=predicting(labels)).logits, labels)
 
 
-def attach_reference(dataset: DPODataset, model: nn.Module, model_hash: str, run: Runtime, batch_size: int) -> None:
+def attach_reference(
+    dataset: DPODataset, model: nn.Module, model_hash: str, run: Runtime, batch_size: int, cache_limit: int = 0
+) -> None:
     """Give the dataset its column `reference`: log-probabilities under `model`, computed once and kept on disk.
 
     They lie beside the dataset's token cache, under a name in which everything has a part that decides them: the
     data file, the tokenizer, the rows, the model's weights and settings, the precision. The ranks share the work.
+
+    Args:
+        cache_limit: as of `limit_caches`.
 
     Raises:
         DataError: they cannot be written.
     """
     decided_by = [FORMAT, dataset.rows_key, model_hash, architecture(model.config), str(run.dtype), run.device.type]
     place = (dataset.data_path, dataset.cache.folder.name.split("-")[0], f"reference-{digest(decided_by)}")
-    (missing,) = run.sum(find_cache_folder(*place) is None)  # somewhere: machines have disks of their own
-    values = _all_log_probs(dataset, model, run, batch_size) if missing else None
+
+    def load(folder: Path) -> np.ndarray:
+        values = np.load(folder / "log_probs.npy", mmap_mode="r")
+        hold(folder, values)
+        if values.shape != (dataset.cache.lengths.sum(),):
+            raise ValueError(f"log_probs.npy is of shape {values.shape}")
+        return values
 
     def build(folder: Path) -> None:
-        with open(folder / "log_probs.npy", "wb") as file:
-            np.save(file, values)
-            to_disk(file)
+        np.save(folder / "log_probs.npy", values)
 
-    with run.main_first():
-        folder = open_cache_folder(*place, build)
-    dataset.reference = np.load(folder / "log_probs.npy", mmap_mode="r")
+    reference = find_cache(*place, load)
+    (missing,) = run.sum(reference is None)  # somewhere: machines have disks of their own
+    if missing:
+        values = _all_log_probs(dataset, model, run, batch_size)
+        with run.main_first():
+            reference = open_cache(*place, load, build)
+            limit_caches(dataset.data_path, cache_limit)
+    dataset.reference = reference
 
 
 @torch.no_grad()
