@@ -92,7 +92,7 @@ def find_cache(source: Path, state: str, name: str, load: Callable[[Path], Loade
                 return load(folder)
             except (OSError, ValueError, LookupError, EOFError) as error:
                 reason = f"{type(error).__name__}: {error}"
-            _tell(f"the cache {folder} is damaged or gone ({reason:.200}): it is made again")
+            _tell(f"the cache {folder} is damaged or gone ({reason:.400}): it is made again")
             remove_cache(folder)  # not before the handler has ended, and let go of what began to load and holds it
     return None
 

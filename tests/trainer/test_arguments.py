@@ -1,12 +1,13 @@
 """The flags all stages share: each there, each read as people mean it, each wrong value told in one line."""
 
+import argparse
 import json
 
 import pytest
 
 import train_full_sft
 import train_pretrain
-from trainer.arguments import Switch, check_training_arguments, deepspeed_config, training_parser
+from trainer.arguments import Switch, byte_size, check_training_arguments, deepspeed_config, training_parser
 from trainer.errors import UserError
 
 COMMON_FLAGS = """
@@ -136,3 +137,25 @@ def test_a_deepspeed_file_that_is_none(tmp_path, content):
         path.write_text(content)
     with pytest.raises(UserError, match=r"ds\.json"):
         deepspeed_config(parse("--deepspeed", str(path)))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("50GB", 50_000_000_000), ("1.5 TB", 1_500_000_000_000), ("500mb", 500_000_000), ("0", 0), ("7", 7)),
+        *(("3k", 3000), ("2KiB", 2048), ("1GiB", 1 << 30), ("12 B", 12)),
+    ],
+)
+def test_sizes_as_people_write_them(text, size):
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1,5GB", "5 boxes", "1e9", "nan"])
+def test_what_is_no_size(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 50GB"):
+        byte_size(text)
+
+
+def test_caches_are_limited_unless_it_is_said():
+    assert training_parser("").parse_args([]).cache_limit == 50_000_000_000
+    assert training_parser("").parse_args(["--cache_limit", "1MB"]).cache_limit == 1_000_000

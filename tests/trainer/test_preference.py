@@ -2,12 +2,14 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dataset import DPODataset, StepLoader, collate
+from dataset.cache_folder import in_use, remove_cache
 from model import LMConfig, MiniMindLM
 from model.model import predicting
 from model.weights import weights_hash
@@ -117,6 +119,45 @@ def test_the_cache_is_found_again_and_never_another_s(pairs, pairs_file, tiny_to
     assert asked(DPODataset(copy, tiny_tokenizer, max_seq_len=96))
     write_jsonl(pairs_file, [pair("What is 1 + 1?", "It is 2.", "It is 3.") for _ in range(12)])
     assert asked(pairs())
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another", "no array", "gone"])
+def test_a_damaged_cache_is_made_again(pairs, tiny_tokenizer, damage):
+    model = tiny_model(len(tiny_tokenizer))
+    attach_reference(data := pairs(), model, "start", RUN, 4)
+    before = np.array(data.reference)
+    path = Path(data.reference.filename)
+    data.reference = None
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif damage == "another":
+        np.save(path, before[:-1])
+    elif damage == "no array":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    attach_reference(data, model, "start", RUN, 4)
+    assert np.array_equal(data.reference, before)
+
+
+def test_it_is_in_use_as_long_as_the_data_set_has_it(pairs, tiny_tokenizer):
+    attach_reference(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4, cache_limit=1)
+    folder = Path(data.reference.filename).parent
+    assert in_use(folder)
+    assert not remove_cache(folder)
+    data.reference = None
+    assert remove_cache(folder)
+
+
+def test_the_limit_holds_after_it_was_made(pairs, tiny_tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    model = tiny_model(len(tiny_tokenizer))
+    attach_reference(data := pairs(), model, "first", RUN, 4)
+    first = Path(data.reference.filename).parent
+    data.reference = None
+    attach_reference(data, model, "second", RUN, 4, cache_limit=1)
+    assert not first.exists()
+    assert Path(data.reference.filename).is_file()
 
 
 def test_the_hash_of_weights_tells_every_number_and_name():
