@@ -15,7 +15,15 @@ from model.model import predicting
 from model.weights import weights_hash
 from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair, samples
-from trainer.preference import attach_reference, by_answer, count_pairs, reference_of, token_log_probs
+from trainer.preference import (
+    FIGURES,
+    attach_reference,
+    by_answer,
+    count_pairs,
+    evaluate_pairs,
+    reference_of,
+    token_log_probs,
+)
 from trainer.runtime import Runtime
 
 RUN = Runtime(torch.device("cpu"), torch.float32)
@@ -158,6 +166,26 @@ def test_the_limit_holds_after_it_was_made(pairs, tiny_tokenizer, monkeypatch, t
     attach_reference(data, model, "second", RUN, 4, cache_limit=1)
     assert not first.exists()
     assert Path(data.reference.filename).is_file()
+
+
+def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(pairs, tiny_tokenizer, monkeypatch):
+    data, model = pairs(), tiny_model(len(tiny_tokenizer)).train()
+    attach_reference(data, model, "start", RUN, 4)
+
+    def measure(policy, reference, batch, labels):
+        assert not model.training
+        assert len(policy) == len(reference) == int((labels[:, 1:] >= 0).sum())
+        return torch.arange(7.0) * count_pairs([batch])
+
+    alone = evaluate_pairs(model, None, data, RUN, 2, measure)
+    assert model.training
+    assert alone == {f"eval_{name}": pytest.approx(number) for number, name in enumerate(FIGURES)}
+    total = sum(len(samples(row)) // 2 for row in data)
+    # Another rank has measured as many pairs, with 1 more of everything
+    monkeypatch.setattr(Runtime, "sum", lambda self, *values: [2 * values[0], *(2 * value + 1 for value in values[1:])])
+    both = evaluate_pairs(model.eval(), None, data, RUN, 2, measure)
+    assert not model.training
+    assert both == {f"eval_{name}": pytest.approx(number + 0.5 / total) for number, name in enumerate(FIGURES)}
 
 
 def test_the_hash_of_weights_tells_every_number_and_name():
