@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import DPODataset
+from dataset.caches import limit_caches
 from model.model import predicting
 from model.weights import weights_hash
 from trainer.arguments import ROOT, Switch, check_training_arguments, training_parser
@@ -100,7 +101,8 @@ def main():
     total_steps = count_steps(loader, args)
     frozen = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
     for pairs in filter(None, (loader.dataset, held_out)) if args.cache_reference else ():
-        attach_reference(pairs, model, start_hash, run, args.batch_size, args.cache_limit)
+        attach_reference(pairs, model, start_hash, run, args.batch_size)
+    limit_caches([args.data_path], args.cache_limit)
     measure = partial(figures, loss_function=partial(dpo_loss, beta=args.beta), length_normalize=args.length_normalize)
 
     # Optimizer

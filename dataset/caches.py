@@ -3,7 +3,7 @@
 import json
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,13 +27,13 @@ def caches_in(places: Iterable[Path]) -> list[Cache]:
     return sorted(filter(None, found), key=lambda cache: (cache.used, cache.folder))
 
 
-def limit_caches(source: str | Path, limit: int) -> None:
-    """Remove the least recently used caches beyond `limit` bytes in all (0: no limit), of those that lie where this
-    source's may: beside it, and in the home. One that a process uses stays, as do those it has just made.
+def limit_caches(sources: Sequence[str | Path], limit: int) -> None:
+    """Remove the least recently used caches beyond `limit` bytes in all (0: no limit), of those that lie where these
+    sources' may: beside them, and in the home. One that a process uses stays, so this comes when all are open.
     """
     if not limit:
         return
-    caches = caches_in(root.parent for root in cache_roots(Path(source)))
+    caches = caches_in(root.parent for source in sources for root in cache_roots(Path(source)))
     total, removed = sum(cache.bytes for cache in caches), []
     for cache in caches:
         if total > limit and remove_cache(cache.folder):

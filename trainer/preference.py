@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from dataset import DPODataset, StepLoader, collate
 from dataset.cache_folder import digest, find_cache, hold, open_cache
-from dataset.caches import limit_caches
 from model.model import IGNORED, predicting
 from trainer.runtime import Runtime
 from trainer.weights import architecture
@@ -68,16 +67,11 @@ def reference_of(batch: dict[str, Tensor], labels: Tensor, frozen: nn.Module | N
         return token_log_probs(frozen(**batch, logits_to_keep=predicting(labels)).logits, labels)
 
 
-def attach_reference(
-    dataset: DPODataset, model: nn.Module, model_hash: str, run: Runtime, batch_size: int, cache_limit: int = 0
-) -> None:
+def attach_reference(dataset: DPODataset, model: nn.Module, model_hash: str, run: Runtime, batch_size: int) -> None:
     """Give the dataset its column `reference`: log-probabilities under `model`, computed once and kept on disk.
 
     They lie beside the dataset's token cache, under a name in which everything has a part that decides them: the
     data file, the tokenizer, the rows, the model's weights and settings, the precision. The ranks share the work.
-
-    Args:
-        cache_limit: as of `limit_caches`.
 
     Raises:
         DataError: they cannot be written.
@@ -101,7 +95,6 @@ def attach_reference(
         values = _all_log_probs(dataset, model, run, batch_size)
         with run.main_first():
             reference = open_cache(*place, load, build)
-            limit_caches(dataset.data_path, cache_limit)
     dataset.reference = reference
 
 

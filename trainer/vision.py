@@ -115,7 +115,7 @@ def cache_features(
         features = open_feature_cache(
             names, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers
         )
-        limit_caches(args.images_path, args.cache_limit)
+        limit_caches([args.data_path, args.images_path], args.cache_limit)
     run.say(f"features of {len(features):,} images: {features.folder}")
     for dataset in datasets:
         dataset.features = features

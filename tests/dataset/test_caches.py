@@ -78,7 +78,7 @@ def test_what_another_program_keeps_is_not_ours(make, tmp_path):
     (place / "pip" / "wheels-of-a-kind" / "w").write_bytes(bytes(9000))
     (place / "file").write_text("")
     assert sources(place) == ["a.jsonl"]
-    limit_caches(tmp_path / "data" / "a.jsonl", 1)
+    limit_caches([tmp_path / "data" / "a.jsonl"], 1)
     assert (place / "pip" / "wheels-of-a-kind" / "w").exists()
     assert sources(place) == []
 
@@ -88,9 +88,9 @@ class TestLimit:
         for name, used in (("a", 3), ("b", 1), ("c", 4), ("d", 2)):
             make(name, used)
         one = caches_in([tmp_path / "data" / ".cache"])[0].bytes
-        limit_caches(tmp_path / "data" / "a", 4 * one + 20)
+        limit_caches([tmp_path / "data" / "a"], 4 * one + 20)
         assert capsys.readouterr().err == ""
-        limit_caches(tmp_path / "data" / "a", 2 * one + 20)
+        limit_caches([tmp_path / "data" / "a"], 2 * one + 20)
         assert sources(tmp_path / "data" / ".cache") == ["a", "c"]
         (line,) = capsys.readouterr().err.splitlines()
         assert "(--cache_limit): 2 not used for longest, 2" in line
@@ -100,14 +100,14 @@ class TestLimit:
         old = make("old", 1)
         make("newer", 2)
         new = make("new", 3)
-        limit_caches(tmp_path / "data" / "new", 1)
+        limit_caches([tmp_path / "data" / "new"], 1)
         assert sources(tmp_path / "data" / ".cache") == ["old", "new"]
         assert in_use(old.folder)
         assert in_use(new.folder)
 
     def test_nothing_is_no_limit(self, make, tmp_path):
         make("a", 1)
-        limit_caches(tmp_path / "data" / "a", 0)
+        limit_caches([tmp_path / "data" / "a"], 0)
         assert sources(tmp_path / "data" / ".cache") == ["a"]
 
     def test_the_home_s_count_too(self, make, tmp_path):
@@ -120,7 +120,7 @@ class TestLimit:
         open_cache(elsewhere / "a", STATE, f"text-{digest([])}", Value, build)
         (tmp_path / "data").chmod(0o755)
         make("b", 1)
-        limit_caches(tmp_path / "data" / "b", 1)
+        limit_caches([tmp_path / "data" / "b"], 1)
         assert sources(tmp_path / "home" / "minimind") == []
         assert sources(tmp_path / "data" / ".cache") == []
 

@@ -115,6 +115,23 @@ class TestTraining:
         for key in by_pixels:
             torch.testing.assert_close(again[key], by_pixels[key], atol=2e-3, rtol=1e-2)  # they are kept in fp16
 
+    def test_beyond_the_limit_other_caches_go_and_its_own_are_not_made_again(
+        self, stage, out, pictures, monkeypatch, tmp_path
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the limit is for what lies there, too
+
+        def caches() -> dict[str, int]:
+            return {path.name: path.stat().st_ino for path in pictures.glob(".cache/*/*-*-*")}
+
+        flags = ("--cache_features", "--overwrite", "--eval_interval", "4", "--max_steps", "1")
+        stage("pretrain_vlm", out, *flags, "--dtype", "bfloat16")
+        stage("pretrain_vlm", out, *flags)
+        assert sum(name.startswith("features-") for name in caches()) >= 2
+        stage("pretrain_vlm", out, *flags, "--cache_limit", "1B")
+        assert len(left := caches()) == 2
+        stage("pretrain_vlm", out, *flags, "--cache_limit", "1B")
+        assert caches() == left
+
     def test_a_resumed_run_ends_in_the_same_bits(self, stage, out, tmp_path):
         stage("pretrain_vlm", out)
         shutil.copytree(out, tmp_path / "other")

@@ -149,23 +149,12 @@ def test_a_damaged_cache_is_made_again(pairs, tiny_tokenizer, damage):
 
 
 def test_it_is_in_use_as_long_as_the_data_set_has_it(pairs, tiny_tokenizer):
-    attach_reference(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4, cache_limit=1)
+    attach_reference(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4)
     folder = Path(data.reference.filename).parent
     assert in_use(folder)
     assert not remove_cache(folder)
     data.reference = None
     assert remove_cache(folder)
-
-
-def test_the_limit_holds_after_it_was_made(pairs, tiny_tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    model = tiny_model(len(tiny_tokenizer))
-    attach_reference(data := pairs(), model, "first", RUN, 4)
-    first = Path(data.reference.filename).parent
-    data.reference = None
-    attach_reference(data, model, "second", RUN, 4, cache_limit=1)
-    assert not first.exists()
-    assert Path(data.reference.filename).is_file()
 
 
 def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(pairs, tiny_tokenizer, monkeypatch):

@@ -32,7 +32,7 @@ def asked(monkeypatch):
 
     def ask(opened: Vision, dtype: str = "float32", model=None):
         dataset = SimpleNamespace(image_names=lambda: ["a.png"], images_path="images", load_pixels=None)
-        args = SimpleNamespace(dtype=dtype, num_workers=3, images_path="images", cache_limit=0)
+        args = SimpleNamespace(dtype=dtype, num_workers=3, data_path="a", images_path="images", cache_limit=0)
         run = Runtime(torch.device("cpu"), getattr(torch, dtype))
         cache_features(model, [dataset, None], args, opened, run)
         assert dataset.features == ["a.png"]
