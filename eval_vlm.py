@@ -48,6 +48,9 @@ def get_args():
         help="show its images in order of their names, one by one; with --model_mode 2 in twos, the last perhaps alone",
     )
     parser.add_argument(
+        "--skip_bad_images", action=Switch, help="leave out what --image_dir has of broken images, and count them"
+    )
+    parser.add_argument(
         "--prompt", type=text, action="append", help="ask this (may be repeated) instead of for a description"
     )
     parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
@@ -57,23 +60,38 @@ def get_args():
 
 
 def groups_of_images(args) -> list[list[Path]]:
-    """The images to show, those together that belong to one question.
+    """The images to show, those together that belong to one question; all are there and whole.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none; one is broken, and --skip_bad_images was not given.
     """
     if args.image:
-        return [[Path(name) for name in args.image]]
+        return [whole_images([Path(name) for name in args.image])]
     folder = Path(args.image_dir)
     if not folder.is_dir():
         raise UserError(f"--image_dir {folder} is no folder; --image names a single file")
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    images = whole_images(images, args.skip_bad_images)
     together = 2 if args.model_mode == 2 else 1
     if len(images) < together:
         raise UserError(
             f"--image_dir {folder} holds {len(images)} images, and --model_mode {args.model_mode} shows {together}"
         )
     return [images[i : i + together] for i in range(0, len(images), together)]
+
+
+def whole_images(images: list[Path], skip: bool | None = None) -> list[Path]:
+    """These images, without those that are broken if they are to be skipped; None: that is no choice."""
+    from dataset.pictures import picture_faults  # after the arguments: --help need not wait for it
+
+    faults = picture_faults(images)
+    bad = [f"{image} {fault}" for image, fault in zip(images, faults, strict=True) if fault]
+    if bad and not skip:
+        choice = "" if skip is None else f" ({len(bad)} of {len(images)} images; --skip_bad_images goes on without)"
+        raise UserError(bad[0] + choice)
+    if bad:
+        print(f"{len(bad)} of {len(images)} images skipped, the first: {bad[0]}")
+    return [image for image, fault in zip(images, faults, strict=True) if not fault]
 
 
 def load_model(args):

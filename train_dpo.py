@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import DPODataset
+from dataset.caches import limit_caches
 from model.model import predicting
 from model.weights import weights_hash
 from trainer.arguments import ROOT, Switch, check_training_arguments, training_parser
@@ -102,6 +103,7 @@ def main():
     frozen = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
     for pairs in filter(None, (loader.dataset, held_out)) if args.cache_reference else ():
         attach_reference(pairs, model, start_hash, run, args.batch_size)
+    limit_caches([args.data_path], args.cache_limit)
     measure = partial(figures, loss_function=partial(dpo_loss, beta=args.beta), length_normalize=args.length_normalize)
 
     # Optimizer
@@ -110,7 +112,7 @@ def main():
     model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
-    progress = checkpoint.load(model, optimizer, scaler)
+    progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
     # Loop: an optimizer step is a list of micro-batches

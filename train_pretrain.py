@@ -58,7 +58,7 @@ def main():
     model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
-    progress = checkpoint.load(model, optimizer, scaler)
+    progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
     # Loop: an optimizer step is a list of micro-batches

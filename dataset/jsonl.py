@@ -1,5 +1,6 @@
 """Reading jsonl files: one line at a time, and every fault told with its file, line and reason."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -74,6 +75,7 @@ class JsonlReader:
 
     Attributes (they grow while iterating):
         bytes_read: bytes of the lines read so far.
+        sha256: of these bytes, a hashlib object.
         bad_lines: how many lines were skipped.
         told: "line 17: reason: first characters" of the first `MOST_TOLD` of them.
         ignored: how often each key that has no meaning here stands in the good lines.
@@ -88,6 +90,7 @@ class JsonlReader:
         self.parse = parse
         self.skip_bad_lines = skip_bad_lines
         self.bytes_read = 0
+        self.sha256 = hashlib.sha256()
         self.bad_lines = 0
         self.told: list[str] = []
         self.ignored: Ignored = Counter()
@@ -125,6 +128,7 @@ class JsonlReader:
         blank = 0  # lines, which are at the end of the file if nothing follows them
         for line in self._read(file):
             self.bytes_read += len(line)
+            self.sha256.update(line)
             line = line.strip()
             if not line:
                 blank += 1

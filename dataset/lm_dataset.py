@@ -73,7 +73,7 @@ class RowDataset(Dataset):
         self.cache = open_token_cache(
             data_path, tokenizer, self.kind, self.parse, partial(self.encode, tokenizer), skip_bad_lines
         )
-        self.rows_key = [self.cache.folder.name, max_seq_len, packing, seed, part]
+        self.rows_key = [self.cache.folder.name, self.cache.data_sha256, max_seq_len, packing, seed, part]
         samples = self._grouped(samples_of(part, len(self.cache) // self.group))
         pieces = self.pieces_of(samples)
         self.pieces = pieces._replace(sample=samples[pieces.sample])
@@ -86,6 +86,18 @@ class RowDataset(Dataset):
         if not len(self) and part != "eval":
             raise DataError(f"{data_path}: no sample has anything to learn within {max_seq_len} tokens")
         self.summary = f"{data_path}: {self._summary(samples, pieces, max_seq_len)}"
+
+    @property
+    def identity(self) -> dict:
+        """What the rows are made from, as JSON values, wherever it lies: the hash of the data file's bytes."""
+        return {"sha256": self.cache.data_sha256}
+
+    def changed_since(self, identity: dict) -> str | None:
+        """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        ours = self.cache.data_sha256
+        if identity.get("sha256", ours) == ours:
+            return None
+        return f"{self.data_path} does not hold what it held when the saved run began"
 
     def _grouped(self, places: np.ndarray) -> np.ndarray:
         """From numbers of groups to numbers of what is in them, one after another."""

@@ -1,6 +1,5 @@
 """What a vision-language model reads: chats with images, as rows of tokens with the images' places among them."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,14 +11,16 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from dataset.cache_folder import digest
 from dataset.feature_cache import FeatureCache
-from dataset.jsonl import BadRecord, DataError, Ignored
+from dataset.jsonl import DataError, Ignored
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import Pieces
+from dataset.pictures import check_pictures, refuse_faulty, shown
 from dataset.records import Turns, picture_chat_of
 from dataset.token_cache import Sample
 from model.chat import render_chats
 from model.images import IMAGE_MARKER, IMAGE_PLACE, ImageError, image_token_id, read_image, to_pixels
 
+LISTED = 20  # names kept of images that have a fault
 Record = tuple[list[str], Turns]  # names of images, chat
 
 
@@ -43,7 +44,7 @@ class VLMDataset(SFTDataset):
         features: what the tower made of the images; None = rows hold pixels.
 
     Raises:
-        DataError: as of `SFTDataset`; an image that a line names is not there, or has no marker.
+        DataError: as of `SFTDataset`; an image that a line names is not there, or not whole, or has no marker.
     """
 
     def __init__(
@@ -65,12 +66,38 @@ class VLMDataset(SFTDataset):
         self.processor = processor
         self.features: FeatureCache | None = None
         self._no_pixels = to_pixels(processor, [])  # which every row's begin with
-        folders = sorted(folder for folder, _, _ in os.walk(self.images_path))
-        changed = [os.stat(folder).st_mtime_ns for folder in folders]  # so that lines left out for want of an image…
-        self.kind = f"pictures-{digest([str(self.images_path.resolve()), changed, image_tokens])}"  # …are read again
-        self.parse = partial(picture_record, images_path=self.images_path)
+        pictures = check_pictures(
+            data_path, self.images_path, lambda record, ignored: picture_chat_of(record, ignored)[0]
+        )
+        faults = {name: picture.fault for name, picture in pictures.items() if picture.fault}
+        self._faulty = sorted(faults)
+        self._whole = digest([[name, picture.sha256] for name, picture in pictures.items() if not picture.fault])
+        self.kind = f"pictures-{digest([sorted(faults.items()), image_tokens])}"
+        self.parse = partial(picture_record, images_path=self.images_path, faults=faults)
         self.encode = partial(encode_pictures, image_tokens=image_tokens)
         super().__init__(data_path, tokenizer, max_seq_len, packing, skip_bad_lines, seed, part)
+
+    @property
+    def identity(self) -> dict:
+        """As of `RowDataset`; and of the images, what they hold, and the names of those that have a fault."""
+        faulty = {"left_out": digest(self._faulty), "first_left_out": self._faulty[:LISTED]}
+        return super().identity | {"images": self._whole} | faulty
+
+    def changed_since(self, identity: dict) -> str | None:
+        change, ours = super().changed_since(identity), self.identity
+        if change or all(identity.get(key, ours[key]) == ours[key] for key in ("images", "left_out")):
+            return change
+        then = identity["first_left_out"]
+        for name in then:
+            if name not in self._faulty:
+                return (
+                    f"the image {self.images_path / shown(name)} is whole now, and the saved run began without its "
+                    "lines: move it away to go on without them"
+                )
+        for name in self._faulty[:LISTED]:
+            if name not in then and len(then) < LISTED:
+                return f"the image {self.images_path / shown(name)} was whole when the saved run began: mend it"
+        return f"the images in {self.images_path} are not those that the saved run began with"
 
     def pieces_of(self, samples: np.ndarray) -> Pieces:
         pieces = super().pieces_of(samples)
@@ -117,17 +144,17 @@ class VLMDataset(SFTDataset):
         return {"pixel_values": torch.cat([self._no_pixels, *map(self.load_pixels, names)])}
 
 
-def picture_record(record: dict, ignored: Ignored, images_path: Path) -> Record:
-    """`picture_chat_of`, and the images are there.
+def picture_record(record: dict, ignored: Ignored, images_path: Path, faults: dict[str, str]) -> Record:
+    """`picture_chat_of`, and the images are there and whole.
+
+    Args:
+        faults: what is wrong with an image, by its name.
 
     Raises:
-        BadRecord: as of `picture_chat_of`, or an image is missing.
+        BadRecord: as of `picture_chat_of`, or an image has a fault.
     """
     names, chat = picture_chat_of(record, ignored)
-    for name in names:
-        if not os.path.isfile(images_path / name):  # Path's own raises where the name is too long, or a folder closed
-            shown = name if len(name) < 200 else f"{name[:200]}…"
-            raise BadRecord(f"the image {images_path / shown} is not there (--images_path names the folder)")
+    refuse_faulty(names, images_path, faults)
     return names, chat
 
 

@@ -25,11 +25,14 @@ class ImageError(ValueError):
     """An image cannot be used; the message is one line that says which, and why."""
 
 
-def read_image(source: bytes | Path) -> Image.Image:
+def read_image(source: bytes | Path, reduced: bool = False) -> Image.Image:
     """An image from its bytes or its file as a person sees it: RGB, turned as its EXIF says, clear parts white.
 
     Of an animation the first frame. A JPEG of too many pixels is read at a half, a quarter or an eighth of its size.
     Bytes are of one of `SENT_FORMATS`, a file of any that Pillow reads by itself.
+
+    Args:
+        reduced: a JPEG comes in an eighth of its size, all of it read, in a third of the time.
 
     Raises:
         ImageError: no image, or not a whole one, or one of more than `MOST_PIXELS`, which is said before it is decoded.
@@ -41,6 +44,8 @@ def read_image(source: bytes | Path) -> Image.Image:
             if image.format in DRAWINGS:
                 raise ImageError(f"{name} is a drawing ({image.format}): save it as PNG or JPEG")
             _fit(image, name)
+            if reduced:
+                image.draft(None, (1, 1))
             image.load()
             return _as_rgb(_upright(image))
     except ImageError:

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from dataset.jsonl import BadRecord, DataError, Ignored, JsonlReader, named_counts
+from dataset.pictures import check_pictures, refuse_faulty
 from dataset.records import Keys
 from model.images import ImageError, read_image, to_pixels, usual_processor
 from trainer.arguments import ROOT, Parser, Switch, above_zero, add_device_argument, positive
@@ -49,6 +50,7 @@ def get_args():
     parser.add_argument("--data_path", type=Path, default=DEMO / "clip_captions.jsonl", help='{"image", "captions"}')
     parser.add_argument("--eval_path", type=Path, default=DEMO / "eval_clip.jsonl", help="what choices to offer")
     parser.add_argument("--images_path", type=Path, default=DEMO / "images")
+    parser.add_argument("--skip_bad_lines", action=Switch, help="count bad lines and broken pictures, do not stop")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "demo" / "clip", help="the folder to make")
     parser.add_argument("--overwrite", action=Switch, help="replace the folder of an earlier run")
     parser.add_argument("--image_size", type=positive, default=64, help="pixels at each side")
@@ -122,15 +124,31 @@ def caption_record(record: dict, ignored: Ignored) -> tuple[str, list[str]]:
 
 def choice_record(record: dict, ignored: Ignored) -> tuple[str, str, str, list[str], int]:
     CHOICES.check(record, ignored)
+    if not isinstance(record["image"], str):
+        raise BadRecord('"image" is not a name')
     return tuple(record[key] for key in CHOICES.needed)
 
 
-def read_all(path: Path, parse: Callable[[dict, Ignored], tuple]) -> list[tuple]:
-    """All lines of a file; what was ignored in them is told."""
-    reader = JsonlReader(path, parse)
+def read_lines(path: Path, parse: Callable[[dict, Ignored], tuple], args) -> list[tuple]:
+    """What `parse` makes of the lines of a file, the picture's name first; all pictures are there and whole.
+
+    Raises:
+        DataError: a line or its picture is bad, and --skip_bad_lines was not given; no line is good.
+    """
+    pictures = check_pictures(path, args.images_path, lambda record, ignored: [parse(record, ignored)[0]])
+    faults = {name: picture.fault for name, picture in pictures.items() if picture.fault}
+
+    def checked(record: dict, ignored: Ignored) -> tuple:
+        line = parse(record, ignored)
+        refuse_faulty(line[:1], args.images_path, faults)
+        return line
+
+    reader = JsonlReader(path, checked, args.skip_bad_lines)
     lines = list(reader)
     if reader.ignored:
         note(f"{path}: ignored keys: {named_counts(reader.ignored)}")
+    if reader.bad_lines:
+        print(f"{path}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
     return lines
 
 
@@ -225,8 +243,8 @@ def main():
     rng = random.Random(args.seed)
 
     # Data
-    names, captions = zip(*read_all(args.data_path, caption_record), strict=True)
-    exam = read_all(args.eval_path, choice_record)
+    names, captions = zip(*read_lines(args.data_path, caption_record, args), strict=True)
+    exam = read_lines(args.eval_path, choice_record, args)
     known = [frozenset(texts) for texts in captions]
     pixels, exam_pixels = load_pictures(names, args), load_pictures([line[0] for line in exam], args)
     tokenizer = train_caption_tokenizer([text for texts in captions for text in texts])

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
 from trainer.errors import UserError, note
@@ -99,6 +100,15 @@ def share(text: str) -> float:
     return number
 
 
+def byte_size(text: str) -> int:
+    """Bytes of a size as people write it: "50GB", "1.5 TB", "512MiB", "0"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be a size such as 50GB or 500MB, not {text}")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a model: shared by training and by everything that loads its weights."""
     group = parser.add_argument_group("model")
@@ -161,6 +171,9 @@ def training_parser(description: str, **defaults) -> Parser:
     data.add_argument("--packing", action=Switch, default=True, help="rows hold several whole samples (default: on)")
     data.add_argument("--skip_bad_lines", action=Switch, help="count and report bad lines instead of stopping")
     data.add_argument("--num_workers", type=not_negative, default=0, help="processes that prepare batches")
+    data.add_argument(
+        "--cache_limit", type=byte_size, default="50GB", metavar="SIZE", help="remove caches beyond it; 0: none"
+    )
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive, default=1)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dataset.lm_dataset import RowDataset
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
 from trainer.device import index_of, random_state, set_random_state
@@ -38,6 +39,7 @@ from trainer.weights import architecture, weights_path
 FREE = (
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
     *("overwrite", "compile", "gradient_checkpointing", "use_wandb", "wandb_project", "local_rank", "ddp"),
+    *("data_path", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
     *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
 )
 SAID = ("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype")  # …and these, when it is said
@@ -106,10 +108,7 @@ class Checkpoint:
             "data_path": str(args.data_path),
             **facts,
         }
-        data = Path(args.data_path)
         self.settings = {name: value for name, value in vars(args).items() if name not in FREE} | {
-            "data_path": str(data.resolve()),
-            "size of data_path": data.stat().st_size if data.is_file() else None,
             "deepspeed": bool(args.deepspeed),
             "zero_stage": (runtime.deepspeed_config or {}).get("zero_optimization", {}).get("stage", 0),
             "world_size": runtime.world_size,
@@ -217,22 +216,30 @@ class Checkpoint:
             with replacing(path) as temporary:
                 shutil.copyfile(folder / name, temporary)
 
-    def load(self, model: nn.Module, optimizer, scaler) -> Progress:
+    def load(self, model: nn.Module, optimizer, scaler, dataset: RowDataset | None = None) -> Progress:
         """Continue: fill model, optimizer, scaler and random state with what was saved last; nothing saved = a start.
 
         All ranks must call it: rank 0 decides. From here on Ctrl-C and its like save first.
 
+        Args:
+            dataset: what the run learns from; it must hold what it held.
+
         Raises:
-            UserError: the saved run had other settings, so that it cannot be continued exactly; or it is damaged; or
-                a rank has other settings, files or weights than rank 0.
+            UserError: the saved run had other settings or data, so that it cannot be continued exactly; or it is
+                damaged; or a rank has other settings, data, files or weights than rank 0.
         """
         run, progress = self.runtime, Progress()
+        if dataset is not None:
+            self.settings["data"] = dataset.identity
         self._compare_ranks()
         saved = run.gather(self._saved_last())[0]
         if saved is not None:
             folder = self.folder / saved
             try:
                 state = unseal(folder, run)
+                then = state["settings"].pop("data", {})  # none by earlier versions
+                if dataset is not None and (change := dataset.changed_since(then)):
+                    raise UserError(f"--resume: {change}; or start anew with --overwrite")
                 self._compare(state["settings"])
                 self._restore(folder, model, optimizer, scaler)
                 progress = Progress(**state["progress"])

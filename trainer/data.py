@@ -6,6 +6,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dataset import StepLoader
+from dataset.caches import limit_caches
 from trainer.runtime import Runtime
 
 
@@ -30,6 +31,9 @@ def open_data(
         held_out = None
         if args.eval_interval:
             held_out = rows(args.eval_path or args.data_path, "eval" if keep_aside else "all")
+        # A stage that opens more of them limits them all after that, lest it lose what it is about to open
+        if not (getattr(args, "cache_features", False) or getattr(args, "cache_reference", False)):
+            limit_caches([args.data_path], args.cache_limit)
     run.say(train.summary)
     if held_out is not None:
         run.say(f"held out: {held_out.summary}")

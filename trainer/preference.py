@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import DPODataset, collate
-from dataset.cache_folder import digest, find_cache_folder, open_cache_folder, to_disk
+from dataset.cache_folder import digest, find_cache, hold, open_cache
 from model.model import IGNORED, predicting
 from trainer.evaluation import held_out_loader, sum_over_ranks
 from trainer.runtime import Runtime
@@ -79,17 +79,24 @@ def attach_reference(dataset: DPODataset, model: nn.Module, model_hash: str, run
     """
     decided_by = [FORMAT, dataset.rows_key, model_hash, architecture(model.config), str(run.dtype), run.device.type]
     place = (dataset.data_path, dataset.cache.folder.name.split("-")[0], f"reference-{digest(decided_by)}")
-    (missing,) = run.sum(find_cache_folder(*place) is None)  # somewhere: machines have disks of their own
-    values = _all_log_probs(dataset, model, run, batch_size) if missing else None
+
+    def load(folder: Path) -> np.ndarray:
+        values = np.load(folder / "log_probs.npy", mmap_mode="r")
+        hold(folder, values)
+        if values.shape != (dataset.cache.lengths.sum(),):
+            raise ValueError(f"log_probs.npy is of shape {values.shape}")
+        return values
 
     def build(folder: Path) -> None:
-        with open(folder / "log_probs.npy", "wb") as file:
-            np.save(file, values)
-            to_disk(file)
+        np.save(folder / "log_probs.npy", values)
 
-    with run.main_first():
-        folder = open_cache_folder(*place, build)
-    dataset.reference = np.load(folder / "log_probs.npy", mmap_mode="r")
+    reference = find_cache(*place, load)
+    (missing,) = run.sum(reference is None)  # somewhere: machines have disks of their own
+    if missing:
+        values = _all_log_probs(dataset, model, run, batch_size)
+        with run.main_first():
+            reference = open_cache(*place, load, build)
+    dataset.reference = reference
 
 
 @torch.no_grad()

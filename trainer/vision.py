@@ -10,6 +10,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from dataset import VLMDataset
 from dataset.cache_folder import digest
+from dataset.caches import limit_caches
 from dataset.feature_cache import open_feature_cache
 from model import LMConfig
 from model.images import image_processor, image_token_id, to_pixels
@@ -115,6 +116,7 @@ def cache_features(
         features = open_feature_cache(
             names, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers
         )
+        limit_caches([args.data_path, args.images_path], args.cache_limit)
     run.say(f"features of {len(features):,} images: {features.folder}")
     for dataset in datasets:
         dataset.features = features

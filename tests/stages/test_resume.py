@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from tests.running import call_script, one_error_line
+from tests.running import ROOT, call_script, one_error_line
 from tests.stages.terminal import Terminal
 from tests.stages.training import MEASURED, about, distance, losses, reports, snapshot, weights
 
@@ -212,14 +212,69 @@ def test_resume_with_other_settings_names_both_sides(pretrain, whole, flags, sid
     assert snapshot(whole) == before
 
 
-def test_resume_with_data_that_has_changed(pretrain, tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text(pretrain.data_path.read_text(encoding="utf-8"), encoding="utf-8")
-    flags = ("--epochs", "2", "--data_path", data)
-    pretrain(tmp_path / "new", *flags, "--max_steps", "1")
-    with data.open("a") as file:
-        file.write('{"text": "one more"}\n')
-    assert "size of data_path" in one_error_line(pretrain(tmp_path / "new", *flags, "--resume", exit_code=2))
+class TestData:
+    """What the data file holds is compared, not where it lies or when it was written."""
+
+    @pytest.fixture
+    def data(self, pretrain, tmp_path):
+        return shutil.copy(pretrain.data_path, tmp_path / "data.jsonl")
+
+    @pytest.fixture
+    def train(self, pretrain, tmp_path):
+        def run(data, *flags, **how):
+            return pretrain(tmp_path / "out", "--epochs", "2", "--data_path", data, *flags, **how)
+
+        return run
+
+    def test_an_edit_of_the_same_size_and_time_is_refused(self, train, data):
+        train(data, "--max_steps", "1")
+        times, content = data.stat(), data.read_bytes()
+        data.write_bytes(content.replace(b"robot", b"ROBOT", 1))
+        os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
+        line = one_error_line(train(data, "--max_steps", "2", "--resume", exit_code=2))
+        assert f"--resume: {data} does not hold what it held when the saved run began" in line
+        data.write_bytes(content)
+        assert "resumed at step 1" in train(data, "--max_steps", "2", "--resume").stdout
+
+    def test_a_line_more_is_refused(self, train, data):
+        train(data, "--max_steps", "1")
+        with data.open("a") as file:
+            file.write('{"text": "one more"}\n')
+        line = one_error_line(train(data, "--max_steps", "2", "--resume", exit_code=2))
+        assert "does not hold what it held" in line
+
+    def test_it_may_be_moved_linked_and_copied(self, train, data, tmp_path):
+        train(data, "--max_steps", "1")
+        (tmp_path / "other").mkdir()
+        moved = data.rename(tmp_path / "other" / "moved.jsonl")
+        (tmp_path / "link.jsonl").symlink_to(moved)
+        train(tmp_path / "link.jsonl", "--max_steps", "2", "--resume")
+        copied = shutil.copy(moved, tmp_path / "copied.jsonl")
+        os.utime(copied, (1, 1))
+        assert "resumed at step 2" in train(copied, "--max_steps", "3", "--resume").stdout
+
+    def test_a_run_saved_by_an_earlier_version_goes_on(self, train, data, tmp_path):
+        train(data, "--max_steps", "1")
+        resume = tmp_path / "out" / "pretrain_32.resume"
+        path = resume / (resume / "latest").read_text() / "state.json"
+        state = json.loads(path.read_text())
+        assert len(state["settings"].pop("data")["sha256"]) == 64
+        state["settings"] |= {"data_path": "/elsewhere/data.jsonl", "size of data_path": 7}
+        path.write_text(json.dumps(state))
+        assert "resumed at step 1" in train(data, "--max_steps", "2", "--resume").stdout
+
+    def test_a_name_that_is_not_utf_8(self, pretrain, data, tmp_path):
+        """Also of the folder that is written to."""
+        named = data.rename(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
+        out = tmp_path / os.fsdecode(b"out\xe9")
+        pretrain(out, "--data_path", named, "--max_steps", "1", by=call_script)
+        pretrain(out, "--data_path", named, "--max_steps", "2", "--resume", by=call_script)
+        assert json.loads((out / "pretrain_32.json").read_text(encoding="utf-8"))["data_path"] == str(named)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("train_*.py")))
+def test_every_stage_compares_its_data(script):
+    assert "checkpoint.load(model, optimizer, scaler, loader.dataset)" in (ROOT / script).read_text(encoding="utf-8")
 
 
 def test_resume_with_another_rate_says_so(pretrain, tmp_path, whole):

@@ -11,6 +11,7 @@ import train_pretrain
 from trainer.arguments import (
     Switch,
     above_zero,
+    byte_size,
     check_training_arguments,
     deepspeed_config,
     from_zero,
@@ -182,3 +183,25 @@ def test_the_bounds_of_a_number(kind, taken, refused):
     for number in refused:
         with pytest.raises((argparse.ArgumentTypeError, ValueError)):
             kind(number)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("50GB", 50_000_000_000), ("1.5 TB", 1_500_000_000_000), ("500mb", 500_000_000), ("0", 0), ("7", 7)),
+        *(("3k", 3000), ("2KiB", 2048), ("1GiB", 1 << 30), ("12 B", 12)),
+    ],
+)
+def test_sizes_as_people_write_them(text, size):
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1,5GB", "5 boxes", "1e9", "nan"])
+def test_what_is_no_size(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 50GB"):
+        byte_size(text)
+
+
+def test_caches_are_limited_unless_it_is_said():
+    assert training_parser("").parse_args([]).cache_limit == 50_000_000_000
+    assert training_parser("").parse_args(["--cache_limit", "1MB"]).cache_limit == 1_000_000

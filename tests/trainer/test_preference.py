@@ -2,12 +2,14 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dataset import DPODataset, StepLoader, collate
+from dataset.cache_folder import in_use, remove_cache
 from model import LMConfig, MiniMindLM
 from model.model import predicting
 from model.weights import weights_hash
@@ -125,6 +127,54 @@ def test_the_cache_is_found_again_and_never_another_s(pairs, pairs_file, tiny_to
     assert asked(DPODataset(copy, tiny_tokenizer, max_seq_len=96))
     write_jsonl(pairs_file, [pair("What is 1 + 1?", "It is 2.", "It is 3.") for _ in range(12)])
     assert asked(pairs())
+
+
+@pytest.mark.parametrize("damage", ["cut off", "another", "no array", "gone"])
+def test_a_damaged_cache_is_made_again(pairs, tiny_tokenizer, damage):
+    model = tiny_model(len(tiny_tokenizer))
+    attach_reference(data := pairs(), model, "start", RUN, 4)
+    before = np.array(data.reference)
+    path = Path(data.reference.filename)
+    data.reference = None
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif damage == "another":
+        np.save(path, before[:-1])
+    elif damage == "no array":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    attach_reference(data, model, "start", RUN, 4)
+    assert np.array_equal(data.reference, before)
+
+
+def test_it_is_in_use_as_long_as_the_data_set_has_it(pairs, tiny_tokenizer):
+    attach_reference(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4)
+    folder = Path(data.reference.filename).parent
+    assert in_use(folder)
+    assert not remove_cache(folder)
+    data.reference = None
+    assert remove_cache(folder)
+
+
+def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(pairs, tiny_tokenizer, monkeypatch):
+    data, model = pairs(), tiny_model(len(tiny_tokenizer)).train()
+    attach_reference(data, model, "start", RUN, 4)
+
+    def measure(policy, reference, batch, labels):
+        assert not model.training
+        assert len(policy) == len(reference) == int((labels[:, 1:] >= 0).sum())
+        return torch.arange(7.0) * count_pairs([batch])
+
+    alone = evaluate_pairs(model, None, data, RUN, 2, measure)
+    assert model.training
+    assert alone == {f"eval_{name}": pytest.approx(number) for number, name in enumerate(FIGURES)}
+    total = sum(len(samples(row)) // 2 for row in data)
+    # Another rank has measured as many pairs, with 1 more of everything
+    monkeypatch.setattr(Runtime, "sum", lambda self, *values: [2 * values[0], *(2 * value + 1 for value in values[1:])])
+    both = evaluate_pairs(model.eval(), None, data, RUN, 2, measure)
+    assert not model.training
+    assert both == {f"eval_{name}": pytest.approx(number + 0.5 / total) for number, name in enumerate(FIGURES)}
 
 
 def test_the_hash_of_weights_tells_every_number_and_name():
