@@ -138,10 +138,21 @@ def test_a_weight_of_0_leaves_an_answer_out_of_what_is_learned():
 
 @pytest.mark.parametrize("parse", [chat_of, picture_chat_of])
 def test_a_thought_stands_in_the_tags_of_the_reasoning_stage(parse):
-    turns = [Q, A | {"reasoning_content": " one\ntwo "}, Q, A | {"reasoning_content": None}]
+    turns = [
+        Q,
+        A | {"reasoning_content": " one\ntwo "},
+        Q,
+        A | {"reasoning_content": None},
+        Q,
+        A | {"reasoning_content": " \n"},
+    ]
     chat = parse({"conversations": turns}, Counter())
     chat = chat[1] if parse is picture_chat_of else chat
-    assert [turn["content"] for turn in chat[1::2]] == ["<think>\n one\ntwo \n</think>\n<answer>\na\n</answer>", "a"]
+    assert [turn["content"] for turn in chat[1::2]] == [
+        "<think>\n one\ntwo \n</think>\n<answer>\na\n</answer>",
+        "a",
+        "a",
+    ]
 
 
 @pytest.mark.parametrize("parse", [chat_of, picture_chat_of, question_of])
