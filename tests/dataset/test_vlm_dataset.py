@@ -314,6 +314,13 @@ class TestImagesThatBreakAndAreMended:
         assert open_three(skip_bad_lines=True).changed_since({}) is None
 
 
+def test_another_tower_s_places_are_not_those_of_the_first(images_path, clip_dir, tiny_tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "lines.jsonl", [line("<image>", "Red.", "red.png")])
+    for image_tokens in (4, 9):
+        given = {"images_path": images_path, "image_tokens": image_tokens, "processor": image_processor(clip_dir, 32)}
+        assert int(VLMDataset(path, tiny_tokenizer, **given)[0]["image_mask"].sum()) == image_tokens
+
+
 def test_features_are_computed_once_and_anew_for_a_changed_image(tmp_path, clip_dir):
     folder = tmp_path / "images"
     folder.mkdir()

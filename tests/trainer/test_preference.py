@@ -148,6 +148,11 @@ def test_a_damaged_cache_is_made_again(pairs, tiny_tokenizer, damage):
     assert np.array_equal(data.reference, before)
 
 
+def test_the_data_s_hash_is_part_of_what_decides_the_rows(pairs):
+    data = pairs()
+    assert data.cache.data_sha256 in data.rows_key
+
+
 def test_it_is_in_use_as_long_as_the_data_set_has_it(pairs, tiny_tokenizer):
     attach_reference(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4)
     folder = Path(data.reference.filename).parent
