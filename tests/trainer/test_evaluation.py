@@ -64,3 +64,11 @@ def test_two_ranks_find_together_what_one_finds(model, tiny_tokenizer, tiny_data
     first.others = second.found
     assert evaluate(model, rows, tiny_tokenizer, first, batch_size=3) == pytest.approx(alone, rel=1e-5)
     assert half["eval_loss"] != pytest.approx(alone["eval_loss"], rel=1e-4)
+
+
+def test_nothing_is_dropped_out_of_an_evaluation(tiny_tokenizer, tiny_data):
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, vocab_size=len(tiny_tokenizer), dropout=0.5))
+    rows = PretrainDataset(tiny_data / "pretrain_hq.jsonl", tiny_tokenizer, max_seq_len=100)
+    run = Runtime(torch.device("cpu"), torch.float32)
+    learning, waiting = (evaluate(model.train(on), rows, tiny_tokenizer, run, batch_size=3) for on in (True, False))
+    assert learning == waiting
