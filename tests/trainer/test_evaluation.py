@@ -96,3 +96,11 @@ def test_a_tokenizer_that_cannot_say_its_bytes_is_a_failed_evaluation(model, tin
     with pytest.raises(EvaluationError):
         evaluate(model, rows, None, Runtime(torch.device("cpu"), torch.float32), batch_size=3)
     assert model.training
+
+
+def test_nothing_is_dropped_out_of_an_evaluation(tiny_tokenizer, tiny_data):
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, vocab_size=len(tiny_tokenizer), dropout=0.5))
+    rows = PretrainDataset(tiny_data / "pretrain_hq.jsonl", tiny_tokenizer, max_seq_len=100)
+    run = Runtime(torch.device("cpu"), torch.float32)
+    learning, waiting = (evaluate(model.train(on), rows, tiny_tokenizer, run, batch_size=3) for on in (True, False))
+    assert learning == waiting

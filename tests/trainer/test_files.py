@@ -160,7 +160,7 @@ def test_what_a_kill_leaves_is_found_beside_the_file_itself(tmp_path):
     path = small / "a.pth"
     path.symlink_to(big / "weights.pth")
     left = big / ".weights.pth.123.tmp"
-    for name in (".weights.pth.123.tmp", ".other.pth.123.tmp", "weights.pth"):
+    for name in (".weights.pth.123.tmp", ".weights.pth.mine", ".other.pth.123.tmp", "weights.pth"):
         (big / name).write_text("half")
     assert left_by_a_kill(path) == [left]
     assert left_by_a_kill(tmp_path / "nowhere" / "a.pth") == []

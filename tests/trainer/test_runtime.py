@@ -151,17 +151,16 @@ def test_a_system_without_sighup(run, handlers, monkeypatch):
 def test_after_a_hang_up_a_print_fails_no_more(run):
     """What a terminal that is gone answers, and a pipe whose reader is."""
     reader, writer = os.pipe()
+    os.close(reader)
     pid = os.fork()
     if pid == 0:
         os.dup2(writer, 1)
         os.dup2(writer, 2)
-        os.close(reader)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         run.catch_signals()
         os.kill(os.getpid(), signal.SIGHUP)
         os.write(1, b"nobody reads it")
         os._exit(0)
-    os.close(reader)
     os.close(writer)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
