@@ -1,5 +1,6 @@
 """scripts/collect_teacher_answers.py against a small HTTP server: order, retries, going on, and losing nothing."""
 
+import gc
 import json
 import signal
 import subprocess
@@ -12,9 +13,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dataset import SFTDataset
+from scripts.collect_teacher_answers import AnswerFile, key_of
 from tests.conftest import write_jsonl
 from tests.running import PATIENCE, ROOT, call_script
 from tests.scripts.openai_double import http_server
+from trainer.errors import UserError
 
 SCRIPT = "scripts/collect_teacher_answers.py"
 
@@ -380,3 +383,32 @@ def test_a_full_disk_leaves_the_file_as_it_was(endpoint, questions, tmp_path, ca
     with pytest.raises(UserError, match="no space left"):
         answers.add(chat, "two")
     assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+MADE_BY = {"model": "m", "thinking": False}
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    """By whatever name they call it."""
+    first = AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter())
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    for name in ("a.jsonl", "link.jsonl"):
+        with pytest.raises(UserError, match=f"{name}: another run is writing to it"):
+            AnswerFile(tmp_path / name, MADE_BY, Counter())
+    AnswerFile(tmp_path / "b.jsonl", MADE_BY, Counter())
+    del first
+    gc.collect()
+    AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter())
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, error):
+    def acquire(*_, **__):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    chat = [{"role": "user", "content": "x"}]
+    answers = AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter([key_of(chat)]))
+    answers.add(chat, "y")
+    answers.sort(iter([chat]))
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["conversations"][1]["content"] == "y"
