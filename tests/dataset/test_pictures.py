@@ -20,7 +20,7 @@ def picture(kind: str, number: int = 0) -> bytes:
     return made.getvalue()
 
 
-def names_of(record: dict) -> list[str]:
+def names_of(record: dict, ignored: dict[str, int]) -> list[str]:
     if "images" not in record:
         raise BadRecord("none")
     return record["images"]
