@@ -38,7 +38,7 @@ def test_every_module_imports_without_what_only_unix_has():
 
 def test_a_stage_trains_without_what_only_unix_has(tmp_path, tiny_data, tokenizer_dir):
     """With a worker, and processes that are started anew: what goes to them is pickled."""
-    flags = ("--data_path", tiny_data / "pretrain.jsonl", "--tokenizer", tokenizer_dir, "--out_dir", tmp_path)
+    flags = ("--data_path", tiny_data / "pretrain_hq.jsonl", "--tokenizer", tokenizer_dir, "--out_dir", tmp_path)
     several = ("--num_workers", "1", "--max_steps", "2", "--eval_interval", "2")
     done = hidden("run", ROOT / "train_pretrain.py", *TINY_TRAINING, *flags, *several)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,6 +6,7 @@ import os
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -40,8 +41,9 @@ class StopSignals:
         def on_signal(number: int, _frame) -> None:
             if os.getpid() != process:  # a DataLoader's worker, which lives as long as we do
                 if number == signal.SIGTERM:  # schedulers send it to all: the step under way needs its batches yet
-                    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
-                    signal.alarm(WORKERS_LAST)
+                    end = threading.Timer(WORKERS_LAST, os._exit, [0])
+                    end.daemon = True
+                    end.start()
                 return
             now = time.monotonic()
             # At a terminal one Ctrl-C comes twice, from the terminal and from torchrun or DeepSpeed.

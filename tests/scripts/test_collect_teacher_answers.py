@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -101,12 +102,14 @@ def replies(path) -> list[tuple[str, str]]:
 
 
 def test_answers_stand_in_the_order_of_the_questions(endpoint, questions, tmp_path, tiny_tokenizer):
-    second = threading.Event()
+    first, second = threading.Event(), threading.Event()
 
     def behave(question, times):
         if question == "question 0?":
+            first.set()
             assert second.wait(PATIENCE)  # so it is answered after another one
         else:
+            assert first.wait(PATIENCE)  # so that two are open at once
             second.set()
 
     endpoint.behave = behave
@@ -378,6 +381,9 @@ def test_a_full_disk_leaves_the_file_as_it_was(endpoint, questions, tmp_path, ca
         def write(self, line):
             (tmp_path / "a.jsonl").write_bytes(before + line[:5])
             return 5
+
+        def truncate(self, size):
+            os.truncate(tmp_path / "a.jsonl", size)
 
     monkeypatch.setattr(answers, "_file", HalfFull())
     with pytest.raises(UserError, match="no space left"):

@@ -1,6 +1,7 @@
 """What the clients of OpenAI-compatible servers have in common: addresses, and the proxies of the environment."""
 
 import asyncio
+import io
 import os
 from types import SimpleNamespace
 
@@ -138,15 +139,7 @@ def test_collecting_names_the_proxy(tmp_path, monkeypatch, capsys):
 
 def test_the_chat_names_the_proxy(monkeypatch, capsys):
     monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
-    typed = iter(["hello"])
-
-    def read(prompt: str) -> str:
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0)
     call_script("scripts/chat_openai_api.py", "--base_url", ELSEWHERE, "--model", "m")

@@ -148,4 +148,4 @@ def test_a_broken_picture_is_named_with_its_line_or_skipped_and_counted(small_de
     nothing = tmp_path / "nothing.jsonl"
     nothing.write_text(json.dumps({"image": first, "captions": ["it"]}) + "\n")
     call_script("scripts/train_clip.py", *flags, "--skip_bad_lines", "--overwrite", "--data_path", nothing, exit_code=2)
-    assert "nothing.jsonl has no good line; the first bad one: line 1: the image" in capsys.readouterr().err
+    assert "nothing.jsonl has no good line; 1 bad, the first: line 1: the image" in capsys.readouterr().err

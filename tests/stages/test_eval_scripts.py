@@ -81,4 +81,4 @@ def test_which_images_belong_to_one_question(tmp_path):
     assert groups(model_mode=2) == [["a.PNG", "b.jpg"]]
     picture.save(tmp_path / "c.webp")
     assert groups(model_mode=2) == [["a.PNG", "b.jpg"], ["c.webp"]]
-    assert groups(image=["y.jpg", "x.jpg"]) == [["y.jpg", "x.jpg"]]
+    assert groups(image=[tmp_path / "c.webp", tmp_path / "b.jpg"]) == [["c.webp", "b.jpg"]]

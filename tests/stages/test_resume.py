@@ -107,7 +107,7 @@ def test_a_terminal_that_goes_away_costs_nothing(pretrain, tmp_path):
     """What a dropped SSH does: the terminal is gone, and each print to it fails."""
     flags = (*pretrain.common, "--out_dir", tmp_path, "--epochs", "100000", "--save_interval", "100000")
     terminal = Terminal(pretrain.script, *flags)
-    terminal.see("1/")
+    terminal.see("loss ")  # of the first step
     assert terminal.drop() == 129
     assert about(tmp_path)["step"] >= 1
     assert weights(tmp_path)
@@ -259,6 +259,7 @@ class TestData:
         path = resume / (resume / "latest").read_text() / "state.json"
         state = json.loads(path.read_text())
         assert len(state["settings"].pop("data")["sha256"]) == 64
+        del state["sha256"]  # nor had it hashes
         state["settings"] |= {"data_path": "/elsewhere/data.jsonl", "size of data_path": 7}
         path.write_text(json.dumps(state))
         assert "resumed at step 1" in train(data, "--max_steps", "2", "--resume").stdout

@@ -227,13 +227,14 @@ def test_a_worker_does_not_keep_the_lock_of_a_run_that_is_gone(open_checkpoint):
 
 CHANGES = {  # what changes the numbers, and something else to give
     **{"max_seq_len": 32, "packing": False, "skip_bad_lines": True, "batch_size": 7, "accumulation_steps": 3},
-    **{"optimizer": "muon", "seed": 1, "deepspeed": True, "zero_stage": 1, "eval_interval": 0, "data_path": "other"},
+    **{"optimizer": "muon", "seed": 1, "deepspeed": True, "zero_stage": 1, "eval_interval": 0},
 }
 MAY_CHANGE = {
     *("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype"),
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_path", "resume", "overwrite"),
     *("compile", "gradient_checkpointing", "use_wandb", "wandb_project", "local_rank", "ddp"),
     *("dim", "n_layers", "use_moe", "tokenizer"),  # by the architecture and the tokenizer's hash
+    *("data_path", "cache_limit"),  # the data by what it holds
 }
 
 

@@ -175,8 +175,12 @@ def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(p
     assert model.training
     assert alone == {f"eval_{name}": pytest.approx(number) for number, name in enumerate(FIGURES)}
     total = sum(len(samples(row)) // 2 for row in data)
+
     # Another rank has measured as many pairs, with 1 more of everything
-    monkeypatch.setattr(Runtime, "sum", lambda self, *values: [2 * values[0], *(2 * value + 1 for value in values[1:])])
+    def sum_with_another(self, failed, pairs, *sums):
+        return [failed, 2 * pairs, *(2 * value + 1 for value in sums)]
+
+    monkeypatch.setattr(Runtime, "sum", sum_with_another)
     both = evaluate_pairs(model.eval(), None, data, RUN, 2, measure)
     assert not model.training
     assert both == {f"eval_{name}": pytest.approx(number + 0.5 / total) for number, name in enumerate(FIGURES)}

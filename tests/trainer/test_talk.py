@@ -63,7 +63,8 @@ def test_nothing_reads_stdin_but_what_says_so():
     """Elsewhere a script may only ask whether there is a terminal."""
     rooms = [ROOT / room for room in ("model", "dataset", "trainer", "scripts", "benchmarks")]
     sources = [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]
-    for path in set(sources) - {ROOT / "trainer" / "talk.py"}:
+    allowed = {ROOT / "trainer" / "talk.py", ROOT / "trainer" / "errors.py"}  # the latter says how bytes are written
+    for path in set(sources) - allowed:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         asked = [n.value for n in nodes if isinstance(n, ast.Attribute) and n.attr == "isatty"]
         for node in nodes:
