@@ -75,7 +75,7 @@ def load_model(args):
 
     device = pick_device(args.device)
     if args.load == 1:
-        from scripts.transformers_format import read_folder
+        from scripts.formats.transformers_folder import read_folder
 
         model, tokenizer = read_folder(Path(args.out_dir), args.tokenizer)
     else:
@@ -91,7 +91,7 @@ def load_model(args):
 
 def reply(engine, ids: list[int], args, by_hand: bool) -> str:
     """Write an answer to a prompt; show it, and how fast it came."""
-    from model.engine import Request
+    from model.inference.request import Request
     from model.reasoning import majority
 
     settings = sampling_of(args)
@@ -123,7 +123,7 @@ def main():
     if args.votes > 1 and args.temperature == 0:
         raise UserError(f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise it")
     from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
-    from model.engine import Engine
+    from model.inference.scheduler import Engine
 
     model, tokenizer = load_model(args)
     room = model.config.max_seq_len - args.max_new_tokens

@@ -118,8 +118,9 @@ def load_model(args):
 def main():
     args = get_args()
     groups = groups_of_images(args)
-    from model.engine import Engine, Request  # after the arguments: --help need not wait for it
     from model.images import place_chat, prompt_embeddings
+    from model.inference.request import Request
+    from model.inference.scheduler import Engine
 
     model, tokenizer, processor = load_model(args)
     engine = Engine(model, tokenizer, slots=1)

@@ -18,15 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import SFTDataset
-from model.model import IGNORED, predicting
+from model.loss import IGNORED, predicting
 from model.reasoning import tag_sequences
 from trainer.arguments import ROOT, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.errors import UserError, launch
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.weights import config_of, load_tokenizer, load_weights, weights_path

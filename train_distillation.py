@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import SFTDataset
-from model.model import predicting
-from model.weights import weights_hash
+from model.fingerprint import weights_hash
+from model.loss import predicting
 from trainer.arguments import ROOT, above_zero, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.errors import UserError, launch
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.teacher import load_teacher, sum_beside_teacher

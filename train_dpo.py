@@ -18,14 +18,14 @@ from torch import Tensor
 
 from dataset import DPODataset
 from dataset.caches import limit_caches
-from model.model import predicting
-from model.weights import weights_hash
+from model.fingerprint import weights_hash
+from model.loss import predicting
 from trainer.arguments import ROOT, Switch, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.errors import UserError, launch
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.preference import (
     FIGURES,
     attach_reference,

@@ -12,14 +12,14 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 import torch
 
 from dataset import SFTDataset
-from model.model import next_token_loss, predicting
+from model.loss import next_token_loss, predicting
 from trainer.arguments import ROOT, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.errors import launch
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.weights import config_of, load_tokenizer, load_weights, weights_path

@@ -12,14 +12,14 @@ does not. With --multi, several images a line: sft_vlm_data_multi.jsonl, sft_mul
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
-from model.model import next_token_loss, predicting
+from model.loss import next_token_loss, predicting
 from trainer.arguments import ROOT, Switch, add_vision_arguments, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.errors import launch
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.vision import cache_features, load_vlm, open_vision, picture_data

@@ -13,9 +13,9 @@ from statistics import mean, stdev
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
-from scripts.demo_measures import facts, held_out_loss
-from scripts.demo_settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
-from scripts.examination import open_model, run, state_of
+from scripts.demo.exam import open_model, run, state_of
+from scripts.demo.measures import facts, held_out_loss
+from scripts.demo.settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
 from trainer.arguments import Parser, positive
 from trainer.errors import UserError, launch
 from trainer.files import replacing

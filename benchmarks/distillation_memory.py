@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from model import LMConfig, MiniMindLM
-from model.model import predicting
+from model.loss import predicting
 from train_distillation import distillation_loss
 from trainer.arguments import Parser, positive
 from trainer.device import DTYPES, pick_device

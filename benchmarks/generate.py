@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import LMConfig, MiniMindLM
-from model.engine import Engine, Request
-from model.inference import Span
-from scripts.transformers_format import to_their_config, to_their_state
+from model.inference.decoder import Span
+from model.inference.request import Request
+from model.inference.scheduler import Engine
+from scripts.formats.transformers_folder import to_their_config, to_their_state
 from trainer.arguments import Parser, Switch, add_device_argument, positive
 from trainer.device import DTYPES, pick_device
 from trainer.errors import launch
@@ -100,7 +101,7 @@ def llama_cpp(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[st
         return {}
     from llama_cpp import Llama
 
-    from scripts.gguf_format import write_gguf
+    from scripts.formats.gguf_file import write_gguf
 
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:

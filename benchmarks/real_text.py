@@ -15,8 +15,8 @@ import torch
 from dataset import DPODataset, SFTDataset
 from model.model_lora import load_lora
 from model.reasoning import is_well_formed
-from scripts.demo_measures import with_error
-from scripts.examination import answer, open_model, read_lines, run
+from scripts.demo.exam import answer, open_model, read_lines, run
+from scripts.demo.measures import with_error
 from train_dpo import dpo_loss
 from trainer.arguments import ROOT, Parser, positive
 from trainer.errors import UserError, launch

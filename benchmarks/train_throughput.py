@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataset import PretrainDataset, StepLoader, collate
 from model import LMConfig, MiniMindLM
-from model.model import next_token_loss, predicting
+from model.loss import next_token_loss, predicting
 from trainer.arguments import ROOT, Switch, positive
 from trainer.device import DTYPES, pick_device
 from trainer.errors import launch

@@ -14,7 +14,7 @@ from dataset.packing import Pieces, cut_long, pack, split_long
 from dataset.records import chat_of, text_of
 from dataset.token_cache import Sample, open_token_cache
 from model.chat import render_chats, render_text
-from model.model import IGNORED
+from model.loss import IGNORED
 
 MAX_EVAL_SAMPLES = 500
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dataset.jsonl import worker_errors_plain
 from dataset.workers import collate_to_send, require_room_for
-from model.model import IGNORED
+from model.loss import IGNORED
 
 Batch = dict[str, torch.Tensor]
 

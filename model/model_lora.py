@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.weights import weights_hash
+from model.fingerprint import weights_hash
 
 
 class LoRASettings(NamedTuple):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
 
-from scripts.remote_chat import answer_parts, models_at, open_client, reason_of
+from scripts.serving.client import answer_parts, models_at, open_client, reason_of
 from trainer.arguments import Parser, Switch, not_negative, positive, seed, text
 from trainer.errors import UserError, launch
 from trainer.talk import piped_lines, typed_line

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the rooms)
 
-from scripts.remote_chat import open_client, reason_of
+from scripts.serving.client import open_client, reason_of
 from trainer.arguments import Parser, Switch, above_zero, not_negative, positive, text
 from trainer.errors import UserError, launch, note
 

@@ -121,7 +121,7 @@ def check_targets(args, suffix: str, beside: str) -> None:
 
 
 def to_transformers(args) -> None:
-    from scripts.transformers_format import check_equal, write_folder
+    from scripts.formats.transformers_folder import check_equal, write_folder
     from trainer.files import real_place
 
     if args.folder.exists() and not args.folder.is_dir():
@@ -151,7 +151,7 @@ def to_transformers(args) -> None:
 
 
 def from_transformers(args) -> None:
-    from scripts.transformers_format import check_equal, read_folder
+    from scripts.formats.transformers_folder import check_equal, read_folder
 
     check_targets(args, ".pth", ".json")
     model, tokenizer = read_folder(args.folder, args.tokenizer)
@@ -162,7 +162,7 @@ def from_transformers(args) -> None:
 
 
 def to_gguf(args) -> None:
-    from scripts.gguf_format import modelfile, write_gguf
+    from scripts.formats.gguf_file import modelfile, write_gguf
     from trainer.files import replacing
 
     check_targets(args, ".gguf", ".Modelfile")
@@ -189,7 +189,7 @@ def merge_adapter(args) -> None:
 
 def to_peft(args) -> None:
     from model.model_lora import lora_state_dict
-    from scripts.peft_format import SETTINGS, write_folder
+    from scripts.formats.peft_folder import SETTINGS, write_folder
 
     if (args.folder / SETTINGS).exists() and not args.overwrite:
         raise UserError(f"{args.folder} holds an adapter already: choose another name, or --overwrite replaces it")
@@ -203,7 +203,7 @@ def to_peft(args) -> None:
 
 def from_peft(args) -> None:
     from model.model_lora import base_hash, lora_state_dict, put_lora
-    from scripts.peft_format import read_folder
+    from scripts.formats.peft_folder import read_folder
     from trainer.files import save_json, save_tensors
 
     check_targets(args, ".pth", ".json")

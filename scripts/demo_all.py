@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from model import MiniMindLM
 from model.model_lora import load_lora
-from scripts.demo import make_model
-from scripts.demo_measures import (
+from scripts.demo.exam import open_model, run, state_of
+from scripts.demo.first_model import make_model
+from scripts.demo.measures import (
     Opened,
     bits_per_byte,
     facts,
@@ -26,8 +27,7 @@ from scripts.demo_measures import (
     says_it_is_another,
     thinks,
 )
-from scripts.demo_settings import DATA, FROM_TEACHER, OUT, PRETRAIN, REASON, SFT, SIZE, STUDENT, TRAINING
-from scripts.examination import open_model, run, state_of
+from scripts.demo.settings import DATA, FROM_TEACHER, OUT, PRETRAIN, REASON, SFT, SIZE, STUDENT, TRAINING
 from trainer.arguments import Parser
 from trainer.errors import launch
 from trainer.files import save_json

@@ -15,12 +15,12 @@ import time
 import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the rooms)
 
 from model import MiniMindLM
-from scripts.demo import EXAMS
-from scripts.demo_settings import DATA, OUT
-from scripts.examination import answer, read_lines, run
+from scripts.demo.exam import answer, read_lines, run
+from scripts.demo.first_model import EXAMS
+from scripts.demo.scoring import tally
+from scripts.demo.settings import DATA, OUT
+from scripts.demo.vision_exam import look, shares, shuffled
 from scripts.make_demo_data import digest_of
-from scripts.scoring import tally
-from scripts.vlm_exam import look, shares, shuffled
 from trainer.arguments import Parser
 from trainer.device import pick_device
 from trainer.errors import launch

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the rooms)
 
-from scripts.demo_world import Identity, Relation, identities, relations
+from scripts.demo.world import Identity, Relation, identities, relations
 from trainer.arguments import ROOT, Parser
 from trainer.errors import UserError, launch
 from trainer.files import replacing

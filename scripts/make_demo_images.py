@@ -23,7 +23,7 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/make_demo_images.py` find the rooms)
 
-from scripts.demo_scenes import (
+from scripts.demo.scenes import (
     DESCRIBE,
     KINDS_HELD_OUT,
     KINDS_NAMELESS,

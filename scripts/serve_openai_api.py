@@ -189,10 +189,11 @@ def main():
     args = get_args()
     api_key = args.api_key or os.environ.get(API_KEY) or None
     sock = listen(args.host, args.port)
-    from model.engine import Engine, EngineThread
-    from scripts.fetch_images import ImageFetcher
-    from scripts.openai_app import make_app
-    from scripts.openai_writing import Served
+    from model.inference.scheduler import Engine
+    from model.inference.thread import EngineThread
+    from scripts.serving.app import make_app
+    from scripts.serving.fetch_images import ImageFetcher
+    from scripts.serving.requests import Served
     from trainer.device import DTYPES
 
     model, tokenizer, place_images = load(args)

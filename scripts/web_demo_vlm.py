@@ -10,7 +10,7 @@ from trainer.errors import launch
 
 
 def main():
-    from scripts.web_page import page
+    from scripts.serving.page import page
 
     page(vision=True)
 

@@ -16,7 +16,6 @@ from dataset.lm_dataset import RowDataset
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
 from trainer.device import index_of, random_state, set_random_state
-from trainer.engine import full_state_dict, plain_model, require_same_weights
 from trainer.errors import UserError
 from trainer.files import (
     cannot_write,
@@ -30,6 +29,7 @@ from trainer.files import (
     to_disk,
     writing_tensors,
 )
+from trainer.parallel import full_state_dict, plain_model, require_same_weights
 from trainer.resume_files import seal, unseal
 from trainer.run_lock import lock_run, owner_of
 from trainer.runtime import Runtime, Totals

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dataset import StepLoader
-from model.model import next_token_loss, predicting
+from model.loss import next_token_loss, predicting
 from model.tokenizer import token_bytes
 from trainer.runtime import Runtime
 

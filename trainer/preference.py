@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dataset import DPODataset, collate
 from dataset.cache_folder import digest, find_cache, hold, open_cache
-from model.model import IGNORED, predicting
+from model.loss import IGNORED, predicting
 from trainer.evaluation import held_out_loader, sum_over_ranks
 from trainer.runtime import Runtime
 from trainer.weights import architecture

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.model import predicting
+from model.loss import predicting
 from trainer.arguments import deepspeed_config
 from trainer.device import DTYPES, default_dtype, moved, pick_device
 from trainer.errors import UserError

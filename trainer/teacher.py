@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model import MiniMindLM
 from model.cache import attention_mask_of
-from model.model import predicting
+from model.loss import predicting
 from model.tokenizer import tokenizer_hash
 from trainer.chunked import sum_in_parts
 from trainer.errors import UserError

@@ -13,10 +13,10 @@ from dataset.cache_folder import digest
 from dataset.caches import limit_caches
 from dataset.feature_cache import open_feature_cache
 from model import LMConfig
+from model.fingerprint import weights_hash
 from model.images import image_processor, image_token_id, to_pixels
 from model.model_vlm import MiniMindVLM, VisionTower, VLMConfig, load_tower
 from model.tokenizer import special_ids
-from model.weights import weights_hash
 from trainer.errors import UserError
 from trainer.runtime import Runtime
 from trainer.weights import architecture, load_weights, read_settings

@@ -5,7 +5,7 @@ import pytest
 from benchmarks import distillation_memory, real_text
 from benchmarks.distillation_gain import first_lines, spread
 from benchmarks.reasoning_gain import without_thinking
-from scripts.demo_measures import with_error
+from scripts.demo.measures import with_error
 from trainer.errors import UserError
 
 

@@ -9,7 +9,7 @@ import torch
 
 from dataset import DataError, DPODataset, StepLoader
 from model.chat import DEFAULT_SYSTEM_PROMPT
-from model.model import IGNORED
+from model.loss import IGNORED
 from tests.conftest import write_jsonl
 
 

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from model import MiniMindLM
-from model.engine import Answer, Engine, EngineThread, Piece, Request, Token, _Spelling
+from model.inference.answer import Answer
+from model.inference.detokenizer import _Spelling
+from model.inference.request import Piece, Request, Token
+from model.inference.scheduler import Engine
+from model.inference.thread import EngineThread
 from model.model_lora import apply_lora, lora_state_dict
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import token_bytes

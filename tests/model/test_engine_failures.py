@@ -6,7 +6,9 @@ import threading
 import pytest
 import torch
 
-from model.engine import Engine, EngineThread, Piece, Request
+from model.inference.request import Piece, Request
+from model.inference.scheduler import Engine
+from model.inference.thread import EngineThread
 from model.model_lora import apply_lora, lora_state_dict
 from tests.model.networks import network
 from tests.model.test_engine import Reader, alone, collect, ids, prompt_of

@@ -10,15 +10,10 @@ import torch
 from torch import nn
 
 from model import LMConfig, MiniMindLM
-from model.model import (
-    Attention,
-    FeedForward,
-    MoEFeedForward,
-    RMSNorm,
-    load_balancing_loss,
-    next_token_loss,
-    predicting,
-)
+from model.attention import Attention
+from model.feed_forward import FeedForward, MoEFeedForward, load_balancing_loss
+from model.loss import next_token_loss, predicting
+from model.norm import RMSNorm
 from tests.model.networks import KINDS, VOCAB, Llama, assert_all_close, gradients, network, random_ids
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

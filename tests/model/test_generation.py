@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.generation import choose, draw, keep_top_k, keep_top_p, penalise_repetition
+from model.inference.sampling import choose, draw, keep_top_k, keep_top_p, penalise_repetition
 from tests.model.networks import KINDS, VOCAB, Llama, network, random_ids
 
 SAMPLING = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.4}

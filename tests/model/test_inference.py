@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
-from model import LMConfig, MiniMindLM, inference
-from model.inference import Decoder, Span
+from model import LMConfig, MiniMindLM
+from model.inference import decoder as inference
+from model.inference.decoder import Decoder, Span
 from model.model_lora import apply_lora, lora_off, lora_state_dict
 from tests.model.networks import network, random_ids
 

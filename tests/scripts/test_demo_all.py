@@ -7,10 +7,11 @@ import torch
 
 from model import LMConfig, MiniMindLM
 from model.tokenizer import tokenizer_hash
-from scripts import demo_all, demo_measures
+from scripts import demo_all
+from scripts.demo import measures as demo_measures
+from scripts.demo.measures import solve
+from scripts.demo.settings import DATA, STUDENT
 from scripts.demo_all import STAGES, Stage, table
-from scripts.demo_measures import solve
-from scripts.demo_settings import DATA, STUDENT
 from scripts.make_demo_data import as_jsonl, build, write
 from tests.running import run_script
 from trainer.weights import architecture, load_tokenizer

@@ -12,7 +12,7 @@ from model.images import image_token_id, place_chat, usual_processor
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import tokenizer_hash
 from scripts import demo_vlm
-from scripts.vlm_exam import look, shares, shuffled
+from scripts.demo.vision_exam import look, shares, shuffled
 from tests.conftest import write_jsonl
 from tests.running import TINY_TRAINING, call_script
 from trainer.weights import architecture, load_tokenizer

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts import fetch_images
-from scripts.fetch_images import ImageFetcher, is_public
-from scripts.openai_schema import ApiError
+from scripts.serving import fetch_images
+from scripts.serving.fetch_images import ImageFetcher, is_public
+from scripts.serving.schema import ApiError
 from tests.running import free_port
 from tests.scripts.seeing import picture
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.transformers_format import write_folder
+from scripts.formats.transformers_folder import write_folder
 from tests.conftest import write_jsonl
 from tests.scripts.converting import make_model
 

@@ -9,9 +9,9 @@ import pytest
 
 from dataset.jsonl import JsonlReader
 from dataset.records import chat_of, pair_of, text_of
-from scripts.demo_world import relations
+from scripts.demo.scoring import normalise
+from scripts.demo.world import relations
 from scripts.make_demo_data import MINIMIND, POLITE, WILLOW, as_jsonl, build, identities, write
-from scripts.scoring import normalise
 from tests.running import run_script
 from trainer.errors import UserError
 

@@ -9,10 +9,11 @@ import time
 import pytest
 from fastapi.testclient import TestClient
 
-from model.engine import Engine, EngineThread
-from scripts import openai_admission
-from scripts.openai_app import make_app
-from scripts.openai_writing import Served
+from model.inference.scheduler import Engine
+from model.inference.thread import EngineThread
+from scripts.serving import admission as openai_admission
+from scripts.serving.app import make_app
+from scripts.serving.requests import Served
 from tests.model.networks import network
 from tests.running import PATIENCE
 
@@ -152,7 +153,7 @@ def test_a_body_is_parsed_beside_the_event_loop(path, body, serve, monkeypatch):
 @pytest.mark.parametrize(("path", "body"), PATHS.items())
 def test_a_full_queue_costs_no_tokens_and_no_looking(path, body, serve, monkeypatch):
     for name in ("render_chat", "render_text", "read_turns"):
-        monkeypatch.setattr(f"scripts.openai_app.{name}", lambda *_, **__: pytest.fail("it is prepared"))
+        monkeypatch.setattr(f"scripts.serving.app.{name}", lambda *_, **__: pytest.fail("it is prepared"))
     served = serve(capacity=4)
     client = client_of(served)
     served.places.taken = 3

@@ -11,15 +11,16 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from model.engine import Engine, EngineThread
 from model.images import image_processor, place_chat
+from model.inference.scheduler import Engine
+from model.inference.thread import EngineThread
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.reasoning import split_reasoning
 from model.tokenizer import tokenizer_hash
-from scripts import openai_schema as schema
 from scripts import serve_openai_api
-from scripts.openai_app import make_app
-from scripts.openai_writing import Served
+from scripts.serving import schema as schema
+from scripts.serving.app import make_app
+from scripts.serving.requests import Served
 from tests.model.networks import network
 from tests.scripts.malformed import bodies_by_schema, malformed_bodies
 
@@ -298,7 +299,7 @@ def test_health_tells_when_the_device_computes_no_more(serve, model, monkeypatch
 
 def test_an_error_of_our_own_is_an_object_too(serve, model, monkeypatch):
     client = serve(model)
-    monkeypatch.setattr("scripts.openai_app.render_chat", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("scripts.serving.app.render_chat", lambda *_, **__: 1 / 0)
     reply = chat(client)
     assert reply.status_code == 500
     assert reply.json()["error"] == {

@@ -5,9 +5,9 @@ from urllib.parse import quote
 
 import pytest
 
-from scripts import openai_schema as schema
-from scripts.openai_images import read_base64, read_images, read_turns
-from scripts.openai_schema import ApiError
+from scripts.serving import schema as schema
+from scripts.serving.image_parts import read_base64, read_images, read_turns
+from scripts.serving.schema import ApiError
 from tests.scripts.seeing import picture
 
 DATA = bytes(range(256)) + b"\xfb\xff\xfe~?>" + picture("red")  # both alphabets' own characters, and padding

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from scripts.openai_admission import parse
-from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest
+from scripts.serving.admission import parse
+from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

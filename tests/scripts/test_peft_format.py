@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from model.model_lora import apply_lora, load_lora, lora_off, lora_state_dict, put_lora, save_lora
-from scripts import transformers_format
-from scripts.peft_format import read_folder, write_folder
+from scripts.formats import transformers_folder as transformers_format
+from scripts.formats.peft_folder import read_folder, write_folder
 from tests.running import one_error_line, run_script
 from tests.scripts.converting import make_model
 from trainer.errors import UserError

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from scripts.chat_openai_api import show
-from scripts.remote_chat import (
+from scripts.serving.client import (
     answer_parts,
     check_address,
     is_this_machine,

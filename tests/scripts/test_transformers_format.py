@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from model import LMConfig, MiniMindLM
 from model.chat import render_chat
 from model.chat_template import CHAT_TEMPLATE
-from scripts.transformers_format import (
+from scripts.formats.transformers_folder import (
     check_equal,
     read_folder,
     to_our_config,

@@ -9,9 +9,9 @@ import openai
 import pytest
 
 from model.images import place_chat
-from scripts import web_answer
-from scripts.remote_chat import answer_parts
-from scripts.web_answer import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
+from scripts.serving import page_models as web_answer
+from scripts.serving.client import answer_parts
+from scripts.serving.page_models import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
 from tests.running import PATIENCE
 from tests.scripts.openai_double import http_server, openai_double
 from tests.scripts.seeing import picture, save_vlm

@@ -8,7 +8,7 @@ import torch
 from streamlit.testing.v1 import AppTest
 
 from model.chat import render_chat
-from scripts import web_page
+from scripts.serving import page as web_page
 from tests.running import PATIENCE, ROOT, call_script
 from tests.scripts.openai_double import openai_double
 from trainer.weights import load_weights

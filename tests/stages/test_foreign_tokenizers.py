@@ -10,8 +10,9 @@ from fastapi.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from model.chat import render_chat
-from model.engine import Engine, EngineThread
-from scripts.openai_app import Served, make_app
+from model.inference.scheduler import Engine
+from model.inference.thread import EngineThread
+from scripts.serving.app import Served, make_app
 from tests.conftest import SENTENCES, write_jsonl
 from tests.families import FAMILIES, family, unigram
 from tests.running import TINY, TINY_TRAINING, call_script

@@ -9,7 +9,7 @@ import torch
 
 from dataset import DPODataset, collate
 from model import LMConfig, MiniMindLM
-from model.model import predicting
+from model.loss import predicting
 from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair, samples
 from tests.running import TINY_TRAINING, one_error_line, run_script

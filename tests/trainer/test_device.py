@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import generation
-from model.model import next_token_loss, predicting
+from model.loss import next_token_loss, predicting
 from tests.model.networks import network
 from tests.trainer.accelerators import OnMac, pretend, pretend_random
 from trainer import device as devices

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer import engine
-from trainer.engine import full_state_dict, require_same_weights, wrap_model
+from trainer import parallel as engine
 from trainer.errors import UserError
+from trainer.parallel import full_state_dict, require_same_weights, wrap_model
 from trainer.runtime import Runtime
 
 RUN = Runtime(torch.device("cpu"), torch.float32)

@@ -11,8 +11,8 @@ import torch
 from dataset import DPODataset, StepLoader, collate
 from dataset.cache_folder import in_use, remove_cache
 from model import LMConfig, MiniMindLM
-from model.model import predicting
-from model.weights import weights_hash
+from model.fingerprint import weights_hash
+from model.loss import predicting
 from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair, samples
 from trainer.preference import (

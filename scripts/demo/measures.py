@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from dataset import DPODataset, PretrainDataset, SFTDataset
 from model import MiniMindLM
 from model.reasoning import is_well_formed, majority, split_reasoning
-from scripts.demo_settings import DATA
-from scripts.examination import answer, read_lines
-from scripts.scoring import is_right
+from scripts.demo.exam import answer, read_lines
+from scripts.demo.scoring import is_right
+from scripts.demo.settings import DATA
 from train_dpo import dpo_loss
 from trainer.evaluation import evaluate
 from trainer.preference import evaluate_pairs, figures

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from scripts.remote_chat import answer_parts, models_at, open_client
+from scripts.serving.client import answer_parts, models_at, open_client
 
 UNWATCHED = 20.0  # seconds after which an answer that no page shows is not worth writing on
 AT_ONCE = 4  # answers that a model writes at the same time, each for another page
@@ -86,7 +86,8 @@ class LocalModel:
     """
 
     def __init__(self, model, tokenizer, processor=None, pretrained: bool = False):
-        from model.engine import Engine, EngineThread
+        from model.inference.scheduler import Engine
+        from model.inference.thread import EngineThread
 
         self.model, self.tokenizer, self.processor, self.pretrained = model, tokenizer, processor, pretrained
         self._thread = EngineThread(Engine(model, tokenizer, slots=AT_ONCE))
@@ -105,7 +106,7 @@ class LocalModel:
             ValueError: the question does not fit, a picture cannot be read, or a wish is out of range.
             RuntimeError: the engine failed.
         """
-        from model.engine import Request
+        from model.inference.request import Request
         from model.reasoning import ReasoningStream
 
         ids, seen = self._prompt(system, list(turns), self.model.config.max_seq_len - wishes["max_new_tokens"])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from urllib.parse import unquote
 
-from scripts.openai_schema import MOST_IMAGES, ApiError, Message
+from scripts.serving.schema import MOST_IMAGES, ApiError, Message
 
 SHORTEST = 32  # characters; what is shorter can be a path or a name, but no image
 URL_SAFE = str.maketrans("-_", "+/")

@@ -11,8 +11,8 @@ from transformers import CLIPImageProcessorPil
 
 from model.images import place_chat
 from model.model_vlm import MiniMindVLM
-from scripts.examination import left_padded
-from scripts.scoring import is_right, normalise
+from scripts.demo.exam import left_padded
+from scripts.demo.scoring import is_right, normalise
 
 
 @torch.inference_mode()

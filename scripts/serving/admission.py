@@ -16,8 +16,8 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from scripts.openai_refusals import refuse_undone
-from scripts.openai_schema import ApiError, Form, invalid
+from scripts.serving.schema import ApiError, Form, invalid
+from scripts.serving.unsupported import refuse_undone
 
 LARGEST_BODY = 32 * 2**20  # bytes; room for a few photographs
 MOST_VALUES = 2**20  # in a body; each takes 64 bytes once it is parsed, which nothing can interrupt

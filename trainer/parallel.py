@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.weights import weights_hash
+from model.fingerprint import weights_hash
 from trainer.device import index_of
 from trainer.errors import UserError
 from trainer.runtime import Runtime

@@ -14,9 +14,9 @@ import _repo  # noqa: F401  (lets `python scripts/contact_sheet.py` find the roo
 import numpy as np
 from PIL import Image
 
-from scripts.examination import read_lines
-from scripts.scoring import is_right
-from scripts.vlm_exam import look
+from scripts.demo.exam import read_lines
+from scripts.demo.scoring import is_right
+from scripts.demo.vision_exam import look
 from trainer.arguments import ROOT, Parser, positive
 from trainer.device import pick_device
 from trainer.errors import UserError, launch

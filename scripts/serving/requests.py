@@ -11,11 +11,13 @@ from fastapi import Request
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from model import engine
-from model.engine import Answer, EngineThread, Piece
-from scripts.openai_admission import Places
-from scripts.openai_images import Fetch
-from scripts.openai_schema import ApiError
+from model.inference import scheduler as engine
+from model.inference.answer import Answer
+from model.inference.request import Piece
+from model.inference.thread import EngineThread
+from scripts.serving.admission import Places
+from scripts.serving.image_parts import Fetch
+from scripts.serving.schema import ApiError
 
 FAILURES = {  # status, message, param, code of answers that did not come to their end
     "error": (500, "the engine failed at this answer; the server's log says why", None, "failed"),

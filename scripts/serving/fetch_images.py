@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import httpx
 
-from scripts.openai_schema import ApiError
+from scripts.serving.schema import ApiError
 
 LARGEST_IMAGE = 20 * 2**20  # bytes
 LARGEST_REQUEST = 32 * 2**20  # bytes of all images of a request

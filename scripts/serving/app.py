@@ -14,12 +14,14 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
-from model import engine
 from model.chat import render_chat, render_text
+from model.inference import scheduler as engine
 from model.tokenizer import StreamDecoder
-from scripts import openai_schema as schema
-from scripts.openai_admission import read_request
-from scripts.openai_answers import (
+from scripts.serving import schema as schema
+from scripts.serving.admission import read_request
+from scripts.serving.image_parts import read_turns
+from scripts.serving.requests import Served, Writing
+from scripts.serving.responses import (
     CompletionPrompt,
     chat_chunks,
     completion_chunks,
@@ -27,9 +29,7 @@ from scripts.openai_answers import (
     whole_chat,
     whole_completion,
 )
-from scripts.openai_images import read_turns
-from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest
-from scripts.openai_writing import Served, Writing
+from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
 
 NAME = "minimind"
 TEMPERATURE = TOP_P = 0.85  # where a request names none, as in eval_model.py: at OpenAI's 1.0 a small model rambles

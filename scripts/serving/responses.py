@@ -4,11 +4,12 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
-from model.engine import Answer, Token
+from model.inference.answer import Answer
+from model.inference.request import Token
 from model.reasoning import ReasoningStream, split_reasoning
 from model.tokenizer import StreamDecoder
-from scripts.openai_schema import ApiError, ChatRequest, CompletionRequest
-from scripts.openai_writing import Served, Writing
+from scripts.serving.requests import Served, Writing
+from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
 
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
 

@@ -8,7 +8,7 @@ parallel_tool_calls, reasoning_effort, verbosity, an image's detail, and their o
 
 from typing import Any, NamedTuple
 
-from scripts.openai_schema import ApiError, Form, without_nulls
+from scripts.serving.schema import ApiError, Form, without_nulls
 
 NOTHING = (False, "", [], {})
 

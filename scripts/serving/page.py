@@ -12,7 +12,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from scripts.web_answer import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
+from scripts.serving.page_models import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
 from trainer.arguments import ROOT, add_device_argument
 from trainer.errors import UserError
 

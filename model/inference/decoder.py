@@ -17,8 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.model import MiniMindLM, MoEFeedForward, RMSNorm, rope_angles
+from model.attention import rope_angles
+from model.feed_forward import MoEFeedForward
+from model.model import MiniMindLM
 from model.model_lora import LoRALinear
+from model.norm import RMSNorm
 
 PACKED_FOR = 512  # rows of input that oneDNN chooses the layout for; as good for one row here (benchmarks/generate.py)
 ROWS = 16  # more rows of input than these are filled up to a multiple of them
