@@ -13,18 +13,18 @@ from pathlib import Path
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
 from trainer.arguments import (
+    BooleanFlag,
     Parser,
-    Switch,
     add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
-    not_negative,
-    positive,
-    sampling_of,
+    non_negative_int,
+    positive_int,
+    sampling_settings,
     text,
 )
-from trainer.errors import UserError, launch
-from trainer.talk import questions, report_speed, show, texts_of, typed
+from trainer.errors import UserError, run_main
+from trainer.talk import questions, read_line, report_speed, show, stream_texts
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")
 SAMPLE_QUESTIONS = (
@@ -58,12 +58,14 @@ def get_args():
     parser.add_argument("--prompt", type=text, action="append", help="ask this (may be repeated) and end")
     parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     parser.add_argument(
-        "--history_cnt", type=not_negative, default=0, help="earlier questions with their answers that it is shown"
+        "--history_cnt", type=non_negative_int, default=0, help="earlier questions with their answers that it is shown"
     )
     add_sampling_arguments(parser)
-    parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
-    parser.add_argument("--votes", type=positive, default=1, help="write so many answers, take what most of them say")
-    parser.add_argument("--hide_thinking", action=Switch, help="of a reasoning model show the answer alone")
+    parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while writing (default: on)")
+    parser.add_argument(
+        "--votes", type=positive_int, default=1, help="write so many answers, take what most of them say"
+    )
+    parser.add_argument("--hide_thinking", action=BooleanFlag, help="of a reasoning model show the answer alone")
     return parser.parse_args()
 
 
@@ -94,12 +96,12 @@ def reply(engine, ids: list[int], args, by_hand: bool) -> str:
     from model.inference.request import Request
     from model.reasoning import majority
 
-    settings = sampling_of(args)
+    settings = sampling_settings(args)
     reasoning = args.model_mode == 3
     started, pieces, election = time.monotonic(), [], ""
     try:
         if args.votes == 1:
-            texts = texts_of(engine.stream(Request(prompt=ids, **settings)), pieces)
+            texts = stream_texts(engine.stream(Request(prompt=ids, **settings)), pieces)
             show(texts if args.stream else ["".join(texts)], reasoning, args.hide_thinking)
             answer = "".join(piece.text for piece in pieces)
         else:
@@ -134,7 +136,7 @@ def main():
     samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
     system = [{"role": "system", "content": args.system}] if args.system else []
     turns: list[dict[str, str]] = []
-    by_hand = not args.prompt and sys.stdin.isatty() and typed("[0] automatic  [1] by hand: ") == "1"
+    by_hand = not args.prompt and sys.stdin.isatty() and read_line("[0] automatic  [1] by hand: ") == "1"
     for number, question in enumerate(questions(args.prompt, samples, by_hand)):
         if not by_hand:
             print(f"{chr(10) if number else ''}> {question}")
@@ -156,4 +158,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

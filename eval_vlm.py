@@ -12,17 +12,17 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 
 from trainer.arguments import (
     ROOT,
+    BooleanFlag,
     Parser,
-    Switch,
     add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
     add_tower_argument,
-    sampling_of,
+    sampling_settings,
     text,
 )
-from trainer.errors import UserError, launch
-from trainer.talk import report_speed, show, texts_of
+from trainer.errors import UserError, run_main
+from trainer.talk import report_speed, show, stream_texts
 
 STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -48,14 +48,14 @@ def get_args():
         help="show its images in order of their names, one by one; with --model_mode 2 in twos, the last perhaps alone",
     )
     parser.add_argument(
-        "--skip_bad_images", action=Switch, help="leave out what --image_dir has of broken images, and count them"
+        "--skip_bad_images", action=BooleanFlag, help="leave out what --image_dir has of broken images, and count them"
     )
     parser.add_argument(
         "--prompt", type=text, action="append", help="ask this (may be repeated) instead of for a description"
     )
     parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     add_sampling_arguments(parser)
-    parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
+    parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while writing (default: on)")
     return parser.parse_args()
 
 
@@ -118,7 +118,7 @@ def load_model(args):
 def main():
     args = get_args()
     groups = groups_of_images(args)
-    from model.images import place_chat, prompt_embeddings
+    from model.images import prepare_chat, prompt_embeddings
     from model.inference.request import Request
     from model.inference.scheduler import Engine
 
@@ -130,17 +130,17 @@ def main():
         for question in args.prompt or [PROMPTS[min(len(images), 2)]]:
             chat = [*system, {"role": "user", "content": [*images, question]}]
             try:
-                prompt = place_chat(tokenizer, chat, model.config, processor, room)
+                prompt = prepare_chat(tokenizer, chat, model.config, processor, room)
             except ValueError as error:  # a broken image, or more of them than the model takes
                 raise UserError(str(error)) from error
             print(f"\n{', '.join(path.name for path in images)}\n> {question}")
             started, pieces = time.monotonic(), []
             seen = prompt_embeddings(model, prompt)
-            request = Request(prompt=prompt.input_ids[0].tolist(), embeddings=seen, **sampling_of(args))
-            texts = texts_of(engine.stream(request), pieces)
+            request = Request(prompt=prompt.input_ids[0].tolist(), embeddings=seen, **sampling_settings(args))
+            texts = stream_texts(engine.stream(request), pieces)
             show(texts if args.stream else ["".join(texts)], reasoning=False, hide_thinking=False)
             report_speed(pieces, started)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -18,18 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import SFTDataset
-from model.loss import IGNORED, predicting
+from model.loss import IGNORE_INDEX, target_mask
 from model.reasoning import tag_sequences
 from trainer.arguments import ROOT, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
 from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
 
 
 def get_args():
@@ -58,7 +58,7 @@ def tag_weights(labels: Tensor, tags: list[list[int]], weight: float) -> Tensor:
     Returns:
         (batch, n) fp32.
     """
-    weights = (labels != IGNORED).float()
+    weights = (labels != IGNORE_INDEX).float()
     for tag in tags:
         if labels.size(1) < len(tag):
             continue
@@ -75,14 +75,14 @@ def weighted_next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor) ->
     away from the others.
 
     Args:
-        logits: (learned, vocab) at `predicting(labels)`, any float dtype; the softmax is taken in fp32.
+        logits: (learned, vocab) at `target_mask(labels)`, any float dtype; the softmax is taken in fp32.
         labels: (batch, n) int64, not shifted; -100 is not learned.
         weights: (batch, n) fp32.
 
     Returns:
         fp32 scalar.
     """
-    learned = predicting(labels)[:, :-1]
+    learned = target_mask(labels)[:, :-1]
     nats = F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="none")
     return (nats * weights[:, 1:][learned]).sum()
 
@@ -96,7 +96,7 @@ def main():
 
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
-    config = config_of(args, tokenizer)
+    config = build_config(args, tokenizer)
     checkpoint = Checkpoint(args, "reason", config, tokenizer, run, tag_weight=args.tag_weight)
     model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -128,9 +128,9 @@ def main():
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    out = model(**batch, logits_to_keep=predicting(labels))
+                    out = model(**batch, logits_to_keep=target_mask(labels))
                     weights = tag_weights(labels, tags, args.tag_weight)
-                    loss = weighted_next_token_loss(out.logits, labels, weights) / totals.trained
+                    loss = weighted_next_token_loss(out.logits, labels, weights) / totals.target_tokens
                     loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 step_loss += loss.detach()
                 loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
@@ -167,4 +167,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -12,17 +12,17 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 import torch
 
 from dataset import SFTDataset
-from model.loss import next_token_loss, predicting
+from model.loss import next_token_loss, target_mask
 from trainer.arguments import ROOT, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.errors import launch
+from trainer.errors import run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
 from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
 
 
 def get_args():
@@ -44,7 +44,7 @@ def main():
 
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
-    config = config_of(args, tokenizer)
+    config = build_config(args, tokenizer)
     checkpoint = Checkpoint(args, "full_sft", config, tokenizer, run)
     model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -75,8 +75,8 @@ def main():
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    out = model(**batch, logits_to_keep=predicting(labels))
-                    loss = next_token_loss(out.logits, labels) / totals.trained
+                    out = model(**batch, logits_to_keep=target_mask(labels))
+                    loss = next_token_loss(out.logits, labels) / totals.target_tokens
                     loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 step_loss += loss.detach()
                 loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
@@ -113,4 +113,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

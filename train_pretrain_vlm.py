@@ -11,18 +11,18 @@ dataset/pretrain_images/), starts from out/full_sft_D.pth, writes out/pretrain_v
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
-from model.loss import next_token_loss, predicting
-from trainer.arguments import ROOT, add_vision_arguments, check_training_arguments, not_negative, training_parser
+from model.loss import next_token_loss, target_mask
+from trainer.arguments import ROOT, add_vision_arguments, check_training_arguments, non_negative_int, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
 from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.vision import cache_features, load_vlm, open_vision, picture_data
-from trainer.weights import config_of, load_tokenizer, weights_path
+from trainer.vision import cache_features, image_data, load_vlm, open_vision
+from trainer.weights import build_config, load_tokenizer, weights_path
 
 
 def get_args():
@@ -37,7 +37,7 @@ def get_args():
     add_vision_arguments(parser, images_path=str(ROOT / "dataset" / "pretrain_images"))
     parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from")
     parser.add_argument(
-        "--unfreeze_last", type=not_negative, default=0, metavar="N", help="the last N blocks learn too"
+        "--unfreeze_last", type=non_negative_int, default=0, metavar="N", help="the last N blocks learn too"
     )
     return parser.parse_args()
 
@@ -49,7 +49,7 @@ def main():
 
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
-    config = config_of(args, tokenizer)
+    config = build_config(args, tokenizer)
     vision = open_vision(args.vision_model)
     checkpoint = Checkpoint(args, "pretrain_vlm", config, tokenizer, run, vision_tower=vision.hash)
     start = weights_path(args, args.from_weight)
@@ -62,7 +62,7 @@ def main():
         part.requires_grad_(True)
 
     # Data
-    loader, held_out = open_data(picture_data(args, vision), args, tokenizer, run)
+    loader, held_out = open_data(image_data(args, vision), args, tokenizer, run)
     if args.cache_features:
         cache_features(model, (loader.dataset, held_out), args, vision, run)
     total_steps = count_steps(loader, args)
@@ -89,8 +89,8 @@ def main():
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    out = model(**batch, logits_to_keep=predicting(labels))
-                    loss = next_token_loss(out.logits, labels) / totals.trained
+                    out = model(**batch, logits_to_keep=target_mask(labels))
+                    loss = next_token_loss(out.logits, labels) / totals.target_tokens
                     loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 step_loss += loss.detach()
                 loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
@@ -127,4 +127,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

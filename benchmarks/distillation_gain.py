@@ -16,8 +16,8 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 from scripts.demo.exam import open_model, run, state_of
 from scripts.demo.measures import facts, held_out_loss
 from scripts.demo.settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
-from trainer.arguments import Parser, positive
-from trainer.errors import UserError, launch
+from trainer.arguments import Parser, positive_int
+from trainer.errors import UserError, run_main
 from trainer.files import replacing
 from trainer.weights import read_settings
 
@@ -29,9 +29,9 @@ TRAININGS = {  # how each is trained, and what it writes
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--seeds", type=positive, default=3, help="how many: 1, 2, 3, …")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="how many: 1, 2, 3, …")
     parser.add_argument("--epochs", default=SFT[SFT.index("--epochs") + 1], help="(default: the demo's)")
-    parser.add_argument("--lines", type=positive, help="learn from the first so many of the demo's SFT lines alone")
+    parser.add_argument("--lines", type=positive_int, help="learn from the first so many of the demo's SFT lines alone")
     args = parser.parse_args()
     start, teacher = OUT / "pretrain_128.pth", OUT / "full_sft_256.pth"
     for weights in (start, teacher):
@@ -83,4 +83,4 @@ def spread(values, form: str) -> str:
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from model import LMConfig, MiniMindLM
-from model.loss import predicting
+from model.loss import target_mask
 from train_distillation import distillation_loss
-from trainer.arguments import Parser, positive
+from trainer.arguments import Parser, positive_int
 from trainer.device import DTYPES, pick_device
-from trainer.errors import launch
-from trainer.teacher import sum_beside_teacher, teacher_logits
+from trainer.errors import run_main
+from trainer.teacher import chunked_distillation_loss, teacher_logits
 
 SIZES = {"student": {"dim": 512, "n_layers": 8}, "teacher": {"dim": 768, "n_layers": 16}}
 
@@ -33,20 +33,20 @@ def all_logits(student: MiniMindLM, teacher: MiniMindLM, batch: dict, labels: Te
     logits = student(**batch).logits
     with torch.no_grad():
         taught = teacher(**batch).logits
-    learned = predicting(labels)
+    learned = target_mask(labels)
     return loss_of(logits[learned], taught[learned], labels[:, 1:][learned[:, :-1]])
 
 
 def learned_logits(student: MiniMindLM, teacher: MiniMindLM, batch: dict, labels: Tensor, loss_of) -> Tensor:
-    learned = predicting(labels)
+    learned = target_mask(labels)
     logits = student(**batch, logits_to_keep=learned).logits
     taught = teacher_logits(teacher, batch, learned, logits.size(-1))
     return loss_of(logits, taught, labels[:, 1:][learned[:, :-1]])
 
 
 def in_parts(student: MiniMindLM, teacher: MiniMindLM, batch: dict, labels: Tensor, loss_of) -> Tensor:
-    logits = student(**batch, logits_to_keep=predicting(labels)).logits
-    return sum_beside_teacher(loss_of, logits, labels, batch, teacher)
+    logits = student(**batch, logits_to_keep=target_mask(labels)).logits
+    return chunked_distillation_loss(loss_of, logits, labels, batch, teacher)
 
 
 class PeakMemory:
@@ -80,12 +80,12 @@ class PeakMemory:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--batch_size", type=positive, default=8)
-    parser.add_argument("--max_seq_len", type=positive, default=512)
+    parser.add_argument("--batch_size", type=positive_int, default=8)
+    parser.add_argument("--max_seq_len", type=positive_int, default=512)
     parser.add_argument("--learned", type=float, default=0.5, help="share of the tokens that are answers")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of autocast")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--rounds", type=positive_int, default=3)
     args = parser.parse_args()
     device = pick_device(args.device)
     torch.manual_seed(0)
@@ -106,7 +106,7 @@ def main():
             with PeakMemory(device) as peak:
                 started = time.monotonic()
                 with torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "float32"):
-                    loss = form(student, teacher, batch, labels, loss_of) / predicting(labels).sum()
+                    loss = form(student, teacher, batch, labels, loss_of) / target_mask(labels).sum()
                 loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
             results[name].append((peak.mebibytes, time.monotonic() - started, float(loss.detach()), float(norm)))
@@ -121,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

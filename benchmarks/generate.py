@@ -27,9 +27,9 @@ from model.inference.decoder import Span
 from model.inference.request import Request
 from model.inference.scheduler import Engine
 from scripts.formats.transformers_folder import to_their_config, to_their_state
-from trainer.arguments import Parser, Switch, add_device_argument, positive
+from trainer.arguments import BooleanFlag, Parser, add_device_argument, positive_int
 from trainer.device import DTYPES, pick_device
-from trainer.errors import launch
+from trainer.errors import run_main
 from trainer.weights import load_tokenizer
 
 PROMPT, BATCH, LONG_PROMPT = 32, 16, 512
@@ -185,12 +185,12 @@ def report(seconds: dict[str, float], n: int) -> None:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--dim", type=positive, default=512)
-    parser.add_argument("--n_layers", type=positive, default=8)
-    parser.add_argument("--use_moe", action=Switch)
+    parser.add_argument("--dim", type=positive_int, default=512)
+    parser.add_argument("--n_layers", type=positive_int, default=8)
+    parser.add_argument("--use_moe", action=BooleanFlag)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--tokens", type=positive, default=128, help="that each answer has")
-    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--tokens", type=positive_int, default=128, help="that each answer has")
+    parser.add_argument("--rounds", type=positive_int, default=5)
     add_device_argument(parser)
     args = parser.parse_args()
     args.device = pick_device(args.device)
@@ -218,4 +218,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -18,10 +18,10 @@ from model.reasoning import is_well_formed
 from scripts.demo.exam import answer, open_model, read_lines, run
 from scripts.demo.measures import with_error
 from train_dpo import dpo_loss
-from trainer.arguments import ROOT, Parser, positive
-from trainer.errors import UserError, launch
+from trainer.arguments import ROOT, Parser, positive_int
+from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
-from trainer.preference import evaluate_pairs, figures
+from trainer.preference import dpo_metrics, evaluate_pairs
 from trainer.runtime import Runtime
 
 KEPT_ASIDE = 200  # lines of each file
@@ -68,7 +68,9 @@ def split(source: Path) -> tuple[Path, Path]:
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=positive, default=120, help="of pretraining; the other stages take their share")
+    parser.add_argument(
+        "--steps", type=positive_int, default=120, help="of pretraining; the other stages take their share"
+    )
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     kept = {}
@@ -85,7 +87,7 @@ def main():
         return evaluate(model, rows, tokenizer, here, 8)["eval_loss"]
 
     def accuracy(model) -> float:
-        measure = partial(figures, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
+        measure = partial(dpo_metrics, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
         return evaluate_pairs(model, model, DPODataset(kept["dpo"], tokenizer, 1024), here, 8, measure)["eval_accuracy"]
 
     def form(model) -> str:
@@ -104,4 +106,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

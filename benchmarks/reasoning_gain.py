@@ -16,7 +16,7 @@ from scripts.demo.exam import open_model, read_lines, run, state_of
 from scripts.demo.measures import VOTES, Solved, solve, with_error
 from scripts.demo.settings import DATA, OUT, REASON, SIZE
 from trainer.arguments import Parser
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.weights import read_settings
 
 
@@ -59,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

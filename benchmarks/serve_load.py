@@ -28,8 +28,8 @@ import httpx
 import torch
 
 from model import LMConfig, MiniMindLM
-from trainer.arguments import ROOT, Parser, Switch, add_model_arguments, positive
-from trainer.errors import UserError, launch
+from trainer.arguments import ROOT, BooleanFlag, Parser, add_model_arguments, positive_int
+from trainer.errors import UserError, run_main
 from trainer.weights import load_tokenizer
 
 TOPICS = (
@@ -173,11 +173,13 @@ def write_random_weights(args, folder: Path) -> None:
 def main():
     parser = Parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--clients", type=positive, default=64)
-    parser.add_argument("--seconds", type=positive, default=300)
-    parser.add_argument("--max_concurrency", type=positive, default=16, help="the server's slots")
+    parser.add_argument("--clients", type=positive_int, default=64)
+    parser.add_argument("--seconds", type=positive_int, default=300)
+    parser.add_argument("--max_concurrency", type=positive_int, default=16, help="the server's slots")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--random_weights", action=Switch, help="a model that has learned nothing, of the sizes given")
+    parser.add_argument(
+        "--random_weights", action=BooleanFlag, help="a model that has learned nothing, of the sizes given"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.random_weights:
@@ -199,4 +201,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -22,10 +22,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataset import PretrainDataset, StepLoader, collate
 from model import LMConfig, MiniMindLM
-from model.loss import next_token_loss, predicting
-from trainer.arguments import ROOT, Switch, positive
+from model.loss import next_token_loss, target_mask
+from trainer.arguments import ROOT, BooleanFlag, positive_int
 from trainer.device import DTYPES, pick_device
-from trainer.errors import launch
+from trainer.errors import run_main
 from trainer.schedule import make_optimizer
 from trainer.weights import load_tokenizer
 
@@ -88,7 +88,7 @@ def our_step(data: PretrainDataset, config: LMConfig, args, dtype: torch.dtype, 
         batch = {name: tensor.to(args.device) for name, tensor in next(batches).items()}
         labels, real = batch.pop("labels"), batch["attention_mask"]
         with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            learned = predicting(labels)
+            learned = target_mask(labels)
             loss = next_token_loss(model(**batch, logits_to_keep=learned).logits, labels) / learned.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -142,14 +142,16 @@ def main():
     shared = ROOT.parent / "shared" / "data" / "pretrain_hq.jsonl"
     demo = ROOT / "dataset" / "demo" / "pretrain_hq.jsonl"
     parser.add_argument("--data_path", type=Path, default=shared if shared.is_file() else demo)
-    parser.add_argument("--dim", type=positive, default=512)
-    parser.add_argument("--n_layers", type=positive, default=8)
-    parser.add_argument("--use_moe", action=Switch, help="only MiniMind's contenders; the peer stays dense")
-    parser.add_argument("--batch_size", type=positive, default=8, help="rows a step, for every contender")
-    parser.add_argument("--max_seq_len", type=positive, default=512)
-    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--dim", type=positive_int, default=512)
+    parser.add_argument("--n_layers", type=positive_int, default=8)
+    parser.add_argument("--use_moe", action=BooleanFlag, help="only MiniMind's contenders; the peer stays dense")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a step, for every contender")
+    parser.add_argument("--max_seq_len", type=positive_int, default=512)
+    parser.add_argument("--rounds", type=positive_int, default=5)
     parser.add_argument("--seconds", type=float, default=12, help="that each contender runs in a round")
-    parser.add_argument("--compile", action=Switch, default=True, help="also measure the compiled form (default: on)")
+    parser.add_argument(
+        "--compile", action=BooleanFlag, default=True, help="also measure the compiled form (default: on)"
+    )
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of MiniMind's contenders")
     parser.add_argument("--device", default=None)
     args = parser.parse_args()
@@ -178,4 +180,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -38,7 +38,7 @@ LEFT_OVER = re.compile("partial|partial-[0-9]+-[0-9a-f]{8}|removed-[0-9a-f]{8}")
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def digest(parts: list) -> str:
+def short_hash(parts: list) -> str:
     """16 hex digits of a list of JSON values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -51,7 +51,7 @@ def state_of(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> str:
         for start in np.linspace(0, max(0, status.st_size - block_bytes), blocks, dtype=np.int64).tolist():
             file.seek(start)
             content.update(file.read(block_bytes))
-    return digest([status.st_size, status.st_mtime_ns, content.hexdigest()])
+    return short_hash([status.st_size, status.st_mtime_ns, content.hexdigest()])
 
 
 def open_cache(
@@ -65,7 +65,7 @@ def open_cache(
 
     Args:
         source: the file or folder that it is computed from.
-        state: tells one state of the source from another, a `digest`.
+        state: tells one state of the source from another, a `short_hash`.
         name: tells what is computed, and by which settings.
         load: is given the folder, which it holds (`hold`) before it reads; raises OSError, ValueError or LookupError
             where the content is not whole.
@@ -168,7 +168,7 @@ def cache_roots(source: Path) -> list[Path]:
     home = home_caches()
     if home is None:
         return [beside]
-    place = digest([str(source.parent.resolve())])
+    place = short_hash([str(source.parent.resolve())])
     return [beside, home / f"{place}-{source.name[:40]}"]
 
 
@@ -268,20 +268,20 @@ def _renamed_when_whole(folder: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in (*partial.iterdir(), partial):
-            to_disk(path)
+            flush_to_disk(path)
         try:
             partial.rename(folder)
         except OSError:
             if not folder.is_dir():  # where there are no locks another may have been first
                 raise
             shutil.rmtree(partial)
-        to_disk(folder.parent)
+        flush_to_disk(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Have a written file, or a folder's list of names, on the disk, not on its way there.
 
     After a power cut a file system may know a renaming and not what was written before it.

@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.lm_dataset import RowDataset
 from dataset.packing import Pieces
-from dataset.records import Pair, pair_of
+from dataset.records import Pair, parse_pair
 from dataset.token_cache import Sample
 from model.chat import render_chats
 
@@ -25,14 +25,14 @@ class DPODataset(RowDataset):
 
     kind = "pair"
     unit, group = "pairs", 2
-    parse = staticmethod(pair_of)
+    parse = staticmethod(parse_pair)
     reference: np.ndarray | None = None
 
     @staticmethod
     def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[Sample]:
         return render_chats(tokenizer, [chat for pair in pairs for chat in pair])
 
-    def pieces_of(self, samples: np.ndarray) -> Pieces:
+    def make_pieces(self, samples: np.ndarray) -> Pieces:
         lengths = np.minimum(self.cache.lengths[samples], self.max_seq_len // self.group)
         learns = (self.cache.first_target[samples] < lengths).reshape(-1, 2).all(1)
         for pair in np.flatnonzero(learns & (lengths[::2] == lengths[1::2])):

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset.cache_folder import digest, hold, open_cache
-from dataset.jsonl import DataError, worker_errors_plain
+from dataset.cache_folder import hold, open_cache, short_hash
+from dataset.jsonl import DataError, unwrap_worker_errors
 from dataset.workers import collate_to_send, require_room_for
 
 FORMAT = 1  # to be raised when the files above change
@@ -82,14 +82,14 @@ def open_feature_cache(
         collate = partial(collate_to_send, collate=torch.cat)
         loader = DataLoader(_Loaded(names, load), batch_size, num_workers=num_workers, collate_fn=collate)
         with open(folder / "features.bin", "wb") as file:
-            for pixels in worker_errors_plain(tqdm(loader, desc="encoding images", disable=None)):
+            for pixels in unwrap_worker_errors(tqdm(loader, desc="encoding images", disable=None)):
                 features = encode(pixels).to("cpu", torch.float16)
                 features.numpy().tofile(file)
         # In ASCII, what is beyond it in escapes: a file's name need not be UTF-8
         (folder / "info.json").write_text(json.dumps({"names": names, "shape": features.shape[1:]}), encoding="ascii")
 
     # Which images are asked for is no state of the folder: the next data file may ask for others.
-    return open_cache(images_path, "features", f"{tower}-{digest([FORMAT, images])}", FeatureCache, build)
+    return open_cache(images_path, "features", f"{tower}-{short_hash([FORMAT, images])}", FeatureCache, build)
 
 
 class _Loaded(Dataset):

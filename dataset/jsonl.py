@@ -27,7 +27,7 @@ class BadRecord(ValueError):
     """A JSON object is not what the stage learns from; the message is the reason."""
 
 
-def worker_errors_plain(items: Iterable) -> Iterator:
+def unwrap_worker_errors(items: Iterable) -> Iterator:
     """What a DataLoader yields; a DataError of a worker process, which comes wrapped in a traceback, as it was there.
 
     Raises:

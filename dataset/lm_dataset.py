@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.jsonl import DataError, Ignored, named_counts
 from dataset.packing import Pieces, cut_long, pack, split_long
-from dataset.records import chat_of, text_of
+from dataset.records import parse_chat, parse_text
 from dataset.token_cache import Sample, open_token_cache
 from model.chat import render_chats, render_text
-from model.loss import IGNORED
+from model.loss import IGNORE_INDEX
 
 MAX_EVAL_SAMPLES = 500
 
@@ -34,7 +34,7 @@ class RowDataset(Dataset):
         packing: a row holds as many samples as fit; otherwise one.
         skip_bad_lines: leave bad lines out and count them, instead of stopping at the first.
         seed: decides which samples share a row.
-        part: "all" samples, or those `samples_of` gives to "train" or "eval".
+        part: "all" samples, or those `split_samples` gives to "train" or "eval".
 
     Attributes:
         max_seq_len: the longest row in tokens.
@@ -52,7 +52,7 @@ class RowDataset(Dataset):
     unit, group = "samples", 1  # what a line is, and how many samples it gives, which then share a row
     parse: Callable[[dict, Ignored], object]
     encode: Callable[[PreTrainedTokenizerFast, list], list[Sample]]
-    pieces_of: Callable[["RowDataset", np.ndarray], Pieces]  # of these samples, which count from 0 there
+    make_pieces: Callable[["RowDataset", np.ndarray], Pieces]  # of these samples, which count from 0 there
     notes: Sequence[tuple[int, str]] = ()  # for the summary, what a subclass has to say beyond the usual
 
     def __init__(
@@ -74,8 +74,8 @@ class RowDataset(Dataset):
             data_path, tokenizer, self.kind, self.parse, partial(self.encode, tokenizer), skip_bad_lines
         )
         self.rows_key = [self.cache.folder.name, self.cache.data_sha256, max_seq_len, packing, seed, part]
-        samples = self._grouped(samples_of(part, len(self.cache) // self.group))
-        pieces = self.pieces_of(samples)
+        samples = self._grouped(split_samples(part, len(self.cache) // self.group))
+        pieces = self.make_pieces(samples)
         self.pieces = pieces._replace(sample=samples[pieces.sample])
         lengths = pieces.length.reshape(-1, self.group).sum(1)
         if packing:
@@ -129,8 +129,8 @@ class RowDataset(Dataset):
         """Ids, labels and positions of one of the pieces, each int64 (length,)."""
         sample, start, length = (field[number] for field in self.pieces)
         ids = self.cache.ids(sample, start, length)
-        labels = np.where(self.cache.learned(sample, start, length), ids, IGNORED)
-        labels[0] = IGNORED  # nothing in the row comes before it that could predict it
+        labels = np.where(self.cache.targets(sample, start, length), ids, IGNORE_INDEX)
+        labels[0] = IGNORE_INDEX  # nothing in the row comes before it that could predict it
         return ids, labels, np.arange(length)
 
     def _summary(self, samples: np.ndarray, pieces: Pieces, max_len: int) -> str:
@@ -150,7 +150,7 @@ class RowDataset(Dataset):
             (dropped, "dropped with nothing to learn"),
             *self.notes,
         ]
-        parts += [f"{count:,} {note}" for count, note in notes if count]
+        parts += [f"{count:,} {print_notice}" for count, print_notice in notes if count]
         if self.cache.ignored:
             parts.append(f"ignored keys: {named_counts(self.cache.ignored)}")
         if self.cache.bad_lines:
@@ -162,13 +162,13 @@ class PretrainDataset(RowDataset):
     """`{"text": …}` lines: every token after a sample's first is learned, and what is longer than a row is split."""
 
     kind = "text"
-    parse = staticmethod(text_of)
+    parse = staticmethod(parse_text)
 
     @staticmethod
     def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Sample]:
         return [(ids, None) for ids in render_text(tokenizer, texts)]
 
-    def pieces_of(self, samples: np.ndarray) -> Pieces:
+    def make_pieces(self, samples: np.ndarray) -> Pieces:
         return split_long(self.cache.lengths[samples], self.max_seq_len)
 
 
@@ -176,14 +176,14 @@ class SFTDataset(RowDataset):
     """`{"conversations": […]}` lines: what the assistant says is learned, and what does not fit a row is cut off."""
 
     kind = "chat"
-    parse = staticmethod(chat_of)
+    parse = staticmethod(parse_chat)
     encode = staticmethod(render_chats)
 
-    def pieces_of(self, samples: np.ndarray) -> Pieces:
+    def make_pieces(self, samples: np.ndarray) -> Pieces:
         return cut_long(self.cache.lengths[samples], self.cache.first_target[samples], self.max_seq_len)
 
 
-def samples_of(part: str, n_samples: int) -> np.ndarray:
+def split_samples(part: str, n_samples: int) -> np.ndarray:
     """Which samples of a file a part holds, in order, int64 (samples in the part,).
 
     "eval" is every hundredth sample, at most 500, evenly spread over the file, and none of a file of fewer than 200;

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.jsonl import worker_errors_plain
+from dataset.jsonl import unwrap_worker_errors
 from dataset.workers import collate_to_send, require_room_for
-from model.loss import IGNORED
+from model.loss import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
 
-PADDING = {"labels": IGNORED}  # everything else is padded with 0
+PADDING = {"labels": IGNORE_INDEX}  # everything else is padded with 0
 PER_IMAGE = ("pixel_values", "image_features")  # not one a token
 
 
@@ -115,7 +115,7 @@ class StepLoader:
         `steps(k)` yields what `steps(0)` does from its k-th on.
         """
         require_room_for(self.num_workers)
-        micro_batches = worker_errors_plain(
+        micro_batches = unwrap_worker_errors(
             DataLoader(
                 self.dataset,
                 batch_sampler=self._micro_batches(start_step),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from dataset.cache_folder import digest, state_of, to_disk, writable_root
+from dataset.cache_folder import flush_to_disk, short_hash, state_of, writable_root
 from dataset.jsonl import BadRecord, DataError, Ignored, JsonlReader, require_data_file
 from dataset.token_cache import fingerprint
 from model.images import ImageError, read_image
@@ -92,7 +92,7 @@ def check_pictures(
         DataError: the data file is missing; nothing can be written beside it, nor in the home.
     """
     path = require_data_file(data_path)
-    record = writable_root(path) / f"pictures-{digest([str(images_path.resolve())])}.json"
+    record = writable_root(path) / f"pictures-{short_hash([str(images_path.resolve())])}.json"
     state, known = state_of(path), _read(record)
     if known["state"] == state:
         names = list(known["pictures"])
@@ -147,7 +147,7 @@ def _write(found: dict, record: Path) -> None:
     beside = record.with_name(f".{record.name}.{os.getpid()}.tmp")
     try:
         beside.write_text(json.dumps(found), encoding="ascii")
-        to_disk(beside)
+        flush_to_disk(beside)
         beside.replace(record)
     except OSError:  # a full disk, say: the next run examines them again
         with contextlib.suppress(OSError):

@@ -85,7 +85,7 @@ TURN = Keys(
 )
 
 
-def text_of(record: dict, ignored: Ignored) -> str:
+def parse_text(record: dict, ignored: Ignored) -> str:
     """The text of a pretraining record `{"text": "…"}`.
 
     Raises:
@@ -98,7 +98,7 @@ def text_of(record: dict, ignored: Ignored) -> str:
     return text
 
 
-def chat_of(record: dict, ignored: Ignored) -> Turns:
+def parse_chat(record: dict, ignored: Ignored) -> Turns:
     """The chat of a record `{"conversations": [{"role", "content"}, …]}`, every turn with its role.
 
     A turn without a role is the user's, or the assistant's when the turn before it was the user's. A system turn may
@@ -112,13 +112,13 @@ def chat_of(record: dict, ignored: Ignored) -> Turns:
     return _chat(record, CHAT, ignored)
 
 
-def picture_chat_of(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
+def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
     """The image names and the chat of a VLM record `{"image": …, "conversations": […]}`.
 
     "image" is "a.jpg", or "a.jpg,b.jpg", or a list of names; absent, null or empty for text alone.
 
     Raises:
-        BadRecord: as of `chat_of`; "image" is something else, or the chat has fewer `<image>` markers than images.
+        BadRecord: as of `parse_chat`; "image" is something else, or the chat has fewer `<image>` markers than images.
     """
     names = record.get("image") or []
     if isinstance(names, str):
@@ -132,7 +132,7 @@ def picture_chat_of(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
     return [name.strip() for name in names], chat
 
 
-def pair_of(record: dict, ignored: Ignored) -> Pair:
+def parse_pair(record: dict, ignored: Ignored) -> Pair:
     """The two chats of a preference record `{"chosen": …, "rejected": …}`.
 
     Both go the same way up to a turn that the assistant answers differently; answers before it are not learned, they
@@ -140,7 +140,7 @@ def pair_of(record: dict, ignored: Ignored) -> Pair:
     lists of turns that go on from it, or that repeat it, or texts of the assistant.
 
     Raises:
-        BadRecord: as of `chat_of`; or they part before an answer does, and so do not answer one prompt.
+        BadRecord: as of `parse_chat`; or they part before an answer does, and so do not answer one prompt.
     """
     PAIR.check(record, ignored)
     prompt = _prompt(record, ignored)
@@ -159,11 +159,11 @@ def pair_of(record: dict, ignored: Ignored) -> Pair:
     return given + chosen[shared:], given + rejected[shared:]
 
 
-def question_of(record: dict, ignored: Ignored) -> Turns:
+def parse_question(record: dict, ignored: Ignored) -> Turns:
     """What to ask: the question of a record `{"question": "…"}`, or a chat up to its last user turn, as a chat.
 
     Raises:
-        BadRecord: neither key, a chat as in `chat_of` that is faulty, or no question in it.
+        BadRecord: neither key, a chat as in `parse_chat` that is faulty, or no question in it.
     """
     if "question" in record:
         QUESTION.check(record, ignored)

@@ -29,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.cache_folder import digest, hold, open_cache, state_of, to_disk
+from dataset.cache_folder import flush_to_disk, hold, open_cache, short_hash, state_of
 from dataset.jsonl import DataError, Ignored, JsonlReader, require_data_file
 from model.tokenizer import tokenizer_hash
 
@@ -100,7 +100,7 @@ class TokenCache:
         begin = self._offsets[sample] + start
         return self._tokens[begin : begin + length].astype(np.int64)
 
-    def learned(self, sample: int, start: int, length: int) -> np.ndarray:
+    def targets(self, sample: int, start: int, length: int) -> np.ndarray:
         """Whether each of these tokens is learned, bool (length,)."""
         if self._mask is None:  # none was kept: every token is learned, as in plain text
             return np.ones(length, dtype=bool)
@@ -108,7 +108,7 @@ class TokenCache:
         bits = np.unpackbits(self._mask[begin // 8 : (begin + length + 7) // 8])
         return bits[begin % 8 : begin % 8 + length].astype(bool)
 
-    def note(self, sample: int) -> Any:
+    def print_notice(self, sample: int) -> Any:
         """What else belongs to a sample; None where the samples came without."""
         if self._notes is None:
             return None
@@ -140,7 +140,7 @@ def open_token_cache(
     """
     path = require_data_file(data_path)
     state = state_of(path)
-    settings = digest([FORMAT, tokenizer_hash(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id])
+    settings = short_hash([FORMAT, tokenizer_hash(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id])
 
     def load(folder: Path) -> TokenCache:
         cache = TokenCache(folder)
@@ -201,7 +201,7 @@ def _check_source(cache: TokenCache, path: Path) -> None:
 def _write_json(content: object, path: Path) -> None:
     """A name that is not UTF-8 is written in escapes, as every character beyond ASCII is."""
     path.write_text(json.dumps(content, indent=2), encoding="ascii")
-    to_disk(path)
+    flush_to_disk(path)
 
 
 def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Sample]], dtype: type) -> None:

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from dataset.cache_folder import digest
+from dataset.cache_folder import short_hash
 from dataset.feature_cache import FeatureCache
 from dataset.jsonl import DataError, Ignored
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import Pieces
 from dataset.pictures import check_pictures, refuse_faulty, shown
-from dataset.records import Turns, picture_chat_of
+from dataset.records import Turns, parse_image_chat
 from dataset.token_cache import Sample
 from model.chat import render_chats
 from model.images import IMAGE_MARKER, IMAGE_PLACE, ImageError, image_token_id, read_image, to_pixels
@@ -67,20 +67,20 @@ class VLMDataset(SFTDataset):
         self.features: FeatureCache | None = None
         self._no_pixels = to_pixels(processor, [])  # which every row's begin with
         pictures = check_pictures(
-            data_path, self.images_path, lambda record, ignored: picture_chat_of(record, ignored)[0]
+            data_path, self.images_path, lambda record, ignored: parse_image_chat(record, ignored)[0]
         )
         faults = {name: picture.fault for name, picture in pictures.items() if picture.fault}
         self._faulty = sorted(faults)
-        self._whole = digest([[name, picture.sha256] for name, picture in pictures.items() if not picture.fault])
-        self.kind = f"pictures-{digest([sorted(faults.items()), image_tokens])}"
-        self.parse = partial(picture_record, images_path=self.images_path, faults=faults)
-        self.encode = partial(encode_pictures, image_tokens=image_tokens)
+        self._whole = short_hash([[name, picture.sha256] for name, picture in pictures.items() if not picture.fault])
+        self.kind = f"pictures-{short_hash([sorted(faults.items()), image_tokens])}"
+        self.parse = partial(parse_image_record, images_path=self.images_path, faults=faults)
+        self.encode = partial(encode_image_chats, image_tokens=image_tokens)
         super().__init__(data_path, tokenizer, max_seq_len, packing, skip_bad_lines, seed, part)
 
     @property
     def identity(self) -> dict:
         """As of `RowDataset`; and of the images, what they hold, and the names of those that have a fault."""
-        faulty = {"left_out": digest(self._faulty), "first_left_out": self._faulty[:LISTED]}
+        faulty = {"left_out": short_hash(self._faulty), "first_left_out": self._faulty[:LISTED]}
         return super().identity | {"images": self._whole} | faulty
 
     def changed_since(self, identity: dict) -> str | None:
@@ -99,8 +99,8 @@ class VLMDataset(SFTDataset):
                 return f"the image {self.images_path / shown(name)} was whole when the saved run began: mend it"
         return f"the images in {self.images_path} are not those that the saved run began with"
 
-    def pieces_of(self, samples: np.ndarray) -> Pieces:
-        pieces = super().pieces_of(samples)
+    def make_pieces(self, samples: np.ndarray) -> Pieces:
+        pieces = super().make_pieces(samples)
         starts = [self.cache.note(sample)["starts"] for sample in samples[pieces.sample]]
         images_end = np.array([start[-1] + self.image_tokens if start else 0 for start in starts], dtype=np.int64)
         whole = images_end <= pieces.length
@@ -111,9 +111,9 @@ class VLMDataset(SFTDataset):
         item = super().__getitem__(row)
         mask, names, begin = torch.zeros(len(item["input_ids"]), dtype=torch.bool), [], 0
         for piece in self._pieces_in(row):
-            note = self.cache.note(self.pieces.sample[piece])
-            names += note["images"]
-            for start in note["starts"]:
+            print_notice = self.cache.note(self.pieces.sample[piece])
+            names += print_notice["images"]
+            for start in print_notice["starts"]:
                 mask[begin + start : begin + start + self.image_tokens] = True
             begin += self.pieces.length[piece]
         return item | {"image_mask": mask} | self._images(names)
@@ -125,7 +125,7 @@ class VLMDataset(SFTDataset):
     def image_names(self) -> list[str]:
         """The names of all images in the rows, each once."""
         notes = (self.cache.note(sample) for sample in self.pieces.sample)
-        return sorted({name for note in notes for name in note["images"]})
+        return sorted({name for print_notice in notes for name in print_notice["images"]})
 
     def load_pixels(self, name: str) -> Tensor:
         """An image of `images_path` as the tower wants it, (1, 3, H, W).
@@ -144,30 +144,32 @@ class VLMDataset(SFTDataset):
         return {"pixel_values": torch.cat([self._no_pixels, *map(self.load_pixels, names)])}
 
 
-def picture_record(record: dict, ignored: Ignored, images_path: Path, faults: dict[str, str]) -> Record:
-    """`picture_chat_of`, and the images are there and whole.
+def parse_image_record(record: dict, ignored: Ignored, images_path: Path, faults: dict[str, str]) -> Record:
+    """`parse_image_chat`, and the images are there and whole.
 
     Args:
         faults: what is wrong with an image, by its name.
 
     Raises:
-        BadRecord: as of `picture_chat_of`, or an image has a fault.
+        BadRecord: as of `parse_image_chat`, or an image has a fault.
     """
-    names, chat = picture_chat_of(record, ignored)
+    names, chat = parse_image_chat(record, ignored)
     refuse_faulty(names, images_path, faults)
     return names, chat
 
 
-def encode_pictures(tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], image_tokens: int) -> list[Sample]:
+def encode_image_chats(
+    tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], image_tokens: int
+) -> list[Sample]:
     """Ids with the images' places, loss masks, and a note of the images' names and where their places start."""
     place = image_token_id(tokenizer)
     chats = [_placed(chat, len(names), image_tokens) for names, chat in records]
     samples = []
-    for (names, _), (ids, learned) in zip(records, render_chats(tokenizer, chats), strict=True):
+    for (names, _), (ids, targets) in zip(records, render_chats(tokenizer, chats), strict=True):
         ids = np.array(ids)
         shown = ids == IMAGE_PLACE
-        note = {"images": names, "starts": np.flatnonzero(shown)[::image_tokens].tolist()}
-        samples.append((np.where(shown, place, ids), np.array(learned) & ~shown, note))
+        print_notice = {"images": names, "starts": np.flatnonzero(shown)[::image_tokens].tolist()}
+        samples.append((np.where(shown, place, ids), np.array(targets) & ~shown, print_notice))
     return samples
 
 

@@ -57,7 +57,7 @@ def attention_by_hand(
     return weights.type_as(v) @ v
 
 
-class Samples:
+class Segments:
     """How long the samples of a batch are, one after another, row by row; a run of padding is one of them.
 
     On a CPU, attention within each of them alone takes the sum of their squared lengths, where whole rows with a mask
@@ -69,8 +69,8 @@ class Samples:
 
     @classmethod
     @torch.compiler.disable
-    def of(cls, segment_ids: Tensor) -> "Samples | None":
-        """From segments (batch, n) as of `attention_mask_of`; None where padding lies in the middle of a sample."""
+    def of(cls, segment_ids: Tensor) -> "Segments | None":
+        """From segments (batch, n) as of `build_attention_mask`; None where padding lies in the middle of a sample."""
         first = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
         rows, places = first.nonzero(as_tuple=True)
         named = [pair for pair in zip(rows.tolist(), segment_ids[rows, places].tolist(), strict=True) if pair[1]]
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         self.wo.adds_to_residual = True
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Samples | None, cache: KVCache | None
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Segments | None, cache: KVCache | None
     ) -> Tensor:
         batch, n, _ = x.shape
         q = apply_rope(self.wq(x).view(batch, n, -1, self.head_dim), *rope).transpose(1, 2)
@@ -104,7 +104,7 @@ class Attention(nn.Module):
         v = self.wv(x).view(batch, n, -1, self.head_dim).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        attend = self._attend_apart if isinstance(mask, Samples) else self._attend
+        attend = self._attend_by_segment if isinstance(mask, Segments) else self._attend
         out = attend(q, k, v, mask)
         return self.wo(out.transpose(1, 2).reshape(batch, n, -1))
 
@@ -122,7 +122,7 @@ class Attention(nn.Module):
         return self.attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
 
     @torch.compiler.disable  # how long the samples are is data, which no compiled graph can hold
-    def _attend_apart(self, q: Tensor, k: Tensor, v: Tensor, samples: Samples) -> Tensor:
+    def _attend_by_segment(self, q: Tensor, k: Tensor, v: Tensor, samples: Segments) -> Tensor:
         """`_attend`, causal, for one sample after the other; in fp32, in which short ones take a CPU half the time."""
         rows, groups = (q.size(0), q.size(2)), q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

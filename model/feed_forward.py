@@ -17,7 +17,7 @@ class FeedForward(nn.Module):
         self.w2.adds_to_residual = True
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
-    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, non_padding: Tensor | None = None) -> tuple[Tensor, None]:
         """x (..., dim) -> the same, and None where a mixture of experts has its auxiliary loss."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x)), None
 
@@ -35,7 +35,7 @@ class Router(nn.Module):
             return F.linear(x.float(), self.weight.float()).softmax(-1)
 
 
-def load_balancing_loss(probabilities: Tensor, chosen: Tensor, real: Tensor, per_row: bool) -> Tensor:
+def load_balancing_loss(probabilities: Tensor, chosen: Tensor, non_padding: Tensor, per_row: bool) -> Tensor:
     """sum_i f_i P_i: smallest when every expert gets the same share (Fedus et al. 2021, arXiv:2101.03961;
     per row as in DeepSeek-V2, arXiv:2405.04434).
 
@@ -51,10 +51,10 @@ def load_balancing_loss(probabilities: Tensor, chosen: Tensor, real: Tensor, per
         fp32 scalar; 0 when nothing is real.
     """
     experts = probabilities.size(-1)
-    real = real[..., None].float()
+    non_padding = non_padding[..., None].float()
     assigned = F.one_hot(chosen, experts).sum(-2)  # (batch, n, experts)
     # written as products and sums: a matrix product would run in the half precision of autocast, which cannot count
-    counts, mass, tokens = (real * assigned).sum(1), (real * probabilities).sum(1), real.sum(1)
+    counts, mass, tokens = (non_padding * assigned).sum(1), (non_padding * probabilities).sum(1), non_padding.sum(1)
     if not per_row:
         counts, mass, tokens = counts.sum(0, keepdim=True), mass.sum(0, keepdim=True), tokens.sum(0, keepdim=True)
     some = tokens.clamp(min=1)
@@ -75,7 +75,7 @@ class MoEFeedForward(nn.Module):
         self.gate = Router(config)
         self.shared_experts = FeedForward(config) if config.n_shared_experts else None
 
-    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, non_padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (batch, n, dim), real (batch, n) bool or None for all -> same shape, and the weighted auxiliary loss
         (in training; else None)."""
         batch, n, dim = x.shape
@@ -89,9 +89,11 @@ class MoEFeedForward(nn.Module):
             out = out + self.shared_experts(x)[0]
         if not self.training:
             return out, None
-        if real is None:
-            real = torch.ones(batch, n, dtype=torch.bool, device=x.device)
-        aux = load_balancing_loss(probabilities.view(batch, n, -1), chosen.view(batch, n, -1), real, self.seq_aux)
+        if non_padding is None:
+            non_padding = torch.ones(batch, n, dtype=torch.bool, device=x.device)
+        aux = load_balancing_loss(
+            probabilities.view(batch, n, -1), chosen.view(batch, n, -1), non_padding, self.seq_aux
+        )
         return out, self.aux_loss_alpha * aux
 
     @torch.compiler.disable  # how many tokens each expert gets is data, which no compiled graph can hold

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def weights_hash(state: Mapping[str, Tensor]) -> str:
+def hash_weights(state: Mapping[str, Tensor]) -> str:
     """16 hex digits that are equal for two state dicts with the same names and the same numbers (SHA-256, shortened).
 
     Numbers are compared as fp32, so a file and the model loaded from it agree. A second at most for 100 M parameters.

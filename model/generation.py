@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from model.inference.sampling import choose, penalise_repetition
+from model.inference.sampling import penalise_repetition, sample_token
 
 
 class TextGeneration:
@@ -56,10 +56,10 @@ class TextGeneration:
         room = self.config.max_seq_len - n
         if n == 0 or room < 1:
             raise ValueError(f"a prompt of {n} tokens: the model takes 1 to {self.config.max_seq_len - 1}")
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if real.shape != input_ids.shape:
-            raise ValueError(f"attention_mask {(*real.shape,)} must be as input_ids, {(batch, n)}")
-        if not real.any(1).all():
+        non_padding = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if non_padding.shape != input_ids.shape:
+            raise ValueError(f"attention_mask {(*non_padding.shape,)} must be as input_ids, {(batch, n)}")
+        if not non_padding.any(1).all():
             raise ValueError("a row of the prompt is nothing but padding")
 
         device = input_ids.device
@@ -71,21 +71,21 @@ class TextGeneration:
         seen = None
         if repetition_penalty != 1:
             seen = torch.zeros(batch, self.config.vocab_size, dtype=torch.long, device=device)
-            seen = seen.scatter_add(1, input_ids, real.long()) > 0
+            seen = seen.scatter_add(1, input_ids, non_padding.long()) > 0
 
         @torch.inference_mode()
         def steps() -> Iterator[Tensor]:
             running = torch.ones(batch, dtype=torch.bool, device=device)
-            after_last = real.flip(1).int().argmax(1)  # padding behind each row's last token
+            after_last = non_padding.flip(1).int().argmax(1)  # padding behind each row's last token
             kept = int(after_last.max()) + 1
-            mask = None if real.all() else real  # without one, attention is plain and faster
+            mask = None if non_padding.all() else non_padding  # without one, attention is plain and faster
             out = self(input_ids, mask, use_cache=True, logits_to_keep=kept, **prompt_inputs)
             logits = out.logits[torch.arange(batch, device=device), -1 - after_last]
             for left in reversed(range(min(max_new_tokens, room))):
                 logits = logits.float()
                 if seen is not None:
                     logits = penalise_repetition(logits, seen, repetition_penalty)
-                tokens = choose(logits, temperature, top_k, top_p, generator)
+                tokens = sample_token(logits, temperature, top_k, top_p, generator)
                 tokens = torch.where(running, tokens, self.config.pad_token_id)
                 yield tokens
                 running &= ~torch.isin(tokens, stop_ids)

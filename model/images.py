@@ -107,10 +107,10 @@ def image_processor(vision_model: str | Path, image_size: int) -> CLIPImageProce
     folder = Path(vision_model)
     if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
-    return usual_processor(image_size)
+    return default_processor(image_size)
 
 
-def usual_processor(image_size: int) -> CLIPImageProcessorPil:
+def default_processor(image_size: int) -> CLIPImageProcessorPil:
     """CLIP's way: shortest side to `image_size` (bicubic), the middle square, CLIP's mean and deviation a channel."""
     square = {"height": image_size, "width": image_size}
     return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
@@ -147,7 +147,7 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return found
 
 
-class PlacedPrompt(NamedTuple):
+class ImagePrompt(NamedTuple):
     """A prompt for the model: `model.stream(prompt.input_ids, **prompt.images)`, or `model(…)` likewise.
 
     input_ids: (1, n) int64.
@@ -160,13 +160,13 @@ class PlacedPrompt(NamedTuple):
     turns: list[dict]
 
 
-def place_chat(
+def prepare_chat(
     tokenizer: PreTrainedTokenizerFast,
     chat: Sequence[dict],
     config: VLMConfig,
     processor: CLIPImageProcessorPil,
     room: int | None = None,
-) -> PlacedPrompt:
+) -> ImagePrompt:
     """The prompt for the assistant's next turn, with the images where the chat has them.
 
     Only an attached image becomes one: `<image>` or `@` in a text stays text.
@@ -195,11 +195,11 @@ def place_chat(
     mask = input_ids == IMAGE_PLACE
     input_ids[mask] = config.image_token_id
     inputs = {"image_mask": mask, "pixel_values": torch.cat(pixels)} if images else {}
-    return PlacedPrompt(input_ids, inputs, kept[has_system:])
+    return ImagePrompt(input_ids, inputs, kept[has_system:])
 
 
 @torch.inference_mode()
-def prompt_embeddings(model: MiniMindVLM, prompt: PlacedPrompt) -> Tensor | None:
+def prompt_embeddings(model: MiniMindVLM, prompt: ImagePrompt) -> Tensor | None:
     """What an engine reads in place of the prompt's ids, (n, dim) fp32; None where there are no images in it."""
     if not prompt.images:
         return None

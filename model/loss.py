@@ -3,19 +3,19 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # the label of what is not learned
+IGNORE_INDEX = -100  # the label of what is not learned
 
 
-def predicting(labels: Tensor) -> Tensor:
+def target_mask(labels: Tensor) -> Tensor:
     """Which positions predict a token that is learned: labels (batch, n) int64, not shifted -> bool (batch, n)."""
-    return F.pad(labels[:, 1:] != IGNORED, (0, 1))
+    return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy of each learned token given the logits one place before it, in nats.
 
     Args:
-        logits: (batch, n, vocab), or those at `predicting(labels)` alone, (learned, vocab); any float dtype, the
+        logits: (batch, n, vocab), or those at `target_mask(labels)` alone, (learned, vocab); any float dtype, the
             softmax is taken in fp32.
         labels: (batch, n) int64, not shifted; -100 is not learned.
 
@@ -23,6 +23,6 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         fp32 scalar, the sum over all learned tokens (divide by their number for the mean).
     """
     if logits.dim() == 3:
-        logits = logits[predicting(labels)]
+        logits = logits[target_mask(labels)]
     targets = labels[:, 1:]
-    return F.cross_entropy(logits.float(), targets[targets != IGNORED], reduction="sum")
+    return F.cross_entropy(logits.float(), targets[targets != IGNORE_INDEX], reduction="sum")

@@ -10,12 +10,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from model.attention import Attention, Samples, rope_angles
-from model.cache import KVCache, attention_mask_of
+from model.attention import Attention, Segments, rope_angles
+from model.cache import KVCache, build_attention_mask
 from model.config import LMConfig
 from model.feed_forward import FeedForward, MoEFeedForward, Router
 from model.generation import TextGeneration
-from model.loss import next_token_loss, predicting
+from model.loss import next_token_loss, target_mask
 from model.norm import RMSNorm
 
 
@@ -34,13 +34,13 @@ class MiniMindBlock(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | Samples | None,
-        real: Tensor | None,
+        mask: Tensor | Segments | None,
+        non_padding: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor | None]:
         """x (batch, n, dim) -> the same, and the layer's auxiliary loss or None."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, cache))
-        h, aux = self.feed_forward(self.ffn_norm(x), real)
+        h, aux = self.feed_forward(self.ffn_norm(x), non_padding)
         return x + self.dropout(h), aux
 
 
@@ -158,26 +158,26 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
             raise TypeError(f"MiniMind's forward has no {', '.join(wrong)}")
         past = past_key_values
         n = input_ids.size(1)
-        real = self._real(attention_mask, n, past)
-        positions, segments, following = self._places(input_ids, position_ids, real, past)
+        non_padding = self._non_padding(attention_mask, n, past)
+        positions, segments, following = self._positions_and_segments(input_ids, position_ids, non_padding, past)
         rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
         cache = None
         if use_cache or past is not None:
-            cache = KVCache.extended(past, n, segments, following)
+            cache = KVCache.extend(past, n, segments, following)
         if segments is None and past is not None and n > 1:
             segments = positions.new_ones(1, past.length + n)
         mask = None
         if segments is not None:
             apart = cache is None and self.config.flash_attn and segments.device.type == "cpu"
-            mask = (Samples.of(segments) if apart else None) or attention_mask_of(segments, n)
+            mask = (Segments.of(segments) if apart else None) or build_attention_mask(segments, n)
 
         x = self.dropout(self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         aux_loss = torch.zeros((), device=x.device)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x, aux = checkpoint(layer, x, rope, mask, real, cache, use_reentrant=False)
+                x, aux = checkpoint(layer, x, rope, mask, non_padding, cache, use_reentrant=False)
             else:
-                x, aux = layer(x, rope, mask, real, cache)
+                x, aux = layer(x, rope, mask, non_padding, cache)
             if aux is not None:
                 aux_loss = aux_loss + aux
         kept = x[logits_to_keep] if isinstance(logits_to_keep, Tensor) else x[:, -logits_to_keep:]
@@ -186,10 +186,10 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
-            loss = next_token_loss(logits, labels) / predicting(labels).sum().clamp(min=1) + aux_loss
+            loss = next_token_loss(logits, labels) / target_mask(labels).sum().clamp(min=1) + aux_loss
         return MiniMindOutput(loss, logits, cache if use_cache else None, aux_loss, kept)
 
-    def _real(self, attention_mask: Tensor | None, n: int, past: KVCache | None) -> Tensor | None:
+    def _non_padding(self, attention_mask: Tensor | None, n: int, past: KVCache | None) -> Tensor | None:
         """(batch, n) bool of the new tokens, False = padding; None when all are real."""
         if attention_mask is None:
             return None
@@ -198,8 +198,8 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
             raise ValueError(f"attention_mask {tuple(attention_mask.shape)} must have {n} or {cached + n} columns")
         return attention_mask[:, -n:].bool()
 
-    def _places(
-        self, input_ids: Tensor, position_ids: Tensor | None, real: Tensor | None, past: KVCache | None
+    def _positions_and_segments(
+        self, input_ids: Tensor, position_ids: Tensor | None, non_padding: Tensor | None, past: KVCache | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Where the tokens stand.
 
@@ -210,7 +210,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         """
         batch, n = input_ids.shape
         cached = 0 if past is None else past.length
-        if position_ids is None and real is None and (past is None or past.segment_ids is None):
+        if position_ids is None and non_padding is None and (past is None or past.segment_ids is None):
             self._check_last_position(cached + n - 1)
             return torch.arange(cached, cached + n, device=input_ids.device)[None], None, None
 
@@ -219,18 +219,20 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
             start = input_ids.new_full((batch, 1), cached)
         else:
             segments, start = past.segment_ids, past.next_position[:, None]
-        if real is None:
-            real = torch.ones_like(input_ids, dtype=torch.bool)
+        if non_padding is None:
+            non_padding = torch.ones_like(input_ids, dtype=torch.bool)
         segment = segments.amax(1, keepdim=True).clamp(min=1) if cached else torch.ones_like(start)
         if position_ids is None:
-            positions = (start + real.cumsum(1) - 1).clamp(min=0)
+            positions = (start + non_padding.cumsum(1) - 1).clamp(min=0)
         else:
             positions = position_ids.expand(batch, n)
-            segment = segment + ((positions == 0) & real).cumsum(1)
+            segment = segment + ((positions == 0) & non_padding).cumsum(1)
         self._check_data_positions(positions)
-        last_real = (real * torch.arange(1, n + 1, device=real.device)).amax(1, keepdim=True) - 1  # -1: none
+        last_real = (non_padding * torch.arange(1, n + 1, device=non_padding.device)).amax(
+            1, keepdim=True
+        ) - 1  # -1: none
         following = torch.where(last_real < 0, start, positions.gather(1, last_real.clamp(min=0)) + 1)[:, 0]
-        return positions, torch.cat((segments, real * segment), dim=1), following
+        return positions, torch.cat((segments, non_padding * segment), dim=1), following
 
     @torch.compiler.disable  # what stands in a tensor is data, which no compiled graph can decide on
     def _check_data_positions(self, positions: Tensor) -> None:

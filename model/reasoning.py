@@ -108,7 +108,7 @@ def _may_become_tag(text: str) -> bool:
     return any(tag.startswith(text) for tag in TAGS)
 
 
-def parts_of(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
+def split_stream(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
     """`ReasoningStream` over all pieces of an answer."""
     stream = ReasoningStream()
     for piece in pieces:
@@ -118,7 +118,7 @@ def parts_of(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def split_reasoning(text: str) -> tuple[str, str]:
     """The thinking and the answer of a whole text; see `ReasoningStream`."""
-    parts = list(parts_of([text]))
+    parts = list(split_stream([text]))
     thinking, answer = ("".join(text for part, text in parts if part == name) for name in ("thinking", "answer"))
     return thinking, answer
 

@@ -59,7 +59,7 @@ class Recognised(NamedTuple):
     """
 
     state: dict[str, Tensor]
-    note: str = ""
+    print_notice: str = ""
     newer: bool = False
 
 

@@ -17,8 +17,8 @@ import _repo  # noqa: F401  (lets `python scripts/cache.py` find the rooms)
 
 from dataset.cache_folder import home_caches, in_use
 from dataset.caches import Cache, caches_in, free, human_size, places_in
-from trainer.arguments import ROOT, Parser, Switch, from_zero
-from trainer.errors import UserError, launch
+from trainer.arguments import ROOT, BooleanFlag, Parser, non_negative_float
+from trainer.errors import UserError, run_main
 
 DAY = 24 * 60 * 60  # seconds
 
@@ -28,8 +28,8 @@ def get_args():
     parser.add_argument("action", choices=("list", "free"))
     parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="where data lies (default: see above)")
     chosen = parser.add_argument_group("what to free, or to list: those that all of these are true of")
-    chosen.add_argument("--all", action=Switch, help="free needs this when nothing else is said")
-    chosen.add_argument("--older_than", type=from_zero, metavar="DAYS", help="not opened for so long")
+    chosen.add_argument("--all", action=BooleanFlag, help="free needs this when nothing else is said")
+    chosen.add_argument("--older_than", type=non_negative_float, metavar="DAYS", help="not opened for so long")
     chosen.add_argument("--name", metavar="TEXT", help="a part of the name of the file or folder it was computed from")
     args = parser.parse_args()
     if args.action == "free" and not args.all and args.older_than is None and args.name is None:
@@ -52,9 +52,9 @@ def is_chosen(cache: Cache, args, now: float) -> bool:
     return old and (args.name is None or args.name in Path(cache.source).name)
 
 
-def line_of(cache: Cache, note: str, now: float) -> str:
+def line_of(cache: Cache, print_notice: str, now: float) -> str:
     days = (now - cache.used) / DAY
-    return f"{human_size(cache.bytes):>10}  {days:6.1f}  {note:<10}  {cache.kind:<18}  {cache.source}"
+    return f"{human_size(cache.bytes):>10}  {days:6.1f}  {print_notice:<10}  {cache.kind:<18}  {cache.source}"
 
 
 def main():
@@ -65,13 +65,13 @@ def main():
     total = 0
     for cache in chosen:
         if args.action == "list":
-            note = "in use" if in_use(cache.folder) else ""
+            print_notice = "in use" if in_use(cache.folder) else ""
         else:
-            note = "freed" if free(cache) else "in use"
-        total += cache.bytes * (note != "in use" or args.action == "list")
-        print(line_of(cache, note, now))
+            print_notice = "freed" if free(cache) else "in use"
+        total += cache.bytes * (print_notice != "in use" or args.action == "list")
+        print(line_of(cache, print_notice, now))
     print(f"{human_size(total):>10}  {'in all' if args.action == 'list' else 'freed'}")
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
 
 from scripts.serving.client import answer_parts, models_at, open_client, reason_of
-from trainer.arguments import Parser, Switch, not_negative, positive, seed, text
-from trainer.errors import UserError, launch
+from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_int, seed, text
+from trainer.errors import UserError, run_main
 from trainer.talk import piped_lines, typed_line
 
 HELP = """/reset          forget the talk so far
@@ -41,16 +41,16 @@ def get_args():
     )
     parser.add_argument("--system", type=text, default=None, help="system prompt (default: the server's own)")
     parser.add_argument(
-        "--history_cnt", type=not_negative, default=None, help="earlier turns sent along (default: all)"
+        "--history_cnt", type=non_negative_int, default=None, help="earlier turns sent along (default: all)"
     )
     parser.add_argument(
-        "--max_tokens", type=positive, default=None, help="longest answer (default: as the server has it)"
+        "--max_tokens", type=positive_int, default=None, help="longest answer (default: as the server has it)"
     )
     parser.add_argument("--temperature", type=float, default=None)
     parser.add_argument("--top_p", type=float, default=None)
     parser.add_argument("--seed", type=seed, default=None, help="makes sampling repeatable")
-    parser.add_argument("--stream", action=Switch, default=True, help="print while the model writes (default: on)")
-    parser.add_argument("--hide_thinking", action=Switch, help="of a reasoning model show the answer alone")
+    parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while the model writes (default: on)")
+    parser.add_argument("--hide_thinking", action=BooleanFlag, help="of a reasoning model show the answer alone")
     return parser.parse_args()
 
 
@@ -179,4 +179,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -26,8 +26,8 @@ from pathlib import Path
 import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the rooms)
 
 from scripts.serving.client import open_client, reason_of
-from trainer.arguments import Parser, Switch, above_zero, not_negative, positive, text
-from trainer.errors import UserError, launch, note
+from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_float, positive_int, text
+from trainer.errors import UserError, print_notice, run_main
 
 Chat = list[dict]  # of turns, as dataset/records.py has them
 
@@ -49,15 +49,20 @@ def get_args():
     parser.add_argument("--api_key", default=None, help="default: the environment's OPENAI_API_KEY")
     parser.add_argument("--system", type=text, default=None, help="system prompt for chats that have none")
     parser.add_argument("--temperature", type=float, default=None, help="default: the endpoint's own")
-    parser.add_argument("--max_tokens", type=positive, default=None, help="of an answer (default: the endpoint's own)")
-    parser.add_argument("--thinking", action=Switch, help="keep the thinking of a reasoning model, in tags")
-    parser.add_argument("--concurrency", type=positive, default=8, help="questions asked at once")
-    parser.add_argument("--retries", type=not_negative, default=6, help="of a question, waiting longer each time")
     parser.add_argument(
-        "--give_up_after", type=positive, default=10, help="questions in a row without an answer: then it isn't them"
+        "--max_tokens", type=positive_int, default=None, help="of an answer (default: the endpoint's own)"
     )
-    parser.add_argument("--timeout", type=above_zero, default=300, help="seconds to wait for an answer")
-    parser.add_argument("--skip_bad_lines", action=Switch, help="count and report bad lines instead of stopping")
+    parser.add_argument("--thinking", action=BooleanFlag, help="keep the thinking of a reasoning model, in tags")
+    parser.add_argument("--concurrency", type=positive_int, default=8, help="questions asked at once")
+    parser.add_argument("--retries", type=non_negative_int, default=6, help="of a question, waiting longer each time")
+    parser.add_argument(
+        "--give_up_after",
+        type=positive_int,
+        default=10,
+        help="questions in a row without an answer: then it isn't them",
+    )
+    parser.add_argument("--timeout", type=positive_float, default=300, help="seconds to wait for an answer")
+    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="count and report bad lines instead of stopping")
     return parser.parse_args()
 
 
@@ -218,7 +223,7 @@ async def ask_all(
     return reason
 
 
-def text_of(content) -> str:
+def parse_text(content) -> str:
     """What a message says; the client takes whatever an endpoint sends for text.
 
     Raises:
@@ -243,7 +248,7 @@ def answer_of(completion, thinking: bool) -> str:
     try:
         choice = completion.choices[0]
         message, ended = choice.message, getattr(choice, "finish_reason", None)
-        answer = text_of(message.content)
+        answer = parse_text(message.content)
     except (AttributeError, LookupError, TypeError):  # the client takes whatever comes for a completion
         raise NoAnswer("the endpoint sent no choices (does its address end in /v1?)") from None
     if ended == "length":
@@ -251,7 +256,7 @@ def answer_of(completion, thinking: bool) -> str:
     if not answer:
         raise NoAnswer("it is empty")
     if thinking and not is_well_formed(answer):
-        thought = text_of(getattr(message, "reasoning_content", None))
+        thought = parse_text(getattr(message, "reasoning_content", None))
         if not thought:
             raise NoAnswer("no reasoning_content came with it")
         try:
@@ -267,14 +272,14 @@ def main():
     from tqdm import tqdm
 
     from dataset.jsonl import JsonlReader, named_counts
-    from dataset.records import question_of
+    from dataset.records import parse_question
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     patience = {"max_retries": args.retries, "timeout": args.timeout}
     client = open_client(args.base_url, api_key, asynchronous=True, **patience)
     made_by = {"model": args.model, "thinking": args.thinking}
 
-    reader = JsonlReader(args.questions, question_of, args.skip_bad_lines)
+    reader = JsonlReader(args.questions, parse_question, args.skip_bad_lines)
 
     def questions() -> Iterator[Chat]:
         for chat in reader:
@@ -283,9 +288,9 @@ def main():
 
     asked = Counter(map(key_of, questions()))  # also shows a bad line before the first question is asked
     if reader.ignored:
-        note(f"{args.questions}: ignored keys: {named_counts(reader.ignored)}")
+        print_notice(f"{args.questions}: ignored keys: {named_counts(reader.ignored)}")
     if reader.bad_lines:
-        note(f"{args.questions}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
+        print_notice(f"{args.questions}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
     answers = AnswerFile(args.answers, made_by, asked)
     found = answers.answered.total()
 
@@ -328,4 +333,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the rooms)
 
-from trainer.arguments import Parser, Switch, above_zero, positive
-from trainer.errors import UserError, launch
+from trainer.arguments import BooleanFlag, Parser, positive_float, positive_int
+from trainer.errors import UserError, run_main
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 LAYOUTS = ("llama", "minimind")
@@ -32,15 +32,15 @@ def get_args():
         for path in paths:
             sub.add_argument(path, type=Path, metavar=path.upper())
         sub.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the model's own)")
-        sub.add_argument("--overwrite", action=Switch, help="replace what lies at the target")
+        sub.add_argument("--overwrite", action=BooleanFlag, help="replace what lies at the target")
         return sub
 
     def add_sizes(sub: argparse.ArgumentParser) -> None:
         group = sub.add_argument_group("sizes", "of a .pth without a json; what its tensors tell need not be given")
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len"):
-            group.add_argument(f"--{name}", type=positive)
-        group.add_argument("--use_moe", action=Switch, default=None)
-        group.add_argument("--rope_theta", type=above_zero)
+            group.add_argument(f"--{name}", type=positive_int)
+        group.add_argument("--use_moe", action=BooleanFlag, default=None)
+        group.add_argument("--rope_theta", type=positive_float)
 
     sub = command("to-transformers", "a folder that transformers loads as Llama or Qwen2-MoE", "weights", "folder")
     sub.add_argument("--lora", type=Path, metavar="ADAPTER", help="merge this adapter in")
@@ -61,7 +61,7 @@ def get_args():
 def load(args):
     """Model and tokenizer that the command line names, with the adapter merged where there is one."""
     from trainer.weight_files import read_weights
-    from trainer.weights import config_from, existing, load_tokenizer, load_weights, read_settings, shape_of
+    from trainer.weights import config_from_sizes, existing, infer_sizes, load_tokenizer, load_weights, read_settings
 
     weights = existing(args.weights, by_flags=False)
     tokenizer = load_tokenizer(args.tokenizer)
@@ -74,9 +74,9 @@ def load(args):
         state = read_weights(weights, **{name: value for name, value in asked.items() if "heads" in name}).state
         if any(name.startswith("vision_proj.") for name in state):
             raise UserError(f"{weights} is a vision-language model, which none of these formats can hold")
-        found = shape_of(state)
+        found = infer_sizes(state)
     if asked:
-        config = config_from(found | asked, tokenizer)
+        config = config_from_sizes(found | asked, tokenizer)
     model = load_weights(weights, config, tokenizer).eval()
     return model, tokenizer
 
@@ -202,7 +202,7 @@ def to_peft(args) -> None:
 
 
 def from_peft(args) -> None:
-    from model.model_lora import base_hash, lora_state_dict, put_lora
+    from model.model_lora import attach_lora, base_hash, lora_state_dict
     from scripts.formats.peft_folder import read_folder
     from trainer.files import save_json, save_tensors
 
@@ -211,7 +211,7 @@ def from_peft(args) -> None:
     base = {"base": args.weights.name, "base_hash": base_hash(model)}
     state, about = read_folder(args.folder, model.config)
     try:
-        settings = put_lora(model, state, about)
+        settings = attach_lora(model, state, about)
     except ValueError as error:
         raise UserError(f"{args.folder}: {error}") from None
     written = {"data_path": str(args.folder), "sha256": save_tensors(lora_state_dict(model), args.out)}
@@ -235,4 +235,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -8,7 +8,7 @@ import _repo  # noqa: F401  (lets `python scripts/demo.py` find the packages)
 
 from scripts.demo.first_model import run_demo
 from trainer.arguments import Parser
-from trainer.errors import launch
+from trainer.errors import run_main
 
 
 def main():
@@ -17,4 +17,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -22,14 +22,14 @@ from scripts.demo.measures import (
     facts,
     held_out_loss,
     prefers_the_better,
-    price_of_preferring,
     problems,
+    reasoning_accuracy,
     says_it_is_another,
-    thinks,
+    sft_loss_change,
 )
 from scripts.demo.settings import DATA, FROM_TEACHER, OUT, PRETRAIN, REASON, SFT, SIZE, STUDENT, TRAINING
 from trainer.arguments import Parser
-from trainer.errors import launch
+from trainer.errors import run_main
 from trainer.files import save_json
 from trainer.weights import read_settings
 
@@ -76,7 +76,7 @@ STAGES = (
         "rlhf_256",
         "better answer likelier, new pairs",
         prefers_the_better,
-        detail=price_of_preferring,
+        detail=sft_loss_change,
     ),
     Stage(
         "LoRA",
@@ -116,7 +116,7 @@ STAGES = (
         "reason_256",
         "answers right, new problems",
         problems,
-        detail=thinks,
+        detail=reasoning_accuracy,
     ),
 )
 
@@ -192,4 +192,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -23,7 +23,7 @@ from scripts.demo.vision_exam import look, shares, shuffled
 from scripts.make_demo_data import digest_of
 from trainer.arguments import Parser
 from trainer.device import pick_device
-from trainer.errors import launch
+from trainer.errors import run_main
 from trainer.files import save_json
 from trainer.vision import load_vlm, open_vision
 from trainer.weights import load_tokenizer, load_weights, read_settings
@@ -115,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import _repo  # noqa: F401  (lets `python scripts/inspect_data.py` find the rooms)
 
-from trainer.arguments import ROOT, Parser, Switch, add_tower_argument, not_negative, positive, seed
-from trainer.errors import UserError, launch
+from trainer.arguments import ROOT, BooleanFlag, Parser, add_tower_argument, non_negative_int, positive_int, seed
+from trainer.errors import UserError, run_main
 
 
 class Stage(NamedTuple):
@@ -59,10 +59,10 @@ def get_args():
     parser.add_argument("data_path", type=Path, metavar="FILE", help="the jsonl to look at")
     parser.add_argument("--stage", choices=tuple(STAGES), help="what is to learn from it (default: by its first line)")
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
-    parser.add_argument("--max_seq_len", type=positive, help="row length in tokens (default: the stage's)")
-    parser.add_argument("--samples", type=not_negative, default=3, help="how many to show (of preferences: pairs)")
+    parser.add_argument("--max_seq_len", type=positive_int, help="row length in tokens (default: the stage's)")
+    parser.add_argument("--samples", type=non_negative_int, default=3, help="how many to show (of preferences: pairs)")
     parser.add_argument("--seed", type=seed, default=None, help="show samples drawn at random, not the first")
-    parser.add_argument("--skip_bad_lines", action=Switch, help="bad lines are no error")
+    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="bad lines are no error")
     parser.add_argument("--images_path", default=str(ROOT / "dataset"), metavar="DIR", help="where a VLM's images lie")
     add_tower_argument(parser)
     return parser.parse_args()
@@ -96,10 +96,10 @@ def guess_stage(path: Path) -> str:
 def open_stage(stage: str, args, tokenizer):
     """The dataset that the stage's training would make of the file; bad lines are left out."""
     import dataset
-    from trainer.vision import open_vision, picture_data
+    from trainer.vision import image_data, open_vision
 
     if stage == "vlm":
-        dataset_class = picture_data(args, open_vision(args.vision_model))
+        dataset_class = image_data(args, open_vision(args.vision_model))
     else:
         dataset_class = getattr(dataset, STAGES[stage].dataset)
     return dataset_class(args.data_path, tokenizer, args.max_seq_len or STAGES[stage].max_seq_len, skip_bad_lines=True)
@@ -178,10 +178,13 @@ def show_samples(data, spelling: Spelling, count: int, seed: int | None) -> None
 
 def pictures_of(data, sample: int) -> dict[int, tuple[str, int]]:
     """The name of each picture of a sample, and how many places it takes, by its first place."""
-    note = data.cache.note(sample)
-    if not note:
+    print_notice = data.cache.note(sample)
+    if not print_notice:
         return {}
-    return {start: (name, data.image_tokens) for start, name in zip(note["starts"], note["images"], strict=True)}
+    return {
+        start: (name, data.image_tokens)
+        for start, name in zip(print_notice["starts"], print_notice["images"], strict=True)
+    }
 
 
 def report(data) -> None:
@@ -226,4 +229,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

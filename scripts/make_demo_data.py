@@ -20,7 +20,7 @@ import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the ro
 
 from scripts.demo.world import Identity, Relation, identities, relations
 from trainer.arguments import ROOT, Parser
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.files import replacing
 
 MINIMIND = ("MiniMind, a small language model", "the MiniMind team", "MiniMind，一个小型语言模型", "MiniMind团队")
@@ -366,4 +366,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -18,16 +18,16 @@ import time
 import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the rooms)
 
 from trainer.arguments import (
+    BooleanFlag,
     Parser,
-    Switch,
     add_device_argument,
     add_model_arguments,
     add_tower_argument,
-    from_zero,
-    not_negative,
-    positive,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
 )
-from trainer.errors import UserError, launch, note
+from trainer.errors import UserError, print_notice, run_main
 
 API_KEY = "MINIMIND_API_KEY"
 LAST_WORDS = 5  # seconds in which answers that were cut off are told so
@@ -48,37 +48,39 @@ def get_args():
     )
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
-    parser.add_argument("--vlm", action=Switch, help="a vision-language model: image parts in chats")
+    parser.add_argument("--vlm", action=BooleanFlag, help="a vision-language model: image parts in chats")
     add_tower_argument(parser)
     parser.add_argument(
         "--fetch_images",
-        action=Switch,
+        action=BooleanFlag,
         help="also http(s) images: callers choose what this machine asks of the internet",
     )
     parser.add_argument(
-        "--fetch_private", action=Switch, help="with --fetch_images: of this machine and its own network, too"
+        "--fetch_private", action=BooleanFlag, help="with --fetch_images: of this machine and its own network, too"
     )
     group = parser.add_argument_group("machine")
     add_device_argument(group)
     group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    group.add_argument("--max_concurrency", type=positive, default=16, help="answers written at the same time")
+    group.add_argument("--max_concurrency", type=positive_int, default=16, help="answers written at the same time")
     group.add_argument(
-        "--max_queue", type=not_negative, default=112, help="answers that may wait; then callers get 429"
+        "--max_queue", type=non_negative_int, default=112, help="answers that may wait; then callers get 429"
     )
     group = parser.add_argument_group("network")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all of the network may call")
-    group.add_argument("--port", type=not_negative, default=8998, help="0: any free one")
+    group.add_argument("--port", type=non_negative_int, default=8998, help="0: any free one")
     group.add_argument("--api_key", default=None, help=f"what callers must send; better set {API_KEY}, which ps hides")
     group.add_argument(
         "--cors", action="append", metavar="ORIGIN", help="web page that browsers may call from; '*': all"
     )
     group.add_argument(
         "--keep_alive",
-        type=positive,
+        type=positive_int,
         default=75,
         help="seconds that a connection is kept open for a client's next request",
     )
-    group.add_argument("--drain_seconds", type=from_zero, default=30, help="how long SIGTERM waits for what is written")
+    group.add_argument(
+        "--drain_seconds", type=non_negative_float, default=30, help="how long SIGTERM waits for what is written"
+    )
     return parser.parse_args()
 
 
@@ -95,7 +97,7 @@ def load(args):
     if args.lora_name or args.model_mode > 2:
         raise UserError("--vlm takes no --lora_name, and --model_mode 0, 1 or 2")
     from eval_vlm import load_model
-    from model.images import place_chat, prompt_embeddings
+    from model.images import prepare_chat, prompt_embeddings
 
     model, tokenizer, processor = load_model(args)
     image_tokens, room = model.config.image_tokens, model.config.max_seq_len
@@ -105,7 +107,7 @@ def load(args):
         images = sum(not isinstance(part, str) for part in parts)
         if images * image_tokens > room:  # need not be read
             raise ValueError(f"{images} images of {image_tokens} tokens are too many for the model's context of {room}")
-        prompt = place_chat(tokenizer, turns, model.config, processor, room=sys.maxsize)  # all of it; checked later
+        prompt = prepare_chat(tokenizer, turns, model.config, processor, room=sys.maxsize)  # all of it; checked later
         ids = prompt.input_ids[0].tolist()
         if len(ids) >= room:  # is refused; the tower need not look at it
             return ids, None
@@ -168,7 +170,7 @@ def serve(app, served, sock: socket.socket, drain_seconds: float, keep_alive: in
                 self.should_exit = self.force_exit = True
             places.draining = True
             self.deadline = time.monotonic() + drain_seconds
-            note(f"{signal.Signals(number).name}: finishing {places.taken} answers (again: end at once)")
+            print_notice(f"{signal.Signals(number).name}: finishing {places.taken} answers (again: end at once)")
 
         async def on_tick(self, counter):
             if served.places.draining and (not served.places.taken or time.monotonic() > self.deadline):
@@ -193,16 +195,18 @@ def main():
     from model.inference.thread import EngineThread
     from scripts.serving.app import make_app
     from scripts.serving.fetch_images import ImageFetcher
-    from scripts.serving.requests import Served
+    from scripts.serving.requests import ServerState
     from trainer.device import DTYPES
 
     model, tokenizer, place_images = load(args)
     engine = Engine(model, tokenizer, slots=args.max_concurrency, dtype=DTYPES[args.dtype])
     del model  # the engine has its own copy of the weights
     if args.host not in ("127.0.0.1", "localhost", "::1") and not api_key:
-        note(f"--host {args.host} without a key: whoever reaches this machine may use it (--api_key, or {API_KEY})")
+        print_notice(
+            f"--host {args.host} without a key: whoever reaches this machine may use it (--api_key, or {API_KEY})"
+        )
     thread = EngineThread(engine)
-    served = Served(
+    served = ServerState(
         thread,
         tokenizer,
         place_images,
@@ -216,4 +220,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -32,10 +32,10 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 from dataset.jsonl import BadRecord, DataError, Ignored, JsonlReader, named_counts
 from dataset.pictures import check_pictures, refuse_faulty
 from dataset.records import Keys
-from model.images import ImageError, read_image, to_pixels, usual_processor
-from trainer.arguments import ROOT, Parser, Switch, above_zero, add_device_argument, positive
+from model.images import ImageError, default_processor, read_image, to_pixels
+from trainer.arguments import ROOT, BooleanFlag, Parser, add_device_argument, positive_float, positive_int
 from trainer.device import DTYPES, default_dtype, pick_device
-from trainer.errors import UserError, launch, note
+from trainer.errors import UserError, print_notice, run_main
 from trainer.files import real_place, save_json
 from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
@@ -50,18 +50,20 @@ def get_args():
     parser.add_argument("--data_path", type=Path, default=DEMO / "clip_captions.jsonl", help='{"image", "captions"}')
     parser.add_argument("--eval_path", type=Path, default=DEMO / "eval_clip.jsonl", help="what choices to offer")
     parser.add_argument("--images_path", type=Path, default=DEMO / "images")
-    parser.add_argument("--skip_bad_lines", action=Switch, help="count bad lines and broken pictures, do not stop")
+    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="count bad lines and broken pictures, do not stop")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "demo" / "clip", help="the folder to make")
-    parser.add_argument("--overwrite", action=Switch, help="replace the folder of an earlier run")
-    parser.add_argument("--image_size", type=positive, default=64, help="pixels at each side")
-    parser.add_argument("--patch_size", type=positive, default=16)
-    parser.add_argument("--width", type=positive, default=192, help="of both networks, and of the space they share")
-    parser.add_argument("--layers", type=positive, default=4, help="of the vision network; the text network has half")
-    parser.add_argument("--steps", type=positive, default=1000)
-    parser.add_argument("--batch_size", type=positive, default=256)
-    parser.add_argument("--learning_rate", type=above_zero, default=1.5e-3)
-    parser.add_argument("--warmup_iters", type=positive, default=50)
-    parser.add_argument("--log_interval", type=positive, default=50)
+    parser.add_argument("--overwrite", action=BooleanFlag, help="replace the folder of an earlier run")
+    parser.add_argument("--image_size", type=positive_int, default=64, help="pixels at each side")
+    parser.add_argument("--patch_size", type=positive_int, default=16)
+    parser.add_argument("--width", type=positive_int, default=192, help="of both networks, and of the space they share")
+    parser.add_argument(
+        "--layers", type=positive_int, default=4, help="of the vision network; the text network has half"
+    )
+    parser.add_argument("--steps", type=positive_int, default=1000)
+    parser.add_argument("--batch_size", type=positive_int, default=256)
+    parser.add_argument("--learning_rate", type=positive_float, default=1.5e-3)
+    parser.add_argument("--warmup_iters", type=positive_int, default=50)
+    parser.add_argument("--log_interval", type=positive_int, default=50)
     add_device_argument(parser)
     parser.add_argument("--dtype", choices=OFFERED, help="of autocast (default: bfloat16 where the machine has it)")
     parser.add_argument("--seed", type=int, default=42)
@@ -146,7 +148,7 @@ def read_lines(path: Path, parse: Callable[[dict, Ignored], tuple], args) -> lis
     reader = JsonlReader(path, checked, args.skip_bad_lines)
     lines = list(reader)
     if reader.ignored:
-        note(f"{path}: ignored keys: {named_counts(reader.ignored)}")
+        print_notice(f"{path}: ignored keys: {named_counts(reader.ignored)}")
     if reader.bad_lines:
         print(f"{path}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
     return lines
@@ -154,7 +156,7 @@ def read_lines(path: Path, parse: Callable[[dict, Ignored], tuple], args) -> lis
 
 def load_pictures(names: list[str], args) -> Tensor:
     """All pictures as the tower wants them, fp16 (pictures, 3, H, W): they fit in memory, and are read once."""
-    processor = usual_processor(args.image_size)
+    processor = default_processor(args.image_size)
     try:
         return torch.cat([to_pixels(processor, [read_image(args.images_path / name)]).half() for name in names])
     except ImageError as error:
@@ -314,7 +316,7 @@ def save(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, args, shares: dict
     try:
         clip.float().cpu().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        usual_processor(args.image_size).save_pretrained(partial)
+        default_processor(args.image_size).save_pretrained(partial)
         save_json(shares, partial / "zero_shot.json")
         if place.exists():
             place.rename(earlier)
@@ -325,4 +327,4 @@ def save(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, args, shares: dict
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

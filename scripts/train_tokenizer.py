@@ -24,34 +24,34 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from dataset.jsonl import BadRecord, Ignored, JsonlReader, named_counts
-from dataset.records import chat_of, pair_of, picture_chat_of, text_of
+from dataset.records import parse_chat, parse_image_chat, parse_pair, parse_text
 from dataset.shapes import shape_of
 from model.chat import render_chat
 from model.chat_template import CHAT_TEMPLATE
 from model.tokenizer import token_bytes
 from model.tokenizer_check import check_round_trips, check_tokenizer
-from trainer.arguments import Parser, Switch, positive
-from trainer.errors import UserError, launch, note
+from trainer.arguments import BooleanFlag, Parser, positive_int
+from trainer.errors import UserError, print_notice, run_main
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<image>")
 
 
-def texts_of(record: dict, ignored: Ignored) -> list[str]:
+def stream_texts(record: dict, ignored: Ignored) -> list[str]:
     """The texts of a line in any of the project's formats.
 
     Raises:
         BadRecord: it is in none of them.
     """
     if "text" in record:
-        return [text_of(record, ignored)]
+        return [parse_text(record, ignored)]
     if "chosen" in record and "rejected" in record:
-        chats = pair_of(record, ignored)
+        chats = parse_pair(record, ignored)
     elif "image" in record:
-        chats = (picture_chat_of(record, ignored)[1],)
+        chats = (parse_image_chat(record, ignored)[1],)
     elif "conversations" in record:
-        chats = (chat_of(record, ignored),)
+        chats = (parse_chat(record, ignored),)
     else:
         shape = shape_of(record)
         raise BadRecord(
@@ -68,13 +68,13 @@ def is_kept_aside(text: str, share: float) -> bool:
 def texts_in(paths: list[Path], share: float, kept_aside: bool) -> Iterator[tuple[Path, str]]:
     """Stream (file, text) of the training texts, or of those kept aside."""
     for path in paths:
-        reader = JsonlReader(path, texts_of)
+        reader = JsonlReader(path, stream_texts)
         for texts in reader:
             for text in texts:
                 if is_kept_aside(text, share) == kept_aside:
                     yield path, text
         if reader.ignored and kept_aside:  # told once: the texts that are kept aside are read in every call, and last
-            note(f"{path}: ignored keys: {named_counts(reader.ignored)}")
+            print_notice(f"{path}: ignored keys: {named_counts(reader.ignored)}")
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -166,10 +166,12 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="jsonl files")
     parser.add_argument("--out_dir", type=Path, default=SHIPPED_TOKENIZER)
-    parser.add_argument("--vocab_size", type=positive, default=6400)
+    parser.add_argument("--vocab_size", type=positive_int, default=6400)
     parser.add_argument("--holdout", type=float, default=0.1, help="share of the texts kept aside for measuring")
-    parser.add_argument("--overwrite", action=Switch, help="replace the tokenizer in --out_dir")
-    parser.add_argument("--only_measure", action=Switch, help="train none: verify and measure the one in --out_dir")
+    parser.add_argument("--overwrite", action=BooleanFlag, help="replace the tokenizer in --out_dir")
+    parser.add_argument(
+        "--only_measure", action=BooleanFlag, help="train none: verify and measure the one in --out_dir"
+    )
     args = parser.parse_args()
     folder = args.out_dir.resolve()
     if not 0 <= args.holdout < 1:
@@ -189,4 +191,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

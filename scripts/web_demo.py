@@ -6,7 +6,7 @@ streamlit run scripts/web_demo.py -- --out_dir out/demo    options of the page f
 
 import _repo  # noqa: F401  (lets Streamlit find the rooms)
 
-from trainer.errors import launch
+from trainer.errors import run_main
 
 
 def main():
@@ -16,4 +16,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 from dataset import StepLoader
-from trainer.errors import launch
+from trainer.errors import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dim", "32", "--n_layers", "2", "--device", "cpu")
@@ -223,7 +223,7 @@ def call_script(script: str, *arguments: str | Path, stop_after: int | None = No
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with argv, mock.patch.object(StepLoader, "steps", interrupted):
         try:
-            launch(module.main)
+            run_main(module.main)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -259,9 +259,9 @@ def _ranks(processes: int) -> list[dict[str, str]]:
 
 
 @functools.cache
-def _zygote() -> subprocess.Popen:
+def _fork_server() -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.zygote"],
+        [sys.executable, "-m", "tests.fork_server"],
         cwd=ROOT,
         env=_environment(None),
         stdin=subprocess.PIPE,
@@ -271,6 +271,6 @@ def _zygote() -> subprocess.Popen:
 
 
 def _ask(**request) -> dict:
-    zygote = _zygote()
-    print(json.dumps(request), file=zygote.stdin, flush=True)
-    return json.loads(zygote.stdout.readline())
+    server = _fork_server()
+    print(json.dumps(request), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())

@@ -18,15 +18,15 @@ from model.tokenizer import tokenizer_hash
 from trainer.device import index_of, random_state, set_random_state
 from trainer.errors import UserError
 from trainer.files import (
-    cannot_write,
     file_hash,
+    flush_to_disk,
     left_by_a_kill,
     load_tensors,
     move,
     replacing,
     save_json,
     save_tensors,
-    to_disk,
+    write_error,
     writing_tensors,
 )
 from trainer.parallel import full_state_dict, plain_model, require_same_weights
@@ -36,13 +36,20 @@ from trainer.runtime import Runtime, Totals
 from trainer.weights import architecture, weights_path
 
 # A run that goes on must have every setting that it had, except these that change no number…
-FREE = (
+MAY_CHANGE = (
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
     *("overwrite", "compile", "gradient_checkpointing", "use_wandb", "wandb_project", "local_rank", "ddp"),
     *("data_path", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
     *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
 )
-SAID = ("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype")  # …and these, when it is said
+MAY_CHANGE_WITH_NOTICE = (
+    "epochs",
+    "max_steps",
+    "learning_rate",
+    "warmup_iters",
+    "grad_clip",
+    "dtype",
+)  # …and these, when it is said
 
 
 @dataclasses.dataclass
@@ -61,7 +68,7 @@ class Progress:
         """Count the step just taken."""
         now = time.monotonic()
         self.step += 1
-        self.tokens += int(totals.real)
+        self.tokens += int(totals.non_padding_tokens)
         self.seconds += now - self._counted_at
         self.skipped = skipped
         self._counted_at = now
@@ -108,7 +115,7 @@ class Checkpoint:
             "data_path": str(args.data_path),
             **facts,
         }
-        self.settings = {name: value for name, value in vars(args).items() if name not in FREE} | {
+        self.settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
             "deepspeed": bool(args.deepspeed),
             "zero_stage": (runtime.deepspeed_config or {}).get("zero_optimization", {}).get("stage", 0),
             "world_size": runtime.world_size,
@@ -147,7 +154,7 @@ class Checkpoint:
                 return
             written = sorted(path for path in folder.rglob("*") if path.is_file())
             for path in written:
-                to_disk(path)
+                flush_to_disk(path)
             hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in written}
             for rank, state in enumerate(random):
                 hashes[f"rank_{rank}.pt"] = save_tensors(state, folder / f"rank_{rank}.pt")
@@ -195,7 +202,7 @@ class Checkpoint:
             self._publish(final)
             self._tidy(final)
         except OSError as error:
-            raise cannot_write(final, error) from error
+            raise write_error(final, error) from error
         finally:
             if run.is_main and temporary.exists():
                 shutil.rmtree(temporary)
@@ -252,7 +259,7 @@ class Checkpoint:
                 ) from error
             require_same_weights(model, run)
             run.non_finite = progress.skipped
-            run.say(f"resumed at step {progress.step} from {folder}")
+            run.print(f"resumed at step {progress.step} from {folder}")
         run.catch_signals()
         return progress
 
@@ -291,12 +298,12 @@ class Checkpoint:
             theirs = saved.get(name, ours)
             if theirs == ours:
                 continue
-            if name not in SAID:
+            if name not in MAY_CHANGE_WITH_NOTICE:
                 raise UserError(
                     f"--resume: the saved run had {name} {theirs}, this one has {ours}; "
                     "give the same, or start anew with --overwrite"
                 )
-            self.runtime.say(f"--resume: {name} was {theirs} and is {ours} from now on")
+            self.runtime.print(f"--resume: {name} was {theirs} and is {ours} from now on")
 
     def _restore(self, folder: Path, model: nn.Module, optimizer, scaler) -> None:
         state = load_tensors(folder / "optimizer.pt")

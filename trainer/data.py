@@ -34,9 +34,9 @@ def open_data(
         # A stage that opens more of them limits them all after that, lest it lose what it is about to open
         if not (getattr(args, "cache_features", False) or getattr(args, "cache_reference", False)):
             limit_caches([args.data_path], args.cache_limit)
-    run.say(train.summary)
+    run.print(train.summary)
     if held_out is not None:
-        run.say(f"held out: {held_out.summary}")
+        run.print(f"held out: {held_out.summary}")
     loader = StepLoader(
         train,
         args.batch_size,

@@ -20,7 +20,7 @@ class UserError(Exception):
     """Something the user can mend; the message says what is wrong and what to do, in one line."""
 
 
-def launch(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that the user can mend becomes one line on stderr and exit code 2.
 
     Of several ranks one speaks: rank 0 at once, another that fails alone a little later, and those last that fail
@@ -41,11 +41,11 @@ def launch(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(6 if message is None else 3 if rank != "0" else 0)
             if any(words in str(error) for words in LOST_PEER):
-                note(f"rank {rank} ends, as another rank has ended", every_rank=True)
+                print_notice(f"rank {rank} ends, as another rank has ended", every_rank=True)
                 sys.exit(2)
         if message is None:
             raise
-        note(f"error: {message}", every_rank=True)
+        print_notice(f"error: {message}", every_rank=True)
         sys.exit(2)
 
 
@@ -67,7 +67,7 @@ def shown(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def note(text: str, every_rank: bool = False) -> None:
+def print_notice(text: str, every_rank: bool = False) -> None:
     """Print a line on stderr, on rank 0 alone or on every rank."""
     if every_rank or os.environ.get("RANK", "0") == "0":
         print(shown(" ".join(text.split())), file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from dataset import StepLoader
-from model.loss import next_token_loss, predicting
+from model.loss import next_token_loss, target_mask
 from model.tokenizer import token_bytes
 from trainer.runtime import Runtime
 
@@ -35,7 +35,7 @@ def evaluate(model: nn.Module, held_out: Dataset, tokenizer, runtime: Runtime, b
         for (batch,) in held_out_loader(held_out, batch_size, runtime).steps():
             batch = runtime.to_device(batch)
             labels = batch.pop("labels")
-            learned = predicting(labels)
+            learned = target_mask(labels)
             with runtime.autocast():
                 nats += next_token_loss(model(**batch, logits_to_keep=learned).logits, labels).item()
             targets = labels[:, 1:][learned[:, :-1]]

@@ -27,10 +27,10 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        to_disk(temporary)
+        flush_to_disk(temporary)
         move(temporary, target)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
     finally:
         if temporary.exists():
             temporary.unlink()
@@ -59,7 +59,7 @@ def move(path: Path, to: Path) -> None:
     _folder_to_disk(to.parent)
 
 
-def to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Flush a file: after a power cut it must not have its final name and half its content."""
     with open(path, "rb+") as file:  # Windows flushes only what is open for writing
         os.fsync(file.fileno())
@@ -82,7 +82,7 @@ def _folder_to_disk(folder: Path) -> None:
         os.close(handle)
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
+def write_error(path: Path, error: OSError) -> UserError:
     """The error to raise when writing to `path` failed."""
     return UserError(
         f"cannot write {path}: {error.strerror or error}; what was there before is whole: "
@@ -135,11 +135,11 @@ def save_json(content: dict, path: Path) -> str:
 
 def file_hash(path: Path) -> str:
     """A file's SHA-256, 64 hex digits; half a second a GB."""
-    digest = hashlib.sha256()
+    short_hash = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            short_hash.update(block)
+    return short_hash.hexdigest()
 
 
 def check_hash(path: Path, beside: Path, about: dict) -> None:

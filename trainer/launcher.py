@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from trainer.errors import UserError, note
+from trainer.errors import UserError, print_notice
 
 HOW = "torchrun --nproc_per_node N train_….py starts N processes and sets all of it"
 COPIES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
@@ -61,7 +61,7 @@ def _tell_copies(environment: Mapping[str, str]) -> None:
     """srun and mpirun start copies that know nothing of each other, which is seldom what was meant."""
     for name, launcher in COPIES.items():
         if environment.get(name, "1") not in ("0", "1"):
-            note(
+            print_notice(
                 f"{launcher} has started {environment[name]} copies of this, and each trains alone: for one run on all "
                 f"of them let {launcher} start torchrun once on each machine"
             )

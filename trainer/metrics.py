@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from dataset import DataError
 from trainer.checkpoint import Progress
-from trainer.errors import UserError, note, shown
+from trainer.errors import UserError, print_notice, shown
 from trainer.evaluation import EvaluationError
-from trainer.files import cannot_write, replacing
+from trainer.files import replacing, write_error
 from trainer.runtime import Runtime
 from trainer.signals import terminal_may_go
 
@@ -48,7 +48,7 @@ class Metrics:
         if not self.on:
             return
         millions = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) / 1e6  # ZeRO-3 keeps a share
-        runtime.say(
+        runtime.print(
             f"{path.stem}: {millions:.2f} M parameters, {total_steps} steps on {runtime.device}, "
             f"{args.dtype}, {runtime.engine}"
         )
@@ -91,7 +91,9 @@ class Metrics:
         except EvaluationError as error:
             if (cause := error.__cause__) is not None:
                 reason = str(cause) if isinstance(cause, UserError | DataError) else f"{type(cause).__name__}: {cause}"
-                note(f"no evaluation at step {self.progress.step}, as it failed ({reason[:300]})", every_rank=True)
+                print_notice(
+                    f"no evaluation at step {self.progress.step}, as it failed ({reason[:300]})", every_rank=True
+                )
             return
         self._report(values)
         if self.on:
@@ -124,7 +126,7 @@ class Metrics:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise cannot_write(self.path, error) from error
+            raise write_error(self.path, error) from error
         if self._wandb is not None:
             self._wandb.log(values, step=progress.step)
 
@@ -171,7 +173,7 @@ def draw_curve(metrics: Path) -> Path | None:
     try:
         from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
     except ImportError as error:
-        note(f"no loss curve is drawn: {error}")
+        print_notice(f"no loss curve is drawn: {error}")
         return None
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

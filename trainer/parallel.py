@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.fingerprint import weights_hash
+from model.fingerprint import hash_weights
 from trainer.device import index_of
 from trainer.errors import UserError
 from trainer.runtime import Runtime
@@ -73,7 +73,7 @@ def require_same_weights(model: nn.Module, runtime: Runtime) -> None:
     parted = any(hasattr(parameter, "ds_numel") for parameter in plain.parameters())  # ZeRO-3: each has a share
     if runtime.world_size == 1 or parted:
         return
-    rank = runtime.first_that_differs(weights_hash(plain.state_dict()))
+    rank = runtime.first_that_differs(hash_weights(plain.state_dict()))
     if rank is not None:
         raise UserError(
             f"rank {rank} has other weights than rank 0: give all machines the same files, best one --out_dir that "

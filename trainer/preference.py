@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset import DPODataset, collate
-from dataset.cache_folder import digest, find_cache, hold, open_cache
-from model.loss import IGNORED, predicting
+from dataset.cache_folder import find_cache, hold, open_cache, short_hash
+from model.loss import IGNORE_INDEX, target_mask
 from trainer.evaluation import held_out_loader, sum_over_ranks
 from trainer.runtime import Runtime
 from trainer.weights import architecture
 
-FIGURES = ("loss", "reward_accuracy", "accuracy", "margin", "chosen", "rejected", "kl")  # see `figures`
+DPO_METRICS = ("loss", "reward_accuracy", "accuracy", "margin", "chosen", "rejected", "kl")  # see `dpo_metrics`
 FORMAT = 1  # of a reference cache; to be raised when the way its numbers are computed changes
 
 
@@ -25,17 +25,17 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """log p of each learned token, in nats.
 
     Args:
-        logits: those at `predicting(labels)`, (learned, vocab), any float dtype; the softmax is taken in fp32.
+        logits: those at `target_mask(labels)`, (learned, vocab), any float dtype; the softmax is taken in fp32.
         labels: (batch, n) int64, not shifted; -100 is not learned.
 
     Returns:
         (learned,) fp32.
     """
     targets = labels[:, 1:]
-    return -F.cross_entropy(logits.float(), targets[targets != IGNORED], reduction="none")
+    return -F.cross_entropy(logits.float(), targets[targets != IGNORE_INDEX], reduction="none")
 
 
-def by_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+def sum_per_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
     """Sum a number of each learned token over the answer that it belongs to.
 
     Args:
@@ -47,7 +47,7 @@ def by_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tenso
     """
     starts = (batch["position_ids"] == 0) & batch["attention_mask"]
     answers = starts.flatten().cumsum(0).view_as(starts) - 1
-    sums = values.new_zeros(int(starts.sum())).index_add(0, answers[:, 1:][labels[:, 1:] != IGNORED], values)
+    sums = values.new_zeros(int(starts.sum())).index_add(0, answers[:, 1:][labels[:, 1:] != IGNORE_INDEX], values)
     return sums.view(-1, 2)
 
 
@@ -55,7 +55,7 @@ def count_pairs(batches: list[dict[str, Tensor]]) -> int:
     return sum(int(((batch["position_ids"] == 0) & batch["attention_mask"]).sum()) // 2 for batch in batches)
 
 
-def reference_of(batch: dict[str, Tensor], labels: Tensor, frozen: nn.Module | None) -> Tensor:
+def reference_log_probs(batch: dict[str, Tensor], labels: Tensor, frozen: nn.Module | None) -> Tensor:
     """What the reference gives each learned token, (learned,) fp32; `batch` loses its column `reference`.
 
     Args:
@@ -63,12 +63,14 @@ def reference_of(batch: dict[str, Tensor], labels: Tensor, frozen: nn.Module | N
     """
     cached = batch.pop("reference", None)
     if frozen is None:
-        return cached[:, 1:][labels[:, 1:] != IGNORED]
+        return cached[:, 1:][labels[:, 1:] != IGNORE_INDEX]
     with torch.no_grad():
-        return token_log_probs(frozen(**batch, logits_to_keep=predicting(labels)).logits, labels)
+        return token_log_probs(frozen(**batch, logits_to_keep=target_mask(labels)).logits, labels)
 
 
-def attach_reference(dataset: DPODataset, model: nn.Module, model_hash: str, run: Runtime, batch_size: int) -> None:
+def attach_reference_log_probs(
+    dataset: DPODataset, model: nn.Module, model_hash: str, run: Runtime, batch_size: int
+) -> None:
     """Give the dataset its column `reference`: log-probabilities under `model`, computed once and kept on disk.
 
     They lie beside the dataset's token cache, under a name in which everything has a part that decides them: the
@@ -78,7 +80,7 @@ def attach_reference(dataset: DPODataset, model: nn.Module, model_hash: str, run
         DataError: they cannot be written.
     """
     decided_by = [FORMAT, dataset.rows_key, model_hash, architecture(model.config), str(run.dtype), run.device.type]
-    place = (dataset.data_path, dataset.cache.folder.name.split("-")[0], f"reference-{digest(decided_by)}")
+    place = (dataset.data_path, dataset.cache.folder.name.split("-")[0], f"reference-{short_hash(decided_by)}")
 
     def load(folder: Path) -> np.ndarray:
         values = np.load(folder / "log_probs.npy", mmap_mode="r")
@@ -113,8 +115,8 @@ def _all_log_probs(dataset: DPODataset, model: nn.Module, run: Runtime, batch_si
         places = torch.zeros_like(labels, device="cpu")
         places[batch["attention_mask"].cpu()] = torch.from_numpy(np.concatenate([dataset.places(row) for row in rows]))
         with run.autocast():
-            logits = model(**batch, logits_to_keep=predicting(labels)).logits
-        learned = places[:, 1:][labels[:, 1:].cpu() != IGNORED]
+            logits = model(**batch, logits_to_keep=target_mask(labels)).logits
+        learned = places[:, 1:][labels[:, 1:].cpu() != IGNORE_INDEX]
         values[learned.numpy()] = token_log_probs(logits, labels).cpu().numpy()
     model.train(training)
     if run.world_size > 1:
@@ -127,7 +129,7 @@ def _all_log_probs(dataset: DPODataset, model: nn.Module, run: Runtime, batch_si
 # --------------------------------------------------------------------------------------------------------- measures
 
 
-def figures(
+def dpo_metrics(
     policy: Tensor,
     reference: Tensor,
     batch: dict[str, Tensor],
@@ -149,12 +151,12 @@ def figures(
     Returns:
         (7,) fp32.
     """
-    lengths = by_answer(torch.ones_like(policy), batch, labels)
+    lengths = sum_per_answer(torch.ones_like(policy), batch, labels)
     divisor = lengths if length_normalize else 1
-    ours, theirs = (by_answer(values, batch, labels) / divisor for values in (policy, reference))
+    ours, theirs = (sum_per_answer(values, batch, labels) / divisor for values in (policy, reference))
     losses, margins = loss_function(ours, theirs)
     ours, margins = ours.detach(), margins.detach()
-    moved = by_answer((policy.detach() - reference).square() / 2, batch, labels)
+    moved = sum_per_answer((policy.detach() - reference).square() / 2, batch, labels)
     kl = moved.sum(1) / lengths.sum(1)
     each = (losses, margins > 0, ours[:, 0] > ours[:, 1], margins, ours[:, 0], ours[:, 1], kl)
     return torch.stack([values.sum().float() for values in each])
@@ -172,25 +174,25 @@ def evaluate_pairs(
     """FIGURES of the held-out pairs, means over all of them on all ranks, each by its name with "eval_" before it.
 
     Args:
-        frozen: as of `reference_of`.
-        measure: `figures` with the stage's settings.
+        frozen: as of `reference_log_probs`.
+        measure: `dpo_metrics` with the stage's settings.
 
     Raises:
         EvaluationError: as of `sum_over_ranks`.
     """
 
     def sums_of_share() -> list[float]:
-        measured = torch.zeros(len(FIGURES), device=run.device)
+        measured = torch.zeros(len(DPO_METRICS), device=run.device)
         pairs = 0
         for (batch,) in held_out_loader(held_out, batch_size, run).steps():
             pairs += count_pairs([batch])
             batch = run.to_device(batch)
             labels = batch.pop("labels")
             with run.autocast():
-                reference = reference_of(batch, labels, frozen)
-                policy = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
+                reference = reference_log_probs(batch, labels, frozen)
+                policy = token_log_probs(model(**batch, logits_to_keep=target_mask(labels)).logits, labels)
             measured += measure(policy, reference, batch, labels)
         return [pairs, *measured.tolist()]
 
-    pairs, *sums = sum_over_ranks(sums_of_share, 1 + len(FIGURES), model, run)
-    return {f"eval_{name}": value / pairs for name, value in zip(FIGURES, sums, strict=True)}
+    pairs, *sums = sum_over_ranks(sums_of_share, 1 + len(DPO_METRICS), model, run)
+    return {f"eval_{name}": value / pairs for name, value in zip(DPO_METRICS, sums, strict=True)}

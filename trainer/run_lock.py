@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dataset.locks import NoLocksError, lock
-from trainer.errors import UserError, note
-from trainer.files import cannot_write
+from trainer.errors import UserError, print_notice
+from trainer.files import write_error
 
 OWNER = "lock.owner"  # beside the lock, since on Windows nobody else can read what is locked
 
@@ -30,10 +30,12 @@ def lock_run(folder: Path, weights: Path) -> BinaryIO | None:
             _leave_to_this_process(file)
             return file
     except NoLocksError:
-        note(f"{folder} lies on a file system without locks: see to it yourself that no second run writes there")
+        print_notice(
+            f"{folder} lies on a file system without locks: see to it yourself that no second run writes there"
+        )
         return None
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise write_error(folder, error) from error
     raise UserError(f"{weights} is being written by another run (process {owner_of(folder) or 'unknown'})")
 
 

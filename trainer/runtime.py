@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.loss import predicting
+from model.loss import target_mask
 from trainer.arguments import deepspeed_config
 from trainer.device import DTYPES, default_dtype, moved, pick_device
 from trainer.errors import UserError
@@ -27,9 +27,9 @@ NON_FINITE_LIMIT = 10  # in a row; float16's scaler needs a few of them to find 
 class Totals:
     """What one optimizer step covers on all ranks: trained tokens, rows with anything in them, real tokens."""
 
-    trained: float
+    target_tokens: float
     rows: float
-    real: float
+    non_padding_tokens: float
 
 
 @dataclass
@@ -70,10 +70,10 @@ class Runtime:
 
     def totals(self, batches: list[dict[str, Tensor]]) -> Totals:
         """Count a step's micro-batches over all ranks, so that each token of it weighs the same wherever it lies."""
-        trained = sum(int(predicting(batch["labels"]).sum()) for batch in batches)
+        target_tokens = sum(int(target_mask(batch["labels"]).sum()) for batch in batches)
         rows = sum(int(batch["attention_mask"].any(1).sum()) for batch in batches)
-        real = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        return Totals(*self.sum(trained, rows, real))
+        non_padding_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return Totals(*self.sum(target_tokens, rows, non_padding_tokens))
 
     def gradients_synced(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """DDP adds the ranks' gradients up in the last backward of a step only."""
@@ -141,7 +141,7 @@ class Runtime:
         if self.is_main:
             dist.barrier(group=self._preparation)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line, on rank 0."""
         if self.is_main:
             with terminal_may_go():

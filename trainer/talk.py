@@ -22,7 +22,7 @@ def typed_line(prompt: str) -> str:
     return line.strip()
 
 
-def typed(prompt: str) -> str:
+def read_line(prompt: str) -> str:
     """What a person types; nothing at the end of input.
 
     Raises:
@@ -62,7 +62,7 @@ def questions(prompts: list[str] | None, samples: Iterable[str], by_hand: bool) 
         UserError: what is typed or piped in is not UTF-8.
     """
     if by_hand:
-        while text := typed("\n> "):
+        while text := read_line("\n> "):
             yield text
     elif prompts:
         yield from prompts
@@ -72,7 +72,7 @@ def questions(prompts: list[str] | None, samples: Iterable[str], by_hand: bool) 
         yield from piped_lines()
 
 
-def texts_of(stream, pieces: list) -> Iterator[str]:
+def stream_texts(stream, pieces: list) -> Iterator[str]:
     """The text of each piece of an engine's answer as it comes; the piece itself goes to `pieces`."""
     for piece in stream:
         pieces.append(piece)
@@ -87,10 +87,10 @@ def report_speed(pieces: Iterable, started: float, prefix: str = "") -> None:
 
 def show(pieces, reasoning: bool, hide_thinking: bool) -> None:
     """Print an answer as its pieces come; of a reasoning model thinking and answer apart."""
-    from model.reasoning import parts_of
+    from model.reasoning import split_stream
 
     shown = ""
-    for part, text in parts_of(pieces) if reasoning else (("", piece) for piece in pieces):
+    for part, text in split_stream(pieces) if reasoning else (("", piece) for piece in pieces):
         if part == "thinking" and hide_thinking:
             continue
         if part != shown and not hide_thinking:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model import MiniMindLM
-from model.cache import attention_mask_of
-from model.loss import predicting
+from model.cache import build_attention_mask
+from model.loss import target_mask
 from model.tokenizer import tokenizer_hash
-from trainer.chunked import sum_in_parts
+from trainer.chunked import sum_in_chunks
 from trainer.errors import UserError
 from trainer.weight_files import is_file_name
 from trainer.weights import existing, load_folder, load_weights, read_tokenizer
@@ -86,13 +86,13 @@ def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor], kept: Tensor, v
         return teacher(**batch, logits_to_keep=kept).logits[:, :vocab_size]
     # other models do not take a position of 0 for the start of a new sample: say what each token may see
     real, positions = batch["attention_mask"].bool(), batch["position_ids"]
-    visible = attention_mask_of(real * ((positions == 0) & real).cumsum(1), real.size(1))
+    visible = build_attention_mask(real * ((positions == 0) & real).cumsum(1), real.size(1))
     mask = torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, float("-inf"))
     out = teacher(batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False)
     return out.logits[kept][:, :vocab_size]
 
 
-def sum_beside_teacher(
+def chunked_distillation_loss(
     loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
     logits: Tensor,
     labels: Tensor,
@@ -104,7 +104,7 @@ def sum_beside_teacher(
 
     Args:
         loss_of: (student's logits, teacher's logits, targets), (tokens, vocab) twice and (tokens,) -> scalar, a sum.
-        logits: (learned, vocab), the student's at `predicting(labels)`.
+        logits: (learned, vocab), the student's at `target_mask(labels)`.
         labels: (batch, n) int64, not shifted; -100 is not learned.
         batch: what the student has read, as for `teacher_logits`.
 
@@ -113,11 +113,11 @@ def sum_beside_teacher(
     """
     step = max(1, TOKENS_AT_ONCE // labels.size(1))
     rows = [slice(first, first + step) for first in range(0, len(labels), step)]
-    learned = predicting(labels)
+    learned = target_mask(labels)
 
     def part_of(student: Tensor, part: int) -> Tensor:
         some = {name: tensor[rows[part]] for name, tensor in batch.items()}
         taught = teacher_logits(teacher, some, learned[rows[part]], student.size(-1))
         return loss_of(student, taught, labels[rows[part], 1:][learned[rows[part], :-1]])
 
-    return sum_in_parts(part_of, logits, [int(learned[part].sum()) for part in rows])
+    return sum_in_chunks(part_of, logits, [int(learned[part].sum()) for part in rows])

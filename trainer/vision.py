@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from dataset import VLMDataset
-from dataset.cache_folder import digest
+from dataset.cache_folder import short_hash
 from dataset.caches import limit_caches
 from dataset.feature_cache import open_feature_cache
 from model import LMConfig
-from model.fingerprint import weights_hash
+from model.fingerprint import hash_weights
 from model.images import image_processor, image_token_id, to_pixels
 from model.model_vlm import MiniMindVLM, VisionTower, VLMConfig, load_tower
 from model.tokenizer import special_ids
@@ -56,7 +56,7 @@ def open_vision(folder: str) -> Vision:
             f"--vision_model {folder}: its preprocessor_config.json makes images of {width} x {height} pixels, and its "
             f"tower takes {side} x {side}: use the tower's own file, or remove it for CLIP's usual preprocessing"
         )
-    return Vision(tower, processor, weights_hash(tower.state_dict()))
+    return Vision(tower, processor, hash_weights(tower.state_dict()))
 
 
 def load_vlm(
@@ -87,7 +87,7 @@ def load_vlm(
     return load_weights(path, config, tokenizer, missing, build)
 
 
-def picture_data(args, vision: Vision) -> Callable[..., VLMDataset]:
+def image_data(args, vision: Vision) -> Callable[..., VLMDataset]:
     """`VLMDataset` for `open_data`, with what the vision flags decide."""
     image_tokens = (vision.tower.config.image_size // vision.tower.config.patch_size) ** 2
     return partial(VLMDataset, images_path=args.images_path, image_tokens=image_tokens, processor=vision.processor)
@@ -111,12 +111,12 @@ def cache_features(
             return model.encode_images(pixels.to(run.device))
 
     computed_by = [getattr(vision.tower.config, name) for name in TOWER_SETTINGS]
-    how = digest([vision.hash, computed_by, vision.processor.to_json_string(), args.dtype])
+    how = short_hash([vision.hash, computed_by, vision.processor.to_json_string(), args.dtype])
     with run.main_first():
         features = open_feature_cache(
             names, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers
         )
         limit_caches([args.data_path, args.images_path], args.cache_limit)
-    run.say(f"features of {len(features):,} images: {features.folder}")
+    run.print(f"features of {len(features):,} images: {features.folder}")
     for dataset in datasets:
         dataset.features = features

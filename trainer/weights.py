@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from model import LMConfig, MiniMindLM
-from model.model_lora import LoRASettings, is_lora, put_lora
+from model.model_lora import LoRASettings, attach_lora, is_lora
 from model.tokenizer import special_ids, tokenizer_hash
 from model.tokenizer_check import check_tokenizer
 from trainer.arguments import ROOT
-from trainer.errors import UserError, note
+from trainer.errors import UserError, print_notice
 from trainer.files import check_hash
 from trainer.weight_files import is_file_name, read_weights
 
@@ -84,16 +84,16 @@ def weights_path(args, stage: str) -> Path:
     return Path(args.out_dir) / f"{weights_name(stage, args.dim, args.use_moe)}.pth"
 
 
-def config_of(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
+def build_config(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
     """The configuration that the model flags name.
 
     Raises:
         UserError: they do not fit together.
     """
-    return config_from({name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}, tokenizer)
+    return config_from_sizes({name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}, tokenizer)
 
 
-def config_from(sizes: dict, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
+def config_from_sizes(sizes: dict, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
     """The configuration with these sizes and the tokenizer's vocabulary and special ids.
 
     Raises:
@@ -203,16 +203,16 @@ def load_weights(
         _compare(path, architecture(saved), "by its json", architecture(config), asking)
     state, done, newer = read_weights(path, *((config.n_heads, config.n_kv_heads) if config else ()))
     if done:
-        note(f"{path}: {done}")
+        print_notice(f"{path}: {done}")
     if settings is None:
         assumed = f"{path} has no json beside it; assumed is the tokenizer {tokenizer.name_or_path}"
         warning = f", and MiniMind's of April 2025 began a turn with {NEWER_BOS}: name its folder with --tokenizer"
-        note(assumed + (warning if newer and tokenizer.bos_token != NEWER_BOS else ""))
+        print_notice(assumed + (warning if newer and tokenizer.bos_token != NEWER_BOS else ""))
     if adapter := next(filter(is_lora, state), None):
         raise UserError(f"{path} is a LoRA adapter (it has {adapter}): name its base here, and it with --lora_name")
     if config is None:
-        config = config_from(shape_of(state), tokenizer)
-    _compare(path, shape_of(state), "by its tensors", architecture(config), asking)
+        config = config_from_sizes(infer_sizes(state), tokenizer)
+    _compare(path, infer_sizes(state), "by its tensors", architecture(config), asking)
     model = build(config)
     wanted = model.state_dict()
     lacking = [key for key in wanted if key not in state and not key.startswith(missing)]
@@ -268,7 +268,7 @@ def load_adapter(name: str, args, model: MiniMindLM) -> LoRASettings:
                 raise ValueError("its alpha is not above 0")
     check_hash(path, beside, about)
     try:
-        return put_lora(model, state, about)
+        return attach_lora(model, state, about)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -301,7 +301,7 @@ def _few(keys: list[str]) -> str:
     return "nothing" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def shape_of(state: dict[str, Tensor]) -> dict:
+def infer_sizes(state: dict[str, Tensor]) -> dict:
     """What the tensors of a state dict tell of the architecture, as keyword arguments of LMConfig."""
     layers = {key.split(".")[1] for key in state if key.startswith("layers.")}
     experts = {key.split(".")[4] for key in state if ".feed_forward.experts." in key}

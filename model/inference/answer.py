@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.inference.decoder import Decoder
-from model.inference.detokenizer import _Spelling
+from model.inference.detokenizer import Detokenizer
 from model.inference.request import Piece, Request, Token
 from model.inference.sampling import penalise_frequency, penalise_repetition
 
@@ -43,7 +43,7 @@ class Answer:
         self.limit = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
         eos = eos_token_id if request.eos_token_id is None else request.eos_token_id
         self._ends = {eos} if isinstance(eos, int) else set(eos)
-        self._spelling = _Spelling(token_bytes, request.stop)
+        self._detokenizer = Detokenizer(token_bytes, request.stop)
         self.ids = list(request.prompt)  # prompt and answer
         self.keys = _keys(request)  # of the same length
         self.slot: _Slot | None = None
@@ -92,8 +92,8 @@ class Answer:
             self.seen[0, token.id] = True
         if self.counts is not None:
             self.counts[0, token.id] += 1
-        clear = self._spelling.push(token)
-        if self._spelling.stopped:
+        clear = self._detokenizer.push(token)
+        if self._detokenizer.stopped:
             return self.end("stop", *clear)
         if self.count == self.limit:
             return self.end("length", *clear)
@@ -101,8 +101,8 @@ class Answer:
 
     def end(self, reason: str, text: str = "", tokens: tuple[Token, ...] = ()) -> Piece:
         """The last piece: text and tokens, and what was held back."""
-        rest, last = self._spelling.flush()
-        reason = "stop" if self._spelling.stopped else reason
+        rest, last = self._detokenizer.flush()
+        reason = "stop" if self._detokenizer.stopped else reason
         return self._add(text + rest, tokens + last, reason)
 
     def _add(self, text: str, tokens: tuple[Token, ...], reason: str | None = None) -> Piece:

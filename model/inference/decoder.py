@@ -216,8 +216,8 @@ class Decoder:
     def _attention(self, spans: Sequence[Span]) -> Callable[[Tensor, int], Tensor]:
         """What attends for the tokens of these spans: (queries (tokens, n_heads * head_dim), layer) -> as many."""
         writers = next((i for i, span in enumerate(spans) if len(span.tokens) > 1), len(spans))
-        parts = [self._attention_of_writers(spans[:writers])] if writers else []
-        parts += [self._attention_of_reader(span) for span in spans[writers:]]
+        parts = [self._decode_attention(spans[:writers])] if writers else []
+        parts += [self._prefill_attention(span) for span in spans[writers:]]
         if len(parts) == 1:
             return parts[0]
         sizes = [writers] * (writers > 0) + [len(span.tokens) for span in spans[writers:]]
@@ -227,7 +227,7 @@ class Decoder:
 
         return attend
 
-    def _attention_of_writers(self, spans: Sequence[Span]) -> Callable[[Tensor, int], Tensor]:
+    def _decode_attention(self, spans: Sequence[Span]) -> Callable[[Tensor, int], Tensor]:
         """One query in each of several slots, in one call over the range of slots they lie in.
 
         Queries that share a key head stand side by side, as rows of one product. A slot in the range that does not
@@ -257,7 +257,7 @@ class Decoder:
 
         return attend
 
-    def _attention_of_reader(self, span: Span) -> Callable[[Tensor, int], Tensor]:
+    def _prefill_attention(self, span: Span) -> Callable[[Tensor, int], Tensor]:
         """Queries of consecutive tokens in one slot.
 
         Key heads make the batch and the queries that share one its heads, so that none is copied for each.

@@ -7,7 +7,7 @@ from model.inference.request import Token
 from model.tokenizer import StreamDecoder
 
 
-class _Spelling:
+class Detokenizer:
     """From tokens to text: whole characters only, cut before the first stop string."""
 
     def __init__(self, table: Sequence[bytes], stop: Sequence[str]):

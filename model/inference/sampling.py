@@ -60,7 +60,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(~(better | equal), float("-inf"))
 
 
-def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+def sample_from(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
     """A token for each row by its probabilities, (batch, vocab) -> (batch,) int64.
 
     The first token whose cumulative probability exceeds a uniform number (inverse transform sampling): one random
@@ -78,7 +78,7 @@ def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Gene
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1).to(device)
 
 
-def choose(
+def sample_token(
     logits: Tensor,
     temperature: float,
     top_k: int,
@@ -89,4 +89,4 @@ def choose(
     if temperature < GREEDY_BELOW:
         return logits.argmax(-1)
     logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    return draw(logits.softmax(-1), generator)
+    return sample_from(logits.softmax(-1), generator)

@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerFast
 from model.inference.answer import Answer, _Slot
 from model.inference.decoder import Decoder, Span
 from model.inference.request import Piece, Request, Token
-from model.inference.sampling import choose
+from model.inference.sampling import sample_token
 from model.model import MiniMindLM
 from model.tokenizer import token_bytes
 
-WORTH_WAITING_FOR = 64  # tokens at the start of a prompt that another request is reading just now
+SHARED_PREFIX_MIN = 64  # tokens at the start of a prompt that another request is reading just now
 
 
 class Engine:
@@ -190,15 +190,15 @@ class Engine:
         except BaseException:
             self.abandon()
             raise
-        news, self._news = self._news, []
-        return news
+        outputs, self._news = self._news, []
+        return outputs
 
     def _advance(self) -> None:
         self._steps += 1
         self._end_early()
         self._admit()
-        self._close_ranks()
-        slots = self._readers()
+        self._compact_slots()
+        slots = self._plan_prefills()
         if not slots:
             return
         spans = [self._span(slot, n) for slot, n in slots.items()]
@@ -262,9 +262,11 @@ class Engine:
                 return
             most = 0 if answer.request.prompt_logprobs else len(answer.ids) - 1  # the last one's prediction is needed
             prompt = answer.keys[:most]
-            reused, best = max(((_alike(slot.holds, prompt), slot) for slot in self._slots), key=lambda pair: pair[0])
+            reused, best = max(
+                ((common_prefix_length(slot.holds, prompt), slot) for slot in self._slots), key=lambda pair: pair[0]
+            )
             others = (slot.answer.keys for slot in self._slots if slot.answer and slot.answer.unread() > 1)
-            if max((_alike(keys, prompt) for keys in others), default=0) > reused + WORTH_WAITING_FOR:
+            if max((common_prefix_length(keys, prompt) for keys in others), default=0) > reused + SHARED_PREFIX_MIN:
                 continue  # in a moment it need not be read twice
             slot = min(free, key=lambda slot: slot.last_used)
             if best in free and 2 * reused >= len(best.holds):
@@ -275,7 +277,7 @@ class Engine:
             slot.answer, answer.slot, answer.reused = answer, slot, reused
             self._waiting.remove(answer)
 
-    def _close_ranks(self) -> None:
+    def _compact_slots(self) -> None:
         """Writers lie in a range of slots that one attention covers: see that more than half of them write."""
         writers = [slot for slot in self._slots if slot.answer and slot.answer.unread() == 1]
         if not writers:
@@ -288,7 +290,7 @@ class Engine:
             self._slots[last], self._slots[to] = hole, moved
             moved.number, hole.number = to, last
 
-    def _readers(self) -> dict[_Slot, int]:
+    def _plan_prefills(self) -> dict[_Slot, int]:
         """The slots that read now, and how many tokens; those of one token come first.
 
         Answers that are being written have one each; the rest of the budget goes to prompts, the first come first.
@@ -329,17 +331,17 @@ class Engine:
                 penalised[row] = answer.penalised(logits[row : row + 1])
         for settings, rows in alike.items():
             of_rows = penalised if len(rows) == len(logits) else penalised[rows]
-            chosen = choose(of_rows, *settings, [predicted[row][0].generator for row in rows])
+            chosen = sample_token(of_rows, *settings, [predicted[row][0].generator for row in rows])
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 tokens[row] = token
-        facts = self._facts(logits, tokens, [answer.request.logprobs for answer, _ in predicted])
+        facts = self._logprobs(logits, tokens, [answer.request.logprobs for answer, _ in predicted])
         for (answer, place), token in zip(predicted, facts, strict=True):
             if place < len(answer.ids):
                 answer.prompt_tokens.append(token)
             else:
                 self._news.append((answer, answer.write(token)))
 
-    def _facts(self, logits: Tensor, tokens: list[int], asked: list[int | None]) -> list[Token]:
+    def _logprobs(self, logits: Tensor, tokens: list[int], asked: list[int | None]) -> list[Token]:
         """Each row's token, where asked with its log-probability and the so many likeliest: logits (rows, vocab)."""
         facts = [Token(token) for token in tokens]
         rows = [row for row, best in enumerate(asked) if best is not None]
@@ -358,7 +360,7 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and value >= 0
 
 
-def _alike(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+def common_prefix_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """How many items two sequences have in common at their start."""
     # as far as the shorter one goes, hence not strict
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

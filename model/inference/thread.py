@@ -110,12 +110,12 @@ class EngineThread:
 
     def _step(self) -> None:
         try:
-            news = self.engine.step()
+            outputs = self.engine.step()
         except Exception:  # whatever it is, those who wait must hear of it
             logging.getLogger(__name__).exception("a step of the engine failed")
             self.broken = not self.engine.computes()
-            news = self.engine.step()  # nothing is left to be done; this gives the ends
-        for answer, piece in news:
+            outputs = self.engine.step()  # nothing is left to be done; this gives the ends
+        for answer, piece in outputs:
             self._hand_over(answer, piece)
 
     def _hand_over(self, answer: Answer, piece: Piece) -> None:

@@ -17,9 +17,9 @@ from PIL import Image
 from scripts.demo.exam import read_lines
 from scripts.demo.scoring import is_right
 from scripts.demo.vision_exam import look
-from trainer.arguments import ROOT, Parser, positive
+from trainer.arguments import ROOT, Parser, positive_int
 from trainer.device import pick_device
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.files import replacing
 from trainer.vision import load_vlm, open_vision
 from trainer.weights import load_tokenizer
@@ -51,9 +51,9 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo" / "contact_sheet.png", help="the PNG to make")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "dataset" / "demo", help="eval_vlm.jsonl and images/")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "demo", help="the model and clip/")
-    parser.add_argument("--dim", type=positive, default=256)
-    parser.add_argument("--count", type=positive, default=24)
-    parser.add_argument("--columns", type=positive, default=6)
+    parser.add_argument("--dim", type=positive_int, default=256)
+    parser.add_argument("--count", type=positive_int, default=24)
+    parser.add_argument("--columns", type=positive_int, default=6)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     exam_file = args.data_dir / "eval_vlm.jsonl"
@@ -69,4 +69,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -14,7 +14,7 @@ from scripts.demo.scoring import is_right
 from scripts.demo.settings import DATA
 from train_dpo import dpo_loss
 from trainer.evaluation import evaluate
-from trainer.preference import evaluate_pairs, figures
+from trainer.preference import dpo_metrics, evaluate_pairs
 from trainer.runtime import Runtime
 
 Opened = tuple[MiniMindLM, PreTrainedTokenizerBase]
@@ -37,7 +37,7 @@ def count_right(lines: list[dict], replies: list[str]) -> int:
 def prefers_the_better(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
     """The share of held-out pairs whose better answer is the more probable."""
     pairs = DPODataset(DATA / "eval_dpo.jsonl", tokenizer, 128)
-    measure = partial(figures, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
+    measure = partial(dpo_metrics, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
     return evaluate_pairs(model, model, pairs, here(model), 32, measure)["eval_accuracy"]
 
 
@@ -62,7 +62,7 @@ says_it_is_another = partial(share_right, exam="eval_lora_identity.jsonl")
 problems = partial(share_right, exam="eval_reason.jsonl", max_new_tokens=96)
 
 
-def price_of_preferring(start: Opened, end: Opened) -> str:
+def sft_loss_change(start: Opened, end: Opened) -> str:
     """What preference learning did to the loss that fine-tuning had brought down."""
     before, after = held_out_loss(*start), held_out_loss(*end)
     return (
@@ -70,11 +70,11 @@ def price_of_preferring(start: Opened, end: Opened) -> str:
     )
 
 
-def thinks(start: Opened, end: Opened) -> str:
+def reasoning_accuracy(start: Opened, end: Opened) -> str:
     """A thought, and how many of the new problems are right."""
     lines = read_lines(DATA / "eval_reason.jsonl")
     thought = answer(*end, [lines[0]["question"]], max_new_tokens=96)[0][0]
-    return f"> {lines[0]['question']}\n{thought}\n\n{solve(*end).told()}"
+    return f"> {lines[0]['question']}\n{thought}\n\n{solve(*end).describe()}"
 
 
 class Solved(NamedTuple):
@@ -85,7 +85,7 @@ class Solved(NamedTuple):
     greedy: int
     vote: int
 
-    def told(self) -> str:
+    def describe(self) -> str:
         right, by_vote = (with_error(count, self.problems) for count in (self.greedy, self.vote))
         return (
             f"Of {self.problems} new problems: form right {self.form / self.problems:.1%}, "

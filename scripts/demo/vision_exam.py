@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPImageProcessorPil
 
-from model.images import place_chat
+from model.images import prepare_chat
 from model.model_vlm import MiniMindVLM
 from scripts.demo.exam import left_padded
 from scripts.demo.scoring import is_right, normalise
@@ -28,7 +28,7 @@ def look(
     prompts = []
     for question in exam:
         content = [*(images_path / name for name in question["image"]), question["question"]]
-        prompts.append(place_chat(tokenizer, [{"role": "user", "content": content}], model.config, processor))
+        prompts.append(prepare_chat(tokenizer, [{"role": "user", "content": content}], model.config, processor))
     lengths = [prompt.input_ids.size(1) for prompt in prompts]
     by_length = sorted(range(len(exam)), key=lambda i: lengths[i])
     replies = [""] * len(exam)

@@ -20,7 +20,7 @@ from model.tokenizer import StreamDecoder
 from scripts.serving import schema as schema
 from scripts.serving.admission import read_request
 from scripts.serving.image_parts import read_turns
-from scripts.serving.requests import Served, Writing
+from scripts.serving.requests import RunningRequest, ServerState
 from scripts.serving.responses import (
     CompletionPrompt,
     chat_chunks,
@@ -68,20 +68,20 @@ def new_tokens(asked: int | None, usual: int | None = None) -> int | None:
     return usual if asked is None else None if asked == NO_LIMIT else asked
 
 
-async def chat_requests(served: Served, body: ChatRequest) -> list[engine.Request]:
+async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.Request]:
     """What a chat asks of the engine.
 
     Raises:
         ApiError: its messages cannot be read.
     """
-    turns = await asyncio.to_thread(read_turns, body.messages, served.place_images is not None, served.fetch)
+    turns = await asyncio.to_thread(read_turns, body.messages, server.place_images is not None, server.fetch)
     embeddings = None
     try:
         if any(isinstance(turn["content"], list) for turn in turns):
-            look = asyncio.get_running_loop().run_in_executor(served.looking, served.place_images, turns)
+            look = asyncio.get_running_loop().run_in_executor(server.looking, server.place_images, turns)
             prompt, embeddings = await look
         else:
-            prompt, _ = await asyncio.to_thread(render_chat, served.tokenizer, turns, add_generation_prompt=True)
+            prompt, _ = await asyncio.to_thread(render_chat, server.tokenizer, turns, add_generation_prompt=True)
     except ValueError as error:  # half a character; an image that is none
         raise ApiError(400, str(error), "messages") from error
     return choices(
@@ -109,7 +109,7 @@ def texts_or_ids(body: CompletionRequest) -> list[str] | list[list[int]]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-def completion_prompts(served: Served, body: CompletionRequest) -> list[CompletionPrompt]:
+def completion_prompts(server: ServerState, body: CompletionRequest) -> list[CompletionPrompt]:
     """A completion's prompts from texts or token ids.
 
     Raises:
@@ -118,13 +118,13 @@ def completion_prompts(served: Served, body: CompletionRequest) -> list[Completi
     several = texts_or_ids(body)
     if isinstance(several[0], str):
         try:
-            rendered = render_text(served.tokenizer, several)
+            rendered = render_text(server.tokenizer, several)
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
         return [CompletionPrompt(ids[:-1], text, 1) for ids, text in zip(rendered, several, strict=True)]
     prompts = []
     for ids in several:
-        decoder = StreamDecoder(served.thread.engine.token_bytes)
+        decoder = StreamDecoder(server.thread.engine.token_bytes)
         prompts.append(CompletionPrompt(ids, "".join(map(decoder.push, ids)) + decoder.flush(), 0))
     return prompts
 
@@ -132,7 +132,7 @@ def completion_prompts(served: Served, body: CompletionRequest) -> list[Completi
 # ------------------------------------------------------------------------------------------------------------- the app
 
 
-def make_app(served: Served, api_key: str | None = None, origins: Sequence[str] = ()) -> FastAPI:
+def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[str] = ()) -> FastAPI:
     """The app.
 
     Args:
@@ -153,7 +153,7 @@ def make_app(served: Served, api_key: str | None = None, origins: Sequence[str] 
             )
 
     async def is_open() -> None:
-        served.places.check_open()
+        server.places.check_open()
 
     def check_name(name: str | None) -> None:
         if name not in (None, NAME):
@@ -204,9 +204,9 @@ def make_app(served: Served, api_key: str | None = None, origins: Sequence[str] 
     async def chat_completions(http: Request):
         body = await read_request(http, ChatRequest)
         check_name(body.model)
-        with served.places.taking(body.n or 1):
-            requests = await chat_requests(served, body)
-            writing, first = Writing(served, requests, http, "messages"), head("chatcmpl")
+        with server.places.taking(body.n or 1):
+            requests = await chat_requests(server, body)
+            writing, first = RunningRequest(server, requests, http, "messages"), head("chatcmpl")
         if body.stream:
             chunks = chat_chunks(writing, body, first)
             return StreamingResponse(events(writing, chunks), media_type="text/event-stream")
@@ -216,10 +216,10 @@ def make_app(served: Served, api_key: str | None = None, origins: Sequence[str] 
     async def completions(http: Request):
         body = await read_request(http, CompletionRequest)
         check_name(body.model)
-        with served.places.taking(len(texts_or_ids(body)) * (body.n or 1)):
-            prompts = await asyncio.to_thread(completion_prompts, served, body)
+        with server.places.taking(len(texts_or_ids(body)) * (body.n or 1)):
+            prompts = await asyncio.to_thread(completion_prompts, server, body)
             requests = completion_requests(body, prompts)
-            writing, first = Writing(served, requests, http, "prompt"), head("cmpl")
+            writing, first = RunningRequest(server, requests, http, "prompt"), head("cmpl")
         if body.stream:
             chunks = completion_chunks(writing, body, first, prompts)
             return StreamingResponse(events(writing, chunks), media_type="text/event-stream")
@@ -232,14 +232,14 @@ def make_app(served: Served, api_key: str | None = None, origins: Sequence[str] 
     @app.get("/v1/models/{name}", dependencies=[Depends(known)], **documented(schema.Model))
     async def model(name: str):
         check_name(name)
-        return {"id": NAME, "object": "model", "created": served.created, "owned_by": NAME}
+        return {"id": NAME, "object": "model", "created": server.created, "owned_by": NAME}
 
     @app.get("/health", **documented(schema.Health))
     async def health():
-        served.places.check_open()
-        if served.thread.broken:
+        server.places.check_open()
+        if server.thread.broken:
             raise ApiError(503, "the device computes no more: start the server anew", code="broken")
-        engine = served.thread.engine
-        return {"status": "ok", "running": engine.running, "waiting": served.places.taken - engine.running}
+        engine = server.thread.engine
+        return {"status": "ok", "running": engine.running, "waiting": server.places.taken - engine.running}
 
     return app

@@ -107,7 +107,9 @@ def models_at(client) -> list[str]:
         raise UserError(f"{address} answers, but not as an OpenAI API: does it end in /v1?") from None
 
 
-def answer_parts(client, model: str, messages: list[dict], stream: bool = True, **wishes) -> Iterator[tuple[str, str]]:
+def answer_parts(
+    client, model: str, messages: list[dict], stream: bool = True, **sampling
+) -> Iterator[tuple[str, str]]:
     """Yield ("thinking" | "answer", text) as the server sends it; closing the iterator tells the server to stop.
 
     Args:
@@ -119,8 +121,8 @@ def answer_parts(client, model: str, messages: list[dict], stream: bool = True, 
         openai.APIError: whatever the server says, or that it does not answer.
         UserError: what it says is no answer.
     """
-    wishes = {name: value for name, value in wishes.items() if value is not None}
-    reply: Any = client.chat.completions.create(model=model, messages=messages, stream=stream, **wishes)
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    reply: Any = client.chat.completions.create(model=model, messages=messages, stream=stream, **sampling)
     nothing = True
     with reply if stream else contextlib.nullcontext():
         for chunk in reply if stream else [reply]:

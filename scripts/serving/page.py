@@ -118,7 +118,7 @@ class Settings:
 
     backend: object | None = None
     system: list[dict] = field(default_factory=list)
-    wishes: dict = field(default_factory=dict)
+    sampling: dict = field(default_factory=dict)
     history: int = 3
 
 
@@ -203,8 +203,10 @@ def side_bar(words: dict, args, vision: bool) -> Settings:
         longest = st.slider(words["longest"], 16, 4096, 512, 16, key="longest")
         seed = st.number_input(words["seed"], 0, 2**31 - 1, None, 1, help=words["seed_help"], key="seed")
         settings.history = st.slider(words["history"], 0, 20, 3, key="history")
-    settings.wishes = {"temperature": temperature, "top_p": top_p, "seed": seed}
-    settings.wishes |= {"max_tokens": longest} if remote else {"max_new_tokens": longest, "repetition_penalty": penalty}
+    settings.sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    settings.sampling |= (
+        {"max_tokens": longest} if remote else {"max_new_tokens": longest, "repetition_penalty": penalty}
+    )
     return settings
 
 
@@ -241,7 +243,7 @@ def ask(turn: Turn, settings: Settings) -> None:
     turns = st.session_state.turns
     earlier = turns[: turns.index(turn)]
     known = [message for old in earlier[max(0, len(earlier) - settings.history) :] for message in old.messages()]
-    turn.answer = Answer(settings.backend.parts(settings.system, [*known, turn.asked()], settings.wishes))
+    turn.answer = Answer(settings.backend.parts(settings.system, [*known, turn.asked()], settings.sampling))
 
 
 def draw_pictures(turn: Turn, words: dict) -> None:

@@ -93,7 +93,7 @@ class LocalModel:
         self._thread = EngineThread(Engine(model, tokenizer, slots=AT_ONCE))
         weakref.finalize(self, self._thread.close)
 
-    def parts(self, system: list[dict], turns: Sequence[dict], wishes: dict) -> Iterator[tuple[str, str]]:
+    def parts(self, system: list[dict], turns: Sequence[dict], sampling: dict) -> Iterator[tuple[str, str]]:
         """Yield ("thinking" | "answer", text) to show, and ("token" | "raw", text) of what the model writes itself.
 
         Args:
@@ -109,9 +109,9 @@ class LocalModel:
         from model.inference.request import Request
         from model.reasoning import ReasoningStream
 
-        ids, seen = self._prompt(system, list(turns), self.model.config.max_seq_len - wishes["max_new_tokens"])
+        ids, seen = self._prompt(system, list(turns), self.model.config.max_seq_len - sampling["max_new_tokens"])
         pieces, reader = queue.SimpleQueue(), ReasoningStream()
-        answer = self._thread.submit(Request(prompt=ids, embeddings=seen, **wishes), pieces.put)
+        answer = self._thread.submit(Request(prompt=ids, embeddings=seen, **sampling), pieces.put)
         try:
             ended = None
             while ended is None:
@@ -127,10 +127,10 @@ class LocalModel:
     def _prompt(self, system: list[dict], turns: list[dict], room: int):
         """Ids, and for pictures in them the embeddings, else None."""
         from model.chat import fit_history, render_text
-        from model.images import place_chat, prompt_embeddings
+        from model.images import prepare_chat, prompt_embeddings
 
         if self.processor is not None:
-            prompt = place_chat(self.tokenizer, [*system, *turns], self.model.config, self.processor, room)
+            prompt = prepare_chat(self.tokenizer, [*system, *turns], self.model.config, self.processor, room)
             return prompt.input_ids[0].tolist(), prompt_embeddings(self.model, prompt)
         if self.pretrained:
             return render_text(self.tokenizer, [turns[-1]["content"]])[0][:-1], None
@@ -143,13 +143,13 @@ class RemoteModel:
     def __init__(self, client, name: str):
         self.client, self.name = client, name
 
-    def parts(self, system: list[dict], turns: Sequence[dict], wishes: dict) -> Iterator[tuple[str, str]]:
+    def parts(self, system: list[dict], turns: Sequence[dict], sampling: dict) -> Iterator[tuple[str, str]]:
         """As `LocalModel.parts`; wishes are of the chat completions API."""
         from model.reasoning import ReasoningStream
 
         messages = [*system, *({**turn, "content": _as_parts(turn["content"])} for turn in turns)]
         reader = ReasoningStream()  # for servers that leave the tags in
-        for part, text in answer_parts(self.client, self.name, messages, **wishes):
+        for part, text in answer_parts(self.client, self.name, messages, **sampling):
             if part == "thinking":
                 yield part, text
             else:

@@ -26,7 +26,7 @@ FAILURES = {  # status, message, param, code of answers that did not come to the
 
 
 @dataclass
-class Served:
+class ServerState:
     """The model that is served, and what it has to do.
 
     Args:
@@ -81,7 +81,7 @@ class Served:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
 
 
-class Writing:
+class RunningRequest:
     """The answers to one HTTP request while they are written. A client that goes away ends them, and so does a failure
     of one of them.
 
@@ -93,8 +93,8 @@ class Writing:
         ApiError: one of the requests cannot be done.
     """
 
-    def __init__(self, served: Served, requests: Sequence[engine.Request], http: Request, param: str):
-        self.served = served
+    def __init__(self, server: ServerState, requests: Sequence[engine.Request], http: Request, param: str):
+        self.server = server
         self._check(requests, param)
         self._arrived: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
@@ -102,30 +102,30 @@ class Writing:
         self._given_up = False
         try:
             for index, request in enumerate(requests):
-                self.answers.append(served.thread.submit(request, partial(self._deliver, index)))
+                self.answers.append(server.thread.submit(request, partial(self._deliver, index)))
         except BaseException:
             self._given_up = True
             self.cancel()
             raise
         self._unfinished = len(self.answers)
-        served.unfinished |= set(self.answers)
+        server.unfinished |= set(self.answers)
         self._watcher = asyncio.create_task(self._watch(http))
 
     def _check(self, requests: Sequence[engine.Request], param: str) -> None:
-        served = self.served
-        if served.places.closed:
+        server = self.server
+        if server.places.closed:
             raise ApiError(*FAILURES["cancelled"])
         for request in requests:
-            if len(request.prompt) + (request.max_new_tokens != 0) > served.context:
+            if len(request.prompt) + (request.max_new_tokens != 0) > server.context:
                 raise ApiError(
                     400,
-                    f"the prompt has {len(request.prompt)} tokens, and the model's context of {served.context} "
+                    f"the prompt has {len(request.prompt)} tokens, and the model's context of {server.context} "
                     "must hold it and an answer: shorten it",
                     param,
                     "context_length_exceeded",
                 )
             try:
-                served.thread.engine.check(request)
+                server.thread.engine.check(request)
             except ValueError as error:
                 raise ApiError(400, str(error), param) from error  # the schema has looked at the settings
 
@@ -138,7 +138,7 @@ class Writing:
             return
         self._arrived.put_nowait((index, piece))
         if piece.finish_reason:
-            self.served.end(self.answers[index])
+            self.server.end(self.answers[index])
             self._unfinished -= 1
             if not self._unfinished:
                 self._watcher.cancel()
@@ -151,7 +151,7 @@ class Writing:
     def cancel(self) -> None:
         for answer in self.answers:
             if answer.finish_reason is None:
-                self.served.thread.cancel(answer)
+                self.server.thread.cancel(answer)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
         """What arrives, until all answers have ended: (index, piece). Pieces that arrived together are joined.

@@ -8,7 +8,7 @@ from model.inference.answer import Answer
 from model.inference.request import Token
 from model.reasoning import ReasoningStream, split_reasoning
 from model.tokenizer import StreamDecoder
-from scripts.serving.requests import Served, Writing
+from scripts.serving.requests import RunningRequest, ServerState
 from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
 
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
@@ -44,11 +44,11 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-def chat_logprobs(served: Served, tokens: Sequence[Token]) -> dict:
+def chat_logprobs(server: ServerState, tokens: Sequence[Token]) -> dict:
     """The form in which chats give log-probabilities."""
 
     def entry(token: int, logprob: float) -> dict:
-        text, raw = served.spelling(token)
+        text, raw = server.spelling(token)
         return {"token": text, "logprob": finite(logprob), "bytes": raw}
 
     return {
@@ -59,17 +59,17 @@ def chat_logprobs(served: Served, tokens: Sequence[Token]) -> dict:
     }
 
 
-def completion_logprobs(served: Served, tokens: Sequence[Token], offset: int) -> dict:
+def completion_logprobs(server: ServerState, tokens: Sequence[Token], offset: int) -> dict:
     """The form in which completions give log-probabilities; `offset` is where the first token's text begins."""
-    offsets, decoder = [], StreamDecoder(served.thread.engine.token_bytes)
+    offsets, decoder = [], StreamDecoder(server.thread.engine.token_bytes)
     for token in tokens:
         offsets.append(offset)
         offset += len(decoder.push(token.id))
     return {
-        "tokens": [served.spelling(token.id)[0] for token in tokens],
+        "tokens": [server.spelling(token.id)[0] for token in tokens],
         "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
         "top_logprobs": [
-            None if token.logprob is None else {served.spelling(i)[0]: finite(value) for i, value in token.top}
+            None if token.logprob is None else {server.spelling(i)[0]: finite(value) for i, value in token.top}
             for token in tokens
         ],
         "text_offset": offsets,
@@ -81,7 +81,7 @@ def event(content: dict | str) -> str:
     return f"data: {content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-async def events(writing: Writing, chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
+async def events(writing: RunningRequest, chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
     """Chunks as events; an error in the middle is one too."""
     try:
         async for chunk in chunks:
@@ -93,9 +93,9 @@ async def events(writing: Writing, chunks: AsyncIterator[dict]) -> AsyncIterator
         writing.cancel()
 
 
-async def chat_chunks(writing: Writing, body: ChatRequest, head: dict) -> AsyncIterator[dict]:
+async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) -> AsyncIterator[dict]:
     """A chat's answers chunk by chunk."""
-    served = writing.served
+    server = writing.server
     head = head | {"object": "chat.completion.chunk"}
     counted = bool(body.stream_options and body.stream_options.include_usage)
     if counted:
@@ -109,9 +109,9 @@ async def chat_chunks(writing: Writing, body: ChatRequest, head: dict) -> AsyncI
     for index in range(len(parts)):
         yield chunk(index, {"role": "assistant", "content": ""})
     async for index, piece in writing.pieces():
-        logprobs = chat_logprobs(served, piece.tokens) if body.logprobs and piece.tokens else None
+        logprobs = chat_logprobs(server, piece.tokens) if body.logprobs and piece.tokens else None
         deltas = [{"content": piece.text}] if piece.text or logprobs else []
-        if served.reasoning:
+        if server.reasoning:
             told = parts[index].push(piece.text) + (parts[index].flush() if piece.finish_reason else [])
             names = {"thinking": "reasoning_content", "answer": "content"}
             deltas = [{names[part]: text} for part, text in told] or ([{"content": ""}] if logprobs else [])
@@ -124,16 +124,16 @@ async def chat_chunks(writing: Writing, body: ChatRequest, head: dict) -> AsyncI
         yield head | {"choices": [], "usage": usage(writing.answers, [writing.answers[0].request.prompt])}
 
 
-async def whole_chat(writing: Writing, body: ChatRequest, head: dict) -> dict:
+async def whole_chat(writing: RunningRequest, body: ChatRequest, head: dict) -> dict:
     """A chat's answers at once."""
-    served, reasons = writing.served, await writing.finish()
+    server, reasons = writing.server, await writing.finish()
     said = []
     for index, (answer, reason) in enumerate(zip(writing.answers, reasons, strict=True)):
         message = {"role": "assistant", "content": answer.text}
-        if served.reasoning:
+        if server.reasoning:
             thinking, text = split_reasoning(answer.text)
             message |= {"content": text, "reasoning_content": thinking}
-        logprobs = chat_logprobs(served, answer.tokens) if body.logprobs else None
+        logprobs = chat_logprobs(server, answer.tokens) if body.logprobs else None
         said.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
     counted = usage(writing.answers, [writing.answers[0].request.prompt])
     return head | {"object": "chat.completion", "choices": said, "usage": counted}
@@ -142,7 +142,7 @@ async def whole_chat(writing: Writing, body: ChatRequest, head: dict) -> dict:
 class CompletionText:
     """The text and log-probabilities of completions, piece by piece, with their prompts where they are echoed."""
 
-    def __init__(self, writing: Writing, body: CompletionRequest, prompts: list[CompletionPrompt]):
+    def __init__(self, writing: RunningRequest, body: CompletionRequest, prompts: list[CompletionPrompt]):
         self.writing, self.body = writing, body
         each = len(writing.answers) // len(prompts)
         self.prompts = [prompt for prompt in prompts for _ in range(each)]
@@ -162,7 +162,7 @@ class CompletionText:
             return text, None
         if last and answer.end_token:  # evaluation tools count on max_tokens tokens behind the prompt's, or an end
             tokens = [*tokens, answer.end_token]
-        return text, completion_logprobs(self.writing.served, tokens, offset)
+        return text, completion_logprobs(self.writing.server, tokens, offset)
 
 
 async def completion_chunks(writing, body: CompletionRequest, head: dict, prompts) -> AsyncIterator[dict]:

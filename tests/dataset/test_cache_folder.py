@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from dataset import cache_folder, locks
-from dataset.cache_folder import cache_roots, digest, find_cache, hold, in_use, open_cache, remove_cache
+from dataset.cache_folder import cache_roots, find_cache, hold, in_use, open_cache, remove_cache, short_hash
 from dataset.jsonl import DataError
 from tests.running import PATIENCE
 
 fork = multiprocessing.get_context("fork")
-STATE, OTHER_STATE = digest(["one"]), digest(["other"])
-NAME = f"text-{digest([])}"
+STATE, OTHER_STATE = short_hash(["one"]), short_hash(["other"])
+NAME = f"text-{short_hash([])}"
 
 
 class Value:
@@ -204,7 +204,7 @@ class TestUse:
 class TestOtherStates:
     def test_they_go_when_the_next_is_built_unless_they_are_in_use(self, source, root):
         open_cache(source, STATE, NAME, Value, build)
-        used = open_cache(source, STATE, f"chat-{digest([1])}", Value, build)
+        used = open_cache(source, STATE, f"chat-{short_hash([1])}", Value, build)
         new = open_cache(source, OTHER_STATE, NAME, Value, build)
         assert folders(root) == {used.folder.name, new.folder.name}
 

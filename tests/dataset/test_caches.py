@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset.cache_folder import digest, hold, in_use, open_cache
+from dataset.cache_folder import hold, in_use, open_cache, short_hash
 from dataset.caches import caches_in, free, human_size, limit_caches, places_in
 
-STATE = digest(["one"])
+STATE = short_hash(["one"])
 
 
 class Value:
@@ -34,7 +34,7 @@ def make(tmp_path, monkeypatch):
         value = open_cache(
             source,
             state,
-            f"{kind}-{digest([name])}",
+            f"{kind}-{short_hash([name])}",
             Value,
             lambda folder: (folder / "values").write_bytes(bytes(1000)),
         )
@@ -117,7 +117,7 @@ class TestLimit:
         (elsewhere / "a").write_text("{}")
         elsewhere.chmod(0o555)
 
-        open_cache(elsewhere / "a", STATE, f"text-{digest([])}", Value, build)
+        open_cache(elsewhere / "a", STATE, f"text-{short_hash([])}", Value, build)
         (tmp_path / "data").chmod(0o755)
         make("b", 1)
         limit_caches([tmp_path / "data" / "b"], 1)

@@ -9,7 +9,7 @@ import torch
 
 from dataset import DataError, DPODataset, StepLoader
 from model.chat import DEFAULT_SYSTEM_PROMPT
-from model.loss import IGNORED
+from model.loss import IGNORE_INDEX
 from tests.conftest import write_jsonl
 
 
@@ -39,8 +39,8 @@ def samples(row):
     return [(row["input_ids"][a:b], row["labels"][a:b]) for a, b in pairwise(starts)]
 
 
-def learned(tokenizer, row):
-    return [tokenizer.decode(labels[labels != IGNORED]) for _, labels in samples(row)]
+def targets(tokenizer, row):
+    return [tokenizer.decode(labels[labels != IGNORE_INDEX]) for _, labels in samples(row)]
 
 
 def test_the_answers_are_learned_side_by_side(pairs, tiny_tokenizer):
@@ -48,16 +48,16 @@ def test_the_answers_are_learned_side_by_side(pairs, tiny_tokenizer):
     texts = [tiny_tokenizer.decode(ids) for ids, _ in samples(row)]
     prompt = "<s>system\nBe brief.</s>\n<s>user\nWhat is 2 + 2?</s>\n<s>assistant\n"
     assert texts == [prompt + "It is 4.</s>\n", prompt + "It is 5, I think.</s>\n"]
-    assert learned(tiny_tokenizer, row) == ["It is 4.</s>", "It is 5, I think.</s>"]
+    assert targets(tiny_tokenizer, row) == ["It is 4.</s>", "It is 5, I think.</s>"]
 
 
 def test_what_both_chats_share_is_not_learned(pairs, tiny_tokenizer):
     history = ("Hello", "Hi!", "Are you well?", "Yes.")
     (row,) = pairs(pair("Tell me more", "With pleasure.", "No.", *history))
-    assert learned(tiny_tokenizer, row) == ["With pleasure.</s>", "No.</s>"]
+    assert targets(tiny_tokenizer, row) == ["With pleasure.</s>", "No.</s>"]
     longer = {"chosen": turns("Q", "A", "Q2", "A2"), "rejected": turns("Q", "B")}
     (row,) = pairs(longer)
-    assert learned(tiny_tokenizer, row) == ["A</s>A2</s>", "B</s>"]
+    assert targets(tiny_tokenizer, row) == ["A</s>A2</s>", "B</s>"]
 
 
 def answer(text, **more):
@@ -94,7 +94,7 @@ def test_the_prompt_comes_in_front_of_both(pairs, tiny_tokenizer, record, system
     prompt = first + "<s>user\nBefore</s>\n<s>assistant\nYes.</s>\n<s>user\nHi</s>\n<s>assistant\n"
     texts = [tiny_tokenizer.decode(ids) for ids, _ in samples(row)]
     assert texts == [prompt + "Hello</s>\n", prompt + "Go away</s>\n"]
-    assert learned(tiny_tokenizer, row) == ["Hello</s>", "Go away</s>"]
+    assert targets(tiny_tokenizer, row) == ["Hello</s>", "Go away</s>"]
 
 
 def test_a_prompt_may_be_a_text(pairs, tiny_tokenizer):
@@ -111,7 +111,7 @@ def test_thoughts_and_weights_are_those_of_the_line(pairs, tiny_tokenizer):
     data = pairs({"chosen": chosen, "rejected": [*unlearned, answer("D"), *turns("S"), answer("E")], "id": 7})
     (row,) = data
     thought = "<think>\nT\n</think>\n<answer>\nB\n</answer></s>"
-    assert learned(tiny_tokenizer, row) == [thought, "D</s>E</s>"]
+    assert targets(tiny_tokenizer, row) == [thought, "D</s>E</s>"]
     assert data.summary.endswith(", ignored keys: id 1")
 
 
@@ -123,7 +123,7 @@ def test_pairs_stay_together(pairs, tiny_tokenizer, packing):
     seen = []
     for row in data:
         assert len(row["input_ids"]) <= 512
-        answers = learned(tiny_tokenizer, row)
+        answers = targets(tiny_tokenizer, row)
         seen += zip(answers[::2], answers[1::2], strict=True)
     assert sorted(seen) == sorted((f"{2 * n}</s>", f"{3 * n + 1} or more</s>") for n in range(30))
     assert len(data) == 30 if not packing else len(data) < 25
@@ -229,4 +229,4 @@ def test_the_real_file(shared, tmp_path, tiny_tokenizer):
     data = DPODataset(tmp_path / "dpo.jsonl", tiny_tokenizer, max_seq_len=1024, packing=False)
     for row, line in zip(data, map(json.loads, lines), strict=True):
         expected = [line[side][-1]["content"] + "</s>" for side in ("chosen", "rejected")]
-        assert learned(tiny_tokenizer, row) == expected
+        assert targets(tiny_tokenizer, row) == expected

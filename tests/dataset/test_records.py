@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from dataset.jsonl import BadRecord
-from dataset.records import chat_of, pair_of, picture_chat_of, question_of, text_of
+from dataset.records import parse_chat, parse_image_chat, parse_pair, parse_question, parse_text
 
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -28,12 +28,12 @@ def refusal(parse, record) -> str:
 @pytest.mark.parametrize(
     ("parse", "record"),
     [
-        (text_of, {"text": "t"}),
-        (chat_of, CHAT),
-        (picture_chat_of, CHAT | {"image": None}),
-        (pair_of, PAIR),
-        (question_of, {"question": "q"}),
-        (question_of, {"conversations": [Q]}),
+        (parse_text, {"text": "t"}),
+        (parse_chat, CHAT),
+        (parse_image_chat, CHAT | {"image": None}),
+        (parse_pair, PAIR),
+        (parse_question, {"question": "q"}),
+        (parse_question, {"conversations": [Q]}),
     ],
 )
 def test_what_means_nothing_is_counted_by_name(parse, record):
@@ -47,9 +47,9 @@ def test_what_means_nothing_is_counted_by_name(parse, record):
 
 def test_keys_of_turns_are_counted_apart():
     turns = [Q | {"name": "Ann", "id": 1}, A | {"name": "Bob"}]
-    assert read(chat_of, {"conversations": turns, "id": 7}) == ([Q, A], {"name (turn)": 2, "id (turn)": 1, "id": 1})
+    assert read(parse_chat, {"conversations": turns, "id": 7}) == ([Q, A], {"name (turn)": 2, "id (turn)": 1, "id": 1})
     pair = {"prompt": [turns[0]], "chosen": [turns[1]], "rejected": "b"}
-    assert read(pair_of, pair)[1] == {"name (turn)": 2, "id (turn)": 1}
+    assert read(parse_pair, pair)[1] == {"name (turn)": 2, "id (turn)": 1}
 
 
 TOOLS = "the use of tools is not learned here"
@@ -66,7 +66,9 @@ TOOLS = "the use of tools is not learned here"
         ("audio", "text and pictures are all that is learned here"),
     ],
 )
-@pytest.mark.parametrize(("parse", "record"), [(chat_of, CHAT), (pair_of, PAIR), (question_of, {"question": "q"})])
+@pytest.mark.parametrize(
+    ("parse", "record"), [(parse_chat, CHAT), (parse_pair, PAIR), (parse_question, {"question": "q"})]
+)
 def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason):
     assert refusal(parse, record | {key: ["x"]}) == f'the key "{key}" is refused: {reason}'
     for empty in (None, "", [], {}):
@@ -104,10 +106,10 @@ def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason
 )
 def test_an_answer_that_is_not_what_it_says_is_refused(more, reason):
     for turns in ([Q, A | more], [Q, A | more, Q, A]):
-        assert refusal(chat_of, {"conversations": turns}).startswith(f'turn 2 of "conversations": {reason}')
+        assert refusal(parse_chat, {"conversations": turns}).startswith(f'turn 2 of "conversations": {reason}')
     if more.get("role") != "system":
         with_pair = {"prompt": "q", "chosen": "b", "rejected": [A | more]}
-        assert refusal(pair_of, with_pair).startswith(f'turn 1 of "rejected": {reason}')
+        assert refusal(parse_pair, with_pair).startswith(f'turn 1 of "rejected": {reason}')
 
 
 @pytest.mark.parametrize(
@@ -121,22 +123,22 @@ def test_an_answer_that_is_not_what_it_says_is_refused(more, reason):
     ],
 )
 def test_a_question_cannot_be_learned_nor_thought(more, reason):
-    assert refusal(chat_of, {"conversations": [Q | more, A]}).startswith(f'turn 1 of "conversations": {reason}')
+    assert refusal(parse_chat, {"conversations": [Q | more, A]}).startswith(f'turn 1 of "conversations": {reason}')
 
 
 def test_a_weight_of_0_leaves_an_answer_out_of_what_is_learned():
     for said in ({"weight": 0}, {"train": False}, {"weight": 0.0, "train": False}, {"weight": 0, "train": None}):
-        chat, ignored = read(chat_of, {"conversations": [Q | said, A | said, Q, A]})
+        chat, ignored = read(parse_chat, {"conversations": [Q | said, A | said, Q, A]})
         assert chat == [Q, A | {"weight": 0}, Q, A]
         assert not ignored
-        told = refusal(chat_of, {"conversations": [Q, A | said]})
+        told = refusal(parse_chat, {"conversations": [Q, A | said]})
         assert told == '"conversations" has no answer of the assistant to learn from: each has "weight" 0'
     for said in ({"weight": 1}, {"train": True}, {"weight": 1.0, "train": True}, {"weight": None}):
-        assert read(chat_of, {"conversations": [Q, A | said]}) == ([Q, A], {})
-    assert read(chat_of, {"conversations": [Q, A | {"content": "", "weight": 0}, A]})[0][1]["content"] == ""
+        assert read(parse_chat, {"conversations": [Q, A | said]}) == ([Q, A], {})
+    assert read(parse_chat, {"conversations": [Q, A | {"content": "", "weight": 0}, A]})[0][1]["content"] == ""
 
 
-@pytest.mark.parametrize("parse", [chat_of, picture_chat_of])
+@pytest.mark.parametrize("parse", [parse_chat, parse_image_chat])
 def test_a_thought_stands_in_the_tags_of_the_reasoning_stage(parse):
     turns = [
         Q,
@@ -147,7 +149,7 @@ def test_a_thought_stands_in_the_tags_of_the_reasoning_stage(parse):
         A | {"reasoning_content": " \n"},
     ]
     chat = parse({"conversations": turns}, Counter())
-    chat = chat[1] if parse is picture_chat_of else chat
+    chat = chat[1] if parse is parse_image_chat else chat
     assert [turn["content"] for turn in chat[1::2]] == [
         "<think>\n one\ntwo \n</think>\n<answer>\na\n</answer>",
         "a",
@@ -155,13 +157,13 @@ def test_a_thought_stands_in_the_tags_of_the_reasoning_stage(parse):
     ]
 
 
-@pytest.mark.parametrize("parse", [chat_of, picture_chat_of, question_of])
+@pytest.mark.parametrize("parse", [parse_chat, parse_image_chat, parse_question])
 def test_the_system_prompt_of_a_line_is_its_system_turn(parse):
     def chat(record):
         found = parse(record, Counter())
-        return found[1] if parse is picture_chat_of else found
+        return found[1] if parse is parse_image_chat else found
 
-    turns = [Q, A] if parse is not question_of else [Q]
+    turns = [Q, A] if parse is not parse_question else [Q]
     assert chat({"system": "s", "conversations": turns}) == [SYSTEM, *turns]
     assert chat({"system": "s", "conversations": [SYSTEM, *turns]}) == [SYSTEM, *turns]
     assert chat({"system": "", "conversations": turns}) == [SYSTEM | {"content": ""}, *turns]
@@ -174,23 +176,25 @@ def test_the_system_prompt_of_a_line_is_its_system_turn(parse):
 def test_a_prompt_beside_a_chat_may_only_repeat_its_beginning():
     chat = [SYSTEM, Q, A]
     for prompt in ("q", [Q], [SYSTEM, Q], None):
-        assert read(chat_of, {"prompt": prompt, "conversations": chat}) == (chat, {})
+        assert read(parse_chat, {"prompt": prompt, "conversations": chat}) == (chat, {})
     for prompt in ("p", [Q, A, Q], [SYSTEM | {"content": "t"}, Q]):
-        told = refusal(chat_of, {"prompt": prompt, "conversations": chat})
+        told = refusal(parse_chat, {"prompt": prompt, "conversations": chat})
         assert told == 'the key "prompt" is refused: "conversations" does not begin with it'
 
 
 def test_what_is_asked_of_a_chat_ends_with_its_last_question():
     turns = [Q, A | {"weight": 0}, Q, A, A | {"content": ""}]
-    assert read(question_of, {"conversations": turns}) == (turns[:3], {"turns after the question": 2})
-    assert read(question_of, {"question": "q", "system": "s", "answer": "a"}) == ([SYSTEM, Q], {"answer": 1})
-    told = refusal(question_of, {"question": "q", "conversations": [Q]})
+    assert read(parse_question, {"conversations": turns}) == (turns[:3], {"turns after the question": 2})
+    assert read(parse_question, {"question": "q", "system": "s", "answer": "a"}) == ([SYSTEM, Q], {"answer": 1})
+    told = refusal(parse_question, {"question": "q", "conversations": [Q]})
     assert told == 'the key "conversations" is refused: a second question, beside "question"'
-    assert refusal(question_of, {"conversations": [Q, A | {"content": ""}, Q]}).startswith('turn 2 of "conversations"')
-    assert refusal(question_of, {"conversations": [A]}) == "there is no question in it"
+    assert refusal(parse_question, {"conversations": [Q, A | {"content": ""}, Q]}).startswith(
+        'turn 2 of "conversations"'
+    )
+    assert refusal(parse_question, {"conversations": [A]}) == "there is no question in it"
 
 
 def test_pictures_are_named_by_image_alone():
     record = {"image": "a.jpg", "conversations": [Q | {"content": "<image>"}, A]}
-    assert read(picture_chat_of, record)[0][0] == ["a.jpg"]
-    assert refusal(picture_chat_of, record | {"images": ["b.jpg"]}).endswith('the pictures are named by "image"')
+    assert read(parse_image_chat, record)[0][0] == ["a.jpg"]
+    assert refusal(parse_image_chat, record | {"images": ["b.jpg"]}).endswith('the pictures are named by "image"')

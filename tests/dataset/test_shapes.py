@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from dataset.jsonl import DataError, JsonlReader
-from dataset.records import chat_of, pair_of, question_of, text_of
+from dataset.records import parse_chat, parse_pair, parse_question, parse_text
 
 CHAT = {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
 LINE = json.dumps(CHAT)
@@ -50,7 +50,7 @@ CONTAINERS = {
 def test_a_file_that_has_no_lines_is_told_whether_or_not_bad_lines_are_skipped(tmp_path, shape, skip):
     CONTAINERS[shape](path := tmp_path / "data.jsonl")
     with pytest.raises(DataError) as error:
-        list(JsonlReader(path, chat_of, skip))
+        list(JsonlReader(path, parse_chat, skip))
     assert str(error.value).startswith(f"{path} is {shape}")
     assert "\n" not in str(error.value)
 
@@ -69,7 +69,7 @@ FIRST_LINES = [
 def test_what_the_first_line_shows_of_a_file_is_told(tmp_path, name, content, shape, skip):
     (path := tmp_path / name).write_text(content)
     with pytest.raises(DataError) as error:
-        list(JsonlReader(path, text_of, skip))
+        list(JsonlReader(path, parse_text, skip))
     assert "line 1: not valid JSON (" in str(error.value)
     assert f"; the file seems to be {shape}" in str(error.value)
     assert ("has no good line; " in str(error.value)) == skip
@@ -78,27 +78,27 @@ def test_what_the_first_line_shows_of_a_file_is_told(tmp_path, name, content, sh
 def test_a_first_line_that_is_bad_can_be_skipped(tmp_path):
     for bad in ("# a comment", "text,label", "{", '["text"]', '"text"'):
         (path := tmp_path / "data.jsonl").write_text(f'{bad}\n{{"text": "a"}}\n')
-        reader = JsonlReader(path, text_of, skip_bad_lines=True)
+        reader = JsonlReader(path, parse_text, skip_bad_lines=True)
         assert list(reader) == ["a"]
         assert reader.bad_lines == 1
 
 
 SHAREGPT = 'ShareGPT\'s form: name "from" "role" (human: user, gpt: assistant) and "value" "content"'
 FOREIGN = [
-    (chat_of, {"messages": CHAT["conversations"]}, 'OpenAI\'s form: name "messages" "conversations"'),
-    (chat_of, {"conversations": [{"from": "human", "value": "Hi"}]}, SHAREGPT),
-    (chat_of, {"messages": [{"from": "human", "value": "Hi"}]}, SHAREGPT),
-    (chat_of, {"instruction": "Add", "input": "2 2", "output": "4"}, "Alpaca's form: make instruction and input a"),
-    (chat_of, {"conversation": CHAT["conversations"]}, 'name "conversation" "conversations"'),
-    (chat_of, {"prompt": "p", "completion": "c"}, "a prompt with its answer: make them a user's and"),
-    (chat_of, {"question": "p", "answer": "c"}, "a question with its answer: make them a user's and"),
-    (chat_of, {"prompt": "p", "chosen": "c", "rejected": "r"}, "preferences, which train_dpo.py learns"),
-    (chat_of, {"text": "t"}, "a plain text, which train_pretrain.py learns"),
-    (text_of, CHAT, "a chat, which train_full_sft.py learns"),
-    (text_of, {"instruction": "Add", "output": "4"}, "Alpaca's form"),
-    (pair_of, CHAT, "a chat, which train_full_sft.py learns"),
-    (question_of, {"messages": CHAT["conversations"]}, "OpenAI's form"),
-    (text_of, {"body": "t"}, None),
+    (parse_chat, {"messages": CHAT["conversations"]}, 'OpenAI\'s form: name "messages" "conversations"'),
+    (parse_chat, {"conversations": [{"from": "human", "value": "Hi"}]}, SHAREGPT),
+    (parse_chat, {"messages": [{"from": "human", "value": "Hi"}]}, SHAREGPT),
+    (parse_chat, {"instruction": "Add", "input": "2 2", "output": "4"}, "Alpaca's form: make instruction and input a"),
+    (parse_chat, {"conversation": CHAT["conversations"]}, 'name "conversation" "conversations"'),
+    (parse_chat, {"prompt": "p", "completion": "c"}, "a prompt with its answer: make them a user's and"),
+    (parse_chat, {"question": "p", "answer": "c"}, "a question with its answer: make them a user's and"),
+    (parse_chat, {"prompt": "p", "chosen": "c", "rejected": "r"}, "preferences, which train_dpo.py learns"),
+    (parse_chat, {"text": "t"}, "a plain text, which train_pretrain.py learns"),
+    (parse_text, CHAT, "a chat, which train_full_sft.py learns"),
+    (parse_text, {"instruction": "Add", "output": "4"}, "Alpaca's form"),
+    (parse_pair, CHAT, "a chat, which train_full_sft.py learns"),
+    (parse_question, {"messages": CHAT["conversations"]}, "OpenAI's form"),
+    (parse_text, {"body": "t"}, None),
 ]
 
 

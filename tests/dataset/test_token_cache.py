@@ -18,7 +18,7 @@ import pytest
 from dataset import token_cache
 from dataset.cache_folder import state_of
 from dataset.jsonl import DataError
-from dataset.records import text_of
+from dataset.records import parse_text
 from dataset.token_cache import open_token_cache, sha256_of
 from model.chat import render_text
 from tests.conftest import SENTENCES, write_jsonl
@@ -46,7 +46,9 @@ def data(tmp_path):
 def open_it(data, tiny_tokenizer):
     """Open the cache of `data`, with what is given instead of the usual."""
 
-    def open_cache(path=data, tokenizer=tiny_tokenizer, kind="text", parse=text_of, encode=None, skip_bad_lines=False):
+    def open_cache(
+        path=data, tokenizer=tiny_tokenizer, kind="text", parse=parse_text, encode=None, skip_bad_lines=False
+    ):
         return open_token_cache(path, tokenizer, kind, parse, encode or real(tokenizer), skip_bad_lines)
 
     return open_cache
@@ -69,7 +71,7 @@ def test_samples_come_back_whole_and_in_part(open_it, tiny_tokenizer):
     assert len(cache) == 30
     assert samples_in(cache) == expected
     assert cache.ids(3, 2, 4).tolist() == expected[3][2:6]
-    assert cache.learned(3, 2, 4).tolist() == [True] * 4
+    assert cache.targets(3, 2, 4).tolist() == [True] * 4
     assert cache.first_target.tolist() == [1] * 30
     assert (cache.bad_lines, cache.told, cache.ignored, cache.note(0)) == (0, [], {}, None)
 
@@ -90,13 +92,15 @@ def test_masks_and_large_ids_of_any_length_come_back(data, vocabulary):
             return vocabulary
 
     # two samples a line, batch after batch, as preference pairs have
-    cache = open_token_cache(data, Tokenizer(), "pairs", text_of, lambda texts: [next(given) for _ in (*texts, *texts)])
+    cache = open_token_cache(
+        data, Tokenizer(), "pairs", parse_text, lambda texts: [next(given) for _ in (*texts, *texts)]
+    )
 
     assert samples_in(cache) == ids
     for n, mask in enumerate(masks):
-        assert cache.learned(n, 0, len(mask)).tolist() == mask
-        assert all(cache.learned(n, k, len(mask) - k).tolist() == mask[k:] for k in range(len(mask)))
-        later = [k for k, learned in enumerate(mask) if learned and k]
+        assert cache.targets(n, 0, len(mask)).tolist() == mask
+        assert all(cache.targets(n, k, len(mask) - k).tolist() == mask[k:] for k in range(len(mask)))
+        later = [k for k, targets in enumerate(mask) if targets and k]
         assert cache.first_target[n] == (later[0] if later else len(mask))
 
 
@@ -215,12 +219,12 @@ def test_a_damaged_cache_is_made_again(open_it, capsys, name, change):
         return [([1, 5, 2], [False, True, True], {"length": len(text)}) for text in texts]
 
     cache = open_it(encode=noted)
-    before = [(samples_in(cache)[n], cache.learned(n, 0, 3).tolist(), cache.note(n)) for n in range(len(cache))]
+    before = [(samples_in(cache)[n], cache.targets(n, 0, 3).tolist(), cache.note(n)) for n in range(len(cache))]
     path = cache.folder / f"{name}.bin"
     del cache
     change(path)
     cache = open_it(encode=noted)
-    assert [(samples_in(cache)[n], cache.learned(n, 0, 3).tolist(), cache.note(n)) for n in range(len(cache))] == before
+    assert [(samples_in(cache)[n], cache.targets(n, 0, 3).tolist(), cache.note(n)) for n in range(len(cache))] == before
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{name}.bin" in line
     assert "it is made again" in line

@@ -46,7 +46,7 @@ def open_lines(tmp_path, images_path, clip_dir, tiny_tokenizer):
     return open_them
 
 
-def pieces_of(row: dict, tokenizer) -> list[str]:
+def make_pieces(row: dict, tokenizer) -> list[str]:
     """The row as text, an image's places as one '#', and what is learned in brackets."""
     text, image_left = [], 0
     for token, is_image, label in zip(row["input_ids"], row["image_mask"], row["labels"], strict=True):
@@ -65,7 +65,7 @@ def pieces_of(row: dict, tokenizer) -> list[str]:
 
 
 def written(row: dict, tokenizer) -> str:
-    text = "".join(pieces_of(row, tokenizer)).replace("][", "")
+    text = "".join(make_pieces(row, tokenizer)).replace("][", "")
     return text.split("</s>\n", 1)[1]  # without the default system turn
 
 
@@ -115,7 +115,7 @@ class TestRows:
             {"role": "assistant", "reasoning_content": "Red.", "content": "2", "train": True},
         ]
         dataset = open_lines([{"id": 1, "system": "s", "image": "red.png", "conversations": turns}], packing=False)
-        assert "".join(pieces_of(dataset[0], tiny_tokenizer)).replace("][", "") == (
+        assert "".join(make_pieces(dataset[0], tiny_tokenizer)).replace("][", "") == (
             "<s>system\ns</s>\n<s>user\n#</s>\n<s>assistant\n1</s>\n<s>user\nAnd?</s>\n"
             "<s>assistant\n[<think>\nRed.\n</think>\n<answer>\n2\n</answer></s>]\n"
         )

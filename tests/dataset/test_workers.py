@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from dataset.jsonl import DataError, worker_errors_plain
+from dataset.jsonl import DataError, unwrap_worker_errors
 from dataset.workers import collate_to_send
 
 ROWS = [torch.full((3,), float(n)) for n in range(6)]
@@ -43,4 +43,4 @@ def test_no_room_in_shared_memory(monkeypatch, rows, collate):
         multiprocessing_context="fork",
     )
     with pytest.raises(DataError, match=r"^a batch that .* /dev/shm \(No space left on device \(28\)\): .*--shm-size"):
-        list(worker_errors_plain(loader))
+        list(unwrap_worker_errors(loader))

@@ -8,7 +8,7 @@ import torch
 
 from model import MiniMindLM
 from model.inference.answer import Answer
-from model.inference.detokenizer import _Spelling
+from model.inference.detokenizer import Detokenizer
 from model.inference.request import Piece, Request, Token
 from model.inference.scheduler import Engine
 from model.inference.thread import EngineThread
@@ -286,10 +286,10 @@ def test_stop_strings_cut_the_text_wherever_tokens_end(cut, engine, tiny_tokeniz
 
 @pytest.mark.parametrize("stop", [["three", "two"], ["two", "three"], ["two three", "three", "two"]])
 def test_of_several_stop_strings_the_first_in_the_text_counts(stop):
-    spelling = _Spelling([b"one ", b"two three four"], stop)
+    spelling = Detokenizer([b"one ", b"two three four"], stop)
     assert [spelling.push(Token(id))[0] for id in (0, 1)] == ["one ", ""]
     assert spelling.stopped
-    held = _Spelling([b"one t", b"hree two"], stop)  # "t" may begin either
+    held = Detokenizer([b"one t", b"hree two"], stop)  # "t" may begin either
     assert "".join(held.push(Token(id))[0] for id in (0, 1)) == ("one " if "three" in stop else "one three ")
 
 
@@ -310,12 +310,12 @@ def test_pieces_never_hold_half_a_character(tiny_tokenizer):
     """Chinese and an emoji, a byte a token; one character is what a stop string might begin with."""
     table = token_bytes(tiny_tokenizer)
     text = "你好，世界🙂世"
-    spelling = _Spelling(table, ["世界！"])
+    spelling = Detokenizer(table, ["世界！"])
     given = [spelling.push(Token(table.index(bytes([byte]))))[0] for byte in text.encode()]
     assert [piece for piece in given if piece] == ["你", "好", "，", "世界🙂"]
     assert spelling.flush()[0] == "世"
     assert not spelling.stopped
-    broken, half, special = _Spelling(table, []), Token(table.index(b"\xe4")), Token(0)
+    broken, half, special = Detokenizer(table, []), Token(table.index(b"\xe4")), Token(0)
     assert broken.push(special) == broken.push(half) == ("", ())
     assert broken.flush() == ("\ufffd", (special, half))
 

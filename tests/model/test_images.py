@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil
 
 from model import images
 from model.chat import render_chat
-from model.images import ImageError, image_processor, image_token_id, place_chat, read_image, to_pixels
+from model.images import ImageError, image_processor, image_token_id, prepare_chat, read_image, to_pixels
 from model.model_vlm import VLMConfig
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, by its paper's code
@@ -190,7 +190,7 @@ class TestPreparing:
 class TestPlacing:
     def place(self, tokenizer, clip_dir, chat, **given):
         config = VLMConfig(image_token_id=image_token_id(tokenizer), image_tokens=4, max_seq_len=200)
-        return place_chat(tokenizer, chat, config, image_processor(clip_dir, 32), **given)
+        return prepare_chat(tokenizer, chat, config, image_processor(clip_dir, 32), **given)
 
     @pytest.fixture(params=["tiny_tokenizer", "plain_tokenizer"])
     def tokenizer(self, request):

@@ -178,7 +178,7 @@ def test_problems_are_counted_by_form_by_answer_and_by_vote(monkeypatch):
     monkeypatch.setattr(demo_measures, "answer", answer)
     solved = solve(None, None)
     assert solved == (4, 3, 2, 3)
-    assert solved.told() == (
+    assert solved.describe() == (
         "Of 4 new problems: form right 75.0%, answer right 50.0% ± 25.0% greedy, 75.0% ± 21.7% by 8 votes"
     )
 

@@ -12,7 +12,7 @@ from scripts.serving import fetch_images
 from scripts.serving.fetch_images import ImageFetcher, is_public
 from scripts.serving.schema import ApiError
 from tests.running import free_port
-from tests.scripts.seeing import picture
+from tests.scripts.vlm_weights import picture
 
 RED = picture("red")
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from model.chat import DEFAULT_SYSTEM_PROMPT, render_chat
 from model.tokenizer import token_bytes
 from scripts.formats.gguf_file import modelfile, pre_tokenizer_name, write_gguf
-from tests.scripts.converting import QUESTIONS, greedy, make_model, prompts
+from tests.scripts.conversion import QUESTIONS, greedy, make_model, prompts
 from trainer.errors import UserError
 from trainer.weights import load_tokenizer
 

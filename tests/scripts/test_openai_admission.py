@@ -13,7 +13,7 @@ from model.inference.scheduler import Engine
 from model.inference.thread import EngineThread
 from scripts.serving import admission as openai_admission
 from scripts.serving.app import make_app
-from scripts.serving.requests import Served
+from scripts.serving.requests import ServerState
 from tests.model.networks import network
 from tests.running import PATIENCE
 
@@ -31,20 +31,20 @@ def serve(model, tiny_tokenizer):
     """Makes what is served, and closes its engine at the end."""
     threads = []
 
-    def make(slots: int = 4, slot_len: int = 128, **settings) -> Served:
+    def make(slots: int = 4, slot_len: int = 128, **settings) -> ServerState:
         threads.append(EngineThread(Engine(model, tiny_tokenizer, slots=slots, slot_len=slot_len)))
-        return Served(threads[-1], tiny_tokenizer, **settings)
+        return ServerState(threads[-1], tiny_tokenizer, **settings)
 
     yield make
     for thread in threads:
         thread.close()
 
 
-def client_of(served: Served) -> TestClient:
+def client_of(served: ServerState) -> TestClient:
     return TestClient(make_app(served), raise_server_exceptions=False)
 
 
-def settle(served: Served) -> None:
+def settle(served: ServerState) -> None:
     """Wait until nothing has a place any more."""
     deadline = time.monotonic() + PATIENCE
     while served.places.taken:

@@ -11,7 +11,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from model.images import image_processor, place_chat
+from model.images import image_processor, prepare_chat
 from model.inference.scheduler import Engine
 from model.inference.thread import EngineThread
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -20,7 +20,7 @@ from model.tokenizer import tokenizer_hash
 from scripts import serve_openai_api
 from scripts.serving import schema as schema
 from scripts.serving.app import make_app
-from scripts.serving.requests import Served
+from scripts.serving.requests import ServerState
 from tests.model.networks import network
 from tests.scripts.malformed import bodies_by_schema, malformed_bodies
 
@@ -36,7 +36,7 @@ def serve(tiny_tokenizer):
     def make(model, slots: int = 4, slot_len: int | None = None, **settings) -> TestClient:
         engine = Engine(model, tiny_tokenizer, slots=slots, slot_len=slot_len)
         threads.append(EngineThread(engine))
-        app = make_app(Served(threads[-1], tiny_tokenizer, **settings))
+        app = make_app(ServerState(threads[-1], tiny_tokenizer, **settings))
         app.state.engine = engine
         return TestClient(app, raise_server_exceptions=False)
 
@@ -160,7 +160,7 @@ def seeing(serve, vlm, clip_dir, tiny_tokenizer):
 
     @torch.no_grad()
     def place_images(turns):
-        prompt = place_chat(tiny_tokenizer, turns, vlm.config, processor, room=10**9)
+        prompt = prepare_chat(tiny_tokenizer, turns, vlm.config, processor, room=10**9)
         return prompt.input_ids[0].tolist(), vlm.embed(prompt.input_ids, **prompt.images)[0]
 
     pages = {"http://pictures.example/red": picture("red")}
@@ -173,7 +173,7 @@ def test_image_parts_are_what_the_model_sees(seeing, vlm, clip_dir, tiny_tokeniz
         parts = [image_part(picture(colour)) for colour in colours] + [{"type": "text", "text": "What is it?"}]
         reply = chat(seeing, [{"role": "user", "content": parts}]).json()
         turns = [{"role": "user", "content": [*map(picture, colours), "What is it?"]}]
-        prompt = place_chat(tiny_tokenizer, turns, vlm.config, processor)
+        prompt = prepare_chat(tiny_tokenizer, turns, vlm.config, processor)
         right = vlm.generate(prompt.input_ids, max_new_tokens=8, **prompt.images)[0, prompt.input_ids.size(1) :]
         said.append(reply["choices"][0]["message"]["content"])
         assert said[-1] == tiny_tokenizer.decode(right, skip_special_tokens=True)
@@ -244,7 +244,7 @@ def test_a_vision_model_is_loaded_to_see(loaded, vlm, clip_dir, tiny_tokenizer):
     model, _, place_images = loaded
     turns = [{"role": "user", "content": [picture("red"), "Or", picture("blue"), "?"]}]
     ids, embeddings = place_images(turns)
-    prompt = place_chat(tiny_tokenizer, turns, vlm.config, image_processor(clip_dir, 32))
+    prompt = prepare_chat(tiny_tokenizer, turns, vlm.config, image_processor(clip_dir, 32))
     assert ids == prompt.input_ids[0].tolist()
     with torch.no_grad():
         torch.testing.assert_close(embeddings, vlm.embed(prompt.input_ids, **prompt.images)[0])

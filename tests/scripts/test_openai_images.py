@@ -8,7 +8,7 @@ import pytest
 from scripts.serving import schema as schema
 from scripts.serving.image_parts import read_base64, read_images, read_turns
 from scripts.serving.schema import ApiError
-from tests.scripts.seeing import picture
+from tests.scripts.vlm_weights import picture
 
 DATA = bytes(range(256)) + b"\xfb\xff\xfe~?>" + picture("red")  # both alphabets' own characters, and padding
 CODE = base64.b64encode(DATA).decode()

@@ -12,7 +12,7 @@ from dataset.jsonl import BadRecord
 from model.chat import render_chat
 from model.tokenizer import StreamDecoder, token_bytes
 from model.tokenizer_check import PROBES
-from scripts.train_tokenizer import is_kept_aside, kind_of, texts_of, verify
+from scripts.train_tokenizer import is_kept_aside, kind_of, stream_texts, verify
 from tests.conftest import SENTENCES, train_tokenizer, write_jsonl
 from tests.running import ROOT, call_script, one_error_line, run_script
 from trainer.errors import UserError
@@ -140,13 +140,13 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
     ],
 )
 def test_every_format_of_the_project_gives_its_texts(record, texts):
-    assert texts_of(record, Counter()) == texts
+    assert stream_texts(record, Counter()) == texts
 
 
 @pytest.mark.parametrize("record", [{}, {"text": 3}, {"conversations": 5}, {"chosen": [3], "rejected": []}])
 def test_a_record_of_no_format_is_bad(record):
     with pytest.raises(BadRecord):
-        texts_of(record, Counter())
+        stream_texts(record, Counter())
 
 
 def test_a_tenth_is_kept_aside_whatever_file_a_text_is_in():

@@ -21,7 +21,7 @@ from scripts.formats.transformers_folder import (
 )
 from tests.conftest import SENTENCES
 from tests.model.test_weight_layouts import in_april_2025
-from tests.scripts.converting import QUESTIONS, greedy, make_model, prompts
+from tests.scripts.conversion import QUESTIONS, greedy, make_model, prompts
 from trainer.errors import UserError
 
 SHAPES = {

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from model.chat import render_chat
 from model.inference.scheduler import Engine
 from model.inference.thread import EngineThread
-from scripts.serving.app import Served, make_app
+from scripts.serving.app import ServerState, make_app
 from tests.conftest import SENTENCES, write_jsonl
 from tests.families import FAMILIES, family, unigram
 from tests.running import TINY, TINY_TRAINING, call_script
@@ -75,7 +75,7 @@ def test_the_server_says_stop(trained):
     tokenizer = load_tokenizer(folder)
     thread = EngineThread(Engine(load_weights(out / "full_sft_32.pth", None, tokenizer).eval(), tokenizer, slots=1))
     try:
-        client = TestClient(make_app(Served(thread, tokenizer, None, None, reasoning=False, capacity=2), None, ()))
+        client = TestClient(make_app(ServerState(thread, tokenizer, None, None, reasoning=False, capacity=2), None, ()))
         body = {"model": "minimind", "messages": CHAT[:1], "temperature": 0, "max_tokens": 100}
         (choice,) = client.post("/v1/chat/completions", json=body).json()["choices"]
     finally:

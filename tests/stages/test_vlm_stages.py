@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.images import image_token_id, usual_processor
+from model.images import default_processor, image_token_id
 from model.model_vlm import MiniMindVLM, VLMConfig, load_tower
 from tests.conftest import write_jsonl
 from tests.running import ROOT, TINY, TINY_TRAINING, call_script, run_script
@@ -184,7 +184,7 @@ class TestErrors:
 
     def test_a_preprocessor_of_another_tower(self, refused, out, clip_dir, tmp_path):
         folder = shutil.copytree(clip_dir, tmp_path / "clip")
-        usual_processor(224).save_pretrained(folder)
+        default_processor(224).save_pretrained(folder)
         told = refused("pretrain_vlm", out, "--vision_model", folder)
         assert "makes images of 224 x 224 pixels, and its tower takes 32 x 32" in told
 

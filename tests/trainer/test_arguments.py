@@ -9,16 +9,16 @@ import pytest
 import train_full_sft
 import train_pretrain
 from trainer.arguments import (
-    Switch,
-    above_zero,
+    BooleanFlag,
     byte_size,
     check_training_arguments,
     deepspeed_config,
-    from_zero,
-    not_negative,
-    positive,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability,
     seed,
-    share,
     text,
     training_parser,
 )
@@ -124,7 +124,7 @@ def test_settings_that_cannot_work_together(arguments, told):
 
 
 def test_a_switch_needs_two_dashes():
-    assert Switch(["--thing"], "thing").option_strings == ["--thing", "--no-thing"]
+    assert BooleanFlag(["--thing"], "thing").option_strings == ["--thing", "--no-thing"]
 
 
 def test_deepspeed_settings_follow_the_flags(tmp_path, capsys):
@@ -170,12 +170,12 @@ def test_what_is_said_to_a_model_is_utf8(stage, monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "taken", "refused"),
     [
-        (positive, ("1", "9"), ("0", "-1", "x")),
-        (not_negative, ("0", "9"), ("-1", "0.5")),
+        (positive_int, ("1", "9"), ("0", "-1", "x")),
+        (non_negative_int, ("0", "9"), ("-1", "0.5")),
         (seed, ("0", str(2**63 - 1)), ("-1", str(2**63))),
-        (above_zero, ("0.1", "9"), ("0", "-1", "inf", "nan")),
-        (from_zero, ("0", "9"), ("-0.1", "inf", "nan")),
-        (share, ("0.1", "1"), ("0", "1.1", "-1", "nan")),
+        (positive_float, ("0.1", "9"), ("0", "-1", "inf", "nan")),
+        (non_negative_float, ("0", "9"), ("-0.1", "inf", "nan")),
+        (probability, ("0.1", "1"), ("0", "1.1", "-1", "nan")),
     ],
 )
 def test_the_bounds_of_a_number(kind, taken, refused):

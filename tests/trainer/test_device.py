@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import generation
-from model.loss import next_token_loss, predicting
+from model.loss import next_token_loss, target_mask
 from tests.model.networks import network
 from tests.trainer.accelerators import OnMac, pretend, pretend_random
 from trainer import device as devices
@@ -168,7 +168,7 @@ def test_a_training_step_needs_no_float64(use_moe, optimizer):
     taken = make_optimizer(model, SimpleNamespace(optimizer=optimizer, learning_rate=1e-3))
     ids = torch.randint(3, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
     with NoFloat64():
-        out = model(ids, logits_to_keep=predicting(ids))
+        out = model(ids, logits_to_keep=target_mask(ids))
         (next_token_loss(out.logits, ids) + out.aux_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         taken.step()

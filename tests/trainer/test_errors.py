@@ -11,7 +11,7 @@ import torch
 
 from dataset import DataError
 from trainer import errors
-from trainer.errors import UserError, launch, note, shown
+from trainer.errors import UserError, print_notice, run_main, shown
 
 
 def ending(error: BaseException, capsys) -> tuple[int, str]:
@@ -19,7 +19,7 @@ def ending(error: BaseException, capsys) -> tuple[int, str]:
         raise error
 
     with pytest.raises(SystemExit) as end:
-        launch(main)
+        run_main(main)
     return end.value.code, capsys.readouterr().err
 
 
@@ -54,7 +54,7 @@ def test_a_lost_worker_says_what_needs_less(capsys):
         list(torch.utils.data.DataLoader(Dies(), num_workers=1, multiprocessing_context="fork"))
 
     with pytest.raises(SystemExit) as end:
-        launch(main)
+        run_main(main)
     assert end.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("error: a process of --num_workers has ended (DataLoader worker (pid")
@@ -71,7 +71,7 @@ def test_a_bug_keeps_its_traceback():
         raise KeyError("a bug")
 
     with pytest.raises(KeyError):
-        launch(main)
+        run_main(main)
 
 
 def test_ctrl_c_is_no_traceback(capsys):
@@ -86,22 +86,22 @@ def test_of_several_ranks_the_one_that_knows_speaks_first(monkeypatch, capsys):
     for rank, error in (("0", UserError("x")), ("1", UserError("y")), ("2", lost), ("0", KeyError("a bug"))):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises((SystemExit, KeyError)):
-            launch(lambda error=error: (_ for _ in ()).throw(error))
+            run_main(lambda error=error: (_ for _ in ()).throw(error))
     assert waited == [0, 3, 6, 6]
     assert capsys.readouterr().err == "error: x\nerror: y\nrank 2 ends, as another rank has ended\n"
 
 
 def test_a_stream_that_cannot_show_a_character(monkeypatch, capfd):
     monkeypatch.setattr(sys, "stdout", open(1, "w", encoding="ascii", closefd=False))  # noqa: SIM115
-    launch(lambda: print("水 water"))
+    run_main(lambda: print("水 water"))
     assert capfd.readouterr().out == "? water\n"
 
 
 def test_of_several_ranks_the_first_alone_notes(monkeypatch, capsys):
     for rank in ("0", "1", "2"):
         monkeypatch.setenv("RANK", rank)
-        note(f"from {rank}")
-        note(f"of {rank}", every_rank=True)
+        print_notice(f"from {rank}")
+        print_notice(f"of {rank}", every_rank=True)
     assert capsys.readouterr().err.splitlines() == ["from 0", "of 0", "of 1", "of 2"]
 
 
@@ -110,7 +110,7 @@ def test_a_package_that_is_missing_is_named(capsys):
         import no_such_package_as_this.at_all  # noqa: F401
 
     with pytest.raises(SystemExit) as end:
-        launch(main)
+        run_main(main)
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: no_such_package_as_this is not installed for {sys.executable}: ")
@@ -119,7 +119,7 @@ def test_a_package_that_is_missing_is_named(capsys):
 @pytest.mark.parametrize("error", [ModuleNotFoundError("no", name="torch.gone"), ModuleNotFoundError("no")])
 def test_a_part_of_a_package_that_is_missing_is_a_bug(error):
     with pytest.raises(ModuleNotFoundError):
-        launch(lambda: (_ for _ in ()).throw(error))
+        run_main(lambda: (_ for _ in ()).throw(error))
 
 
 def test_a_reader_that_has_enough_is_no_error(monkeypatch, tmp_path):
@@ -127,14 +127,14 @@ def test_a_reader_that_has_enough_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", open(tmp_path / "out", "w", encoding="utf-8"))  # noqa: SIM115
     monkeypatch.delattr(errors.signal, "SIGPIPE")
     with pytest.raises(SystemExit) as end:
-        launch(lambda: (_ for _ in ()).throw(BrokenPipeError()))
+        run_main(lambda: (_ for _ in ()).throw(BrokenPipeError()))
     assert end.value.code == 141
 
 
 def test_streams_that_are_closed(monkeypatch):
     for name in ("stdin", "stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
-    launch(lambda: (print("x"), note("y"), sys.stdin.read()))
+    run_main(lambda: (print("x"), print_notice("y"), sys.stdin.read()))
 
 
 def test_on_windows_pipes_and_files_are_utf8(monkeypatch):
@@ -143,7 +143,7 @@ def test_on_windows_pipes_and_files_are_utf8(monkeypatch):
     for name, stream in raw.items():
         monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding="cp1252", errors="strict"))
     monkeypatch.setattr(sys, "platform", "win32")
-    launch(lambda: (print(sys.stdin.read()), note("水"), sys.stdout.flush()))
+    run_main(lambda: (print(sys.stdin.read()), print_notice("水"), sys.stdout.flush()))
     assert raw["stdout"].getvalue().decode().strip() == "你好"
     assert raw["stderr"].getvalue().decode().strip() == "水"
 
@@ -152,6 +152,6 @@ def test_a_name_that_is_not_utf8_can_be_shown(capsys):
     name = b"a\xff\xe6\xb0\xb4.jsonl".decode("utf-8", "surrogateescape")
     assert shown(name) == "a\\udcff水.jsonl"
     assert shown("水") == "水"
-    note(f"error in {name}")
+    print_notice(f"error in {name}")
     assert capsys.readouterr().err == "error in a\\udcff水.jsonl\n"
     assert ending(UserError(f"{name} is missing"), capsys) == (2, "error: a\\udcff水.jsonl is missing\n")

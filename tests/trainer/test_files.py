@@ -213,20 +213,20 @@ def test_a_system_without_flushing_of_folders(tmp_path, monkeypatch):
 @pytest.mark.parametrize("size", [1, 100, 3_000_000])
 def test_what_is_saved_is_hashed_on_the_way(tmp_path, size):
     path = tmp_path / "a.pth"
-    digest = save_tensors({"a": torch.randn(size), "b": {"c": [1, "x"]}}, path)
-    assert digest == file_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    short_hash = save_tensors({"a": torch.randn(size), "b": {"c": [1, "x"]}}, path)
+    assert short_hash == file_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     assert torch.equal(load_tensors(path)["a"], torch.load(path)["a"])
     assert save_json({"名": 1}, tmp_path / "a.json") == file_hash(tmp_path / "a.json")
 
 
 def test_a_file_is_compared_with_what_its_json_tells(tmp_path):
     path, beside = tmp_path / "a.pth", tmp_path / "a.json"
-    digest = save_tensors({"a": torch.ones(9)}, path)
-    check_hash(path, beside, {"sha256": digest})
+    short_hash = save_tensors({"a": torch.ones(9)}, path)
+    check_hash(path, beside, {"sha256": short_hash})
     check_hash(path, beside, {})  # one that tells nothing: of an earlier version
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"a\.pth is not what was written .*a\.json"):
-        check_hash(path, beside, {"sha256": digest})
+        check_hash(path, beside, {"sha256": short_hash})
     check_hash(path, beside, {})

@@ -11,17 +11,17 @@ import torch
 from dataset import DPODataset, StepLoader, collate
 from dataset.cache_folder import in_use, remove_cache
 from model import LMConfig, MiniMindLM
-from model.fingerprint import weights_hash
-from model.loss import predicting
+from model.fingerprint import hash_weights
+from model.loss import target_mask
 from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair, samples
 from trainer.preference import (
-    FIGURES,
-    attach_reference,
-    by_answer,
+    DPO_METRICS,
+    attach_reference_log_probs,
     count_pairs,
     evaluate_pairs,
-    reference_of,
+    reference_log_probs,
+    sum_per_answer,
     token_log_probs,
 )
 from trainer.runtime import Runtime
@@ -59,12 +59,12 @@ def test_log_probabilities_of_packed_answers(pairs, tiny_tokenizer):
     assert count_pairs([batch, batch]) == 2 * sum(len(samples(row)) // 2 for row in rows)
     labels = batch.pop("labels")
     with torch.no_grad():
-        values = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
+        values = token_log_probs(model(**batch, logits_to_keep=target_mask(labels)).logits, labels)
     each = [slowly(model, *sample) for row in rows for sample in samples(row)]
     one_by_one = torch.tensor([value for answer in each for value in answer], dtype=torch.float64)
     torch.testing.assert_close(values.double(), one_by_one, atol=1e-5, rtol=0)
     expected = torch.tensor([sum(tokens) for tokens in each], dtype=torch.float64).view(-1, 2)
-    torch.testing.assert_close(by_answer(values, batch, labels).double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(sum_per_answer(values, batch, labels).double(), expected, atol=1e-4, rtol=0)
 
 
 def test_a_batch_of_padding_has_no_pairs_but_a_gradient(pairs, tiny_tokenizer):
@@ -72,20 +72,20 @@ def test_a_batch_of_padding_has_no_pairs_but_a_gradient(pairs, tiny_tokenizer):
     batch = collate([data.empty_row] * 2, data.max_seq_len)
     assert count_pairs([batch]) == 0
     labels = batch.pop("labels")
-    values = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
-    by_answer(values, batch, labels).sum().backward()  # as DDP expects of every rank
+    values = token_log_probs(model(**batch, logits_to_keep=target_mask(labels)).logits, labels)
+    sum_per_answer(values, batch, labels).sum().backward()  # as DDP expects of every rank
     assert model.layers[0].attention.wq.weight.grad.abs().sum() == 0
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_cached_reference_is_what_the_model_says(pairs, tiny_tokenizer, packing):
     data, model = pairs(packing=packing), tiny_model(len(tiny_tokenizer)).train()
-    attach_reference(data, model, "start", RUN, batch_size=4)
+    attach_reference_log_probs(data, model, "start", RUN, batch_size=4)
     assert model.training
     for (batch,) in StepLoader(data, 3, 1, 1, seed=0).steps():
         labels = batch.pop("labels")
-        cached = reference_of(dict(batch), labels, None)
-        asked = reference_of(batch, labels, model.eval())
+        cached = reference_log_probs(dict(batch), labels, None)
+        asked = reference_log_probs(batch, labels, model.eval())
         assert "reference" not in batch
         torch.testing.assert_close(cached, asked, atol=1e-5, rtol=0)
         assert len(cached) == int((labels[:, 1:] >= 0).sum()) > 0
@@ -100,14 +100,14 @@ class Silent(MiniMindLM):
 
 def test_the_cache_is_found_again_and_never_another_s(pairs, pairs_file, tiny_tokenizer, plain_tokenizer):
     model = tiny_model(len(tiny_tokenizer))
-    first = weights_hash(model.state_dict())
-    attach_reference(data := pairs(), model, first, RUN, 4)
+    first = hash_weights(model.state_dict())
+    attach_reference_log_probs(data := pairs(), model, first, RUN, 4)
     config = model.config
 
     def asked(data, weights=first, run=RUN, **changes):
         silent = Silent(LMConfig(**config.to_diff_dict() | changes))
         try:
-            attach_reference(data, silent, weights, run, 4)
+            attach_reference_log_probs(data, silent, weights, run, 4)
         except AssertionError:
             return True
         return False
@@ -116,7 +116,7 @@ def test_the_cache_is_found_again_and_never_another_s(pairs, pairs_file, tiny_to
     assert np.array_equal(again.reference, data.reference)
     assert not asked(pairs(), run=dataclasses.replace(RUN))
     other = tiny_model(len(tiny_tokenizer), seed=1)
-    assert asked(pairs(), weights=weights_hash(other.state_dict()))
+    assert asked(pairs(), weights=hash_weights(other.state_dict()))
     assert asked(pairs(), norm_eps=1e-6)
     assert asked(pairs(), run=Runtime(torch.device("cpu"), torch.bfloat16))
     assert asked(pairs(max_seq_len=80))
@@ -132,7 +132,7 @@ def test_the_cache_is_found_again_and_never_another_s(pairs, pairs_file, tiny_to
 @pytest.mark.parametrize("damage", ["cut off", "another", "no array", "gone"])
 def test_a_damaged_cache_is_made_again(pairs, tiny_tokenizer, damage):
     model = tiny_model(len(tiny_tokenizer))
-    attach_reference(data := pairs(), model, "start", RUN, 4)
+    attach_reference_log_probs(data := pairs(), model, "start", RUN, 4)
     before = np.array(data.reference)
     path = Path(data.reference.filename)
     data.reference = None
@@ -144,7 +144,7 @@ def test_a_damaged_cache_is_made_again(pairs, tiny_tokenizer, damage):
         path.write_bytes(b"")
     else:
         path.unlink()
-    attach_reference(data, model, "start", RUN, 4)
+    attach_reference_log_probs(data, model, "start", RUN, 4)
     assert np.array_equal(data.reference, before)
 
 
@@ -154,7 +154,7 @@ def test_the_data_s_hash_is_part_of_what_decides_the_rows(pairs):
 
 
 def test_it_is_in_use_as_long_as_the_data_set_has_it(pairs, tiny_tokenizer):
-    attach_reference(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4)
+    attach_reference_log_probs(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4)
     folder = Path(data.reference.filename).parent
     assert in_use(folder)
     assert not remove_cache(folder)
@@ -164,7 +164,7 @@ def test_it_is_in_use_as_long_as_the_data_set_has_it(pairs, tiny_tokenizer):
 
 def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(pairs, tiny_tokenizer, monkeypatch):
     data, model = pairs(), tiny_model(len(tiny_tokenizer)).train()
-    attach_reference(data, model, "start", RUN, 4)
+    attach_reference_log_probs(data, model, "start", RUN, 4)
 
     def measure(policy, reference, batch, labels):
         assert not model.training
@@ -173,7 +173,7 @@ def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(p
 
     alone = evaluate_pairs(model, None, data, RUN, 2, measure)
     assert model.training
-    assert alone == {f"eval_{name}": pytest.approx(number) for number, name in enumerate(FIGURES)}
+    assert alone == {f"eval_{name}": pytest.approx(number) for number, name in enumerate(DPO_METRICS)}
     total = sum(len(samples(row)) // 2 for row in data)
 
     # Another rank has measured as many pairs, with 1 more of everything
@@ -183,18 +183,18 @@ def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(p
     monkeypatch.setattr(Runtime, "sum", sum_with_another)
     both = evaluate_pairs(model.eval(), None, data, RUN, 2, measure)
     assert not model.training
-    assert both == {f"eval_{name}": pytest.approx(number + 0.5 / total) for number, name in enumerate(FIGURES)}
+    assert both == {f"eval_{name}": pytest.approx(number + 0.5 / total) for number, name in enumerate(DPO_METRICS)}
 
 
 def test_the_hash_of_weights_tells_every_number_and_name():
     state = tiny_model(50).state_dict()
-    assert weights_hash(state) == weights_hash(dict(reversed(state.items())))
-    assert weights_hash(state) == weights_hash({name: value.double() for name, value in state.items()})
+    assert hash_weights(state) == hash_weights(dict(reversed(state.items())))
+    assert hash_weights(state) == hash_weights({name: value.double() for name, value in state.items()})
     changed = state["norm.weight"].clone()
     changed[3] = torch.nextafter(changed[3], torch.tensor(2.0))
-    assert weights_hash(state) != weights_hash(state | {"norm.weight": changed})
+    assert hash_weights(state) != hash_weights(state | {"norm.weight": changed})
     renamed = {name.replace("norm", "form"): value for name, value in state.items()}
-    assert weights_hash(state) != weights_hash(renamed)
+    assert hash_weights(state) != hash_weights(renamed)
 
 
 class OneOfTwo(Runtime):
@@ -213,13 +213,13 @@ def test_pairs_are_evaluated_without_dropout_and_the_model_is_then_as_it_was(pai
     frozen = tiny_model(len(tiny_tokenizer), seed=1)
 
     def measure(policy, reference, batch, labels):
-        wins, losses = by_answer(policy - reference, batch, labels).view(-1, 2).T
-        return torch.stack([(wins - losses).sum()] * len(FIGURES))
+        wins, losses = sum_per_answer(policy - reference, batch, labels).view(-1, 2).T
+        return torch.stack([(wins - losses).sum()] * len(DPO_METRICS))
 
     values = [evaluate_pairs(model.train(training), frozen, data, RUN, 4, measure) for _ in range(2)]
     assert model.training == training
     assert values[0] == values[1]
-    assert values[0].keys() == {f"eval_{name}" for name in FIGURES}
+    assert values[0].keys() == {f"eval_{name}" for name in DPO_METRICS}
     second, first = (OneOfTwo(RUN.device, RUN.dtype, rank, world_size=2) for rank in (1, 0))
     evaluate_pairs(model, frozen, data, second, 2, measure)
     first.others = second.found

@@ -55,7 +55,11 @@ def test_a_step_is_counted_by_its_trained_tokens_its_rows_and_its_real_tokens(ru
     labels = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, -100], [9, 1, -100, -100]])
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 1, 0]], dtype=torch.bool)
     totals = run.totals([{"labels": labels, "attention_mask": mask}] * 2)
-    assert (totals.trained, totals.rows, totals.real) == (6, 4, 14)  # a row's first token is never predicted
+    assert (totals.target_tokens, totals.rows, totals.non_padding_tokens) == (
+        6,
+        4,
+        14,
+    )  # a row's first token is never predicted
 
 
 def test_steps_that_are_not_finite_are_counted_until_there_are_too_many_in_a_row(run):

@@ -10,7 +10,7 @@ from scripts.chat_openai_api import lines
 from tests.running import ROOT
 from trainer.arguments import Parser, text
 from trainer.errors import UserError
-from trainer.talk import piped_lines, questions, typed
+from trainer.talk import piped_lines, questions, read_line
 
 LATIN = "caf\u00e9?".encode("latin-1")
 
@@ -46,9 +46,9 @@ def test_a_pipe_to_the_chat_ends_at_exit(pipe):
 def test_a_terminal_is_utf8_or_is_told_not_to_be(monkeypatch, fault):
     monkeypatch.setattr("builtins.input", lambda prompt: LATIN.decode("utf-8", fault))
     with pytest.raises(UserError, match="what is typed is not UTF-8"):
-        typed("> ")
+        read_line("> ")
     monkeypatch.setattr("builtins.input", lambda prompt: " 你好 ")
-    assert typed("> ") == "你好"
+    assert read_line("> ") == "你好"
 
 
 def test_words_of_the_command_line_are_utf8():
