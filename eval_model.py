@@ -1,4 +1,4 @@
-"""Talk to a model: fixed questions or your own, answers as they are written, tokens a second.
+"""Talk to a model: fixed questions or your own, answers as they are written, tokens per second.
 
 python eval_model.py --model_mode 1                       asks whether to chat or to run through sample questions
 python eval_model.py --prompt "中国的首都是哪里？"           one answer (repeat --prompt for more), no terminal needed
@@ -65,7 +65,7 @@ def get_args():
     parser.add_argument(
         "--votes", type=positive_int, default=1, help="write so many answers, take what most of them say"
     )
-    parser.add_argument("--hide_thinking", action=BooleanFlag, help="of a reasoning model show the answer alone")
+    parser.add_argument("--hide_thinking", action=BooleanFlag, help="show only the answer of a reasoning model")
     return parser.parse_args()
 
 

@@ -69,7 +69,7 @@ def groups_of_images(args) -> list[list[Path]]:
         return [whole_images([Path(name) for name in args.image])]
     folder = Path(args.image_dir)
     if not folder.is_dir():
-        raise UserError(f"--image_dir {folder} is no folder; --image names a single file")
+        raise UserError(f"--image_dir {folder} is not a folder; --image names a single file")
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     images = whole_images(images, args.skip_bad_images)
     together = 2 if args.model_mode == 2 else 1

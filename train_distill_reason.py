@@ -71,7 +71,7 @@ def tag_weights(labels: Tensor, tags: list[list[int]], weight: float) -> Tensor:
 def weighted_next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """sum_t w_t * -log p(label_t), in nats: cross-entropy in which each token counts as much as its weight says.
 
-    The loop divides it by the number of learned tokens, not by the sum of their weights: a tag's weight takes nothing
+    The loop divides it by the number of target tokens, not by the sum of their weights: a tag's weight takes nothing
     away from the others.
 
     Args:

@@ -52,7 +52,7 @@ def get_args():
     )
     parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from, and reference")
     dpo = parser.add_argument_group("dpo")
-    dpo.add_argument("--beta", type=float, default=0.1, help="how dear it is to leave the reference")
+    dpo.add_argument("--beta", type=float, default=0.1, help="strength of the pull towards the reference model")
     dpo.add_argument("--length_normalize", action=BooleanFlag, help="mean log-probability of an answer, not its sum")
     dpo.add_argument(
         "--cache_reference",

@@ -40,7 +40,7 @@ def get_args():
     parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from")
     lora = parser.add_argument_group("lora")
     lora.add_argument("--lora_name", default="identity", help="names the adapter: out/lora/NAME_512.pth")
-    lora.add_argument("--rank", type=positive_int, default=16, help="of the correction (alpha / rank) B A")
+    lora.add_argument("--rank", type=positive_int, default=16, help="rank of the update (alpha / rank) B A")
     lora.add_argument("--alpha", type=float, default=None, help="(default: rank)")
     lora.add_argument(
         "--target_modules",

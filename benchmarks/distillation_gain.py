@@ -5,7 +5,7 @@
 
 Many lines and few: a teacher has more to say where the student has seen too little to tell by itself. Both start from
 the same pretrained student and see the same batches in the same order; each seed is another order. What is measured:
-nats a token of the answers that SFT keeps aside, and facts right in phrasings never seen, greedy.
+nats per token on SFT's held-out answers, and facts right in phrasings never seen, greedy.
 """
 
 from pathlib import Path
@@ -55,7 +55,7 @@ def main():
             steps = read_settings(out / f"{written}.pth")["step"]
 
     print(f"\n{args.seeds} seeds, {steps} steps each, from {start.name}, teacher {teacher.name}")
-    print(f"{'teacher':<10}{'nats a token kept aside':>26}{'facts right':>20}")
+    print(f"{'teacher':<10}{'held-out nats per token':>26}{'facts right':>20}")
     for name, measured in results.items():
         loss, right = zip(*measured, strict=True)
         print(f"{name:<10}{spread(loss, '.4f'):>26}{spread([100 * share for share in right], '.1f'):>19}%")

@@ -83,7 +83,7 @@ def main():
     parser.add_argument("--batch_size", type=positive_int, default=8)
     parser.add_argument("--max_seq_len", type=positive_int, default=512)
     parser.add_argument("--learned", type=float, default=0.5, help="share of the tokens that are answers")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of autocast")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of autocast")
     parser.add_argument("--device", default=None)
     parser.add_argument("--rounds", type=positive_int, default=3)
     args = parser.parse_args()

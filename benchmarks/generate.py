@@ -1,4 +1,4 @@
-"""Writing speed, side by side with `transformers`: tokens a second alone and sixteen at once, time to the first token.
+"""Writing speed, side by side with `transformers`: tokens per second alone and sixteen at once, and the first token.
 
     python -m benchmarks.generate                             26M, fp32 and bf16, on this machine's cores or its GPU
     python -m benchmarks.generate --use_moe --dtype float32
@@ -189,7 +189,7 @@ def main():
     parser.add_argument("--n_layers", type=positive_int, default=8)
     parser.add_argument("--use_moe", action=BooleanFlag)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--tokens", type=positive_int, default=128, help="that each answer has")
+    parser.add_argument("--tokens", type=positive_int, default=128, help="tokens to generate per answer")
     parser.add_argument("--rounds", type=positive_int, default=5)
     add_device_argument(parser)
     args = parser.parse_args()

@@ -47,7 +47,7 @@ class Outcome:
     errors: Counter = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)  # seconds to the first text
-    pace: list[float] = field(default_factory=list)  # tokens a second after it, of one answer
+    pace: list[float] = field(default_factory=list)  # tokens per second after it, of one answer
 
 
 def questions() -> list[dict]:

@@ -1,4 +1,4 @@
-"""Training speed, side by side with a plain `transformers` loop: real tokens a second, padding not counted.
+"""Training speed, side by side with a plain `transformers` loop: non-padding tokens per second, padding not counted.
 
     python -m benchmarks.train_throughput                  the 26M shape on ../shared/data, else on the demo's data
     python -m benchmarks.train_throughput --dim 256 --rounds 3
@@ -29,7 +29,7 @@ from trainer.errors import run_main
 from trainer.schedule import make_optimizer
 from trainer.weights import load_tokenizer
 
-Step = Callable[[], tuple[int, int]]  # one optimizer step -> (real tokens, positions computed)
+Step = Callable[[], tuple[int, int]]  # one optimizer step -> (non-padding tokens, positions computed)
 
 
 def peer_step(data: PretrainDataset, config: LMConfig, args, dtype: torch.dtype) -> Step:
@@ -129,7 +129,7 @@ def measure(contenders: dict[str, Step], rounds: int, seconds: float, synchroniz
             elapsed = time.perf_counter() - started
             speeds[name].append((real / elapsed, computed / elapsed))
     first = [real for real, _ in next(iter(speeds.values()))]
-    print(f"\n{'':<44}{'real tokens/s':>14}{'positions/s':>13}{'ratio':>8}   ratio, round by round")
+    print(f"\n{'':<44}{'non-padding tokens/s':>14}{'positions/s':>13}{'ratio':>8}   ratio, round by round")
     for name, rows in speeds.items():
         ratios = [real / peer for (real, _), peer in zip(rows, first, strict=True)]
         real, computed = (statistics.median(column) for column in zip(*rows, strict=True))
@@ -148,11 +148,13 @@ def main():
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a step, for every contender")
     parser.add_argument("--max_seq_len", type=positive_int, default=512)
     parser.add_argument("--rounds", type=positive_int, default=5)
-    parser.add_argument("--seconds", type=float, default=12, help="that each contender runs in a round")
+    parser.add_argument("--seconds", type=float, default=12, help="how long each contender runs per round")
     parser.add_argument(
         "--compile", action=BooleanFlag, default=True, help="also measure the compiled form (default: on)"
     )
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of MiniMind's contenders")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="optimizer of MiniMind's contenders"
+    )
     parser.add_argument("--device", default=None)
     args = parser.parse_args()
     args.device = pick_device(args.device)

@@ -88,7 +88,7 @@ def open_feature_cache(
         # In ASCII, what is beyond it in escapes: a file's name need not be UTF-8
         (folder / "info.json").write_text(json.dumps({"names": names, "shape": features.shape[1:]}), encoding="ascii")
 
-    # Which images are asked for is no state of the folder: the next data file may ask for others.
+    # Which images are asked for is not a state of the folder: the next data file may ask for others.
     return open_cache(images_path, "features", f"{tower}-{short_hash([FORMAT, images])}", FeatureCache, build)
 
 

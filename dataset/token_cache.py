@@ -303,6 +303,6 @@ class _Writer:
 
 
 def _first_target(mask: np.ndarray) -> int:
-    """Place of the first learned token, `len(mask)` when there is none; the first token has nothing before it."""
+    """Place of the first target token, `len(mask)` when there is none; the first token has nothing before it."""
     after_first = mask[1:]
     return int(after_first.argmax()) + 1 if after_first.any() else len(mask)

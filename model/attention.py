@@ -14,7 +14,7 @@ from model.config import LMConfig
 def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary embedding (Su et al. 2021, arXiv:2104.09864).
 
-    Computed from the positions each time: a few hundred numbers a token, and the model keeps no table as state.
+    Computed from the positions each time: a few hundred numbers per token, and the model keeps no table as state.
 
     Args:
         position_ids: (batch, n) int64.

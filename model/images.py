@@ -54,7 +54,7 @@ def read_image(source: bytes | Path, reduced: bool = False) -> Image.Image:
         raise ImageError(f"{name} is not there") from None
     except Image.UnidentifiedImageError:
         read = "is taken here: send PNG, JPEG, WebP, GIF or BMP" if sent else "Pillow reads"
-        raise ImageError(f"{name} is no image of a format that {read}") from None
+        raise ImageError(f"{name} is not an image of a format that {read}") from None
     except Exception as error:  # a damaged file can make Pillow's decoders raise nearly anything
         raise ImageError(f"{name} cannot be read as an image: {error}") from error
 

@@ -12,7 +12,7 @@ def target_mask(labels: Tensor) -> Tensor:
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of each learned token given the logits one place before it, in nats.
+    """Summed cross-entropy of each target token given the logits one place before it, in nats.
 
     Args:
         logits: (batch, n, vocab), or those at `target_mask(labels)` alone, (learned, vocab); any float dtype, the
@@ -20,7 +20,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (batch, n) int64, not shifted; -100 is not learned.
 
     Returns:
-        fp32 scalar, the sum over all learned tokens (divide by their number for the mean).
+        fp32 scalar, the sum over all target tokens (divide by their number for the mean).
     """
     if logits.dim() == 3:
         logits = logits[target_mask(labels)]

@@ -62,7 +62,7 @@ def load_tower(folder: str | Path) -> VisionTower:
         ValueError: the folder holds no CLIP, or not all of one.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is no transformers folder")
+        raise ValueError(f"{folder} has no config.json: it is not a transformers folder")
     kind = VisionTower.config_class.get_config_dict(str(folder), local_files_only=True)[0].get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise ValueError(f"{folder} holds a {kind!r} model, not a CLIP")
@@ -177,7 +177,7 @@ class MiniMindVLM(MiniMindLM):
                 f"image features of shape {tuple(features.shape)}: the model takes "
                 f"(images, {tokens}, {self.config.vision_dim})"
             )
-        # Also when there is no image at all: the projection then has a zero gradient rather than none, as DDP expects.
+        # Also without any image: the projection then has a zero gradient rather than none, as DDP expects.
         projected = self.vision_proj(features.to(self.vision_proj.vision_proj[0].weight.dtype))
         return x.masked_scatter(image_mask[..., None], projected.to(x.dtype))
 

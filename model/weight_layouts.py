@@ -145,7 +145,7 @@ def _no_state_dict(content: Mapping, held: list[str]) -> str:
     if {"optimizer", "optimizer_state_dict", "param_groups", "base_optimizer_state"} & content.keys():
         return "holds an optimizer's state, and no weights"
     strange = next(key for key, value in content.items() if not isinstance(value, Tensor))
-    return f"is no plain state dict of tensors: its {strange!r} is a {type(content[strange]).__name__}"
+    return f"is not a plain state dict of tensors: its {strange!r} is a {type(content[strange]).__name__}"
 
 
 def _refuse_others(names: list[str]) -> None:

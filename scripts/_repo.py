@@ -1,6 +1,6 @@
-"""Lets `python scripts/x.py` find the rooms of the repository, from any working directory.
+"""Lets `python scripts/x.py` find the packages of the repository, from any working directory.
 
-Python puts the script's own folder on its path, not the repository's root; importing this module, before any room, adds
+Python puts the script's own folder on its path, not the repository's root; importing this module before any package adds
 the root. It is the one place of the project that touches the path. Then it looks whether all is here that scripts need.
 """
 

@@ -13,7 +13,7 @@ Whatever is removed is computed again when it is needed. Training removes the le
 import time
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/cache.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/cache.py` find the packages)
 
 from dataset.cache_folder import home_caches, in_use
 from dataset.caches import Cache, caches_in, free, human_size, places_in
@@ -36,7 +36,7 @@ def get_args():
         raise UserError("free what? --all, --older_than DAYS or --name TEXT")
     for folder in args.folders:
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder")
+            raise UserError(f"{folder} is not a folder")
     return args
 
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 
-import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the packages)
 
 from scripts.serving.client import answer_parts, models_at, open_client, reason_of
 from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_int, seed, text
@@ -50,7 +50,7 @@ def get_args():
     parser.add_argument("--top_p", type=float, default=None)
     parser.add_argument("--seed", type=seed, default=None, help="makes sampling repeatable")
     parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while the model writes (default: on)")
-    parser.add_argument("--hide_thinking", action=BooleanFlag, help="of a reasoning model show the answer alone")
+    parser.add_argument("--hide_thinking", action=BooleanFlag, help="show only the answer of a reasoning model")
     return parser.parse_args()
 
 
@@ -88,7 +88,7 @@ class Chat:
 
 
 def obey(command: str, chat: Chat) -> bool:
-    """Carry out a line that begins with a slash; False: it is no command but something to say."""
+    """Carry out a line that begins with a slash; False: it is not a command but something to say."""
     name, _, rest = command.partition(" ")
     if name == "/reset":
         chat.turns.clear()
@@ -101,7 +101,7 @@ def obey(command: str, chat: Chat) -> bool:
     elif name == "/help":
         print(HELP)
     elif name[1:].isalpha() and not rest:
-        print(f"{name} is no command; /help lists them")
+        print(f"{name} is not a command; /help lists them")
     else:
         return False
     return True

@@ -23,7 +23,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the packages)
 
 from scripts.serving.client import open_client, reason_of
 from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_float, positive_int, text
@@ -44,17 +44,19 @@ def get_args():
     parser.add_argument(
         "--base_url",
         default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
-        help="of the endpoint (default: the environment's OPENAI_BASE_URL, or OpenAI's own)",
+        help="address of the endpoint (default: the environment's OPENAI_BASE_URL, or OpenAI's own)",
     )
     parser.add_argument("--api_key", default=None, help="default: the environment's OPENAI_API_KEY")
     parser.add_argument("--system", type=text, default=None, help="system prompt for chats that have none")
     parser.add_argument("--temperature", type=float, default=None, help="default: the endpoint's own")
     parser.add_argument(
-        "--max_tokens", type=positive_int, default=None, help="of an answer (default: the endpoint's own)"
+        "--max_tokens", type=positive_int, default=None, help="longest answer in tokens (default: the endpoint's own)"
     )
     parser.add_argument("--thinking", action=BooleanFlag, help="keep the thinking of a reasoning model, in tags")
     parser.add_argument("--concurrency", type=positive_int, default=8, help="questions asked at once")
-    parser.add_argument("--retries", type=non_negative_int, default=6, help="of a question, waiting longer each time")
+    parser.add_argument(
+        "--retries", type=non_negative_int, default=6, help="attempts per question, waiting longer each time"
+    )
     parser.add_argument(
         "--give_up_after",
         type=positive_int,
@@ -82,7 +84,7 @@ class AnswerFile:
         answered: how often each question, by its key, has an answer there.
 
     Raises (on construction):
-        UserError: it cannot be written, another run writes to it, or it holds a line that is no answer of this model
+        UserError: it cannot be written, another run writes to it, or a line in it is not an answer of this model
             to these questions, in this form.
     """
 
@@ -227,10 +229,10 @@ def parse_text(content) -> str:
     """What a message says; the client takes whatever an endpoint sends for text.
 
     Raises:
-        NoAnswer: it is no text, or holds half a character, which no file can.
+        NoAnswer: it is not text, or holds half a character, which no file can.
     """
     if not isinstance(content, str | None):
-        raise NoAnswer(f"it is no text but {str(content)[:60]}")
+        raise NoAnswer(f"it is not text but {str(content)[:60]}")
     try:
         return (content or "").encode().decode().strip()
     except UnicodeEncodeError:

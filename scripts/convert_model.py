@@ -14,7 +14,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the packages)
 
 from trainer.arguments import BooleanFlag, Parser, positive_float, positive_int
 from trainer.errors import UserError, run_main
@@ -47,11 +47,11 @@ def get_args():
     add_sizes(sub)
     command("from-transformers", "a .pth of such a folder, also one that was trained on", "folder", "out")
     sub = command("to-gguf", "one file for llama.cpp, and a Modelfile for Ollama", "weights", "out")
-    sub.add_argument("--dtype", choices=DTYPES, default="f16", help="of the matrices (default: f16)")
+    sub.add_argument("--dtype", choices=DTYPES, default="f16", help="precision of the matrices (default: f16)")
     add_sizes(sub)
     add_sizes(command("merge-lora", "the .pth of base and adapter together", "weights", "adapter", "out"))
     sub = command("to-peft", "an adapter as a folder for peft", "weights", "adapter", "folder")
-    sub.add_argument("--layout", choices=LAYOUTS, default="llama", help="of its model: as to-transformers makes it, "
+    sub.add_argument("--layout", choices=LAYOUTS, default="llama", help="layout, as to-transformers makes it, "
                      "or a MiniMind folder that save_pretrained wrote (default: llama)")  # fmt: skip
     add_sizes(sub)
     add_sizes(command("from-peft", "the adapter in a folder of peft's, of either layout", "folder", "weights", "out"))

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
-import _repo  # noqa: F401  (lets `python scripts/demo_all.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/demo_all.py` find the packages)
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -61,7 +61,7 @@ class Stage(NamedTuple):
         }
 
 
-TEXTS = "bits a byte, texts kept aside"
+TEXTS = "bits per byte, held-out texts"
 STAGES = (
     Stage("pretraining", (), None, "pretrain_256", TEXTS, bits_per_byte, "{:.3f}", answers=False),
     Stage("SFT", (), "pretrain_256", "full_sft_256", "facts right, new phrasings", facts),
@@ -104,7 +104,7 @@ STAGES = (
         ("train_distillation.py", *STUDENT, *TRAINING, *SFT, "--from_weight", "pretrain", *FROM_TEACHER),
         "pretrain_128",
         "full_dist_128",
-        "nats a token, answers kept aside",
+        "nats per token, held-out answers",
         held_out_loss,
         "{:.3f}",
         teacher="full_sft_256",

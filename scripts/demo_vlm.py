@@ -12,7 +12,7 @@ the questions of a kind. If the second is not down at the first, the questions g
 import json
 import time
 
-import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the packages)
 
 from model import MiniMindLM
 from scripts.demo.exam import answer, read_lines, run

@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import _repo  # noqa: F401  (lets `python scripts/inspect_data.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/inspect_data.py` find the packages)
 
 from trainer.arguments import ROOT, BooleanFlag, Parser, add_tower_argument, non_negative_int, positive_int, seed
 from trainer.errors import UserError, run_main

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the packages)
 
 from scripts.demo.world import Identity, Relation, identities, relations
 from trainer.arguments import ROOT, Parser
@@ -336,7 +336,7 @@ def sha256(content: bytes) -> str:
 
 
 def digest_of(path: Path) -> str | None:
-    """The SHA-256 of a file; None of what is no file."""
+    """The SHA-256 of a file; None of what is not a file."""
     return sha256(path.read_bytes()) if path.is_file() else None
 
 
@@ -344,7 +344,7 @@ def read_manifest(path: Path) -> dict[str, str]:
     """The SHA-256 of each file that an earlier run wrote, by name; empty where there was none.
 
     Raises:
-        UserError: a file of that name that is no such list.
+        UserError: a file of that name that is not such a list.
     """
     if not path.exists():
         return {}

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/make_demo_images.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/make_demo_images.py` find the packages)
 
 from scripts.demo.scenes import (
     DESCRIBE,

@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 
-import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the packages)
 
 from trainer.arguments import (
     BooleanFlag,
@@ -60,7 +60,7 @@ def get_args():
     )
     group = parser.add_argument_group("machine")
     add_device_argument(group)
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the weights")
     group.add_argument("--max_concurrency", type=positive_int, default=16, help="answers written at the same time")
     group.add_argument(
         "--max_queue", type=non_negative_int, default=112, help="answers that may wait; then callers get 429"

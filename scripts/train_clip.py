@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/train_clip.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/train_clip.py` find the packages)
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -55,9 +55,11 @@ def get_args():
     parser.add_argument("--overwrite", action=BooleanFlag, help="replace the folder of an earlier run")
     parser.add_argument("--image_size", type=positive_int, default=64, help="pixels at each side")
     parser.add_argument("--patch_size", type=positive_int, default=16)
-    parser.add_argument("--width", type=positive_int, default=192, help="of both networks, and of the space they share")
     parser.add_argument(
-        "--layers", type=positive_int, default=4, help="of the vision network; the text network has half"
+        "--width", type=positive_int, default=192, help="width of both networks and of their shared space"
+    )
+    parser.add_argument(
+        "--layers", type=positive_int, default=4, help="layers of the vision network; the text network has half as many"
     )
     parser.add_argument("--steps", type=positive_int, default=1000)
     parser.add_argument("--batch_size", type=positive_int, default=256)
@@ -65,7 +67,9 @@ def get_args():
     parser.add_argument("--warmup_iters", type=positive_int, default=50)
     parser.add_argument("--log_interval", type=positive_int, default=50)
     add_device_argument(parser)
-    parser.add_argument("--dtype", choices=OFFERED, help="of autocast (default: bfloat16 where the machine has it)")
+    parser.add_argument(
+        "--dtype", choices=OFFERED, help="precision of autocast (default: bfloat16 where the machine has it)"
+    )
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 

@@ -6,7 +6,7 @@ The shipped one was made by
     python scripts/train_tokenizer.py --overwrite --data_path ../shared/data/*.jsonl \
         dataset/demo/pretrain_hq.jsonl dataset/demo/sft_mini_512.jsonl dataset/demo/r1_mix_1024.jsonl
 
-A tenth of the texts is kept aside (by a hash of the text, so that no text is on both sides); characters a token are
+A tenth of the texts is held out (by a hash of the text, so that no text is on both sides); characters per token are
 measured there. With --only_measure a tokenizer that is there already is verified and measured:
 
     python scripts/train_tokenizer.py --only_measure --data_path ../shared/data/*.jsonl
@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/train_tokenizer.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/train_tokenizer.py` find the packages)
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -60,20 +60,20 @@ def stream_texts(record: dict, ignored: Ignored) -> list[str]:
     return [turn["content"] for chat in chats for turn in chat]
 
 
-def is_kept_aside(text: str, share: float) -> bool:
+def is_held_out_text(text: str, share: float) -> bool:
     """Whether a text is for measuring, not for training; the same text always falls on the same side."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") < share * 2**32
 
 
 def texts_in(paths: list[Path], share: float, kept_aside: bool) -> Iterator[tuple[Path, str]]:
-    """Stream (file, text) of the training texts, or of those kept aside."""
+    """Stream (file, text) of the training texts, or of the held-out ones."""
     for path in paths:
         reader = JsonlReader(path, stream_texts)
         for texts in reader:
             for text in texts:
-                if is_kept_aside(text, share) == kept_aside:
+                if is_held_out_text(text, share) == kept_aside:
                     yield path, text
-        if reader.ignored and kept_aside:  # told once: the texts that are kept aside are read in every call, and last
+        if reader.ignored and kept_aside:  # told once: the texts that are held out are read in every call, and last
             print_notice(f"{path}: ignored keys: {named_counts(reader.ignored)}")
 
 
@@ -115,14 +115,14 @@ def verify(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def kind_of(path: Path, text: str) -> str | None:
-    """'Chinese', 'English' or 'Chinese medical': the classes whose characters a token are reported."""
+    """'Chinese', 'English' or 'Chinese medical': the classes whose characters per token are reported."""
     chinese = sum("\u4e00" <= char <= "\u9fff" for char in text)
     if chinese > 0.3 * len(text):
         return "Chinese medical" if "medical" in path.name else "Chinese"
     return "English" if text.isascii() else None
 
 
-def characters_a_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[tuple[Path, str]]) -> dict[str, float]:
+def characters_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[tuple[Path, str]]) -> dict[str, float]:
     """Characters divided by tokens, of each kind of text."""
     characters, tokens = defaultdict(int), defaultdict(int)
     for path, text in texts:
@@ -167,7 +167,7 @@ def main():
     parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="jsonl files")
     parser.add_argument("--out_dir", type=Path, default=SHIPPED_TOKENIZER)
     parser.add_argument("--vocab_size", type=positive_int, default=6400)
-    parser.add_argument("--holdout", type=float, default=0.1, help="share of the texts kept aside for measuring")
+    parser.add_argument("--holdout", type=float, default=0.1, help="share of the held-out texts for measuring")
     parser.add_argument("--overwrite", action=BooleanFlag, help="replace the tokenizer in --out_dir")
     parser.add_argument(
         "--only_measure", action=BooleanFlag, help="train none: verify and measure the one in --out_dir"
@@ -186,8 +186,8 @@ def main():
     tokenizer = load_tokenizer(folder)
     verify(tokenizer)
     print(f"{len(tokenizer)} entries in {folder}; round trips, special ids and chat template verified")
-    for kind, value in characters_a_token(tokenizer, texts_in(args.data_path, args.holdout, True)).items():
-        print(f"{kind:<16} {value:.3f} characters a token, on texts kept aside")
+    for kind, value in characters_per_token(tokenizer, texts_in(args.data_path, args.holdout, True)).items():
+        print(f"{kind:<16} {value:.3f} characters per token, on held-out texts")
 
 
 if __name__ == "__main__":

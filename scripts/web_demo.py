@@ -4,7 +4,7 @@ streamlit run scripts/web_demo.py                          or, in scripts/: stre
 streamlit run scripts/web_demo.py -- --out_dir out/demo    options of the page follow the two dashes (--help lists them)
 """
 
-import _repo  # noqa: F401  (lets Streamlit find the rooms)
+import _repo  # noqa: F401  (lets Streamlit find the packages)
 
 from trainer.errors import run_main
 

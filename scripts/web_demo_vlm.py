@@ -4,7 +4,7 @@ streamlit run scripts/web_demo_vlm.py                      or, in scripts/: stre
 streamlit run scripts/web_demo_vlm.py -- --out_dir out/demo --vision_model FOLDER
 """
 
-import _repo  # noqa: F401  (lets Streamlit find the rooms)
+import _repo  # noqa: F401  (lets Streamlit find the packages)
 
 from trainer.errors import run_main
 

@@ -38,7 +38,7 @@ class BooleanFlag(argparse.Action):
         on = True if value is None else self.WORDS.get(value.lower())
         if on is None:
             parser.error(
-                f"{option_string} takes 1 or 0, true or false, not {value!r}; what is no part of it goes before"
+                f"{option_string} takes 1 or 0, true or false, not {value!r}; what is not part of it goes before"
             )
         setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
@@ -196,7 +196,7 @@ def training_parser(description: str, **defaults) -> Parser:
     training.add_argument(
         "--accumulation_steps", type=positive_int, default=1, help="batches a device adds up to a step"
     )
-    training.add_argument("--learning_rate", type=positive_float, help="its peak")
+    training.add_argument("--learning_rate", type=positive_float, help="the peak learning rate")
     training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for hidden matrices")
     training.add_argument("--warmup_iters", type=non_negative_int, default=0, help="steps of linear warm-up")
     training.add_argument("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
@@ -207,14 +207,16 @@ def training_parser(description: str, **defaults) -> Parser:
     engine.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of autocast (default: bfloat16 where the machine computes in it; else float16 on cuda, float32)",
+        help="precision of autocast (default: bfloat16 where the machine has it; else float16 on cuda, float32)",
     )
     engine.add_argument("--compile", action=BooleanFlag, default=None, help="torch.compile (default: where it pays)")
     engine.add_argument("--gradient_checkpointing", action=BooleanFlag, help="less memory, a third more time")
     engine.add_argument(
         "--deepspeed", nargs="?", const=True, default=None, metavar="JSON", help="use DeepSpeed, by a JSON or not"
     )
-    engine.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="of --deepspeed without a file")
+    engine.add_argument(
+        "--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage of --deepspeed without a JSON file"
+    )
     engine.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers; torchrun's RANK decides")
     engine.add_argument("--ddp", action=BooleanFlag, help="accepted for old commands; torchrun alone is enough")
 

@@ -54,7 +54,7 @@ MAY_CHANGE_WITH_NOTICE = (
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is: optimizer steps, real tokens seen, seconds of training, steps skipped as not finite."""
+    """How far a run is: optimizer steps, non-padding tokens seen, seconds of training, steps skipped as not finite."""
 
     step: int = 0
     tokens: int = 0

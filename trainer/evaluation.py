@@ -19,7 +19,7 @@ class EvaluationError(Exception):
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Dataset, tokenizer, runtime: Runtime, batch_size: int) -> dict[str, float]:
-    """Loss over all trained tokens of `held_out`, shared out over the ranks.
+    """Loss over all target tokens of `held_out`, shared out over the ranks.
 
     Returns:
         eval_loss: nats per token. eval_bits_per_byte: bits per UTF-8 byte of the text those tokens stand for, which

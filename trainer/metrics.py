@@ -63,7 +63,7 @@ class Metrics:
         return step % interval == 0 or step == self.total_steps or stopping
 
     def log(self, **values: float) -> None:
-        """Report a training step: loss, rate, what else the stage measures, real tokens a second since the last report,
+        """Report a training step: loss, rate, what else the stage measures, tokens per second since the last report,
         time left."""
         progress, now = self.progress, time.monotonic()
         speed = (progress.tokens - self._since_tokens) / max(1e-9, now - self._since)
@@ -151,7 +151,7 @@ def _start_wandb(args, name: str):
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file, without one that a crash cut off; nothing when there is no file."""
+    """The lines of a metrics file, without one that a crash cut off; nothing when there is not a file."""
     if not path.is_file():
         return []
     lines = []

@@ -22,7 +22,7 @@ FORMAT = 1  # of a reference cache; to be raised when the way its numbers are co
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p of each learned token, in nats.
+    """log p of each target token, in nats.
 
     Args:
         logits: those at `target_mask(labels)`, (learned, vocab), any float dtype; the softmax is taken in fp32.
@@ -36,7 +36,7 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sum_per_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Sum a number of each learned token over the answer that it belongs to.
+    """Sum a number of each target token over the answer that it belongs to.
 
     Args:
         values: (learned,) fp32, as of `token_log_probs`.
@@ -56,7 +56,7 @@ def count_pairs(batches: list[dict[str, Tensor]]) -> int:
 
 
 def reference_log_probs(batch: dict[str, Tensor], labels: Tensor, frozen: nn.Module | None) -> Tensor:
-    """What the reference gives each learned token, (learned,) fp32; `batch` loses its column `reference`.
+    """What the reference gives each target token, (learned,) fp32; `batch` loses its column `reference`.
 
     Args:
         frozen: the model to ask, None where the batch brings the answer from the cache.
@@ -145,7 +145,7 @@ def dpo_metrics(
     tokens: an estimate of the KL divergence (Schulman, joschu.net/blog/kl-approx.html, 2020), here on given answers.
 
     Args:
-        policy, reference: log-probability of each learned token, (learned,) fp32.
+        policy, reference: log-probability of each target token, (learned,) fp32.
         loss_function: from (pairs, 2) log-probabilities of policy and reference to each pair's loss and margin.
 
     Returns:

@@ -25,7 +25,7 @@ NON_FINITE_LIMIT = 10  # in a row; float16's scaler needs a few of them to find 
 
 @dataclass
 class Totals:
-    """What one optimizer step covers on all ranks: trained tokens, rows with anything in them, real tokens."""
+    """What one optimizer step covers on all ranks: target tokens, rows with anything in them, non-padding tokens."""
 
     target_tokens: float
     rows: float

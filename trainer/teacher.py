@@ -99,7 +99,7 @@ def chunked_distillation_loss(
     batch: dict[str, Tensor],
     teacher: nn.Module,
 ) -> Tensor:
-    """The sum of a loss over the learned tokens of a batch, the teacher asked for a few rows at a time: its logits,
+    """The sum of a loss over the target tokens of a batch, the teacher asked for a few rows at a time: its logits,
     and what the loss makes of them, never exist for the whole batch.
 
     Args:

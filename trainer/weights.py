@@ -117,7 +117,7 @@ def read_settings(path: Path) -> dict | None:
     with _reading(beside):
         settings = json.loads(beside.read_text(encoding="utf-8"))
         if not isinstance(settings["tokenizer"], str):
-            raise TypeError("its tokenizer is no text")
+            raise TypeError("its tokenizer is not text")
         saved_config(settings)
     return settings
 
@@ -237,7 +237,7 @@ def load_folder(
         UserError: no such folder, one that lacks a parameter, or another kind of model.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: it is no folder that save_pretrained wrote")
+        raise UserError(f"{folder} holds no config.json: it is not a folder that save_pretrained wrote")
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(folder), local_files_only=True, dtype=dtype, output_loading_info=True

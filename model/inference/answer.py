@@ -20,7 +20,7 @@ class Answer:
         text, tokens: all pieces, joined.
         finish_reason: None while it waits or is written, see `Piece`.
         prompt_tokens: the prompt with its log-probabilities, once it is read; empty unless asked for.
-        count: tokens written, those included that ended it and are no part of its text.
+        count: tokens written, those included that ended it and are not part of its text.
         end_token: the one of these that is its end; None where something else ended it.
         reused: tokens of the prompt that were not read, since a slot held them already.
     """

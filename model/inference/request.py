@@ -42,7 +42,7 @@ class Request:
         top_k, top_p: sample among the k likeliest (0 = all), of these among the fewest that reach the probability p.
         repetition_penalty: over prompt and answer, see `penalise_repetition`; 1 = none.
         frequency_penalty, presence_penalty: over the answer, see `penalise_frequency`; 0 = none.
-        eos_token_id: one or several ids that end the answer and are no part of it; None = the tokenizer's, () = none.
+        eos_token_id: one or several ids that end the answer and are not part of it; None = the tokenizer's, () = none.
         stop: texts that end the answer; it is cut before the first of them.
         seed: makes sampling repeatable; None = another answer each time.
         logprobs: give log-probabilities, and those of the so many likeliest tokens; None = do not.

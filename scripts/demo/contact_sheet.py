@@ -10,7 +10,7 @@ import random
 import textwrap
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/contact_sheet.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/contact_sheet.py` find the packages)
 import numpy as np
 from PIL import Image
 

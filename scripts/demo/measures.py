@@ -1,4 +1,4 @@
-"""How far a model of the demo has come: facts, problems, preferences, losses on what was kept aside."""
+"""How far a model of the demo has come: facts, problems, preferences, losses on held-out data."""
 
 from functools import partial
 from typing import NamedTuple
@@ -42,13 +42,13 @@ def prefers_the_better(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def held_out_loss(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Nats a token of the answers that SFT keeps aside."""
+    """Nats a token of SFT's held-out answers."""
     rows = SFTDataset(DATA / "eval_sft.jsonl", tokenizer, 128)
     return evaluate(model, rows, tokenizer, here(model), 32)["eval_loss"]
 
 
 def bits_per_byte(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Of the texts that pretraining keeps aside."""
+    """Of the texts that pretraining holds out."""
     rows = PretrainDataset(DATA / "pretrain_hq.jsonl", tokenizer, 128, part="eval")
     return evaluate(model, rows, tokenizer, here(model), 32)["eval_bits_per_byte"]
 
@@ -65,9 +65,7 @@ problems = partial(share_right, exam="eval_reason.jsonl", max_new_tokens=96)
 def sft_loss_change(start: Opened, end: Opened) -> str:
     """What preference learning did to the loss that fine-tuning had brought down."""
     before, after = held_out_loss(*start), held_out_loss(*end)
-    return (
-        f"DPO: nats a token of the answers that SFT keeps aside {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})"
-    )
+    return f"DPO: nats per token on SFT's held-out answers {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})"
 
 
 def reasoning_accuracy(start: Opened, end: Opened) -> str:

@@ -48,7 +48,7 @@ def to_our_state(state: Mapping[str, Tensor], config: LMConfig) -> dict[str, Ten
     """The inverse of `to_peft_state`, fp32, whichever form it has.
 
     Raises:
-        UserError: a tensor that is no part of a plain LoRA on a MiniMind's layers.
+        UserError: a tensor that is not part of a plain LoRA on a MiniMind's layers.
     """
     adapter = {}
     for key, value in state.items():
@@ -106,7 +106,7 @@ def read_folder(folder: Path, config: LMConfig) -> tuple[dict[str, Tensor], dict
         UserError: no such folder, a damaged one, or a kind of adapter that MiniMind has not.
     """
     if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
-        raise UserError(f"{folder} holds no {SETTINGS} and {WEIGHTS}: it is no adapter that peft saved")
+        raise UserError(f"{folder} holds no {SETTINGS} and {WEIGHTS}: it is not an adapter that peft saved")
     try:
         about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         state = load_file(folder / WEIGHTS)

@@ -307,7 +307,7 @@ def _read_json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: this is no folder of a transformers model") from None
+        raise UserError(f"{path} is missing: this is not a folder of a transformers model") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None
 

@@ -23,7 +23,7 @@ def check_address(base_url: str, api_key: str) -> None:
     except ValueError:
         right = False
     if not right:
-        raise UserError(f"{base_url!r} is no address of an API, such as http://127.0.0.1:8998/v1")
+        raise UserError(f"{base_url!r} is not an address of an API, such as http://127.0.0.1:8998/v1")
     if not api_key.isascii():
         raise UserError("the API key has other characters than ASCII, which no key has")
 
@@ -82,7 +82,7 @@ def models_at(client) -> list[str]:
     """The names of the models that an `openai.OpenAI` finds at its address.
 
     Raises:
-        UserError: nothing answers there, it refuses, or it is no such API.
+        UserError: nothing answers there, it refuses, or it is not such an API.
     """
     import openai
 
@@ -119,7 +119,7 @@ def answer_parts(
 
     Raises:
         openai.APIError: whatever the server says, or that it does not answer.
-        UserError: what it says is no answer.
+        UserError: what it says is not an answer.
     """
     sampling = {name: value for name, value in sampling.items() if value is not None}
     reply: Any = client.chat.completions.create(model=model, messages=messages, stream=stream, **sampling)

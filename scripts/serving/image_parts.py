@@ -52,7 +52,7 @@ def read_images(urls: Sequence[str], fetch: Fetch | None) -> list[bytes]:
     """The bytes of images, in the order of their addresses. Nothing is fetched unless all others can be read.
 
     Raises:
-        ApiError: one of them is no image's address, or cannot be had.
+        ApiError: one of them is not an image's address, or cannot be had.
     """
     images = {place: read_base64(url) for place, url in enumerate(urls) if not _is_remote(url)}
     remote = [place for place in range(len(urls)) if place not in images]

@@ -227,7 +227,7 @@ def connect(base_url: str, api_key: str) -> tuple[object, list[str]]:
     """A client for an address, and the names of the models there.
 
     Raises:
-        UserError: it is no address, nothing answers, it refuses, or a proxy is in the way.
+        UserError: it is not an address, nothing answers, it refuses, or a proxy is in the way.
     """
     import openai
 

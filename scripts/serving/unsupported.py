@@ -48,7 +48,7 @@ IN_REQUESTS = (
     Undone(("stop_token_ids",), "an answer ends at a text: use stop"),
     Undone(("include_stop_str_in_output",), "an answer is cut before the text that ends it"),
     Undone(("min_tokens",), "no least length can be set", (0,)),
-    Undone(("skip_special_tokens",), "control tokens are no part of an answer", (True,)),
+    Undone(("skip_special_tokens",), "control tokens are not part of an answer", (True,)),
     Undone(("return_token_ids", "return_tokens_as_token_ids"), "tokens are given as texts only: use logprobs"),
     Undone(
         ("prompt_logprobs",), "a prompt's log-probabilities come by /v1/completions with echo and logprobs", (False,)

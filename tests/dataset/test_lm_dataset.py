@@ -245,7 +245,7 @@ def test_long_texts_are_split_and_nothing_is_lost(tmp_path, tiny_tokenizer, pack
             assert labels[0] == -100
             assert labels[1:] == ids[1:]
             targets.update(ids[1:])
-            bigrams.update(itertools.pairwise(ids))  # each learned token with what it is predicted from
+            bigrams.update(itertools.pairwise(ids))  # each target token with what it is predicted from
 
     assert targets == Counter(token for ids in expected for token in ids[1:])
     assert bigrams == Counter(pair for ids in expected for pair in itertools.pairwise(ids))
@@ -382,7 +382,7 @@ def test_on_real_text_97_percent_of_the_positions_are_real_tokens(shared, shippe
     samples = len(dataset.cache)
     filled, share_split = real / (rows * 512), split / samples
     with capsys.disabled():
-        print(f"\npretrain_hq at 512: {filled:.2%} real tokens, {share_split:.2%} of {samples:,} samples split")
+        print(f"\npretrain_hq at 512: {filled:.2%} non-padding tokens, {share_split:.2%} of {samples:,} samples split")
 
     assert samples == 29_283
     assert targets == dataset.cache.lengths.sum() - samples  # every token but the first, once

@@ -67,13 +67,13 @@ def test_one_that_is_cut_off_is_found_and_a_whole_one_is_not(tmp_path, kind):
     whole.write_bytes(content)
     cut.write_bytes(content[: len(content) // 2])
     assert examine(whole).fault is None
-    assert examine(cut).fault.startswith(("cannot be read as an image", "is no image"))
+    assert examine(cut).fault.startswith(("cannot be read as an image", "is not an image"))
 
 
 def test_faults_in_their_order(images, tmp_path):
     (images / "text.jpg").write_text("not a picture")
     faults = picture_faults([images / "0.jpg", images / "text.jpg", images / "gone.jpg", images, images / "1.jpg"])
-    assert faults == [None, "is no image of a format that Pillow reads", "is not there", "is not there", None]
+    assert faults == [None, "is not an image of a format that Pillow reads", "is not there", "is not there", None]
 
 
 def test_one_that_the_system_does_not_give_is_told(images, monkeypatch):

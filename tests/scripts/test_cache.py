@@ -80,7 +80,7 @@ def test_free_needs_to_be_told_what(cache, data):
 
 
 def test_a_folder_that_is_not_there(cache, tmp_path):
-    assert "gone is no folder" in cache("list", tmp_path / "gone", exit_code=2)
+    assert "gone is not a folder" in cache("list", tmp_path / "gone", exit_code=2)
 
 
 def test_without_a_folder_it_looks_beside_the_data_and_in_the_home(cache, data, tmp_path):

@@ -207,7 +207,7 @@ def test_no_reply_whatever_its_shape_stops_a_worker(endpoint, questions, tmp_pat
     for word in (
         "sent no JSON",
         "sent no choices",
-        "it is no text but",
+        "it is not text but",
         "half a character",
         "8 questions got no answer",
     ):
@@ -326,11 +326,13 @@ def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
     for line in foreign:
         out.write_bytes(mine + line)
         collect(endpoint, questions, out, exit_code=2)
-        assert "line 25 is no answer of big to one of these questions: nothing was changed" in capsys.readouterr().err
+        assert (
+            "line 25 is not an answer of big to one of these questions: nothing was changed" in capsys.readouterr().err
+        )
         assert out.read_bytes() == mine + line
     out.write_bytes(mine)
     collect(endpoint, questions, out, "--model", "other", exit_code=2)
-    assert "line 1 is no answer of other" in capsys.readouterr().err
+    assert "line 1 is not an answer of other" in capsys.readouterr().err
     collect(endpoint, questions, out, "--thinking", exit_code=2)
     assert "and the --model, --system, --thinking it was made by" in capsys.readouterr().err
     assert out.read_bytes() == mine

@@ -223,7 +223,7 @@ def test_wrong_input_is_named(convert, tokenizer_dir, small_tokenizer_dir, weigh
             convert("to-transformers", *arguments[:1], tmp_path / "out", *arguments[1:])
     with pytest.raises(UserError, match=r"an adapter is a \.pth file"):
         convert("to-peft", weights, tmp_path / "lora/me_32", tmp_path / "out", "--tokenizer", tokenizer_dir)
-    with pytest.raises(UserError, match=r"what is no part of it goes before"):
+    with pytest.raises(UserError, match=r"what is not part of it goes before"):
         convert("to-transformers", "--overwrite", weights, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -185,7 +185,7 @@ def test_problems_are_counted_by_form_by_answer_and_by_vote(monkeypatch):
 
 def test_the_table():
     stages = (
-        Stage("pretraining", (), None, "a", "bits a byte", None, "{:.3f}", answers=False),
+        Stage("pretraining", (), None, "a", "bits per byte", None, "{:.3f}", answers=False),
         Stage("SFT", (), "a", "b", "facts right", None),
     )
     results = {
@@ -194,7 +194,7 @@ def test_the_table():
     }
     assert table(stages, results).splitlines() == [
         "stage          minutes  measure                                start     end   facts",
-        "pretraining        3.0  bits a byte                            4.500   0.590       -",
+        "pretraining        3.0  bits per byte                            4.500   0.590       -",
         "SFT                4.5  facts right                             0.0%   95.1%   95.1%",
         "all                7.5",
     ]

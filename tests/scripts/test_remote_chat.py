@@ -148,7 +148,7 @@ def test_the_chat_names_the_proxy(monkeypatch, capsys):
 
 @pytest.mark.parametrize("address", "ftp://a/v1 http:///v1 http://a:0/v1 http://a:99999/v1 a/v1 http://[/v1".split())
 def test_what_is_no_address(address):
-    with pytest.raises(UserError, match="is no address of an API"):
+    with pytest.raises(UserError, match="is not an address of an API"):
         check_address(address, "none")
     check_address("http://a:1/v1", "none")
 

@@ -12,7 +12,7 @@ from dataset.jsonl import BadRecord
 from model.chat import render_chat
 from model.tokenizer import StreamDecoder, token_bytes
 from model.tokenizer_check import PROBES
-from scripts.train_tokenizer import is_kept_aside, kind_of, stream_texts, verify
+from scripts.train_tokenizer import is_held_out_text, kind_of, stream_texts, verify
 from tests.conftest import SENTENCES, train_tokenizer, write_jsonl
 from tests.running import ROOT, call_script, one_error_line, run_script
 from trainer.errors import UserError
@@ -55,7 +55,7 @@ def test_the_script_writes_a_folder_that_auto_tokenizer_loads(trained):
     assert len(tokenizer) == 420
     assert printed.splitlines()[0].startswith(f"420 entries in {folder}")
     assert "English" in printed
-    assert "characters a token, on texts kept aside" in printed
+    assert "characters per token, on held-out texts" in printed
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
     special = (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token)
     assert special == ("<unk>", "<unk>", "<s>", "</s>")
@@ -151,11 +151,11 @@ def test_a_record_of_no_format_is_bad(record):
 
 def test_a_tenth_is_kept_aside_whatever_file_a_text_is_in():
     texts = [f"text {n}" for n in range(20_000)]
-    kept = [is_kept_aside(text, 0.1) for text in texts]
+    kept = [is_held_out_text(text, 0.1) for text in texts]
 
     assert 0.09 < sum(kept) / len(kept) < 0.11
-    assert kept == [is_kept_aside(text, 0.1) for text in texts]
-    assert not any(is_kept_aside(text, 0) for text in texts[:100])
+    assert kept == [is_held_out_text(text, 0.1) for text in texts]
+    assert not any(is_held_out_text(text, 0) for text in texts[:100])
 
 
 def test_text_is_classed_by_its_characters(tmp_path):

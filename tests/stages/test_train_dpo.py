@@ -137,7 +137,7 @@ def tiny_model(vocab_size, seed):
 
 
 def trl_examples(row):
-    """The pairs of a row as trl's collator takes them; what follows an answer's last learned token has no part."""
+    """The pairs of a row as trl's collator takes them; what follows an answer's last target token has no part."""
     sides = []
     for ids, labels in samples(row):
         learned = torch.nonzero(labels >= 0).flatten()
@@ -151,7 +151,7 @@ def trl_examples(row):
 
 
 def test_the_figures_by_hand():
-    """One pair; two learned tokens in the chosen answer, one in the rejected."""
+    """One pair; two target tokens in the chosen answer, one in the rejected."""
     batch = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "attention_mask": torch.ones(1, 5, dtype=torch.bool)}
     labels = torch.tensor([[-100, 7, 8, -100, 9]])
     policy, reference = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([-1.0, -4.0, -3.0])

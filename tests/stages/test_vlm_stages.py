@@ -267,9 +267,9 @@ class TestEval:
 
     def test_a_broken_or_missing_picture_is_named(self, asked, tmp_path):
         (tmp_path / "bad.jpg").write_bytes(b"nothing")
-        assert "bad.jpg is no image" in asked("--image", tmp_path / "bad.jpg", exit_code=2)
+        assert "bad.jpg is not an image" in asked("--image", tmp_path / "bad.jpg", exit_code=2)
         assert "gone.jpg is not there" in asked("--image", tmp_path / "gone.jpg", exit_code=2)
-        assert "is no folder" in asked("--image_dir", tmp_path / "gone", exit_code=2)
+        assert "is not a folder" in asked("--image_dir", tmp_path / "gone", exit_code=2)
         (tmp_path / "bad.jpg").unlink()
         assert "holds 0 images" in asked("--image_dir", tmp_path, exit_code=2)
 
@@ -278,7 +278,7 @@ class TestEval:
         (tmp_path / "images" / "green.png").write_bytes(b"nothing")
         (tmp_path / "images" / "red.png").write_bytes(b"nothing")
         error = asked("--image_dir", tmp_path / "images", exit_code=2)
-        assert "green.png is no image" in error
+        assert "green.png is not an image" in error
         assert "(2 of 3 images; --skip_bad_images goes on without)" in error
         shown = asked("--image_dir", tmp_path / "images", "--skip_bad_images")
         assert shown.startswith("2 of 3 images skipped, the first: ")

@@ -47,7 +47,7 @@ def pairs(pairs_file, tiny_tokenizer):
 
 @torch.no_grad()
 def slowly(model, ids, labels):
-    """log p of each learned token, the sample alone in its batch, token by token."""
+    """log p of each target token, the sample alone in its batch, token by token."""
     logits = model(ids[None]).logits[0].double()
     return [logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(1, len(ids)) if labels[t] >= 0]
 
