@@ -1,4 +1,4 @@
-"""Talk to a model: fixed questions or your own, answers as they are written, tokens a second.
+"""Talk to a model: fixed questions or your own, answers as they are written, tokens per second.
 
 python eval_model.py --model_mode 1                       asks whether to chat or to run through sample questions
 python eval_model.py --prompt "中国的首都是哪里？"           one answer (repeat --prompt for more), no terminal needed
@@ -10,17 +10,21 @@ import sys
 import time
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+
 from trainer.arguments import (
+    BooleanFlag,
     Parser,
-    Switch,
+    add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
-    not_negative,
-    positive,
-    sampling_of,
+    non_negative_int,
+    positive_int,
+    sampling_settings,
+    text,
 )
-from trainer.errors import UserError, launch
-from trainer.talk import questions, report_speed, show, texts_of, typed
+from trainer.errors import UserError, run_main
+from trainer.talk import questions, read_line, report_speed, show, stream_texts
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")
 SAMPLE_QUESTIONS = (
@@ -50,16 +54,18 @@ def get_args():
     )
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--prompt", action="append", help="ask this (may be repeated) and end")
-    parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
+    add_device_argument(parser)
+    parser.add_argument("--prompt", type=text, action="append", help="ask this (may be repeated) and end")
+    parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     parser.add_argument(
-        "--history_cnt", type=not_negative, default=0, help="earlier questions with their answers that it is shown"
+        "--history_cnt", type=non_negative_int, default=0, help="earlier questions with their answers that it is shown"
     )
     add_sampling_arguments(parser)
-    parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
-    parser.add_argument("--votes", type=positive, default=1, help="write so many answers, take what most of them say")
-    parser.add_argument("--hide_thinking", action=Switch, help="of a reasoning model show the answer alone")
+    parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while writing (default: on)")
+    parser.add_argument(
+        "--votes", type=positive_int, default=1, help="write so many answers, take what most of them say"
+    )
+    parser.add_argument("--hide_thinking", action=BooleanFlag, help="show only the answer of a reasoning model")
     return parser.parse_args()
 
 
@@ -67,11 +73,11 @@ def load_model(args):
     """Model and tokenizer that the flags name."""
     from model.model_lora import merge_lora
     from trainer import weights
-    from trainer.runtime import pick_device
+    from trainer.device import pick_device
 
     device = pick_device(args.device)
     if args.load == 1:
-        from scripts.transformers_format import read_folder
+        from scripts.formats.transformers_folder import read_folder
 
         model, tokenizer = read_folder(Path(args.out_dir), args.tokenizer)
     else:
@@ -87,15 +93,15 @@ def load_model(args):
 
 def reply(engine, ids: list[int], args, by_hand: bool) -> str:
     """Write an answer to a prompt; show it, and how fast it came."""
-    from model.engine import Request
+    from model.inference.request import Request
     from model.reasoning import majority
 
-    settings = sampling_of(args)
+    settings = sampling_settings(args)
     reasoning = args.model_mode == 3
     started, pieces, election = time.monotonic(), [], ""
     try:
         if args.votes == 1:
-            texts = texts_of(engine.stream(Request(prompt=ids, **settings)), pieces)
+            texts = stream_texts(engine.stream(Request(prompt=ids, **settings)), pieces)
             show(texts if args.stream else ["".join(texts)], reasoning, args.hide_thinking)
             answer = "".join(piece.text for piece in pieces)
         else:
@@ -119,7 +125,7 @@ def main():
     if args.votes > 1 and args.temperature == 0:
         raise UserError(f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise it")
     from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
-    from model.engine import Engine
+    from model.inference.scheduler import Engine
 
     model, tokenizer = load_model(args)
     room = model.config.max_seq_len - args.max_new_tokens
@@ -130,7 +136,7 @@ def main():
     samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
     system = [{"role": "system", "content": args.system}] if args.system else []
     turns: list[dict[str, str]] = []
-    by_hand = not args.prompt and sys.stdin.isatty() and typed("[0] automatic  [1] by hand: ") == "1"
+    by_hand = not args.prompt and sys.stdin.isatty() and read_line("[0] automatic  [1] by hand: ") == "1"
     for number, question in enumerate(questions(args.prompt, samples, by_hand)):
         if not by_hand:
             print(f"{chr(10) if number else ''}> {question}")
@@ -152,4 +158,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -8,17 +8,21 @@ python eval_vlm.py --model_mode 2 --image a.jpg --image b.jpg       several imag
 import time
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+
 from trainer.arguments import (
     ROOT,
+    BooleanFlag,
     Parser,
-    Switch,
+    add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
     add_tower_argument,
-    sampling_of,
+    sampling_settings,
+    text,
 )
-from trainer.errors import UserError, launch
-from trainer.talk import report_speed, show, texts_of
+from trainer.errors import UserError, run_main
+from trainer.talk import report_speed, show, stream_texts
 
 STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -35,7 +39,7 @@ def get_args():
     )
     add_model_arguments(parser)
     add_tower_argument(parser)
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(parser)
     parser.add_argument("--image", action="append", metavar="FILE", help="show this one (repeat: together)")
     parser.add_argument(
         "--image_dir",
@@ -43,25 +47,31 @@ def get_args():
         metavar="DIR",
         help="show its images in order of their names, one by one; with --model_mode 2 in twos, the last perhaps alone",
     )
-    parser.add_argument("--prompt", action="append", help="ask this (may be repeated) instead of for a description")
-    parser.add_argument("--system", default=None, help="system prompt (default: MiniMind's own)")
+    parser.add_argument(
+        "--skip_bad_images", action=BooleanFlag, help="leave out what --image_dir has of broken images, and count them"
+    )
+    parser.add_argument(
+        "--prompt", type=text, action="append", help="ask this (may be repeated) instead of for a description"
+    )
+    parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     add_sampling_arguments(parser)
-    parser.add_argument("--stream", action=Switch, default=True, help="print while writing (default: on)")
+    parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while writing (default: on)")
     return parser.parse_args()
 
 
 def groups_of_images(args) -> list[list[Path]]:
-    """The images to show, those together that belong to one question.
+    """The images to show, those together that belong to one question; all are there and whole.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none; one is broken, and --skip_bad_images was not given.
     """
     if args.image:
-        return [[Path(name) for name in args.image]]
+        return [whole_images([Path(name) for name in args.image])]
     folder = Path(args.image_dir)
     if not folder.is_dir():
-        raise UserError(f"--image_dir {folder} is no folder; --image names a single file")
+        raise UserError(f"--image_dir {folder} is not a folder; --image names a single file")
     images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    images = whole_images(images, args.skip_bad_images)
     together = 2 if args.model_mode == 2 else 1
     if len(images) < together:
         raise UserError(
@@ -70,10 +80,24 @@ def groups_of_images(args) -> list[list[Path]]:
     return [images[i : i + together] for i in range(0, len(images), together)]
 
 
+def whole_images(images: list[Path], skip: bool | None = None) -> list[Path]:
+    """These images, without those that are broken if they are to be skipped; None: that is no choice."""
+    from dataset.pictures import picture_faults  # after the arguments: --help need not wait for it
+
+    faults = picture_faults(images)
+    bad = [f"{image} {fault}" for image, fault in zip(images, faults, strict=True) if fault]
+    if bad and not skip:
+        choice = "" if skip is None else f" ({len(bad)} of {len(images)} images; --skip_bad_images goes on without)"
+        raise UserError(bad[0] + choice)
+    if bad:
+        print(f"{len(bad)} of {len(images)} images skipped, the first: {bad[0]}")
+    return [image for image, fault in zip(images, faults, strict=True) if not fault]
+
+
 def load_model(args):
     """Model, tokenizer and image processor that the flags name."""
     from model.model_vlm import MiniMindVLM
-    from trainer.runtime import pick_device
+    from trainer.device import pick_device
     from trainer.vision import load_vlm, open_vision
     from trainer.weights import load_folder, load_tokenizer, weights_path
 
@@ -94,8 +118,9 @@ def load_model(args):
 def main():
     args = get_args()
     groups = groups_of_images(args)
-    from model.engine import Engine, Request  # after the arguments: --help need not wait for it
-    from model.images import place_chat, prompt_embeddings
+    from model.images import prepare_chat, prompt_embeddings
+    from model.inference.request import Request
+    from model.inference.scheduler import Engine
 
     model, tokenizer, processor = load_model(args)
     engine = Engine(model, tokenizer, slots=1)
@@ -105,17 +130,17 @@ def main():
         for question in args.prompt or [PROMPTS[min(len(images), 2)]]:
             chat = [*system, {"role": "user", "content": [*images, question]}]
             try:
-                prompt = place_chat(tokenizer, chat, model.config, processor, room)
+                prompt = prepare_chat(tokenizer, chat, model.config, processor, room)
             except ValueError as error:  # a broken image, or more of them than the model takes
                 raise UserError(str(error)) from error
             print(f"\n{', '.join(path.name for path in images)}\n> {question}")
             started, pieces = time.monotonic(), []
             seen = prompt_embeddings(model, prompt)
-            request = Request(prompt=prompt.input_ids[0].tolist(), embeddings=seen, **sampling_of(args))
-            texts = texts_of(engine.stream(request), pieces)
+            request = Request(prompt=prompt.input_ids[0].tolist(), embeddings=seen, **sampling_settings(args))
+            texts = stream_texts(engine.stream(request), pieces)
             show(texts if args.stream else ["".join(texts)], reasoning=False, hide_thinking=False)
             report_speed(pieces, started)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -1,7 +1,6 @@
 """Reasoning: a model that thinks before it answers, by learning from answers that show their thinking.
 
-An answer reads <think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>. This is fine-tuning with one difference: the tokens
-of the tags weigh more, since the form hangs on them and they are few.
+Answers read <think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>; the tags, few as they are, weigh more than other tokens.
 
 Learns from dataset/r1_mix_1024.jsonl ({"conversations": [...]} lines), starts from out/rlhf_D.pth,
 writes out/reason_D.pth.
@@ -13,23 +12,24 @@ writes out/reason_D.pth.
 
 import math
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import SFTDataset
-from model.model import IGNORED, predicting
+from model.loss import IGNORE_INDEX, target_mask
 from model.reasoning import tag_sequences
 from trainer.arguments import ROOT, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
 
 
 def get_args():
@@ -58,7 +58,7 @@ def tag_weights(labels: Tensor, tags: list[list[int]], weight: float) -> Tensor:
     Returns:
         (batch, n) fp32.
     """
-    weights = (labels != IGNORED).float()
+    weights = (labels != IGNORE_INDEX).float()
     for tag in tags:
         if labels.size(1) < len(tag):
             continue
@@ -71,18 +71,18 @@ def tag_weights(labels: Tensor, tags: list[list[int]], weight: float) -> Tensor:
 def weighted_next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """sum_t w_t * -log p(label_t), in nats: cross-entropy in which each token counts as much as its weight says.
 
-    The loop divides it by the number of learned tokens, not by the sum of their weights: a tag's weight takes nothing
+    The loop divides it by the number of target tokens, not by the sum of their weights: a tag's weight takes nothing
     away from the others.
 
     Args:
-        logits: (learned, vocab) at `predicting(labels)`, any float dtype; the softmax is taken in fp32.
+        logits: (learned, vocab) at `target_mask(labels)`, any float dtype; the softmax is taken in fp32.
         labels: (batch, n) int64, not shifted; -100 is not learned.
         weights: (batch, n) fp32.
 
     Returns:
         fp32 scalar.
     """
-    learned = predicting(labels)[:, :-1]
+    learned = target_mask(labels)[:, :-1]
     nats = F.cross_entropy(logits.float(), labels[:, 1:][learned], reduction="none")
     return (nats * weights[:, 1:][learned]).sum()
 
@@ -96,7 +96,7 @@ def main():
 
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
-    config = config_of(args, tokenizer)
+    config = build_config(args, tokenizer)
     checkpoint = Checkpoint(args, "reason", config, tokenizer, run, tag_weight=args.tag_weight)
     model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -112,7 +112,7 @@ def main():
     model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
-    progress = checkpoint.load(model, optimizer, scaler)
+    progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
     # Loop: an optimizer step is a list of micro-batches
@@ -128,9 +128,9 @@ def main():
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    out = model(**batch, logits_to_keep=predicting(labels))
+                    out = model(**batch, logits_to_keep=target_mask(labels))
                     weights = tag_weights(labels, tags, args.tag_weight)
-                    loss = weighted_next_token_loss(out.logits, labels, weights) / totals.trained
+                    loss = weighted_next_token_loss(out.logits, labels, weights) / totals.target_tokens
                     loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 step_loss += loss.detach()
                 loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
@@ -150,20 +150,21 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, evaluate, save
+        # Log, save, evaluate: what is learned is safe before it is measured
         progress.advance(totals, run.non_finite)
         stopping = run.asked_to_stop
         if metrics.due(args.log_interval, stopping):
             metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
-        if held_out and metrics.due(args.eval_interval):
-            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(lambda: evaluate(model, held_out, tokenizer, run, args.batch_size))
+            checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break
     metrics.close()
-    run.finish()
+    run.finish(finished=progress.step >= total_steps)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

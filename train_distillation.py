@@ -13,24 +13,25 @@ Black-box distillation needs no stage of its own: scripts/collect_teacher_answer
 
 from functools import partial
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dataset import SFTDataset
-from model.model import predicting
-from model.weights import weights_hash
-from trainer.arguments import ROOT, above_zero, check_training_arguments, training_parser
+from model.fingerprint import hash_weights
+from model.loss import target_mask
+from trainer.arguments import ROOT, check_training_arguments, positive_float, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.teacher import load_teacher, sum_beside_teacher
-from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+from trainer.teacher import chunked_distillation_loss, load_teacher
+from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
 
 
 def get_args():
@@ -45,7 +46,7 @@ def get_args():
     parser.add_argument("--teacher_weight", default="full_sft_768", help="weights in --out_dir, a .pth, or a folder")
     parser.add_argument("--alpha", type=float, default=0.0, help="share of the plain loss; the rest is the teacher's")
     parser.add_argument(
-        "--temperature", type=above_zero, default=1.0, help="above 1 what the teacher holds less likely counts more"
+        "--temperature", type=positive_float, default=1.0, help="above 1 what the teacher holds less likely counts more"
     )
     return parser.parse_args()
 
@@ -79,10 +80,10 @@ def main():
 
     # Student and teacher
     tokenizer = load_tokenizer(args.tokenizer)
-    config = config_of(args, tokenizer)
+    config = build_config(args, tokenizer)
     teacher = load_teacher(args.teacher_weight, args.out_dir, tokenizer, args.max_seq_len)
     facts = {name: getattr(args, name) for name in ("teacher_weight", "alpha", "temperature")}
-    facts["teacher_hash"] = weights_hash(teacher.state_dict())
+    facts["teacher_hash"] = hash_weights(teacher.state_dict())
     checkpoint = Checkpoint(args, "full_dist", config, tokenizer, run, **facts)
     model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -99,7 +100,7 @@ def main():
     model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
-    progress = checkpoint.load(model, optimizer, scaler)
+    progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
     # Loop: an optimizer step is a list of micro-batches
@@ -115,8 +116,8 @@ def main():
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    out = model(**batch, logits_to_keep=predicting(labels))
-                    loss = sum_beside_teacher(loss_of, out.logits, labels, batch, teacher) / totals.trained
+                    out = model(**batch, logits_to_keep=target_mask(labels))
+                    loss = chunked_distillation_loss(loss_of, out.logits, labels, batch, teacher) / totals.target_tokens
                     loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 step_loss += loss.detach()
                 loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
@@ -136,20 +137,21 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, evaluate, save
+        # Log, save, evaluate: what is learned is safe before it is measured
         progress.advance(totals, run.non_finite)
         stopping = run.asked_to_stop
         if metrics.due(args.log_interval, stopping):
             metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
-        if held_out and metrics.due(args.eval_interval):
-            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(lambda: evaluate(model, held_out, tokenizer, run, args.batch_size))
+            checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break
     metrics.close()
-    run.finish()
+    run.finish(finished=progress.step >= total_steps)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -11,31 +11,33 @@ as the frozen reference, writes out/rlhf_D.pth.
 import copy
 from functools import partial
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dataset import DPODataset
-from model.model import predicting
-from model.weights import weights_hash
-from trainer.arguments import ROOT, Switch, check_training_arguments, training_parser
+from dataset.caches import limit_caches
+from model.fingerprint import hash_weights
+from model.loss import target_mask
+from trainer.arguments import ROOT, BooleanFlag, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.preference import (
-    FIGURES,
-    attach_reference,
+    DPO_METRICS,
+    attach_reference_log_probs,
     count_pairs,
+    dpo_metrics,
     evaluate_pairs,
-    figures,
-    reference_of,
+    reference_log_probs,
     token_log_probs,
 )
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
 
 
 def get_args():
@@ -50,11 +52,11 @@ def get_args():
     )
     parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from, and reference")
     dpo = parser.add_argument_group("dpo")
-    dpo.add_argument("--beta", type=float, default=0.1, help="how dear it is to leave the reference")
-    dpo.add_argument("--length_normalize", action=Switch, help="mean log-probability of an answer, not its sum")
+    dpo.add_argument("--beta", type=float, default=0.1, help="strength of the pull towards the reference model")
+    dpo.add_argument("--length_normalize", action=BooleanFlag, help="mean log-probability of an answer, not its sum")
     dpo.add_argument(
         "--cache_reference",
-        action=Switch,
+        action=BooleanFlag,
         default=True,
         help="ask the reference once, before training, and keep its answers on disk (default: on)",
     )
@@ -88,11 +90,11 @@ def main():
 
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
-    config = config_of(args, tokenizer)
+    config = build_config(args, tokenizer)
     start = weights_path(args, args.from_weight)
     model = load_weights(start, config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
-    start_hash = weights_hash(model.state_dict())
+    start_hash = hash_weights(model.state_dict())
     checkpoint = Checkpoint(args, "rlhf", config, tokenizer, run, reference=start.name, reference_hash=start_hash)
 
     # Data
@@ -100,8 +102,11 @@ def main():
     total_steps = count_steps(loader, args)
     frozen = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
     for pairs in filter(None, (loader.dataset, held_out)) if args.cache_reference else ():
-        attach_reference(pairs, model, start_hash, run, args.batch_size)
-    measure = partial(figures, loss_function=partial(dpo_loss, beta=args.beta), length_normalize=args.length_normalize)
+        attach_reference_log_probs(pairs, model, start_hash, run, args.batch_size)
+    limit_caches([args.data_path], args.cache_limit)
+    measure = partial(
+        dpo_metrics, loss_function=partial(dpo_loss, beta=args.beta), length_normalize=args.length_normalize
+    )
 
     # Optimizer
     optimizer = make_optimizer(model, args)
@@ -109,7 +114,7 @@ def main():
     model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
-    progress = checkpoint.load(model, optimizer, scaler)
+    progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
     # Loop: an optimizer step is a list of micro-batches
@@ -119,15 +124,15 @@ def main():
         set_learning_rate(optimizer, lr)
         totals = run.totals(batches)
         (pairs,) = run.sum(count_pairs(batches))
-        measured = torch.zeros(len(FIGURES), device=run.device)
+        measured = torch.zeros(len(DPO_METRICS), device=run.device)
         for batch in batches:
             last = batch is batches[-1]
             batch = run.to_device(batch)
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    reference = reference_of(batch, labels, frozen)
-                    out = model(**batch, logits_to_keep=predicting(labels))
+                    reference = reference_log_probs(batch, labels, frozen)
+                    out = model(**batch, logits_to_keep=target_mask(labels))
                     values = measure(token_log_probs(out.logits, labels), reference, batch, labels) / pairs
                     loss = values[0] + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 measured += values.detach()
@@ -136,7 +141,7 @@ def main():
                     deepspeed_backward(model, loss, scaler, last)
                 else:
                     scaler.scale(loss).backward()
-        measured = dict(zip(FIGURES, run.sum(*measured.tolist()), strict=True))
+        measured = dict(zip(DPO_METRICS, run.sum(*measured.tolist()), strict=True))
         if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
             norm = deepspeed_step(model, scaler)
             run.is_finite(norm, measured["loss"])
@@ -148,20 +153,21 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, evaluate, save
+        # Log, save, evaluate: what is learned is safe before it is measured
         progress.advance(totals, run.non_finite)
         stopping = run.asked_to_stop
         if metrics.due(args.log_interval, stopping):
             metrics.log(**measured, lr=lr, grad_norm=float(norm))
-        if held_out and metrics.due(args.eval_interval):
-            metrics.log_evaluation(evaluate_pairs(model, frozen, held_out, run, args.batch_size, measure))
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(lambda: evaluate_pairs(model, frozen, held_out, run, args.batch_size, measure))
+            checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break
     metrics.close()
-    run.finish()
+    run.finish(finished=progress.step >= total_steps)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -10,21 +10,22 @@ out/full_sft_D.pth, writes the adapter alone to out/lora/NAME_D.pth. `eval_model
 
 import re
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from dataset import SFTDataset
-from model.model import next_token_loss, predicting
+from model.loss import next_token_loss, target_mask
 from model.model_lora import apply_lora, base_hash, is_lora
-from trainer.arguments import ROOT, check_training_arguments, positive, training_parser
+from trainer.arguments import ROOT, check_training_arguments, positive_int, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import config_of, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
 
 
 def get_args():
@@ -39,7 +40,7 @@ def get_args():
     parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from")
     lora = parser.add_argument_group("lora")
     lora.add_argument("--lora_name", default="identity", help="names the adapter: out/lora/NAME_512.pth")
-    lora.add_argument("--rank", type=positive, default=16, help="of the correction (alpha / rank) B A")
+    lora.add_argument("--rank", type=positive_int, default=16, help="rank of the update (alpha / rank) B A")
     lora.add_argument("--alpha", type=float, default=None, help="(default: rank)")
     lora.add_argument(
         "--target_modules",
@@ -61,7 +62,7 @@ def main():
 
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
-    config = config_of(args, tokenizer)
+    config = build_config(args, tokenizer)
     base = weights_path(args, args.from_weight)
     model = load_weights(base, config, tokenizer)
     model.gradient_checkpointing = args.gradient_checkpointing
@@ -84,7 +85,7 @@ def main():
     model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
-    progress = checkpoint.load(model, optimizer, scaler)
+    progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
     # Loop: an optimizer step is a list of micro-batches
@@ -100,8 +101,8 @@ def main():
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    out = model(**batch, logits_to_keep=predicting(labels))
-                    loss = next_token_loss(out.logits, labels) / totals.trained
+                    out = model(**batch, logits_to_keep=target_mask(labels))
+                    loss = next_token_loss(out.logits, labels) / totals.target_tokens
                     loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 step_loss += loss.detach()
                 loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
@@ -121,20 +122,21 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, evaluate, save
+        # Log, save, evaluate: what is learned is safe before it is measured
         progress.advance(totals, run.non_finite)
         stopping = run.asked_to_stop
         if metrics.due(args.log_interval, stopping):
             metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
-        if held_out and metrics.due(args.eval_interval):
-            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(lambda: evaluate(model, held_out, tokenizer, run, args.batch_size))
+            checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break
     metrics.close()
-    run.finish()
+    run.finish(finished=progress.step >= total_steps)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

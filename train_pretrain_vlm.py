@@ -8,20 +8,21 @@ dataset/pretrain_images/), starts from out/full_sft_D.pth, writes out/pretrain_v
     deepspeed --num_gpus 2 train_pretrain_vlm.py --deepspeed       DeepSpeed, ZeRO stage 2
 """
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
-from model.model import next_token_loss, predicting
-from trainer.arguments import ROOT, add_vision_arguments, check_training_arguments, not_negative, training_parser
+from model.loss import next_token_loss, target_mask
+from trainer.arguments import ROOT, add_vision_arguments, check_training_arguments, non_negative_int, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.engine import deepspeed_backward, deepspeed_step, should_compile, wrap_model
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
+from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.vision import cache_features, load_vlm, open_vision, picture_data
-from trainer.weights import config_of, load_tokenizer, weights_path
+from trainer.vision import cache_features, image_data, load_vlm, open_vision
+from trainer.weights import build_config, load_tokenizer, weights_path
 
 
 def get_args():
@@ -36,7 +37,7 @@ def get_args():
     add_vision_arguments(parser, images_path=str(ROOT / "dataset" / "pretrain_images"))
     parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from")
     parser.add_argument(
-        "--unfreeze_last", type=not_negative, default=0, metavar="N", help="the last N blocks learn too"
+        "--unfreeze_last", type=non_negative_int, default=0, metavar="N", help="the last N blocks learn too"
     )
     return parser.parse_args()
 
@@ -48,7 +49,7 @@ def main():
 
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
-    config = config_of(args, tokenizer)
+    config = build_config(args, tokenizer)
     vision = open_vision(args.vision_model)
     checkpoint = Checkpoint(args, "pretrain_vlm", config, tokenizer, run, vision_tower=vision.hash)
     start = weights_path(args, args.from_weight)
@@ -61,7 +62,7 @@ def main():
         part.requires_grad_(True)
 
     # Data
-    loader, held_out = open_data(picture_data(args, vision), args, tokenizer, run)
+    loader, held_out = open_data(image_data(args, vision), args, tokenizer, run)
     if args.cache_features:
         cache_features(model, (loader.dataset, held_out), args, vision, run)
     total_steps = count_steps(loader, args)
@@ -72,7 +73,7 @@ def main():
     model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
 
     # Resume
-    progress = checkpoint.load(model, optimizer, scaler)
+    progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
     # Loop: an optimizer step is a list of micro-batches
@@ -88,8 +89,8 @@ def main():
             labels = batch.pop("labels")
             with run.gradients_synced(model, last):
                 with run.autocast():
-                    out = model(**batch, logits_to_keep=predicting(labels))
-                    loss = next_token_loss(out.logits, labels) / totals.trained
+                    out = model(**batch, logits_to_keep=target_mask(labels))
+                    loss = next_token_loss(out.logits, labels) / totals.target_tokens
                     loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
                 step_loss += loss.detach()
                 loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
@@ -109,20 +110,21 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, evaluate, save
+        # Log, save, evaluate: what is learned is safe before it is measured
         progress.advance(totals, run.non_finite)
         stopping = run.asked_to_stop
         if metrics.due(args.log_interval, stopping):
             metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
-        if held_out and metrics.due(args.eval_interval):
-            metrics.log_evaluation(evaluate(model, held_out, tokenizer, run, args.batch_size))
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
+        if held_out and metrics.due(args.eval_interval):
+            metrics.log_evaluation(lambda: evaluate(model, held_out, tokenizer, run, args.batch_size))
+            checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break
     metrics.close()
-    run.finish()
+    run.finish(finished=progress.step >= total_steps)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -5,17 +5,19 @@
 
 Many lines and few: a teacher has more to say where the student has seen too little to tell by itself. Both start from
 the same pretrained student and see the same batches in the same order; each seed is another order. What is measured:
-nats a token of the answers that SFT keeps aside, and facts right in phrasings never seen, greedy.
+nats per token on SFT's held-out answers, and facts right in phrasings never seen, greedy.
 """
 
 from pathlib import Path
 from statistics import mean, stdev
 
-from scripts.demo_measures import facts, held_out_loss
-from scripts.demo_settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
-from scripts.examination import open_model, run, state_of
-from trainer.arguments import Parser, positive
-from trainer.errors import UserError, launch
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+
+from scripts.demo.exam import open_model, run, state_of
+from scripts.demo.measures import facts, held_out_loss
+from scripts.demo.settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
+from trainer.arguments import Parser, positive_int
+from trainer.errors import UserError, run_main
 from trainer.files import replacing
 from trainer.weights import read_settings
 
@@ -27,9 +29,9 @@ TRAININGS = {  # how each is trained, and what it writes
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--seeds", type=positive, default=3, help="how many: 1, 2, 3, …")
+    parser.add_argument("--seeds", type=positive_int, default=3, help="how many: 1, 2, 3, …")
     parser.add_argument("--epochs", default=SFT[SFT.index("--epochs") + 1], help="(default: the demo's)")
-    parser.add_argument("--lines", type=positive, help="learn from the first so many of the demo's SFT lines alone")
+    parser.add_argument("--lines", type=positive_int, help="learn from the first so many of the demo's SFT lines alone")
     args = parser.parse_args()
     start, teacher = OUT / "pretrain_128.pth", OUT / "full_sft_256.pth"
     for weights in (start, teacher):
@@ -53,7 +55,7 @@ def main():
             steps = read_settings(out / f"{written}.pth")["step"]
 
     print(f"\n{args.seeds} seeds, {steps} steps each, from {start.name}, teacher {teacher.name}")
-    print(f"{'teacher':<10}{'nats a token kept aside':>26}{'facts right':>20}")
+    print(f"{'teacher':<10}{'held-out nats per token':>26}{'facts right':>20}")
     for name, measured in results.items():
         loss, right = zip(*measured, strict=True)
         print(f"{name:<10}{spread(loss, '.4f'):>26}{spread([100 * share for share in right], '.1f'):>19}%")
@@ -81,4 +83,4 @@ def spread(values, form: str) -> str:
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -14,16 +14,17 @@ import time
 from functools import partial
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 from torch import Tensor
 
 from model import LMConfig, MiniMindLM
-from model.model import predicting
+from model.loss import target_mask
 from train_distillation import distillation_loss
-from trainer.arguments import Parser, positive
-from trainer.errors import launch
-from trainer.runtime import DTYPES, pick_device
-from trainer.teacher import sum_beside_teacher, teacher_logits
+from trainer.arguments import Parser, positive_int
+from trainer.device import DTYPES, pick_device
+from trainer.errors import run_main
+from trainer.teacher import chunked_distillation_loss, teacher_logits
 
 SIZES = {"student": {"dim": 512, "n_layers": 8}, "teacher": {"dim": 768, "n_layers": 16}}
 
@@ -32,20 +33,20 @@ def all_logits(student: MiniMindLM, teacher: MiniMindLM, batch: dict, labels: Te
     logits = student(**batch).logits
     with torch.no_grad():
         taught = teacher(**batch).logits
-    learned = predicting(labels)
+    learned = target_mask(labels)
     return loss_of(logits[learned], taught[learned], labels[:, 1:][learned[:, :-1]])
 
 
 def learned_logits(student: MiniMindLM, teacher: MiniMindLM, batch: dict, labels: Tensor, loss_of) -> Tensor:
-    learned = predicting(labels)
+    learned = target_mask(labels)
     logits = student(**batch, logits_to_keep=learned).logits
     taught = teacher_logits(teacher, batch, learned, logits.size(-1))
     return loss_of(logits, taught, labels[:, 1:][learned[:, :-1]])
 
 
 def in_parts(student: MiniMindLM, teacher: MiniMindLM, batch: dict, labels: Tensor, loss_of) -> Tensor:
-    logits = student(**batch, logits_to_keep=predicting(labels)).logits
-    return sum_beside_teacher(loss_of, logits, labels, batch, teacher)
+    logits = student(**batch, logits_to_keep=target_mask(labels)).logits
+    return chunked_distillation_loss(loss_of, logits, labels, batch, teacher)
 
 
 class PeakMemory:
@@ -60,7 +61,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
             self._before = self._status("VmRSS")
         return self
 
@@ -72,18 +73,19 @@ class PeakMemory:
 
     @staticmethod
     def _status(name: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        line = next(line for line in status.splitlines() if line.startswith(name))
         return int(line.split()[1]) * 1024
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--batch_size", type=positive, default=8)
-    parser.add_argument("--max_seq_len", type=positive, default=512)
+    parser.add_argument("--batch_size", type=positive_int, default=8)
+    parser.add_argument("--max_seq_len", type=positive_int, default=512)
     parser.add_argument("--learned", type=float, default=0.5, help="share of the tokens that are answers")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of autocast")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="precision of autocast")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--rounds", type=positive, default=3)
+    parser.add_argument("--rounds", type=positive_int, default=3)
     args = parser.parse_args()
     device = pick_device(args.device)
     torch.manual_seed(0)
@@ -104,7 +106,7 @@ def main():
             with PeakMemory(device) as peak:
                 started = time.monotonic()
                 with torch.autocast(device.type, DTYPES[args.dtype], enabled=args.dtype != "float32"):
-                    loss = form(student, teacher, batch, labels, loss_of) / predicting(labels).sum()
+                    loss = form(student, teacher, batch, labels, loss_of) / target_mask(labels).sum()
                 loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters()])
             results[name].append((peak.mebibytes, time.monotonic() - started, float(loss.detach()), float(norm)))
@@ -119,4 +121,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -1,4 +1,4 @@
-"""Writing speed, side by side with `transformers`: tokens a second alone and sixteen at once, time to the first token.
+"""Writing speed, side by side with `transformers`: tokens per second alone and sixteen at once, and the first token.
 
     python -m benchmarks.generate                             26M, fp32 and bf16, on this machine's cores or its GPU
     python -m benchmarks.generate --use_moe --dtype float32
@@ -17,17 +17,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import LMConfig, MiniMindLM
-from model.engine import Engine, Request
-from model.inference import Span
-from scripts.transformers_format import to_their_config, to_their_state
-from trainer.arguments import Parser, Switch, positive
-from trainer.errors import launch
-from trainer.runtime import DTYPES, pick_device
+from model.inference.decoder import Span
+from model.inference.request import Request
+from model.inference.scheduler import Engine
+from scripts.formats.transformers_folder import to_their_config, to_their_state
+from trainer.arguments import BooleanFlag, Parser, add_device_argument, positive_int
+from trainer.device import DTYPES, pick_device
+from trainer.errors import run_main
 from trainer.weights import load_tokenizer
 
 PROMPT, BATCH, LONG_PROMPT = 32, 16, 512
@@ -89,8 +91,8 @@ def contenders(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[s
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def llama_cpp(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[str, Measured]:
@@ -99,7 +101,7 @@ def llama_cpp(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[st
         return {}
     from llama_cpp import Llama
 
-    from scripts.gguf_format import write_gguf
+    from scripts.formats.gguf_file import write_gguf
 
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
@@ -183,13 +185,13 @@ def report(seconds: dict[str, float], n: int) -> None:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--dim", type=positive, default=512)
-    parser.add_argument("--n_layers", type=positive, default=8)
-    parser.add_argument("--use_moe", action=Switch)
+    parser.add_argument("--dim", type=positive_int, default=512)
+    parser.add_argument("--n_layers", type=positive_int, default=8)
+    parser.add_argument("--use_moe", action=BooleanFlag)
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--tokens", type=positive, default=128, help="that each answer has")
-    parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    parser.add_argument("--tokens", type=positive_int, default=128, help="tokens to generate per answer")
+    parser.add_argument("--rounds", type=positive_int, default=5)
+    add_device_argument(parser)
     args = parser.parse_args()
     args.device = pick_device(args.device)
 
@@ -198,7 +200,8 @@ def main():
     sizes = {"dim": args.dim, "n_layers": args.n_layers, "use_moe": args.use_moe, "vocab_size": len(tokenizer)}
     model = MiniMindLM(LMConfig(**sizes)).to(args.device).eval()
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    where = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    where = f"{torch.get_num_threads()} threads" if args.device.type == "cpu" else str(args.device)
+    where = torch.cuda.get_device_name() if args.device.type == "cuda" else where
     print(f"{size:.1f} M parameters on {where}, prompts of {PROMPT}, answers of {args.tokens}, {args.rounds} rounds")
     for name in args.dtype:
         dtype = DTYPES[name]
@@ -215,4 +218,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -1,29 +1,30 @@
-"""LoRA, DPO and reasoning on real text: each stage's own measure before and after it, on lines kept aside.
+"""LoRA, DPO and reasoning on real text: each stage's own measure before and after it, on held-out lines.
 
     python -m benchmarks.real_text --data_dir ../shared/data          a model of the demo's size, made on the way
 
 Learns from pretrain_hq, sft_mini_512, lora_medical, dpo and r1_mix_1024 (.jsonl) of a folder; the last lines of each
-are kept aside. The model and the split files lie in out/real_text; a second call trains nothing that is there.
+are held out. The model and the split files lie in out/real_text; a second call trains nothing that is there.
 """
 
 from functools import partial
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from dataset import DPODataset, SFTDataset
 from model.model_lora import load_lora
 from model.reasoning import is_well_formed
-from scripts.demo_measures import with_error
-from scripts.examination import answer, open_model, read_lines, run
+from scripts.demo.exam import answer, open_model, read_lines, run
+from scripts.demo.measures import with_error
 from train_dpo import dpo_loss
-from trainer.arguments import ROOT, Parser, positive
-from trainer.errors import UserError, launch
+from trainer.arguments import ROOT, Parser, positive_int
+from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
-from trainer.preference import evaluate_pairs, figures
+from trainer.preference import dpo_metrics, evaluate_pairs
 from trainer.runtime import Runtime
 
-KEPT_ASIDE = 200  # lines of each file
+HELD_OUT_LINES = 200  # lines of each file
 OUT = ROOT / "out" / "real_text"
 COMMON = ("--dim", "256", "--out_dir", str(OUT), "--accumulation_steps", "1", "--eval_interval", "0", "--resume")
 BY_MUON = ("--batch_size", "8", "--optimizer", "muon", "--warmup_iters", "20")
@@ -45,7 +46,7 @@ STAGES = {  # script, file, steps as a share of --steps, flags
 
 
 def split(source: Path) -> tuple[Path, Path]:
-    """A file's lines but the last KEPT_ASIDE, and those, as files in OUT.
+    """A file's lines but the last HELD_OUT_LINES, and those, as files in OUT.
 
     Raises:
         UserError: there is no such file, or it has too few lines.
@@ -56,18 +57,20 @@ def split(source: Path) -> tuple[Path, Path]:
         raise UserError(f"--data_dir {source.parent} is where the split files go: name the folder of the whole ones")
     with open(source, encoding="utf-8-sig") as file:
         lines = file.readlines()
-    if len(lines) <= KEPT_ASIDE:
-        raise UserError(f"{source} has {len(lines)} lines: {KEPT_ASIDE} are kept aside, and none would be left")
+    if len(lines) <= HELD_OUT_LINES:
+        raise UserError(f"{source} has {len(lines)} lines: {HELD_OUT_LINES} are held out, and none would be left")
     learned, kept = OUT / source.name, OUT / f"eval_{source.name}"
-    learned.write_text("".join(lines[:-KEPT_ASIDE]), encoding="utf-8")
-    kept.write_text("".join(lines[-KEPT_ASIDE:]), encoding="utf-8")
+    learned.write_text("".join(lines[:-HELD_OUT_LINES]), encoding="utf-8")
+    kept.write_text("".join(lines[-HELD_OUT_LINES:]), encoding="utf-8")
     return learned, kept
 
 
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--steps", type=positive, default=120, help="of pretraining; the other stages take their share")
+    parser.add_argument(
+        "--steps", type=positive_int, default=120, help="steps of pretraining; the other stages take fewer"
+    )
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     kept = {}
@@ -84,7 +87,7 @@ def main():
         return evaluate(model, rows, tokenizer, here, 8)["eval_loss"]
 
     def accuracy(model) -> float:
-        measure = partial(figures, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
+        measure = partial(dpo_metrics, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
         return evaluate_pairs(model, model, DPODataset(kept["dpo"], tokenizer, 1024), here, 8, measure)["eval_accuracy"]
 
     def form(model) -> str:
@@ -95,12 +98,12 @@ def main():
     after_dpo, reasons = (open_model(OUT / f"{name}_256.pth")[0] for name in ("rlhf", "reason"))
     before = loss(start, "lora_medical"), accuracy(start), loss(start, "sft_mini_512"), form(start)
     load_lora(start, OUT / "lora" / "medical_256.pth")
-    print(f"\n{KEPT_ASIDE} lines of each file kept aside")
-    print(f"LoRA       nats a token, lora_medical        {before[0]:.3f} -> {loss(start, 'lora_medical'):.3f}")
+    print(f"\n{HELD_OUT_LINES} lines of each file held out")
+    print(f"LoRA       nats per token, lora_medical        {before[0]:.3f} -> {loss(start, 'lora_medical'):.3f}")
     print(f"DPO        better answer likelier, dpo       {before[1]:.1%} -> {accuracy(after_dpo):.1%}")
-    print(f"           nats a token, sft_mini_512        {before[2]:.3f} -> {loss(after_dpo, 'sft_mini_512'):.3f}")
+    print(f"           nats per token, sft_mini_512        {before[2]:.3f} -> {loss(after_dpo, 'sft_mini_512'):.3f}")
     print(f"reasoning  form right, r1_mix_1024           {before[3]} -> {form(reasons)}")
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

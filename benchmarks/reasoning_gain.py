@@ -9,12 +9,14 @@ train_full_sft.py and answers without the thinking. Both are asked new problems,
 import copy
 import json
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+
 from model.reasoning import split_reasoning
-from scripts.demo_measures import VOTES, Solved, solve, with_error
-from scripts.demo_settings import DATA, OUT, REASON, SIZE
-from scripts.examination import open_model, read_lines, run, state_of
+from scripts.demo.exam import open_model, read_lines, run, state_of
+from scripts.demo.measures import VOTES, Solved, solve, with_error
+from scripts.demo.settings import DATA, OUT, REASON, SIZE
 from trainer.arguments import Parser
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.weights import read_settings
 
 
@@ -57,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -23,12 +23,13 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import httpx
 import torch
 
 from model import LMConfig, MiniMindLM
-from trainer.arguments import ROOT, Parser, Switch, add_model_arguments, positive
-from trainer.errors import UserError, launch
+from trainer.arguments import ROOT, BooleanFlag, Parser, add_model_arguments, positive_int
+from trainer.errors import UserError, run_main
 from trainer.weights import load_tokenizer
 
 TOPICS = (
@@ -46,7 +47,7 @@ class Outcome:
     errors: Counter = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     first: list[float] = field(default_factory=list)  # seconds to the first text
-    pace: list[float] = field(default_factory=list)  # tokens a second after it, of one answer
+    pace: list[float] = field(default_factory=list)  # tokens per second after it, of one answer
 
 
 def questions() -> list[dict]:
@@ -116,7 +117,8 @@ async def client_loop(client, bodies: list[dict], right: list[str], end: float, 
 
 def resident(pid: int) -> int:
     """The process's resident memory in bytes."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
@@ -124,7 +126,7 @@ async def load(address: str, pid: int, args) -> None:
     """The whole run, and its report."""
     bodies = questions()
     limits = httpx.Limits(max_connections=args.clients, max_keepalive_connections=args.clients)
-    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits, trust_env=False) as client:
         alone = [await ask(client, body) for body in bodies]
         right = [text for text, *_ in alone]
         pace = statistics.median((tokens - 1) / rest for _, tokens, _, rest in alone if tokens > 1)
@@ -171,11 +173,13 @@ def write_random_weights(args, folder: Path) -> None:
 def main():
     parser = Parser(__doc__)
     add_model_arguments(parser)
-    parser.add_argument("--clients", type=positive, default=64)
-    parser.add_argument("--seconds", type=positive, default=300)
-    parser.add_argument("--max_concurrency", type=positive, default=16, help="the server's slots")
+    parser.add_argument("--clients", type=positive_int, default=64)
+    parser.add_argument("--seconds", type=positive_int, default=300)
+    parser.add_argument("--max_concurrency", type=positive_int, default=16, help="the server's slots")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--random_weights", action=Switch, help="a model that has learned nothing, of the sizes given")
+    parser.add_argument(
+        "--random_weights", action=BooleanFlag, help="a model that has learned nothing, of the sizes given"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.random_weights:
@@ -185,7 +189,7 @@ def main():
         for name in ("out_dir", "dim", "n_layers", "use_moe", "max_concurrency"):
             command += [f"--{name}", str(getattr(args, name))]
         command += ["--tokenizer", args.tokenizer] if args.tokenizer else []
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
         try:
             found = re.search(r"serving at (\S+)/v1", server.stdout.readline())
             if found is None:
@@ -197,4 +201,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

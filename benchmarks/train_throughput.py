@@ -1,4 +1,4 @@
-"""Training speed, side by side with a plain `transformers` loop: real tokens a second, padding not counted.
+"""Training speed, side by side with a plain `transformers` loop: non-padding tokens per second, padding not counted.
 
     python -m benchmarks.train_throughput                  the 26M shape on ../shared/data, else on the demo's data
     python -m benchmarks.train_throughput --dim 256 --rounds 3
@@ -15,20 +15,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataset import PretrainDataset, StepLoader, collate
 from model import LMConfig, MiniMindLM
-from model.model import next_token_loss, predicting
-from trainer.arguments import ROOT, Switch, positive
-from trainer.errors import launch
-from trainer.runtime import DTYPES, pick_device
+from model.loss import next_token_loss, target_mask
+from trainer.arguments import ROOT, BooleanFlag, positive_int
+from trainer.device import DTYPES, pick_device
+from trainer.errors import run_main
 from trainer.schedule import make_optimizer
 from trainer.weights import load_tokenizer
 
-Step = Callable[[], tuple[int, int]]  # one optimizer step -> (real tokens, positions computed)
+Step = Callable[[], tuple[int, int]]  # one optimizer step -> (non-padding tokens, positions computed)
 
 
 def peer_step(data: PretrainDataset, config: LMConfig, args, dtype: torch.dtype) -> Step:
@@ -87,7 +88,7 @@ def our_step(data: PretrainDataset, config: LMConfig, args, dtype: torch.dtype, 
         batch = {name: tensor.to(args.device) for name, tensor in next(batches).items()}
         labels, real = batch.pop("labels"), batch["attention_mask"]
         with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            learned = predicting(labels)
+            learned = target_mask(labels)
             loss = next_token_loss(model(**batch, logits_to_keep=learned).logits, labels) / learned.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,7 +129,7 @@ def measure(contenders: dict[str, Step], rounds: int, seconds: float, synchroniz
             elapsed = time.perf_counter() - started
             speeds[name].append((real / elapsed, computed / elapsed))
     first = [real for real, _ in next(iter(speeds.values()))]
-    print(f"\n{'':<44}{'real tokens/s':>14}{'positions/s':>13}{'ratio':>8}   ratio, round by round")
+    print(f"\n{'':<44}{'non-padding tokens/s':>14}{'positions/s':>13}{'ratio':>8}   ratio, round by round")
     for name, rows in speeds.items():
         ratios = [real / peer for (real, _), peer in zip(rows, first, strict=True)]
         real, computed = (statistics.median(column) for column in zip(*rows, strict=True))
@@ -141,15 +142,19 @@ def main():
     shared = ROOT.parent / "shared" / "data" / "pretrain_hq.jsonl"
     demo = ROOT / "dataset" / "demo" / "pretrain_hq.jsonl"
     parser.add_argument("--data_path", type=Path, default=shared if shared.is_file() else demo)
-    parser.add_argument("--dim", type=positive, default=512)
-    parser.add_argument("--n_layers", type=positive, default=8)
-    parser.add_argument("--use_moe", action=Switch, help="only MiniMind's contenders; the peer stays dense")
-    parser.add_argument("--batch_size", type=positive, default=8, help="rows a step, for every contender")
-    parser.add_argument("--max_seq_len", type=positive, default=512)
-    parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--seconds", type=float, default=12, help="that each contender runs in a round")
-    parser.add_argument("--compile", action=Switch, default=True, help="also measure the compiled form (default: on)")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of MiniMind's contenders")
+    parser.add_argument("--dim", type=positive_int, default=512)
+    parser.add_argument("--n_layers", type=positive_int, default=8)
+    parser.add_argument("--use_moe", action=BooleanFlag, help="only MiniMind's contenders; the peer stays dense")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows a step, for every contender")
+    parser.add_argument("--max_seq_len", type=positive_int, default=512)
+    parser.add_argument("--rounds", type=positive_int, default=5)
+    parser.add_argument("--seconds", type=float, default=12, help="how long each contender runs per round")
+    parser.add_argument(
+        "--compile", action=BooleanFlag, default=True, help="also measure the compiled form (default: on)"
+    )
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="optimizer of MiniMind's contenders"
+    )
     parser.add_argument("--device", default=None)
     args = parser.parse_args()
     args.device = pick_device(args.device)
@@ -172,9 +177,9 @@ def main():
     }
     if args.compile:
         contenders["MiniMind, bf16, packed, compiled (default)"] = our_step(packed, config, args, bf16, True)
-    synchronize = torch.cuda.synchronize if args.device.type == "cuda" else lambda: None
+    synchronize = torch.accelerator.synchronize if args.device.type != "cpu" else lambda: None
     measure(contenders, args.rounds, args.seconds, synchronize)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

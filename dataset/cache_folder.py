@@ -1,87 +1,201 @@
-"""Folders of computed data: made once, whole or not at all, found again by every later run, rank and worker."""
+"""Folders of computed data: made once, whole or not at all, found again by every later run, rank and worker.
 
-import fcntl
+The caches of a source (a data file, a folder of pictures) lie in one folder, `.cache/NAME/` beside it:
+
+    STATE-NAME/       a cache: STATE tells one state of the source from another, NAME what is computed, and how
+    STATE-NAME/about.json   of which source it is; its time is when the cache was last opened
+    in_use/           a locked file for every opened cache and process: what has one is never removed
+    lock              held by who builds
+    partial-…/, removed-…/  what is being built or removed, or was when a process was killed
+"""
+
+import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import stat
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO, TypeVar
+
+import numpy as np
 
 from dataset.jsonl import DataError
+from dataset.locks import NoLocksError, lock
+
+Loaded = TypeVar("Loaded")
+
+ABOUT, IN_USE = "about.json", "in_use"
+CACHE = re.compile("(features|[0-9a-f]{16})-.+-[0-9a-f]{16}")  # names of ours: another program may have a `.cache`, too
+LEFT_OVER = re.compile("partial|partial-[0-9]+-[0-9a-f]{8}|removed-[0-9a-f]{8}")  # the first by earlier versions
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def digest(parts: list) -> str:
+def short_hash(parts: list) -> str:
     """16 hex digits of a list of JSON values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def find_cache_folder(source: Path, state: str, name: str) -> Path | None:
-    """What `open_cache_folder` would find, None where it would build."""
-    places = [root / f"{state}-{name}" for root in _cache_roots(source)]
-    return next((folder for folder in places if folder.is_dir()), None)
+def state_of(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> str:
+    """What tells one state of a file from another without reading 9 GB: size, time, and blocks from head to tail."""
+    status = path.stat()
+    content = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in np.linspace(0, max(0, status.st_size - block_bytes), blocks, dtype=np.int64).tolist():
+            file.seek(start)
+            content.update(file.read(block_bytes))
+    return short_hash([status.st_size, status.st_mtime_ns, content.hexdigest()])
 
 
-def open_cache_folder(source: Path, state: str, name: str, build: Callable[[Path], None]) -> Path:
-    """The folder of this name, in `.cache/` beside `source`, or in `~/.cache` if that is read-only.
+def open_cache(
+    source: Path, state: str, name: str, load: Callable[[Path], Loaded], build: Callable[[Path], None]
+) -> Loaded:
+    """What `load` makes of the cache of this name, in `.cache/` beside `source`, or in `~/.cache` if that is read-only.
 
-    Where there is none, `build` fills an empty one that gets its name when it is whole; a second process waits, and
+    Where there is none, `build` fills an empty folder that gets its name when it is whole; a second process waits, and
     uses the first one's. Then those of other states of the source are removed, unless a process uses one (`hold`).
+    One that vanishes before it is loaded, or is damaged, is made again.
 
     Args:
         source: the file or folder that it is computed from.
-        state: tells one state of the source from another, a `digest`.
+        state: tells one state of the source from another, a `short_hash`.
         name: tells what is computed, and by which settings.
+        load: is given the folder, which it holds (`hold`) before it reads; raises OSError, ValueError or LookupError
+            where the content is not whole.
 
     Raises:
-        DataError: it cannot be written; whatever `build` raises.
+        DataError: it cannot be written, or not be made again; whatever `build` raises.
     """
-    if found := find_cache_folder(source, state, name):
-        return found
-    roots = _cache_roots(source)
-    root = next((root for root in roots if _can_write(root, source)), None)
-    if root is None:
-        raise DataError(f"the cache of {source} can be written neither in {roots[0]} nor in {roots[1]}")
-    folder = root / f"{state}-{name}"
-    try:
-        with _lock(root / "lock"):
-            if not folder.is_dir():
-                with _renamed_when_whole(folder) as partial:
-                    build(partial)
-                _remove_stale(root, state)
-    except OSError as error:
-        reason = error.strerror or error
-        raise DataError(f"the cache of {source} cannot be written in {root}: {reason}; make room there") from error
-    return folder
+    found = find_cache(source, state, name, load)
+    for _ in range(2):
+        if found is None:
+            folder = _build(source, state, name, build)
+            found = find_cache(source, state, name, load)
+    if found is None:
+        raise DataError(f"the cache {folder} cannot be read, nor replaced while it is in use: wait, or remove it")
+    return found
+
+
+def find_cache(source: Path, state: str, name: str, load: Callable[[Path], Loaded]) -> Loaded | None:
+    """What `open_cache` would find; None where it would build. A damaged cache is removed."""
+    for root in cache_roots(source):
+        folder = root / f"{state}-{name}"
+        if folder.is_dir():
+            try:
+                return load(folder)
+            except (OSError, ValueError, LookupError, EOFError) as error:
+                reason = f"{type(error).__name__}: {error}"
+            _tell(f"the cache {folder} is damaged or gone ({reason:.400}): it is made again")
+            remove_cache(folder)  # not before the handler has ended, and let go of what began to load and holds it
+    return None
 
 
 def hold(folder: Path, holder: object) -> None:
-    """Keep a cache folder from being removed as long as `holder` lives: a shared lock on its info.json."""
-    file = os.open(folder / "info.json", os.O_RDONLY)
-    weakref.finalize(holder, os.close, file)
-    fcntl.flock(file, fcntl.LOCK_SH)
+    """Keep a cache folder from being removed as long as `holder` lives, and note that it was used now.
+
+    Where nothing can be written, or nothing locked, it is not kept: whoever could remove it cannot know.
+    """
+    with suppress(OSError):
+        os.utime(folder / ABOUT)
+    try:
+        with _marking(folder.parent):
+            mark = folder.parent / IN_USE / f"{folder.name}~{os.getpid()}-{secrets.token_hex(4)}"
+            weakref.finalize(holder, _release, lock(mark), mark, os.getpid())
+    except OSError:
+        return
 
 
-def _remove_stale(root: Path, state: str) -> None:
-    """Remove what was computed from other states of the source, and what a crash left; the caller holds the lock."""
-    for folder in root.iterdir():
-        if folder.is_dir() and not folder.name.startswith(f"{state}-"):
-            # BlockingIOError: somebody holds it. Another one: it is not ours to remove, and does no harm.
-            with suppress(OSError), open(folder / "info.json", "a+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+def _release(held: BinaryIO, mark: Path, process: int) -> None:
+    held.close()
+    if os.getpid() == process:  # a forked worker that ends does not end its parent's use
+        with suppress(OSError):  # its folder may be gone
+            mark.unlink()
 
 
-def _cache_roots(source: Path) -> list[Path]:
+def in_use(folder: Path) -> bool:
+    """Whether a process holds the cache folder, or may, for all that can be told here."""
+    try:
+        for mark in (folder.parent / IN_USE).iterdir():
+            if mark.name.startswith(f"{folder.name}~"):
+                held = lock(mark, wait=False)
+                if held is None:
+                    return True
+                held.close()
+                mark.unlink(missing_ok=True)  # left by a process that was killed
+    except FileNotFoundError:
+        return False
+    except OSError:  # no locks, or another user's
+        return True
+    return False
+
+
+def remove_cache(folder: Path) -> bool:
+    """Remove a cache folder unless a process uses it; whether it is removed."""
+    removed = folder.with_name(f"removed-{secrets.token_hex(4)}")
+    try:
+        with _marking(folder.parent):  # nobody begins to use it between the question and the renaming
+            if in_use(folder):
+                return False
+            folder.rename(removed)
+    except OSError:  # no locks, so it may be in use; or not ours to remove; or open in another process of Windows
+        return False
+    shutil.rmtree(removed, ignore_errors=True)
+    return True
+
+
+@contextmanager
+def _marking(root: Path) -> Iterator[None]:
+    """Alone with the marks of what is in use, for a moment.
+
+    Raises:
+        OSError: nothing can be written there; NoLocksError where nothing can be locked.
+    """
+    (root / IN_USE).mkdir(exist_ok=True)
+    with lock(root / IN_USE / "lock"):
+        yield
+
+
+def cache_roots(source: Path) -> list[Path]:
     """Where the caches of a source may lie, the best place first."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = digest([str(source.parent.resolve())])
-    return [source.parent / ".cache" / source.name, home / "minimind" / f"{place}-{source.name[:40]}"]
+    beside = source.parent / ".cache" / source.name
+    home = home_caches()
+    if home is None:
+        return [beside]
+    place = short_hash([str(source.parent.resolve())])
+    return [beside, home / f"{place}-{source.name[:40]}"]
+
+
+def home_caches() -> Path | None:
+    """Where caches lie that have no place beside their source; None for a user without a home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "minimind"
+    except RuntimeError:
+        return None
+
+
+def writable_root(source: Path) -> Path:
+    """The folder to write caches of a source to.
+
+    Raises:
+        DataError: there is none.
+    """
+    roots = cache_roots(source)
+    root = next((root for root in roots if _can_write(root, source)), None)
+    if root is None and len(roots) == 1:
+        raise DataError(
+            f"the cache of {source} cannot be written in {roots[0]}, and you have no home folder: set XDG_CACHE_HOME"
+        )
+    if root is None:
+        raise DataError(f"the cache of {source} can be written neither in {roots[0]} nor in {roots[1]}")
+    return root
 
 
 def _can_write(root: Path, source: Path) -> bool:
@@ -97,29 +211,92 @@ def _can_write(root: Path, source: Path) -> bool:
         return False
 
 
+def _build(source: Path, state: str, name: str, build: Callable[[Path], None]) -> Path:
+    root = writable_root(source)
+    folder = root / f"{state}-{name}"
+    try:
+        with _alone(root) as alone:
+            if folder.is_dir():
+                return folder
+            if alone:
+                _clear(root)
+            with _renamed_when_whole(folder) as partial:
+                build(partial)
+                about = {"source": str(source.resolve()), "name": name}
+                (partial / ABOUT).write_text(json.dumps(about), encoding="ascii")
+            for other in root.iterdir():
+                if is_cache(other) and not other.name.startswith(f"{state}-"):
+                    remove_cache(other)
+    except OSError as error:
+        reason = f"{error.strerror or error}" + ("; make room there" if error.errno in DISK_FULL else "")
+        raise DataError(f"the cache of {source} cannot be written in {root}: {reason}") from error
+    return folder
+
+
+def is_cache(path: Path) -> bool:
+    """Whether this is a cache folder of ours."""
+    return CACHE.fullmatch(path.name) is not None and path.is_dir()
+
+
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; it ends with the process, so a crash leaves none behind."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _alone(root: Path) -> Iterator[bool]:
+    """While nobody else builds there; yields False where that cannot be known."""
+    try:
+        held = lock(root / "lock")
+    except NoLocksError as error:
+        _tell(
+            f"{root} lies on a file system without locks ({error.strerror}): "
+            "runs that start together may each make their cache, and old ones are not removed"
+        )
+        held = None
+    with held or nullcontext():
+        yield held is not None
+
+
+def _clear(root: Path) -> None:
+    """Remove what killed processes were building or removing; the caller is alone."""
+    for folder in root.iterdir():
+        if LEFT_OVER.fullmatch(folder.name) and folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _renamed_when_whole(folder: Path) -> Iterator[Path]:
-    """A fresh folder to fill, renamed to `folder` at the end, removed on an error. The caller holds the lock."""
-    partial = folder.with_name("partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a crash
+    """A fresh folder to fill; renamed to `folder` at the end, all of it on the disk by then; removed on an error."""
+    partial = folder.with_name(f"partial-{os.getpid()}-{secrets.token_hex(4)}")
     partial.mkdir()
     try:
         yield partial
-        partial.rename(folder)
+        for path in (*partial.iterdir(), partial):
+            flush_to_disk(path)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # where there are no locks another may have been first
+                raise
+            shutil.rmtree(partial)
+        flush_to_disk(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def to_disk(file: BinaryIO | TextIO) -> None:
-    """Reach the disk before the rename does: after a power cut a folder with its final name is whole."""
-    file.flush()
-    os.fsync(file.fileno())
+def flush_to_disk(path: Path) -> None:
+    """Have a written file, or a folder's list of names, on the disk, not on its way there.
+
+    After a power cut a file system may know a renaming and not what was written before it.
+    """
+    if path.is_dir():
+        with suppress(OSError):  # Windows opens no folders, and some file systems flush none
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    else:
+        with open(path, "r+b") as file:
+            os.fsync(file.fileno())
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

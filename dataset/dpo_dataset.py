@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.lm_dataset import RowDataset
 from dataset.packing import Pieces
-from dataset.records import Pair, pair_of
+from dataset.records import Pair, parse_pair
 from dataset.token_cache import Sample
 from model.chat import render_chats
 
@@ -25,19 +25,14 @@ class DPODataset(RowDataset):
 
     kind = "pair"
     unit, group = "pairs", 2
-    parse = staticmethod(pair_of)
+    parse = staticmethod(parse_pair)
     reference: np.ndarray | None = None
 
     @staticmethod
     def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[Sample]:
-        rendered = iter(render_chats(tokenizer, [chat for chosen, rejected, _ in pairs for chat in (chosen, rejected)]))
-        samples = []
-        for _, _, given in pairs:
-            for ids, learned in (next(rendered), next(rendered)):
-                samples.append((ids, without_first_runs(np.array(learned), given)))
-        return samples
+        return render_chats(tokenizer, [chat for pair in pairs for chat in pair])
 
-    def pieces_of(self, samples: np.ndarray) -> Pieces:
+    def make_pieces(self, samples: np.ndarray) -> Pieces:
         lengths = np.minimum(self.cache.lengths[samples], self.max_seq_len // self.group)
         learns = (self.cache.first_target[samples] < lengths).reshape(-1, 2).all(1)
         for pair in np.flatnonzero(learns & (lengths[::2] == lengths[1::2])):
@@ -60,13 +55,7 @@ class DPODataset(RowDataset):
     def places(self, row: int) -> np.ndarray:
         """Where the row's tokens stand among all of the cache, int64 (n,)."""
         pieces = self._pieces_in(row)
-        begins = self.cache.begins[self._pieces.sample[pieces]]
+        begins = self.cache.begins[self.pieces.sample[pieces]]
         return np.concatenate(
-            [np.arange(begin, begin + n) for begin, n in zip(begins, self._pieces.length[pieces], strict=True)]
+            [np.arange(begin, begin + n) for begin, n in zip(begins, self.pieces.length[pieces], strict=True)]
         )
-
-
-def without_first_runs(mask: np.ndarray, runs: int) -> np.ndarray:
-    """The mask, bool (n,), with its first runs of True, which are whole answers, set to False."""
-    run_of = np.cumsum(mask & ~np.concatenate([[False], mask[:-1]]))  # 1 in the first run and until the second
-    return mask & (run_of > runs)

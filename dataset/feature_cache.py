@@ -6,6 +6,7 @@ order and the shape of one. At ViT-B/16's 196 x 768 an image takes 301 kB.
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +15,26 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dataset.cache_folder import digest, open_cache_folder, to_disk
-from dataset.jsonl import DataError, worker_errors_plain
+from dataset.cache_folder import hold, open_cache, short_hash
+from dataset.jsonl import DataError, unwrap_worker_errors
+from dataset.workers import collate_to_send, require_room_for
 
 FORMAT = 1  # to be raised when the files above change
 
 
 class FeatureCache:
-    """The features in a cache folder, by an image's name. Pickles as the folder's name: each worker maps it itself."""
+    """The features in a cache folder, by an image's name. Pickles as the folder's name: each worker maps it itself.
+
+    Raises:
+        OSError, ValueError, LookupError: a file of it is missing, cut off or damaged.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        hold(folder, self)
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         self._place = {name: place for place, name in enumerate(info["names"])}
-        self._features = np.memmap(folder / "features.bin", np.float16, "r", shape=(len(info["names"]), *info["shape"]))
+        self._features = np.memmap(folder / "features.bin", np.float16, "r").reshape(len(info["names"]), *info["shape"])
 
     def __reduce__(self):
         return FeatureCache, (self.folder,)
@@ -71,18 +78,18 @@ def open_feature_cache(
     images = [[name, state.st_size, state.st_mtime_ns] for name, state in zip(names, states, strict=True)]
 
     def build(folder: Path) -> None:
-        loader = DataLoader(_Loaded(names, load), batch_size, num_workers=num_workers, collate_fn=torch.cat)
+        require_room_for(num_workers)
+        collate = partial(collate_to_send, collate=torch.cat)
+        loader = DataLoader(_Loaded(names, load), batch_size, num_workers=num_workers, collate_fn=collate)
         with open(folder / "features.bin", "wb") as file:
-            for pixels in worker_errors_plain(tqdm(loader, desc="encoding images", disable=None)):
+            for pixels in unwrap_worker_errors(tqdm(loader, desc="encoding images", disable=None)):
                 features = encode(pixels).to("cpu", torch.float16)
                 features.numpy().tofile(file)
-            to_disk(file)
-        with open(folder / "info.json", "w", encoding="utf-8") as file:
-            json.dump({"names": names, "shape": features.shape[1:]}, file, ensure_ascii=False)
-            to_disk(file)
+        # In ASCII, what is beyond it in escapes: a file's name need not be UTF-8
+        (folder / "info.json").write_text(json.dumps({"names": names, "shape": features.shape[1:]}), encoding="ascii")
 
-    # Which images are asked for is no state of the folder: the next data file may ask for others.
-    return FeatureCache(open_cache_folder(images_path, "features", f"{tower}-{digest([FORMAT, images])}", build))
+    # Which images are asked for is not a state of the folder: the next data file may ask for others.
+    return open_cache(images_path, "features", f"{tower}-{short_hash([FORMAT, images])}", FeatureCache, build)
 
 
 class _Loaded(Dataset):

@@ -1,14 +1,22 @@
 """Reading jsonl files: one line at a time, and every fault told with its file, line and reason."""
 
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import jsonlines
 
+from dataset.shapes import HEAD_BYTES, foreign_file, foreign_first_line
+
 DATA_SETS = "https://huggingface.co/datasets/jingyaogong/minimind_dataset"
 EXCERPT_CHARS = 80
+MOST_TOLD = 20  # bad lines, or names of keys
+MOST_COUNTED = 1000  # names of keys: where a file has more, its keys are no names but data
+
+Ignored = Counter[str]  # how often each key that has no meaning here stands in the lines
 
 
 class DataError(ValueError):
@@ -19,7 +27,7 @@ class BadRecord(ValueError):
     """A JSON object is not what the stage learns from; the message is the reason."""
 
 
-def worker_errors_plain(items: Iterable) -> Iterator:
+def unwrap_worker_errors(items: Iterable) -> Iterator:
     """What a DataLoader yields; a DataError of a worker process, which comes wrapped in a traceback, as it was there.
 
     Raises:
@@ -61,48 +69,66 @@ class JsonlReader:
 
     Args:
         path: the file, UTF-8, one JSON object a line; a BOM, CRLF and blank lines at the end are fine.
-        parse: turns the object of a line into what the caller wants; raises BadRecord when it cannot.
+        parse: turns the object of a line into what the caller wants, and counts the keys that it has no use for in the
+            counter that it is given; raises BadRecord when it cannot.
         skip_bad_lines: count bad lines instead of stopping at the first.
 
     Attributes (they grow while iterating):
         bytes_read: bytes of the lines read so far.
+        sha256: of these bytes, a hashlib object.
         bad_lines: how many lines were skipped.
-        first_bad: "line 17: reason: first characters" of the first of them, or None.
+        told: "line 17: reason: first characters" of the first `MOST_TOLD` of them.
+        ignored: how often each key that has no meaning here stands in the good lines.
 
     Raises:
-        DataError: the file is missing or empty, or, while iterating, has a bad line.
+        DataError: the file is missing or empty, or, while iterating, no jsonl at all, has a bad line or none that is
+            good.
     """
 
-    def __init__(self, path: str | Path, parse: Callable[[dict], Any], skip_bad_lines: bool = False):
+    def __init__(self, path: str | Path, parse: Callable[[dict, Ignored], Any], skip_bad_lines: bool = False):
         self.path = require_data_file(path)
         self.parse = parse
         self.skip_bad_lines = skip_bad_lines
         self.bytes_read = 0
+        self.sha256 = hashlib.sha256()
         self.bad_lines = 0
-        self.first_bad: str | None = None
+        self.told: list[str] = []
+        self.ignored: Ignored = Counter()
         self._line = b""
 
     def __iter__(self) -> Iterator[Any]:
-        number = 0
+        number = good = 0
         # json.loads is named because jsonlines otherwise takes orjson or ujson where it finds one, and what
         # counts as a bad line must not depend on that.
-        with open(self.path, "rb") as file, jsonlines.Reader(self._lines(file), loads=json.loads) as reader:
+        with open(self.path, "rb") as file, jsonlines.Reader(self._lines(file), loads=_loads) as reader:
             while True:
                 number += 1
+                ignored: Ignored = Counter()
                 try:
-                    record = self.parse(reader.read(type=dict))
+                    record = self.parse(reader.read(type=dict), ignored)
                 except EOFError:
-                    return
+                    break
                 except (jsonlines.InvalidLineError, RecursionError, BadRecord) as fault:
-                    self._refuse(number, self._reason(fault))
+                    self._refuse(number, self._reason(fault, number))
                 else:
+                    good += 1
+                    self._count(ignored)
                     yield record
+        if not good:
+            found = f"{self.bad_lines} bad, the first: {self.told[0]}" if self.told else "all are blank"
+            raise DataError(f"{self.path} has no good line; {found}")
+
+    def _count(self, ignored: Ignored) -> None:
+        for key, count in ignored.items():
+            name = excerpt(key.encode(errors="replace"), 40)
+            self.ignored[name if name in self.ignored or len(self.ignored) < MOST_COUNTED else "others"] += count
 
     def _lines(self, file: BinaryIO) -> Iterator[bytes]:
         """The lines as bytes, so that jsonlines can say which one is not UTF-8, counted and kept for the excerpt."""
         blank = 0  # lines, which are at the end of the file if nothing follows them
         for line in self._read(file):
             self.bytes_read += len(line)
+            self.sha256.update(line)
             line = line.strip()
             if not line:
                 blank += 1
@@ -116,6 +142,9 @@ class JsonlReader:
 
     def _read(self, file: BinaryIO) -> Iterator[bytes]:
         try:
+            if shape := foreign_file(file.read(HEAD_BYTES)):
+                raise DataError(f"{self.path} is {shape}")
+            file.seek(0)
             yield from file
         except OSError as error:
             raise DataError(f"{self.path} cannot be read: {error.strerror}") from error
@@ -125,21 +154,48 @@ class JsonlReader:
         if not self.skip_bad_lines:
             raise DataError(f"{self.path}, {bad}")
         self.bad_lines += 1
-        self.first_bad = self.first_bad or bad
+        if len(self.told) < MOST_TOLD:
+            self.told.append(bad)
 
-    def _reason(self, fault: Exception) -> str:
+    def _reason(self, fault: Exception, number: int) -> str:
         if isinstance(fault, BadRecord):
             return str(fault)
+        seems = foreign_first_line(self.path, self._line) if number == 1 else None
+        return self._why_no_object(fault) + (f"; the file seems to be {seems}" if seems else "")
+
+    def _why_no_object(self, fault: Exception) -> str:
         if isinstance(fault, RecursionError):
             return "not valid JSON (nested too deeply)"
         if not self._line:
             return "the line is empty"
         cause = fault.__cause__
+        if isinstance(cause, BadRecord):
+            return str(cause)
         if isinstance(cause, UnicodeDecodeError):
             return f"not UTF-8 ({cause.reason} at byte {cause.start + 1})"
         if isinstance(cause, json.JSONDecodeError):
             return f"not valid JSON ({cause.msg}, column {cause.pos + 1})"
         return f"not valid JSON ({cause})" if cause else "not a JSON object"
+
+
+def _loads(line: str) -> Any:
+    return json.loads(line, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice, json.loads itself would keep the last value and forget the first."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise BadRecord(f'the key "{twice:.40}" stands twice in one object')
+    return found
+
+
+def named_counts(ignored: Mapping[str, int]) -> str:
+    """The keys that were counted, the most frequent first: "id 60, source 60"; at most `MOST_TOLD`."""
+    names = sorted(ignored, key=lambda name: (-ignored[name], name))
+    shown = [f"{name} {ignored[name]:,}" for name in names[:MOST_TOLD]]
+    return ", ".join(shown + [f"and {len(names) - MOST_TOLD:,} more"] * (len(names) > MOST_TOLD))
 
 
 def excerpt(line: bytes, width: int = EXCERPT_CHARS) -> str:

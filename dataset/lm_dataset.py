@@ -9,12 +9,12 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from dataset.jsonl import DataError
+from dataset.jsonl import DataError, Ignored, named_counts
 from dataset.packing import Pieces, cut_long, pack, split_long
-from dataset.records import chat_of, text_of
+from dataset.records import parse_chat, parse_text
 from dataset.token_cache import Sample, open_token_cache
 from model.chat import render_chats, render_text
-from model.model import IGNORED
+from model.loss import IGNORE_INDEX
 
 MAX_EVAL_SAMPLES = 500
 
@@ -34,12 +34,14 @@ class RowDataset(Dataset):
         packing: a row holds as many samples as fit; otherwise one.
         skip_bad_lines: leave bad lines out and count them, instead of stopping at the first.
         seed: decides which samples share a row.
-        part: "all" samples, or those `samples_of` gives to "train" or "eval".
+        part: "all" samples, or those `split_samples` gives to "train" or "eval".
 
     Attributes:
         max_seq_len: the longest row in tokens.
         rows_key: what decides the rows, as JSON values.
-        summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped.
+        pieces: what became of the samples, in the order of the file; the rows are made of them.
+        summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped,
+            and which keys of the lines were ignored.
 
     Raises:
         DataError: the file is missing, empty or has a bad line; nothing is left to learn ("eval" is empty then).
@@ -48,9 +50,9 @@ class RowDataset(Dataset):
 
     kind: str
     unit, group = "samples", 1  # what a line is, and how many samples it gives, which then share a row
-    parse: Callable[[dict], object]
+    parse: Callable[[dict, Ignored], object]
     encode: Callable[[PreTrainedTokenizerFast, list], list[Sample]]
-    pieces_of: Callable[["RowDataset", np.ndarray], Pieces]  # of these samples, which count from 0 there
+    make_pieces: Callable[["RowDataset", np.ndarray], Pieces]  # of these samples, which count from 0 there
     notes: Sequence[tuple[int, str]] = ()  # for the summary, what a subclass has to say beyond the usual
 
     def __init__(
@@ -71,10 +73,10 @@ class RowDataset(Dataset):
         self.cache = open_token_cache(
             data_path, tokenizer, self.kind, self.parse, partial(self.encode, tokenizer), skip_bad_lines
         )
-        self.rows_key = [self.cache.folder.name, max_seq_len, packing, seed, part]
-        samples = self._grouped(samples_of(part, len(self.cache) // self.group))
-        pieces = self.pieces_of(samples)
-        self._pieces = pieces._replace(sample=samples[pieces.sample])
+        self.rows_key = [self.cache.folder.name, self.cache.data_sha256, max_seq_len, packing, seed, part]
+        samples = self._grouped(split_samples(part, len(self.cache) // self.group))
+        pieces = self.make_pieces(samples)
+        self.pieces = pieces._replace(sample=samples[pieces.sample])
         lengths = pieces.length.reshape(-1, self.group).sum(1)
         if packing:
             order, bounds = pack(lengths, self.max_seq_len, seed)
@@ -85,6 +87,18 @@ class RowDataset(Dataset):
             raise DataError(f"{data_path}: no sample has anything to learn within {max_seq_len} tokens")
         self.summary = f"{data_path}: {self._summary(samples, pieces, max_seq_len)}"
 
+    @property
+    def identity(self) -> dict:
+        """What the rows are made from, as JSON values, wherever it lies: the hash of the data file's bytes."""
+        return {"sha256": self.cache.data_sha256}
+
+    def changed_since(self, identity: dict) -> str | None:
+        """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        ours = self.cache.data_sha256
+        if identity.get("sha256", ours) == ours:
+            return None
+        return f"{self.data_path} does not hold what it held when the saved run began"
+
     def _grouped(self, places: np.ndarray) -> np.ndarray:
         """From numbers of groups to numbers of what is in them, one after another."""
         return (places[:, None] * self.group + np.arange(self.group)).ravel()
@@ -93,7 +107,7 @@ class RowDataset(Dataset):
         return len(self._bounds) - 1
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        pieces = [self._piece(piece) for piece in self._pieces_in(row)]
+        pieces = [self.piece(number) for number in self._pieces_in(row)]
         names = ("input_ids", "labels", "position_ids")
         return {
             name: torch.from_numpy(np.concatenate(parts))
@@ -111,12 +125,12 @@ class RowDataset(Dataset):
         row %= len(self)
         return self._order[self._bounds[row] : self._bounds[row + 1]]
 
-    def _piece(self, piece: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, labels and positions of one piece, each int64 (length,)."""
-        sample, start, length = (field[piece] for field in self._pieces)
+    def piece(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids, labels and positions of one of the pieces, each int64 (length,)."""
+        sample, start, length = (field[number] for field in self.pieces)
         ids = self.cache.ids(sample, start, length)
-        labels = np.where(self.cache.learned(sample, start, length), ids, IGNORED)
-        labels[0] = IGNORED  # nothing in the row comes before it that could predict it
+        labels = np.where(self.cache.targets(sample, start, length), ids, IGNORE_INDEX)
+        labels[0] = IGNORE_INDEX  # nothing in the row comes before it that could predict it
         return ids, labels, np.arange(length)
 
     def _summary(self, samples: np.ndarray, pieces: Pieces, max_len: int) -> str:
@@ -135,22 +149,26 @@ class RowDataset(Dataset):
             (cut, f"cut at {max_len} tokens"),
             (dropped, "dropped with nothing to learn"),
             *self.notes,
-            (self.cache.bad_lines, f"bad lines skipped, the first: {self.cache.first_bad}"),
         ]
-        return ", ".join(parts + [f"{count:,} {note}" for count, note in notes if count])
+        parts += [f"{count:,} {print_notice}" for count, print_notice in notes if count]
+        if self.cache.ignored:
+            parts.append(f"ignored keys: {named_counts(self.cache.ignored)}")
+        if self.cache.bad_lines:
+            parts.append(f"{self.cache.bad_lines:,} bad lines skipped, the first: {self.cache.told[0]}")
+        return ", ".join(parts)
 
 
 class PretrainDataset(RowDataset):
     """`{"text": …}` lines: every token after a sample's first is learned, and what is longer than a row is split."""
 
     kind = "text"
-    parse = staticmethod(text_of)
+    parse = staticmethod(parse_text)
 
     @staticmethod
     def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Sample]:
         return [(ids, None) for ids in render_text(tokenizer, texts)]
 
-    def pieces_of(self, samples: np.ndarray) -> Pieces:
+    def make_pieces(self, samples: np.ndarray) -> Pieces:
         return split_long(self.cache.lengths[samples], self.max_seq_len)
 
 
@@ -158,14 +176,14 @@ class SFTDataset(RowDataset):
     """`{"conversations": […]}` lines: what the assistant says is learned, and what does not fit a row is cut off."""
 
     kind = "chat"
-    parse = staticmethod(chat_of)
+    parse = staticmethod(parse_chat)
     encode = staticmethod(render_chats)
 
-    def pieces_of(self, samples: np.ndarray) -> Pieces:
+    def make_pieces(self, samples: np.ndarray) -> Pieces:
         return cut_long(self.cache.lengths[samples], self.cache.first_target[samples], self.max_seq_len)
 
 
-def samples_of(part: str, n_samples: int) -> np.ndarray:
+def split_samples(part: str, n_samples: int) -> np.ndarray:
     """Which samples of a file a part holds, in order, int64 (samples in the part,).
 
     "eval" is every hundredth sample, at most 500, evenly spread over the file, and none of a file of fewer than 200;

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dataset.jsonl import worker_errors_plain
-from model.model import IGNORED
+from dataset.jsonl import unwrap_worker_errors
+from dataset.workers import collate_to_send, require_room_for
+from model.loss import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
 
-PADDING = {"labels": IGNORED}  # everything else is padded with 0
+PADDING = {"labels": IGNORE_INDEX}  # everything else is padded with 0
 PER_IMAGE = ("pixel_values", "image_features")  # not one a token
 
 
@@ -113,11 +114,12 @@ class StepLoader:
 
         `steps(k)` yields what `steps(0)` does from its k-th on.
         """
-        micro_batches = worker_errors_plain(
+        require_room_for(self.num_workers)
+        micro_batches = unwrap_worker_errors(
             DataLoader(
                 self.dataset,
                 batch_sampler=self._micro_batches(start_step),
-                collate_fn=self._collate_fn(),
+                collate_fn=partial(collate_to_send, collate=self._collate_fn()),
                 num_workers=self.num_workers,
                 # A DataLoader seeds its workers from a generator: from its own, or else it would advance torch's
                 # global one, and a resumed run would see other dropout than one never interrupted.

@@ -1,112 +1,381 @@
-"""What a line of a data file must hold: each function takes the line's JSON object, checks it, returns its content."""
+"""What a line of a data file must hold: each function takes the line's JSON object, checks it, returns its content.
 
-from dataset.jsonl import BadRecord
+No key of a line is passed over in silence. A function says which keys of an object it uses and which it refuses, since
+leaving them out would change what is learned; the others, which mean nothing here (an id, a source, a score), it counts
+by name in `ignored`. A refused key that is null or empty says nothing, and is counted, too.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from dataset.jsonl import BadRecord, Ignored
+from dataset.shapes import foreign_turn, shape_of
 from model.chat import IMAGE_MARKER
+from model.reasoning import with_thought
 
 ROLES = ("system", "user", "assistant")
+OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
+TOOL_ROLES = ("tool", "function", "observation", "ipython")
 
-Turns = list[dict[str, str]]
-Pair = tuple[Turns, Turns, int]  # chosen, rejected, how many answers they share
+Turn = dict[str, Any]  # "role", "content", and "weight": 0 where the assistant's content is not learned
+Turns = list[Turn]
+Pair = tuple[Turns, Turns]  # chosen, rejected
 
 
-def text_of(record: dict) -> str:
+class Keys(NamedTuple):
+    """The keys of an object: those that it must have, others that are used, and why others are refused."""
+
+    needed: tuple[str, ...]
+    used: tuple[str, ...] = ()
+    refused: Mapping[str, str] = MappingProxyType({})
+
+    def check(self, found: dict, ignored: Ignored, where: str = "") -> None:
+        """Count the keys that mean nothing here, as "id", or "id (turn)" with `where` " (turn)".
+
+        Raises:
+            BadRecord: a key is missing, or one that is refused says something.
+        """
+        for key in self.needed:
+            if key not in found:
+                raise BadRecord(f'the key "{key}" is missing{_looks_like(found)}')
+        for key, value in found.items():
+            if key in self.needed or key in self.used:
+                continue
+            if key in self.refused and not _says_nothing(value):
+                raise BadRecord(f'the key "{key}" is refused: {self.refused[key]}')
+            ignored[key + where] += 1
+
+
+NO_TOOLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "the use of tools is not learned here")
+NO_WEIGHT = dict.fromkeys(("weight", "train"), "a turn has it, not a line")
+NO_PICTURES = dict.fromkeys(("image", "images"), "only train_pretrain_vlm.py and train_sft_vlm.py learn from pictures")
+NO_MEDIA = dict.fromkeys(("video", "videos", "audio", "audios"), "text and pictures are all that is learned here")
+OTHER_THOUGHT = dict.fromkeys(("reasoning", "thinking", "thought"), 'a thought is named "reasoning_content"')
+OTHER_WEIGHT = dict.fromkeys(("loss", "mask", "training"), 'whether a turn is learned is told by "weight" or "train"')
+SECOND_CHAT = dict.fromkeys(("messages", "conversation"), "a second chat in one line")
+
+TEXT = Keys(("text",))
+CHAT_REFUSED = {**NO_TOOLS, **NO_WEIGHT, **NO_MEDIA, **SECOND_CHAT}
+CHAT = Keys(("conversations",), ("system", "prompt"), {**CHAT_REFUSED, **NO_PICTURES})
+PICTURES = Keys(
+    ("conversations",),
+    ("system", "prompt", "image"),
+    {**CHAT_REFUSED, "images": 'the pictures are named by "image"'},
+)
+PAIR = Keys(
+    ("chosen", "rejected"),
+    ("prompt", "system"),
+    {**CHAT.refused, "conversations": 'what both answer is named "prompt"'},
+)
+QUESTION = Keys(("question",), ("system",), {**CHAT.refused, "conversations": 'a second question, beside "question"'})
+TURN = Keys(
+    (),
+    ("role", "content", "reasoning_content", "weight", "train"),
+    {
+        **NO_TOOLS,
+        "tool_call_id": NO_TOOLS["tools"],
+        **NO_PICTURES,
+        **NO_MEDIA,
+        **OTHER_THOUGHT,
+        **OTHER_WEIGHT,
+        "value": 'what is said is named "content"',
+        "channel": 'a thought is named "reasoning_content"',
+    },
+)
+
+
+def parse_text(record: dict, ignored: Ignored) -> str:
     """The text of a pretraining record `{"text": "…"}`.
 
     Raises:
         BadRecord: key missing, not a string, nothing but whitespace, or not encodable.
     """
+    TEXT.check(record, ignored)
     text = _string(record, "text")
     if not text.removeprefix("<s>").removesuffix("</s>").strip():
         raise BadRecord('"text" is empty')
     return text
 
 
-def chat_of(record: dict, key: str = "conversations") -> list[dict[str, str]]:
+def parse_chat(record: dict, ignored: Ignored) -> Turns:
     """The chat of a record `{"conversations": [{"role", "content"}, …]}`, every turn with its role.
 
     A turn without a role is the user's, or the assistant's when the turn before it was the user's. A system turn may
-    only come first.
+    only come first; the record's "system" is one. An answer may have its thought beside it, "reasoning_content", and
+    "weight" 0 or "train" false where it is not to be learned.
 
     Raises:
-        BadRecord: not such a list, an unknown role, content that is no string, or no answer to learn from.
+        BadRecord: not such a list, an unknown role, content that is no string, an empty answer, no answer to learn
+            from, or a key that is refused.
     """
-    chat = _turns(record, key)
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in chat):
-        raise BadRecord(f'"{key}" has no answer of the assistant')
-    return chat
+    return _chat(record, CHAT, ignored)
 
 
-def question_of(record: dict) -> list[dict[str, str]]:
-    """What to ask: the question of a record `{"question": "…"}`, or a chat up to its last user turn, as a chat.
+def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
+    """The image names and the chat of a VLM record `{"image": …, "conversations": […]}`.
+
+    "image" is "a.jpg", or "a.jpg,b.jpg", or a list of names; absent, null or empty for text alone.
 
     Raises:
-        BadRecord: neither key, a chat as in `chat_of` that is faulty, or no question in it.
+        BadRecord: as of `parse_chat`; "image" is something else, or the chat has fewer `<image>` markers than images.
     """
-    if "question" in record:
-        chat = [{"role": "user", "content": _string(record, "question")}]
-    elif "conversations" in record:
-        chat = _turns(record, "conversations")
-    else:
-        raise BadRecord('it has neither "question" nor "conversations"')
-    while chat and chat[-1]["role"] != "user":
-        chat.pop()
-    if not chat or not chat[-1]["content"].strip():
-        raise BadRecord("there is no question in it")
-    return chat
+    names = record.get("image") or []
+    if isinstance(names, str):
+        names = names.split(",")
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise BadRecord('"image" is not a name, names with commas between them, or a list of names')
+    chat = _chat(record, PICTURES, ignored)
+    markers = sum(turn["content"].count(IMAGE_MARKER) for turn in chat)
+    if markers < len(names):
+        raise BadRecord(f"images: {len(names)}, but {IMAGE_MARKER} markers to show them at: {markers}")
+    return [name.strip() for name in names], chat
 
 
-def _turns(record: dict, key: str) -> list[dict[str, str]]:
-    turns = _value(record, key, list, "a list")
-    if not turns:
-        raise BadRecord(f'"{key}" is empty')
-    chat: list[dict[str, str]] = []
-    for number, turn in enumerate(turns, 1):
-        try:
-            chat.append(_turn(turn, chat))
-        except BadRecord as fault:
-            raise BadRecord(f'turn {number} of "{key}": {fault}') from fault
-    return chat
+def parse_pair(record: dict, ignored: Ignored) -> Pair:
+    """The two chats of a preference record `{"chosen": …, "rejected": …}`.
 
-
-def pair_of(record: dict) -> Pair:
-    """The two chats of a preference record `{"chosen": […], "rejected": […]}`, and how many answers they share.
-
-    Both go the same way up to a turn that the assistant answers differently.
+    Both go the same way up to a turn that the assistant answers differently; answers before it are not learned, they
+    have "weight" 0. With a "prompt", a list of turns or a user's text, which comes in front of both, the two may be
+    lists of turns that go on from it, or that repeat it, or texts of the assistant.
 
     Raises:
-        BadRecord: as of `chat_of`; or they part before an answer does, and so do not answer one prompt.
+        BadRecord: as of `parse_chat`; or they part before an answer does, and so do not answer one prompt.
     """
-    chosen, rejected = chat_of(record, "chosen"), chat_of(record, "rejected")
+    PAIR.check(record, ignored)
+    prompt = _prompt(record, ignored)
+    chosen, rejected = (_with_system(record, _side(record, key, prompt, ignored)) for key in ("chosen", "rejected"))
     shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) and _same(chosen[shared], rejected[shared]):
         shared += 1
     if shared == len(chosen) == len(rejected):
         shared -= 1  # two equal chats: the last answer, from which there is nothing to learn
     if any(chat[shared:] == [] or chat[shared]["role"] != "assistant" for chat in (chosen, rejected)):
         raise BadRecord(f'"chosen" and "rejected" are no two answers to one prompt: they part at turn {shared + 1}')
-    return chosen, rejected, sum(turn["role"] == "assistant" for turn in chosen[:shared])
+    for key, chat in (("chosen", chosen), ("rejected", rejected)):
+        if not any(_is_learned(turn) for turn in chat[shared:]):
+            raise BadRecord(f'"{key}" has no answer to learn from after the two part')
+    given = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in chosen[:shared]]
+    return given + chosen[shared:], given + rejected[shared:]
 
 
-def _turn(turn: object, before: list[dict[str, str]]) -> dict[str, str]:
-    """A turn as {"role", "content"}; `before` holds the turns that came ahead of it."""
+def parse_question(record: dict, ignored: Ignored) -> Turns:
+    """What to ask: the question of a record `{"question": "…"}`, or a chat up to its last user turn, as a chat.
+
+    Raises:
+        BadRecord: neither key, a chat as in `parse_chat` that is faulty, or no question in it.
+    """
+    if "question" in record:
+        QUESTION.check(record, ignored)
+        chat = [{"role": "user", "content": _string(record, "question")}]
+    elif "conversations" in record:
+        CHAT.check(record, ignored)
+        chat = _turns(record, "conversations", ignored)
+        asked = next((n for n in range(len(chat), 0, -1) if chat[n - 1]["role"] == "user"), 0)
+        if asked < len(chat):
+            ignored["turns after the question"] += len(chat) - asked
+        chat = chat[:asked]
+        _check_answers(chat, "conversations")
+        _check_beginning(record, chat, ignored)
+    else:
+        raise BadRecord('it has neither "question" nor "conversations"' + _looks_like(record))
+    if not chat or not chat[-1]["content"].strip():
+        raise BadRecord("there is no question in it")
+    return _with_system(record, chat)
+
+
+def _chat(record: dict, keys: Keys, ignored: Ignored) -> Turns:
+    keys.check(record, ignored)
+    chat = _turns(record, "conversations", ignored)
+    _check_answers(chat, "conversations")
+    _check_has_answer(chat, "conversations")
+    _check_beginning(record, chat, ignored)
+    return _with_system(record, chat)
+
+
+def _turns(record: dict, key: str, ignored: Ignored, roles_given: bool = False) -> Turns:
+    """The list of turns at a key, answers not yet checked; with `roles_given` each must say who speaks."""
+    turns = _value(record, key, list, "a list")
+    if not turns:
+        raise BadRecord(f'"{key}" is empty')
+    chat: Turns = []
+    for number, turn in enumerate(turns, 1):
+        try:
+            if roles_given and isinstance(turn, dict) and "role" not in turn:
+                raise BadRecord('the key "role" is missing, which a turn needs beside a "prompt"')
+            chat.append(_turn(turn, chat, ignored))
+        except BadRecord as fault:
+            raise BadRecord(f'turn {number} of "{key}": {fault}') from fault
+    return chat
+
+
+def _turn(turn: object, before: Turns, ignored: Ignored) -> Turn:
+    """A turn as it is rendered; `before` holds the turns that came ahead of it."""
     if not isinstance(turn, dict):
         raise BadRecord("not an object")
+    if shape := foreign_turn(turn):
+        raise BadRecord(shape)
+    TURN.check(turn, ignored, " (turn)")
     role = turn.get("role")
     if role is None:
         role = "assistant" if before and before[-1]["role"] == "user" else "user"
     if role not in ROLES:
-        raise BadRecord(f"unknown role {role!r:.40}")
+        raise BadRecord(_why_no_role(role))
     if role == "system" and before:
         raise BadRecord("a system turn can only come first")
-    return {"role": role, "content": _string(turn, "content")}
+    answers = role == "assistant"
+    content, thought = _string(turn, "content"), _thought(turn)
+    if thought and not answers:
+        raise BadRecord('only the assistant\'s turns can have "reasoning_content"')
+    if thought and content.strip():  # an answer that is empty stays so, thought or not
+        try:
+            content = with_thought(thought, content)
+        except ValueError as fault:
+            raise BadRecord(str(fault)) from fault
+    wanted = _wanted(turn)
+    if wanted and not answers:
+        raise BadRecord(f"a turn of the {role} cannot be learned: only the assistant's can")
+    return {"role": role, "content": content} | ({"weight": 0} if answers and wanted is False else {})
 
 
-def _value(record: dict, key: str, kind: type, kind_name: str):
-    if key not in record:
+def _why_no_role(role: object) -> str:
+    told = f"unknown role {role!r:.40}"
+    if role in TOOL_ROLES:
+        return f"{told}: {NO_TOOLS['tools']}"
+    if isinstance(role, str) and role in OTHER_NAMES:
+        return f'{told}: here it is named "{OTHER_NAMES[role]}"'
+    return f"{told}: a turn is one of {', '.join(ROLES)}"
+
+
+def _thought(turn: dict) -> str:
+    """The "reasoning_content" of a turn; empty where it is absent, null or nothing but whitespace."""
+    if turn.get("reasoning_content") is None:
+        return ""
+    thought = _string(turn, "reasoning_content")
+    return thought if thought.strip() else ""
+
+
+def _wanted(turn: dict) -> bool | None:
+    """Whether a turn says that it is to be learned, by "weight" or "train"; None where it does not say."""
+    weight, train = turn.get("weight"), turn.get("train")
+    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
+        raise BadRecord(f'"weight" is {weight!r:.40}, and can only be 0 or 1')
+    if train is not None and not isinstance(train, bool):
+        raise BadRecord(f'"train" is {train!r:.40}, and can only be true or false')
+    said = {bool(word) for word in (weight, train) if word is not None}
+    if len(said) > 1:
+        raise BadRecord('"weight" and "train" contradict each other')
+    return said.pop() if said else None
+
+
+def _is_learned(turn: Turn) -> bool:
+    return turn["role"] == "assistant" and turn.get("weight", 1) != 0
+
+
+def _check_answers(chat: Turns, key: str) -> None:
+    for number, turn in enumerate(chat, 1):
+        if _is_learned(turn) and not turn["content"].strip():
+            raise BadRecord(f'turn {number} of "{key}": an empty answer would teach to end at once')
+
+
+def _check_has_answer(chat: Turns, key: str) -> None:
+    if not any(map(_is_learned, chat)):
+        left = ' to learn from: each has "weight" 0' if any(turn["role"] == "assistant" for turn in chat) else ""
+        raise BadRecord(f'"{key}" has no answer of the assistant{left}')
+
+
+def _check_beginning(record: dict, chat: Turns, ignored: Ignored) -> None:
+    """A "prompt" beside a chat may only repeat how it begins."""
+    prompt = _prompt(record, ignored)
+    if not _begins_with(chat, prompt):
+        raise BadRecord('the key "prompt" is refused: "conversations" does not begin with it')
+
+
+def _prompt(record: dict, ignored: Ignored) -> Turns:
+    """The turns of "prompt", the last one a user's; none where it is absent or null."""
+    prompt = record.get("prompt")
+    if prompt is None:
+        return []
+    if isinstance(prompt, str):
+        turns = [{"role": "user", "content": _string(record, "prompt")}]
+    elif isinstance(prompt, list):
+        turns = _turns(record, "prompt", ignored)
+        _check_answers(turns, "prompt")
+    else:
+        raise BadRecord('"prompt" is neither a string nor a list of turns')
+    if turns[-1]["role"] != "user":
+        raise BadRecord('"prompt" does not end with a turn of the user')
+    if not turns[-1]["content"].strip():
+        raise BadRecord('"prompt" is empty')
+    return turns
+
+
+def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
+    """The whole chat of "chosen" or "rejected", the prompt in front."""
+    if isinstance(record.get(key), str):
+        if not prompt:
+            raise BadRecord(f'"{key}" is a text, and there is no "prompt" that it answers')
+        chat = [{"role": "assistant", "content": _string(record, key)}]
+    else:
+        chat = _turns(record, key, ignored, roles_given=bool(prompt))
+    _check_answers(chat, key)
+    _check_has_answer(chat, key)
+    if prompt and chat[0]["role"] == "assistant":
+        return prompt + chat
+    if not _begins_with(chat, prompt):
+        raise BadRecord(f'"{key}" begins neither with an answer nor with the "prompt"')
+    return chat
+
+
+def _begins_with(chat: Turns, prompt: Turns) -> bool:
+    """Whether the chat's first turns are those of the prompt, a system turn in front of them apart."""
+    if prompt and prompt[0]["role"] != "system" and chat and chat[0]["role"] == "system":
+        chat = chat[1:]
+    return len(chat) >= len(prompt) and all(map(_same, chat, prompt))
+
+
+def _same(turn: Turn, other: Turn) -> bool:
+    return (turn["role"], turn["content"]) == (other["role"], other["content"])
+
+
+def _with_system(record: dict, chat: Turns) -> Turns:
+    """The chat with the record's "system", if it has one, as its system turn."""
+    if record.get("system") is None:
+        return chat
+    system = {"role": "system", "content": _string(record, "system")}
+    if chat[0]["role"] != "system":
+        return [system, *chat]
+    if not _same(system, chat[0]):
+        raise BadRecord('"system" is not the system turn that the chat begins with')
+    return chat
+
+
+def _looks_like(record: dict) -> str:
+    """What a line is that could not be read, to follow the reason."""
+    shape = shape_of(record)
+    return f" (this is {shape})" if shape else ""
+
+
+def _value(found: dict, key: str, kind: type, kind_name: str):
+    if key not in found:
         raise BadRecord(f'the key "{key}" is missing')
-    if not isinstance(record[key], kind):
-        raise BadRecord(f'"{key}" is not {kind_name}')
-    return record[key]
+    if not isinstance(found[key], kind):
+        raise BadRecord(f'"{key}" is not {kind_name}{_what_instead(found[key])}')
+    return found[key]
+
+
+def _what_instead(value: object) -> str:
+    if value is None:
+        return " but null"
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "type" in value[0]:
+        return " but a list of parts: join their texts to one"
+    if isinstance(value, dict) and "role" in value:
+        return " but a single turn: put it into one"
+    return ""
+
+
+def _says_nothing(value: object) -> bool:
+    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _string(record: dict, key: str) -> str:
@@ -116,23 +385,3 @@ def _string(record: dict, key: str) -> str:
     except UnicodeEncodeError as error:  # JSON can spell half a character, "\ud83d", which no tokenizer takes
         raise BadRecord(f'"{key}" holds half a character (a lone surrogate)') from error
     return text
-
-
-def picture_chat_of(record: dict) -> tuple[list[str], list[dict[str, str]]]:
-    """The image names and the chat of a VLM record `{"image": …, "conversations": […]}`.
-
-    "image" is "a.jpg", or "a.jpg,b.jpg", or a list of names; absent, null or empty for text alone.
-
-    Raises:
-        BadRecord: as of `chat_of`; "image" is something else, or the chat has fewer `<image>` markers than images.
-    """
-    names = record.get("image") or []
-    if isinstance(names, str):
-        names = names.split(",")
-    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise BadRecord('"image" is not a name, names with commas between them, or a list of names')
-    chat = chat_of(record)
-    markers = sum(turn["content"].count(IMAGE_MARKER) for turn in chat)
-    if markers < len(names):
-        raise BadRecord(f"images: {len(names)}, but {IMAGE_MARKER} markers to show them at: {markers}")
-    return [name.strip() for name in names], chat

@@ -8,15 +8,20 @@ A cache is a folder, written under another name and renamed when it is whole:
     first_target.bin  int64 (samples,): place of the first token to learn in the sample, its length if there is none
     notes.bin         what else belongs to a sample, JSON, end to end; empty where nothing does
     note_offsets.bin  int64 (samples + 1,): as offsets.bin, in bytes
-    info.json         counts, and the first bad line that was skipped
+    info.json         counts, the first bad lines that were skipped, the keys that mean nothing here, and the
+                      hash of all bytes of the data file
 
 Samples are whole, so one cache serves every row length. When the data file changes, the next cache replaces the old.
+
+A cache is found by the data file's size, time and sampled content, and used once its hash is known to be the file's: by
+what no edit leaves as it was (see `fingerprint`), else by hashing the file again.
 """
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +29,14 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.cache_folder import digest, hold, open_cache_folder, to_disk
-from dataset.jsonl import DataError, JsonlReader, require_data_file
+from dataset.cache_folder import flush_to_disk, hold, open_cache, short_hash, state_of
+from dataset.jsonl import DataError, Ignored, JsonlReader, require_data_file
 from model.tokenizer import tokenizer_hash
 
 Ids, Learned = Sequence[int], Sequence[bool] | None
 Sample = tuple[Ids, Learned] | tuple[Ids, Learned, Any]  # ids, which of them are learned (None: all), a JSON value
 
-FORMAT = 2  # to be raised when the files above, or the way text becomes tokens, change
+FORMAT = 3  # to be raised when the files above, or the way text becomes tokens, change
 BATCH_RECORDS = 1024  # given to the tokenizer at once, which spreads them over its threads…
 BATCH_BYTES = 1 << 21  # …but no more than this, as a token takes about 100 bytes on its way
 
@@ -42,28 +47,41 @@ class TokenCache:
     Attributes:
         lengths: tokens of each sample, int64 (samples,).
         first_target: place of the first token to learn in each sample, its length when there is none, int64 (samples,).
-        bad_lines, first_bad: how many lines were skipped, and the first, as `JsonlReader` tells it, or None.
+        bad_lines, told, ignored: what `JsonlReader` says of bad lines, and of keys that mean nothing here.
+        data_sha256: the hash of all bytes of the data file, hex.
+
+    Raises:
+        OSError, ValueError, LookupError: a file of it is missing, cut off or damaged, or it is not the one `expected`.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, expected: str | None = None):
         self.folder = folder
         hold(folder, self)
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        self.data_sha256: str = info["data_sha256"]
+        if expected not in (None, self.data_sha256):
+            raise ValueError(f"{folder} was made anew from other data")
         self.bad_lines: int = info["bad_lines"]
-        self.first_bad: str | None = info["first_bad"]
-        self._tokens = self._map("tokens", info["dtype"])
-        self._mask = self._map("mask", np.uint8) if info["masked"] else None
-        self._offsets = self._map("offsets", np.int64)
-        self.first_target = self._map("first_target", np.int64)
-        self._notes = self._map("notes", np.uint8) if info["noted"] else None
-        self._note_offsets = self._map("note_offsets", np.int64) if info["noted"] else None
+        self.told: list[str] = info["told"]
+        self.ignored: dict[str, int] = info["ignored"]
+        samples, tokens, note_bytes = (info[name] for name in ("samples", "tokens", "note_bytes"))
+        self._tokens = self._map("tokens", info["dtype"], tokens)
+        self._mask = self._map("mask", np.uint8, -(-tokens // 8)) if info["masked"] else None
+        self._offsets = self._map("offsets", np.int64, samples + 1)
+        self.first_target = self._map("first_target", np.int64, samples)
+        self._notes = self._map("notes", np.uint8, note_bytes) if note_bytes else None
+        self._note_offsets = self._map("note_offsets", np.int64, samples + 1) if note_bytes else None
 
-    def _map(self, name: str, dtype: type | str) -> np.ndarray:
+    def _map(self, name: str, dtype: type | str, length: int) -> np.ndarray:
+        path = self.folder / f"{name}.bin"
+        expected, found = length * np.dtype(dtype).itemsize, path.stat().st_size
+        if found != expected:
+            raise ValueError(f"{path.name} has {found} bytes, not {expected}")
         # As a plain array over the mapping: slicing a np.memmap itself is several times slower.
-        return np.asarray(np.memmap(self.folder / f"{name}.bin", dtype, mode="r"))
+        return np.asarray(np.memmap(path, dtype, mode="r"))
 
     def __reduce__(self):
-        return TokenCache, (self.folder,)
+        return TokenCache, (self.folder, self.data_sha256)
 
     def __len__(self) -> int:
         return len(self.first_target)
@@ -82,7 +100,7 @@ class TokenCache:
         begin = self._offsets[sample] + start
         return self._tokens[begin : begin + length].astype(np.int64)
 
-    def learned(self, sample: int, start: int, length: int) -> np.ndarray:
+    def targets(self, sample: int, start: int, length: int) -> np.ndarray:
         """Whether each of these tokens is learned, bool (length,)."""
         if self._mask is None:  # none was kept: every token is learned, as in plain text
             return np.ones(length, dtype=bool)
@@ -90,7 +108,7 @@ class TokenCache:
         bits = np.unpackbits(self._mask[begin // 8 : (begin + length + 7) // 8])
         return bits[begin % 8 : begin % 8 + length].astype(bool)
 
-    def note(self, sample: int) -> Any:
+    def print_notice(self, sample: int) -> Any:
         """What else belongs to a sample; None where the samples came without."""
         if self._notes is None:
             return None
@@ -102,7 +120,7 @@ def open_token_cache(
     data_path: str | Path,
     tokenizer: PreTrainedTokenizerFast,
     kind: str,
-    parse: Callable[[dict], Any],
+    parse: Callable[[dict, Ignored], Any],
     encode: Callable[[list], list[Sample]],
     skip_bad_lines: bool = False,
 ) -> TokenCache:
@@ -112,7 +130,7 @@ def open_token_cache(
         data_path: a jsonl file. The cache lies in `.cache/` beside it, or in `~/.cache` if that is read-only.
         tokenizer: its hash is part of the cache's name, as are the file's size, time and sampled content.
         kind: names what `parse` and `encode` make of a line.
-        parse: JSON object of a line -> record; raises BadRecord.
+        parse: as of `JsonlReader`: JSON object of a line -> record.
         encode: list of records -> list of samples, any number of them a record.
         skip_bad_lines: leave bad lines out and count them.
 
@@ -121,34 +139,69 @@ def open_token_cache(
             cannot be written.
     """
     path = require_data_file(data_path)
-    state = _state(path)
-    settings = digest([FORMAT, tokenizer_hash(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id])
+    state = state_of(path)
+    settings = short_hash([FORMAT, tokenizer_hash(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id])
+
+    def load(folder: Path) -> TokenCache:
+        cache = TokenCache(folder)
+        _check_source(cache, path)
+        return cache
 
     def build(folder: Path) -> None:
+        before = fingerprint(path)
         reader = JsonlReader(path, parse, skip_bad_lines)
         _build(folder, reader, encode, np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-        if _state(path) != state:
+        if state_of(path) != state:
             raise DataError(f"{path} changed while it was being read: start again")
+        _write_json(before, folder / "fingerprint.json")
 
-    folder = open_cache_folder(path, state, f"{kind}-{settings}", build)
-    try:
-        cache = TokenCache(folder)
-    except OSError as error:
-        raise DataError(f"the cache {folder} cannot be read ({error.strerror}): start again") from error
+    cache = open_cache(path, state, f"{kind}-{settings}", load, build)
     if cache.bad_lines and not skip_bad_lines:
-        raise DataError(f"{path}, {cache.first_bad}")
+        raise DataError(f"{path}, {cache.told[0]}")
     return cache
 
 
-def _state(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> str:
-    """What tells one state of a file from another without reading 9 GB: size, time, and blocks from head to tail."""
+def fingerprint(path: Path) -> list[int]:
+    """What no edit of a file leaves as it was: size, times of writing and of any change, and where it lies on the disk.
+
+    The time of writing can be set back, that of any change cannot; Windows has none (its is when the file was made).
+    """
     status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of all bytes of a file, hex."""
     content = hashlib.sha256()
-    with open(path, "rb") as file:
-        for start in np.linspace(0, max(0, status.st_size - block_bytes), blocks, dtype=np.int64).tolist():
-            file.seek(start)
-            content.update(file.read(block_bytes))
-    return digest([status.st_size, status.st_mtime_ns, content.hexdigest()])
+    progress = tqdm(total=path.stat().st_size, desc=f"comparing {path.name}", unit="B", unit_scale=True, disable=None)
+    with progress, open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+            progress.update(len(block))
+    return content.hexdigest()
+
+
+def _check_source(cache: TokenCache, path: Path) -> None:
+    """The cache was made of what the file holds now.
+
+    Raises:
+        ValueError: it was not.
+    """
+    record, now = cache.folder / "fingerprint.json", fingerprint(path)
+    if json.loads(record.read_text(encoding="ascii")) == now:
+        return
+    if sha256_of(path) != cache.data_sha256:
+        raise ValueError(f"{path} was edited, with its size and time as before")
+    with suppress(OSError):  # where nothing can be written, the next run hashes the file again
+        beside = record.with_name(f".{record.name}.{os.getpid()}")
+        _write_json(now, beside)
+        beside.replace(record)
+
+
+def _write_json(content: object, path: Path) -> None:
+    """A name that is not UTF-8 is written in escapes, as every character beyond ASCII is."""
+    path.write_text(json.dumps(content, indent=2), encoding="ascii")
+    flush_to_disk(path)
 
 
 def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Sample]], dtype: type) -> None:
@@ -164,21 +217,20 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
             writer.write(encode(batch))
             progress.update(reader.bytes_read - progress.n)
     if not writer.samples:
-        found = f"{reader.bad_lines} bad, the first: {reader.first_bad}" if reader.bad_lines else "all are blank"
-        raise DataError(f"{reader.path} has no good line; {found}")
+        raise DataError(f"{reader.path} has no good line; none of them gives a sample")
     info = {
         "source": reader.path.name,
         "dtype": np.dtype(dtype).name,
         "masked": writer.masked,
-        "noted": writer.note_bytes > 0,
         "samples": writer.samples,
         "tokens": writer.tokens,
+        "note_bytes": writer.note_bytes,
         "bad_lines": reader.bad_lines,
-        "first_bad": reader.first_bad,
+        "told": reader.told,
+        "ignored": reader.ignored,
+        "data_sha256": reader.sha256.hexdigest(),
     }
-    with open(folder / "info.json", "w", encoding="utf-8") as file:
-        json.dump(info, file, indent=2, ensure_ascii=False)
-        to_disk(file)
+    _write_json(info, folder / "info.json")
 
 
 def _batches(reader: JsonlReader) -> Iterator[list]:
@@ -217,8 +269,6 @@ class _Writer:
         with self._stack:
             if error_type is None:
                 self._files["mask"].write(np.packbits(self._odd_bits))
-                for file in self._files.values():
-                    to_disk(file)
 
     def write(self, samples: list[Sample]) -> None:
         """Append samples; either all of them carry a mask or none does, in one cache, and so with notes."""
@@ -253,6 +303,6 @@ class _Writer:
 
 
 def _first_target(mask: np.ndarray) -> int:
-    """Place of the first learned token, `len(mask)` when there is none; the first token has nothing before it."""
+    """Place of the first target token, `len(mask)` when there is none; the first token has nothing before it."""
     after_first = mask[1:]
     return int(after_first.argmax()) + 1 if after_first.any() else len(mask)

@@ -1,6 +1,5 @@
 """What a vision-language model reads: chats with images, as rows of tokens with the images' places among them."""
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,17 +9,19 @@ import torch
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from dataset.cache_folder import digest
+from dataset.cache_folder import short_hash
 from dataset.feature_cache import FeatureCache
-from dataset.jsonl import BadRecord, DataError
+from dataset.jsonl import DataError, Ignored
 from dataset.lm_dataset import SFTDataset
 from dataset.packing import Pieces
-from dataset.records import picture_chat_of
+from dataset.pictures import check_pictures, refuse_faulty, shown
+from dataset.records import Turns, parse_image_chat
 from dataset.token_cache import Sample
 from model.chat import render_chats
 from model.images import IMAGE_MARKER, IMAGE_PLACE, ImageError, image_token_id, read_image, to_pixels
 
-Record = tuple[list[str], list[dict[str, str]]]  # names of images, chat
+LISTED = 20  # names kept of images that have a fault
+Record = tuple[list[str], Turns]  # names of images, chat
 
 
 class VLMDataset(SFTDataset):
@@ -43,7 +44,7 @@ class VLMDataset(SFTDataset):
         features: what the tower made of the images; None = rows hold pixels.
 
     Raises:
-        DataError: as of `SFTDataset`; an image that a line names is not there, or has no marker.
+        DataError: as of `SFTDataset`; an image that a line names is not there, or not whole, or has no marker.
     """
 
     def __init__(
@@ -65,15 +66,41 @@ class VLMDataset(SFTDataset):
         self.processor = processor
         self.features: FeatureCache | None = None
         self._no_pixels = to_pixels(processor, [])  # which every row's begin with
-        folders = sorted(folder for folder, _, _ in os.walk(self.images_path))
-        changed = [os.stat(folder).st_mtime_ns for folder in folders]  # so that lines left out for want of an image…
-        self.kind = f"pictures-{digest([str(self.images_path.resolve()), changed, image_tokens])}"  # …are read again
-        self.parse = partial(picture_record, images_path=self.images_path)
-        self.encode = partial(encode_pictures, image_tokens=image_tokens)
+        pictures = check_pictures(
+            data_path, self.images_path, lambda record, ignored: parse_image_chat(record, ignored)[0]
+        )
+        faults = {name: picture.fault for name, picture in pictures.items() if picture.fault}
+        self._faulty = sorted(faults)
+        self._whole = short_hash([[name, picture.sha256] for name, picture in pictures.items() if not picture.fault])
+        self.kind = f"pictures-{short_hash([sorted(faults.items()), image_tokens])}"
+        self.parse = partial(parse_image_record, images_path=self.images_path, faults=faults)
+        self.encode = partial(encode_image_chats, image_tokens=image_tokens)
         super().__init__(data_path, tokenizer, max_seq_len, packing, skip_bad_lines, seed, part)
 
-    def pieces_of(self, samples: np.ndarray) -> Pieces:
-        pieces = super().pieces_of(samples)
+    @property
+    def identity(self) -> dict:
+        """As of `RowDataset`; and of the images, what they hold, and the names of those that have a fault."""
+        faulty = {"left_out": short_hash(self._faulty), "first_left_out": self._faulty[:LISTED]}
+        return super().identity | {"images": self._whole} | faulty
+
+    def changed_since(self, identity: dict) -> str | None:
+        change, ours = super().changed_since(identity), self.identity
+        if change or all(identity.get(key, ours[key]) == ours[key] for key in ("images", "left_out")):
+            return change
+        then = identity["first_left_out"]
+        for name in then:
+            if name not in self._faulty:
+                return (
+                    f"the image {self.images_path / shown(name)} is whole now, and the saved run began without its "
+                    "lines: move it away to go on without them"
+                )
+        for name in self._faulty[:LISTED]:
+            if name not in then and len(then) < LISTED:
+                return f"the image {self.images_path / shown(name)} was whole when the saved run began: mend it"
+        return f"the images in {self.images_path} are not those that the saved run began with"
+
+    def make_pieces(self, samples: np.ndarray) -> Pieces:
+        pieces = super().make_pieces(samples)
         starts = [self.cache.note(sample)["starts"] for sample in samples[pieces.sample]]
         images_end = np.array([start[-1] + self.image_tokens if start else 0 for start in starts], dtype=np.int64)
         whole = images_end <= pieces.length
@@ -84,11 +111,11 @@ class VLMDataset(SFTDataset):
         item = super().__getitem__(row)
         mask, names, begin = torch.zeros(len(item["input_ids"]), dtype=torch.bool), [], 0
         for piece in self._pieces_in(row):
-            note = self.cache.note(self._pieces.sample[piece])
-            names += note["images"]
-            for start in note["starts"]:
+            print_notice = self.cache.note(self.pieces.sample[piece])
+            names += print_notice["images"]
+            for start in print_notice["starts"]:
                 mask[begin + start : begin + start + self.image_tokens] = True
-            begin += self._pieces.length[piece]
+            begin += self.pieces.length[piece]
         return item | {"image_mask": mask} | self._images(names)
 
     @property
@@ -97,8 +124,8 @@ class VLMDataset(SFTDataset):
 
     def image_names(self) -> list[str]:
         """The names of all images in the rows, each once."""
-        notes = (self.cache.note(sample) for sample in self._pieces.sample)
-        return sorted({name for note in notes for name in note["images"]})
+        notes = (self.cache.note(sample) for sample in self.pieces.sample)
+        return sorted({name for print_notice in notes for name in print_notice["images"]})
 
     def load_pixels(self, name: str) -> Tensor:
         """An image of `images_path` as the tower wants it, (1, 3, H, W).
@@ -117,34 +144,36 @@ class VLMDataset(SFTDataset):
         return {"pixel_values": torch.cat([self._no_pixels, *map(self.load_pixels, names)])}
 
 
-def picture_record(record: dict, images_path: Path) -> Record:
-    """`picture_chat_of`, and the images are there.
+def parse_image_record(record: dict, ignored: Ignored, images_path: Path, faults: dict[str, str]) -> Record:
+    """`parse_image_chat`, and the images are there and whole.
+
+    Args:
+        faults: what is wrong with an image, by its name.
 
     Raises:
-        BadRecord: as of `picture_chat_of`, or an image is missing.
+        BadRecord: as of `parse_image_chat`, or an image has a fault.
     """
-    names, chat = picture_chat_of(record)
-    for name in names:
-        if not os.path.isfile(images_path / name):  # Path's own raises where the name is too long, or a folder closed
-            shown = name if len(name) < 200 else f"{name[:200]}…"
-            raise BadRecord(f"the image {images_path / shown} is not there (--images_path names the folder)")
+    names, chat = parse_image_chat(record, ignored)
+    refuse_faulty(names, images_path, faults)
     return names, chat
 
 
-def encode_pictures(tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], image_tokens: int) -> list[Sample]:
+def encode_image_chats(
+    tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], image_tokens: int
+) -> list[Sample]:
     """Ids with the images' places, loss masks, and a note of the images' names and where their places start."""
     place = image_token_id(tokenizer)
     chats = [_placed(chat, len(names), image_tokens) for names, chat in records]
     samples = []
-    for (names, _), (ids, learned) in zip(records, render_chats(tokenizer, chats), strict=True):
+    for (names, _), (ids, targets) in zip(records, render_chats(tokenizer, chats), strict=True):
         ids = np.array(ids)
         shown = ids == IMAGE_PLACE
-        note = {"images": names, "starts": np.flatnonzero(shown)[::image_tokens].tolist()}
-        samples.append((np.where(shown, place, ids), np.array(learned) & ~shown, note))
+        print_notice = {"images": names, "starts": np.flatnonzero(shown)[::image_tokens].tolist()}
+        samples.append((np.where(shown, place, ids), np.array(targets) & ~shown, print_notice))
     return samples
 
 
-def _placed(chat: list[dict[str, str]], images: int, image_tokens: int) -> list[dict]:
+def _placed(chat: Turns, images: int, image_tokens: int) -> Turns:
     """The chat with places for `images` images in place of its first markers."""
     turns = []
     for turn in chat:
@@ -153,5 +182,5 @@ def _placed(chat: list[dict[str, str]], images: int, image_tokens: int) -> list[
         pieces = [before]
         for text in after:
             pieces += [[IMAGE_PLACE] * image_tokens, text]
-        turns.append({"role": turn["role"], "content": pieces})
+        turns.append(turn | {"content": pieces})
     return turns

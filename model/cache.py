@@ -35,7 +35,7 @@ class KVCache:
         self.next_position = next_position
 
     @staticmethod
-    def extended(
+    def extend(
         past: "KVCache | None", n_new: int, segment_ids: Tensor | None, next_position: Tensor | None
     ) -> "KVCache":
         """A cache with room for `n_new` positions behind those of `past`; each layer fills them by `append`."""
@@ -72,7 +72,7 @@ def _grown(old: Tensor, length: int, capacity: int) -> Tensor:
     return new
 
 
-def attention_mask_of(segment_ids: Tensor, n_new: int) -> Tensor:
+def build_attention_mask(segment_ids: Tensor, n_new: int) -> Tensor:
     """Which keys each new token may see: earlier ones, of its own sample.
 
     Args:

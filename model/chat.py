@@ -10,32 +10,21 @@ that somebody typed can never turn into a control token.
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
 ROLES = ("system", "user", "assistant")
+TEXT_BEGIN, TEXT_END = "<s>", "</s>"  # as a pretraining text may spell them itself
 IMAGE_MARKER = "<image>"  # an image's place in a line of data, and the shipped tokenizer's entry for one
 IMAGE_PLACE = -1  # an image's places among rendered ids, until they get their own id: no text renders to it
 CALL_CHARS = 1 << 20  # of text in one call of the tokenizer…
 STRETCH_CHARS = 1 << 16  # …and of one text at once, so that the tokenizer's threads share a long one
 
-# The same layout for `tokenizer.apply_chat_template`, saved with the tokenizer for tools outside this project.
-CHAT_TEMPLATE = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<s>system\\n" + DEFAULT_SYSTEM_PROMPT + "</s>\\n' }}"
-    "{% endif %}"
-    "{% for message in messages %}"
-    "{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<s>assistant\\n' }}"
-    "{% endif %}"
-)
-
 Content = str | list[str | list[int]]  # text, or pieces of it and ids that stand as they are, such as an image's places
-Chat = Sequence[dict[str, Content]]
+Chat = Sequence[dict[str, Any]]  # of turns {"role": str, "content": Content}, "weight": 0 or 1 where it says so
 
 
 def render_chats(
@@ -46,12 +35,12 @@ def render_chats(
     Args:
         tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; never changed.
         chats: each a list of {"role": "system" | "user" | "assistant", "content": Content}. One that does not begin
-            with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front.
+            with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front. A turn with "weight" 0 is not learned.
         add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
 
     Returns:
         for each chat (ids, loss_mask), both of its length; the mask is True exactly at the tokens of an assistant's
-        content and at the `</s>` that closes it.
+        content and at the `</s>` that closes it, where its turn is learned.
 
     Raises:
         ValueError: an unknown role, or content that is not a string or not encodable as UTF-8.
@@ -77,7 +66,8 @@ def render_chats(
             role = turn["role"]
             content = [i for piece in _pieces(turn) for i in (next(encoded) if isinstance(piece, str) else piece)]
             ids += head[role] + content + tail
-            mask += untrained[role] + [role == "assistant"] * (len(content) + 1) + untrained_newline
+            learned = role == "assistant" and turn.get("weight", 1) != 0
+            mask += untrained[role] + [learned] * (len(content) + 1) + untrained_newline
         if add_generation_prompt:
             ids += head["assistant"]
             mask += untrained["assistant"]
@@ -96,18 +86,21 @@ def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> lis
     """Render pretraining samples, `<s>text</s>`.
 
     A literal `<s>` at the start and `</s>` at the end of a text (one published form of the data has them) are those
-    same delimiters and not doubled; anywhere else they are plain text.
+    same delimiters and not doubled, and so are the tokenizer's own; anywhere else they are plain text.
 
     Raises:
         ValueError: a text that is not encodable as UTF-8.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     guard = _guards(tokenizer)["assistant"]
-    bodies = [_cut(text.removeprefix(bos).removesuffix(eos), guard) for text in texts]
+    bodies = []
+    for text in texts:
+        text = text.removeprefix(bos if text.startswith(bos) else TEXT_BEGIN)
+        bodies.append(_cut(text.removesuffix(eos if text.endswith(eos) else TEXT_END), guard))
     return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in _encode(tokenizer, bodies)]
 
 
-def _pieces(turn: dict[str, Content]) -> list[str | list[int]]:
+def _pieces(turn: dict[str, Any]) -> list[str | list[int]]:
     if turn["role"] not in ROLES:
         raise ValueError(f"unknown role {turn['role']!r}: a turn is one of {', '.join(ROLES)}")
     content = turn["content"]

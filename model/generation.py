@@ -5,86 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-NUCLEUS = 128  # as many likely tokens as top-p looks at before it sorts the vocabulary
-GREEDY_BELOW = 1e-5  # a temperature that leaves the best token alone, and might divide beyond what fp32 can hold
-
-
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that occurred less likely, by CTRL's rule (Keskar et al. 2019, arXiv:1909.05858).
-
-    A positive logit is divided by the penalty, a negative one multiplied: both go down.
-
-    Args:
-        logits: (batch, vocab); seen: (batch, vocab) bool, True = occurred.
-        penalty: 1 changes nothing, more is stricter.
-    """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
-def penalise_frequency(logits: Tensor, counts: Tensor, frequency: float, presence: float) -> Tensor:
-    """Make tokens of the answer less likely, by OpenAI's rule: each time one occurred costs `frequency` nats of its
-    logit, having occurred at all costs `presence`.
-
-    Args:
-        logits: (batch, vocab); counts: (batch, vocab) float, how often each was written.
-        frequency, presence: 0 changes nothing; below 0 rewards.
-    """
-    return logits - frequency * counts - presence * (counts > 0)
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Only the k best tokens (batch, vocab) stay possible (Fan et al. 2018, arXiv:1805.04833); 0 keeps all."""
-    if not 0 < k < logits.size(-1):
-        return logits
-    worst_kept = logits.topk(k).values[:, -1:]
-    return logits.masked_fill(logits < worst_kept, float("-inf"))
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Only the fewest best tokens whose probabilities reach p together stay possible, one at least
-    (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751); 1 keeps all."""
-    if p >= 1:
-        return logits
-    probabilities = logits.softmax(-1)
-    best = probabilities.topk(min(NUCLEUS, probabilities.size(-1))).values
-    if (best.sum(-1) < p).any():  # rare, and thirty times as slow
-        best = probabilities.sort(dim=-1, descending=True).values
-    before = best.cumsum(-1) - best  # what better tokens reach without this one
-    kept = (before < p).sum(-1, keepdim=True).clamp(min=1)
-    least = best.gather(-1, kept - 1)
-    better, equal = probabilities > least, probabilities == least
-    equal &= equal.cumsum(-1) <= kept - better.sum(-1, keepdim=True)  # of equal ones the first
-    return logits.masked_fill(~(better | equal), float("-inf"))
-
-
-def draw(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """A token for each row by its probabilities, (batch, vocab) -> (batch,) int64.
-
-    The first token whose cumulative probability exceeds a uniform number (inverse transform sampling): one random
-    number a row, where `torch.multinomial` takes one for each token of the vocabulary and ten times as long.
-
-    Args:
-        generator: of all rows, or one for each.
-    """
-    cumulative = probabilities.double().cumsum(-1)
-    generators, each = ([generator], len(cumulative)) if not isinstance(generator, Sequence) else (generator, 1)
-    # fp32 numbers below 1 end 2^-24 before it, so that the product cannot be rounded up to the whole
-    uniform = torch.cat([torch.rand(each, 1, device=cumulative.device, generator=one) for one in generators])
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
-
-
-def choose(
-    logits: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-) -> Tensor:
-    """The next token of each row: logits (batch, vocab) -> (batch,) int64. Temperature 0 takes the best one."""
-    if temperature < GREEDY_BELOW:
-        return logits.argmax(-1)
-    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    return draw(logits.softmax(-1), generator)
+from model.inference.sampling import penalise_repetition, sample_token
 
 
 class TextGeneration:
@@ -135,10 +56,10 @@ class TextGeneration:
         room = self.config.max_seq_len - n
         if n == 0 or room < 1:
             raise ValueError(f"a prompt of {n} tokens: the model takes 1 to {self.config.max_seq_len - 1}")
-        real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if real.shape != input_ids.shape:
-            raise ValueError(f"attention_mask {(*real.shape,)} must be as input_ids, {(batch, n)}")
-        if not real.any(1).all():
+        non_padding = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if non_padding.shape != input_ids.shape:
+            raise ValueError(f"attention_mask {(*non_padding.shape,)} must be as input_ids, {(batch, n)}")
+        if not non_padding.any(1).all():
             raise ValueError("a row of the prompt is nothing but padding")
 
         device = input_ids.device
@@ -150,21 +71,21 @@ class TextGeneration:
         seen = None
         if repetition_penalty != 1:
             seen = torch.zeros(batch, self.config.vocab_size, dtype=torch.long, device=device)
-            seen = seen.scatter_add(1, input_ids, real.long()) > 0
+            seen = seen.scatter_add(1, input_ids, non_padding.long()) > 0
 
         @torch.inference_mode()
         def steps() -> Iterator[Tensor]:
             running = torch.ones(batch, dtype=torch.bool, device=device)
-            after_last = real.flip(1).int().argmax(1)  # padding behind each row's last token
+            after_last = non_padding.flip(1).int().argmax(1)  # padding behind each row's last token
             kept = int(after_last.max()) + 1
-            mask = None if real.all() else real  # without one, attention is plain and faster
+            mask = None if non_padding.all() else non_padding  # without one, attention is plain and faster
             out = self(input_ids, mask, use_cache=True, logits_to_keep=kept, **prompt_inputs)
             logits = out.logits[torch.arange(batch, device=device), -1 - after_last]
             for left in reversed(range(min(max_new_tokens, room))):
                 logits = logits.float()
                 if seen is not None:
                     logits = penalise_repetition(logits, seen, repetition_penalty)
-                tokens = choose(logits, temperature, top_k, top_p, generator)
+                tokens = sample_token(logits, temperature, top_k, top_p, generator)
                 tokens = torch.where(running, tokens, self.config.pad_token_id)
                 yield tokens
                 running &= ~torch.isin(tokens, stop_ids)

@@ -14,6 +14,10 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 from model.chat import IMAGE_MARKER, IMAGE_PLACE, fit_history
 from model.model_vlm import MiniMindVLM, VLMConfig
 
+MOST_PIXELS = 2**26  # of an image: 67 million, more than cameras make; decoded it takes a quarter of a gigabyte
+SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of bytes, which anybody may have sent
+DRAWINGS = ("EPS", "WMF")  # which Pillow has other programs draw
+BAND = 2**20  # pixels that are laid over white at a time
 STRIP_RATIO = 8  # sides of a strip that is cut to its middle before it is enlarged: the centre crop keeps less of it
 
 
@@ -21,40 +25,81 @@ class ImageError(ValueError):
     """An image cannot be used; the message is one line that says which, and why."""
 
 
-def read_image(source: bytes | Path) -> Image.Image:
+def read_image(source: bytes | Path, reduced: bool = False) -> Image.Image:
     """An image from its bytes or its file as a person sees it: RGB, turned as its EXIF says, clear parts white.
 
-    Of an animation the first frame.
+    Of an animation the first frame. A JPEG of too many pixels is read at a half, a quarter or an eighth of its size.
+    Bytes are of one of `SENT_FORMATS`, a file of any that Pillow reads by itself.
+
+    Args:
+        reduced: a JPEG comes in an eighth of its size, all of it read, in a third of the time.
 
     Raises:
-        ImageError: no image, or not a whole one, or one of more pixels than Pillow takes (179 million).
+        ImageError: no image, or not a whole one, or one of more than `MOST_PIXELS`, which is said before it is decoded.
     """
-    name = "the image" if isinstance(source, bytes) else str(source)
+    sent = isinstance(source, bytes)
+    name = "the image" if sent else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(io.BytesIO(source) if sent else source, formats=SENT_FORMATS if sent else None) as image:
+            if image.format in DRAWINGS:
+                raise ImageError(f"{name} is a drawing ({image.format}): save it as PNG or JPEG")
+            _fit(image, name)
+            if reduced:
+                image.draft(None, (1, 1))
+            image.load()
             return _as_rgb(_upright(image))
+    except ImageError:
+        raise
     except FileNotFoundError:
         raise ImageError(f"{name} is not there") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name} is no image of a format that Pillow reads") from None
+        read = "is taken here: send PNG, JPEG, WebP, GIF or BMP" if sent else "Pillow reads"
+        raise ImageError(f"{name} is not an image of a format that {read}") from None
     except Exception as error:  # a damaged file can make Pillow's decoders raise nearly anything
         raise ImageError(f"{name} cannot be read as an image: {error}") from error
 
 
+def _fit(image: Image.Image, name: str) -> None:
+    """See that an opened image, of which only the header is read, takes no more memory than it may.
+
+    Raises:
+        ImageError: it would.
+    """
+    width, height = image.size
+    if width * height > MOST_PIXELS and not image.info.get("progressive"):  # such a JPEG is decoded whole first
+        shrink = next((s for s in (2, 4, 8) if -(-width // s) * -(-height // s) <= MOST_PIXELS), 8)
+        image.draft(None, (width // shrink, height // shrink))  # formats other than JPEG stay as they are
+    if image.width * image.height > MOST_PIXELS:
+        raise ImageError(f"{name} has {width} x {height} pixels: at most {MOST_PIXELS // 10**6} million are read")
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # an unreadable EXIF block, which says nothing; what is wrong with the image itself shows later
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:  # an unreadable EXIF block, which says nothing; the image itself is loaded
         return image
+    return image
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
+    """A copy; of the image as it was and of the copy there is never a third beside them."""
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return _over_white(image)
     if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        levels = np.round(np.arange(2**16) / 257).astype(np.uint8)
+        image = Image.fromarray(levels[np.asarray(image)])
     return image.convert("RGB")
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """An image that is clear in places, on white; band by band, as each takes several copies."""
+    result = Image.new("RGB", image.size)
+    height = max(1, BAND // image.width)
+    for top in range(0, image.height, height):
+        band = image.crop((0, top, image.width, min(top + height, image.height))).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        result.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return result
 
 
 def image_processor(vision_model: str | Path, image_size: int) -> CLIPImageProcessorPil:
@@ -62,10 +107,10 @@ def image_processor(vision_model: str | Path, image_size: int) -> CLIPImageProce
     folder = Path(vision_model)
     if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
-    return usual_processor(image_size)
+    return default_processor(image_size)
 
 
-def usual_processor(image_size: int) -> CLIPImageProcessorPil:
+def default_processor(image_size: int) -> CLIPImageProcessorPil:
     """CLIP's way: shortest side to `image_size` (bicubic), the middle square, CLIP's mean and deviation a channel."""
     square = {"height": image_size, "width": image_size}
     return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
@@ -102,7 +147,7 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return found
 
 
-class PlacedPrompt(NamedTuple):
+class ImagePrompt(NamedTuple):
     """A prompt for the model: `model.stream(prompt.input_ids, **prompt.images)`, or `model(…)` likewise.
 
     input_ids: (1, n) int64.
@@ -115,13 +160,13 @@ class PlacedPrompt(NamedTuple):
     turns: list[dict]
 
 
-def place_chat(
+def prepare_chat(
     tokenizer: PreTrainedTokenizerFast,
     chat: Sequence[dict],
     config: VLMConfig,
     processor: CLIPImageProcessorPil,
     room: int | None = None,
-) -> PlacedPrompt:
+) -> ImagePrompt:
     """The prompt for the assistant's next turn, with the images where the chat has them.
 
     Only an attached image becomes one: `<image>` or `@` in a text stays text.
@@ -150,11 +195,11 @@ def place_chat(
     mask = input_ids == IMAGE_PLACE
     input_ids[mask] = config.image_token_id
     inputs = {"image_mask": mask, "pixel_values": torch.cat(pixels)} if images else {}
-    return PlacedPrompt(input_ids, inputs, kept[has_system:])
+    return ImagePrompt(input_ids, inputs, kept[has_system:])
 
 
 @torch.inference_mode()
-def prompt_embeddings(model: MiniMindVLM, prompt: PlacedPrompt) -> Tensor | None:
+def prompt_embeddings(model: MiniMindVLM, prompt: ImagePrompt) -> Tensor | None:
     """What an engine reads in place of the prompt's ids, (n, dim) fp32; None where there are no images in it."""
     if not prompt.images:
         return None

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.weights import weights_hash
+from model.fingerprint import hash_weights
 
 
 class LoRASettings(NamedTuple):
@@ -249,7 +249,7 @@ def base_hash(model: nn.Module) -> str:
     """
     if lora_layers(model):
         _unmerged(model)
-    return weights_hash({key: value for key, value in model.state_dict().items() if not is_lora(key)})
+    return hash_weights({key: value for key, value in model.state_dict().items() if not is_lora(key)})
 
 
 def save_lora(model: nn.Module, path: str | Path, **facts) -> None:
@@ -266,15 +266,15 @@ def save_lora(model: nn.Module, path: str | Path, **facts) -> None:
 
 
 def load_lora(model: nn.Module, path: str | Path) -> LoRASettings:
-    """Give the model the adapter in a file, with the alpha that the json beside it names; see `put_lora`."""
+    """Give the model the adapter in a file, with the alpha that the json beside it names; see `attach_lora`."""
     path = Path(path)
     beside = path.with_suffix(".json")
     about = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    return put_lora(model, torch.load(path, map_location="cpu", weights_only=True), about)
+    return attach_lora(model, torch.load(path, map_location="cpu", weights_only=True), about)
 
 
 @torch.no_grad()
-def put_lora(model: nn.Module, state: Mapping[str, Tensor], about: Mapping) -> LoRASettings:
+def attach_lora(model: nn.Module, state: Mapping[str, Tensor], about: Mapping) -> LoRASettings:
     """Give the model an adapter, or fill the one that `apply_lora` gave it; rank and targets are those of the tensors.
 
     A refused adapter leaves the model as it was.

@@ -62,7 +62,7 @@ def load_tower(folder: str | Path) -> VisionTower:
         ValueError: the folder holds no CLIP, or not all of one.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} has no config.json: it is no transformers folder")
+        raise ValueError(f"{folder} has no config.json: it is not a transformers folder")
     kind = VisionTower.config_class.get_config_dict(str(folder), local_files_only=True)[0].get("model_type")
     if kind not in ("clip", "clip_vision_model"):
         raise ValueError(f"{folder} holds a {kind!r} model, not a CLIP")
@@ -170,14 +170,14 @@ class MiniMindVLM(MiniMindLM):
         places = image_mask.sum(1)
         if (places % tokens).any():
             raise ValueError(f"image places in a row: {places.tolist()}; an image takes {tokens}")
-        images = flat_images(images, (places // tokens).tolist(), item_dims)
+        images = flatten_images(images, (places // tokens).tolist(), item_dims)
         features = self.encode_images(images) if image_features is None else images
         if features.shape[1:] != (tokens, self.config.vision_dim):
             raise ValueError(
                 f"image features of shape {tuple(features.shape)}: the model takes "
                 f"(images, {tokens}, {self.config.vision_dim})"
             )
-        # Also when there is no image at all: the projection then has a zero gradient rather than none, as DDP expects.
+        # Also without any image: the projection then has a zero gradient rather than none, as DDP expects.
         projected = self.vision_proj(features.to(self.vision_proj.vision_proj[0].weight.dtype))
         return x.masked_scatter(image_mask[..., None], projected.to(x.dtype))
 
@@ -202,7 +202,7 @@ class MiniMindVLM(MiniMindLM):
             image_mask: (batch, n) bool, True at the images' places: `image_tokens` a row's image, in order. Default:
                 each run of `image_tokens` times `image_token_id`, from the left, takes the row's next image, and runs
                 beyond the images given are text. A prompt in which somebody may have typed that token itself needs the
-                mask, which `model.images.place_chat` gives.
+                mask, which `model.images.prepare_chat` gives.
             image_features: in place of `pixel_values`, what `encode_images` made of them, in the same three forms with
                 (image_tokens, vision_dim) for (3, H, W).
 
@@ -223,7 +223,7 @@ def find_image_places(
 
     Args:
         input_ids: (batch, n) int64.
-        images, item_dims: as of `flat_images`.
+        images, item_dims: as of `flatten_images`.
 
     Returns:
         bool (batch, n).
@@ -243,7 +243,7 @@ def find_image_places(
     return mask
 
 
-def flat_images(images: Images, places_each: list[int], item_dims: int) -> Tensor:
+def flatten_images(images: Images, places_each: list[int], item_dims: int) -> Tensor:
     """The images of all rows one after another, (images, …); the three forms are those of `MiniMindVLM.forward`.
 
     Args:

@@ -8,11 +8,15 @@
 </answer>
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerFast
+
+from model.chat import render_text
+from model.tokenizer import token_bytes
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _TAG = re.compile("|".join(TAGS))
@@ -25,9 +29,34 @@ def is_well_formed(text: str) -> bool:
     return FORMAT.fullmatch(text) is not None
 
 
+def with_thought(thought: str, answer: str) -> str:
+    """The text of an answer that thinks first, in the form above.
+
+    Raises:
+        ValueError: one of the two holds a tag, so that nobody could tell them apart.
+    """
+    for name, text in (("thought", thought), ("answer", answer)):
+        if found := _TAG.search(text):
+            raise ValueError(f"the {name} holds the tag {found[0]}, and is to get tags of its own")
+    return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
+
+
 def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
-    """The ids of each tag: one where the tokenizer has an entry for it, several pieces otherwise."""
-    return [tokenizer.encode(tag, add_special_tokens=False) for tag in TAGS]
+    """The ids of each tag in an answer: one where the tokenizer has an entry for it, several pieces otherwise.
+
+    Where a tokenizer reads the last piece of a tag together with the line break behind it, as Llama 3's and Qwen's do,
+    these ids stand there as well.
+    """
+    pieces = token_bytes(tokenizer)
+    sequences = []
+    for tag in TAGS:
+        (_, *alone, _), (_, *before_break, _) = render_text(tokenizer, [tag, f"{tag}\n"])
+        if before_break[: len(alone)] != alone:
+            ends = itertools.accumulate(len(pieces[i]) for i in before_break)
+            length = next(n for n, end in enumerate(ends, 1) if end >= len(tag))
+            sequences.append(before_break[:length])
+        sequences.append(alone)
+    return sequences
 
 
 class ReasoningStream:
@@ -79,7 +108,7 @@ def _may_become_tag(text: str) -> bool:
     return any(tag.startswith(text) for tag in TAGS)
 
 
-def parts_of(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
+def split_stream(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
     """`ReasoningStream` over all pieces of an answer."""
     stream = ReasoningStream()
     for piece in pieces:
@@ -89,7 +118,7 @@ def parts_of(pieces: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 def split_reasoning(text: str) -> tuple[str, str]:
     """The thinking and the answer of a whole text; see `ReasoningStream`."""
-    parts = list(parts_of([text]))
+    parts = list(split_stream([text]))
     thinking, answer = ("".join(text for part, text in parts if part == name) for name in ("thinking", "answer"))
     return thinking, answer
 

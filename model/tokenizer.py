@@ -44,6 +44,15 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     return table
 
 
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """bos_token_id, eos_token_id and pad_token_id, for a model's config.
+
+    A tokenizer without a pad token pads with unk or eos: padding is known by its place, and never learned.
+    """
+    pad = next(i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) if i is not None)
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """16 hex digits that are equal for two tokenizers when every text gets the same ids from both (SHA-256, shortened).
 

@@ -12,11 +12,12 @@ import os
 import sys
 from collections.abc import Iterator
 
-import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the packages)
 
-from scripts.remote_chat import answer_parts, check_address, models_at
-from trainer.arguments import Parser, Switch, not_negative, positive, seed
-from trainer.errors import UserError, launch
+from scripts.serving.client import answer_parts, models_at, open_client, reason_of
+from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_int, seed, text
+from trainer.errors import UserError, run_main
+from trainer.talk import piped_lines, typed_line
 
 HELP = """/reset          forget the talk so far
 /system TEXT    set the system prompt, and forget the talk; without TEXT: show it
@@ -35,19 +36,21 @@ def get_args():
         "--base_url", default="http://127.0.0.1:8998/v1", help="address of the API (default: %(default)s)"
     )
     parser.add_argument("--api_key", default=None, help="default: OPENAI_API_KEY of the environment, if any")
-    parser.add_argument("--model", default=None, help="name of the model (default: the first that the server has)")
-    parser.add_argument("--system", default=None, help="system prompt (default: the server's own)")
     parser.add_argument(
-        "--history_cnt", type=not_negative, default=None, help="earlier turns sent along (default: all)"
+        "--model", type=text, default=None, help="name of the model (default: the first that the server has)"
+    )
+    parser.add_argument("--system", type=text, default=None, help="system prompt (default: the server's own)")
+    parser.add_argument(
+        "--history_cnt", type=non_negative_int, default=None, help="earlier turns sent along (default: all)"
     )
     parser.add_argument(
-        "--max_tokens", type=positive, default=None, help="longest answer (default: as the server has it)"
+        "--max_tokens", type=positive_int, default=None, help="longest answer (default: as the server has it)"
     )
     parser.add_argument("--temperature", type=float, default=None)
     parser.add_argument("--top_p", type=float, default=None)
     parser.add_argument("--seed", type=seed, default=None, help="makes sampling repeatable")
-    parser.add_argument("--stream", action=Switch, default=True, help="print while the model writes (default: on)")
-    parser.add_argument("--hide_thinking", action=Switch, help="of a reasoning model show the answer alone")
+    parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while the model writes (default: on)")
+    parser.add_argument("--hide_thinking", action=BooleanFlag, help="show only the answer of a reasoning model")
     return parser.parse_args()
 
 
@@ -85,7 +88,7 @@ class Chat:
 
 
 def obey(command: str, chat: Chat) -> bool:
-    """Carry out a line that begins with a slash; False: it is no command but something to say."""
+    """Carry out a line that begins with a slash; False: it is not a command but something to say."""
     name, _, rest = command.partition(" ")
     if name == "/reset":
         chat.turns.clear()
@@ -98,7 +101,7 @@ def obey(command: str, chat: Chat) -> bool:
     elif name == "/help":
         print(HELP)
     elif name[1:].isalpha() and not rest:
-        print(f"{name} is no command; /help lists them")
+        print(f"{name} is not a command; /help lists them")
     else:
         return False
     return True
@@ -122,20 +125,29 @@ def show(parts: Iterator[tuple[str, str]], hide_thinking: bool) -> None:
 
 
 def lines() -> Iterator[str]:
-    """What a person types, or what is piped in, until it ends. Ctrl-C only clears the line."""
-    terminal = sys.stdin.isatty()
+    """What a person types, or what is piped in, until it ends or says /exit.
+
+    Raises:
+        UserError: what is piped in is not UTF-8.
+    """
+    for line in typed_lines() if sys.stdin.isatty() else piped_lines():
+        if line == "/exit":
+            return
+        yield line
+
+
+def typed_lines() -> Iterator[str]:
+    """What a person types, until Ctrl-D. Ctrl-C only clears the line."""
     while True:
         try:
-            line = input("> " if terminal else "").strip()
+            if line := typed_line("> "):
+                yield line
         except EOFError:
             return
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /exit ends)")
-            continue
-        if line == "/exit":
-            return
-        if line:
-            yield line
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def main():
@@ -146,8 +158,7 @@ def main():
         import readline  # noqa: F401
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    check_address(args.base_url, api_key)
-    client = openai.OpenAI(base_url=args.base_url, api_key=api_key)
+    client = open_client(args.base_url, api_key)
     chat = Chat(client, args)
     if not chat.model:
         chat.model = next(iter(models_at(client)), None)
@@ -163,8 +174,9 @@ def main():
         except KeyboardInterrupt:
             print("(stopped)")
         except (openai.APIError, UserError) as error:
-            print(f"error: {str(error).translate(UNPRINTABLE)}", file=sys.stderr)
+            why = reason_of(error, args.base_url) if isinstance(error, openai.APIError) else str(error)
+            print(f"error: {why.translate(UNPRINTABLE)}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

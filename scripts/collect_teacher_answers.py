@@ -3,7 +3,8 @@
     python scripts/collect_teacher_answers.py questions.jsonl dataset/answers.jsonl --model NAME
         --base_url http://127.0.0.1:8998/v1 --concurrency 16
 
-A question is a line {"question": "…"}, or {"conversations": […]}, of which everything up to the last user turn is sent.
+A question is a line {"question": "…"}, or {"conversations": […]}, of which everything up to the last user turn is sent;
+"system" beside either is its system prompt. What else a line has is counted by name.
 An answer is written the moment it comes, as a line to fine-tune on, so that Ctrl-C loses none, and a second run asks
 only what has no answer yet. When all have one, the lines stand in the order of the questions. --thinking keeps what a
 reasoning model thought, in the form that train_distill_reason.py learns.
@@ -13,7 +14,6 @@ environment's OPENAI_API_KEY, and local servers mostly want none.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import os
@@ -23,13 +23,13 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the packages)
 
-from scripts.remote_chat import check_address
-from trainer.arguments import Parser, Switch, above_zero, not_negative, positive
-from trainer.errors import UserError, launch
+from scripts.serving.client import open_client, reason_of
+from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_float, positive_int, text
+from trainer.errors import UserError, print_notice, run_main
 
-Chat = list[dict[str, str]]
+Chat = list[dict]  # of turns, as dataset/records.py has them
 
 
 class NoAnswer(Exception):
@@ -40,24 +40,31 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("questions", type=Path, help="jsonl of questions")
     parser.add_argument("answers", type=Path, help="jsonl to write, or to go on with")
-    parser.add_argument("--model", required=True, help="the teacher's name at the endpoint")
+    parser.add_argument("--model", type=text, required=True, help="the teacher's name at the endpoint")
     parser.add_argument(
         "--base_url",
         default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
-        help="of the endpoint (default: the environment's OPENAI_BASE_URL, or OpenAI's own)",
+        help="address of the endpoint (default: the environment's OPENAI_BASE_URL, or OpenAI's own)",
     )
     parser.add_argument("--api_key", default=None, help="default: the environment's OPENAI_API_KEY")
-    parser.add_argument("--system", default=None, help="system prompt for chats that have none")
+    parser.add_argument("--system", type=text, default=None, help="system prompt for chats that have none")
     parser.add_argument("--temperature", type=float, default=None, help="default: the endpoint's own")
-    parser.add_argument("--max_tokens", type=positive, default=None, help="of an answer (default: the endpoint's own)")
-    parser.add_argument("--thinking", action=Switch, help="keep the thinking of a reasoning model, in tags")
-    parser.add_argument("--concurrency", type=positive, default=8, help="questions asked at once")
-    parser.add_argument("--retries", type=not_negative, default=6, help="of a question, waiting longer each time")
     parser.add_argument(
-        "--give_up_after", type=positive, default=10, help="questions in a row without an answer: then it isn't them"
+        "--max_tokens", type=positive_int, default=None, help="longest answer in tokens (default: the endpoint's own)"
     )
-    parser.add_argument("--timeout", type=above_zero, default=300, help="seconds to wait for an answer")
-    parser.add_argument("--skip_bad_lines", action=Switch, help="count and report bad lines instead of stopping")
+    parser.add_argument("--thinking", action=BooleanFlag, help="keep the thinking of a reasoning model, in tags")
+    parser.add_argument("--concurrency", type=positive_int, default=8, help="questions asked at once")
+    parser.add_argument(
+        "--retries", type=non_negative_int, default=6, help="attempts per question, waiting longer each time"
+    )
+    parser.add_argument(
+        "--give_up_after",
+        type=positive_int,
+        default=10,
+        help="questions in a row without an answer: then it isn't them",
+    )
+    parser.add_argument("--timeout", type=positive_float, default=300, help="seconds to wait for an answer")
+    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="count and report bad lines instead of stopping")
     return parser.parse_args()
 
 
@@ -77,7 +84,7 @@ class AnswerFile:
         answered: how often each question, by its key, has an answer there.
 
     Raises (on construction):
-        UserError: it cannot be written, another run writes to it, or it holds a line that is no answer of this model
+        UserError: it cannot be written, another run writes to it, or a line in it is not an answer of this model
             to these questions, in this form.
     """
 
@@ -90,10 +97,7 @@ class AnswerFile:
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115 - open, and locked, as long as the object lives
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{path}: another run is writing to it") from None
+        self._lock = self._locked()
         for number, (key, _, made_by_same) in enumerate(self._lines(), 1):
             self.answered[key] += 1
             if not made_by_same or self.answered[key] > questions[key]:
@@ -101,6 +105,20 @@ class AnswerFile:
                     f"{path}, line {number} is no answer of {made_by['model']} to one of these questions: nothing was "
                     "changed; name another file, or the questions and the --model, --system, --thinking it was made by"
                 )
+
+    def _locked(self):
+        """What keeps a second run away as long as it lives; None on a file system that has no locks."""
+        from filelock import FileLock, Timeout
+
+        place = self.path.resolve()  # by whatever name the file is opened
+        lock = FileLock(place.with_name(f".{place.name}.lock"))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"{self.path}: another run is writing to it") from None
+        except (OSError, NotImplementedError):
+            return None
+        return lock
 
     def _lines(self) -> Iterator[tuple[bytes, bytes, bool]]:
         """The key and the bytes of each line, and whether it was made as ours are; no key where it is none of ours."""
@@ -125,7 +143,7 @@ class AnswerFile:
             if self._file.write(line) != len(line):
                 raise OSError("no space left on the device")
         except OSError as error:
-            os.truncate(self.path, size)
+            self._file.truncate(size)
             raise UserError(f"cannot write {self.path}: {error.strerror or error}; make room and start again") from None
         self.answered[key_of(chat)] += 1
 
@@ -136,6 +154,7 @@ class AnswerFile:
         lines: dict[bytes, deque[bytes]] = defaultdict(deque)
         for key, line, _ in self._lines():
             lines[key].append(line)
+        self._file.close()  # Windows replaces no open file
         with replacing(self.path) as temporary, open(temporary, "wb") as file:
             for key in map(key_of, questions):
                 if lines[key]:
@@ -184,7 +203,7 @@ async def ask_all(
                         f"the last: {error}"
                     )
 
-    def on_signal() -> None:
+    def stop() -> None:
         nonlocal reason
         if reason is not None:
             for task in tasks:
@@ -194,22 +213,26 @@ async def ask_all(
 
     loop = asyncio.get_running_loop()
     tasks = [asyncio.create_task(worker()) for _ in range(concurrency)]
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
-    for done in await asyncio.gather(*tasks, return_exceptions=True):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:  # the loop's own add_signal_handler is Unix's alone
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop))
+    ended = await asyncio.gather(*tasks, return_exceptions=True)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    for done in ended:
         if isinstance(done, Exception):
             raise done
     return reason
 
 
-def text_of(content) -> str:
+def parse_text(content) -> str:
     """What a message says; the client takes whatever an endpoint sends for text.
 
     Raises:
-        NoAnswer: it is no text, or holds half a character, which no file can.
+        NoAnswer: it is not text, or holds half a character, which no file can.
     """
     if not isinstance(content, str | None):
-        raise NoAnswer(f"it is no text but {str(content)[:60]}")
+        raise NoAnswer(f"it is not text but {str(content)[:60]}")
     try:
         return (content or "").encode().decode().strip()
     except UnicodeEncodeError:
@@ -222,12 +245,12 @@ def answer_of(completion, thinking: bool) -> str:
     Raises:
         NoAnswer: there is none, or it is cut off.
     """
-    from model.reasoning import is_well_formed
+    from model.reasoning import is_well_formed, with_thought
 
     try:
         choice = completion.choices[0]
         message, ended = choice.message, getattr(choice, "finish_reason", None)
-        answer = text_of(message.content)
+        answer = parse_text(message.content)
     except (AttributeError, LookupError, TypeError):  # the client takes whatever comes for a completion
         raise NoAnswer("the endpoint sent no choices (does its address end in /v1?)") from None
     if ended == "length":
@@ -235,10 +258,13 @@ def answer_of(completion, thinking: bool) -> str:
     if not answer:
         raise NoAnswer("it is empty")
     if thinking and not is_well_formed(answer):
-        thought = text_of(getattr(message, "reasoning_content", None))
-        answer = f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
-        if not is_well_formed(answer):
-            raise NoAnswer("no reasoning_content came with it" if not thought else "its thinking holds tags")
+        thought = parse_text(getattr(message, "reasoning_content", None))
+        if not thought:
+            raise NoAnswer("no reasoning_content came with it")
+        try:
+            answer = with_thought(thought, answer)
+        except ValueError as fault:
+            raise NoAnswer(str(fault)) from None
     return answer
 
 
@@ -247,19 +273,26 @@ def main():
     import openai  # after the arguments: --help need not wait for it
     from tqdm import tqdm
 
-    from dataset.jsonl import JsonlReader
-    from dataset.records import question_of
+    from dataset.jsonl import JsonlReader, named_counts
+    from dataset.records import parse_question
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    check_address(args.base_url, api_key)
+    patience = {"max_retries": args.retries, "timeout": args.timeout}
+    client = open_client(args.base_url, api_key, asynchronous=True, **patience)
     made_by = {"model": args.model, "thinking": args.thinking}
 
+    reader = JsonlReader(args.questions, parse_question, args.skip_bad_lines)
+
     def questions() -> Iterator[Chat]:
-        for chat in JsonlReader(args.questions, question_of, args.skip_bad_lines):
+        for chat in reader:
             has_system = chat[0]["role"] == "system"
             yield chat if has_system or not args.system else [{"role": "system", "content": args.system}, *chat]
 
-    asked = Counter(map(key_of, questions()))  # also shows every bad line before the first question is asked
+    asked = Counter(map(key_of, questions()))  # also shows a bad line before the first question is asked
+    if reader.ignored:
+        print_notice(f"{args.questions}: ignored keys: {named_counts(reader.ignored)}")
+    if reader.bad_lines:
+        print_notice(f"{args.questions}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
     answers = AnswerFile(args.answers, made_by, asked)
     found = answers.answered.total()
 
@@ -274,16 +307,14 @@ def main():
     settings = {name: value for name, value in given.items() if value is not None}
 
     async def run(progress) -> str | None:
-        async with openai.AsyncOpenAI(
-            base_url=args.base_url,
-            api_key=api_key,
-            max_retries=args.retries,
-            timeout=args.timeout,
-        ) as client:
+        async with client:
 
             async def ask(chat: Chat) -> str:
+                sent = [{"role": turn["role"], "content": turn["content"]} for turn in chat]  # a weight is for learning
                 try:
-                    completion = await client.chat.completions.create(model=args.model, messages=chat, **settings)
+                    completion = await client.chat.completions.create(model=args.model, messages=sent, **settings)
+                except openai.APIConnectionError as error:
+                    raise NoAnswer(reason_of(error, args.base_url)) from None
                 except ValueError as error:  # the client reads as JSON whatever calls itself so
                     raise NoAnswer(f"the endpoint sent no JSON ({error})") from None
                 return answer_of(completion, args.thinking)
@@ -304,4 +335,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

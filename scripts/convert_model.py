@@ -14,10 +14,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the packages)
 
-from trainer.arguments import Parser, Switch, above_zero, positive
-from trainer.errors import UserError, launch
+from trainer.arguments import BooleanFlag, Parser, positive_float, positive_int
+from trainer.errors import UserError, run_main
 
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 LAYOUTS = ("llama", "minimind")
@@ -32,26 +32,26 @@ def get_args():
         for path in paths:
             sub.add_argument(path, type=Path, metavar=path.upper())
         sub.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the model's own)")
-        sub.add_argument("--overwrite", action=Switch, help="replace what lies at the target")
+        sub.add_argument("--overwrite", action=BooleanFlag, help="replace what lies at the target")
         return sub
 
     def add_sizes(sub: argparse.ArgumentParser) -> None:
         group = sub.add_argument_group("sizes", "of a .pth without a json; what its tensors tell need not be given")
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len"):
-            group.add_argument(f"--{name}", type=positive)
-        group.add_argument("--use_moe", action=Switch, default=None)
-        group.add_argument("--rope_theta", type=above_zero)
+            group.add_argument(f"--{name}", type=positive_int)
+        group.add_argument("--use_moe", action=BooleanFlag, default=None)
+        group.add_argument("--rope_theta", type=positive_float)
 
     sub = command("to-transformers", "a folder that transformers loads as Llama or Qwen2-MoE", "weights", "folder")
     sub.add_argument("--lora", type=Path, metavar="ADAPTER", help="merge this adapter in")
     add_sizes(sub)
     command("from-transformers", "a .pth of such a folder, also one that was trained on", "folder", "out")
     sub = command("to-gguf", "one file for llama.cpp, and a Modelfile for Ollama", "weights", "out")
-    sub.add_argument("--dtype", choices=DTYPES, default="f16", help="of the matrices (default: f16)")
+    sub.add_argument("--dtype", choices=DTYPES, default="f16", help="precision of the matrices (default: f16)")
     add_sizes(sub)
     add_sizes(command("merge-lora", "the .pth of base and adapter together", "weights", "adapter", "out"))
     sub = command("to-peft", "an adapter as a folder for peft", "weights", "adapter", "folder")
-    sub.add_argument("--layout", choices=LAYOUTS, default="llama", help="of its model: as to-transformers makes it, "
+    sub.add_argument("--layout", choices=LAYOUTS, default="llama", help="layout, as to-transformers makes it, "
                      "or a MiniMind folder that save_pretrained wrote (default: llama)")  # fmt: skip
     add_sizes(sub)
     add_sizes(command("from-peft", "the adapter in a folder of peft's, of either layout", "folder", "weights", "out"))
@@ -60,28 +60,33 @@ def get_args():
 
 def load(args):
     """Model and tokenizer that the command line names, with the adapter merged where there is one."""
-    from trainer.weights import config_from, load_tokenizer, load_weights, read_settings, read_state, shape_of
+    from trainer.weight_files import read_weights
+    from trainer.weights import config_from_sizes, existing, infer_sizes, load_tokenizer, load_weights, read_settings
 
+    weights = existing(args.weights, by_flags=False)
     tokenizer = load_tokenizer(args.tokenizer)
     asked = ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
     asked = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
     config = None  # as load_weights finds it
-    if args.weights.is_file():
-        settings = read_settings(args.weights)
-        found = settings["config"] if settings else shape_of(state := read_state(args.weights))
-        if not settings and any(name.startswith("vision_proj.") for name in state):
-            raise UserError(f"{args.weights} is a vision-language model, which none of these formats can hold")
-        if asked:
-            config = config_from(found | asked, tokenizer)
-    model = load_weights(args.weights, config, tokenizer).eval()
+    if settings := read_settings(weights):
+        found = settings["config"]
+    else:
+        state = read_weights(weights, **{name: value for name, value in asked.items() if "heads" in name}).state
+        if any(name.startswith("vision_proj.") for name in state):
+            raise UserError(f"{weights} is a vision-language model, which none of these formats can hold")
+        found = infer_sizes(state)
+    if asked:
+        config = config_from_sizes(found | asked, tokenizer)
+    model = load_weights(weights, config, tokenizer).eval()
     return model, tokenizer
 
 
 def put_on(model, adapter: Path, args):
     """Give the model an adapter; returns its settings."""
+    from trainer.weight_files import is_file_name
     from trainer.weights import load_adapter
 
-    if adapter.suffix != ".pth":
+    if not is_file_name(adapter.name):
         raise UserError(f"{adapter}: an adapter is a .pth file, in out/lora/")
     return load_adapter(str(adapter), args, model)
 
@@ -102,8 +107,8 @@ def save(model, tokenizer, out: Path, about: dict) -> None:
     from trainer.weights import architecture
 
     config = architecture(model.config) | {"max_seq_len": model.config.max_seq_len}
-    save_tensors({name: value.float() for name, value in model.state_dict().items()}, out)
-    save_json({"config": config, "tokenizer": tokenizer_hash(tokenizer)} | about, out.with_suffix(".json"))
+    written = {"sha256": save_tensors({name: value.float() for name, value in model.state_dict().items()}, out)}
+    save_json({"config": config, "tokenizer": tokenizer_hash(tokenizer)} | about | written, out.with_suffix(".json"))
 
 
 def check_targets(args, suffix: str, beside: str) -> None:
@@ -116,7 +121,8 @@ def check_targets(args, suffix: str, beside: str) -> None:
 
 
 def to_transformers(args) -> None:
-    from scripts.transformers_format import check_equal, write_folder
+    from scripts.formats.transformers_folder import check_equal, write_folder
+    from trainer.files import real_place
 
     if args.folder.exists() and not args.folder.is_dir():
         raise UserError(f"{args.folder} is a file, and to-transformers writes a folder")
@@ -125,7 +131,8 @@ def to_transformers(args) -> None:
     model, tokenizer = load(args)
     if args.lora:
         merge(model, args.lora, args)
-    new = args.folder.with_name(f".{args.folder.name}.new")
+    place = real_place(args.folder)  # where a link leads to: files are moved within a disk only
+    new = place.with_name(f".{place.name}.new")
     try:
         write_folder(model, tokenizer, new)
         targets = {file: args.folder / file.name for file in new.iterdir()}
@@ -134,7 +141,7 @@ def to_transformers(args) -> None:
         difference = check_equal(model, new)
         args.folder.mkdir(parents=True, exist_ok=True)
         for file, target in targets.items():
-            file.replace(target)
+            shutil.move(file, real_place(target))
     except OSError as error:
         raise UserError(f"cannot write {args.folder}: {error.strerror or error}") from None
     finally:
@@ -144,7 +151,7 @@ def to_transformers(args) -> None:
 
 
 def from_transformers(args) -> None:
-    from scripts.transformers_format import check_equal, read_folder
+    from scripts.formats.transformers_folder import check_equal, read_folder
 
     check_targets(args, ".pth", ".json")
     model, tokenizer = read_folder(args.folder, args.tokenizer)
@@ -155,7 +162,7 @@ def from_transformers(args) -> None:
 
 
 def to_gguf(args) -> None:
-    from scripts.gguf_format import modelfile, write_gguf
+    from scripts.formats.gguf_file import modelfile, write_gguf
     from trainer.files import replacing
 
     check_targets(args, ".gguf", ".Modelfile")
@@ -164,7 +171,7 @@ def to_gguf(args) -> None:
     with replacing(args.out) as temporary:
         write_gguf(model, tokenizer, temporary, args.dtype, args.out.stem)
     with replacing(beside) as temporary:
-        temporary.write_text(modelfile(args.out, model.config.max_seq_len), encoding="utf-8")
+        temporary.write_text(modelfile(args.out, tokenizer, model.config.max_seq_len), encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB, for llama.cpp")
     print(f"ollama create {args.out.stem} -f {beside}")
 
@@ -182,7 +189,7 @@ def merge_adapter(args) -> None:
 
 def to_peft(args) -> None:
     from model.model_lora import lora_state_dict
-    from scripts.peft_format import SETTINGS, write_folder
+    from scripts.formats.peft_folder import SETTINGS, write_folder
 
     if (args.folder / SETTINGS).exists() and not args.overwrite:
         raise UserError(f"{args.folder} holds an adapter already: choose another name, or --overwrite replaces it")
@@ -195,8 +202,8 @@ def to_peft(args) -> None:
 
 
 def from_peft(args) -> None:
-    from model.model_lora import base_hash, lora_state_dict, put_lora
-    from scripts.peft_format import read_folder
+    from model.model_lora import attach_lora, base_hash, lora_state_dict
+    from scripts.formats.peft_folder import read_folder
     from trainer.files import save_json, save_tensors
 
     check_targets(args, ".pth", ".json")
@@ -204,11 +211,11 @@ def from_peft(args) -> None:
     base = {"base": args.weights.name, "base_hash": base_hash(model)}
     state, about = read_folder(args.folder, model.config)
     try:
-        settings = put_lora(model, state, about)
+        settings = attach_lora(model, state, about)
     except ValueError as error:
         raise UserError(f"{args.folder}: {error}") from None
-    save_tensors(lora_state_dict(model), args.out)
-    save_json(settings._asdict() | base | {"data_path": str(args.folder)}, args.out.with_suffix(".json"))
+    written = {"data_path": str(args.folder), "sha256": save_tensors(lora_state_dict(model), args.out)}
+    save_json(settings._asdict() | base | written, args.out.with_suffix(".json"))
     print(f"{args.out}: rank {settings.rank} on {', '.join(settings.targets)}, for {args.weights}")
 
 
@@ -228,4 +235,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -8,28 +8,28 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
-import _repo  # noqa: F401  (lets `python scripts/demo_all.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/demo_all.py` find the packages)
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from model import MiniMindLM
 from model.model_lora import load_lora
-from scripts.demo import make_model
-from scripts.demo_measures import (
+from scripts.demo.exam import open_model, run, state_of
+from scripts.demo.first_model import make_model
+from scripts.demo.measures import (
     Opened,
     bits_per_byte,
     facts,
     held_out_loss,
     prefers_the_better,
-    price_of_preferring,
     problems,
+    reasoning_accuracy,
     says_it_is_another,
-    thinks,
+    sft_loss_change,
 )
-from scripts.demo_settings import DATA, FROM_TEACHER, OUT, PRETRAIN, REASON, SFT, SIZE, STUDENT, TRAINING
-from scripts.examination import open_model, run, state_of
+from scripts.demo.settings import DATA, FROM_TEACHER, OUT, PRETRAIN, REASON, SFT, SIZE, STUDENT, TRAINING
 from trainer.arguments import Parser
-from trainer.errors import launch
+from trainer.errors import run_main
 from trainer.files import save_json
 from trainer.weights import read_settings
 
@@ -61,7 +61,7 @@ class Stage(NamedTuple):
         }
 
 
-TEXTS = "bits a byte, texts kept aside"
+TEXTS = "bits per byte, held-out texts"
 STAGES = (
     Stage("pretraining", (), None, "pretrain_256", TEXTS, bits_per_byte, "{:.3f}", answers=False),
     Stage("SFT", (), "pretrain_256", "full_sft_256", "facts right, new phrasings", facts),
@@ -76,7 +76,7 @@ STAGES = (
         "rlhf_256",
         "better answer likelier, new pairs",
         prefers_the_better,
-        detail=price_of_preferring,
+        detail=sft_loss_change,
     ),
     Stage(
         "LoRA",
@@ -104,7 +104,7 @@ STAGES = (
         ("train_distillation.py", *STUDENT, *TRAINING, *SFT, "--from_weight", "pretrain", *FROM_TEACHER),
         "pretrain_128",
         "full_dist_128",
-        "nats a token, answers kept aside",
+        "nats per token, held-out answers",
         held_out_loss,
         "{:.3f}",
         teacher="full_sft_256",
@@ -116,7 +116,7 @@ STAGES = (
         "reason_256",
         "answers right, new problems",
         problems,
-        detail=thinks,
+        detail=reasoning_accuracy,
     ),
 )
 
@@ -192,4 +192,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -12,19 +12,19 @@ the questions of a kind. If the second is not down at the first, the questions g
 import json
 import time
 
-import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the packages)
 
 from model import MiniMindLM
-from scripts.demo import EXAMS
-from scripts.demo_settings import DATA, OUT
-from scripts.examination import answer, read_lines, run
+from scripts.demo.exam import answer, read_lines, run
+from scripts.demo.first_model import EXAMS
+from scripts.demo.scoring import tally
+from scripts.demo.settings import DATA, OUT
+from scripts.demo.vision_exam import look, shares, shuffled
 from scripts.make_demo_data import digest_of
-from scripts.scoring import tally
-from scripts.vlm_exam import look, shares, shuffled
 from trainer.arguments import Parser
-from trainer.errors import launch
+from trainer.device import pick_device
+from trainer.errors import run_main
 from trainer.files import save_json
-from trainer.runtime import pick_device
 from trainer.vision import load_vlm, open_vision
 from trainer.weights import load_tokenizer, load_weights, read_settings
 
@@ -115,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -16,11 +16,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the packages)
 
-from scripts.demo_world import Identity, Relation, identities, relations
+from scripts.demo.world import Identity, Relation, identities, relations
 from trainer.arguments import ROOT, Parser
-from trainer.errors import UserError, launch
+from trainer.errors import UserError, run_main
 from trainer.files import replacing
 
 MINIMIND = ("MiniMind, a small language model", "the MiniMind team", "MiniMind，一个小型语言模型", "MiniMind团队")
@@ -336,7 +336,7 @@ def sha256(content: bytes) -> str:
 
 
 def digest_of(path: Path) -> str | None:
-    """The SHA-256 of a file; None of what is no file."""
+    """The SHA-256 of a file; None of what is not a file."""
     return sha256(path.read_bytes()) if path.is_file() else None
 
 
@@ -344,7 +344,7 @@ def read_manifest(path: Path) -> dict[str, str]:
     """The SHA-256 of each file that an earlier run wrote, by name; empty where there was none.
 
     Raises:
-        UserError: a file of that name that is no such list.
+        UserError: a file of that name that is not such a list.
     """
     if not path.exists():
         return {}
@@ -366,4 +366,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/make_demo_images.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/make_demo_images.py` find the packages)
 
-from scripts.demo_scenes import (
+from scripts.demo.scenes import (
     DESCRIBE,
     KINDS_HELD_OUT,
     KINDS_NAMELESS,
@@ -39,8 +39,8 @@ from scripts.demo_scenes import (
     questions,
 )
 from scripts.make_demo_data import as_jsonl, build, chat, check_ours, exam, sentence, sha256, write
-from trainer.arguments import ROOT, Parser, Switch, above_zero
-from trainer.errors import UserError, launch
+from trainer.arguments import ROOT, BooleanFlag, Parser, positive_float
+from trainer.errors import UserError, run_main
 from trainer.files import replacing
 
 SIDE = 96  # pixels
@@ -188,8 +188,10 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "dataset" / "demo")
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--scale", type=above_zero, default=1.0, help="share of the usual number of pictures and lines")
-    parser.add_argument("--eval_images", action=Switch, help="draw dataset/eval_images/ instead")
+    parser.add_argument(
+        "--scale", type=positive_float, default=1.0, help="share of the usual number of pictures and lines"
+    )
+    parser.add_argument("--eval_images", action=BooleanFlag, help="draw dataset/eval_images/ instead")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     if args.eval_images:
@@ -219,4 +221,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -15,15 +15,22 @@ import socket
 import sys
 import time
 
-import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the packages)
 
-from trainer.arguments import Parser, Switch, add_model_arguments, add_tower_argument, from_zero, not_negative, positive
-from trainer.errors import UserError, launch, note
+from trainer.arguments import (
+    BooleanFlag,
+    Parser,
+    add_device_argument,
+    add_model_arguments,
+    add_tower_argument,
+    non_negative_float,
+    non_negative_int,
+    positive_int,
+)
+from trainer.errors import UserError, print_notice, run_main
 
 API_KEY = "MINIMIND_API_KEY"
 LAST_WORDS = 5  # seconds in which answers that were cut off are told so
-LARGEST_IMAGE = 20 * 2**20  # bytes that --fetch_images takes
-FETCH_SECONDS = 20  # that it takes at most
 THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits too long for the one that sends
 
 
@@ -41,31 +48,46 @@ def get_args():
     )
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
-    parser.add_argument("--vlm", action=Switch, help="a vision-language model: image parts in chats")
+    parser.add_argument("--vlm", action=BooleanFlag, help="a vision-language model: image parts in chats")
     add_tower_argument(parser)
     parser.add_argument(
-        "--fetch_images", action=Switch, help="also http(s) images: callers choose what this machine asks"
+        "--fetch_images",
+        action=BooleanFlag,
+        help="also http(s) images: callers choose what this machine asks of the internet",
+    )
+    parser.add_argument(
+        "--fetch_private", action=BooleanFlag, help="with --fetch_images: of this machine and its own network, too"
     )
     group = parser.add_argument_group("machine")
-    group.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    group.add_argument("--max_concurrency", type=positive, default=16, help="answers written at the same time")
+    add_device_argument(group)
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the weights")
+    group.add_argument("--max_concurrency", type=positive_int, default=16, help="answers written at the same time")
     group.add_argument(
-        "--max_queue", type=not_negative, default=112, help="answers that may wait; then callers get 429"
+        "--max_queue", type=non_negative_int, default=112, help="answers that may wait; then callers get 429"
     )
     group = parser.add_argument_group("network")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all of the network may call")
-    group.add_argument("--port", type=not_negative, default=8998, help="0: any free one")
+    group.add_argument("--port", type=non_negative_int, default=8998, help="0: any free one")
     group.add_argument("--api_key", default=None, help=f"what callers must send; better set {API_KEY}, which ps hides")
     group.add_argument(
         "--cors", action="append", metavar="ORIGIN", help="web page that browsers may call from; '*': all"
     )
-    group.add_argument("--drain_seconds", type=from_zero, default=30, help="how long SIGTERM waits for what is written")
+    group.add_argument(
+        "--keep_alive",
+        type=positive_int,
+        default=75,
+        help="seconds that a connection is kept open for a client's next request",
+    )
+    group.add_argument(
+        "--drain_seconds", type=non_negative_float, default=30, help="how long SIGTERM waits for what is written"
+    )
     return parser.parse_args()
 
 
 def load(args):
     """What the flags name: model, tokenizer, and what places images in a prompt, or None."""
+    if args.fetch_private and not args.fetch_images:
+        raise UserError("--fetch_private needs --fetch_images")
     if not args.vlm:
         if args.fetch_images:
             raise UserError("--fetch_images needs --vlm")
@@ -75,7 +97,7 @@ def load(args):
     if args.lora_name or args.model_mode > 2:
         raise UserError("--vlm takes no --lora_name, and --model_mode 0, 1 or 2")
     from eval_vlm import load_model
-    from model.images import place_chat, prompt_embeddings
+    from model.images import prepare_chat, prompt_embeddings
 
     model, tokenizer, processor = load_model(args)
     image_tokens, room = model.config.image_tokens, model.config.max_seq_len
@@ -85,38 +107,13 @@ def load(args):
         images = sum(not isinstance(part, str) for part in parts)
         if images * image_tokens > room:  # need not be read
             raise ValueError(f"{images} images of {image_tokens} tokens are too many for the model's context of {room}")
-        prompt = place_chat(tokenizer, turns, model.config, processor, room=sys.maxsize)  # all of it; checked later
+        prompt = prepare_chat(tokenizer, turns, model.config, processor, room=sys.maxsize)  # all of it; checked later
         ids = prompt.input_ids[0].tolist()
         if len(ids) >= room:  # is refused; the tower need not look at it
             return ids, None
         return ids, prompt_embeddings(model, prompt)
 
     return model, tokenizer, place_images
-
-
-def fetch_image(url: str) -> bytes:
-    """What is at an http(s) address.
-
-    Raises:
-        ApiError: it cannot be had.
-    """
-    import httpx
-
-    from scripts.openai_schema import ApiError
-
-    data, end_by = bytearray(), time.monotonic() + FETCH_SECONDS
-    try:
-        with httpx.stream("GET", url, timeout=10, follow_redirects=True) as reply:
-            reply.raise_for_status()
-            for piece in reply.iter_bytes():
-                data += piece
-                if len(data) > LARGEST_IMAGE:
-                    raise ApiError(400, f"the image at {url:.200} is larger than {LARGEST_IMAGE >> 20} MiB", "messages")
-                if time.monotonic() > end_by:
-                    raise ApiError(400, f"the image at {url:.200} did not come in {FETCH_SECONDS} seconds", "messages")
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ApiError(400, f"the image at {url:.200} cannot be had: {error}", "messages") from error
-    return bytes(data)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -134,8 +131,29 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: {error}; choose another --port (0: any free one)") from None
 
 
-def serve(app, served, sock: socket.socket, drain_seconds: float) -> None:
-    """Serve until a signal; then finish what is being written, for `drain_seconds` at most."""
+def telling_keep_alive(app, seconds: int):
+    """The app with answers that say how long their connection stays open, so that clients leave it in time."""
+
+    async def telling(scope, receive, send):
+        async def told(message):
+            if message["type"] == "http.response.start":
+                kept = [(b"connection", b"keep-alive"), (b"keep-alive", b"timeout=%d" % seconds)]
+                message = message | {"headers": [*message.get("headers", ()), *kept]}
+            await send(message)
+
+        wishes = dict(scope.get("headers", ())).get(b"connection", b"").lower()
+        kept = scope["type"] == "http" and scope["http_version"] == "1.1" and b"close" not in wishes
+        await app(scope, receive, told if kept else send)
+
+    return telling
+
+
+def serve(app, served, sock: socket.socket, drain_seconds: float, keep_alive: int) -> None:
+    """Serve until a signal; then finish what is being written, for `drain_seconds` at most.
+
+    Args:
+        keep_alive: seconds that a connection may be idle between two requests.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -147,20 +165,25 @@ def serve(app, served, sock: socket.socket, drain_seconds: float) -> None:
             print(f"serving at http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
 
         def handle_exit(self, number, frame):
-            if served.draining:
+            places = served.places
+            if places.draining:
                 self.should_exit = self.force_exit = True
-            served.draining = True
+            places.draining = True
             self.deadline = time.monotonic() + drain_seconds
-            note(f"{signal.Signals(number).name}: finishing {len(served.unfinished)} answers (again: end at once)")
+            print_notice(f"{signal.Signals(number).name}: finishing {places.taken} answers (again: end at once)")
 
         async def on_tick(self, counter):
-            if served.draining and (not served.unfinished or time.monotonic() > self.deadline):
-                for answer in served.unfinished:
-                    served.thread.cancel(answer)
+            if served.places.draining and (not served.places.taken or time.monotonic() > self.deadline):
+                served.close()
                 self.should_exit = True
             return await super().on_tick(counter)
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS)
+    config = uvicorn.Config(
+        telling_keep_alive(app, keep_alive),
+        log_level="warning",
+        timeout_keep_alive=keep_alive,
+        timeout_graceful_shutdown=LAST_WORDS,
+    )
     Server(config).run(sockets=[sock])
 
 
@@ -168,28 +191,33 @@ def main():
     args = get_args()
     api_key = args.api_key or os.environ.get(API_KEY) or None
     sock = listen(args.host, args.port)
-    from model.engine import Engine, EngineThread
-    from scripts.openai_app import Served, make_app
-    from trainer.runtime import DTYPES
+    from model.inference.scheduler import Engine
+    from model.inference.thread import EngineThread
+    from scripts.serving.app import make_app
+    from scripts.serving.fetch_images import ImageFetcher
+    from scripts.serving.requests import ServerState
+    from trainer.device import DTYPES
 
     model, tokenizer, place_images = load(args)
     engine = Engine(model, tokenizer, slots=args.max_concurrency, dtype=DTYPES[args.dtype])
     del model  # the engine has its own copy of the weights
     if args.host not in ("127.0.0.1", "localhost", "::1") and not api_key:
-        note(f"--host {args.host} without a key: whoever reaches this machine may use it (--api_key, or {API_KEY})")
+        print_notice(
+            f"--host {args.host} without a key: whoever reaches this machine may use it (--api_key, or {API_KEY})"
+        )
     thread = EngineThread(engine)
-    served = Served(
+    served = ServerState(
         thread,
         tokenizer,
         place_images,
-        fetch_image if args.fetch_images else None,
+        ImageFetcher(args.fetch_private) if args.fetch_images else None,
         reasoning=args.model_mode == 3 and not args.vlm,
         capacity=args.max_concurrency + args.max_queue,
     )
     sys.setswitchinterval(THREAD_SWITCH)
-    serve(make_app(served, api_key, args.cors or ()), served, sock, args.drain_seconds)
+    serve(make_app(served, api_key, args.cors or ()), served, sock, args.drain_seconds, args.keep_alive)
     thread.close()
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -19,21 +19,24 @@ import random
 import shutil
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/train_clip.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/train_clip.py` find the packages)
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from dataset.jsonl import BadRecord, DataError, JsonlReader
-from model.images import ImageError, read_image, to_pixels, usual_processor
-from trainer.arguments import ROOT, Parser, Switch, above_zero, positive
-from trainer.errors import UserError, launch
-from trainer.files import save_json
-from trainer.runtime import DTYPES, default_dtype, pick_device
+from dataset.jsonl import BadRecord, DataError, Ignored, JsonlReader, named_counts
+from dataset.pictures import check_pictures, refuse_faulty
+from dataset.records import Keys
+from model.images import ImageError, default_processor, read_image, to_pixels
+from trainer.arguments import ROOT, BooleanFlag, Parser, add_device_argument, positive_float, positive_int
+from trainer.device import DTYPES, default_dtype, pick_device
+from trainer.errors import UserError, print_notice, run_main
+from trainer.files import real_place, save_json
 from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
 DEMO = ROOT / "dataset" / "demo"
@@ -47,19 +50,26 @@ def get_args():
     parser.add_argument("--data_path", type=Path, default=DEMO / "clip_captions.jsonl", help='{"image", "captions"}')
     parser.add_argument("--eval_path", type=Path, default=DEMO / "eval_clip.jsonl", help="what choices to offer")
     parser.add_argument("--images_path", type=Path, default=DEMO / "images")
+    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="count bad lines and broken pictures, do not stop")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "demo" / "clip", help="the folder to make")
-    parser.add_argument("--overwrite", action=Switch, help="replace the folder of an earlier run")
-    parser.add_argument("--image_size", type=positive, default=64, help="pixels at each side")
-    parser.add_argument("--patch_size", type=positive, default=16)
-    parser.add_argument("--width", type=positive, default=192, help="of both networks, and of the space they share")
-    parser.add_argument("--layers", type=positive, default=4, help="of the vision network; the text network has half")
-    parser.add_argument("--steps", type=positive, default=1000)
-    parser.add_argument("--batch_size", type=positive, default=256)
-    parser.add_argument("--learning_rate", type=above_zero, default=1.5e-3)
-    parser.add_argument("--warmup_iters", type=positive, default=50)
-    parser.add_argument("--log_interval", type=positive, default=50)
-    parser.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    parser.add_argument("--dtype", choices=OFFERED, help="of autocast (default: bfloat16 where the machine has it)")
+    parser.add_argument("--overwrite", action=BooleanFlag, help="replace the folder of an earlier run")
+    parser.add_argument("--image_size", type=positive_int, default=64, help="pixels at each side")
+    parser.add_argument("--patch_size", type=positive_int, default=16)
+    parser.add_argument(
+        "--width", type=positive_int, default=192, help="width of both networks and of their shared space"
+    )
+    parser.add_argument(
+        "--layers", type=positive_int, default=4, help="layers of the vision network; the text network has half as many"
+    )
+    parser.add_argument("--steps", type=positive_int, default=1000)
+    parser.add_argument("--batch_size", type=positive_int, default=256)
+    parser.add_argument("--learning_rate", type=positive_float, default=1.5e-3)
+    parser.add_argument("--warmup_iters", type=positive_int, default=50)
+    parser.add_argument("--log_interval", type=positive_int, default=50)
+    add_device_argument(parser)
+    parser.add_argument(
+        "--dtype", choices=OFFERED, help="precision of autocast (default: bfloat16 where the machine has it)"
+    )
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -104,8 +114,13 @@ def caption_vectors(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, texts: 
 # --------------------------------------------------------------------------------------------------------- data
 
 
-def caption_record(record: dict) -> tuple[str, list[str]]:
-    image, texts = record.get("image"), record.get("captions")
+CAPTIONS = Keys(("image", "captions"))
+CHOICES = Keys(("image", "kind", "lang", "choices", "answer"))
+
+
+def caption_record(record: dict, ignored: Ignored) -> tuple[str, list[str]]:
+    CAPTIONS.check(record, ignored)
+    image, texts = record["image"], record["captions"]
     if not isinstance(image, str) or not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
         raise BadRecord('not {"image": name, "captions": [text, …]}')
     if not texts:
@@ -113,16 +128,39 @@ def caption_record(record: dict) -> tuple[str, list[str]]:
     return image, texts
 
 
-def choice_record(record: dict) -> tuple[str, str, str, list[str], int]:
-    try:
-        return tuple(record[key] for key in ("image", "kind", "lang", "choices", "answer"))
-    except KeyError as missing:
-        raise BadRecord(f"the key {missing} is missing") from None
+def choice_record(record: dict, ignored: Ignored) -> tuple[str, str, str, list[str], int]:
+    CHOICES.check(record, ignored)
+    if not isinstance(record["image"], str):
+        raise BadRecord('"image" is not a name')
+    return tuple(record[key] for key in CHOICES.needed)
+
+
+def read_lines(path: Path, parse: Callable[[dict, Ignored], tuple], args) -> list[tuple]:
+    """What `parse` makes of the lines of a file, the picture's name first; all pictures are there and whole.
+
+    Raises:
+        DataError: a line or its picture is bad, and --skip_bad_lines was not given; no line is good.
+    """
+    pictures = check_pictures(path, args.images_path, lambda record, ignored: [parse(record, ignored)[0]])
+    faults = {name: picture.fault for name, picture in pictures.items() if picture.fault}
+
+    def checked(record: dict, ignored: Ignored) -> tuple:
+        line = parse(record, ignored)
+        refuse_faulty(line[:1], args.images_path, faults)
+        return line
+
+    reader = JsonlReader(path, checked, args.skip_bad_lines)
+    lines = list(reader)
+    if reader.ignored:
+        print_notice(f"{path}: ignored keys: {named_counts(reader.ignored)}")
+    if reader.bad_lines:
+        print(f"{path}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
+    return lines
 
 
 def load_pictures(names: list[str], args) -> Tensor:
     """All pictures as the tower wants them, fp16 (pictures, 3, H, W): they fit in memory, and are read once."""
-    processor = usual_processor(args.image_size)
+    processor = default_processor(args.image_size)
     try:
         return torch.cat([to_pixels(processor, [read_image(args.images_path / name)]).half() for name in names])
     except ImageError as error:
@@ -211,8 +249,8 @@ def main():
     rng = random.Random(args.seed)
 
     # Data
-    names, captions = zip(*JsonlReader(args.data_path, caption_record), strict=True)
-    exam = list(JsonlReader(args.eval_path, choice_record))
+    names, captions = zip(*read_lines(args.data_path, caption_record, args), strict=True)
+    exam = read_lines(args.eval_path, choice_record, args)
     known = [frozenset(texts) for texts in captions]
     pixels, exam_pixels = load_pictures(names, args), load_pictures([line[0] for line in exam], args)
     tokenizer = train_caption_tokenizer([text for texts in captions for text in texts])
@@ -275,21 +313,22 @@ def is_ours(folder: Path) -> bool:
 
 def save(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, args, shares: dict[str, float]) -> None:
     """Write the folder beside its place, then move it there; an earlier one goes when the new one is there."""
-    partial, earlier = (args.out_dir.with_name(f".{args.out_dir.name}.{end}") for end in ("partial", "earlier"))
+    place = real_place(args.out_dir)  # where a link leads to: a folder is moved within a disk only
+    partial, earlier = (place.with_name(f".{place.name}.{end}") for end in ("partial", "earlier"))
     for left in (partial, earlier):
         shutil.rmtree(left, ignore_errors=True)
     try:
         clip.float().cpu().save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        usual_processor(args.image_size).save_pretrained(partial)
+        default_processor(args.image_size).save_pretrained(partial)
         save_json(shares, partial / "zero_shot.json")
-        if args.out_dir.exists():
-            args.out_dir.rename(earlier)
-        partial.rename(args.out_dir)
+        if place.exists():
+            place.rename(earlier)
+        partial.rename(place)
         shutil.rmtree(earlier, ignore_errors=True)
     except OSError as error:
         raise UserError(f"cannot write {args.out_dir}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -6,7 +6,7 @@ The shipped one was made by
     python scripts/train_tokenizer.py --overwrite --data_path ../shared/data/*.jsonl \
         dataset/demo/pretrain_hq.jsonl dataset/demo/sft_mini_512.jsonl dataset/demo/r1_mix_1024.jsonl
 
-A tenth of the texts is kept aside (by a hash of the text, so that no text is on both sides); characters a token are
+A tenth of the texts is held out (by a hash of the text, so that no text is on both sides); characters per token are
 measured there. With --only_measure a tokenizer that is there already is verified and measured:
 
     python scripts/train_tokenizer.py --only_measure --data_path ../shared/data/*.jsonl
@@ -19,58 +19,62 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-import _repo  # noqa: F401  (lets `python scripts/train_tokenizer.py` find the rooms)
+import _repo  # noqa: F401  (lets `python scripts/train_tokenizer.py` find the packages)
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dataset.jsonl import BadRecord, JsonlReader
-from dataset.records import chat_of, text_of
-from model.chat import CHAT_TEMPLATE, render_chat
-from model.tokenizer import StreamDecoder, token_bytes
-from trainer.arguments import Parser, Switch, positive
-from trainer.errors import UserError, launch
+from dataset.jsonl import BadRecord, Ignored, JsonlReader, named_counts
+from dataset.records import parse_chat, parse_image_chat, parse_pair, parse_text
+from dataset.shapes import shape_of
+from model.chat import render_chat
+from model.chat_template import CHAT_TEMPLATE
+from model.tokenizer import token_bytes
+from model.tokenizer_check import check_round_trips, check_tokenizer
+from trainer.arguments import BooleanFlag, Parser, positive_int
+from trainer.errors import UserError, print_notice, run_main
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<image>")
-PROBES = (
-    "",
-    " ",
-    "\n\n  \t",
-    "Hello, world!",
-    "龘靐齉爩 𠮷 㐀",
-    "👩‍👩‍👧‍👦 🇨🇳 😀",
-    "def f(x):\n\treturn x ** 2  # ½",
-    "1234567890",
-)
 
 
-def texts_of(record: dict) -> list[str]:
+def stream_texts(record: dict, ignored: Ignored) -> list[str]:
     """The texts of a line in any of the project's formats.
 
     Raises:
         BadRecord: it is in none of them.
     """
     if "text" in record:
-        return [text_of(record)]
-    keys = [key for key in ("conversations", "chosen", "rejected") if key in record]
-    if not keys:
-        raise BadRecord('neither "text" nor "conversations" nor "chosen" and "rejected"')
-    return [turn["content"] for key in keys for turn in chat_of(record, key)]
+        return [parse_text(record, ignored)]
+    if "chosen" in record and "rejected" in record:
+        chats = parse_pair(record, ignored)
+    elif "image" in record:
+        chats = (parse_image_chat(record, ignored)[1],)
+    elif "conversations" in record:
+        chats = (parse_chat(record, ignored),)
+    else:
+        shape = shape_of(record)
+        raise BadRecord(
+            'neither "text" nor "conversations" nor "chosen" and "rejected"' + (f" (this is {shape})" if shape else "")
+        )
+    return [turn["content"] for chat in chats for turn in chat]
 
 
-def is_kept_aside(text: str, share: float) -> bool:
+def is_held_out_text(text: str, share: float) -> bool:
     """Whether a text is for measuring, not for training; the same text always falls on the same side."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") < share * 2**32
 
 
 def texts_in(paths: list[Path], share: float, kept_aside: bool) -> Iterator[tuple[Path, str]]:
-    """Stream (file, text) of the training texts, or of those kept aside."""
+    """Stream (file, text) of the training texts, or of the held-out ones."""
     for path in paths:
-        for texts in JsonlReader(path, texts_of):
+        reader = JsonlReader(path, stream_texts)
+        for texts in reader:
             for text in texts:
-                if is_kept_aside(text, share) == kept_aside:
+                if is_held_out_text(text, share) == kept_aside:
                     yield path, text
+        if reader.ignored and kept_aside:  # told once: the texts that are held out are read in every call, and last
+            print_notice(f"{path}: ignored keys: {named_counts(reader.ignored)}")
 
 
 def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -101,32 +105,24 @@ def verify(tokenizer: PreTrainedTokenizerFast) -> None:
     if ids != [0, 1, 2]:
         raise UserError(f"the ids of {', '.join(SPECIAL)} are {ids}, not 0, 1 and 2")
     try:
-        pieces = token_bytes(tokenizer)
+        check_tokenizer(tokenizer)
+        check_round_trips(tokenizer, [*map(chr, range(0x80, 0x800, 7))], token_bytes(tokenizer))
     except ValueError as error:
         raise UserError(str(error)) from error
-    lacking = {bytes([byte]) for byte in range(256)}.difference(pieces)
-    if lacking:  # then not every text has tokens
-        raise UserError(f"{len(lacking)} of the 256 bytes have no entry, {min(lacking)} for one")
-    every_byte = bytes(range(256)).decode("latin-1")  # as characters: UTF-8 puts all lead and trail bytes to use
-    for text in (*PROBES, every_byte, *map(chr, range(0x80, 0x800, 7))):
-        decoder = StreamDecoder(pieces)
-        back = "".join(map(decoder.push, tokenizer.encode(text, add_special_tokens=False))) + decoder.flush()
-        if back != text:
-            raise UserError(f"the round trip of {text!r} gives {back!r}")
     chat = [{"role": "user", "content": "你好, world"}, {"role": "assistant", "content": "Hi 🙂"}]
     if tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) != render_chat(tokenizer, chat)[0]:
         raise UserError("its chat template lays a chat out in another way than model/chat.py")
 
 
 def kind_of(path: Path, text: str) -> str | None:
-    """'Chinese', 'English' or 'Chinese medical': the classes whose characters a token are reported."""
+    """'Chinese', 'English' or 'Chinese medical': the classes whose characters per token are reported."""
     chinese = sum("\u4e00" <= char <= "\u9fff" for char in text)
     if chinese > 0.3 * len(text):
         return "Chinese medical" if "medical" in path.name else "Chinese"
     return "English" if text.isascii() else None
 
 
-def characters_a_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[tuple[Path, str]]) -> dict[str, float]:
+def characters_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[tuple[Path, str]]) -> dict[str, float]:
     """Characters divided by tokens, of each kind of text."""
     characters, tokens = defaultdict(int), defaultdict(int)
     for path, text in texts:
@@ -151,6 +147,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=8192,
+        padding_side="left",  # where a model goes on at the end of each row
     )
     new = folder.with_name(f".{folder.name}.new")
     try:
@@ -169,10 +166,12 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="jsonl files")
     parser.add_argument("--out_dir", type=Path, default=SHIPPED_TOKENIZER)
-    parser.add_argument("--vocab_size", type=positive, default=6400)
-    parser.add_argument("--holdout", type=float, default=0.1, help="share of the texts kept aside for measuring")
-    parser.add_argument("--overwrite", action=Switch, help="replace the tokenizer in --out_dir")
-    parser.add_argument("--only_measure", action=Switch, help="train none: verify and measure the one in --out_dir")
+    parser.add_argument("--vocab_size", type=positive_int, default=6400)
+    parser.add_argument("--holdout", type=float, default=0.1, help="share of the held-out texts for measuring")
+    parser.add_argument("--overwrite", action=BooleanFlag, help="replace the tokenizer in --out_dir")
+    parser.add_argument(
+        "--only_measure", action=BooleanFlag, help="train none: verify and measure the one in --out_dir"
+    )
     args = parser.parse_args()
     folder = args.out_dir.resolve()
     if not 0 <= args.holdout < 1:
@@ -187,9 +186,9 @@ def main():
     tokenizer = load_tokenizer(folder)
     verify(tokenizer)
     print(f"{len(tokenizer)} entries in {folder}; round trips, special ids and chat template verified")
-    for kind, value in characters_a_token(tokenizer, texts_in(args.data_path, args.holdout, True)).items():
-        print(f"{kind:<16} {value:.3f} characters a token, on texts kept aside")
+    for kind, value in characters_per_token(tokenizer, texts_in(args.data_path, args.holdout, True)).items():
+        print(f"{kind:<16} {value:.3f} characters per token, on held-out texts")
 
 
 if __name__ == "__main__":
-    launch(main)
+    run_main(main)

@@ -4,8 +4,16 @@ streamlit run scripts/web_demo.py                          or, in scripts/: stre
 streamlit run scripts/web_demo.py -- --out_dir out/demo    options of the page follow the two dashes (--help lists them)
 """
 
-import _repo  # noqa: F401  (lets Streamlit find the rooms)
+import _repo  # noqa: F401  (lets Streamlit find the packages)
 
-from scripts.web_page import page
+from trainer.errors import run_main
 
-page()
+
+def main():
+    from scripts.serving.page import page
+
+    page()
+
+
+if __name__ == "__main__":
+    run_main(main)

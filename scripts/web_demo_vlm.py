@@ -4,8 +4,16 @@ streamlit run scripts/web_demo_vlm.py                      or, in scripts/: stre
 streamlit run scripts/web_demo_vlm.py -- --out_dir out/demo --vision_model FOLDER
 """
 
-import _repo  # noqa: F401  (lets Streamlit find the rooms)
+import _repo  # noqa: F401  (lets Streamlit find the packages)
 
-from scripts.web_page import page
+from trainer.errors import run_main
 
-page(vision=True)
+
+def main():
+    from scripts.serving.page import page
+
+    page(vision=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,6 +1,7 @@
 """Fixtures that every test file may ask for."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from model.chat import CHAT_TEMPLATE
+from model.chat_template import CHAT_TEMPLATE
 from tests.running import ROOT, TINY_TRAINING, run_script
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -27,7 +28,10 @@ SENTENCES = [
 
 
 def pytest_configure() -> None:
-    """Scripts under test hear Ctrl-C also where the suite runs in the background, which ignores it."""
+    """Scripts under test hear Ctrl-C also where the suite runs in the background, which ignores it, and no client of
+    theirs or ours asks this machine through a proxy."""
+    for name in [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
+        del os.environ[name]
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

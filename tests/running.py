@@ -4,7 +4,9 @@ import contextlib
 import functools
 import importlib
 import json
+import multiprocessing
 import os
+import queue
 import secrets
 import signal
 import socket
@@ -17,7 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 from dataset import StepLoader
-from trainer.errors import launch
+from trainer.errors import run_main
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dim", "32", "--n_layers", "2", "--device", "cpu")
@@ -27,6 +29,7 @@ TINY_TRAINING = (
 )
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 PATIENCE = 900  # seconds; only what hangs takes as long
+LAST_WORDS = 60  # seconds; for the ranks whose peer is gone
 
 
 def run_script(
@@ -38,6 +41,7 @@ def run_script(
     cwd: Path = ROOT,
     stdin: str | Path = "",
     launcher: Sequence[str] | None = None,
+    each: Sequence[Sequence[str | Path]] = (),
 ) -> subprocess.CompletedProcess:
     """Run a script of the repository to its end; one thread a process.
 
@@ -48,6 +52,7 @@ def run_script(
         stdin: what is piped in, or the file that is; the script never sees a terminal.
         launcher: start a new Python with these arguments before the script's name, rather than copy one that has its
             imports behind it.
+        each: of several processes, what each has behind the arguments of all, as on machines that differ.
 
     Raises:
         AssertionError: it ended with another exit code; the message holds all it printed.
@@ -64,7 +69,8 @@ def run_script(
             timeout=PATIENCE,
         )
     else:
-        done = RunningScript(script, *arguments, processes=processes, env=env, cwd=cwd, stdin=stdin).wait()
+        how = {"processes": processes, "env": env, "cwd": cwd, "stdin": stdin, "each": each}
+        done = RunningScript(script, *arguments, **how).wait()
     assert exit_code is None or done.returncode == exit_code, (
         f"{script} ended with {done.returncode}, not {exit_code}\n{done.stdout}\n{done.stderr}"
     )
@@ -90,6 +96,7 @@ class RunningScript:
         cwd: Path = ROOT,
         stdin: str | Path = "",
         terminal: str | None = None,
+        each: Sequence[Sequence[str | Path]] = (),
     ):
         self._folder = tempfile.TemporaryDirectory(prefix="minimind-script-")
         folder = Path(self._folder.name)
@@ -99,15 +106,18 @@ class RunningScript:
         self._out, self._err = folder / "out", folder / "err"
         order = {
             "script": str(ROOT / script),
-            "arguments": [*map(str, arguments)],
             "cwd": str(cwd),
             "stdin": terminal or str(stdin),
             "out": terminal or str(self._out),
             "err": terminal or str(self._err),
         }
         ranks = [{}] if processes == 1 else _ranks(processes)
-        self.pids = [_ask(start=order | {"env": _environment(env) | rank})["pid"] for rank in ranks]
+        self.pids = []
+        for number, rank in enumerate(ranks):
+            own = [*map(str, (*arguments, *(each[number] if each else ())))]
+            self.pids.append(_ask(start=order | {"arguments": own, "env": _environment(env) | rank})["pid"])
         self._codes: dict[int, int] = {}
+        self._failed_at: float | None = None
 
     @property
     def stdout(self) -> str:
@@ -118,12 +128,16 @@ class RunningScript:
         return self._err.read_text(encoding="utf-8", errors="replace") if self._err.exists() else ""
 
     def exit_code(self) -> int | None:
-        """None while it runs; when a rank fails, the others are ended, as launchers do."""
+        """None while it runs; when a rank fails, the others are ended, as launchers do, and those that still wait for
+        it after a while are killed."""
         for pid in self.pids:
             if pid not in self._codes and (code := _ask(poll=pid)["exit_code"]) is not None:
                 self._codes[pid] = code
                 if code:
                     self.send(signal.SIGTERM)
+                    self._failed_at = self._failed_at or time.monotonic()
+        if self._failed_at and time.monotonic() > self._failed_at + LAST_WORDS:
+            self.send(signal.SIGKILL)
         failed = [code for code in self._codes.values() if code]
         return None if len(self._codes) < len(self.pids) else (failed or [0])[0]
 
@@ -157,6 +171,22 @@ class RunningScript:
         done = subprocess.CompletedProcess(self.pids, code, self.stdout, self.stderr)
         self._folder.cleanup()
         return done
+
+
+def from_process(replies: multiprocessing.Queue, *processes: multiprocessing.Process):
+    """The next thing that one of some processes puts into a queue.
+
+    Raises:
+        AssertionError: one has failed, or all have ended without.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        codes = [process.exitcode for process in processes]  # asked first: what it has put is there when it ends
+        with contextlib.suppress(queue.Empty):
+            return replies.get(timeout=0.05)
+        assert all(code in (None, 0) for code in codes), f"a process has failed: {codes}"
+        assert None in codes, "all processes have ended, and nothing has come"
+        assert time.monotonic() < deadline, "nothing comes"
 
 
 def one_error_line(done: subprocess.CompletedProcess) -> str:
@@ -193,7 +223,7 @@ def call_script(script: str, *arguments: str | Path, stop_after: int | None = No
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with argv, mock.patch.object(StepLoader, "steps", interrupted):
         try:
-            launch(module.main)
+            run_main(module.main)
             code = 0
         except SystemExit as end:
             code = end.code
@@ -229,9 +259,9 @@ def _ranks(processes: int) -> list[dict[str, str]]:
 
 
 @functools.cache
-def _zygote() -> subprocess.Popen:
+def _fork_server() -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.zygote"],
+        [sys.executable, "-m", "tests.fork_server"],
         cwd=ROOT,
         env=_environment(None),
         stdin=subprocess.PIPE,
@@ -241,6 +271,6 @@ def _zygote() -> subprocess.Popen:
 
 
 def _ask(**request) -> dict:
-    zygote = _zygote()
-    print(json.dumps(request), file=zygote.stdin, flush=True)
-    return json.loads(zygote.stdout.readline())
+    server = _fork_server()
+    print(json.dumps(request), file=server.stdin, flush=True)
+    return json.loads(server.stdout.readline())

@@ -3,9 +3,10 @@
 import argparse
 import json
 import math
+import re
 from pathlib import Path
 
-from trainer.errors import UserError, note
+from trainer.errors import UserError, print_notice
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
 FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
@@ -15,7 +16,7 @@ FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser for `launch`: a wrong flag ends in one line, as every error does, not in a page of usage."""
+    """An argument parser for `run_main`: a wrong flag ends in one line, as every error does, not in a page of usage."""
 
     def __init__(self, description: str, **settings):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -24,7 +25,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-class Switch(argparse.Action):
+class BooleanFlag(argparse.Action):
     """`--x`, `--x 1|0|true|False|yes|no`, and `--no-x`: what people type, read as they mean it."""
 
     WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}  # noqa: RUF012
@@ -37,12 +38,21 @@ class Switch(argparse.Action):
         on = True if value is None else self.WORDS.get(value.lower())
         if on is None:
             parser.error(
-                f"{option_string} takes 1 or 0, true or false, not {value!r}; what is no part of it goes before"
+                f"{option_string} takes 1 or 0, true or false, not {value!r}; what is not part of it goes before"
             )
         setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
 
-def positive(text: str) -> int:
+def text(value: str) -> str:
+    """What is said to a model or a server, who take whole characters only; a path may be any bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not UTF-8") from None
+    return value
+
+
+def positive_int(text: str) -> int:
     """An integer from 1 on."""
     number = int(text)
     if number < 1:
@@ -50,7 +60,7 @@ def positive(text: str) -> int:
     return number
 
 
-def not_negative(text: str) -> int:
+def non_negative_int(text: str) -> int:
     """An integer from 0 on."""
     number = int(text)
     if number < 0:
@@ -66,7 +76,7 @@ def seed(text: str) -> int:
     return number
 
 
-def above_zero(text: str) -> float:
+def positive_float(text: str) -> float:
     """A finite number above 0."""
     number = float(text)
     if not 0 < number < math.inf:
@@ -74,7 +84,7 @@ def above_zero(text: str) -> float:
     return number
 
 
-def from_zero(text: str) -> float:
+def non_negative_float(text: str) -> float:
     """A finite number from 0 on."""
     number = float(text)
     if not 0 <= number < math.inf:
@@ -82,7 +92,7 @@ def from_zero(text: str) -> float:
     return number
 
 
-def share(text: str) -> float:
+def probability(text: str) -> float:
     """A number above 0, at most 1."""
     number = float(text)
     if not 0 < number <= 1:
@@ -90,28 +100,51 @@ def share(text: str) -> float:
     return number
 
 
+def byte_size(text: str) -> int:
+    """Bytes of a size as people write it: "50GB", "1.5 TB", "512MiB", "0"."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be a size such as 50GB or 500MB, not {text}")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a model: shared by training and by everything that loads its weights."""
     group = parser.add_argument_group("model")
-    group.add_argument("--dim", type=positive, default=512, help="width; also in the weights' names: pretrain_512.pth")
-    group.add_argument("--n_layers", type=positive, default=8, help="depth")
-    group.add_argument("--use_moe", action=Switch, help="mixture of experts; '_moe' is appended to the weights' names")
+    group.add_argument(
+        "--dim", type=positive_int, default=512, help="width; also in the weights' names: pretrain_512.pth"
+    )
+    group.add_argument("--n_layers", type=positive_int, default=8, help="depth")
+    group.add_argument(
+        "--use_moe", action=BooleanFlag, help="mixture of experts; '_moe' is appended to the weights' names"
+    )
     group.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     group.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights lie")
 
 
+def add_device_argument(parser) -> None:
+    """--device, of a parser or of a group of one."""
+    what = "cpu, cuda, cuda:N, mps, xpu (default: the accelerator that PyTorch finds, else cpu)"
+    parser.add_argument("--device", default=None, help=what)
+
+
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how a model writes; `sampling_of` reads them."""
+    """The flags that say how a model writes; `sampling_settings` reads them."""
     group = parser.add_argument_group("writing")
-    group.add_argument("--max_new_tokens", type=positive, default=512, help="longest answer")
-    group.add_argument("--temperature", type=from_zero, default=0.85, help="0: always the likeliest token")
-    group.add_argument("--top_p", type=share, default=0.85, help="likeliest tokens that reach this share together")
-    group.add_argument("--top_k", type=not_negative, default=0, help="likeliest tokens to choose among; 0: no limit")
-    group.add_argument("--repetition_penalty", type=above_zero, default=1.0, help="1: none")
+    group.add_argument("--max_new_tokens", type=positive_int, default=512, help="longest answer")
+    group.add_argument("--temperature", type=non_negative_float, default=0.85, help="0: always the likeliest token")
+    group.add_argument(
+        "--top_p", type=probability, default=0.85, help="likeliest tokens that reach this share together"
+    )
+    group.add_argument(
+        "--top_k", type=non_negative_int, default=0, help="likeliest tokens to choose among; 0: no limit"
+    )
+    group.add_argument("--repetition_penalty", type=positive_float, default=1.0, help="1: none")
     group.add_argument("--seed", type=seed, default=None, help="makes sampling repeatable")
 
 
-def sampling_of(args: argparse.Namespace) -> dict:
+def sampling_settings(args: argparse.Namespace) -> dict:
     """What `model.generate` and `model.stream` take, from the flags of `add_sampling_arguments`."""
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
     return {name: getattr(args, name) for name in names}
@@ -131,7 +164,9 @@ def add_vision_arguments(parser: argparse.ArgumentParser, images_path: str | Non
     group = parser.add_argument_group("vision")
     add_tower_argument(group)
     group.add_argument("--images_path", default=images_path, metavar="DIR", help="where the lines' images lie")
-    group.add_argument("--cache_features", action=Switch, help="compute the tower's output once, and keep it on disk")
+    group.add_argument(
+        "--cache_features", action=BooleanFlag, help="compute the tower's output once, and keep it on disk"
+    )
 
 
 def training_parser(description: str, **defaults) -> Parser:
@@ -142,50 +177,61 @@ def training_parser(description: str, **defaults) -> Parser:
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", help="jsonl to learn from")
     data.add_argument("--eval_path", help="jsonl of held-out lines (default: every 100th sample of data_path)")
-    data.add_argument("--max_seq_len", type=positive, default=512, help="row length in tokens")
-    data.add_argument("--packing", action=Switch, default=True, help="rows hold several whole samples (default: on)")
-    data.add_argument("--skip_bad_lines", action=Switch, help="count and report bad lines instead of stopping")
-    data.add_argument("--num_workers", type=not_negative, default=0, help="processes that prepare batches")
+    data.add_argument("--max_seq_len", type=positive_int, default=512, help="row length in tokens")
+    data.add_argument(
+        "--packing", action=BooleanFlag, default=True, help="rows hold several whole samples (default: on)"
+    )
+    data.add_argument("--skip_bad_lines", action=BooleanFlag, help="count and report bad lines instead of stopping")
+    data.add_argument("--num_workers", type=non_negative_int, default=0, help="processes that prepare batches")
+    data.add_argument(
+        "--cache_limit", type=byte_size, default="50GB", metavar="SIZE", help="remove caches beyond it; 0: none"
+    )
 
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=positive, default=1)
+    training.add_argument("--epochs", type=positive_int, default=1)
     training.add_argument(
-        "--max_steps", type=not_negative, default=0, help="stop after so many steps (0: epochs decide)"
+        "--max_steps", type=non_negative_int, default=0, help="stop after so many steps (0: epochs decide)"
     )
-    training.add_argument("--batch_size", type=positive, help="rows a device computes at once")
-    training.add_argument("--accumulation_steps", type=positive, default=1, help="batches a device adds up to a step")
-    training.add_argument("--learning_rate", type=above_zero, help="its peak")
+    training.add_argument("--batch_size", type=positive_int, help="rows a device computes at once")
+    training.add_argument(
+        "--accumulation_steps", type=positive_int, default=1, help="batches a device adds up to a step"
+    )
+    training.add_argument("--learning_rate", type=positive_float, help="the peak learning rate")
     training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for hidden matrices")
-    training.add_argument("--warmup_iters", type=not_negative, default=0, help="steps of linear warm-up")
-    training.add_argument("--grad_clip", type=above_zero, default=1.0, help="largest norm of the gradient")
+    training.add_argument("--warmup_iters", type=non_negative_int, default=0, help="steps of linear warm-up")
+    training.add_argument("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
     training.add_argument("--seed", type=seed, default=42)
 
     engine = parser.add_argument_group("machine")
-    engine.add_argument("--device", default=None, help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add_device_argument(engine)
     engine.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of autocast (default: bfloat16 where the machine computes in it; else float16 on GPU, float32 on CPU)",
+        help="precision of autocast (default: bfloat16 where the machine has it; else float16 on cuda, float32)",
     )
-    engine.add_argument("--compile", action=Switch, default=None, help="torch.compile (default: where it pays)")
-    engine.add_argument("--gradient_checkpointing", action=Switch, help="less memory, a third more time")
+    engine.add_argument("--compile", action=BooleanFlag, default=None, help="torch.compile (default: where it pays)")
+    engine.add_argument("--gradient_checkpointing", action=BooleanFlag, help="less memory, a third more time")
     engine.add_argument(
         "--deepspeed", nargs="?", const=True, default=None, metavar="JSON", help="use DeepSpeed, by a JSON or not"
     )
-    engine.add_argument("--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="of --deepspeed without a file")
+    engine.add_argument(
+        "--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage of --deepspeed without a JSON file"
+    )
     engine.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers; torchrun's RANK decides")
-    engine.add_argument("--ddp", action=Switch, help="accepted for old commands; torchrun alone is enough")
+    engine.add_argument("--ddp", action=BooleanFlag, help="accepted for old commands; torchrun alone is enough")
 
     saving = parser.add_argument_group("saving and reporting")
-    saving.add_argument("--save_interval", type=positive, default=100, help="steps between checkpoints")
-    saving.add_argument("--eval_interval", type=not_negative, default=100, help="steps between evaluations; 0: none")
-    saving.add_argument("--log_interval", type=positive, default=10, help="steps between log lines")
+    saving.add_argument("--save_interval", type=positive_int, default=100, help="steps between checkpoints")
     saving.add_argument(
-        "--resume", action=Switch, help="continue where the last run stopped, or start if there is none"
+        "--eval_interval", type=non_negative_int, default=100, help="steps between evaluations; 0: none"
     )
-    saving.add_argument("--overwrite", action=Switch, help="replace the weights of an earlier run")
-    saving.add_argument("--use_wandb", action=Switch, help="also log to Weights & Biases")
-    saving.add_argument("--wandb_project", default="MiniMind")
+    saving.add_argument("--log_interval", type=positive_int, default=10, help="steps between log lines")
+    saving.add_argument(
+        "--resume", action=BooleanFlag, help="continue where the last run stopped, or start if there is none"
+    )
+    saving.add_argument("--overwrite", action=BooleanFlag, help="replace the weights of an earlier run")
+    saving.add_argument("--use_wandb", action=BooleanFlag, help="also log to Weights & Biases")
+    saving.add_argument("--wandb_project", type=text, default="MiniMind")
     parser.set_defaults(**defaults)
     return parser
 
@@ -219,7 +265,7 @@ def deepspeed_config(args) -> dict:
         if not isinstance(config, dict):
             raise UserError(f"--deepspeed {args.deepspeed}: not a JSON object")
         if dropped := [name for name in FLAGS_DECIDE if name in config]:
-            note(f"{args.deepspeed}: the flags decide instead of {', '.join(dropped)}")
+            print_notice(f"{args.deepspeed}: the flags decide instead of {', '.join(dropped)}")
     return {name: value for name, value in config.items() if name not in FLAGS_DECIDE} | {
         "train_micro_batch_size_per_gpu": args.batch_size,
         "gradient_accumulation_steps": 1,  # the loop says where a step ends: the last one of an epoch is shorter

@@ -2,39 +2,59 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from dataset.lm_dataset import RowDataset
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
-from trainer.engine import full_state_dict, plain_model
+from trainer.device import index_of, random_state, set_random_state
 from trainer.errors import UserError
-from trainer.files import cannot_write, load_tensors, replacing, save_json, save_tensors, writing_tensors
+from trainer.files import (
+    file_hash,
+    flush_to_disk,
+    left_by_a_kill,
+    load_tensors,
+    move,
+    replacing,
+    save_json,
+    save_tensors,
+    write_error,
+    writing_tensors,
+)
+from trainer.parallel import full_state_dict, plain_model, require_same_weights
+from trainer.resume_files import seal, unseal
+from trainer.run_lock import lock_run, owner_of
 from trainer.runtime import Runtime, Totals
 from trainer.weights import architecture, weights_path
 
 # A run that goes on must have every setting that it had, except these that change no number…
-FREE = (
+MAY_CHANGE = (
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
     *("overwrite", "compile", "gradient_checkpointing", "use_wandb", "wandb_project", "local_rank", "ddp"),
+    *("data_path", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
     *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
 )
-SAID = ("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype")  # …and these, when it is said
+MAY_CHANGE_WITH_NOTICE = (
+    "epochs",
+    "max_steps",
+    "learning_rate",
+    "warmup_iters",
+    "grad_clip",
+    "dtype",
+)  # …and these, when it is said
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is: optimizer steps, real tokens seen, seconds of training, steps skipped as not finite."""
+    """How far a run is: optimizer steps, non-padding tokens seen, seconds of training, steps skipped as not finite."""
 
     step: int = 0
     tokens: int = 0
@@ -48,7 +68,7 @@ class Progress:
         """Count the step just taken."""
         now = time.monotonic()
         self.step += 1
-        self.tokens += int(totals.real)
+        self.tokens += int(totals.non_padding_tokens)
         self.seconds += now - self._counted_at
         self.skipped = skipped
         self._counted_at = now
@@ -87,6 +107,7 @@ class Checkpoint:
         self.runtime = runtime
         self.keep = keep
         self.resuming = args.resume
+        self._saved_step: int | None = None
         self.about = {
             "config": architecture(config) | {"max_seq_len": config.max_seq_len},
             "stage": stage,
@@ -94,10 +115,7 @@ class Checkpoint:
             "data_path": str(args.data_path),
             **facts,
         }
-        data = Path(args.data_path)
-        self.settings = {name: value for name, value in vars(args).items() if name not in FREE} | {
-            "data_path": str(data.resolve()),
-            "size of data_path": data.stat().st_size if data.is_file() else None,
+        self.settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
             "deepspeed": bool(args.deepspeed),
             "zero_stage": (runtime.deepspeed_config or {}).get("zero_optimization", {}).get("stage", 0),
             "world_size": runtime.world_size,
@@ -108,33 +126,15 @@ class Checkpoint:
         }
         if args.max_seq_len > config.max_seq_len:
             raise UserError(f"--max_seq_len {args.max_seq_len}: the model takes at most {config.max_seq_len} tokens")
+        if not runtime.is_main:  # what lies on another machine decides nothing: rank 0 does
+            return
         if args.resume and self.path.exists() and not self.pointer.is_file():
             raise UserError(
                 f"{self.path} is there, but nothing in {self.folder} to go on from: --overwrite replaces it"
             )
         if not (args.resume or args.overwrite) and (self.path.exists() or self.pointer.is_file()):
             raise UserError(f"{self.path} is there already: --resume goes on with that run, --overwrite replaces it")
-        if runtime.is_main:
-            self._lock = self._locked()
-
-    def _locked(self):
-        """The open file whose lock keeps a second run away; it ends with this process."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(self.folder / "lock", "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        except OSError as error:
-            raise cannot_write(self.folder, error) from error
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            raise UserError(f"{self.path} is being written by another run (process {file.read().strip()})") from None
-        except OSError:
-            return file  # a file system that has no locks
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        return file
+        self._lock = lock_run(self.folder, self.path)
 
     def save(self, model: nn.Module, optimizer, scaler, progress: Progress, metrics: dict) -> None:
         """Write everything; all ranks must call it.
@@ -144,52 +144,77 @@ class Checkpoint:
         """
         run = self.runtime
         weights = full_state_dict(model, run, self.keep)
+        random = run.gather(random_state(run.device))
         with self._new_folder(f"step_{progress.step:08d}") as folder:
-            save_tensors(self._random_state(), folder / f"rank_{run.rank}.pt")
             if run.deepspeed_config:
                 with writing_tensors():
                     model.save_checkpoint(str(folder), tag="engine")
-            if run.is_main:
-                save_tensors(weights, folder / "model.pth")
-                save_json(self.about | dataclasses.asdict(progress) | {"metrics": metrics}, folder / "model.json")
-                state = {"scaler": scaler.state_dict()}
-                if not run.deepspeed_config:
-                    state["optimizer"] = optimizer.state_dict()
-                save_tensors(state, folder / "optimizer.pt")
-                save_json({"progress": dataclasses.asdict(progress), "settings": self.settings}, folder / "state.json")
+                _wait(run)  # every rank has written its part
+            if not run.is_main:
+                return
+            written = sorted(path for path in folder.rglob("*") if path.is_file())
+            for path in written:
+                flush_to_disk(path)
+            hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in written}
+            for rank, state in enumerate(random):
+                hashes[f"rank_{rank}.pt"] = save_tensors(state, folder / f"rank_{rank}.pt")
+            hashes["model.pth"] = save_tensors(weights, folder / "model.pth")
+            about = self.about | dataclasses.asdict(progress) | {"metrics": metrics, "sha256": hashes["model.pth"]}
+            save_json(about, folder / "model.json")
+            state = {"scaler": scaler.state_dict()}
+            if not run.deepspeed_config:
+                state["optimizer"] = optimizer.state_dict()
+            hashes["optimizer.pt"] = save_tensors(state, folder / "optimizer.pt")
+            seal(folder, {"progress": dataclasses.asdict(progress), "settings": self.settings}, hashes)
+        self._saved_step = progress.step
+
+    def add_metrics(self, progress: Progress, metrics: dict) -> None:
+        """Tell in the json what was measured of the weights after they were saved; nothing when this step saved none.
+
+        Raises:
+            UserError: it could not be written; the json is as it was.
+        """
+        if not self.runtime.is_main or self._saved_step != progress.step:
+            return
+        path = self.folder / self.pointer.read_text(encoding="utf-8").strip() / "model.json"
+        about = json.loads(path.read_text(encoding="utf-8"))
+        for place in (path, self.path.with_suffix(".json")):
+            save_json(about | {"metrics": metrics}, place)
 
     @contextlib.contextmanager
     def _new_folder(self, name: str) -> Iterator[Path]:
-        """A folder that all ranks write into; when all have, it becomes the one to go on from."""
+        """A folder to write into; when rank 0 has written all of it, it becomes the one to go on from."""
         run, temporary, final = self.runtime, self.folder / ".saving", self.folder / name
         try:
-            if run.is_main and temporary.exists():
-                shutil.rmtree(temporary)
+            if run.is_main:
+                if temporary.exists():
+                    shutil.rmtree(temporary)
+                temporary.mkdir(parents=True)
             _wait(run)
-            temporary.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _wait(run)
             if not run.is_main:
                 return
             while final.exists():  # the run that this one replaces stopped at the same step
                 final = final.with_name(final.name + "_")
-            os.replace(temporary, final)
+            move(temporary, final)
             with replacing(self.pointer) as pointer:
                 pointer.write_text(final.name, encoding="utf-8")
             self._publish(final)
             self._tidy(final)
         except OSError as error:
-            raise cannot_write(final, error) from error
+            raise write_error(final, error) from error
         finally:
             if run.is_main and temporary.exists():
                 shutil.rmtree(temporary)
 
     def _tidy(self, current: Path) -> None:
         """Delete older states, and what a killed run was writing."""
-        for left in (*self.folder.iterdir(), *self.path.parent.iterdir()):
-            if left.parent == self.folder and left.is_dir() and left != current:
+        for left in self.folder.iterdir():
+            if left.is_dir() and left != current:
                 shutil.rmtree(left)
-            elif left.name.endswith(".tmp") and left.name.startswith((f".{self.path.stem}.", f".{self.pointer.name}.")):
+        beside = (".pth", ".json", ".metrics.jsonl", ".png")
+        for path in (self.pointer, *(self.path.with_suffix(suffix) for suffix in beside)):
+            for left in left_by_a_kill(path):
                 left.unlink()
 
     def _publish(self, folder: Path) -> None:
@@ -198,39 +223,72 @@ class Checkpoint:
             with replacing(path) as temporary:
                 shutil.copyfile(folder / name, temporary)
 
-    def load(self, model: nn.Module, optimizer, scaler) -> Progress:
+    def load(self, model: nn.Module, optimizer, scaler, dataset: RowDataset | None = None) -> Progress:
         """Continue: fill model, optimizer, scaler and random state with what was saved last; nothing saved = a start.
 
-        From here on Ctrl-C and SIGTERM save first.
+        All ranks must call it: rank 0 decides. From here on Ctrl-C and its like save first.
+
+        Args:
+            dataset: what the run learns from; it must hold what it held.
 
         Raises:
-            UserError: the saved run had other settings, so that it cannot be continued exactly; or it is damaged.
+            UserError: the saved run had other settings or data, so that it cannot be continued exactly; or it is
+                damaged; or a rank has other settings, data, files or weights than rank 0.
         """
-        progress = Progress()
-        if self.resuming and self.pointer.is_file():
-            folder = self.folder / self.pointer.read_text(encoding="utf-8").strip()
+        run, progress = self.runtime, Progress()
+        if dataset is not None:
+            self.settings["data"] = dataset.identity
+        self._compare_ranks()
+        saved = run.gather(self._saved_last())[0]
+        if saved is not None:
+            folder = self.folder / saved
             try:
-                state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+                state = unseal(folder, run)
+                then = state["settings"].pop("data", {})  # none by earlier versions
+                if dataset is not None and (change := dataset.changed_since(then)):
+                    raise UserError(f"--resume: {change}; or start anew with --overwrite")
                 self._compare(state["settings"])
                 self._restore(folder, model, optimizer, scaler)
                 progress = Progress(**state["progress"])
-                if self.runtime.is_main:
+                if run.is_main:
                     self._mend(folder)
             except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
                     f"{folder} cannot be continued ({type(error).__name__}: {reason}): --overwrite starts anew"
                 ) from error
-            self.runtime.non_finite = progress.skipped
-            self.runtime.say(f"resumed at step {progress.step} from {folder}")
-        self.runtime.catch_signals()
+            require_same_weights(model, run)
+            run.non_finite = progress.skipped
+            run.print(f"resumed at step {progress.step} from {folder}")
+        run.catch_signals()
         return progress
 
+    def _saved_last(self) -> str | None:
+        """The name of the folder to go on from; None to start."""
+        if self.resuming and self.pointer.is_file():
+            return self.pointer.read_text(encoding="utf-8").strip()
+        return None
+
+    def _compare_ranks(self) -> None:
+        """Refuse ranks that would not train one and the same run: other data, another tokenizer or teacher, say."""
+        settings = self.runtime.gather({name: value for name, value in self.settings.items() if name != "data_path"})
+        for rank, theirs in enumerate(settings):
+            for name, value in theirs.items():
+                if value != settings[0].get(name):
+                    raise UserError(f"rank {rank} has {name} {value}, and rank 0 has {settings[0].get(name)}")
+
+        if self.settings["zero_stage"] and self.runtime.first_that_differs(owner_of(self.folder)):
+            raise UserError(
+                f"{self.folder} is another folder on another machine, and DeepSpeed's ZeRO keeps a part of each rank "
+                "there: give all machines one --out_dir that they share"
+            )
+
     def _mend(self, folder: Path) -> None:
-        """Put right what a crash between the parts of a save left."""
-        beside = self.path.with_suffix(".json")
-        saved = (folder / "model.json").read_bytes()
-        if not self.path.exists() or not beside.is_file() or beside.read_bytes() != saved:
+        """Put right what a crash between the parts of a save left, or what has been damaged since."""
+        beside, saved = self.path.with_suffix(".json"), folder / "model.json"
+        there = self.path.is_file() and beside.is_file()
+        weights = json.loads(saved.read_text(encoding="utf-8")).get("sha256")  # None: saved by an earlier version
+        if not there or beside.read_bytes() != saved.read_bytes() or weights not in (None, file_hash(self.path)):
             self._publish(folder)
         self._tidy(folder)
 
@@ -240,12 +298,12 @@ class Checkpoint:
             theirs = saved.get(name, ours)
             if theirs == ours:
                 continue
-            if name not in SAID:
+            if name not in MAY_CHANGE_WITH_NOTICE:
                 raise UserError(
                     f"--resume: the saved run had {name} {theirs}, this one has {ours}; "
                     "give the same, or start anew with --overwrite"
                 )
-            self.runtime.say(f"--resume: {name} was {theirs} and is {ours} from now on")
+            self.runtime.print(f"--resume: {name} was {theirs} and is {ours} from now on")
 
     def _restore(self, folder: Path, model: nn.Module, optimizer, scaler) -> None:
         state = load_tensors(folder / "optimizer.pt")
@@ -259,18 +317,9 @@ class Checkpoint:
             given = {key: value for key, value in plain.state_dict().items() if not self.keep(key)}
             plain.load_state_dict(given | load_tensors(folder / "model.pth"))
             optimizer.load_state_dict(state["optimizer"])
-        random = load_tensors(folder / f"rank_{self.runtime.rank}.pt")
-        torch.set_rng_state(random["cpu"])
-        if self.runtime.device.type == "cuda" and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"], self.runtime.device)
-
-    def _random_state(self) -> dict:
-        state = {"cpu": torch.get_rng_state()}
-        if self.runtime.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state(self.runtime.device)
-        return state
+        set_random_state(self.runtime.device, load_tensors(folder / f"rank_{self.runtime.rank}.pt"))
 
 
 def _wait(runtime: Runtime) -> None:
     if runtime.world_size > 1:
-        dist.barrier(device_ids=[runtime.device.index] if runtime.device.type == "cuda" else None)
+        dist.barrier(device_ids=index_of(runtime.device))

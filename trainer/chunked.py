@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def sum_in_parts(loss_of: Callable[[Tensor, int], Tensor], logits: Tensor, sizes: Iterable[int]) -> Tensor:
+def sum_in_chunks(loss_of: Callable[[Tensor, int], Tensor], logits: Tensor, sizes: Iterable[int]) -> Tensor:
     """The sum of `loss_of` over parts of `logits`, each differentiated before the next one starts.
 
     What a loss needs on its way (softmaxes, another model's logits) so exists for one part only; of the whole there
@@ -26,10 +26,10 @@ def sum_in_parts(loss_of: Callable[[Tensor, int], Tensor], logits: Tensor, sizes
     sizes = list(sizes)
     if sum(sizes) != len(logits):
         raise ValueError(f"parts of {sum(sizes)} tokens for {len(logits)}")
-    return _SumInParts.apply(logits, loss_of, sizes)
+    return _SumInChunks.apply(logits, loss_of, sizes)
 
 
-class _SumInParts(torch.autograd.Function):
+class _SumInChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, loss_of: Callable[[Tensor, int], Tensor], sizes: list[int]) -> Tensor:
         gradient = torch.empty_like(logits)

@@ -6,13 +6,14 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dataset import StepLoader
+from dataset.caches import limit_caches
 from trainer.runtime import Runtime
 
 
 def open_data(
     dataset_class: type[Dataset], args, tokenizer: PreTrainedTokenizerBase, run: Runtime
 ) -> tuple[StepLoader, Dataset | None]:
-    """The training rows by steps, and the held-out rows: those of --eval_path, else some kept aside of --data_path;
+    """The training rows by steps, and the held-out rows: those of --eval_path, else some held out of --data_path;
     None with --eval_interval 0, or when the data is too small to spare any.
 
     Raises:
@@ -24,15 +25,18 @@ def open_data(
             path, tokenizer, args.max_seq_len, args.packing, args.skip_bad_lines, seed=args.seed, part=part
         )
 
-    keep_aside = bool(args.eval_interval) and not args.eval_path
+    hold_out = bool(args.eval_interval) and not args.eval_path
     with run.main_first():
-        train = rows(args.data_path, "train" if keep_aside else "all")
+        train = rows(args.data_path, "train" if hold_out else "all")
         held_out = None
         if args.eval_interval:
-            held_out = rows(args.eval_path or args.data_path, "eval" if keep_aside else "all")
-    run.say(train.summary)
+            held_out = rows(args.eval_path or args.data_path, "eval" if hold_out else "all")
+        # A stage that opens more of them limits them all after that, lest it lose what it is about to open
+        if not (getattr(args, "cache_features", False) or getattr(args, "cache_reference", False)):
+            limit_caches([args.data_path], args.cache_limit)
+    run.print(train.summary)
     if held_out is not None:
-        run.say(f"held out: {held_out.summary}")
+        run.print(f"held out: {held_out.summary}")
     loader = StepLoader(
         train,
         args.batch_size,

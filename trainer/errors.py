@@ -1,13 +1,18 @@
 """How a script ends when the user can mend what is wrong: one line that says what to do, exit code 2, no traceback."""
 
+import importlib.util
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
 
+from trainer.start import missing
+
 # PyTorch has no exceptions of their own for these
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+LOST_WORKER = "DataLoader worker (pid"
+BROKEN_PIPE = 128 + 13  # as a shell has it; Windows has no SIGPIPE
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 
 
@@ -15,14 +20,13 @@ class UserError(Exception):
     """Something the user can mend; the message says what is wrong and what to do, in one line."""
 
 
-def launch(main: Callable[[], None]) -> None:
+def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that the user can mend becomes one line on stderr and exit code 2.
 
     Of several ranks one speaks: rank 0 at once, another that fails alone a little later, and those last that fail
     because one is gone; the launcher ends the rest as soon as it can.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    _prepare_streams()
     try:
         main()
         sys.stdout.flush()
@@ -30,33 +34,59 @@ def launch(main: Callable[[], None]) -> None:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(BROKEN_PIPE)
     except Exception as error:
         message, rank = _message(error), os.environ.get("RANK", "0")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(6 if message is None else 3 if rank != "0" else 0)
             if any(words in str(error) for words in LOST_PEER):
-                note(f"rank {rank} ends, as another rank has ended", every_rank=True)
+                print_notice(f"rank {rank} ends, as another rank has ended", every_rank=True)
                 sys.exit(2)
         if message is None:
             raise
-        note(f"error: {message}", every_rank=True)
+        print_notice(f"error: {message}", every_rank=True)
         sys.exit(2)
 
 
-def note(text: str, every_rank: bool = False) -> None:
+def _prepare_streams() -> None:
+    """Whatever reads what we print, or nobody: neither is a reason to stop."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    if sys.platform == "win32":  # where pipes and files would be written in an old code page
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="utf-8")
+
+
+def shown(text: object) -> str:
+    """A path, or text with one in it, as any file, terminal or library takes it: a name that is not UTF-8, which Python
+    keeps as half characters, with those spelled out."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def print_notice(text: str, every_rank: bool = False) -> None:
     """Print a line on stderr, on rank 0 alone or on every rank."""
     if every_rank or os.environ.get("RANK", "0") == "0":
-        print(" ".join(text.split()), file=sys.stderr, flush=True)
+        print(shown(" ".join(text.split())), file=sys.stderr, flush=True)
 
 
 def _message(error: Exception) -> str | None:
     """What to tell the user; None for an error that is the program's own."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        return missing([package]) if package and importlib.util.find_spec(package) is None else None
     from dataset.jsonl import DataError  # here, since it brings torch, for which --help need not wait
 
     if isinstance(error, UserError | DataError):
         return str(error)
+    if str(error).startswith(LOST_WORKER):
+        return (
+            f"a process of --num_workers has ended ({' '.join(str(error).split())}): out of memory, or of room in "
+            "/dev/shm (docker run --shm-size 2g)? Try fewer of them, or --num_workers 0"
+        )
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or CPU_OUT_OF_MEMORY in str(error):
         return (

@@ -1,6 +1,8 @@
 """Files that are whole or not there: written beside their place, then renamed over it."""
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -15,24 +17,72 @@ from trainer.errors import UserError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; renamed over `path` once written and flushed, deleted on any failure.
 
+    Where `path` is a symbolic link, it stays one: the file it leads to is replaced, where that lies.
+
     Raises:
         UserError: it could not be written (disk full, no permission); `path` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = real_place(path)
+    temporary = target.with_name(f"{_prefix(target)}{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        flush_to_disk(temporary)
+        move(temporary, target)
     except OSError as error:
-        raise cannot_write(path, error) from error
+        raise write_error(path, error) from error
     finally:
         if temporary.exists():
             temporary.unlink()
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
+def real_place(path: Path) -> Path:
+    """Where a file or folder lies, through all symbolic links."""
+    return Path(os.path.realpath(path))
+
+
+def left_by_a_kill(path: Path) -> list[Path]:
+    """What `replacing(path)` was writing when a process was killed."""
+    target = real_place(path)
+    if not target.parent.is_dir():
+        return []
+    return [file for file in target.parent.iterdir() if file.name.startswith(_prefix(target)) and file.suffix == ".tmp"]
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}."
+
+
+def move(path: Path, to: Path) -> None:
+    """Rename within a folder, over what is there; the rename is on the disk before this returns."""
+    os.replace(path, to)
+    _folder_to_disk(to.parent)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Flush a file: after a power cut it must not have its final name and half its content."""
+    with open(path, "rb+") as file:  # Windows flushes only what is open for writing
+        os.fsync(file.fileno())
+
+
+def _folder_to_disk(folder: Path) -> None:
+    """Flush the names in a folder, where a system has that (Windows has not, nor have some network file systems)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # one that may be written and not listed
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def write_error(path: Path, error: OSError) -> UserError:
     """The error to raise when writing to `path` failed."""
     return UserError(
         f"cannot write {path}: {error.strerror or error}; what was there before is whole: "
@@ -40,10 +90,27 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
-def save_tensors(content, path: Path) -> None:
-    """`torch.save`, whole or not at all."""
+def save_tensors(content, path: Path) -> str:
+    """`torch.save`, whole or not at all; returns the file's SHA-256."""
     with replacing(path) as temporary, writing_tensors(), open(temporary, "wb") as file:
-        torch.save(content, file)
+        hashing = _Hashing(file)
+        torch.save(content, hashing)
+    return hashing.digest.hexdigest()
+
+
+class _Hashing:
+    """A file to write to from its beginning to its end, hashed on the way."""
+
+    def __init__(self, file):
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 @contextlib.contextmanager
@@ -57,9 +124,38 @@ def writing_tensors() -> Iterator[None]:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def save_json(content: dict, path: Path) -> None:
+def save_json(content: dict, path: Path) -> str:
+    """A dict as JSON that people can read, whole or not at all; returns the file's SHA-256."""
+    text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    data = text.encode(errors="backslashreplace")  # a file's name that is not UTF-8 in JSON's own escapes
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        temporary.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """A file's SHA-256, 64 hex digits; half a second a GB."""
+    short_hash = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            short_hash.update(block)
+    return short_hash.hexdigest()
+
+
+def check_hash(path: Path, beside: Path, about: dict) -> None:
+    """Compare a .pth with the "sha256" that the json beside it tells of it; one that tells none is not checked.
+
+    Nor is the same file in another format, which shares the json.
+
+    Raises:
+        UserError: the file is not what was written.
+    """
+    if path.suffix == ".pth" and "sha256" in about and file_hash(path) != about["sha256"]:
+        raise UserError(
+            f"{path} is not what was written (another sha256 than in {beside}): it is damaged, was changed, or a save "
+            "was cut short: --resume of the stage that wrote it mends it, else restore it; if you have changed it "
+            f'yourself, take "sha256" out of {beside}'
+        )
 
 
 def load_tensors(path: Path) -> dict:

@@ -4,15 +4,19 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 from tqdm import tqdm
 
+from dataset import DataError
 from trainer.checkpoint import Progress
-from trainer.errors import UserError
-from trainer.files import cannot_write, replacing
+from trainer.errors import UserError, print_notice, shown
+from trainer.evaluation import EvaluationError
+from trainer.files import replacing, write_error
 from trainer.runtime import Runtime
+from trainer.signals import terminal_may_go
 
 EVERY_STAGE = ("loss", "lr", "grad_norm")  # what each logs of a step; the others' names are shown with their values
 
@@ -44,10 +48,9 @@ class Metrics:
         if not self.on:
             return
         millions = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) / 1e6  # ZeRO-3 keeps a share
-        print(
+        runtime.print(
             f"{path.stem}: {millions:.2f} M parameters, {total_steps} steps on {runtime.device}, "
-            f"{args.dtype}, {runtime.engine}",
-            flush=True,
+            f"{args.dtype}, {runtime.engine}"
         )
         if sys.stdout.isatty():
             self._bar = tqdm(total=total_steps, initial=progress.step, file=sys.stdout, unit="step", dynamic_ncols=True)
@@ -60,7 +63,7 @@ class Metrics:
         return step % interval == 0 or step == self.total_steps or stopping
 
     def log(self, **values: float) -> None:
-        """Report a training step: loss, rate, what else the stage measures, real tokens a second since the last report,
+        """Report a training step: loss, rate, what else the stage measures, tokens per second since the last report,
         time left."""
         progress, now = self.progress, time.monotonic()
         speed = (progress.tokens - self._since_tokens) / max(1e-9, now - self._since)
@@ -72,26 +75,39 @@ class Metrics:
         short = "  ".join([f"loss {values['loss']:.4f}  lr {values['lr']:.2e}", *further, f"{speed:,.0f} tokens/s"])
         if progress.skipped:
             short += f"  {progress.skipped} steps skipped (not finite)"
-        if self._bar is not None:
-            self._bar.set_postfix_str(short, refresh=False)
-            self._bar.update(progress.step - self._bar.n)
-        else:
-            left = (self.total_steps - progress.step) * progress.seconds / progress.step
-            print(f"step {progress.step}/{self.total_steps}  {short}  {_clock(left)} left", flush=True)
+        left = (self.total_steps - progress.step) * progress.seconds / progress.step
+        with terminal_may_go():
+            if self._bar is not None:
+                self._bar.set_postfix_str(short, refresh=False)
+                self._bar.update(progress.step - self._bar.n)
+            else:
+                print(f"step {progress.step}/{self.total_steps}  {short}  {_clock(left)} left", flush=True)
 
-    def log_evaluation(self, values: dict[str, float]) -> None:
-        """Report an evaluation on held-out lines."""
+    def log_evaluation(self, evaluate: Callable[[], dict[str, float]]) -> None:
+        """Evaluate on held-out lines and report it. One that fails costs an evaluation and not the training: the rank
+        where it failed says why, and all of them go on."""
+        try:
+            values = evaluate()
+        except EvaluationError as error:
+            if (cause := error.__cause__) is not None:
+                reason = str(cause) if isinstance(cause, UserError | DataError) else f"{type(cause).__name__}: {cause}"
+                print_notice(
+                    f"no evaluation at step {self.progress.step}, as it failed ({reason[:300]})", every_rank=True
+                )
+            return
         self._report(values)
         if self.on:
             text = ", ".join(f"{_words(name.removeprefix('eval_'))} {value:.4f}" for name, value in values.items())
-            tqdm.write(f"step {self.progress.step}  held out: {text}")
+            with terminal_may_go():
+                tqdm.write(f"step {self.progress.step}  held out: {text}")
 
     def close(self) -> None:
         """Draw the curve and end the bar."""
         if not self.on:
             return
         if self._bar is not None:
-            self._bar.close()
+            with terminal_may_go():
+                self._bar.close()
         if self._wandb is not None:
             self._wandb.finish()
         draw_curve(self.path)
@@ -110,7 +126,7 @@ class Metrics:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise cannot_write(self.path, error) from error
+            raise write_error(self.path, error) from error
         if self._wandb is not None:
             self._wandb.log(values, step=progress.step)
 
@@ -128,13 +144,14 @@ def _start_wandb(args, name: str):
     import wandb
 
     try:
-        return wandb.init(project=args.wandb_project, name=name, config=vars(args))
+        settings = {key: shown(value) if isinstance(value, str) else value for key, value in vars(args).items()}
+        return wandb.init(project=args.wandb_project, name=shown(name), config=settings)
     except wandb.Error as error:
         raise UserError(f"--use_wandb: {error} (WANDB_MODE=offline needs no account)") from error
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file, without one that a crash cut off; nothing when there is no file."""
+    """The lines of a metrics file, without one that a crash cut off; nothing when there is not a file."""
     if not path.is_file():
         return []
     lines = []
@@ -153,14 +170,18 @@ def draw_curve(metrics: Path) -> Path | None:
     held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
     if not trained:
         return None
-    from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
+    try:
+        from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
+    except ImportError as error:
+        print_notice(f"no loss curve is drawn: {error}")
+        return None
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*trained, strict=True), label="training", linewidth=1.2)
     if held_out:
         axes.plot(*zip(*held_out, strict=True), label="held out", marker="o", markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats)", title=metrics.name.split(".")[0])
+    axes.set(xlabel="optimizer step", ylabel="loss (nats)", title=shown(metrics.name.split(".")[0]))
     axes.grid(alpha=0.3)
     axes.legend()
     image = metrics.with_name(metrics.name.replace(".metrics.jsonl", ".png"))

@@ -10,32 +10,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dataset import DPODataset, StepLoader, collate
-from dataset.cache_folder import digest, find_cache_folder, open_cache_folder, to_disk
-from model.model import IGNORED, predicting
+from dataset import DPODataset, collate
+from dataset.cache_folder import find_cache, hold, open_cache, short_hash
+from model.loss import IGNORE_INDEX, target_mask
+from trainer.evaluation import held_out_loader, sum_over_ranks
 from trainer.runtime import Runtime
 from trainer.weights import architecture
 
-FIGURES = ("loss", "reward_accuracy", "accuracy", "margin", "chosen", "rejected", "kl")  # see `figures`
+DPO_METRICS = ("loss", "reward_accuracy", "accuracy", "margin", "chosen", "rejected", "kl")  # see `dpo_metrics`
 FORMAT = 1  # of a reference cache; to be raised when the way its numbers are computed changes
 
 
 def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
-    """log p of each learned token, in nats.
+    """log p of each target token, in nats.
 
     Args:
-        logits: those at `predicting(labels)`, (learned, vocab), any float dtype; the softmax is taken in fp32.
+        logits: those at `target_mask(labels)`, (learned, vocab), any float dtype; the softmax is taken in fp32.
         labels: (batch, n) int64, not shifted; -100 is not learned.
 
     Returns:
         (learned,) fp32.
     """
     targets = labels[:, 1:]
-    return -F.cross_entropy(logits.float(), targets[targets != IGNORED], reduction="none")
+    return -F.cross_entropy(logits.float(), targets[targets != IGNORE_INDEX], reduction="none")
 
 
-def by_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Sum a number of each learned token over the answer that it belongs to.
+def sum_per_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Sum a number of each target token over the answer that it belongs to.
 
     Args:
         values: (learned,) fp32, as of `token_log_probs`.
@@ -46,7 +47,7 @@ def by_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tenso
     """
     starts = (batch["position_ids"] == 0) & batch["attention_mask"]
     answers = starts.flatten().cumsum(0).view_as(starts) - 1
-    sums = values.new_zeros(int(starts.sum())).index_add(0, answers[:, 1:][labels[:, 1:] != IGNORED], values)
+    sums = values.new_zeros(int(starts.sum())).index_add(0, answers[:, 1:][labels[:, 1:] != IGNORE_INDEX], values)
     return sums.view(-1, 2)
 
 
@@ -54,20 +55,22 @@ def count_pairs(batches: list[dict[str, Tensor]]) -> int:
     return sum(int(((batch["position_ids"] == 0) & batch["attention_mask"]).sum()) // 2 for batch in batches)
 
 
-def reference_of(batch: dict[str, Tensor], labels: Tensor, frozen: nn.Module | None) -> Tensor:
-    """What the reference gives each learned token, (learned,) fp32; `batch` loses its column `reference`.
+def reference_log_probs(batch: dict[str, Tensor], labels: Tensor, frozen: nn.Module | None) -> Tensor:
+    """What the reference gives each target token, (learned,) fp32; `batch` loses its column `reference`.
 
     Args:
         frozen: the model to ask, None where the batch brings the answer from the cache.
     """
     cached = batch.pop("reference", None)
     if frozen is None:
-        return cached[:, 1:][labels[:, 1:] != IGNORED]
+        return cached[:, 1:][labels[:, 1:] != IGNORE_INDEX]
     with torch.no_grad():
-        return token_log_probs(frozen(**batch, logits_to_keep=predicting(labels)).logits, labels)
+        return token_log_probs(frozen(**batch, logits_to_keep=target_mask(labels)).logits, labels)
 
 
-def attach_reference(dataset: DPODataset, model: nn.Module, model_hash: str, run: Runtime, batch_size: int) -> None:
+def attach_reference_log_probs(
+    dataset: DPODataset, model: nn.Module, model_hash: str, run: Runtime, batch_size: int
+) -> None:
     """Give the dataset its column `reference`: log-probabilities under `model`, computed once and kept on disk.
 
     They lie beside the dataset's token cache, under a name in which everything has a part that decides them: the
@@ -77,18 +80,25 @@ def attach_reference(dataset: DPODataset, model: nn.Module, model_hash: str, run
         DataError: they cannot be written.
     """
     decided_by = [FORMAT, dataset.rows_key, model_hash, architecture(model.config), str(run.dtype), run.device.type]
-    place = (dataset.data_path, dataset.cache.folder.name.split("-")[0], f"reference-{digest(decided_by)}")
-    (missing,) = run.sum(find_cache_folder(*place) is None)  # somewhere: machines have disks of their own
-    values = _all_log_probs(dataset, model, run, batch_size) if missing else None
+    place = (dataset.data_path, dataset.cache.folder.name.split("-")[0], f"reference-{short_hash(decided_by)}")
+
+    def load(folder: Path) -> np.ndarray:
+        values = np.load(folder / "log_probs.npy", mmap_mode="r")
+        hold(folder, values)
+        if values.shape != (dataset.cache.lengths.sum(),):
+            raise ValueError(f"log_probs.npy is of shape {values.shape}")
+        return values
 
     def build(folder: Path) -> None:
-        with open(folder / "log_probs.npy", "wb") as file:
-            np.save(file, values)
-            to_disk(file)
+        np.save(folder / "log_probs.npy", values)
 
-    with run.main_first():
-        folder = open_cache_folder(*place, build)
-    dataset.reference = np.load(folder / "log_probs.npy", mmap_mode="r")
+    reference = find_cache(*place, load)
+    (missing,) = run.sum(reference is None)  # somewhere: machines have disks of their own
+    if missing:
+        values = _all_log_probs(dataset, model, run, batch_size)
+        with run.main_first():
+            reference = open_cache(*place, load, build)
+    dataset.reference = reference
 
 
 @torch.no_grad()
@@ -105,8 +115,8 @@ def _all_log_probs(dataset: DPODataset, model: nn.Module, run: Runtime, batch_si
         places = torch.zeros_like(labels, device="cpu")
         places[batch["attention_mask"].cpu()] = torch.from_numpy(np.concatenate([dataset.places(row) for row in rows]))
         with run.autocast():
-            logits = model(**batch, logits_to_keep=predicting(labels)).logits
-        learned = places[:, 1:][labels[:, 1:].cpu() != IGNORED]
+            logits = model(**batch, logits_to_keep=target_mask(labels)).logits
+        learned = places[:, 1:][labels[:, 1:].cpu() != IGNORE_INDEX]
         values[learned.numpy()] = token_log_probs(logits, labels).cpu().numpy()
     model.train(training)
     if run.world_size > 1:
@@ -119,7 +129,7 @@ def _all_log_probs(dataset: DPODataset, model: nn.Module, run: Runtime, batch_si
 # --------------------------------------------------------------------------------------------------------- measures
 
 
-def figures(
+def dpo_metrics(
     policy: Tensor,
     reference: Tensor,
     batch: dict[str, Tensor],
@@ -135,18 +145,18 @@ def figures(
     tokens: an estimate of the KL divergence (Schulman, joschu.net/blog/kl-approx.html, 2020), here on given answers.
 
     Args:
-        policy, reference: log-probability of each learned token, (learned,) fp32.
+        policy, reference: log-probability of each target token, (learned,) fp32.
         loss_function: from (pairs, 2) log-probabilities of policy and reference to each pair's loss and margin.
 
     Returns:
         (7,) fp32.
     """
-    lengths = by_answer(torch.ones_like(policy), batch, labels)
+    lengths = sum_per_answer(torch.ones_like(policy), batch, labels)
     divisor = lengths if length_normalize else 1
-    ours, theirs = (by_answer(values, batch, labels) / divisor for values in (policy, reference))
+    ours, theirs = (sum_per_answer(values, batch, labels) / divisor for values in (policy, reference))
     losses, margins = loss_function(ours, theirs)
     ours, margins = ours.detach(), margins.detach()
-    moved = by_answer((policy.detach() - reference).square() / 2, batch, labels)
+    moved = sum_per_answer((policy.detach() - reference).square() / 2, batch, labels)
     kl = moved.sum(1) / lengths.sum(1)
     each = (losses, margins > 0, ours[:, 0] > ours[:, 1], margins, ours[:, 0], ours[:, 1], kl)
     return torch.stack([values.sum().float() for values in each])
@@ -164,22 +174,25 @@ def evaluate_pairs(
     """FIGURES of the held-out pairs, means over all of them on all ranks, each by its name with "eval_" before it.
 
     Args:
-        frozen: as of `reference_of`.
-        measure: `figures` with the stage's settings.
+        frozen: as of `reference_log_probs`.
+        measure: `dpo_metrics` with the stage's settings.
+
+    Raises:
+        EvaluationError: as of `sum_over_ranks`.
     """
-    loader = StepLoader(held_out, batch_size, 1, 1, 0, rank=run.rank, world_size=run.world_size)
-    training = model.training
-    model.eval()
-    measured = torch.zeros(len(FIGURES), device=run.device)
-    pairs = 0
-    for (batch,) in loader.steps():
-        pairs += count_pairs([batch])
-        batch = run.to_device(batch)
-        labels = batch.pop("labels")
-        with run.autocast():
-            reference = reference_of(batch, labels, frozen)
-            policy = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
-        measured += measure(policy, reference, batch, labels)
-    model.train(training)
-    pairs, *sums = run.sum(pairs, *measured.tolist())
-    return {f"eval_{name}": value / pairs for name, value in zip(FIGURES, sums, strict=True)}
+
+    def sums_of_share() -> list[float]:
+        measured = torch.zeros(len(DPO_METRICS), device=run.device)
+        pairs = 0
+        for (batch,) in held_out_loader(held_out, batch_size, run).steps():
+            pairs += count_pairs([batch])
+            batch = run.to_device(batch)
+            labels = batch.pop("labels")
+            with run.autocast():
+                reference = reference_log_probs(batch, labels, frozen)
+                policy = token_log_probs(model(**batch, logits_to_keep=target_mask(labels)).logits, labels)
+            measured += measure(policy, reference, batch, labels)
+        return [pairs, *measured.tolist()]
+
+    pairs, *sums = sum_over_ranks(sums_of_share, 1 + len(DPO_METRICS), model, run)
+    return {f"eval_{name}": value / pairs for name, value in zip(DPO_METRICS, sums, strict=True)}

@@ -1,11 +1,10 @@
 """Where a stage runs: device, precision, the processes it shares a step with, and signals."""
 
+import atexit
 import contextlib
 import datetime
 import os
-import signal
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,21 +13,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model.model import predicting
+from model.loss import target_mask
 from trainer.arguments import deepspeed_config
+from trainer.device import DTYPES, default_dtype, moved, pick_device
 from trainer.errors import UserError
+from trainer.launcher import place_of
+from trainer.signals import StopSignals, terminal_may_go
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NON_FINITE_LIMIT = 10  # in a row; float16's scaler needs a few of them to find its scale
 
 
 @dataclass
 class Totals:
-    """What one optimizer step covers on all ranks: trained tokens, rows with anything in them, real tokens."""
+    """What one optimizer step covers on all ranks: target tokens, rows with anything in them, non-padding tokens."""
 
-    trained: float
+    target_tokens: float
     rows: float
-    real: float
+    non_padding_tokens: float
 
 
 @dataclass
@@ -42,9 +43,9 @@ class Runtime:
     deepspeed_config: dict | None = None
     engine: str = "eager"  # what `wrap_model` made of the model, for people to read
     non_finite: int = 0  # steps skipped so far
-    asked_to_stop: bool = False  # by Ctrl-C or SIGTERM, on any rank: the loop saves and ends
+    asked_to_stop: bool = False  # by a signal, on any rank: the loop saves and ends
     _non_finite_in_a_row: int = 0
-    _signals: list[tuple[int, float]] = field(default_factory=list)  # number and time of each
+    _signals: StopSignals = field(default_factory=StopSignals)
     _preparation: dist.ProcessGroup | None = None
 
     @property
@@ -55,12 +56,13 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return {name: moved(tensor, self.device) for name, tensor in batch.items()}
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over all ranks, who also tell each other here whether one of them was asked to stop."""
-        tensor = torch.tensor([*values, len(self._signals)], dtype=torch.float64, device=self.device)
+        tensor = torch.tensor([*values, len(self._signals)], dtype=torch.float64)
         if self.world_size > 1:
+            tensor = tensor.to(self.device)  # where the ranks meet; not all devices have float64 (mps)
             dist.all_reduce(tensor)
         *sums, signals = tensor.tolist()
         self.asked_to_stop = signals > 0
@@ -68,10 +70,10 @@ class Runtime:
 
     def totals(self, batches: list[dict[str, Tensor]]) -> Totals:
         """Count a step's micro-batches over all ranks, so that each token of it weighs the same wherever it lies."""
-        trained = sum(int(predicting(batch["labels"]).sum()) for batch in batches)
+        target_tokens = sum(int(target_mask(batch["labels"]).sum()) for batch in batches)
         rows = sum(int(batch["attention_mask"].any(1).sum()) for batch in batches)
-        real = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        return Totals(*self.sum(trained, rows, real))
+        non_padding_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return Totals(*self.sum(target_tokens, rows, non_padding_tokens))
 
     def gradients_synced(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """DDP adds the ranks' gradients up in the last backward of a step only."""
@@ -99,32 +101,30 @@ class Runtime:
         return False
 
     def catch_signals(self) -> None:
-        """From now on Ctrl-C and SIGTERM let the current step end and be saved; a second Ctrl-C ends at once."""
-        process = os.getpid()
+        """From now on Ctrl-C and its like let the current step end and be saved; a second Ctrl-C ends at once."""
+        self._signals.catch(speak=self.is_main)
 
-        def on_signal(number: int, _frame) -> None:
-            if os.getpid() != process:  # a DataLoader's worker, which lives as long as we do
-                if number == signal.SIGTERM:
-                    os._exit(0)
-                return
-            now = time.monotonic()
-            # At a terminal one Ctrl-C comes twice, from the terminal and from torchrun or DeepSpeed.
-            if number == signal.SIGINT and self._signals and now - self._signals[0][1] > 1:
-                sys.exit(128 + number)
-            self._signals.append((number, now))
-            if self.is_main and len(self._signals) == 1:
-                text = f"\n{signal.Signals(number).name}: saving after this step (Ctrl-C again: stop at once)\n"
-                os.write(2, text.encode())  # print is not to be used while another print may be under way
-
-        signal.signal(signal.SIGINT, on_signal)
-        signal.signal(signal.SIGTERM, on_signal)
-
-    def finish(self) -> None:
-        """The end of a stage; a run that was asked to stop ends with the signal's exit code."""
+    def finish(self, finished: bool) -> None:
+        """The end of a stage; a run that was asked to stop and is not `finished` ends with the signal's exit code."""
         if dist.is_initialized():
-            dist.destroy_process_group()
-        if self.asked_to_stop:
-            sys.exit(128 + (self._signals[0][0] if self._signals else signal.SIGTERM))
+            # Once the model is gone. Were DDP's reducer the last to hold a group, it would wait for gloo's threads and
+            # keep the GIL meanwhile, for which one of them may be waiting: a run that never ends.
+            atexit.register(dist.destroy_process_group)
+        if self.asked_to_stop and not finished:
+            sys.exit(128 + self._signals.first)
+
+    def gather(self, value) -> list:
+        """What each rank has, in their order; all ranks must call it, with anything that can be pickled."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._preparation)
+        return values
+
+    def first_that_differs(self, value) -> int | None:
+        """The first rank that has something else than rank 0; None where all have the same."""
+        values = self.gather(value)
+        return next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -141,10 +141,11 @@ class Runtime:
         if self.is_main:
             dist.barrier(group=self._preparation)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line, on rank 0."""
         if self.is_main:
-            print(text, flush=True)
+            with terminal_may_go():
+                print(text, flush=True)
 
 
 def start_runtime(args) -> Runtime:
@@ -153,62 +154,44 @@ def start_runtime(args) -> Runtime:
     Sets `args.dtype` where the user has not.
 
     Raises:
-        UserError: no such device, or another rank's; --deepspeed without a launcher.
+        UserError: no such device, or another rank's; --deepspeed without a launcher; half a launcher's environment;
+            the processes do not find each other.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    device = pick_device(args.device, local_rank)
-    if "RANK" in os.environ and device.type == "cuda" and device.index != local_rank and torch.cuda.device_count() > 1:
-        raise UserError(
-            f"--device {args.device}: a launcher gives each process a GPU of its own; leave it out, and let "
-            "CUDA_VISIBLE_DEVICES choose among them"
-        )
+    place = place_of(os.environ)
+    device = pick_device(args.device, place.local_rank or 0)
+    if place.world_size > 1 and device.type == "mps":
+        raise UserError("--device mps: a Mac's GPU cannot be shared by processes; leave the launcher out")
+    if place.launched and device.index is not None and torch.accelerator.device_count() > 1:
+        if place.local_rank is None and place.world_size > 1:
+            raise UserError("LOCAL_RANK is not in the environment, which says whose GPU is whose: torchrun sets it")
+        if device.index != (place.local_rank or 0):
+            raise UserError(
+                f"--device {args.device}: a launcher gives each process a GPU of its own; leave it out, and let "
+                "CUDA_VISIBLE_DEVICES choose among them"
+            )
     args.dtype = args.dtype or default_dtype(device)
     config = None
     if args.deepspeed:
-        if "RANK" not in os.environ:
+        if not place.launched:
             raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node N, or deepspeed --num_gpus N")
         config = deepspeed_config(args)
-    runtime = Runtime(device, DTYPES[args.dtype], rank, world_size, config)
-    if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if world_size > 1:
+    runtime = Runtime(device, DTYPES[args.dtype], place.rank, place.world_size, config)
+    if place.launched:
+        _meet(dist.get_default_backend_for_device(device))  # nccl for cuda, gloo for the CPU
+    if place.world_size > 1:
         runtime._preparation = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
     torch.manual_seed(args.seed)
     return runtime
 
 
-def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """The device asked for, or this rank's GPU, or the CPU. A GPU becomes the current one, ready for any lengths.
-
-    Raises:
-        UserError: it is not there.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+def _meet(backend: str) -> None:
+    """Find the other processes of the run."""
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: use cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {name}: PyTorch sees no CUDA GPU here; use --device cpu")
-        if device.index is None:
-            device = torch.device("cuda", local_rank)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"{device} is asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0")
-        torch.cuda.set_device(device)
-        # On Hopper and Blackwell PyTorch asks cuDNN first, which takes a second to plan for each new length, forward
-        # and backward: at every token written, and every unpacked row (measured by benchmarks/, an H200, torch 2.11).
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    return device
-
-
-def default_dtype(device: torch.device) -> str:
-    """The fastest dtype to train in: bfloat16 where the machine computes in it, which needs no loss scaling."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    able = torch.cpu.get_capabilities()  # bf16: what ARM calls it
-    return "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"the processes do not meet at {where}, which MASTER_ADDR and MASTER_PORT name ({reason}): is the port "
+            "taken, the name known, and does rank 0 run there?"
+        ) from error

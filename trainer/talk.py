@@ -7,36 +7,72 @@ from collections.abc import Iterable, Iterator
 from trainer.errors import UserError
 
 
-def typed(prompt: str) -> str:
-    """What a person types; nothing at the end of input."""
+def typed_line(prompt: str) -> str:
+    """A line that a person types, without white space around it.
+
+    Raises:
+        EOFError: there is no more.
+        UserError: it is not UTF-8.
+    """
     try:
-        return input(prompt).strip()
+        line = input(prompt)
+        line.encode()  # under LANG=C what is not UTF-8 comes as half characters
+    except UnicodeError:
+        raise UserError("what is typed is not UTF-8: set the terminal to it, and LANG to C.UTF-8, say") from None
+    return line.strip()
+
+
+def read_line(prompt: str) -> str:
+    """What a person types; nothing at the end of input.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return typed_line(prompt)
     except EOFError:
         print()
         return ""
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines that are piped in, without white space around them, and none that is empty.
+
+    They are read as bytes: what the system takes a pipe's text for (on Windows not UTF-8; under LANG=C anything, with
+    what it cannot read kept as half characters) is not what they are.
+
+    Raises:
+        UserError: a line is not UTF-8.
+    """
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"what is piped in is not UTF-8 (line {number}: {error.reason} at byte {error.start + 1})"
+            ) from None
+        if text:
+            yield text
 
 
 def questions(prompts: list[str] | None, samples: Iterable[str], by_hand: bool) -> Iterator[str]:
     """What to ask: what a person types until an empty line, or `prompts`, or piped lines, or at a terminal `samples`.
 
     Raises:
-        UserError: what is piped in is not UTF-8.
+        UserError: what is typed or piped in is not UTF-8.
     """
     if by_hand:
-        while text := typed("\n> "):
+        while text := read_line("\n> "):
             yield text
     elif prompts:
         yield from prompts
     elif sys.stdin.isatty():
         yield from samples
     else:
-        try:
-            yield from filter(None, map(str.strip, sys.stdin))
-        except UnicodeDecodeError as error:
-            raise UserError(f"what is piped in is not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+        yield from piped_lines()
 
 
-def texts_of(stream, pieces: list) -> Iterator[str]:
+def stream_texts(stream, pieces: list) -> Iterator[str]:
     """The text of each piece of an engine's answer as it comes; the piece itself goes to `pieces`."""
     for piece in stream:
         pieces.append(piece)
@@ -51,10 +87,10 @@ def report_speed(pieces: Iterable, started: float, prefix: str = "") -> None:
 
 def show(pieces, reasoning: bool, hide_thinking: bool) -> None:
     """Print an answer as its pieces come; of a reasoning model thinking and answer apart."""
-    from model.reasoning import parts_of
+    from model.reasoning import split_stream
 
     shown = ""
-    for part, text in parts_of(pieces) if reasoning else (("", piece) for piece in pieces):
+    for part, text in split_stream(pieces) if reasoning else (("", piece) for piece in pieces):
         if part == "thinking" and hide_thinking:
             continue
         if part != shown and not hide_thinking:

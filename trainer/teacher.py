@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model import MiniMindLM
-from model.cache import attention_mask_of
-from model.model import predicting
+from model.cache import build_attention_mask
+from model.loss import target_mask
 from model.tokenizer import tokenizer_hash
-from trainer.chunked import sum_in_parts
+from trainer.chunked import sum_in_chunks
 from trainer.errors import UserError
-from trainer.weights import load_folder, load_tokenizer, load_weights
+from trainer.weight_files import is_file_name
+from trainer.weights import existing, load_folder, load_weights, read_tokenizer
 
 TOKENS_AT_ONCE = 2048  # that a teacher reads, in whole rows
 
@@ -31,8 +32,8 @@ def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase, ma
     if Path(name).is_dir():
         teacher = _from_folder(Path(name), tokenizer)
     else:
-        path = Path(name) if name.endswith(".pth") else Path(out_dir) / f"{name}.pth"
-        teacher = load_weights(path, None, tokenizer)
+        path = Path(name) if is_file_name(name) else Path(out_dir) / f"{name}.pth"
+        teacher = load_weights(existing(path, by_flags=False), None, tokenizer)
     longest = getattr(teacher.config, "max_position_embeddings", None)  # None: no limit that it tells of
     if longest is not None and longest < max_seq_len:
         raise UserError(f"--teacher_weight {name} reads at most {longest} tokens: lower --max_seq_len {max_seq_len}")
@@ -42,7 +43,7 @@ def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase, ma
 def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--teacher_weight {folder}: no tokenizer.json there: save the teacher's tokenizer beside it")
-    difference = first_difference(tokenizer, load_tokenizer(folder))
+    difference = first_difference(tokenizer, read_tokenizer(folder))
     if difference:
         raise UserError(f"--teacher_weight {folder} reads other tokens than the student: {difference}")
     teacher = load_folder(folder, PreTrainedModel, torch.float32)
@@ -85,25 +86,25 @@ def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor], kept: Tensor, v
         return teacher(**batch, logits_to_keep=kept).logits[:, :vocab_size]
     # other models do not take a position of 0 for the start of a new sample: say what each token may see
     real, positions = batch["attention_mask"].bool(), batch["position_ids"]
-    visible = attention_mask_of(real * ((positions == 0) & real).cumsum(1), real.size(1))
+    visible = build_attention_mask(real * ((positions == 0) & real).cumsum(1), real.size(1))
     mask = torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, float("-inf"))
     out = teacher(batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False)
     return out.logits[kept][:, :vocab_size]
 
 
-def sum_beside_teacher(
+def chunked_distillation_loss(
     loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
     logits: Tensor,
     labels: Tensor,
     batch: dict[str, Tensor],
     teacher: nn.Module,
 ) -> Tensor:
-    """The sum of a loss over the learned tokens of a batch, the teacher asked for a few rows at a time: its logits,
+    """The sum of a loss over the target tokens of a batch, the teacher asked for a few rows at a time: its logits,
     and what the loss makes of them, never exist for the whole batch.
 
     Args:
         loss_of: (student's logits, teacher's logits, targets), (tokens, vocab) twice and (tokens,) -> scalar, a sum.
-        logits: (learned, vocab), the student's at `predicting(labels)`.
+        logits: (learned, vocab), the student's at `target_mask(labels)`.
         labels: (batch, n) int64, not shifted; -100 is not learned.
         batch: what the student has read, as for `teacher_logits`.
 
@@ -112,11 +113,11 @@ def sum_beside_teacher(
     """
     step = max(1, TOKENS_AT_ONCE // labels.size(1))
     rows = [slice(first, first + step) for first in range(0, len(labels), step)]
-    learned = predicting(labels)
+    learned = target_mask(labels)
 
     def part_of(student: Tensor, part: int) -> Tensor:
         some = {name: tensor[rows[part]] for name, tensor in batch.items()}
         taught = teacher_logits(teacher, some, learned[rows[part]], student.size(-1))
         return loss_of(student, taught, labels[rows[part], 1:][learned[rows[part], :-1]])
 
-    return sum_in_parts(part_of, logits, [int(learned[part].sum()) for part in rows])
+    return sum_in_chunks(part_of, logits, [int(learned[part].sum()) for part in rows])

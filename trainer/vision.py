@@ -9,12 +9,14 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from dataset import VLMDataset
-from dataset.cache_folder import digest
+from dataset.cache_folder import short_hash
+from dataset.caches import limit_caches
 from dataset.feature_cache import open_feature_cache
 from model import LMConfig
+from model.fingerprint import hash_weights
 from model.images import image_processor, image_token_id, to_pixels
 from model.model_vlm import MiniMindVLM, VisionTower, VLMConfig, load_tower
-from model.weights import weights_hash
+from model.tokenizer import special_ids
 from trainer.errors import UserError
 from trainer.runtime import Runtime
 from trainer.weights import architecture, load_weights, read_settings
@@ -54,7 +56,7 @@ def open_vision(folder: str) -> Vision:
             f"--vision_model {folder}: its preprocessor_config.json makes images of {width} x {height} pixels, and its "
             f"tower takes {side} x {side}: use the tower's own file, or remove it for CLIP's usual preprocessing"
         )
-    return Vision(tower, processor, weights_hash(tower.state_dict()))
+    return Vision(tower, processor, hash_weights(tower.state_dict()))
 
 
 def load_vlm(
@@ -79,13 +81,13 @@ def load_vlm(
         raise UserError(f"--tokenizer {tokenizer.name_or_path}: {error}") from None
 
     def build(config: LMConfig) -> MiniMindVLM:
-        fields = architecture(config) | {"max_seq_len": config.max_seq_len}
+        fields = architecture(config) | special_ids(tokenizer) | {"max_seq_len": config.max_seq_len}
         return MiniMindVLM(VLMConfig(image_token_id=place, **fields), vision.tower)
 
     return load_weights(path, config, tokenizer, missing, build)
 
 
-def picture_data(args, vision: Vision) -> Callable[..., VLMDataset]:
+def image_data(args, vision: Vision) -> Callable[..., VLMDataset]:
     """`VLMDataset` for `open_data`, with what the vision flags decide."""
     image_tokens = (vision.tower.config.image_size // vision.tower.config.patch_size) ** 2
     return partial(VLMDataset, images_path=args.images_path, image_tokens=image_tokens, processor=vision.processor)
@@ -109,11 +111,12 @@ def cache_features(
             return model.encode_images(pixels.to(run.device))
 
     computed_by = [getattr(vision.tower.config, name) for name in TOWER_SETTINGS]
-    how = digest([vision.hash, computed_by, vision.processor.to_json_string(), args.dtype])
+    how = short_hash([vision.hash, computed_by, vision.processor.to_json_string(), args.dtype])
     with run.main_first():
         features = open_feature_cache(
             names, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers
         )
-    run.say(f"features of {len(features):,} images: {features.folder}")
+        limit_caches([args.data_path, args.images_path], args.cache_limit)
+    run.print(f"features of {len(features):,} images: {features.folder}")
     for dataset in datasets:
         dataset.features = features

@@ -13,11 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from model import LMConfig, MiniMindLM
-from model.model_lora import LoRASettings, put_lora
-from model.tokenizer import tokenizer_hash
+from model.model_lora import LoRASettings, attach_lora, is_lora
+from model.tokenizer import special_ids, tokenizer_hash
+from model.tokenizer_check import check_tokenizer
 from trainer.arguments import ROOT
-from trainer.errors import UserError, note
-from trainer.files import load_tensors
+from trainer.errors import UserError, print_notice
+from trainer.files import check_hash
+from trainer.weight_files import is_file_name, read_weights
 
 SHIPPED_TOKENIZER = ROOT / "model" / "minimind_tokenizer"
 SCRIPT_OF_STAGE = {
@@ -30,20 +32,37 @@ SCRIPT_OF_STAGE = {
     "sft_vlm": "train_sft_vlm.py",
     "sft_vlm_multi": "train_sft_vlm.py --multi",
 }
-OLD_BUFFERS = ("pos_cis", "mask")  # tables that old files carry; the model computes them
 ARCHITECTURE = (
     *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe"),
     *("num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob"),  # these of MoE only
 )
+DELIMITERS = ("bos_token_id", "eos_token_id")  # that begin and end a text, as the tokenizer has them
+NEWER_BOS = "<|im_start|>"  # of the tokenizer that goes with MiniMind's names of April 2025
 
 
 def load_tokenizer(folder: str | os.PathLike | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, or the shipped one.
+    """The tokenizer in `folder`, or the shipped one; a MiniMind can be trained with it.
+
+    Raises:
+        UserError: no tokenizer there, a damaged one, or one that `check_tokenizer` refuses.
+    """
+    tokenizer = read_tokenizer(folder or SHIPPED_TOKENIZER)
+    try:
+        check_tokenizer(tokenizer)
+    except ValueError as error:
+        raise UserError(f"--tokenizer {tokenizer.name_or_path}: {error}") from None
+    if tokenizer.pad_token is None:  # what fills a row is known by its place, and no id is spent on it
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(special_ids(tokenizer)["pad_token_id"])
+    return tokenizer
+
+
+def read_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, whichever kind it is.
 
     Raises:
         UserError: no tokenizer there, or a damaged one.
     """
-    folder = Path(folder or SHIPPED_TOKENIZER)
+    folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {folder}: no tokenizer.json there; scripts/train_tokenizer.py makes one")
     try:
@@ -59,29 +78,29 @@ def weights_name(stage: str, dim: int, use_moe: bool) -> str:
 
 
 def weights_path(args, stage: str) -> Path:
-    """Where a stage's weights lie; `stage` may be the path of a .pth itself."""
-    if stage.endswith(".pth"):
+    """Where a stage's weights lie; `stage` may be the path of a file itself."""
+    if is_file_name(stage):
         return Path(stage)
     return Path(args.out_dir) / f"{weights_name(stage, args.dim, args.use_moe)}.pth"
 
 
-def config_of(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
+def build_config(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
     """The configuration that the model flags name.
 
     Raises:
         UserError: they do not fit together.
     """
-    return config_from({name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}, tokenizer)
+    return config_from_sizes({name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}, tokenizer)
 
 
-def config_from(sizes: dict, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
-    """The configuration with these sizes and the tokenizer's vocabulary.
+def config_from_sizes(sizes: dict, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
+    """The configuration with these sizes and the tokenizer's vocabulary and special ids.
 
     Raises:
         UserError: they do not fit together.
     """
     try:
-        return LMConfig(**sizes | {"vocab_size": len(tokenizer)})
+        return LMConfig(**sizes | {"vocab_size": len(tokenizer)} | special_ids(tokenizer))
     except ValueError as error:
         raise UserError(str(error)) from None
 
@@ -98,7 +117,7 @@ def read_settings(path: Path) -> dict | None:
     with _reading(beside):
         settings = json.loads(beside.read_text(encoding="utf-8"))
         if not isinstance(settings["tokenizer"], str):
-            raise TypeError("its tokenizer is no text")
+            raise TypeError("its tokenizer is not text")
         saved_config(settings)
     return settings
 
@@ -114,13 +133,43 @@ def _reading(beside: Path) -> Iterator[None]:
 
 def saved_config(settings: dict) -> LMConfig:
     """The model that a json beside weights describes."""
-    return LMConfig(**{k: v for k, v in settings["config"].items() if k in ARCHITECTURE or k == "max_seq_len"})
+    known = (*ARCHITECTURE, *DELIMITERS, "max_seq_len")
+    return LMConfig(**{name: value for name, value in settings["config"].items() if name in known})
 
 
 def architecture(config: LMConfig) -> dict:
-    """The fields that decide parameters and maths; the experts' only where there are any."""
+    """The fields that decide parameters and maths (the experts' only where there are any), and what ends a text."""
     names = [name for name in ARCHITECTURE if config.use_moe or ("expert" not in name and name != "norm_topk_prob")]
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in (*names, *DELIMITERS)}
+
+
+def existing(path: Path, by_flags: bool = True, adapter: bool = False) -> Path:
+    """The path of weights, or where only that is there, of the .safetensors by the same name.
+
+    Args:
+        by_flags: the path was made of --dim and --use_moe, and not given by the user.
+        adapter: it is a LoRA adapter's.
+
+    Raises:
+        UserError: neither is there; the message says what is.
+    """
+    if path.is_file():
+        return path
+    if (other := path.with_suffix(".safetensors")).is_file():
+        return other
+    any_size = re.compile(r"(?P<stage>.+?)_(?P<dim>\d+)(?P<moe>_moe)?")
+    asked = any_size.fullmatch(path.stem)
+    stage = asked["stage"] if asked else path.stem
+    maker = "train_lora.py --lora_name NAME" if adapter else SCRIPT_OF_STAGE.get(stage)
+    found = []
+    for file in sorted(path.parent.glob("*")):
+        size = any_size.fullmatch(file.stem)
+        if size and is_file_name(file.name) and (adapter or size["stage"] == stage):
+            flags = f" (--dim {size['dim']}{' --use_moe' if size['moe'] else ''})" if by_flags else ""
+            found.append(f"{file}{flags}")
+    advice = f"{maker} makes it" if maker else "check --out_dir and the flags"
+    there = f"; there is {', '.join(found)}" if found else ""
+    raise UserError(f"{path} is missing: {advice}{there}")
 
 
 def load_weights(
@@ -142,27 +191,28 @@ def load_weights(
     Raises:
         UserError: missing, damaged, of another shape or another tokenizer; the message names both sides.
     """
-    if not path.is_file():
-        maker = SCRIPT_OF_STAGE.get(re.sub(r"_\d+(_moe)?$", "", path.stem))
-        raise UserError(f"{path} is missing: " + (f"{maker} makes it" if maker else "check --out_dir and the flags"))
+    path = existing(path)
     asking = "the flags ask"
     settings = read_settings(path)
-    if settings is None:
-        note(f"{path} has no json beside it; assumed is the tokenizer {tokenizer.name_or_path}")
-    else:
+    if settings is not None:
+        _compare_tokenizer(path, settings, tokenizer)
         saved = saved_config(settings)
+        saved.update(special_ids(tokenizer))  # an older json has none
         if config is None:
             config, asking = saved, "its json asks"
-        if settings["tokenizer"] != tokenizer_hash(tokenizer):
-            raise UserError(
-                f"{path} was trained with tokenizer {settings['tokenizer']}, and {tokenizer.name_or_path} is "
-                f"{tokenizer_hash(tokenizer)}: name the right folder with --tokenizer"
-            )
         _compare(path, architecture(saved), "by its json", architecture(config), asking)
-    state = read_state(path)
+    state, done, newer = read_weights(path, *((config.n_heads, config.n_kv_heads) if config else ()))
+    if done:
+        print_notice(f"{path}: {done}")
+    if settings is None:
+        assumed = f"{path} has no json beside it; assumed is the tokenizer {tokenizer.name_or_path}"
+        warning = f", and MiniMind's of April 2025 began a turn with {NEWER_BOS}: name its folder with --tokenizer"
+        print_notice(assumed + (warning if newer and tokenizer.bos_token != NEWER_BOS else ""))
+    if adapter := next(filter(is_lora, state), None):
+        raise UserError(f"{path} is a LoRA adapter (it has {adapter}): name its base here, and it with --lora_name")
     if config is None:
-        config = config_from(shape_of(state), tokenizer)
-    _compare(path, shape_of(state), "by its tensors", architecture(config), asking)
+        config = config_from_sizes(infer_sizes(state), tokenizer)
+    _compare(path, infer_sizes(state), "by its tensors", architecture(config), asking)
     model = build(config)
     wanted = model.state_dict()
     lacking = [key for key in wanted if key not in state and not key.startswith(missing)]
@@ -173,6 +223,7 @@ def load_weights(
     if reshaped:
         key = reshaped[0]
         raise UserError(f"{path} does not fit the model: {key} is {[*state[key].shape]}, not {[*wanted[key].shape]}")
+    check_hash(path, path.with_suffix(".json"), settings or {})
     model.load_state_dict(state, strict=not missing)
     return model
 
@@ -183,16 +234,20 @@ def load_folder(
     """A model from a folder that `save_pretrained` wrote, in the dtype it was saved in or another.
 
     Raises:
-        UserError: no such folder, or another kind of model.
+        UserError: no such folder, one that lacks a parameter, or another kind of model.
     """
     if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: it is no folder that save_pretrained wrote")
+        raise UserError(f"{folder} holds no config.json: it is not a folder that save_pretrained wrote")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True, dtype=dtype)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder), local_files_only=True, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(model, kind):
         raise UserError(f"{folder} holds a {type(model).__name__}, not a {kind.__name__}")
+    if report["missing_keys"]:  # which transformers fills with random numbers
+        raise UserError(f"{folder} lacks {_few(sorted(report['missing_keys']))} of what its config.json describes")
     return model
 
 
@@ -202,35 +257,33 @@ def load_adapter(name: str, args, model: MiniMindLM) -> LoRASettings:
     Raises:
         UserError: missing, damaged, or made for another base; the message names both sides.
     """
-    path = weights_path(args, name if name.endswith(".pth") else f"lora/{name}")
-    if not path.is_file():
-        there = sorted(file.name for file in path.parent.glob("*.pth"))
-        raise UserError(
-            f"{path} is missing: train_lora.py --lora_name NAME makes it"
-            + (f"; there are {', '.join(there)}" if there else "")
-        )
-    state, about, beside = read_state(path), {}, path.with_suffix(".json")
+    by_file = is_file_name(name)
+    path = existing(weights_path(args, name if by_file else f"lora/{name}"), not by_file, adapter=True)
+    state = read_weights(path, model.config.n_heads, model.config.n_kv_heads).state
+    about, beside = {}, path.with_suffix(".json")
     if beside.is_file():
         with _reading(beside):
             about = dict(json.loads(beside.read_text(encoding="utf-8")))
             if not about.get("alpha", 1) > 0:
                 raise ValueError("its alpha is not above 0")
+    check_hash(path, beside, about)
     try:
-        return put_lora(model, state, about)
+        return attach_lora(model, state, about)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The parameters in a file, fp32, without the tables that old files carry.
-
-    Raises:
-        UserError: damaged, or no plain state dict.
-    """
-    state = load_tensors(path)
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} is no plain state dict of tensors")
-    return {key: value.float() for key, value in state.items() if key.split(".")[-1] not in OLD_BUFFERS}
+def _compare_tokenizer(path: Path, settings: dict, tokenizer: PreTrainedTokenizerBase) -> None:
+    named = f"{path} was trained with"
+    if settings["tokenizer"] != tokenizer_hash(tokenizer):
+        raise UserError(
+            f"{named} tokenizer {settings['tokenizer']}, and {tokenizer.name_or_path} is {tokenizer_hash(tokenizer)}: "
+            "name the right folder with --tokenizer"
+        )
+    for name, ours in special_ids(tokenizer).items():
+        theirs = settings["config"].get(name, ours)
+        if name in DELIMITERS and theirs != ours:
+            raise UserError(f"{named} {name} {theirs}, and {tokenizer.name_or_path} has {ours}: mend its settings")
 
 
 def _compare(path: Path, ours: dict, by: str, theirs: dict, asking: str) -> None:
@@ -238,14 +291,17 @@ def _compare(path: Path, ours: dict, by: str, theirs: dict, asking: str) -> None
     if different:
         has = ", ".join(f"{name} {ours[name]}" for name in different)
         asked = ", ".join(f"{name} {theirs[name]}" for name in different)
-        raise UserError(f"{path} has {has} {by}, but {asking} for {asked}")
+        flags = [f"--{name} {ours[name]}" for name in different if name in ("dim", "n_layers")]
+        flags += ["--use_moe" if ours["use_moe"] else "--no-use_moe"] if "use_moe" in different else []
+        hint = f": give {' '.join(flags)}" if flags and asking == "the flags ask" else ""
+        raise UserError(f"{path} has {has} {by}, but {asking} for {asked}{hint}")
 
 
 def _few(keys: list[str]) -> str:
     return "nothing" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
-def shape_of(state: dict[str, Tensor]) -> dict:
+def infer_sizes(state: dict[str, Tensor]) -> dict:
     """What the tensors of a state dict tell of the architecture, as keyword arguments of LMConfig."""
     layers = {key.split(".")[1] for key in state if key.startswith("layers.")}
     experts = {key.split(".")[4] for key in state if ".feed_forward.experts." in key}

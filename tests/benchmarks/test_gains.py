@@ -5,21 +5,21 @@ import pytest
 from benchmarks import distillation_memory, real_text
 from benchmarks.distillation_gain import first_lines, spread
 from benchmarks.reasoning_gain import without_thinking
-from scripts.demo_measures import with_error
+from scripts.demo.measures import with_error
 from trainer.errors import UserError
 
 
 def test_the_last_lines_are_kept_aside_and_none_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(real_text, "OUT", tmp_path / "out")
     (tmp_path / "out").mkdir()
-    lines = [f'{{"text": "第{n}行,\u2028 one line"}}\n' for n in range(real_text.KEPT_ASIDE + 3)]
+    lines = [f'{{"text": "第{n}行,\u2028 one line"}}\n' for n in range(real_text.HELD_OUT_LINES + 3)]
     (tmp_path / "x.jsonl").write_text("".join(lines), encoding="utf-8-sig")
     learned, kept = (path.read_text(encoding="utf-8") for path in real_text.split(tmp_path / "x.jsonl"))
     assert learned == "".join(lines[:3])
     assert kept == "".join(lines[3:])
 
 
-@pytest.mark.parametrize(("lines", "told"), [(None, "--data_dir"), (real_text.KEPT_ASIDE, "none would be left")])
+@pytest.mark.parametrize(("lines", "told"), [(None, "--data_dir"), (real_text.HELD_OUT_LINES, "none would be left")])
 def test_a_file_that_cannot_be_split_is_told(tmp_path, lines, told):
     if lines is not None:
         (tmp_path / "x.jsonl").write_text("{}\n" * lines, encoding="utf-8")
@@ -29,7 +29,7 @@ def test_a_file_that_cannot_be_split_is_told(tmp_path, lines, told):
 
 def test_the_split_files_are_not_split_again(tmp_path, monkeypatch):
     monkeypatch.setattr(real_text, "OUT", tmp_path)
-    (tmp_path / "x.jsonl").write_text("{}\n" * (real_text.KEPT_ASIDE + 1), encoding="utf-8")
+    (tmp_path / "x.jsonl").write_text("{}\n" * (real_text.HELD_OUT_LINES + 1), encoding="utf-8")
     with pytest.raises(UserError, match="name the folder of the whole ones"):
         real_text.split(tmp_path / "x.jsonl")
 

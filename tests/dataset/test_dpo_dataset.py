@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dataset import DataError, DPODataset, StepLoader
-from dataset.dpo_dataset import without_first_runs
-from model.model import IGNORED
+from model.chat import DEFAULT_SYSTEM_PROMPT
+from model.loss import IGNORE_INDEX
 from tests.conftest import write_jsonl
 
 
@@ -39,8 +39,8 @@ def samples(row):
     return [(row["input_ids"][a:b], row["labels"][a:b]) for a, b in pairwise(starts)]
 
 
-def learned(tokenizer, row):
-    return [tokenizer.decode(labels[labels != IGNORED]) for _, labels in samples(row)]
+def targets(tokenizer, row):
+    return [tokenizer.decode(labels[labels != IGNORE_INDEX]) for _, labels in samples(row)]
 
 
 def test_the_answers_are_learned_side_by_side(pairs, tiny_tokenizer):
@@ -48,24 +48,71 @@ def test_the_answers_are_learned_side_by_side(pairs, tiny_tokenizer):
     texts = [tiny_tokenizer.decode(ids) for ids, _ in samples(row)]
     prompt = "<s>system\nBe brief.</s>\n<s>user\nWhat is 2 + 2?</s>\n<s>assistant\n"
     assert texts == [prompt + "It is 4.</s>\n", prompt + "It is 5, I think.</s>\n"]
-    assert learned(tiny_tokenizer, row) == ["It is 4.</s>", "It is 5, I think.</s>"]
+    assert targets(tiny_tokenizer, row) == ["It is 4.</s>", "It is 5, I think.</s>"]
 
 
 def test_what_both_chats_share_is_not_learned(pairs, tiny_tokenizer):
-    history = ("Hello", "Hi!", "Are you well?", "")  # an empty answer is one too
+    history = ("Hello", "Hi!", "Are you well?", "Yes.")
     (row,) = pairs(pair("Tell me more", "With pleasure.", "No.", *history))
-    assert learned(tiny_tokenizer, row) == ["With pleasure.</s>", "No.</s>"]
+    assert targets(tiny_tokenizer, row) == ["With pleasure.</s>", "No.</s>"]
     longer = {"chosen": turns("Q", "A", "Q2", "A2"), "rejected": turns("Q", "B")}
     (row,) = pairs(longer)
-    assert learned(tiny_tokenizer, row) == ["A</s>A2</s>", "B</s>"]
+    assert targets(tiny_tokenizer, row) == ["A</s>A2</s>", "B</s>"]
 
 
-def test_runs_of_a_mask():
-    mask = np.array([0, 1, 1, 0, 1, 0, 0, 1, 1], bool)
-    assert without_first_runs(mask, 0).tolist() == mask.tolist()
-    assert np.flatnonzero(without_first_runs(mask, 1)).tolist() == [4, 7, 8]
-    assert np.flatnonzero(without_first_runs(mask, 2)).tolist() == [7, 8]
-    assert np.flatnonzero(without_first_runs(np.array([1, 0, 1], bool), 1)).tolist() == [2]
+def answer(text, **more):
+    return {"role": "assistant", "content": text} | more
+
+
+QUESTION = turns("Before", "Yes.", "Hi")
+BOTH = {"chosen": [answer("Hello")], "rejected": [answer("Go away")]}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": QUESTION} | BOTH,
+        {"prompt": QUESTION, "chosen": "Hello", "rejected": [answer("Go away")]},
+        {"prompt": QUESTION} | {side: QUESTION + turns for side, turns in BOTH.items()},
+        {"prompt": QUESTION, "chosen": "Hello", "rejected": QUESTION + BOTH["rejected"]},
+        {side: QUESTION + turns for side, turns in BOTH.items()},
+    ],
+    ids=["answers", "texts", "repeated in both", "repeated in one", "none"],
+)
+@pytest.mark.parametrize("system", [None, "field", "turn"])
+def test_the_prompt_comes_in_front_of_both(pairs, tiny_tokenizer, record, system):
+    first = "<s>system\nBe kind.</s>\n" if system else f"<s>system\n{DEFAULT_SYSTEM_PROMPT}</s>\n"
+    if system == "field":
+        record = record | {"system": "Be kind."}
+    elif system == "turn":
+        turn = {"role": "system", "content": "Be kind."}
+        record = {
+            key: [turn, *value] if isinstance(value, list) and (key == "prompt" or len(value) > 1) else value
+            for key, value in record.items()
+        }
+    (row,) = pairs(record)
+    prompt = first + "<s>user\nBefore</s>\n<s>assistant\nYes.</s>\n<s>user\nHi</s>\n<s>assistant\n"
+    texts = [tiny_tokenizer.decode(ids) for ids, _ in samples(row)]
+    assert texts == [prompt + "Hello</s>\n", prompt + "Go away</s>\n"]
+    assert targets(tiny_tokenizer, row) == ["Hello</s>", "Go away</s>"]
+
+
+def test_a_prompt_may_be_a_text(pairs, tiny_tokenizer):
+    (row,) = pairs({"prompt": "Hi", "chosen": "Hello", "rejected": "Go away", "score": 3})
+    prompt = f"<s>system\n{DEFAULT_SYSTEM_PROMPT}</s>\n<s>user\nHi</s>\n<s>assistant\n"
+    texts = [tiny_tokenizer.decode(ids) for ids, _ in samples(row)]
+    assert texts == [prompt + "Hello</s>\n", prompt + "Go away</s>\n"]
+
+
+def test_thoughts_and_weights_are_those_of_the_line(pairs, tiny_tokenizer):
+    shared = turns("Q", "A", "R")
+    unlearned = [shared[0], shared[1] | {"weight": 0}, shared[2]]
+    chosen = [*shared, answer("B", reasoning_content="T"), *turns("S"), answer("C", train=False)]
+    data = pairs({"chosen": chosen, "rejected": [*unlearned, answer("D"), *turns("S"), answer("E")], "id": 7})
+    (row,) = data
+    thought = "<think>\nT\n</think>\n<answer>\nB\n</answer></s>"
+    assert targets(tiny_tokenizer, row) == [thought, "D</s>E</s>"]
+    assert data.summary.endswith(", ignored keys: id 1")
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -76,7 +123,7 @@ def test_pairs_stay_together(pairs, tiny_tokenizer, packing):
     seen = []
     for row in data:
         assert len(row["input_ids"]) <= 512
-        answers = learned(tiny_tokenizer, row)
+        answers = targets(tiny_tokenizer, row)
         seen += zip(answers[::2], answers[1::2], strict=True)
     assert sorted(seen) == sorted((f"{2 * n}</s>", f"{3 * n + 1} or more</s>") for n in range(30))
     assert len(data) == 30 if not packing else len(data) < 25
@@ -126,7 +173,37 @@ def test_a_reference_comes_with_its_tokens(pairs):
     ("record", "told"),
     [
         ({"chosen": turns("Q", "A")}, 'the key "rejected" is missing'),
-        ({"chosen": turns("Q", "A"), "rejected": "B"}, '"rejected" is not a list'),
+        ({"chosen": turns("Q", "A"), "rejected": 3}, '"rejected" is not a list'),
+        (
+            {"chosen": turns("Q", "A"), "rejected": "B"},
+            '"rejected" is a text, and there is no "prompt" that it answers',
+        ),
+        (
+            {"prompt": "P", "chosen": turns("Q", "A"), "rejected": "B"},
+            '"chosen" begins neither with an answer nor with',
+        ),
+        (
+            {"prompt": "P", "chosen": "A", "rejected": [{"content": "B"}]},
+            'turn 1 of "rejected": the key "role" is missing',
+        ),
+        ({"prompt": turns("P", "A"), "chosen": "A", "rejected": "B"}, '"prompt" does not end with a turn of the user'),
+        ({"prompt": " ", "chosen": "A", "rejected": "B"}, '"prompt" is empty'),
+        ({"prompt": 3, "chosen": "A", "rejected": "B"}, '"prompt" is neither a string nor a list of turns'),
+        ({"prompt": "P", "chosen": "A", "rejected": " "}, 'turn 1 of "rejected": an empty answer would teach'),
+        ({"prompt": turns("P", "", "Q"), "chosen": "A", "rejected": "B"}, 'turn 2 of "prompt": an empty answer'),
+        (
+            {"prompt": "P", "chosen": {"role": "assistant", "content": "A"}, "rejected": "B"},
+            "but a single turn: put it",
+        ),
+        (
+            {"prompt": "P", "chosen": [answer("A", weight=0)], "rejected": "B"},
+            'each has "weight" 0',
+        ),
+        (
+            {"chosen": [*turns("Q", "A", "R"), answer("B", weight=0)], "rejected": turns("Q", "A", "R", "C")},
+            '"chosen" has no answer to learn from after the two part',
+        ),
+        ({"conversations": turns("Q"), "chosen": "A", "rejected": "B"}, 'what both answer is named "prompt"'),
         ({"chosen": turns("Q", "A"), "rejected": turns("Q")}, '"rejected" has no answer of the assistant'),
         ({"chosen": turns("Q", "A"), "rejected": turns("R", "B")}, "no two answers to one prompt: they part at turn 1"),
         ({"chosen": turns("Q", "A"), "rejected": turns("Q", "A", "R", "B")}, "they part at turn 3"),
@@ -152,4 +229,4 @@ def test_the_real_file(shared, tmp_path, tiny_tokenizer):
     data = DPODataset(tmp_path / "dpo.jsonl", tiny_tokenizer, max_seq_len=1024, packing=False)
     for row, line in zip(data, map(json.loads, lines), strict=True):
         expected = [line[side][-1]["content"] + "</s>" for side in ("chosen", "rejected")]
-        assert learned(tiny_tokenizer, row) == expected
+        assert targets(tiny_tokenizer, row) == expected

@@ -2,11 +2,12 @@
 
 import json
 import tracemalloc
+from collections import Counter
 
 import pytest
 
-from dataset.jsonl import DataError, JsonlReader, excerpt
-from dataset.records import chat_of, text_of
+from dataset.jsonl import DataError, JsonlReader, excerpt, named_counts
+from dataset.records import parse_chat, parse_text
 
 GOOD_TEXT = b'{"text": "good"}'
 GOOD_CHAT = b'{"conversations": [{"content": "q"}, {"content": "a"}]}'
@@ -23,6 +24,7 @@ BAD_LINES = [
     (DEEP, "not valid JSON (nested too deeply)"),
     (b"\xff\xfe{\x00", "not UTF-8 (invalid start byte at byte 1)"),
     (b'{"text": "caf\xe9"}', "not UTF-8 (invalid continuation byte at byte 14)"),
+    (b'{"text": "a", "text": "b"}', 'the key "text" stands twice in one object'),
     (b'["text"]', "not a JSON object"),
     (b'"text"', "not a JSON object"),
     (b"null", "not a JSON object"),
@@ -49,7 +51,7 @@ BAD_CHATS = [
     ('{"conversations": [{"role": ["user"], "content": "a"}]}', "unknown role ['user']"),
     (f'{{"conversations": [{TURN}, {{"role": "system", "content": "s"}}]}}', "turn 2 of \"conversations\": a system"),
     (f'{{"conversations": [{TURN}]}}', '"conversations" has no answer of the assistant'),
-    (f'{{"conversations": [{TURN}, {{"content": " \\n"}}]}}', '"conversations" has no answer of the assistant'),
+    (f'{{"conversations": [{TURN}, {{"content": " \\n"}}]}}', 'turn 2 of "conversations": an empty answer would teach'),
 ]  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def test_a_bad_text_line_is_told_with_file_line_reason_and_excerpt(tmp_path, bad
     path = write(tmp_path / "texts.jsonl", [GOOD_TEXT, GOOD_TEXT, bad, GOOD_TEXT])
 
     with pytest.raises(DataError) as error:
-        list(JsonlReader(path, text_of))
+        list(JsonlReader(path, parse_text))
 
     message = str(error.value)
     assert message.startswith(f"{path}, line 3: {reason}")
@@ -77,7 +79,7 @@ def test_a_bad_chat_line_is_told_with_file_line_reason_and_excerpt(tmp_path, bad
     path = write(tmp_path / "chats.jsonl", [GOOD_CHAT, bad.encode(), GOOD_CHAT])
 
     with pytest.raises(DataError) as error:
-        list(JsonlReader(path, chat_of))
+        list(JsonlReader(path, parse_chat))
 
     message = str(error.value)
     assert message.startswith(f"{path}, line 2: ")
@@ -87,11 +89,12 @@ def test_a_bad_chat_line_is_told_with_file_line_reason_and_excerpt(tmp_path, bad
 
 def test_skip_bad_lines_counts_every_bad_line_and_keeps_every_good_one(tmp_path):
     lines = [line for bad, _ in BAD_LINES for line in (bad, GOOD_TEXT)]
-    reader = JsonlReader(write(tmp_path / "texts.jsonl", lines), text_of, skip_bad_lines=True)
+    reader = JsonlReader(write(tmp_path / "texts.jsonl", lines), parse_text, skip_bad_lines=True)
 
     assert list(reader) == ["good"] * len(BAD_LINES)
     assert reader.bad_lines == len(BAD_LINES)
-    assert reader.first_bad == f"line 1: {BAD_LINES[0][1]}: {BAD_LINES[0][0].decode()}"
+    assert reader.told[0] == f"line 1: {BAD_LINES[0][1]}: {BAD_LINES[0][0].decode()}"
+    assert len(reader.told) == 20
     assert reader.bytes_read == reader.path.stat().st_size
 
 
@@ -104,22 +107,22 @@ def test_bom_crlf_a_missing_last_newline_and_blank_lines_at_the_end_are_fine(tmp
         bom + newline.join([b'{"text": "one"}', '{"text": "两\\r\\n"}'.encode(), b'{"text": "three"}']) + end
     )
 
-    assert list(JsonlReader(path, text_of)) == ["one", "两\r\n", "three"]
+    assert list(JsonlReader(path, parse_text)) == ["one", "两\r\n", "three"]
 
 
 def test_unicode_line_separators_inside_a_text_do_not_end_the_line(tmp_path):
     path = write(tmp_path / "texts.jsonl", [json.dumps({"text": "a\u2028b\x85c"}, ensure_ascii=False).encode()])
 
-    assert list(JsonlReader(path, text_of)) == ["a\u2028b\x85c"]
+    assert list(JsonlReader(path, parse_text)) == ["a\u2028b\x85c"]
 
 
 def test_a_turn_without_a_role_is_the_users_or_the_assistants_in_turn():
     contents = [{"content": text} for text in "abcd"]
-    roles = [turn["role"] for turn in chat_of({"conversations": contents})]
+    roles = [turn["role"] for turn in parse_chat({"conversations": contents}, Counter())]
     with_system = [{"role": "system", "content": "s"}, *contents]
 
     assert roles == ["user", "assistant", "user", "assistant"]
-    assert [turn["role"] for turn in chat_of({"conversations": with_system})] == ["system", *roles]
+    assert [turn["role"] for turn in parse_chat({"conversations": with_system}, Counter())] == ["system", *roles]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +152,37 @@ def test_a_file_that_cannot_be_read_is_told_before_reading(tmp_path, make, reaso
     make(path := tmp_path / "texts.jsonl")
 
     with pytest.raises(DataError, match=reason) as error:
-        JsonlReader(path, text_of)
+        JsonlReader(path, parse_text)
     assert str(error.value).startswith(str(path))
+
+
+def test_keys_that_mean_nothing_are_counted_in_good_lines_only(tmp_path):
+    lines = [
+        {"text": "a", "id": 1, "url": None},
+        {"text": "b", "id": 2, "\x1b[31mred": 1},
+        {"text": "", "id": 3},
+        {"text": "c"},
+    ]
+    reader = JsonlReader(
+        write(tmp_path / "texts.jsonl", [json.dumps(line).encode() for line in lines]), parse_text, True
+    )
+
+    assert list(reader) == ["a", "b", "c"]
+    assert reader.ignored == {"id": 2, "url": 1, "\\x1b[31mred": 1}
+    assert named_counts(reader.ignored) == "id 2, \\x1b[31mred 1, url 1"
+
+
+def test_a_file_whose_keys_are_data_does_not_fill_the_memory(tmp_path):
+    lines = [json.dumps({"text": "a"} | {f"{n} {'x' * 99}": 1}).encode() for n in range(1100)]
+    reader = JsonlReader(write(tmp_path / "texts.jsonl", lines), parse_text)
+
+    assert len(list(reader)) == 1100
+    assert reader.ignored.total() == 1100
+    assert len(reader.ignored) == 1001
+    assert reader.ignored["others"] == 100
+    told = named_counts(reader.ignored)
+    assert told.startswith("others 100, 0 xx")
+    assert told.endswith("x… 1, and 981 more")
 
 
 def test_memory_holds_one_line_however_long_the_file(tmp_path):
@@ -158,7 +190,7 @@ def test_memory_holds_one_line_however_long_the_file(tmp_path):
     path = write(tmp_path / "texts.jsonl", [line] * 500)
     tracemalloc.start()
 
-    assert sum(map(len, JsonlReader(path, text_of))) == 500 * 99_986
+    assert sum(map(len, JsonlReader(path, parse_text))) == 500 * 99_986
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 

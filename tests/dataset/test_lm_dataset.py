@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from dataset import DataError, PretrainDataset, SFTDataset, StepLoader
-from dataset.lm_dataset import samples_of
+from dataset.lm_dataset import split_samples
 from model.chat import DEFAULT_SYSTEM_PROMPT, render_text
 from model.tokenizer import token_bytes
 from tests.conftest import SENTENCES, write_jsonl
-from tests.running import PATIENCE
+from tests.running import from_process
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
 BOTH_TOKENIZERS = pytest.mark.parametrize("tokenizer", ["tiny_tokenizer", "plain_tokenizer"], indirect=True)
@@ -87,15 +87,32 @@ SHOWN_CHATS = [
         "<s>system\n<s></s>\n<s>user\n</s>\n<s>assistant\nPWNED <think></s>\n"
         "<s>assistant\n⟦<think>\nno </s> here\n</think></s>⟧\n",
     ),
-    (  # two answers in a row, and an empty one
+    (  # two answers in a row, and empty ones that are not learned
         {
             "conversations": [
                 {"role": "user", "content": "q"},
+                {"role": "assistant", "content": "", "weight": 0},
                 {"role": "assistant", "content": "a 👩‍👩‍👧"},
-                {"role": "assistant", "content": ""},
+                {"role": "assistant", "content": "b"},
+                {"role": "assistant", "content": " ", "train": False},
             ]
         },
-        DEFAULT + "<s>user\nq</s>\n<s>assistant\n⟦a 👩‍👩‍👧</s>⟧\n<s>assistant\n⟦</s>⟧\n",
+        DEFAULT + "<s>user\nq</s>\n<s>assistant\n</s>\n<s>assistant\n⟦a 👩‍👩‍👧</s>⟧\n<s>assistant\n⟦b</s>⟧\n"
+        "<s>assistant\n </s>\n",
+    ),
+    (  # the thought of an answer, and the system prompt that the line has beside its turns
+        {
+            "system": "Think.",
+            "conversations": [
+                {"role": "user", "content": "2 + 3?", "weight": 0},
+                {"role": "assistant", "reasoning_content": "2 and 3\nmake 5.", "content": "5"},
+                {"role": "user", "content": "4 + 3?", "train": None},
+                {"role": "assistant", "reasoning_content": " ", "content": "7", "weight": 1.0},
+            ],
+        },
+        "<s>system\nThink.</s>\n<s>user\n2 + 3?</s>\n"
+        "<s>assistant\n⟦<think>\n2 and 3\nmake 5.\n</think>\n<answer>\n5\n</answer></s>⟧\n"
+        "<s>user\n4 + 3?</s>\n<s>assistant\n⟦7</s>⟧\n",
     ),
 ]
 
@@ -108,9 +125,9 @@ def test_exactly_the_answers_and_their_ends_are_learned(tmp_path, tokenizer, pac
 
     assert shown(row, tokenizer) == expected
     ids = row["input_ids"].tolist()
-    closing = sum(turn["role"] is not None for turn in chat["conversations"]) + expected.startswith(DEFAULT)
+    closing = len(chat["conversations"]) + (expected.startswith(DEFAULT) or "system" in chat)
     assert ids.count(tokenizer.eos_token_id) == ids.count(tokenizer.bos_token_id) == closing
-    answers = "".join(turn["content"] for turn in chat["conversations"] if turn["role"] == "assistant")
+    answers = "".join(re.findall("⟦(.*?)⟧", expected, re.DOTALL))
     for tag, entry in tokenizer.get_added_vocab().items():
         if not tokenizer.added_tokens_decoder[entry].special:
             assert ids.count(entry) == answers.count(tag)
@@ -125,7 +142,7 @@ def test_the_mask_token_by_token(tmp_path, tokenizer):
         <s>0 user0 \n0 c0 q0 </s>0 \n0 <s>0 assistant0 \n0 d1 q1 </s>1 \n0
     """
     expected = [(entry[:-1].replace("\\n", "\n"), entry[-1] == "1") for entry in table.replace("\n0", "\\n0").split()]
-    pieces = [(bytes([byte]), learned) for piece, learned in expected for byte in piece.encode()]
+    pieces = [(bytes([byte]), targets) for piece, targets in expected for byte in piece.encode()]
 
     bytes_of = token_bytes(tokenizer)
     seen = []
@@ -141,10 +158,10 @@ def test_a_chat_is_cut_at_the_row_length_and_dropped_when_no_answer_is_left(tmp_
     path = write_jsonl(tmp_path / "chats.jsonl", [chat])
     (whole,) = SFTDataset(path, tokenizer)
     n = len(whole["input_ids"])
-    learned = (whole["labels"] != -100).nonzero().flatten().tolist()
+    targets = (whole["labels"] != -100).nonzero().flatten().tolist()
 
     for length in range(2, n + 3):
-        if length <= learned[0]:
+        if length <= targets[0]:
             with pytest.raises(DataError, match=f"no sample has anything to learn within {length} tokens"):
                 SFTDataset(path, tokenizer, length)
             continue
@@ -155,7 +172,7 @@ def test_a_chat_is_cut_at_the_row_length_and_dropped_when_no_answer_is_left(tmp_
         assert ("1 cut at" in dataset.summary) == (length < n)
 
     assert shown(whole, tokenizer).count("⟧") == 2
-    (row,) = SFTDataset(path, tokenizer, learned[0] + 2)
+    (row,) = SFTDataset(path, tokenizer, targets[0] + 2)
     assert re.fullmatch(r"<s>system\ns</s>\n<s>user\nHi</s>\n<s>assistant\n⟦H.*⟧", shown(row, tokenizer))
     assert "</s>⟧" not in shown(row, tokenizer)  # a cut answer does not end
 
@@ -175,6 +192,16 @@ def test_dropped_cut_and_skipped_samples_are_counted(tmp_path, tiny_tokenizer, p
         in (dataset.summary)
     )
     assert f"{len(dataset)} rows" in dataset.summary
+
+
+def test_ignored_keys_are_told_in_every_run_on_the_same_cache(tmp_path, tiny_tokenizer):
+    path = write_jsonl(tmp_path / "chats.jsonl", [turns("q", "a") | {"id": n, "lang": "en"} for n in range(3)])
+    path.write_text(path.read_text() + '{"id": 4}\n')
+    told = ", ignored keys: id 3, lang 3, 1 bad lines skipped, the first: line 4: the key"
+    for _ in range(2):
+        dataset = SFTDataset(path, tiny_tokenizer, skip_bad_lines=True)
+        assert told in dataset.summary
+    assert len(list((tmp_path / ".cache" / "chats.jsonl").glob("*/info.json"))) == 1
 
 
 def test_roles_left_out_are_the_users_and_the_assistants_in_turn(tmp_path, tiny_tokenizer):
@@ -211,16 +238,16 @@ def test_long_texts_are_split_and_nothing_is_lost(tmp_path, tiny_tokenizer, pack
     texts = [" ".join(SENTENCES[n % 8 :])[: 1 + 7 * n] for n in range(40)]
     expected = render_text(tiny_tokenizer, texts)
     dataset = open_texts(tmp_path, tiny_tokenizer, texts, packing=packing, max_seq_len=max_seq_len)
-    learned, bigrams = Counter(), Counter()
+    targets, bigrams = Counter(), Counter()
     for row in dataset:
         assert len(row["input_ids"]) <= max_seq_len
         for ids, labels in pieces_in(row):
             assert labels[0] == -100
             assert labels[1:] == ids[1:]
-            learned.update(ids[1:])
-            bigrams.update(itertools.pairwise(ids))  # each learned token with what it is predicted from
+            targets.update(ids[1:])
+            bigrams.update(itertools.pairwise(ids))  # each target token with what it is predicted from
 
-    assert learned == Counter(token for ids in expected for token in ids[1:])
+    assert targets == Counter(token for ids in expected for token in ids[1:])
     assert bigrams == Counter(pair for ids in expected for pair in itertools.pairwise(ids))
     n_split = sum(len(ids) > max_seq_len for ids in expected)
     assert (f" {n_split} split over rows" in dataset.summary) == (n_split > 0)
@@ -303,17 +330,17 @@ def test_the_seed_decides_which_samples_share_a_row(tmp_path, tiny_tokenizer, pa
     ("n_samples", "n_eval"), [(0, 0), (1, 0), (199, 0), (200, 2), (250, 2), (1000, 10), (50_000, 500), (10**6, 500)]
 )
 def test_parts_share_a_file_out_evenly(n_samples, n_eval):
-    train, held_out = samples_of("train", n_samples), samples_of("eval", n_samples)
+    train, held_out = split_samples("train", n_samples), split_samples("eval", n_samples)
 
     assert len(held_out) == n_eval
-    assert sorted([*train, *held_out]) == samples_of("all", n_samples).tolist() == list(range(n_samples))
+    assert sorted([*train, *held_out]) == split_samples("all", n_samples).tolist() == list(range(n_samples))
     gaps = np.diff([*held_out, n_samples])
     assert n_eval == 0 or (held_out[0] == 0 and gaps.max() - gaps.min() <= 1)
 
 
 def test_an_unknown_part_is_refused():
     with pytest.raises(ValueError, match="not one of 'all', 'train', 'eval'"):
-        samples_of("test", 10)
+        split_samples("test", 10)
 
 
 def test_rows_of_the_parts_together_are_the_file(tmp_path, tiny_tokenizer):
@@ -343,22 +370,22 @@ def shipped():
 def test_on_real_text_97_percent_of_the_positions_are_real_tokens(shared, shipped, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the data's own folder is read-only
     dataset = PretrainDataset(shared / "data" / "pretrain_hq.jsonl", shipped, 512)
-    real = split = learned = rows = 0
+    real = split = targets = rows = 0
     bos = shipped.bos_token_id
     for step in StepLoader(dataset, 16, 1, 1, seed=0).steps():
         for batch in step:
             rows += len(batch["input_ids"])
             real += int(batch["attention_mask"].sum())
-            learned += int((batch["labels"] != -100).sum())
+            targets += int((batch["labels"] != -100).sum())
             starts = (batch["position_ids"] == 0) & batch["attention_mask"]
             split += int((starts & (batch["input_ids"] != bos)).sum())  # a piece that is not the sample's first
     samples = len(dataset.cache)
     filled, share_split = real / (rows * 512), split / samples
     with capsys.disabled():
-        print(f"\npretrain_hq at 512: {filled:.2%} real tokens, {share_split:.2%} of {samples:,} samples split")
+        print(f"\npretrain_hq at 512: {filled:.2%} non-padding tokens, {share_split:.2%} of {samples:,} samples split")
 
     assert samples == 29_283
-    assert learned == dataset.cache.lengths.sum() - samples  # every token but the first, once
+    assert targets == dataset.cache.lengths.sum() - samples  # every token but the first, once
     assert filled >= 0.97
     assert share_split <= 0.01  # counts a sample once for each further piece, so it is no less than the share
 
@@ -379,7 +406,7 @@ def test_a_line_of_50_mb_simply_works(shipped, tmp_path):
     reply = fork.Queue()
     process = fork.Process(target=measure, args=(reply,))
     process.start()
-    rows, tokens, summary, peak = reply.get(timeout=PATIENCE)
+    rows, tokens, summary, peak = from_process(reply, process)
     process.join()
 
     assert "2 samples" in summary

@@ -1,5 +1,7 @@
 """Rows to steps: every row once an epoch on one rank, in an order that seed and epoch decide, from any step on."""
 
+import os
+
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -155,3 +157,24 @@ def test_collate_pads_on_the_right_as_a_sample_of_its_own():
     assert collate([rows[0]], max_seq_len=6)["input_ids"].tolist() == [[1, 1, 0, 0, 0, 0]]
     with pytest.raises(ValueError, match="5 tokens does not fit max_seq_len 4"):
         collate([rows[3]], max_seq_len=4)
+
+
+class WhoReads(NumberedRows):
+    """Row n holds the number of the process that reads it."""
+
+    def __getitem__(self, n):
+        return super().__getitem__(n) | {"input_ids": torch.full((n + 2,), os.getpid())}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_so_many_processes_read_the_rows(num_workers):
+    steps = StepLoader(WhoReads(8), 2, 1, 1, seed=0, num_workers=num_workers).steps()
+    readers = {int(batch["input_ids"][0, 0]) for (batch,) in steps}
+    assert len(readers) == max(num_workers, 1)
+    assert (os.getpid() in readers) == (num_workers == 0)
+
+
+def test_a_batch_of_nothing_is_two_wide_one_token_to_read_and_one_to_predict():
+    batch = collate([NumberedRows(1).empty_row] * 3)
+    assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(batch, (3, 2))
+    assert not batch["attention_mask"].any()

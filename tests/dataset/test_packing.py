@@ -91,13 +91,13 @@ def test_splitting_teaches_every_token_but_the_first_exactly_once(max_len):
     lengths = np.array([2, 3, max_len - 1, max_len, max_len + 1, 2 * max_len - 1, 2 * max_len, 5 * max_len + 3, 1000])
     lengths = lengths[lengths >= 2]
     pieces = split_long(lengths, max_len)
-    learned = [[] for _ in lengths]
+    targets = [[] for _ in lengths]
     for sample, start, length in zip(*pieces, strict=True):
         assert 2 <= length <= max_len
         assert start + length <= lengths[sample]
-        learned[sample] += range(start + 1, start + length)  # a piece's first token is context, and not learned
+        targets[sample] += range(start + 1, start + length)  # a piece's first token is context, and not learned
 
-    assert learned == [list(range(1, length)) for length in lengths]
+    assert targets == [list(range(1, length)) for length in lengths]
     whole = np.bincount(pieces.sample)[lengths <= max_len]
     assert (whole == 1).all()  # what fits a row is not split
 

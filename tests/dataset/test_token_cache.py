@@ -1,5 +1,6 @@
 """The token cache: what is in it, what makes it anew, and that no crash, race or full disk leaves it wrong."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -14,12 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataset import token_cache
+from dataset.cache_folder import state_of
 from dataset.jsonl import DataError
-from dataset.records import text_of
-from dataset.token_cache import open_token_cache
+from dataset.records import parse_text
+from dataset.token_cache import open_token_cache, sha256_of
 from model.chat import render_text
 from tests.conftest import SENTENCES, write_jsonl
-from tests.running import PATIENCE
+from tests.running import PATIENCE, from_process
 
 fork = multiprocessing.get_context("fork")  # a process of its own, without importing torch anew
 
@@ -43,15 +46,18 @@ def data(tmp_path):
 def open_it(data, tiny_tokenizer):
     """Open the cache of `data`, with what is given instead of the usual."""
 
-    def open_cache(path=data, tokenizer=tiny_tokenizer, kind="text", parse=text_of, encode=None, skip_bad_lines=False):
+    def open_cache(
+        path=data, tokenizer=tiny_tokenizer, kind="text", parse=parse_text, encode=None, skip_bad_lines=False
+    ):
         return open_token_cache(path, tokenizer, kind, parse, encode or real(tokenizer), skip_bad_lines)
 
     return open_cache
 
 
 def caches(data: Path) -> list[str]:
-    """The names in the cache of a data file, except the lock's."""
-    return sorted(path.name for path in (data.parent / ".cache" / data.name).iterdir() if path.name != "lock")
+    """The names in the cache of a data file, except those of locks."""
+    root = data.parent / ".cache" / data.name
+    return sorted(path.name for path in root.iterdir() if path.name not in ("lock", "in_use"))
 
 
 def samples_in(cache) -> list[list[int]]:
@@ -65,9 +71,9 @@ def test_samples_come_back_whole_and_in_part(open_it, tiny_tokenizer):
     assert len(cache) == 30
     assert samples_in(cache) == expected
     assert cache.ids(3, 2, 4).tolist() == expected[3][2:6]
-    assert cache.learned(3, 2, 4).tolist() == [True] * 4
+    assert cache.targets(3, 2, 4).tolist() == [True] * 4
     assert cache.first_target.tolist() == [1] * 30
-    assert (cache.bad_lines, cache.first_bad, cache.note(0)) == (0, None, None)
+    assert (cache.bad_lines, cache.told, cache.ignored, cache.note(0)) == (0, [], {}, None)
 
 
 @pytest.mark.parametrize("vocabulary", [600, 70_000])
@@ -86,13 +92,15 @@ def test_masks_and_large_ids_of_any_length_come_back(data, vocabulary):
             return vocabulary
 
     # two samples a line, batch after batch, as preference pairs have
-    cache = open_token_cache(data, Tokenizer(), "pairs", text_of, lambda texts: [next(given) for _ in (*texts, *texts)])
+    cache = open_token_cache(
+        data, Tokenizer(), "pairs", parse_text, lambda texts: [next(given) for _ in (*texts, *texts)]
+    )
 
     assert samples_in(cache) == ids
     for n, mask in enumerate(masks):
-        assert cache.learned(n, 0, len(mask)).tolist() == mask
-        assert all(cache.learned(n, k, len(mask) - k).tolist() == mask[k:] for k in range(len(mask)))
-        later = [k for k, learned in enumerate(mask) if learned and k]
+        assert cache.targets(n, 0, len(mask)).tolist() == mask
+        assert all(cache.targets(n, k, len(mask) - k).tolist() == mask[k:] for k in range(len(mask)))
+        later = [k for k, targets in enumerate(mask) if targets and k]
         assert cache.first_target[n] == (later[0] if later else len(mask))
 
 
@@ -137,6 +145,107 @@ def test_another_size_time_or_content_is_read_anew_and_the_old_cache_goes(data, 
     assert samples_in(open_it()) == render_text(tiny_tokenizer, texts)
     assert len(caches(data)) == 1
     assert caches(data) != before
+
+
+def test_the_hash_is_that_of_all_bytes_whatever_becomes_of_the_lines(data, open_it):
+    data.write_bytes(b"\xef\xbb\xbf" + data.read_bytes().replace(b"\n", b"\r\n") + b"{\n\n \n")
+    cache = open_it(skip_bad_lines=True)
+    assert cache.data_sha256 == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert cache.bad_lines == 1
+
+
+@pytest.fixture
+def large(data):
+    """Lines of 4 MB: most of it lies between the blocks that are sampled."""
+    return write_jsonl(data, [{"text": f"{n:06} " + "x" * 993} for n in range(4000)])
+
+
+def few(texts):
+    return [([1, 5, 2], None) for _ in texts]
+
+
+def between_blocks(path, new=b"Y"):
+    """Edit one byte that is not sampled, and set the time back."""
+    before = path.stat()
+    with open(path, "r+b") as file:
+        file.seek(150_000)
+        file.write(new)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_an_edit_that_no_sample_shows_is_read_anew(large, open_it, capsys):
+    first = open_it(encode=few).data_sha256
+    state = state_of(large)
+    between_blocks(large)
+    assert state_of(large) == state
+    second = open_it(encode=few)
+    assert second.data_sha256 == hashlib.sha256(large.read_bytes()).hexdigest() != first
+    assert "was edited, with its size and time as before" in capsys.readouterr().err
+    assert len(caches(large)) == 1
+
+
+def test_an_edit_that_no_sample_shows_is_told_while_a_run_uses_the_cache(large, open_it):
+    used = open_it(encode=few)
+    between_blocks(large)
+    with pytest.raises(DataError, match="cannot be read, nor replaced while it is in use"):
+        open_it(encode=few)
+    assert len(used) == 4000
+
+
+def test_a_file_that_was_only_linked_is_hashed_once_and_not_tokenised(data, open_it, monkeypatch):
+    first = open_it()
+    os.link(data, data.with_name("link.jsonl"))  # its time of change is another now
+    hashed = []
+    monkeypatch.setattr(token_cache, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+    assert open_it(parse=must_not_run).data_sha256 == first.data_sha256
+    assert open_it(parse=must_not_run).data_sha256 == first.data_sha256
+    assert hashed == [data]
+    assert sorted(path.name for path in first.folder.iterdir() if path.name.startswith(".")) == []
+
+
+def test_a_cache_of_other_data_in_its_place_is_not_what_a_worker_opens(data, open_it):
+    cache = open_it()
+    pickled, folder = pickle.dumps(cache), cache.folder
+    info = json.loads((folder / "info.json").read_text())
+    (folder / "info.json").write_text(json.dumps(info | {"data_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="was made anew from other data"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("name", ["tokens", "mask", "offsets", "first_target", "notes", "note_offsets"])
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(path.read_bytes()[:-1]), os.unlink])
+def test_a_damaged_cache_is_made_again(open_it, capsys, name, change):
+    def noted(texts):
+        return [([1, 5, 2], [False, True, True], {"length": len(text)}) for text in texts]
+
+    cache = open_it(encode=noted)
+    before = [(samples_in(cache)[n], cache.targets(n, 0, 3).tolist(), cache.note(n)) for n in range(len(cache))]
+    path = cache.folder / f"{name}.bin"
+    del cache
+    change(path)
+    cache = open_it(encode=noted)
+    assert [(samples_in(cache)[n], cache.targets(n, 0, 3).tolist(), cache.note(n)) for n in range(len(cache))] == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name}.bin" in line
+    assert "it is made again" in line
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"data_sha256": 1}'])
+@pytest.mark.parametrize("name", ["info", "fingerprint"])
+def test_a_damaged_json_in_it_too(open_it, tiny_tokenizer, name, content):
+    path = open_it().folder / f"{name}.json"
+    path.write_text(content)
+    assert samples_in(open_it()) == render_text(tiny_tokenizer, [f"{n} {SENTENCES[n % 8]}" for n in range(30)])
+
+
+def test_a_name_that_is_not_utf_8_and_a_bad_line_with_half_a_character(data, open_it):
+    path = data.with_name(os.fsdecode(b"caf\xe9.jsonl"))
+    path.write_bytes(data.read_bytes() + b'{"text": "\\ud83d"}\n\xff\n')
+    cache = open_it(path, skip_bad_lines=True)
+    assert cache.bad_lines == 2
+    assert samples_in(open_it(path, parse=must_not_run, skip_bad_lines=True)) == samples_in(cache)
+    with pytest.raises(DataError, match=r"line 31: .*half a character"):
+        open_it(path)
 
 
 def test_another_tokenizer_or_kind_has_a_cache_beside_the_first(data, open_it, tiny_tokenizer, plain_tokenizer):
@@ -188,10 +297,10 @@ def test_two_processes_that_start_together_tokenise_once(data, open_it, tiny_tok
         replies.put(samples_in(open_it(encode=encode)))
 
     replies = fork.Queue()
-    processes = [fork.Process(target=start, args=(second, replies)) for second in (False, True)]
+    processes = [fork.Process(target=start, args=(second, replies), daemon=True) for second in (False, True)]
     for process in processes:
         process.start()
-    got = [replies.get(timeout=PATIENCE) for _ in processes]
+    got = [from_process(replies, *processes) for _ in processes]
     for process in processes:
         process.join(PATIENCE)
         assert process.exitcode == 0
@@ -208,12 +317,13 @@ def test_a_crash_in_the_middle_leaves_nothing_wrong(data, open_it, tiny_tokenize
     process.start()
     process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
-    assert caches(data) == ["partial"]
+    (left,) = caches(data)
+    assert left.startswith("partial-")
 
     texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
     assert samples_in(open_it()) == render_text(tiny_tokenizer, texts)
     assert len(caches(data)) == 1
-    assert caches(data) != ["partial"]
+    assert left not in caches(data)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), DataError("some fault")])
@@ -290,7 +400,7 @@ def test_bad_lines_stop_the_run_or_are_counted_with_one_cache_for_both(data, ope
 
     cache = open_it(skip_bad_lines=True)
     assert (len(cache), cache.bad_lines) == (30, 2)
-    assert cache.first_bad.startswith("line 6: not valid JSON")
+    assert cache.told[0].startswith("line 6: not valid JSON")
     with pytest.raises(DataError, match=r"texts\.jsonl, line 6: not valid JSON"):
         open_it(parse=must_not_run)
     assert open_it(skip_bad_lines=True, parse=must_not_run).bad_lines == 2

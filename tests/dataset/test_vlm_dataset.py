@@ -1,5 +1,9 @@
 """Lines with images as rows: places, labels, images in order, what is refused and what is dropped."""
 
+import json
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +46,7 @@ def open_lines(tmp_path, images_path, clip_dir, tiny_tokenizer):
     return open_them
 
 
-def pieces_of(row: dict, tokenizer) -> list[str]:
+def make_pieces(row: dict, tokenizer) -> list[str]:
     """The row as text, an image's places as one '#', and what is learned in brackets."""
     text, image_left = [], 0
     for token, is_image, label in zip(row["input_ids"], row["image_mask"], row["labels"], strict=True):
@@ -61,7 +65,7 @@ def pieces_of(row: dict, tokenizer) -> list[str]:
 
 
 def written(row: dict, tokenizer) -> str:
-    text = "".join(pieces_of(row, tokenizer)).replace("][", "")
+    text = "".join(make_pieces(row, tokenizer)).replace("][", "")
     return text.split("</s>\n", 1)[1]  # without the default system turn
 
 
@@ -102,6 +106,26 @@ class TestRows:
             "<s>assistant\n[2 <image> <think></s>]\n<s>user\nthree</s>\n<s>assistant\n[3</s>]\n"
         )
         assert [main_colour(pixels) for pixels in row["pixel_values"]] == ["red.png", "blue.jpg"]
+
+    def test_system_thought_and_weight_are_used_as_in_every_stage(self, open_lines, tiny_tokenizer):
+        turns = [
+            {"role": "user", "content": "<image>"},
+            {"role": "assistant", "content": "1", "weight": 0},
+            {"role": "user", "content": "And?"},
+            {"role": "assistant", "reasoning_content": "Red.", "content": "2", "train": True},
+        ]
+        dataset = open_lines([{"id": 1, "system": "s", "image": "red.png", "conversations": turns}], packing=False)
+        assert "".join(make_pieces(dataset[0], tiny_tokenizer)).replace("][", "") == (
+            "<s>system\ns</s>\n<s>user\n#</s>\n<s>assistant\n1</s>\n<s>user\nAnd?</s>\n"
+            "<s>assistant\n[<think>\nRed.\n</think>\n<answer>\n2\n</answer></s>]\n"
+        )
+        assert dataset.summary.endswith(", ignored keys: id 1")
+
+    def test_an_image_in_an_answer_is_seen_and_its_places_are_not_learned(self, open_lines, tiny_tokenizer):
+        row = open_lines([line("Draw.", "Here: <image> red", "red.png")], packing=False)[0]
+        assert written(row, tiny_tokenizer) == "<s>user\nDraw.</s>\n<s>assistant\n[Here: ]#[ red</s>]\n"
+        assert int(row["image_mask"].sum()) == TOKENS
+        assert (row["labels"][row["image_mask"]] == -100).all()
 
     def test_grey_palette_transparent_and_cmyk_files(self, open_lines, tmp_path):
         folder = tmp_path / "modes"
@@ -212,17 +236,89 @@ class TestRefused:
             open_lines([late], packing=False, max_seq_len=end - 1)
 
     @pytest.mark.parametrize("num_workers", [0, 1])
-    def test_a_broken_image_is_named(self, open_lines, images_path, tmp_path, num_workers):
+    def test_an_image_that_breaks_after_it_was_checked_is_named(self, open_lines, images_path, tmp_path, num_workers):
         folder = tmp_path / "broken"
         folder.mkdir()
-        (folder / "bad.png").write_bytes((images_path / "red.png").read_bytes()[:60])
+        shutil.copy(images_path / "red.png", folder / "bad.png")
         dataset = open_lines([line("<image>", "Red.", "bad.png")], images=folder)
+        (folder / "bad.png").write_bytes((images_path / "red.png").read_bytes()[:60])
         with pytest.raises(DataError, match=r"bad\.png cannot be read as an image") as error:
             list(StepLoader(dataset, 1, 1, 1, seed=0, num_workers=num_workers).steps())
         assert "\n" not in str(error.value)
         with pytest.raises(DataError, match=r"bad\.png cannot be read as an image"):
             open_feature_cache(["bad.png"], folder, dataset.load_pixels, lambda x: x, "broken", num_workers=num_workers)
-        assert not list((tmp_path / ".cache").glob("features-broken-*[!k]"))
+        assert not list((tmp_path / ".cache").glob("*/features-broken-*"))
+
+
+class TestImagesThatBreakAndAreMended:
+    """Three lines, the second one's image broken at first."""
+
+    LINES = (line("<image>", "Red.", "red.png"), line("<image>", "Blue.", "blue.jpg"), line("Hi", "Hello."))
+
+    @pytest.fixture
+    def images(self, images_path, tmp_path):
+        folder = shutil.copytree(images_path, tmp_path / "images")
+        blue = folder / "blue.jpg"
+        blue.write_bytes(blue.read_bytes()[:-100])
+        return folder
+
+    @pytest.fixture
+    def open_three(self, open_lines, images):
+        return lambda **given: open_lines([*self.LINES], images=images, packing=False, **given)
+
+    def test_it_is_a_bad_line_named_before_training_or_skipped_and_counted(self, open_three, images):
+        with pytest.raises(DataError, match=rf"line 2: the image {images}/blue\.jpg cannot be read as an image: ."):
+            open_three()
+        dataset = open_three(skip_bad_lines=True)
+        assert len(dataset) == 2
+        assert "1 bad lines skipped, the first: line 2: the image" in dataset.summary
+
+    def test_mended_it_is_read_and_named_as_what_has_changed(self, open_three, images, images_path):
+        before = open_three(skip_bad_lines=True)
+        assert before.changed_since(json.loads(json.dumps(before.identity))) is None
+        shutil.copy(images_path / "blue.jpg", images)
+        mended = open_three()
+        assert len(mended) == 3
+        change = mended.changed_since(before.identity)
+        assert change == (
+            f"the image {images / 'blue.jpg'} is whole now, and the saved run began without its lines: "
+            "move it away to go on without them"
+        )
+        (images / "blue.jpg").unlink()  # as the line says
+        assert open_three(skip_bad_lines=True).changed_since(before.identity) is None
+
+    def test_broken_again_it_is_named(self, open_three, images, images_path):
+        broken = (images / "blue.jpg").read_bytes()
+        shutil.copy(images_path / "blue.jpg", images)
+        before = open_three().identity
+        (images / "blue.jpg").write_bytes(broken)
+        change = open_three(skip_bad_lines=True).changed_since(before)
+        assert change == f"the image {images / 'blue.jpg'} was whole when the saved run began: mend it"
+
+    def test_the_bytes_count_not_the_place_or_the_time(self, open_lines, images_path, tmp_path):
+        before = open_lines([*self.LINES], packing=False).identity
+        copied = shutil.copytree(images_path, tmp_path / "copied")
+        os.utime(copied / "red.png", (1, 1))
+        dataset = open_lines(None, images=copied, packing=False)
+        assert dataset.identity == before
+        Image.new("RGB", (40, 32), (250, 0, 0)).save(copied / "red.png")
+        other = open_lines(None, images=copied, packing=False)
+        assert other.changed_since(before) == f"the images in {copied} are not those that the saved run began with"
+
+    def test_an_edited_line_comes_before_all_else(self, open_lines):
+        before = open_lines([*self.LINES], packing=False).identity
+        other = open_lines([self.LINES[0]], packing=False)
+        assert "lines.jsonl does not hold what it held" in other.changed_since(before)
+
+    def test_what_was_saved_by_an_earlier_version_is_gone_on_with(self, open_three):
+        assert open_three(skip_bad_lines=True).changed_since({}) is None
+
+
+def test_another_tower_s_places_are_not_those_of_the_first(images_path, clip_dir, tiny_tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "lines.jsonl", [line("<image>", "Red.", "red.png")])
+    for image_tokens in (4, 9):
+        given = {"images_path": images_path, "image_tokens": image_tokens, "processor": image_processor(clip_dir, 32)}
+        assert int(VLMDataset(path, tiny_tokenizer, **given)[0]["image_mask"].sum()) == image_tokens
 
 
 def test_features_are_computed_once_and_anew_for_a_changed_image(tmp_path, clip_dir):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.cache import attention_mask_of
+from model.cache import build_attention_mask
 from tests.model.networks import KINDS, assert_all_close, gradients, network, random_ids
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -92,8 +92,8 @@ def test_a_padded_batch_gives_each_row_what_it_gets_alone(kind, side):
 
 def read_masked(model, ids, mask, sizes):
     logits, cache = [], None
-    for chunk, real in zip(ids.split(sizes, 1), mask.split(sizes, 1), strict=True):
-        out = model(chunk, real, past_key_values=cache, use_cache=True)
+    for chunk, non_padding in zip(ids.split(sizes, 1), mask.split(sizes, 1), strict=True):
+        out = model(chunk, non_padding, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         logits.append(out.logits)
     return torch.cat(logits, dim=1), cache
@@ -163,7 +163,7 @@ def test_position_ids_are_the_positions_of_the_rotation(kind):
 
 def test_the_mask_of_segments_by_hand(kind):
     segments = torch.tensor([[0, 1, 1, 2, 2], [1, 1, 1, 0, 0]])
-    mask = attention_mask_of(segments, 3)[:, 0]
+    mask = build_attention_mask(segments, 3)[:, 0]
     assert mask.shape == (2, 3, 5)
     for row in range(2):
         for query in range(3):

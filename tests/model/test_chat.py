@@ -5,7 +5,8 @@ import random
 import pytest
 from transformers import AutoTokenizer
 
-from model.chat import CHAT_TEMPLATE, DEFAULT_SYSTEM_PROMPT, fit_history, render_chat, render_chats, render_text
+from model.chat import DEFAULT_SYSTEM_PROMPT, fit_history, render_chat, render_chats, render_text
+from model.chat_template import CHAT_TEMPLATE
 from model.tokenizer import token_bytes
 from tests.running import ROOT
 
@@ -106,6 +107,16 @@ def test_ids_are_those_of_apply_chat_template(tokenizer, prompt):
 def test_the_template_is_saved_with_the_tokenizer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == tokenizer.chat_template == CHAT_TEMPLATE
+
+
+def test_a_turn_of_weight_0_is_laid_out_as_ever_and_not_learned(tokenizer):
+    chat = [turn("user", "q"), turn("assistant", "a"), turn("user", "r"), turn("assistant", "bb")]
+    ids, mask = render_chat(tokenizer, chat)
+    first = mask.index(True)
+    last = mask.index(False, first)  # after the first answer
+    for weight, learned in ((0, False), (1, True)):
+        weighed = [chat[0] | {"weight": 0}, chat[1] | {"weight": weight}, *chat[2:]]
+        assert render_chat(tokenizer, weighed) == (ids, mask[:first] + [learned] * (last - first) + mask[last:])
 
 
 def test_many_chats_at_once_are_each_as_alone(tokenizer):

@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from model import MiniMindLM
-from model.engine import Answer, Engine, EngineThread, Piece, Request, Token, _Spelling
+from model.inference.answer import Answer
+from model.inference.detokenizer import Detokenizer
+from model.inference.request import Piece, Request, Token
+from model.inference.scheduler import Engine
+from model.inference.thread import EngineThread
 from model.model_lora import apply_lora, lora_state_dict
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import token_bytes
@@ -152,6 +156,27 @@ def test_a_lone_answer_in_a_high_slot_and_a_few_far_apart_end_up_side_by_side(mo
     assert [ids(answer) for answer in answers] == [alone(models["dense"], request) for request in requests]
 
 
+@pytest.mark.parametrize(("moved", "kept"), [(90, 4), (4, 90)], ids=["long beside short", "short beside long"])
+def test_slots_that_change_places_keep_all_that_they_hold(moved, kept, models, tiny_tokenizer):
+    """What is being written moves, and the slot it moves to holds what a later prompt begins with."""
+    engine = Engine(models["dense"], tiny_tokenizer, slots=8, token_budget=1000)
+    lengths = (25, 3, 3, 3, 3, 3, 3, 25)
+    prompts = [prompt_of(n, seed) for seed, n in enumerate((3, kept, 3, 3, 3, 3, 3, moved), 1)]
+    requests = [
+        Request(prompt=prompt, max_new_tokens=n, eos_token_id=()) for prompt, n in zip(prompts, lengths, strict=True)
+    ]
+    answers = [engine.submit(request) for request in requests]
+    at = {}
+    while engine.running or engine.waiting:
+        engine.step()
+        at[len(answers[7].ids)] = answers[7].slot and answers[7].slot.number
+    assert [at[moved + 1], at[moved + 20]] == [7, 1], "the test needs a slot that moves"
+    again = Request(prompt=[*prompts[1], *ids(answers[1]), 9], max_new_tokens=9, eos_token_id=())
+    answers += engine.run([again])
+    assert answers[8].reused == kept + 2
+    assert [ids(answer) for answer in answers] == [alone(models["dense"], r) for r in [*requests, again]]
+
+
 # ---------------------------------------------------------------------------------------------- what is used again
 
 
@@ -167,6 +192,29 @@ def test_a_prompt_that_begins_alike_is_read_only_where_it_differs(engine, models
     assert ids(second) == ids(third) == alone(models["dense"], turn)
     (other,) = engine.run([Request(prompt=[9, *turn.prompt[1:]], max_new_tokens=3)])
     assert other.reused == 0
+
+
+def test_the_slot_that_nobody_used_for_longest_is_taken(engine):
+    requests = [Request(prompt=prompt_of(30, seed), max_new_tokens=2, eos_token_id=()) for seed in range(4)]
+    for request in requests:  # one after the other, in three slots
+        engine.run([request])
+    assert [engine.run([requests[seed]])[0].reused for seed in (1, 2, 3, 0)] == [29, 29, 29, 0]
+
+
+def test_a_long_text_is_not_given_up_for_a_short_one_that_begins_alike(engine):
+    long = Request(prompt=prompt_of(90), max_new_tokens=2, eos_token_id=())
+    engine.run([long])
+    (short,) = engine.run([Request(prompt=[*long.prompt[:10], 9], max_new_tokens=2, eos_token_id=())])
+    assert short.reused == 10
+    assert engine.run([long])[0].reused == 89
+
+
+def test_prompts_are_read_in_the_order_they_came(engine):
+    first, second = (engine.submit(Request(prompt=prompt_of(60, seed), eos_token_id=())) for seed in (1, 2))
+    for _ in range(3):
+        engine.step()
+    assert (first.count, second.count) == (1, 0)
+    assert len(second.slot.holds) == 3 * 24 - 60
 
 
 def test_a_prompt_is_copied_from_an_answer_that_is_being_written(engine, models):
@@ -236,6 +284,15 @@ def test_stop_strings_cut_the_text_wherever_tokens_end(cut, engine, tiny_tokeniz
             assert not tiny_tokenizer.decode(tokens[:-1]).startswith(text)
 
 
+@pytest.mark.parametrize("stop", [["three", "two"], ["two", "three"], ["two three", "three", "two"]])
+def test_of_several_stop_strings_the_first_in_the_text_counts(stop):
+    spelling = Detokenizer([b"one ", b"two three four"], stop)
+    assert [spelling.push(Token(id))[0] for id in (0, 1)] == ["one ", ""]
+    assert spelling.stopped
+    held = Detokenizer([b"one t", b"hree two"], stop)  # "t" may begin either
+    assert "".join(held.push(Token(id))[0] for id in (0, 1)) == ("one " if "three" in stop else "one three ")
+
+
 def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(engine):
     request = Request(prompt=prompt_of(8), max_new_tokens=14, eos_token_id=())
     (free,) = engine.run([request])
@@ -253,12 +310,12 @@ def test_pieces_never_hold_half_a_character(tiny_tokenizer):
     """Chinese and an emoji, a byte a token; one character is what a stop string might begin with."""
     table = token_bytes(tiny_tokenizer)
     text = "你好，世界🙂世"
-    spelling = _Spelling(table, ["世界！"])
+    spelling = Detokenizer(table, ["世界！"])
     given = [spelling.push(Token(table.index(bytes([byte]))))[0] for byte in text.encode()]
     assert [piece for piece in given if piece] == ["你", "好", "，", "世界🙂"]
     assert spelling.flush()[0] == "世"
     assert not spelling.stopped
-    broken, half, special = _Spelling(table, []), Token(table.index(b"\xe4")), Token(0)
+    broken, half, special = Detokenizer(table, []), Token(table.index(b"\xe4")), Token(0)
     assert broken.push(special) == broken.push(half) == ("", ())
     assert broken.flush() == ("\ufffd", (special, half))
 
@@ -278,6 +335,13 @@ def test_cancelling_frees_the_slot_for_the_very_next_step(engine):
     engine.step()
     assert (engine.running, engine.waiting) == (0, 0)
     assert engine.step() == []
+
+
+def test_the_first_reason_to_end_an_answer_counts(engine):
+    answer = engine.submit(Request(prompt=prompt_of(5), eos_token_id=()))
+    engine.cancel(answer, "timeout")
+    engine.cancel(answer)
+    assert [piece.finish_reason for _, piece in engine.step()] == ["timeout"]
 
 
 def test_leaving_a_stream_early_frees_its_slot(engine):
@@ -313,7 +377,7 @@ def test_log_probabilities_are_the_models_own(engine, models):
     company = [
         Request(prompt=prompt_of(9, seed), max_new_tokens=8, logprobs=seed, eos_token_id=()) for seed in range(3)
     ]
-    answer, *others = engine.run([request, *company])
+    *others, answer = engine.run([*company, request])
     with torch.no_grad():
         right = models["dense"](torch.tensor([prompt + ids(answer)])).logits[0].log_softmax(-1)
     tokens = answer.prompt_tokens + answer.tokens
@@ -327,6 +391,22 @@ def test_log_probabilities_are_the_models_own(engine, models):
     for seed, other in enumerate(others):
         assert all(len(token.top) == seed and token.logprob < 0 for token in other.tokens)
         assert other.prompt_tokens == []
+
+
+PENALTIES = {"repetition_penalty": 1.7, "frequency_penalty": 2.0, "presence_penalty": 1.5}
+
+
+@pytest.mark.parametrize("company", [0, 2])
+def test_log_probabilities_are_taken_before_penalties_and_temperature(company, engine, models):
+    shaped = {"temperature": 1.5, "top_k": 20, "top_p": 0.9, "seed": 2, "logprobs": 4, "eos_token_id": ()}
+    request = Request(prompt=prompt_of(9), max_new_tokens=12, **shaped, **PENALTIES)
+    others = [Request(prompt=prompt_of(9, seed), max_new_tokens=12, eos_token_id=()) for seed in range(1, company + 1)]
+    answer = engine.run([request, *others])[0]
+    with torch.no_grad():
+        right = models["dense"](torch.tensor([[*request.prompt, *ids(answer)]])).logits[0, 8:].log_softmax(-1)
+    for token, row in zip(answer.tokens, right[:-1], strict=True):
+        assert token.logprob == pytest.approx(row[token.id].item(), abs=1e-4)
+        assert [value for _, value in token.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
 
 
 def test_a_prompt_can_be_scored_without_writing(engine, models):
@@ -389,6 +469,12 @@ def test_what_cannot_be_done_is_refused_at_once(settings, said, engine):
     for refusing in (engine.submit, engine.stream, lambda request: engine.run([request])):
         with pytest.raises(ValueError, match=said):
             refusing(request)
+    assert engine.waiting == 0
+
+
+def test_of_several_requests_none_is_queued_where_one_is_refused(engine):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        engine.run([Request(prompt=[3, 4]), Request(prompt=[])])
     assert engine.waiting == 0
 
 

@@ -10,15 +10,10 @@ import torch
 from torch import nn
 
 from model import LMConfig, MiniMindLM
-from model.model import (
-    Attention,
-    FeedForward,
-    MoEFeedForward,
-    RMSNorm,
-    load_balancing_loss,
-    next_token_loss,
-    predicting,
-)
+from model.attention import Attention
+from model.feed_forward import FeedForward, MoEFeedForward, load_balancing_loss
+from model.loss import next_token_loss, target_mask
+from model.norm import RMSNorm
 from tests.model.networks import KINDS, VOCAB, Llama, assert_all_close, gradients, network, random_ids
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -100,13 +95,13 @@ def test_rms_norm_by_its_formula_in_fp32():
 # ------------------------------------------------------------------------------------------- the experts' balance
 
 
-def balance_by_hand(scores, chosen, real, per_row):
+def balance_by_hand(scores, chosen, non_padding, per_row):
     """alpha-free auxiliary loss, in plain Python: sum over experts of share * experts * mean probability."""
     rows = range(len(scores))
     groups = [[row] for row in rows] if per_row else [list(rows)]
     losses = []
     for group in groups:
-        tokens = [(scores[r][t], chosen[r][t]) for r in group for t in range(len(scores[r])) if real[r][t]]
+        tokens = [(scores[r][t], chosen[r][t]) for r in group for t in range(len(scores[r])) if non_padding[r][t]]
         if not tokens:
             continue
         experts, k = len(tokens[0][0]), len(tokens[0][1])
@@ -124,12 +119,14 @@ def test_balancing_loss_by_hand_without_padding_and_with_it(per_row):
     generator = torch.Generator().manual_seed(0)
     probabilities = torch.randn(4, 6, 5, generator=generator).mul(2).softmax(-1)
     chosen = probabilities.topk(2).indices
-    real = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [0] * 6]).bool()  # the last row is empty
-    for mask in (torch.ones_like(real), real):
+    non_padding = torch.tensor(
+        [[1] * 6, [0, 0, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0], [0] * 6]
+    ).bool()  # the last row is empty
+    for mask in (torch.ones_like(non_padding), non_padding):
         got = load_balancing_loss(probabilities, chosen, mask, per_row).item()
         expected = balance_by_hand(probabilities.tolist(), chosen.tolist(), mask.tolist(), per_row)
         assert got == pytest.approx(expected, abs=1e-6)
-    nothing = load_balancing_loss(probabilities, chosen, torch.zeros_like(real), per_row)
+    nothing = load_balancing_loss(probabilities, chosen, torch.zeros_like(non_padding), per_row)
     assert nothing.item() == 0
 
 
@@ -257,9 +254,9 @@ def test_logits_where_something_is_learned_give_the_same_loss_and_gradients():
     labels = ids.clone()
     labels[0] = -100
     labels[1, :4] = -100
-    assert predicting(labels).sum(1).tolist() == [0, 3, 6]
+    assert target_mask(labels).sum(1).tolist() == [0, 3, 6]
     results = []
-    for keep in (0, predicting(labels)):
+    for keep in (0, target_mask(labels)):
         model.zero_grad()
         out = model(ids, labels=labels, logits_to_keep=keep)
         out.loss.backward()

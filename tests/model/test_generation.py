@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from model.generation import choose, draw, keep_top_k, keep_top_p, penalise_repetition
+from model.inference.sampling import keep_top_k, keep_top_p, penalise_repetition, sample_from, sample_token
 from tests.model.networks import KINDS, VOCAB, Llama, network, random_ids
 
 SAMPLING = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.4}
@@ -69,7 +69,7 @@ def test_what_is_drawn_follows_the_probabilities():
     """20,000 draws: each frequency within five standard deviations of its probability."""
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -3.0]])
     generator = torch.Generator().manual_seed(0)
-    draws = choose(logits.repeat(20_000, 1), 0.8, 4, 0.99, generator)
+    draws = sample_token(logits.repeat(20_000, 1), 0.8, 4, 0.99, generator)
     kept = logits[0, :4].div(0.8).softmax(0)
     probabilities = torch.cat([kept, torch.zeros(1)])
     frequencies = draws.bincount(minlength=5) / 20_000
@@ -111,7 +111,7 @@ def test_sampling_is_a_plain_loop_over_transformers_processors(kind):
     with torch.no_grad():
         for _ in range(15):
             scores = processors(ids, model(ids).logits[:, -1])  # no cache, the whole text read again
-            ids = torch.cat([ids, draw(scores.softmax(-1), generator)[:, None]], dim=1)
+            ids = torch.cat([ids, sample_from(scores.softmax(-1), generator)[:, None]], dim=1)
     assert got.tolist() == ids.tolist()
 
 

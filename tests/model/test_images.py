@@ -1,15 +1,18 @@
 """Reading, preparing and placing images."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from transformers import CLIPImageProcessorPil
 
+from model import images
 from model.chat import render_chat
-from model.images import ImageError, image_processor, image_token_id, place_chat, read_image, to_pixels
+from model.images import ImageError, image_processor, image_token_id, prepare_chat, read_image, to_pixels
 from model.model_vlm import VLMConfig
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, by its paper's code
@@ -28,22 +31,33 @@ def as_file(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
+def blank_png(side: int) -> bytes:
+    """The beginning of a square of one bit a pixel: if it is to be refused for its size, nobody reads on."""
+    rows = zlib.compress(bytes(1 + -(-side // 8)) * 100)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
 class TestReading:
     @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "WEBP", "JPEG", "TIFF"])
-    def test_formats(self, kind):
-        image = read_image(as_file(picture(), kind, **({"lossless": True} if kind == "WEBP" else {})))
+    def test_formats(self, kind, tmp_path):
+        (tmp_path / "a").write_bytes(as_file(picture(), kind, **({"lossless": True} if kind == "WEBP" else {})))
+        image = read_image(tmp_path / "a")
         assert (image.mode, image.size) == ("RGB", (40, 30))
         difference = np.abs(np.asarray(image, int) - np.asarray(picture(), int)).mean()
         assert difference < (30 if kind == "GIF" else 4)
 
     @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "LA", "RGBA", "I;16"])
-    def test_modes_show_what_a_person_sees(self, mode):
+    def test_modes_show_what_a_person_sees(self, mode, tmp_path):
         grey = picture().convert("L")
         if mode == "I;16":
             image = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
         else:
             image = (picture() if mode in ("P", "CMYK", "RGBA") else grey).convert(mode)
-        seen = np.asarray(read_image(as_file(image, "TIFF" if mode == "CMYK" else "PNG")), int)
+        (tmp_path / "a").write_bytes(as_file(image, "TIFF" if mode == "CMYK" else "PNG"))
+        seen = np.asarray(read_image(tmp_path / "a"), int)
         expected = np.asarray((picture() if mode in ("P", "CMYK", "RGBA") else grey).convert("RGB"), int)
         if mode == "1":
             assert set(np.unique(seen)) == {0, 255}
@@ -85,10 +99,65 @@ class TestReading:
         png = as_file(picture(), "PNG", exif=b"Exif\x00\x00no TIFF at all")
         assert np.array_equal(read_image(png), picture())
 
-    def test_a_bomb_is_refused(self, monkeypatch):
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses twice as many
-        with pytest.raises(ImageError, match="decompression bomb"):
-            read_image(as_file(picture(), "PNG"))
+    @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "WEBP", "JPEG"])
+    def test_a_sent_format_that_is_taken_opens_as_bytes(self, kind):
+        assert read_image(as_file(picture(), kind)).size == (40, 30)
+
+    @pytest.mark.parametrize("kind", ["TIFF", "ICO", "EPS"])
+    def test_bytes_of_formats_that_hide_other_images_are_refused(self, kind):
+        with pytest.raises(ImageError, match="no image of a format that is taken here"):
+            read_image(as_file(picture(), kind))
+
+    def test_no_other_program_is_started_for_a_drawing(self, tmp_path):
+        (tmp_path / "a.eps").write_bytes(as_file(picture(), "EPS"))
+        with pytest.raises(ImageError, match=r"a\.eps is a drawing \(EPS\)"):
+            read_image(tmp_path / "a.eps")
+
+    @pytest.mark.parametrize("side", [8193, 30_000])
+    @pytest.mark.parametrize("from_file", [False, True])
+    def test_a_small_file_of_too_many_pixels_is_never_decoded(self, side, from_file, tmp_path, monkeypatch):
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("it is decoded"))
+        data = blank_png(side)
+        assert len(data) < 1000
+        (tmp_path / "a.png").write_bytes(data)
+        with pytest.raises(
+            ImageError, match=f"{side} x {side} pixels: at most 67 million|decompression bomb"
+        ) as caught:
+            read_image(tmp_path / "a.png" if from_file else data)
+        assert "\n" not in str(caught.value)
+
+    def test_the_limit_counts_pixels(self, monkeypatch):
+        monkeypatch.setattr(images, "MOST_PIXELS", 40 * 30)
+        assert read_image(as_file(picture(), "PNG")).size == (40, 30)
+        for size in ((40, 31), (1201, 1)):
+            with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} pixels"):
+                read_image(as_file(picture(*size), "PNG"))
+
+    def test_a_photograph_of_too_many_pixels_is_read_smaller(self, monkeypatch):
+        data = as_file(picture(640, 320), "JPEG")
+        for most, size in ((204_800, (640, 320)), (204_799, (320, 160)), (51_199, (160, 80)), (12_799, (80, 40))):
+            monkeypatch.setattr(images, "MOST_PIXELS", most)
+            seen = read_image(data)
+            assert seen.size == size
+            assert np.abs(np.asarray(seen, int) - np.asarray(picture(*size), int)).mean() < 4
+        monkeypatch.setattr(images, "MOST_PIXELS", 3_199)
+        with pytest.raises(ImageError, match="640 x 320 pixels"):
+            read_image(data)
+
+    def test_a_progressive_one_is_not_as_that_is_decoded_whole_first(self, monkeypatch):
+        monkeypatch.setattr(images, "MOST_PIXELS", 204_799)
+        with pytest.raises(ImageError, match="640 x 320 pixels"):
+            read_image(as_file(picture(640, 320), "JPEG", progressive=True))
+
+    def test_clear_parts_are_white_in_every_band(self, monkeypatch):
+        """As if it were laid over white at once."""
+        alpha = picture(70, 50).convert("RGBA")
+        alpha.putalpha(picture(70, 50).convert("L").rotate(180))
+        white = Image.new("RGBA", alpha.size, "white")
+        for band in (1, 300, 10**6):
+            monkeypatch.setattr(images, "BAND", band)
+            seen = read_image(as_file(alpha, "PNG"))
+            assert np.array_equal(seen, Image.alpha_composite(white, alpha).convert("RGB"))
 
 
 class TestPreparing:
@@ -121,7 +190,7 @@ class TestPreparing:
 class TestPlacing:
     def place(self, tokenizer, clip_dir, chat, **given):
         config = VLMConfig(image_token_id=image_token_id(tokenizer), image_tokens=4, max_seq_len=200)
-        return place_chat(tokenizer, chat, config, image_processor(clip_dir, 32), **given)
+        return prepare_chat(tokenizer, chat, config, image_processor(clip_dir, 32), **given)
 
     @pytest.fixture(params=["tiny_tokenizer", "plain_tokenizer"])
     def tokenizer(self, request):

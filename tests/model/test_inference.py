@@ -5,19 +5,21 @@ import copy
 import pytest
 import torch
 
-from model import LMConfig, MiniMindLM, inference
-from model.inference import Decoder, Span
+from model import LMConfig, MiniMindLM
+from model.inference import decoder as inference
+from model.inference.decoder import Decoder, Span
 from model.model_lora import apply_lora, lora_off, lora_state_dict
 from tests.model.networks import network, random_ids
 
 KINDS = {
     "dense": {},
-    "all heads have keys": {"n_kv_heads": 4},
+    "all heads have keys, another epsilon and base": {"n_kv_heads": 4, "norm_eps": 1e-2, "rope_theta": 100.0},
     "moe": {"use_moe": True},
     "moe without shared, three of five": {
         **{"use_moe": True, "n_shared_experts": False, "n_routed_experts": 5, "num_experts_per_tok": 3},
         "norm_topk_prob": False,
     },
+    "moe, one expert a token": {"use_moe": True, "num_experts_per_tok": 1},  # which is weighted all the same
 }
 
 
@@ -71,6 +73,17 @@ def test_slots_are_copied_and_swapped():
     spans = [Span(1, 19, ids[0][19:]), Span(0, 12, ids[1][12:]), Span(2, 10, ids[0][10:])]
     logits = decoder.logits(decoder.read(spans))
     torch.testing.assert_close(logits, torch.cat([right[0, 19:], right[1, 12:], right[0, 10:]]), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [(0, 1), (1, 0)])
+def test_writers_of_almost_one_length_in_any_order(slots):
+    model = network()
+    ids = ids_of(2, 20)
+    right = expected(model, ids)
+    decoder = Decoder(model, slots=2, slot_len=32)
+    decoder.read([Span(slots[0], 0, ids[0][:18]), Span(slots[1], 0, ids[1][:19])])
+    logits = decoder.logits(decoder.read([Span(slots[0], 18, ids[0][18:19]), Span(slots[1], 19, ids[1][19:])]))
+    torch.testing.assert_close(logits, torch.stack([right[0, 18], right[1, 19]]), atol=2e-4, rtol=1e-4)
 
 
 def test_embeddings_stand_in_for_tokens():
@@ -144,3 +157,86 @@ def test_slots_longer_than_the_model_are_refused():
     for slot_len in (0, 257):
         with pytest.raises(ValueError, match="the model takes 1 to 256"):
             Decoder(network(), 1, slot_len)
+
+
+# ---------------------------------------------------------------------------------------------------- new weights
+
+STATES = {
+    **{kind: (settings, None) for kind, settings in KINDS.items()},
+    "bfloat16": ({}, torch.bfloat16),
+    "moe in bfloat16": ({"use_moe": True}, torch.bfloat16),
+}
+
+
+def logits_of(decoder: Decoder, ids: list[list[int]]) -> torch.Tensor:
+    """Of rows read into the slots, prompts first and then a token each."""
+    decoder.read([Span(row, 0, tokens[:-1]) for row, tokens in enumerate(ids)])
+    return decoder.logits(decoder.read([Span(row, len(tokens) - 1, tokens[-1:]) for row, tokens in enumerate(ids)]))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@pytest.mark.parametrize("kind", STATES)
+def test_a_snapshot_stays_until_it_is_refreshed(kind, packed, monkeypatch):
+    """Whatever a training step does to the model's parameters, in place."""
+    if not packed:
+        monkeypatch.setattr(inference, "_can_pack", lambda dtype: False)
+    settings, dtype = STATES[kind]
+    model, ids = network(**settings), ids_of(3, 12)
+    decoder = Decoder(model, 3, 16, dtype)
+    old = logits_of(decoder, ids)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5).add_(0.1)
+    assert torch.equal(logits_of(decoder, ids), old)
+    decoder.refresh(model)
+    new = logits_of(decoder, ids)
+    assert torch.equal(new, logits_of(Decoder(model, 3, 16, dtype), ids))
+    assert (new - old).abs().max() > 0.1
+    at = [weight.layout == torch.strided and weight.data_ptr() for weight in decoder._weights]
+    decoder.refresh(model)
+    assert at == [weight.layout == torch.strided and weight.data_ptr() for weight in decoder._weights]
+    assert torch.equal(logits_of(decoder, ids), new)
+
+
+def test_an_adapter_is_merged_at_a_refresh_as_at_the_start():
+    model, ids = network(), ids_of(2, 12)
+    decoder = Decoder(model, 2, 16)
+    apply_lora(model, rank=4, targets=["wq", "w3"])
+    with torch.no_grad():
+        for value in lora_state_dict(model).values():
+            value.normal_(std=0.3)
+    decoder.refresh(model)
+    new = logits_of(decoder, ids)
+    assert torch.equal(new, logits_of(Decoder(model, 2, 16), ids))
+    with lora_off(model):
+        decoder.refresh(model)
+    assert (logits_of(decoder, ids) - new).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "name"),
+    [
+        ({}, {"n_layers": 3}, "n_layers 2, and this one has 3"),
+        ({}, {"n_heads": 8}, "n_heads 4, and this one has 8"),  # matrices of the same shapes
+        ({}, {"rope_theta": 1e4}, "rope_theta 1000000.0, and this one has 10000.0"),
+        ({}, {"use_moe": True}, "use_moe False, and this one has True"),
+        ({}, {"vocab_size": 97}, "vocab_size 96, and this one has 97"),
+        ({"use_moe": True}, {"use_moe": True, "num_experts_per_tok": 1}, "num_experts_per_tok 2, and this one has 1"),
+        ({"use_moe": True}, {"use_moe": True, "n_shared_experts": False}, "n_shared_experts True, and"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused_and_nothing_is_changed(ours, theirs, name):
+    ids = ids_of(2, 8)
+    decoder = Decoder(network(**ours), 2, 16)
+    old = logits_of(decoder, ids)
+    with pytest.raises(ValueError, match=name):
+        decoder.refresh(network(seed=1, **theirs))
+    assert torch.equal(logits_of(decoder, ids), old)
+
+
+def test_a_model_that_grew_since_is_another_one():
+    model = network()
+    decoder = Decoder(model, 1, 16)
+    model.resize_token_embeddings(128, mean_resizing=False)
+    with pytest.raises(ValueError, match="vocab_size 96, and this one has 128"):
+        decoder.refresh(model)

@@ -8,6 +8,7 @@ import torch
 from model import LMConfig, MiniMindLM
 from model.model_lora import (
     apply_lora,
+    attach_lora,
     base_hash,
     is_lora,
     load_lora,
@@ -16,7 +17,6 @@ from model.model_lora import (
     lora_settings,
     lora_state_dict,
     merge_lora,
-    put_lora,
     remove_lora,
     save_lora,
     unmerge_lora,
@@ -224,7 +224,7 @@ def test_an_adapter_that_does_not_fit_is_refused_whole(make, told):
     adapter, model = lora_state_dict(adapted()), make()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=told) as error:
-        put_lora(model, adapter, {"alpha": 8})
+        attach_lora(model, adapter, {"alpha": 8})
     assert "\n" not in str(error.value)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -240,7 +240,7 @@ def test_what_is_no_adapter_is_told_so():
         (mixed, "32, 5"),
     ):
         with pytest.raises(ValueError, match=told):
-            put_lora(model, state, {})
+            attach_lora(model, state, {})
     for wrong, told in (
         ({"rank": 0}, "rank from 1"),
         ({"alpha": 0}, "alpha above 0"),

@@ -1,8 +1,13 @@
 """model/reasoning.py: the form of an answer, thinking told from answer in whole and in pieces, and the vote."""
 
 import pytest
+import torch
 
+from model.chat import render_chat
 from model.reasoning import TAGS, ReasoningStream, is_well_formed, majority, split_reasoning, tag_sequences
+from model.tokenizer_check import check_tokenizer
+from tests.families import with_llama_3s_pattern
+from train_distill_reason import tag_weights
 
 GOOD = "<think>\n12 + 30 = 42\n42 - 7 = 35\n</think>\n<answer>\n35\n</answer>"
 
@@ -89,3 +94,15 @@ def test_majority_counts_answers_not_thoughts():
     assert majority(["<think>\nmore", "<think>\nand more"]) == ("<think>\nmore", 2)
     with pytest.raises(ValueError, match="at least one"):
         majority([])
+
+
+@pytest.mark.parametrize("special_tags", [False, True])
+def test_tags_are_found_where_a_line_break_shares_their_last_token(special_tags):
+    tokenizer = with_llama_3s_pattern(special_tags)
+    check_tokenizer(tokenizer)
+    answer = "<think>\nWhy?\n</think>\n<answer>\nSo.\n</answer>"
+    ids, mask = render_chat(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}])
+    learned = torch.tensor([[i if kept else -100 for i, kept in zip(ids, mask, strict=True)]])
+    weights = tag_weights(learned, tag_sequences(tokenizer), 10)[0].tolist()
+    heavy = [i for i, weight in zip(ids, weights, strict=True) if weight == 10]
+    assert tokenizer.decode(heavy) == "<think>\n</think>\n<answer>\n</answer>"

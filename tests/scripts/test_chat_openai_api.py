@@ -114,7 +114,7 @@ def test_a_talk_with_history_commands_and_an_answer_that_is_stopped(server):
         ]
         server.reply = lambda body: {"message": "too long by 3 tokens", "type": "invalid_request_error"}
         terminal.type("/rest\n/reset\n/help\nfail\n")
-        terminal.wait_for("/rest is no command(.|\n)*forgotten(.|\n)*/exit(.|\n)*too long by 3 tokens(.|\n)*> ")
+        terminal.wait_for("/rest is not a command(.|\n)*forgotten(.|\n)*/exit(.|\n)*too long by 3 tokens(.|\n)*> ")
         assert [turn["role"] for turn in server.requests[-1]["messages"]] == ["system", "user"]
 
         terminal.type("half a line")

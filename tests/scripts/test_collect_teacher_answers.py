@@ -1,6 +1,8 @@
 """scripts/collect_teacher_answers.py against a small HTTP server: order, retries, going on, and losing nothing."""
 
+import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,9 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dataset import SFTDataset
+from scripts.collect_teacher_answers import AnswerFile, key_of
 from tests.conftest import write_jsonl
 from tests.running import PATIENCE, ROOT, call_script
 from tests.scripts.openai_double import http_server
+from trainer.errors import UserError
 
 SCRIPT = "scripts/collect_teacher_answers.py"
 
@@ -98,12 +102,14 @@ def replies(path) -> list[tuple[str, str]]:
 
 
 def test_answers_stand_in_the_order_of_the_questions(endpoint, questions, tmp_path, tiny_tokenizer):
-    second = threading.Event()
+    first, second = threading.Event(), threading.Event()
 
     def behave(question, times):
         if question == "question 0?":
+            first.set()
             assert second.wait(PATIENCE)  # so it is answered after another one
         else:
+            assert first.wait(PATIENCE)  # so that two are open at once
             second.set()
 
     endpoint.behave = behave
@@ -132,6 +138,29 @@ def test_what_is_sent_of_a_chat(endpoint, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[0]["conversations"] == [system, user, assistant, user, {**assistant, "content": "about user"}]
     assert (lines[0]["model"], lines[0]["thinking"]) == ("big", False)
+
+
+def test_a_question_is_what_its_line_says(endpoint, tmp_path, capsys, tiny_tokenizer):
+    """The system prompt is sent, a weight is not but stays in the line, and what means nothing is counted."""
+    user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
+    lines = [
+        {"question": "one", "system": "own", "id": 1, "answer": "1"},
+        {"conversations": [user, answer | {"weight": 0}, user, answer], "id": 2},
+        {"question": ""},
+    ]
+    questions, out = write_jsonl(tmp_path / "q.jsonl", lines), tmp_path / "a.jsonl"
+    flags = ("--concurrency", "1", "--skip_bad_lines")
+    collect(endpoint, questions, out, *flags)
+    asked = [body["messages"] for body in endpoint.asked]
+    assert asked == [[{"role": "system", "content": "own"}, user | {"content": "one"}], [user, answer, user]]
+    said = capsys.readouterr().err
+    assert f"{questions}: ignored keys: id 2, answer 1, turns after the question 1\n" in said
+    assert f"{questions}: 1 bad lines skipped, the first: line 3: there is no question in it" in said
+    written = [json.loads(line)["conversations"] for line in out.read_text(encoding="utf-8").splitlines()]
+    assert written[1] == [user, answer | {"weight": 0}, user, {"role": "assistant", "content": "about hi"}]
+    assert "ignored keys: model 2, thinking 2" in SFTDataset(out, tiny_tokenizer).summary
+    collect(endpoint, questions, out, *flags)  # finds its own answers again
+    assert len(endpoint.asked) == 2
 
 
 def test_a_busy_endpoint_is_asked_again(endpoint, questions, tmp_path, monkeypatch):
@@ -178,7 +207,7 @@ def test_no_reply_whatever_its_shape_stops_a_worker(endpoint, questions, tmp_pat
     for word in (
         "sent no JSON",
         "sent no choices",
-        "it is no text but",
+        "it is not text but",
         "half a character",
         "8 questions got no answer",
     ):
@@ -233,7 +262,7 @@ def test_thinking_is_kept_in_tags(endpoint, tmp_path, capsys):
     assert replies(tmp_path / "a.jsonl") == [("0", answer), ("1", tagged)]
     errors = capsys.readouterr().err
     assert "no reasoning_content came with it" in errors
-    assert "its thinking holds tags" in errors
+    assert "the thought holds the tag </think>" in errors
 
 
 def test_ctrl_c_loses_no_answer(endpoint, questions, tmp_path):
@@ -297,11 +326,13 @@ def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
     for line in foreign:
         out.write_bytes(mine + line)
         collect(endpoint, questions, out, exit_code=2)
-        assert "line 25 is no answer of big to one of these questions: nothing was changed" in capsys.readouterr().err
+        assert (
+            "line 25 is not an answer of big to one of these questions: nothing was changed" in capsys.readouterr().err
+        )
         assert out.read_bytes() == mine + line
     out.write_bytes(mine)
     collect(endpoint, questions, out, "--model", "other", exit_code=2)
-    assert "line 1 is no answer of other" in capsys.readouterr().err
+    assert "line 1 is not an answer of other" in capsys.readouterr().err
     collect(endpoint, questions, out, "--thinking", exit_code=2)
     assert "and the --model, --system, --thinking it was made by" in capsys.readouterr().err
     assert out.read_bytes() == mine
@@ -353,7 +384,39 @@ def test_a_full_disk_leaves_the_file_as_it_was(endpoint, questions, tmp_path, ca
             (tmp_path / "a.jsonl").write_bytes(before + line[:5])
             return 5
 
+        def truncate(self, size):
+            os.truncate(tmp_path / "a.jsonl", size)
+
     monkeypatch.setattr(answers, "_file", HalfFull())
     with pytest.raises(UserError, match="no space left"):
         answers.add(chat, "two")
     assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+MADE_BY = {"model": "m", "thinking": False}
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    """By whatever name they call it."""
+    first = AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter())
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    for name in ("a.jsonl", "link.jsonl"):
+        with pytest.raises(UserError, match=f"{name}: another run is writing to it"):
+            AnswerFile(tmp_path / name, MADE_BY, Counter())
+    AnswerFile(tmp_path / "b.jsonl", MADE_BY, Counter())
+    del first
+    gc.collect()
+    AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter())
+
+
+@pytest.mark.parametrize("error", [OSError(37, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, error):
+    def acquire(*_, **__):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    chat = [{"role": "user", "content": "x"}]
+    answers = AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter([key_of(chat)]))
+    answers.add(chat, "y")
+    answers.sort(iter([chat]))
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["conversations"][1]["content"] == "y"

@@ -4,16 +4,20 @@ import importlib
 import json
 import sys
 
+import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model.model_lora import apply_lora, lora_layers, merge_lora, save_lora
 from model.tokenizer import tokenizer_hash
+from scripts.formats.transformers_folder import read_folder
 from tests.conftest import SPECIAL, train_tokenizer
+from tests.model.test_weight_layouts import in_april_2025
 from tests.running import ROOT, one_error_line, run_script
-from tests.scripts.converting import make_model, save_model
+from tests.scripts.conversion import make_model, save_model
 from trainer.errors import UserError
+from trainer.files import file_hash
 from trainer.weights import load_weights
 
 
@@ -44,6 +48,53 @@ def small_tokenizer_dir(tmp_path_factory):
     assert len(tokenizer) == 320
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_a_llama_by_transformers_comes_and_goes_with_all_its_numbers(convert, tokenizer_dir, tiny_tokenizer, tmp_path):
+    """Its rope's base and epsilon are no MiniMind's, and its ids are the tokenizer's, whatever its config says."""
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6}
+    numbers = {"num_key_value_heads": 3, "max_position_embeddings": 99, "rms_norm_eps": 1e-6}
+    config = LlamaConfig(
+        **sizes,
+        **numbers,
+        vocab_size=len(tiny_tokenizer),
+        tie_word_embeddings=True,
+        rope_parameters=rope,
+        initializer_range=0.3,
+        bos_token_id=7,
+        eos_token_id=[8, 9],
+    )
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    tiny_tokenizer.save_pretrained(tmp_path / "theirs")
+    convert("from-transformers", tmp_path / "theirs", tmp_path / "mine_48.pth")
+    told = json.loads((tmp_path / "mine_48.json").read_text())["config"]
+    assert (told["rope_theta"], told["norm_eps"], told["max_seq_len"]) == (1e4, 1e-6, 99)
+    assert (told["bos_token_id"], told["eos_token_id"]) == (1, 2)
+    flags = ("--tokenizer", tokenizer_dir)
+    convert("to-transformers", tmp_path / "mine_48.pth", tmp_path / "back", *flags)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    assert all(getattr(back.config, name) == value for name, value in (sizes | numbers).items())
+    assert back.config.rope_parameters == rope
+    assert (back.config.bos_token_id, back.config.eos_token_id, back.config.pad_token_id) == (1, 2, 0)
+    ids = torch.randint(len(tiny_tokenizer), (2, 90), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (back(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+    convert("to-gguf", tmp_path / "mine_48.pth", tmp_path / "x.gguf", "--dtype", "f32", *flags)
+    reader = gguf.GGUFReader(tmp_path / "x.gguf")
+    assert reader.get_field("llama.rope.freq_base").contents() == 1e4
+    assert reader.get_field("llama.attention.layer_norm_rms_epsilon").contents() == pytest.approx(1e-6)
+
+
+def test_the_heads_of_a_file_without_json_order_its_rows(convert, tokenizer_dir, tiny_tokenizer, tmp_path):
+    model = make_model(len(tiny_tokenizer))
+    torch.save(in_april_2025(model.state_dict(), heads=(4, 2)), tmp_path / "new.pth")
+    flags = ("--tokenizer", tokenizer_dir, "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "256")
+    convert("to-transformers", tmp_path / "new.pth", tmp_path / "out", *flags)
+    back, _ = read_folder(tmp_path / "out")
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 SIZES = ("--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "128")
@@ -93,6 +144,33 @@ def test_a_merged_adapter_is_in_the_weights(convert, tiny_tokenizer, tokenizer_d
     with pytest.raises(UserError, match="train_lora"):
         convert("merge-lora", other, tmp_path / "nothing.pth", tmp_path / "x.pth", "--tokenizer", tokenizer_dir)
     assert not (tmp_path / "x.pth").exists()
+
+
+def test_what_is_written_is_known_by_its_own_hash(convert, tiny_tokenizer, tokenizer_dir, weights, tmp_path):
+    """Not by that of the weights it was made from."""
+    beside = weights.with_suffix(".json")
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | {"sha256": file_hash(weights)}))
+    model = load_weights(weights, None, tiny_tokenizer)
+    apply_lora(model, rank=4)
+    about = json.loads(beside.read_text())
+    save_lora(model, tmp_path / "name.pth", config=about["config"], tokenizer=about["tokenizer"])
+    out = tmp_path / "merged_64.pth"
+    convert("merge-lora", weights, tmp_path / "name.pth", out, "--tokenizer", tokenizer_dir)
+    assert json.loads(out.with_suffix(".json").read_text())["sha256"] == file_hash(out) != file_hash(weights)
+    load_weights(out, None, tiny_tokenizer)
+
+
+def test_a_folder_and_files_under_links_are_written_where_they_lie(convert, tokenizer_dir, weights, tmp_path):
+    big, folder = tmp_path / "big", tmp_path / "folder"
+    big.mkdir()
+    folder.symlink_to(big)
+    (big / "elsewhere").mkdir()
+    (big / "model.safetensors").symlink_to(big / "elsewhere" / "weights")
+    convert("to-transformers", weights, folder, "--tokenizer", tokenizer_dir, "--overwrite")
+    assert folder.is_symlink()
+    assert (big / "model.safetensors").is_symlink()
+    assert (big / "elsewhere" / "weights").stat().st_size > 10_000
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_gguf_gets_a_modelfile_beside_it_and_nothing_is_replaced_unasked(convert, tokenizer_dir, weights, tmp_path):
@@ -145,7 +223,7 @@ def test_wrong_input_is_named(convert, tokenizer_dir, small_tokenizer_dir, weigh
             convert("to-transformers", *arguments[:1], tmp_path / "out", *arguments[1:])
     with pytest.raises(UserError, match=r"an adapter is a \.pth file"):
         convert("to-peft", weights, tmp_path / "lora/me_32", tmp_path / "out", "--tokenizer", tokenizer_dir)
-    with pytest.raises(UserError, match=r"what is no part of it goes before"):
+    with pytest.raises(UserError, match=r"what is not part of it goes before"):
         convert("to-transformers", "--overwrite", weights, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

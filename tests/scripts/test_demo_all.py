@@ -7,10 +7,11 @@ import torch
 
 from model import LMConfig, MiniMindLM
 from model.tokenizer import tokenizer_hash
-from scripts import demo_all, demo_measures
+from scripts import demo_all
+from scripts.demo import measures as demo_measures
+from scripts.demo.measures import solve
+from scripts.demo.settings import DATA, STUDENT
 from scripts.demo_all import STAGES, Stage, table
-from scripts.demo_measures import solve
-from scripts.demo_settings import DATA, STUDENT
 from scripts.make_demo_data import as_jsonl, build, write
 from tests.running import run_script
 from trainer.weights import architecture, load_tokenizer
@@ -177,14 +178,14 @@ def test_problems_are_counted_by_form_by_answer_and_by_vote(monkeypatch):
     monkeypatch.setattr(demo_measures, "answer", answer)
     solved = solve(None, None)
     assert solved == (4, 3, 2, 3)
-    assert solved.told() == (
+    assert solved.describe() == (
         "Of 4 new problems: form right 75.0%, answer right 50.0% ± 25.0% greedy, 75.0% ± 21.7% by 8 votes"
     )
 
 
 def test_the_table():
     stages = (
-        Stage("pretraining", (), None, "a", "bits a byte", None, "{:.3f}", answers=False),
+        Stage("pretraining", (), None, "a", "bits per byte", None, "{:.3f}", answers=False),
         Stage("SFT", (), "a", "b", "facts right", None),
     )
     results = {
@@ -193,7 +194,7 @@ def test_the_table():
     }
     assert table(stages, results).splitlines() == [
         "stage          minutes  measure                                start     end   facts",
-        "pretraining        3.0  bits a byte                            4.500   0.590       -",
+        "pretraining        3.0  bits per byte                            4.500   0.590       -",
         "SFT                4.5  facts right                             0.0%   95.1%   95.1%",
         "all                7.5",
     ]

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from model import LMConfig, MiniMindLM
-from model.images import image_token_id, place_chat, usual_processor
+from model.images import default_processor, image_token_id, prepare_chat
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import tokenizer_hash
 from scripts import demo_vlm
-from scripts.vlm_exam import look, shares, shuffled
+from scripts.demo.vision_exam import look, shares, shuffled
 from tests.conftest import write_jsonl
 from tests.running import TINY_TRAINING, call_script
 from trainer.weights import architecture, load_tokenizer
@@ -124,7 +124,7 @@ class TestExamination:
         torch.manual_seed(0)
         place = image_token_id(tiny_tokenizer)
         config = VLMConfig(dim=32, n_layers=2, vocab_size=len(tiny_tokenizer), image_token_id=place)
-        model, processor = MiniMindVLM(config, vision_model=clip_dir).eval(), usual_processor(32)
+        model, processor = MiniMindVLM(config, vision_model=clip_dir).eval(), default_processor(32)
         for weight in model.parameters():
             torch.nn.init.normal_(weight.data, std=0.3)  # else it repeats itself, whatever it sees
         exam = [
@@ -136,7 +136,7 @@ class TestExamination:
         expected = []
         for question in exam:
             content = [*(tmp_path / name for name in question["image"]), question["question"]]
-            prompt = place_chat(tiny_tokenizer, [{"role": "user", "content": content}], config, processor)
+            prompt = prepare_chat(tiny_tokenizer, [{"role": "user", "content": content}], config, processor)
             written = [int(token) for token in model.stream(prompt.input_ids, max_new_tokens=24, **prompt.images)]
             expected.append(tiny_tokenizer.decode(written, skip_special_tokens=True))
         assert len(set(expected)) > 1

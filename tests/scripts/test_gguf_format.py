@@ -1,17 +1,19 @@
 """GGUF files: read back by the gguf package, and run by llama.cpp where it is installed."""
 
+import copy
 import random
 import unicodedata
 
 import gguf
 import numpy as np
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import AutoTokenizer
 
-from model.chat import DEFAULT_SYSTEM_PROMPT
+from model.chat import DEFAULT_SYSTEM_PROMPT, render_chat
 from model.tokenizer import token_bytes
-from scripts.gguf_format import modelfile, pre_tokenizer_name, write_gguf
-from tests.scripts.converting import QUESTIONS, greedy, make_model, prompts
+from scripts.formats.gguf_file import modelfile, pre_tokenizer_name, write_gguf
+from tests.scripts.conversion import QUESTIONS, greedy, make_model, prompts
 from trainer.errors import UserError
 from trainer.weights import load_tokenizer
 
@@ -21,6 +23,19 @@ TEXTS = (
     "你好，世界！２０２５年１２月，第Ⅳ章 ½ ③ 一二三 🙂👩‍👩‍👧 𠮷 é e\u0301 \u00a0\u3000x",
     " a  b   1 2  3 \r\n \n 4\t5 '' 's'll I'M I'm ...--- __x__ <think>1</think> < think>",
 )
+
+
+LLAMA_CPP = {  # its names of what a layer has
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_norm": "ffn_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +54,59 @@ def test_every_matrix_is_there_within_its_rounding(model, tiny_tokenizer, tmp_pa
     tensors = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
     state = model.state_dict()
     assert len(tensors) == len(state) - 1  # the output is the embedding
-    for theirs, ours in (
-        ("token_embd", "tok_embeddings"),
-        ("blk.1.attn_k", "layers.1.attention.wk"),
-        ("blk.1.ffn_down", "layers.1.feed_forward.w2"),
-        ("blk.0.ffn_norm", "layers.0.ffn_norm"),
-        ("output_norm", "norm"),
-    ):
+    pairs = [("token_embd", "tok_embeddings"), ("output_norm", "norm")]
+    pairs += [(f"blk.{n}.{theirs}", f"layers.{n}.{ours}") for n in range(2) for theirs, ours in LLAMA_CPP.items()]
+    assert len(pairs) == len(tensors)
+    for theirs, ours in pairs:
         value, right = tensors[f"{theirs}.weight"], state[f"{ours}.weight"].numpy()
         assert value.shape == right.shape
         exact = off == 0 or "norm" in theirs
         assert np.abs(value - right).max() <= (0 if exact else off * np.abs(right).max())
-    assert reader.get_field("llama.rope.freq_base").contents() == 1e6
-    assert reader.get_field("llama.attention.head_count_kv").contents() == 2
-    assert reader.get_field("tokenizer.chat_template").contents() == tiny_tokenizer.chat_template
+
+
+def test_the_template_of_the_file_is_plain_jinja_and_lays_a_chat_out_as_we_do(model, tiny_tokenizer, tmp_path):
+    """llama-cpp-python renders it so; whatever template the tokenizer brought, this is the layout a MiniMind learns."""
+    other = copy.deepcopy(tiny_tokenizer)
+    other.chat_template = "{{ messages[0]['content'] }}"
+    reader = gguf.GGUFReader(write(model, other, tmp_path / "x.gguf"))
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(reader.get_field("tokenizer.chat_template").contents())
+    chat = [
+        {"role": "user", "content": " hi"},
+        {"role": "assistant", "content": "你好 "},
+        {"role": "user", "content": "\nbye"},
+    ]
+    text = template.render(messages=chat, add_generation_prompt=True, bos_token="<s>", eos_token="</s>")
+    ids = render_chat(tiny_tokenizer, chat, add_generation_prompt=True)[0]
+    assert tiny_tokenizer.encode(text, add_special_tokens=False) == ids
+
+
+def test_every_number_is_the_models(tiny_tokenizer, tmp_path):
+    sizes = {"dim": 96, "n_layers": 3, "n_heads": 6, "n_kv_heads": 3, "hidden_dim": 160, "max_seq_len": 200}
+    model = make_model(len(tiny_tokenizer) + 5, **sizes, rope_theta=1e4, norm_eps=1e-6)
+    reader = gguf.GGUFReader(write(model, tiny_tokenizer, tmp_path / "x.gguf"))
+    for field, value in (
+        ("llama.embedding_length", 96),
+        ("llama.block_count", 3),
+        ("llama.attention.head_count", 6),
+        ("llama.attention.head_count_kv", 3),
+        ("llama.feed_forward_length", 160),
+        ("llama.context_length", 200),
+        ("llama.rope.dimension_count", 16),
+        ("llama.rope.freq_base", 1e4),
+        ("llama.attention.layer_norm_rms_epsilon", pytest.approx(1e-6)),
+        ("llama.vocab_size", len(tiny_tokenizer) + 5),
+        ("tokenizer.ggml.bos_token_id", 1),
+        ("tokenizer.ggml.eos_token_id", 2),
+        ("tokenizer.ggml.padding_token_id", 0),
+        ("tokenizer.ggml.add_bos_token", False),  # the template begins with it: it would stand there twice
+        ("tokenizer.ggml.add_eos_token", False),
+    ):
+        assert reader.get_field(field).contents() == value, field
+    tokens, types = (reader.get_field(f"tokenizer.ggml.{name}").contents() for name in ("tokens", "token_type"))
+    assert tokens[: len(tiny_tokenizer)] == tiny_tokenizer.convert_ids_to_tokens(range(len(tiny_tokenizer)))
+    assert (tokens[:4], types[:4]) == (["<unk>", "<s>", "</s>", "<think>"], [3, 3, 3, 4])  # control, user-defined
+    assert (types[20], types[-5:]) == (1, [5] * 5)  # normal, unused
 
 
 def test_what_gguf_cannot_hold_is_refused(model, tiny_tokenizer, tmp_path):
@@ -76,7 +130,7 @@ def test_each_tokenizer_has_its_name(tiny_tokenizer):
 
 def test_the_modelfile_lays_a_chat_out_as_we_do(tmp_path, tiny_tokenizer):
     """Ollama's template language is Go's: `range` repeats its body for each message, dots read fields."""
-    text = modelfile(tmp_path / "tiny.gguf", 256)
+    text = modelfile(tmp_path / "tiny.gguf", tiny_tokenizer, 256)
     assert text.startswith("FROM ./tiny.gguf\n")
     body = text.split('TEMPLATE """')[1].split('"""')[0]
     turn = body.removeprefix("{{ range .Messages }}").removesuffix("{{ end }}<s>assistant\n")

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scripts.transformers_format import write_folder
+from scripts.formats.transformers_folder import write_folder
 from tests.conftest import write_jsonl
-from tests.scripts.converting import make_model
+from tests.scripts.conversion import make_model
 
 CASES = [
     {"question": "The capital of the green island is", "choices": [" Harbour Town", " a robot", " seven"], "gold": 0},

@@ -8,10 +8,10 @@ from collections import Counter, defaultdict
 import pytest
 
 from dataset.jsonl import JsonlReader
-from dataset.records import chat_of, text_of
-from scripts.demo_world import relations
+from dataset.records import parse_chat, parse_pair, parse_text
+from scripts.demo.scoring import normalise
+from scripts.demo.world import relations
 from scripts.make_demo_data import MINIMIND, POLITE, WILLOW, as_jsonl, build, identities, write
-from scripts.scoring import normalise
 from tests.running import run_script
 from trainer.errors import UserError
 
@@ -34,12 +34,12 @@ def training_texts(files):
     found = {}
     for name, lines in files.items():
         if not name.startswith("eval_"):
-            for text in (text for line in lines for text in texts_of(line)):
+            for text in (text for line in lines for text in stream_texts(line)):
                 found.setdefault(text, name)
     return found
 
 
-def texts_of(line):
+def stream_texts(line):
     turns = [turn for key in ("conversations", "chosen", "rejected") for turn in line.get(key, ())]
     return [part for text in (line.get("text", ""), *(turn["content"] for turn in turns)) for part in text.split("\n")]
 
@@ -132,17 +132,16 @@ def test_a_run_cut_short_knows_its_own_files_again(tmp_path, monkeypatch):
 
 def test_every_line_passes_the_projects_own_parsers(files, tmp_path):
     write(as_jsonl({f"{name}.jsonl": lines for name, lines in files.items()}), tmp_path)
-    texts = list(JsonlReader(tmp_path / "pretrain_hq.jsonl", text_of))
-    pairs = [
-        list(JsonlReader(tmp_path / f"{name}.jsonl", lambda line: (chat_of(line, "chosen"), chat_of(line, "rejected"))))
-        for name in ("dpo", "eval_dpo")
-    ]
-    chats = [chat for name in CHATS for chat in JsonlReader(tmp_path / f"{name}.jsonl", chat_of)]
+    texts = list(JsonlReader(tmp_path / "pretrain_hq.jsonl", parse_text))
+    pairs = [list(JsonlReader(tmp_path / f"{name}.jsonl", parse_pair)) for name in ("dpo", "eval_dpo")]
+    readers = [JsonlReader(tmp_path / f"{name}.jsonl", parse_chat) for name in CHATS]
+    chats = [chat for reader in readers for chat in reader]
 
     assert len(texts) > 5000
     assert len(pairs[1]) > 70
     assert all(chosen[:-1] == rejected[:-1] and chosen != rejected for part in pairs for chosen, rejected in part)
     assert all(chat[-1]["role"] == "assistant" for chat in chats)
+    assert not any(reader.ignored for reader in readers)
     for name in EXAMS:
         for line in files[name]:
             assert list(line) == ["question", "answers", "kind", "lang"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.demo_scenes import (
+from scripts.demo.scenes import (
     COLOURS,
     KINDS_HELD_OUT,
     KINDS_NAMELESS,

@@ -1,30 +1,27 @@
 """scripts/openai_app.py in this process: reasoning, images, failures in the middle, and bodies of every kind."""
 
 import base64
-import contextlib
-import http.server
 import io
 import json
 import random
 import sys
-import threading
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from model.engine import Engine, EngineThread
-from model.images import image_processor, place_chat
+from model.images import image_processor, prepare_chat
+from model.inference.scheduler import Engine
+from model.inference.thread import EngineThread
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.reasoning import split_reasoning
 from model.tokenizer import tokenizer_hash
-from scripts import openai_schema as schema
 from scripts import serve_openai_api
-from scripts.openai_app import Served, make_app
-from scripts.openai_schema import ApiError
+from scripts.serving import schema as schema
+from scripts.serving.app import make_app
+from scripts.serving.requests import ServerState
 from tests.model.networks import network
-from tests.running import free_port
 from tests.scripts.malformed import bodies_by_schema, malformed_bodies
 
 QUESTION = [{"role": "user", "content": "What is a bird?"}]
@@ -39,7 +36,7 @@ def serve(tiny_tokenizer):
     def make(model, slots: int = 4, slot_len: int | None = None, **settings) -> TestClient:
         engine = Engine(model, tiny_tokenizer, slots=slots, slot_len=slot_len)
         threads.append(EngineThread(engine))
-        app = make_app(Served(threads[-1], tiny_tokenizer, **settings))
+        app = make_app(ServerState(threads[-1], tiny_tokenizer, **settings))
         app.state.engine = engine
         return TestClient(app, raise_server_exceptions=False)
 
@@ -163,11 +160,11 @@ def seeing(serve, vlm, clip_dir, tiny_tokenizer):
 
     @torch.no_grad()
     def place_images(turns):
-        prompt = place_chat(tiny_tokenizer, turns, vlm.config, processor, room=10**9)
+        prompt = prepare_chat(tiny_tokenizer, turns, vlm.config, processor, room=10**9)
         return prompt.input_ids[0].tolist(), vlm.embed(prompt.input_ids, **prompt.images)[0]
 
     pages = {"http://pictures.example/red": picture("red")}
-    return serve(vlm, place_images=place_images, fetch=pages.__getitem__)
+    return serve(vlm, place_images=place_images, fetch=lambda urls: [pages[url] for url in urls])
 
 
 def test_image_parts_are_what_the_model_sees(seeing, vlm, clip_dir, tiny_tokenizer):
@@ -176,7 +173,7 @@ def test_image_parts_are_what_the_model_sees(seeing, vlm, clip_dir, tiny_tokeniz
         parts = [image_part(picture(colour)) for colour in colours] + [{"type": "text", "text": "What is it?"}]
         reply = chat(seeing, [{"role": "user", "content": parts}]).json()
         turns = [{"role": "user", "content": [*map(picture, colours), "What is it?"]}]
-        prompt = place_chat(tiny_tokenizer, turns, vlm.config, processor)
+        prompt = prepare_chat(tiny_tokenizer, turns, vlm.config, processor)
         right = vlm.generate(prompt.input_ids, max_new_tokens=8, **prompt.images)[0, prompt.input_ids.size(1) :]
         said.append(reply["choices"][0]["message"]["content"])
         assert said[-1] == tiny_tokenizer.decode(right, skip_special_tokens=True)
@@ -247,55 +244,13 @@ def test_a_vision_model_is_loaded_to_see(loaded, vlm, clip_dir, tiny_tokenizer):
     model, _, place_images = loaded
     turns = [{"role": "user", "content": [picture("red"), "Or", picture("blue"), "?"]}]
     ids, embeddings = place_images(turns)
-    prompt = place_chat(tiny_tokenizer, turns, vlm.config, image_processor(clip_dir, 32))
+    prompt = prepare_chat(tiny_tokenizer, turns, vlm.config, image_processor(clip_dir, 32))
     assert ids == prompt.input_ids[0].tolist()
     with torch.no_grad():
         torch.testing.assert_close(embeddings, vlm.embed(prompt.input_ids, **prompt.images)[0])
     assert model.config.max_seq_len == 512
     with pytest.raises(ValueError, match="200 images of 4 tokens are too many for the model's context of 512"):
         place_images([{"role": "user", "content": [b"which nobody reads"] * 200}])
-
-
-class Pictures(http.server.BaseHTTPRequestHandler):
-    """A site with a picture, a way to it, and a flood."""
-
-    def do_GET(self):
-        self.send_response({"/moved": 302, "/none": 404}.get(self.path, 200))
-        self.send_header("Location", "/red")
-        self.end_headers()
-        if self.path == "/red":
-            self.wfile.write(picture("red"))
-        with contextlib.suppress(ConnectionError):  # the other side has had enough
-            while self.path == "/flood":
-                self.wfile.write(bytes(2**20))
-
-    def log_message(self, *_):
-        pass
-
-
-def test_images_are_fetched_where_they_are(monkeypatch):
-    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
-    threading.Thread(target=site.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{site.server_port}"
-    try:
-        for page in ("/red", "/moved"):
-            assert serve_openai_api.fetch_image(address + page) == picture("red")
-        for url, said in (
-            (f"{address}/none", "404"),
-            (f"{address}/flood", "larger than 20 MiB"),
-            (f"http://127.0.0.1:{free_port()}/", "cannot be had"),
-            ("http://", "cannot be had"),
-            ("http://[", "cannot be had"),
-        ):
-            with pytest.raises(ApiError, match=said) as caught:
-                serve_openai_api.fetch_image(url)
-            assert (caught.value.status_code, caught.value.param) == (400, "messages")
-        monkeypatch.setattr(serve_openai_api, "FETCH_SECONDS", -1)
-        with pytest.raises(ApiError, match="did not come in"):
-            serve_openai_api.fetch_image(f"{address}/red")
-    finally:
-        site.shutdown()
-        site.server_close()
 
 
 # --------------------------------------------------------------------------------------------------------- failures
@@ -344,7 +299,7 @@ def test_health_tells_when_the_device_computes_no_more(serve, model, monkeypatch
 
 def test_an_error_of_our_own_is_an_object_too(serve, model, monkeypatch):
     client = serve(model)
-    monkeypatch.setattr("scripts.openai_app.render_chat", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("scripts.serving.app.render_chat", lambda *_, **__: 1 / 0)
     reply = chat(client)
     assert reply.status_code == 500
     assert reply.json()["error"] == {

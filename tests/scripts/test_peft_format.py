@@ -8,11 +8,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model.model_lora import apply_lora, load_lora, lora_off, lora_state_dict, put_lora, save_lora
-from scripts import transformers_format
-from scripts.peft_format import read_folder, write_folder
+from model.model_lora import apply_lora, attach_lora, load_lora, lora_off, lora_state_dict, save_lora
+from scripts.formats import transformers_folder as transformers_format
+from scripts.formats.peft_folder import read_folder, write_folder
 from tests.running import one_error_line, run_script
-from tests.scripts.converting import make_model
+from tests.scripts.conversion import make_model
 from trainer.errors import UserError
 
 EVERY = ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]
@@ -81,7 +81,7 @@ def test_an_adapter_that_peft_made_works_here(tiny_tokenizer, tmp_path):
                 value.normal_(std=0.1)
     theirs.save_pretrained(tmp_path / "peft")
     state, about = read_folder(tmp_path / "peft", model.config)
-    assert put_lora(model, state, about) == (3, 9, ("wq", "wk", "w2"))
+    assert attach_lora(model, state, about) == (3, 9, ("wq", "wk", "w2"))
     assert (logits(theirs.eval()) - logits(model)).abs().max() < 1e-4
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.scoring import format_table, is_right, nearest_line, normalise, tally
+from scripts.demo.scoring import format_table, is_right, nearest_line, normalise, tally
 
 NORMALISED = [
     ("Paris", "paris"),

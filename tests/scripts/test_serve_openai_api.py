@@ -1,9 +1,12 @@
 """scripts/serve_openai_api.py: a really started server, and OpenAI's own client."""
 
+import contextlib
+import http.client
 import json
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -362,7 +365,7 @@ def test_a_bad_chat_names_the_parameter(changes, param, server):
         ({"prompt": 3}, "prompt"),
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": "\udc00"}, "prompt"),
-        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": -2}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
     ],
 )
@@ -571,6 +574,8 @@ def test_sigterm_waits_no_longer_than_it_was_told(out_dir, tokenizer_dir):
         (("--port", "99999"), "--port 99999"),
         (("--host", "192.0.2.1"), "--host 192.0.2.1"),
         (("--fetch_images",), "needs --vlm"),
+        (("--fetch_private",), "needs --fetch_images"),
+        (("--keep_alive", "0"), "--keep_alive"),
         (("--vlm", "--vision_model", "nowhere"), "--vision_model nowhere"),
         (("--vlm", "--lora_name", "x"), "--lora_name"),
         (("--max_concurrency", "0"), "--max_concurrency"),
@@ -583,6 +588,53 @@ def test_what_cannot_be_served_is_one_line(arguments, said, out_dir, tokenizer_d
     (line,) = [line for line in printed.err.splitlines() if line.startswith("error: ")]
     assert said in line
     assert "Traceback" not in printed.err
+
+
+def test_a_connection_is_kept_for_a_minute_and_more(monkeypatch):
+    """Longer than a person reads between two questions, and than clients keep theirs."""
+    monkeypatch.setattr(sys, "argv", ["serve_openai_api.py"])
+    assert serve_openai_api.get_args().keep_alive == 75
+    configs = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: configs.append(self.config))
+    with serve_openai_api.listen("127.0.0.1", 0) as sock:
+        serve_openai_api.serve(lambda *_: None, None, sock, drain_seconds=1, keep_alive=33)
+    assert configs[0].timeout_keep_alive == 33
+
+
+def test_every_answer_says_how_long_its_connection_stays(server):
+    """Also a stream and an error; where the caller wants it closed, nothing says otherwise."""
+    host, port = server.address.removeprefix("http://").split(":")
+    key = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    body = json.dumps({"prompt": "a", "max_tokens": 2, "stream": True})
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=PATIENCE)) as connection:
+        connection.connect()
+        sock = connection.sock
+        for method, path, sent in (
+            ("POST", "/v1/completions", body),
+            ("GET", "/v1/nothing", None),
+            ("GET", "/health", None),
+        ):
+            connection.request(method, path, sent, key)
+            reply = connection.getresponse()
+            reply.read()
+            assert (reply.headers["connection"], reply.headers["keep-alive"]) == ("keep-alive", "timeout=75")
+            assert connection.sock is sock, "it was closed in between"
+        connection.request("GET", "/health", headers={"Connection": "close"})
+        reply = connection.getresponse()
+        assert (reply.headers.get_all("connection"), reply.headers["keep-alive"]) == (["close"], None)
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as old:
+        old.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        said = b"".join(iter(lambda: old.recv(65536), b""))
+    assert b"keep-alive" not in said.lower()
+
+
+def test_a_refusal_leaves_the_connection_to_be_used_again(server):
+    """Though nobody has read the body that came with it."""
+    with httpx.Client(base_url=server.address, timeout=PATIENCE) as stranger:
+        for _ in range(3):
+            reply = stranger.post("/v1/completions", json={"prompt": "x" * 2**20})
+            assert reply.status_code == 401
+        assert stranger.get("/health").status_code == 200
 
 
 def test_what_is_sent_waits_for_no_receipt():

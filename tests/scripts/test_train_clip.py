@@ -1,6 +1,8 @@
 """The contrastive loss by hand, and a tower made for real."""
 
+import json
 import math
+import shutil
 from argparse import Namespace
 
 import pytest
@@ -9,10 +11,23 @@ from transformers import AutoTokenizer, CLIPModel
 
 from model.images import image_processor
 from model.model_vlm import load_tower
-from scripts.train_clip import info_nce, make_clip, picture_vectors, train_caption_tokenizer
-from tests.running import one_error_line, run_script
+from scripts.train_clip import info_nce, make_clip, picture_vectors, save, train_caption_tokenizer
+from tests.running import call_script, one_error_line, run_script
 
 NEVER = torch.eye(3, dtype=torch.bool)
+
+
+def test_a_folder_under_a_link_is_replaced_where_it_lies(tmp_path, clip_dir, tiny_tokenizer):
+    big, link = tmp_path / "disk" / "clip", tmp_path / "clip"
+    big.parent.mkdir()
+    link.symlink_to(big)
+    clip = CLIPModel.from_pretrained(clip_dir)
+    for share in (0.5, 0.6):  # the first one, and one over it
+        save(clip, tiny_tokenizer, Namespace(out_dir=link, image_size=32), {"share": share})
+    assert link.is_symlink()
+    assert (big / "zero_shot.json").read_text().split() == ["{", '"share":', "0.6", "}"]
+    assert [path.name for path in big.parent.iterdir()] == ["clip"]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_info_nce_by_hand():
@@ -117,3 +132,20 @@ def test_a_run_makes_a_clip_folder(small_demo, tmp_path):
         refused = run_script("scripts/train_clip.py", *flags, "--out_dir", other, "--overwrite", exit_code=2)
         assert "no tower made by this script" in one_error_line(refused)
     assert (tmp_path / "clip" / "model.safetensors").is_file()
+
+
+def test_a_broken_picture_is_named_with_its_line_or_skipped_and_counted(small_demo, tmp_path, capsys):
+    images = shutil.copytree(small_demo / "images", tmp_path / "images")
+    first = json.loads((small_demo / "clip_captions.jsonl").read_text(encoding="utf-8").splitlines()[0])["image"]
+    (images / first).write_bytes((images / first).read_bytes()[:-40])
+    tiny = ("--image_size", "32", "--width", "32", "--layers", "1", "--batch_size", "4", "--steps", "1")
+    data = ("--data_path", small_demo / "clip_captions.jsonl", "--eval_path", small_demo / "eval_clip.jsonl")
+    flags = (*data, *tiny, "--images_path", images, "--out_dir", tmp_path / "clip", "--device", "cpu")
+    call_script("scripts/train_clip.py", *flags, exit_code=2)
+    assert f"clip_captions.jsonl, line 1: the image {images / first} cannot be read" in capsys.readouterr().err
+    call_script("scripts/train_clip.py", *flags, "--skip_bad_lines")
+    assert "clip_captions.jsonl: 1 bad lines skipped, the first: line 1: the image" in capsys.readouterr().out
+    nothing = tmp_path / "nothing.jsonl"
+    nothing.write_text(json.dumps({"image": first, "captions": ["it"]}) + "\n")
+    call_script("scripts/train_clip.py", *flags, "--skip_bad_lines", "--overwrite", "--data_path", nothing, exit_code=2)
+    assert "nothing.jsonl has no good line; 1 bad, the first: line 1: the image" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from collections import Counter
 
 import pytest
 from tokenizers import Tokenizer, pre_tokenizers
@@ -10,7 +11,8 @@ from transformers import AutoTokenizer
 from dataset.jsonl import BadRecord
 from model.chat import render_chat
 from model.tokenizer import StreamDecoder, token_bytes
-from scripts.train_tokenizer import PROBES, is_kept_aside, kind_of, texts_of, verify
+from model.tokenizer_check import PROBES
+from scripts.train_tokenizer import is_held_out_text, kind_of, stream_texts, verify
 from tests.conftest import SENTENCES, train_tokenizer, write_jsonl
 from tests.running import ROOT, call_script, one_error_line, run_script
 from trainer.errors import UserError
@@ -32,7 +34,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer_data")
     write_jsonl(folder / "texts.jsonl", [{"text": f"{n} {SENTENCES[n % 8]}"} for n in range(300)])
     write_jsonl(folder / "medical.jsonl", [{"conversations": [*CHATS[1]]}, {"conversations": CHATS[0]}])
-    write_jsonl(folder / "pairs.jsonl", [{"chosen": CHATS[0], "rejected": CHATS[1]}])
+    write_jsonl(folder / "pairs.jsonl", [{"chosen": CHATS[1], "rejected": [*CHATS[1][:2], CHATS[0][1]], "id": 1}])
     return folder
 
 
@@ -42,6 +44,7 @@ def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "tiny"
     paths = sorted(data.glob("*.jsonl"))
     done = run_script("scripts/train_tokenizer.py", "--data_path", *paths, "--out_dir", folder, "--vocab_size", "420")
+    assert done.stderr.count(f"{data / 'pairs.jsonl'}: ignored keys: id 1\n") == 1
     return folder, done.stdout
 
 
@@ -52,7 +55,7 @@ def test_the_script_writes_a_folder_that_auto_tokenizer_loads(trained):
     assert len(tokenizer) == 420
     assert printed.splitlines()[0].startswith(f"420 entries in {folder}")
     assert "English" in printed
-    assert "characters a token, on texts kept aside" in printed
+    assert "characters per token, on held-out texts" in printed
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
     special = (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token)
     assert special == ("<unk>", "<unk>", "<s>", "</s>")
@@ -128,27 +131,31 @@ def test_what_a_user_gets_wrong_is_one_line(tmp_path, monkeypatch, capsys, argum
     [
         ({"text": "a"}, ["a"]),
         ({"conversations": CHATS[0]}, ["你好, world", "Hi 🙂"]),
-        ({"chosen": CHATS[0], "rejected": CHATS[1]}, ["你好, world", "Hi 🙂", "Be brief.", "q", "a"]),
-        ({"image": "a.jpg", "conversations": CHATS[0]}, ["你好, world", "Hi 🙂"]),
+        (
+            {"chosen": CHATS[0], "rejected": [CHATS[0][0], {"role": "assistant", "content": "a"}]},
+            ["你好, world", "Hi 🙂", "你好, world", "a"],
+        ),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"}, ["s", "q", "a", "s", "q", "b"]),
+        ({"image": "a.jpg", "conversations": [{"content": "<image>"}, CHATS[0][1]]}, ["<image>", "Hi 🙂"]),
     ],
 )
 def test_every_format_of_the_project_gives_its_texts(record, texts):
-    assert texts_of(record) == texts
+    assert stream_texts(record, Counter()) == texts
 
 
 @pytest.mark.parametrize("record", [{}, {"text": 3}, {"conversations": 5}, {"chosen": [3], "rejected": []}])
 def test_a_record_of_no_format_is_bad(record):
     with pytest.raises(BadRecord):
-        texts_of(record)
+        stream_texts(record, Counter())
 
 
 def test_a_tenth_is_kept_aside_whatever_file_a_text_is_in():
     texts = [f"text {n}" for n in range(20_000)]
-    kept = [is_kept_aside(text, 0.1) for text in texts]
+    kept = [is_held_out_text(text, 0.1) for text in texts]
 
     assert 0.09 < sum(kept) / len(kept) < 0.11
-    assert kept == [is_kept_aside(text, 0.1) for text in texts]
-    assert not any(is_kept_aside(text, 0) for text in texts[:100])
+    assert kept == [is_held_out_text(text, 0.1) for text in texts]
+    assert not any(is_held_out_text(text, 0) for text in texts[:100])
 
 
 def test_text_is_classed_by_its_characters(tmp_path):

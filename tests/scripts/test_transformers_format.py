@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from model import LMConfig, MiniMindLM
-from scripts.transformers_format import (
+from model.chat import render_chat
+from model.chat_template import CHAT_TEMPLATE
+from scripts.formats.transformers_folder import (
     check_equal,
     read_folder,
     to_our_config,
@@ -18,7 +20,8 @@ from scripts.transformers_format import (
     write_folder,
 )
 from tests.conftest import SENTENCES
-from tests.scripts.converting import QUESTIONS, greedy, make_model, prompts
+from tests.model.test_weight_layouts import in_april_2025
+from tests.scripts.conversion import QUESTIONS, greedy, make_model, prompts
 from trainer.errors import UserError
 
 SHAPES = {
@@ -81,8 +84,12 @@ def test_the_folder_is_plain_and_readable_by_older_transformers(llama):
     assert config["rope_theta"] == 1e6  # transformers 4 would take 1e4 otherwise
     about = json.loads((folder / "tokenizer_config.json").read_text())
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert "<s>assistant" in about["chat_template"]
-    assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
+    assert about["chat_template"] == CHAT_TEMPLATE
+    assert about["padding_side"] == "left"
+    assert about["model_max_length"] == 256
+    writing = GenerationConfig.from_pretrained(folder)
+    assert (writing.pad_token_id, writing.bos_token_id, writing.eos_token_id) == (0, 1, 2)
+    assert (writing.do_sample, writing.temperature, writing.top_p) == (True, 0.85, 0.85)  # as eval_model.py
 
 
 def test_the_pipeline_chats(llama, tiny_tokenizer):
@@ -92,6 +99,39 @@ def test_the_pipeline_chats(llama, tiny_tokenizer):
     answer = out[0]["generated_text"][-1]
     ids = greedy(model, prompts(tiny_tokenizer)[0])
     assert answer == {"role": "assistant", "content": tiny_tokenizer.decode(ids, skip_special_tokens=True)}
+
+
+def test_a_batch_answers_what_each_gets_alone(llama, tiny_tokenizer):
+    model, folder = llama
+    tokenizer, theirs = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+    chats = [[{"role": "user", "content": question}] for question in (*QUESTIONS, "?")]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+    )
+    answers = theirs.generate(**batch, do_sample=False, max_new_tokens=24)[:, batch["input_ids"].size(1) :]
+    assert len({tuple(row.tolist()) for row in answers}) == 4, "the test needs answers that differ"
+    for chat, row in zip(chats, answers.tolist(), strict=True):
+        alone = greedy(model, render_chat(tiny_tokenizer, chat, add_generation_prompt=True)[0])
+        assert row[: len(alone)] == alone
+        assert set(row[len(alone) :]) <= {0}
+
+
+OLD_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<s>system\\nx</s>\\n' }}{% endif %}{% for message in messages %}"
+    "{{ '<s>' + message['role'] + '\\n' + message['content'] + '</s>\\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template", [OLD_TEMPLATE, None, "{{ messages[0]['content'] }}"])
+def test_a_folder_has_the_template_of_today_whatever_the_tokenizer_brought(template, tiny_tokenizer, tmp_path):
+    """A tokenizer trained last year, a published one, one of another family: what a MiniMind learns is one layout."""
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    tokenizer.chat_template = template
+    write_folder(make_model(len(tokenizer)), tokenizer, tmp_path / "llama")
+    back = AutoTokenizer.from_pretrained(tmp_path / "llama")
+    assert (back.chat_template, back.padding_side) == (CHAT_TEMPLATE, "left")
+    assert tokenizer.chat_template == template
 
 
 def test_published_weights_go_out_and_come_back(shared, tiny_tokenizer, tmp_path):
@@ -108,15 +148,17 @@ def test_published_weights_go_out_and_come_back(shared, tiny_tokenizer, tmp_path
         assert all(torch.equal(value, state[key]) for key, value in back.items())
 
 
-def train_a_step(folder, tmp_path, **changes) -> str:
-    """One SFT step by trl on a folder; the folder it saved."""
+CHATS = [
+    [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+    for a, b in zip(SENTENCES[:4], SENTENCES[4:], strict=True)
+]
+
+
+def sft(folder, tmp_path, chats, settings=None, **changes):
+    """A trainer of trl for one SFT step on a folder."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    lines = [
-        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
-        for a, b in zip(SENTENCES[:4], SENTENCES[4:], strict=True)
-    ]
     config = SFTConfig(
         output_dir=str(tmp_path / "trl"),
         max_steps=1,
@@ -126,8 +168,15 @@ def train_a_step(folder, tmp_path, **changes) -> str:
         use_cpu=True,
         bf16=False,
         save_strategy="no",
+        **settings or {},
     )
-    trainer = SFTTrainer(str(folder), args=config, train_dataset=Dataset.from_list(lines), **changes)
+    lines = Dataset.from_list([{"messages": chat} for chat in chats])
+    return SFTTrainer(str(folder), args=config, train_dataset=lines, **changes)
+
+
+def train_a_step(folder, tmp_path, **changes) -> str:
+    """One SFT step by trl on a folder; the folder it saved."""
+    trainer = sft(folder, tmp_path, CHATS, **changes)
     assert math.isfinite(trainer.train().training_loss)
     trainer.save_model(str(tmp_path / "trained"))
     return tmp_path / "trained"
@@ -139,6 +188,19 @@ def test_trl_trains_a_llama_on_and_it_comes_back(llama, tmp_path):
     back, _ = read_folder(trained)
     assert check_equal(back, trained) < 1e-4
     assert not torch.allclose(back.norm.weight, model.norm.weight)
+
+
+def test_trl_learns_the_answers_alone_and_just_what_we_would(llama, tiny_tokenizer, tmp_path, caplog):
+    _, folder = llama
+    chats = [CHATS[0] + CHATS[1], [{"role": "system", "content": "Count."}, *CHATS[2]], CHATS[3]]
+    trainer = sft(folder, tmp_path, chats, {"assistant_only_loss": True})
+    assert trainer.processing_class.chat_template == CHAT_TEMPLATE, "trl has put its own in its place"
+    assert "end-of-turn" not in caplog.text
+    for row, chat in zip(trainer.train_dataset, chats, strict=True):
+        ids, mask = render_chat(tiny_tokenizer, chat)
+        assert list(row["input_ids"]) == ids
+        assert [label != -100 for label in row["labels"]] == mask
+    assert math.isfinite(trainer.train().training_loss)
 
 
 def test_a_moe_that_transformers_saved_comes_back_and_one_whose_gate_was_trained_is_refused(tiny_tokenizer, tmp_path):
@@ -182,6 +244,22 @@ def test_our_own_save_pretrained_folder_and_old_bin_files_are_read(tiny_tokenize
     for name in ("minimind", "bin"):
         back, _ = read_folder(tmp_path / name)
         assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True)), name
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_a_minimind_folder_of_april_2025_is_read(tiny_tokenizer, tmp_path, use_moe):
+    """model_type "minimind", with transformers' names for its sizes and, all but the shared expert's, its tensors."""
+    model = make_model(len(tiny_tokenizer), use_moe=use_moe, hidden_dim=96, rope_theta=1e4, norm_eps=1e-6)
+    config = {theirs: getattr(model.config, ours) for theirs, ours in LMConfig.attribute_map.items()}
+    config |= {name: getattr(model.config, name) for name in ("vocab_size", "rope_theta", "use_moe", "norm_topk_prob")}
+    config |= {"model_type": "minimind", "rms_norm_eps": 1e-6, "n_shared_experts": 1, "bos_token_id": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = {name: value.clone() for name, value in in_april_2025(model.state_dict(), heads=(4, 2)).items()}
+    save_file(state, tmp_path / "model.safetensors")
+    tiny_tokenizer.save_pretrained(tmp_path)
+    back, _ = read_folder(tmp_path)
+    assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
+    assert back.config.to_dict() == model.config.to_dict()
 
 
 @pytest.mark.parametrize(
@@ -244,6 +322,10 @@ def test_a_folder_that_computes_something_else_is_noticed(llama, tmp_path):
 
 def test_configurations_map_one_to_one():
     for changes in SHAPES.values():
-        config = make_model(50, **changes).config
+        config = make_model(50, **{"aux_loss_alpha": 0.03 if "use_moe" in changes else 0.1} | changes).config
         shared = {"model.layers.0.mlp.shared_expert.down_proj.weight": torch.ones(1) * config.n_shared_experts}
-        assert to_our_config(to_their_config(config), shared).to_dict() == config.to_dict()
+        theirs = to_their_config(config)
+        assert to_our_config(theirs, shared).to_dict() == config.to_dict()
+        for place in ("rope_theta", "rope_parameters"):  # transformers 4 saves the one, transformers 5 the other
+            without = {key: value for key, value in theirs.items() if key != place}
+            assert to_our_config(without, shared).rope_theta == config.rope_theta

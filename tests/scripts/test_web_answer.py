@@ -8,13 +8,13 @@ from pathlib import Path
 import openai
 import pytest
 
-from model.images import place_chat
-from scripts import web_answer
-from scripts.remote_chat import answer_parts
-from scripts.web_answer import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
+from model.images import prepare_chat
+from scripts.serving import page_models as web_answer
+from scripts.serving.client import answer_parts
+from scripts.serving.page_models import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
 from tests.running import PATIENCE
 from tests.scripts.openai_double import http_server, openai_double
-from tests.scripts.seeing import picture, save_vlm
+from tests.scripts.vlm_weights import picture, save_vlm
 from trainer.errors import UserError
 
 
@@ -176,7 +176,7 @@ def test_a_model_that_sees_is_shown_the_pictures_of_the_talk(clip_dir, tokenizer
     ]
     wishes = {"max_new_tokens": 12, "temperature": 0.0}
     written = "".join(text for part, text in backend.parts([], turns, wishes) if part in ("token", "raw"))
-    prompt = place_chat(tiny_tokenizer, turns, backend.model.config, backend.processor)
+    prompt = prepare_chat(tiny_tokenizer, turns, backend.model.config, backend.processor)
     assert prompt.images["pixel_values"].size(0) == 3
     right = backend.model.generate(prompt.input_ids, max_new_tokens=12, **prompt.images)[0, prompt.input_ids.size(1) :]
     assert written == tiny_tokenizer.decode(right, skip_special_tokens=True)

@@ -6,9 +6,9 @@ import threading
 import pytest
 
 from tests.running import PATIENCE
-from tests.scripts.browsing import Page, chromium, streamlit, wait_for
+from tests.scripts.browser import Page, chromium, streamlit, wait_for
 from tests.scripts.openai_double import openai_double
-from tests.scripts.seeing import picture, save_vlm
+from tests.scripts.vlm_weights import picture, save_vlm
 
 EVIL = '<b>world</b> <img src=x onerror="document.title=1"> **stars** [a](javascript:alert(1))'
 

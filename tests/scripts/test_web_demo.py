@@ -1,13 +1,15 @@
 """The chat page: by Streamlit's own test harness, and in a real browser where there is one."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from streamlit.testing.v1 import AppTest
 
 from model.chat import render_chat
-from tests.running import PATIENCE, ROOT
+from scripts.serving import page as web_page
+from tests.running import PATIENCE, ROOT, call_script
 from tests.scripts.openai_double import openai_double
 from trainer.weights import load_weights
 
@@ -136,3 +138,25 @@ def test_weights_that_do_not_load_are_named_and_the_page_goes_on(open_page, tiny
     app.run()
     assert not app.sidebar.text
     assert not app.chat_input(key="question").disabled
+
+
+@pytest.mark.parametrize("script", ["web_demo.py", "web_demo_vlm.py"])
+def test_without_streamlit_it_says_what_to_type(script, capsys):
+    call_script(f"scripts/{script}", exit_code=2)
+    told = f"error: the page is drawn by Streamlit: type {sys.executable} -m streamlit run scripts/{script}"
+    assert told in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("address", "typed", "sent"),
+    [("http://own/v1", "", "secret"), ("http://own/v1", "mine", "mine"), ("http://other/v1", "", "")],
+)
+def test_the_key_of_the_environment_goes_to_no_address_that_somebody_typed(address, typed, sent, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    asked = []
+    monkeypatch.setattr(web_page, "_remote", lambda *given: asked.append(given) or (None, []))
+    inputs = iter([address, typed])
+    page = SimpleNamespace(text_input=lambda *_, **__: next(inputs), selectbox=lambda *_, **__: None)
+    monkeypatch.setattr(web_page, "st", page)
+    web_page.choose_remote(web_page.WORDS["English"], SimpleNamespace(base_url="http://own/v1"))
+    assert asked == [(address, sent)]

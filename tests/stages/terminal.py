@@ -58,6 +58,11 @@ class Terminal:
         os.close(self._master)
         return self.script.wait().returncode
 
+    def drop(self) -> int:
+        """Take the terminal away, as a dropped connection does; the exit code."""
+        os.close(self._master)
+        return self.script.wait().returncode
+
     def _read(self) -> str:
         """What comes within a moment; nothing at the end."""
         if not select.select([self._master], [], [], 0.05)[0]:

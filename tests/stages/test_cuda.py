@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from model import LMConfig, MiniMindLM
-from model.engine import Engine, Request
-from scripts.examination import left_padded
+from model.inference.request import Request
+from model.inference.scheduler import Engine
+from scripts.demo.exam import left_padded
 from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair
 from tests.dataset.test_vlm_dataset import line

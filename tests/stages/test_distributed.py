@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,6 +89,69 @@ def test_ddp_resumes_as_if_never_stopped(pretrain, ddp, tmp_path):
     pretrain(tmp_path, *TWENTY_STEPS, "--resume", processes=2)
     assert_equal(weights(tmp_path), weights(ddp))
     assert reports(tmp_path) == reports(ddp)
+
+
+def test_machines_that_share_no_out_dir(pretrain, tmp_path):
+    """Rank 0 goes on from what it has, and rank 1, which has nothing, does not quietly begin anew beside it."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    machines = {"processes": 2, "each": [("--out_dir", here), ("--out_dir", there)]}
+    pretrain(tmp_path, *TWENTY_STEPS, "--max_steps", "8", **machines)
+    assert not there.exists()
+    done = pretrain(tmp_path, *TWENTY_STEPS, "--resume", **machines, exit_code=2)
+    line = one_error_line(done)
+    state = there / "pretrain_32.resume" / "step_00000008" / "state.json"
+    assert f"rank 1 has no {state}, which rank 0 goes on from" in line
+    assert "--out_dir" in line
+    shutil.copytree(here / "pretrain_32.resume", there / "pretrain_32.resume")
+    story = json.loads(state.read_text())
+    state.write_text(json.dumps(story))  # the same, written otherwise
+    done = pretrain(tmp_path, *TWENTY_STEPS, "--resume", **machines, exit_code=2)
+    assert "rank 1 has another " in one_error_line(done)
+    shutil.rmtree(there)
+    shutil.copytree(here, there)
+    pretrain(tmp_path, *TWENTY_STEPS, "--resume", **machines)
+    assert about(here)["step"] == 20
+    assert about(there)["step"] == 8
+
+
+def test_ranks_that_begin_with_other_weights(sft, tiny_out, tmp_path):
+    """DDP would copy rank 0's over them, and a reference or a teacher would still be another."""
+    state = weights(tiny_out)
+    state["norm.weight"][3] += 1e-6
+    other = tmp_path / "pretrain_32.pth"
+    torch.save(state, other)
+    each = [(), ("--from_weight", other)]
+    line = one_error_line(sft(tmp_path, *FOUR_STEPS, processes=2, each=each, exit_code=2))
+    assert "rank 1 has other weights than rank 0" in line
+
+
+def test_ranks_with_other_settings(pretrain, tmp_path):
+    each = [(), ("--grad_clip", "0.5")]
+    line = one_error_line(pretrain(tmp_path, *FOUR_STEPS, processes=2, each=each, exit_code=2))
+    assert "rank 1 has grad_clip 0.5, and rank 0 has 1.0" in line
+
+
+def test_zero_needs_a_folder_that_all_machines_share(pretrain, tmp_path):
+    """Told before anything is learned, and not when it cannot be gone on from."""
+    each = [("--out_dir", tmp_path / "here"), ("--out_dir", tmp_path / "there")]
+    done = pretrain(tmp_path, *FOUR_STEPS, "--deepspeed", processes=2, each=each, exit_code=2)
+    assert "--out_dir that they share" in one_error_line(done)
+
+
+def test_a_flipped_bit_in_what_deepspeed_goes_on_from(pretrain, zero_2, tmp_path):
+    shutil.copytree(zero_2, tmp_path / "out")
+    (path,) = (tmp_path / "out").rglob("*zero_pp_rank_1_*.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    flags = (*TWENTY_STEPS, "--deepspeed", "--max_steps", "21", "--resume")
+    assert f"{path} is damaged" in one_error_line(pretrain(tmp_path / "out", *flags, processes=2, exit_code=2))
+
+
+def test_half_a_launcher(pretrain, tmp_path):
+    line = one_error_line(pretrain(tmp_path, env={"WORLD_SIZE": "2"}, exit_code=2))
+    assert "WORLD_SIZE is 2 in the environment, but there is no RANK" in line
+    assert "torchrun --nproc_per_node" in line
 
 
 def test_zero_3_resumes_with_settings_of_its_own(pretrain, tmp_path):

@@ -119,7 +119,7 @@ def spoil(out, how: str) -> tuple[str, ...]:
         with open(path, "wb") as file:
             pickle.dump({"a": os.path.join}, file)
     elif how == "no state dict":
-        torch.save({"model": weights(out), "step": 3}, path)
+        torch.save({"lr": 1e-4, "step": 3}, path)
     elif how == "an adapter":
         story.unlink()
         torch.save({f"layers.{n}.attention.wq.lora.A.weight": torch.zeros(4, 32) for n in range(2)}, path)
@@ -144,15 +144,15 @@ def spoil(out, how: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("missing", ("pretrain_64.pth is missing", "train_pretrain.py")),
+        ("missing", ("pretrain_64.pth is missing", "train_pretrain.py", "pretrain_32.pth (--dim 32)")),
         ("unknown", ("best_32.pth is missing",)),
-        ("another depth", ("n_layers 2", "n_layers 3", "json")),
+        ("another depth", ("n_layers 2", "n_layers 3", "json", "give --n_layers 2")),
         ("another depth, no json", ("n_layers 2", "n_layers 3", "tensors")),
-        ("dense, where experts are asked for", ("use_moe False", "use_moe True")),
+        ("dense, where experts are asked for", ("use_moe False", "use_moe True", "give --no-use_moe")),
         ("truncated", ("truncated, damaged",)),
         ("empty", ("truncated, damaged",)),
         ("code", ("code in it was not run",)),
-        ("no state dict", ("no plain state dict",)),
+        ("no state dict", ("no plain state dict of tensors: its 'lr' is a float",)),
         ("an adapter", ("lora.A.weight",)),
         ("one key lacks", ("lacks norm.weight",)),
         ("one key too much", ("vision_proj.weight too much",)),
@@ -189,14 +189,31 @@ def test_a_downloaded_file_says_which_tokenizer_is_assumed(sft, tiny_out, tokeni
     assert about(tmp_path, "full_sft_32")["step"] == 1
 
 
+@pytest.mark.parametrize(("size", "told"), [("64k", "a batch that --num_workers prepared"), ("4k", "cannot be set up")])
+def test_a_small_shared_memory(pretrain, tmp_path, size, told):
+    """It used to wait forever for the batch that had found no room."""
+    before = ("tests/stages/small_shm.py", size)
+    done = pretrain(tmp_path, "--num_workers", "2", "--batch_size", "64", before=before, exit_code=None)
+    if done.returncode == 77:
+        pytest.skip("a small /dev/shm cannot be mounted here")
+    assert done.returncode == 2
+    line = one_error_line(done)
+    assert told in line
+    assert "--shm-size" in line
+    assert "--num_workers 0" in line
+    pretrain(tmp_path, "--num_workers", "0", "--batch_size", "16", "--max_steps", "1", before=before)
+
+
 def test_of_two_ranks_one_speaks(pretrain, tmp_path):
     done = pretrain(tmp_path, "--data_path", "/nowhere.jsonl", processes=2, exit_code=2)
     assert "/nowhere.jsonl" in one_error_line(done)
 
 
 def test_a_rank_that_fails_alone_is_heard(pretrain, tmp_path):
-    """Only rank 1 cannot write: the other one, which meets a closed connection or is ended by the launcher, whichever
-    comes first, does not drown that in a traceback."""
-    flags = ("--max_steps", "2")
+    """Only rank 1 cannot write its part of DeepSpeed's state: the other one, which meets a closed connection or is
+    ended by the launcher, whichever comes first, does not drown that in a traceback."""
+    flags = ("--max_steps", "2", "--deepspeed")
     done = pretrain.interrupted(tmp_path, "SIGXFSZ", "size", 1000, *flags, processes=2, exit_code=2)
-    assert "rank_1.pt" in one_error_line(done)
+    line = one_error_line(done)
+    assert "cannot write" in line
+    assert "step_00000002" in line

@@ -12,8 +12,9 @@ import torch
 import eval_model
 from model import MiniMindLM
 from model.chat import render_chat
-from model.engine import Engine, Piece
-from scripts.transformers_format import write_folder
+from model.inference.request import Piece
+from model.inference.scheduler import Engine
+from scripts.formats.transformers_folder import write_folder
 from tests.running import ROOT, RunningScript, one_error_line, run_script
 from tests.stages.terminal import Terminal
 from tests.stages.training import about

@@ -1,6 +1,5 @@
 """A run that is stopped, killed or repeated: nothing is lost, and what goes on is as if it had never stopped."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,7 +8,8 @@ import signal
 import pytest
 import torch
 
-from tests.running import one_error_line
+from tests.running import ROOT, call_script, one_error_line
+from tests.stages.terminal import Terminal
 from tests.stages.training import MEASURED, about, distance, losses, reports, snapshot, weights
 
 SOME = ("--max_steps", "8")  # two more than an epoch has
@@ -85,6 +85,32 @@ def test_ctrl_c_from_outside(pretrain, tmp_path):
     assert about(tmp_path)["step"] >= 3
     assert weights(tmp_path)
     assert (tmp_path / "pretrain_32.png").exists()
+
+
+@pytest.mark.parametrize(("place", "nth"), [("log", 4), ("save", 1), ("evaluate", 1), ("close", 1)])
+def test_a_signal_after_the_last_step_does_not_make_a_finished_run_an_interrupted_one(pretrain, tmp_path, place, nth):
+    flags = ("--max_steps", "4", "--eval_interval", "4", "--eval_path", pretrain.data_path)
+    done = pretrain.interrupted(tmp_path, "SIGTERM", place, nth, *flags)
+    assert "SIGTERM: saving" in done.stderr
+    assert about(tmp_path)["step"] == 4
+    assert (tmp_path / "pretrain_32.png").exists()
+
+
+def test_a_hang_up_saves(pretrain, tmp_path):
+    flags = ("--epochs", "100000", "--save_interval", "100000")
+    done = pretrain.interrupted(tmp_path, "SIGHUP", "log", 3, *flags, exit_code=129)
+    assert "SIGHUP: saving after this step" in done.stderr
+    assert about(tmp_path)["step"] in (3, 4)
+
+
+def test_a_terminal_that_goes_away_costs_nothing(pretrain, tmp_path):
+    """What a dropped SSH does: the terminal is gone, and each print to it fails."""
+    flags = (*pretrain.common, "--out_dir", tmp_path, "--epochs", "100000", "--save_interval", "100000")
+    terminal = Terminal(pretrain.script, *flags)
+    terminal.see("loss ")  # of the first step
+    assert terminal.drop() == 129
+    assert about(tmp_path)["step"] >= 1
+    assert weights(tmp_path)
 
 
 @pytest.mark.parametrize("nth", range(1, 12))
@@ -186,14 +212,70 @@ def test_resume_with_other_settings_names_both_sides(pretrain, whole, flags, sid
     assert snapshot(whole) == before
 
 
-def test_resume_with_data_that_has_changed(pretrain, tmp_path):
-    data = tmp_path / "data.jsonl"
-    data.write_text(pretrain.data_path.read_text(encoding="utf-8"), encoding="utf-8")
-    flags = ("--epochs", "2", "--data_path", data)
-    pretrain(tmp_path / "new", *flags, "--max_steps", "1")
-    with data.open("a") as file:
-        file.write('{"text": "one more"}\n')
-    assert "size of data_path" in one_error_line(pretrain(tmp_path / "new", *flags, "--resume", exit_code=2))
+class TestData:
+    """What the data file holds is compared, not where it lies or when it was written."""
+
+    @pytest.fixture
+    def data(self, pretrain, tmp_path):
+        return shutil.copy(pretrain.data_path, tmp_path / "data.jsonl")
+
+    @pytest.fixture
+    def train(self, pretrain, tmp_path):
+        def run(data, *flags, **how):
+            return pretrain(tmp_path / "out", "--epochs", "2", "--data_path", data, *flags, **how)
+
+        return run
+
+    def test_an_edit_of_the_same_size_and_time_is_refused(self, train, data):
+        train(data, "--max_steps", "1")
+        times, content = data.stat(), data.read_bytes()
+        data.write_bytes(content.replace(b"robot", b"ROBOT", 1))
+        os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
+        line = one_error_line(train(data, "--max_steps", "2", "--resume", exit_code=2))
+        assert f"--resume: {data} does not hold what it held when the saved run began" in line
+        data.write_bytes(content)
+        assert "resumed at step 1" in train(data, "--max_steps", "2", "--resume").stdout
+
+    def test_a_line_more_is_refused(self, train, data):
+        train(data, "--max_steps", "1")
+        with data.open("a") as file:
+            file.write('{"text": "one more"}\n')
+        line = one_error_line(train(data, "--max_steps", "2", "--resume", exit_code=2))
+        assert "does not hold what it held" in line
+
+    def test_it_may_be_moved_linked_and_copied(self, train, data, tmp_path):
+        train(data, "--max_steps", "1")
+        (tmp_path / "other").mkdir()
+        moved = data.rename(tmp_path / "other" / "moved.jsonl")
+        (tmp_path / "link.jsonl").symlink_to(moved)
+        train(tmp_path / "link.jsonl", "--max_steps", "2", "--resume")
+        copied = shutil.copy(moved, tmp_path / "copied.jsonl")
+        os.utime(copied, (1, 1))
+        assert "resumed at step 2" in train(copied, "--max_steps", "3", "--resume").stdout
+
+    def test_a_run_saved_by_an_earlier_version_goes_on(self, train, data, tmp_path):
+        train(data, "--max_steps", "1")
+        resume = tmp_path / "out" / "pretrain_32.resume"
+        path = resume / (resume / "latest").read_text() / "state.json"
+        state = json.loads(path.read_text())
+        assert len(state["settings"].pop("data")["sha256"]) == 64
+        del state["sha256"]  # nor had it hashes
+        state["settings"] |= {"data_path": "/elsewhere/data.jsonl", "size of data_path": 7}
+        path.write_text(json.dumps(state))
+        assert "resumed at step 1" in train(data, "--max_steps", "2", "--resume").stdout
+
+    def test_a_name_that_is_not_utf_8(self, pretrain, data, tmp_path):
+        """Also of the folder that is written to."""
+        named = data.rename(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
+        out = tmp_path / os.fsdecode(b"out\xe9")
+        pretrain(out, "--data_path", named, "--max_steps", "1", by=call_script)
+        pretrain(out, "--data_path", named, "--max_steps", "2", "--resume", by=call_script)
+        assert json.loads((out / "pretrain_32.json").read_text(encoding="utf-8"))["data_path"] == str(named)
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("train_*.py")))
+def test_every_stage_compares_its_data(script):
+    assert "checkpoint.load(model, optimizer, scaler, loader.dataset)" in (ROOT / script).read_text(encoding="utf-8")
 
 
 def test_resume_with_another_rate_says_so(pretrain, tmp_path, whole):
@@ -270,8 +352,41 @@ def test_two_runs_into_one_place(pretrain, tmp_path):
     assert "is there already" in one_error_line(pretrain(tmp_path, exit_code=2))
     first.send(signal.SIGTERM)
     assert first.wait().returncode == 143
-    with open(tmp_path / "pretrain_32.resume" / "lock", "a") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again
+    pretrain(tmp_path, "--max_steps", "1", "--resume")  # free again
+
+
+def test_files_and_folders_under_links_stay_where_they_lie(pretrain, tmp_path):
+    """A big disk behind a small one, which holds links alone."""
+    out, big = tmp_path / "out", tmp_path / "big"
+    out.mkdir()
+    big.mkdir()
+    for name in ("pretrain_32.pth", "pretrain_32.json", "pretrain_32.metrics.jsonl", "pretrain_32.png"):
+        (out / name).symlink_to(big / name.replace("pretrain_32", "mine"))
+    (big / "state").mkdir()
+    (out / "pretrain_32.resume").symlink_to(big / "state")
+    left = big / ".mine.pth.123.tmp"
+    left.write_text("what a killed run was writing")
+    pretrain(out, "--epochs", "2", "--max_steps", "4")
+    pretrain(out, "--epochs", "2", *SOME, "--resume")
+    assert all(path.is_symlink() for path in out.iterdir())
+    assert len(list(out.iterdir())) == 5
+    assert about(out)["step"] == 8
+    assert not left.exists()
+    assert sorted(os.listdir(big)) == ["mine.json", "mine.metrics.jsonl", "mine.png", "mine.pth", "state"]
+
+
+def test_a_flipped_bit_in_what_a_run_goes_on_from(pretrain, tmp_path, whole, capsys):
+    """Each file is tried in tests/trainer/test_checkpoint.py; here, that the run ends as it should."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (path,) = out.rglob("optimizer.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    before = snapshot(out)
+    pretrain(out, "--epochs", "3", "--resume", by=call_script, exit_code=2)
+    assert f"error: {path} is damaged" in capsys.readouterr().err
+    assert snapshot(out) == before
 
 
 def test_what_a_kill_left_behind_is_cleared(pretrain, tmp_path):

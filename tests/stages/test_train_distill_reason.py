@@ -23,7 +23,7 @@ def weights_by_characters(tokenizer, ids: list[int], mask: list[bool], answer: s
     """The oracle: spell every token out in bytes, and look where in the answer's text it lies."""
     pieces = token_bytes(tokenizer)
     learned = [i for i, on in enumerate(mask) if on]
-    assert b"".join(pieces[ids[i]] for i in learned) == answer.encode()  # </s> is no text
+    assert b"".join(pieces[ids[i]] for i in learned) == answer.encode()  # </s> is not text
     inside = bytearray(len(answer.encode()))
     for tag in TAGS:
         start = answer.find(tag)

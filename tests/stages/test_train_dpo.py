@@ -9,12 +9,12 @@ import torch
 
 from dataset import DPODataset, collate
 from model import LMConfig, MiniMindLM
-from model.model import predicting
+from model.loss import target_mask
 from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair, samples
 from tests.running import TINY_TRAINING, one_error_line, run_script
 from train_dpo import dpo_loss
-from trainer.preference import FIGURES, figures, token_log_probs
+from trainer.preference import DPO_METRICS, dpo_metrics, token_log_probs
 from trainer.weights import read_settings
 
 STEPS = ("--max_steps", "4", "--epochs", "9", "--learning_rate", "1e-2", "--max_seq_len", "96")  # two of them warm up
@@ -99,9 +99,9 @@ def test_loss_and_gradient_are_those_of_trl(length_normalize, pairs_file, tiny_t
     batch = collate(rows, data.max_seq_len)
     labels = batch.pop("labels")
     values = [
-        token_log_probs(each(**batch, logits_to_keep=predicting(labels)).logits, labels) for each in (model, reference)
+        token_log_probs(each(**batch, logits_to_keep=target_mask(labels)).logits, labels) for each in (model, reference)
     ]
-    ours = figures(
+    ours = dpo_metrics(
         values[0], values[1].detach(), batch, labels, lambda *answers: dpo_loss(*answers, beta=0.3), length_normalize
     )
     examples = [example for row in rows for example in trl_examples(row)]
@@ -123,7 +123,7 @@ def test_loss_and_gradient_are_those_of_trl(length_normalize, pairs_file, tiny_t
         torch.testing.assert_close(gradients[key], value.grad, atol=1e-5, rtol=1e-3)
 
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    measured = dict(zip(FIGURES, (ours / len(examples)).tolist(), strict=True))
+    measured = dict(zip(DPO_METRICS, (ours / len(examples)).tolist(), strict=True))
     if not length_normalize:  # trl reports sums either way
         assert measured["chosen"] == pytest.approx(logged["logps/chosen"], rel=1e-5)
         assert measured["rejected"] == pytest.approx(logged["logps/rejected"], rel=1e-5)
@@ -137,7 +137,7 @@ def tiny_model(vocab_size, seed):
 
 
 def trl_examples(row):
-    """The pairs of a row as trl's collator takes them; what follows an answer's last learned token has no part."""
+    """The pairs of a row as trl's collator takes them; what follows an answer's last target token has no part."""
     sides = []
     for ids, labels in samples(row):
         learned = torch.nonzero(labels >= 0).flatten()
@@ -151,14 +151,16 @@ def trl_examples(row):
 
 
 def test_the_figures_by_hand():
-    """One pair; two learned tokens in the chosen answer, one in the rejected."""
+    """One pair; two target tokens in the chosen answer, one in the rejected."""
     batch = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "attention_mask": torch.ones(1, 5, dtype=torch.bool)}
     labels = torch.tensor([[-100, 7, 8, -100, 9]])
     policy, reference = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([-1.0, -4.0, -3.0])
 
     def measured(length_normalize):
-        result = figures(policy, reference, batch, labels, lambda *sums: dpo_loss(*sums, beta=1.0), length_normalize)
-        return dict(zip(FIGURES, result.tolist(), strict=True))
+        result = dpo_metrics(
+            policy, reference, batch, labels, lambda *sums: dpo_loss(*sums, beta=1.0), length_normalize
+        )
+        return dict(zip(DPO_METRICS, result.tolist(), strict=True))
 
     summed, mean = measured(False), measured(True)
     kl = ((0 + 2**2) / 2 + 1 / 2) / 3

@@ -25,7 +25,7 @@ def test_it_learns_to_answer(sft, tmp_path):
 
 
 def test_a_step_is_the_same_however_it_is_cut_up(sft, tmp_path):
-    """Rows here have from a few to a hundred learned tokens, and each of them weighs the same."""
+    """Rows here have from a few to a hundred target tokens, and each of them weighs the same."""
     name, flags = "full_sft_32", ("--epochs", "2", "--packing", "0")
     sft(tmp_path / "whole", *flags, "--batch_size", "12")
     for how, processes in ((("3", "--accumulation_steps", "4"), 1), (("3", "--accumulation_steps", "2"), 2)):

@@ -12,7 +12,7 @@ from tests.conftest import write_jsonl
 from tests.running import one_error_line
 from tests.stages.terminal import Terminal
 from tests.stages.training import about, distance, losses, reports, snapshot, weights
-from trainer.runtime import default_dtype
+from trainer.device import default_dtype
 
 EPOCHS = ("--epochs", "3")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from model.images import image_token_id, usual_processor
+from model.images import default_processor, image_token_id
 from model.model_vlm import MiniMindVLM, VLMConfig, load_tower
 from tests.conftest import write_jsonl
 from tests.running import ROOT, TINY, TINY_TRAINING, call_script, run_script
@@ -115,6 +115,23 @@ class TestTraining:
         for key in by_pixels:
             torch.testing.assert_close(again[key], by_pixels[key], atol=2e-3, rtol=1e-2)  # they are kept in fp16
 
+    def test_beyond_the_limit_other_caches_go_and_its_own_are_not_made_again(
+        self, stage, out, pictures, monkeypatch, tmp_path
+    ):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the limit is for what lies there, too
+
+        def caches() -> dict[str, int]:
+            return {path.name: path.stat().st_ino for path in pictures.glob(".cache/*/*-*-*")}
+
+        flags = ("--cache_features", "--overwrite", "--eval_interval", "4", "--max_steps", "1")
+        stage("pretrain_vlm", out, *flags, "--dtype", "bfloat16")
+        stage("pretrain_vlm", out, *flags)
+        assert sum(name.startswith("features-") for name in caches()) >= 2
+        stage("pretrain_vlm", out, *flags, "--cache_limit", "1B")
+        assert len(left := caches()) == 2
+        stage("pretrain_vlm", out, *flags, "--cache_limit", "1B")
+        assert caches() == left
+
     def test_a_resumed_run_ends_in_the_same_bits(self, stage, out, tmp_path):
         stage("pretrain_vlm", out)
         shutil.copytree(out, tmp_path / "other")
@@ -167,17 +184,23 @@ class TestErrors:
 
     def test_a_preprocessor_of_another_tower(self, refused, out, clip_dir, tmp_path):
         folder = shutil.copytree(clip_dir, tmp_path / "clip")
-        usual_processor(224).save_pretrained(folder)
+        default_processor(224).save_pretrained(folder)
         told = refused("pretrain_vlm", out, "--vision_model", folder)
         assert "makes images of 224 x 224 pixels, and its tower takes 32 x 32" in told
 
-    def test_a_picture_that_breaks_off(self, refused, out, pictures, tmp_path):
+    def test_a_picture_that_breaks_off_is_named_with_its_line_or_skipped(self, refused, stage, out, pictures, tmp_path):
         shutil.copytree(pictures / "images", tmp_path / "images")
-        red = tmp_path / "images" / "red.png"
-        red.write_bytes(red.read_bytes()[:60])
+        blue = tmp_path / "images" / "blue.png"
+        blue.write_bytes(blue.read_bytes()[:60])
         for flags in ((), ("--cache_features",), ("--num_workers", "1")):
             error = refused("pretrain_vlm", out, "--images_path", tmp_path / "images", *flags)
-            assert f"{red} cannot be read as an image" in error
+            assert f"lines.jsonl, line 2: the image {blue} cannot be read as an image" in error
+            assert not (out / "pretrain_vlm_32.pth").exists()
+        given = ("--images_path", tmp_path / "images", "--skip_bad_lines", "--cache_features")
+        stage("pretrain_vlm", out, *given, "--max_steps", "1")
+        shutil.copy(pictures / "images" / "blue.png", blue)
+        error = refused("pretrain_vlm", out, *given, "--max_steps", "2", "--resume")
+        assert f"--resume: the image {blue} is whole now, and the saved run began without its lines" in error
 
     def test_another_tower_than_it_was_trained_with(self, stage, refused, out, clip_dir, tmp_path):
         stage("pretrain_vlm", out, "--max_steps", "1")
@@ -244,11 +267,25 @@ class TestEval:
 
     def test_a_broken_or_missing_picture_is_named(self, asked, tmp_path):
         (tmp_path / "bad.jpg").write_bytes(b"nothing")
-        assert "bad.jpg is no image" in asked("--image", tmp_path / "bad.jpg", exit_code=2)
+        assert "bad.jpg is not an image" in asked("--image", tmp_path / "bad.jpg", exit_code=2)
         assert "gone.jpg is not there" in asked("--image", tmp_path / "gone.jpg", exit_code=2)
-        assert "is no folder" in asked("--image_dir", tmp_path / "gone", exit_code=2)
+        assert "is not a folder" in asked("--image_dir", tmp_path / "gone", exit_code=2)
         (tmp_path / "bad.jpg").unlink()
         assert "holds 0 images" in asked("--image_dir", tmp_path, exit_code=2)
+
+    def test_of_a_folder_every_picture_is_looked_at_first(self, asked, pictures, tmp_path):
+        shutil.copytree(pictures / "images", tmp_path / "images")
+        (tmp_path / "images" / "green.png").write_bytes(b"nothing")
+        (tmp_path / "images" / "red.png").write_bytes(b"nothing")
+        error = asked("--image_dir", tmp_path / "images", exit_code=2)
+        assert "green.png is not an image" in error
+        assert "(2 of 3 images; --skip_bad_images goes on without)" in error
+        shown = asked("--image_dir", tmp_path / "images", "--skip_bad_images")
+        assert shown.startswith("2 of 3 images skipped, the first: ")
+        assert [line for line in shown.splitlines() if line.endswith(".png")] == ["blue.png"]
+        assert "holds 1 images" in asked(
+            "--image_dir", tmp_path / "images", "--skip_bad_images", "--model_mode", "2", exit_code=2
+        )
 
     def test_what_does_not_fit_is_told(self, asked, pictures):
         red = ("--image", pictures / "images" / "red.png")

@@ -39,11 +39,11 @@ def about(out: Path, name: str = "pretrain_32") -> dict:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but the empty or numbered lock."""
+    """Every file below a folder, but the lock and its owner's name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "lock"
+        if path.is_file() and path.name not in ("lock", "lock.owner")
     }
 
 

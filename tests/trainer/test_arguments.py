@@ -1,12 +1,27 @@
 """The flags all stages share: each there, each read as people mean it, each wrong value told in one line."""
 
+import argparse
+import importlib
 import json
 
 import pytest
 
 import train_full_sft
 import train_pretrain
-from trainer.arguments import Switch, check_training_arguments, deepspeed_config, training_parser
+from trainer.arguments import (
+    BooleanFlag,
+    byte_size,
+    check_training_arguments,
+    deepspeed_config,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability,
+    seed,
+    text,
+    training_parser,
+)
 from trainer.errors import UserError
 
 COMMON_FLAGS = """
@@ -109,7 +124,7 @@ def test_settings_that_cannot_work_together(arguments, told):
 
 
 def test_a_switch_needs_two_dashes():
-    assert Switch(["--thing"], "thing").option_strings == ["--thing", "--no-thing"]
+    assert BooleanFlag(["--thing"], "thing").option_strings == ["--thing", "--no-thing"]
 
 
 def test_deepspeed_settings_follow_the_flags(tmp_path, capsys):
@@ -136,3 +151,57 @@ def test_a_deepspeed_file_that_is_none(tmp_path, content):
         path.write_text(content)
     with pytest.raises(UserError, match=r"ds\.json"):
         deepspeed_config(parse("--deepspeed", str(path)))
+
+
+@pytest.mark.parametrize(
+    "stage", ["eval_model", "eval_vlm", "scripts.chat_openai_api", "scripts.collect_teacher_answers"]
+)
+def test_what_is_said_to_a_model_is_utf8(stage, monkeypatch):
+    """A path may be any bytes; a prompt that no tokenizer and no server takes is refused by name."""
+    flag = "--system" if stage.startswith("scripts") else "--prompt"
+    broken = b"caf\xe9".decode("utf-8", "surrogateescape")
+    monkeypatch.setattr("sys.argv", [stage, flag, broken])
+    with pytest.raises(UserError, match=f"argument {flag}: it is not UTF-8"):
+        importlib.import_module(stage).get_args()
+    assert parse("--data_path", broken).data_path == broken
+    assert text("水") == "水"
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken", "refused"),
+    [
+        (positive_int, ("1", "9"), ("0", "-1", "x")),
+        (non_negative_int, ("0", "9"), ("-1", "0.5")),
+        (seed, ("0", str(2**63 - 1)), ("-1", str(2**63))),
+        (positive_float, ("0.1", "9"), ("0", "-1", "inf", "nan")),
+        (non_negative_float, ("0", "9"), ("-0.1", "inf", "nan")),
+        (probability, ("0.1", "1"), ("0", "1.1", "-1", "nan")),
+    ],
+)
+def test_the_bounds_of_a_number(kind, taken, refused):
+    assert [kind(number) for number in taken] == [type(kind(number))(number) for number in taken]
+    for number in refused:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            kind(number)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        *(("50GB", 50_000_000_000), ("1.5 TB", 1_500_000_000_000), ("500mb", 500_000_000), ("0", 0), ("7", 7)),
+        *(("3k", 3000), ("2KiB", 2048), ("1GiB", 1 << 30), ("12 B", 12)),
+    ],
+)
+def test_sizes_as_people_write_them(text, size):
+    assert byte_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1,5GB", "5 boxes", "1e9", "nan"])
+def test_what_is_no_size(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 50GB"):
+        byte_size(text)
+
+
+def test_caches_are_limited_unless_it_is_said():
+    assert training_parser("").parse_args([]).cache_limit == 50_000_000_000
+    assert training_parser("").parse_args(["--cache_limit", "1MB"]).cache_limit == 1_000_000

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.chunked import sum_in_parts
+from trainer.chunked import sum_in_chunks
 
 
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1, 1], [2, 0, 3], [5], [0, 5, 0]])
@@ -21,7 +21,7 @@ def test_value_and_gradient_are_those_of_the_whole(sizes, dtype):
     whole, parts = (x.clone().requires_grad_() for _ in range(2))
     expected = (whole.to(dtype).float().softmax(-1) * torch.cat(weights)).sum()
     (expected * 3).backward()
-    total = sum_in_parts(loss_of, parts.to(dtype), sizes)
+    total = sum_in_chunks(loss_of, parts.to(dtype), sizes)
     (total * 3).backward()
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected.item(), abs=1e-5)
@@ -31,4 +31,4 @@ def test_value_and_gradient_are_those_of_the_whole(sizes, dtype):
 
 def test_sizes_must_fit():
     with pytest.raises(ValueError, match="parts of 4 tokens for 5"):
-        sum_in_parts(lambda part, number: part.sum(), torch.zeros(5, 2), [2, 2])
+        sum_in_chunks(lambda part, number: part.sum(), torch.zeros(5, 2), [2, 2])

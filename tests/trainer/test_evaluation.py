@@ -8,7 +8,7 @@ from torch import nn
 
 from dataset import PretrainDataset, SFTDataset
 from model import LMConfig, MiniMindLM
-from trainer.evaluation import evaluate
+from trainer.evaluation import EvaluationError, evaluate
 from trainer.runtime import Runtime
 
 
@@ -42,3 +42,65 @@ def test_nats_per_token_and_bits_per_byte(model, tiny_tokenizer, tiny_data, kind
     assert values["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert values["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
     assert evaluate(model, rows, tiny_tokenizer, run, batch_size=50) == pytest.approx(values, rel=1e-5)
+
+
+class OneOfTwo(Runtime):
+    """A rank of two; `sum` adds what the other one has found."""
+
+    others: tuple = ()
+
+    def sum(self, *values):
+        self.found = values
+        return [ours + theirs for ours, theirs in zip(values, self.others or [0.0] * len(values), strict=True)]
+
+
+def test_two_ranks_find_together_what_one_finds(model, tiny_tokenizer, tiny_data):
+    """Each evaluates its share of the rows."""
+    rows = PretrainDataset(tiny_data / "pretrain_hq.jsonl", tiny_tokenizer, max_seq_len=100)
+    cpu = torch.device("cpu")
+    alone = evaluate(model, rows, tiny_tokenizer, Runtime(cpu, torch.float32), batch_size=3)
+    second, first = (OneOfTwo(cpu, torch.float32, rank, world_size=2) for rank in (1, 0))
+    half = evaluate(model, rows, tiny_tokenizer, second, batch_size=3)
+    first.others = second.found
+    assert evaluate(model, rows, tiny_tokenizer, first, batch_size=3) == pytest.approx(alone, rel=1e-5)
+    assert half["eval_loss"] != pytest.approx(alone["eval_loss"], rel=1e-4)
+
+
+class Breaking(nn.Module):
+    """A model that is out of memory; sharded as by a stage of ZeRO."""
+
+    def __init__(self, stage: int):
+        super().__init__()
+        self.zero_optimization_stage = lambda: stage
+
+    def forward(self, **_):
+        assert not self.training
+        raise MemoryError("no room")
+
+
+def test_one_that_fails_says_so_and_leaves_the_model_as_it_was(tiny_tokenizer, tiny_data):
+    rows = PretrainDataset(tiny_data / "pretrain_hq.jsonl", tiny_tokenizer, max_seq_len=64)
+    run = Runtime(torch.device("cpu"), torch.float32)
+    for stage in (0, 1, 2):
+        model = Breaking(stage)
+        with pytest.raises(EvaluationError) as told:
+            evaluate(model, rows, tiny_tokenizer, run, batch_size=3)
+        assert isinstance(told.value.__cause__, MemoryError)
+        assert model.training
+    with pytest.raises(MemoryError):  # the other ranks wait in the middle of a layer: nothing can go on
+        evaluate(Breaking(3), rows, tiny_tokenizer, run, batch_size=3)
+
+
+def test_a_tokenizer_that_cannot_say_its_bytes_is_a_failed_evaluation(model, tiny_tokenizer, tiny_data):
+    rows = PretrainDataset(tiny_data / "pretrain_hq.jsonl", tiny_tokenizer, max_seq_len=64)
+    with pytest.raises(EvaluationError):
+        evaluate(model, rows, None, Runtime(torch.device("cpu"), torch.float32), batch_size=3)
+    assert model.training
+
+
+def test_nothing_is_dropped_out_of_an_evaluation(tiny_tokenizer, tiny_data):
+    model = MiniMindLM(LMConfig(dim=32, n_layers=1, n_heads=4, vocab_size=len(tiny_tokenizer), dropout=0.5))
+    rows = PretrainDataset(tiny_data / "pretrain_hq.jsonl", tiny_tokenizer, max_seq_len=100)
+    run = Runtime(torch.device("cpu"), torch.float32)
+    learning, waiting = (evaluate(model.train(on), rows, tiny_tokenizer, run, batch_size=3) for on in (True, False))
+    assert learning == waiting

@@ -1,15 +1,18 @@
 """Files that are whole or not there, and tensors that cannot bring code along."""
 
+import errno
+import hashlib
 import os
 import pickle
 import random
+import stat
 import subprocess
 
 import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.files import load_tensors, replacing, save_json, save_tensors
+from trainer.files import check_hash, file_hash, left_by_a_kill, load_tensors, replacing, save_json, save_tensors
 
 
 def test_what_is_written_replaces_what_was_there(tmp_path):
@@ -104,3 +107,126 @@ def test_whatever_is_damaged_ends_in_one_line(tmp_path):
             load_tensors(damaged)
     with pytest.raises(UserError, match="is missing"):
         load_tensors(tmp_path / "missing.pth")
+
+
+def big_and_small(tmp_path):
+    big, small = tmp_path / "big", tmp_path / "small"
+    big.mkdir()
+    small.mkdir()
+    return big, small
+
+
+@pytest.mark.parametrize("way", ["a link to a file", "a link to a link", "a link to what is not there yet"])
+def test_a_file_under_a_link_is_replaced_where_it_lies(tmp_path, way):
+    big, small = big_and_small(tmp_path)
+    target, path = big / "weights.pth", small / "a.pth"
+    path.symlink_to(target)
+    if way != "a link to what is not there yet":
+        target.write_text("old")
+    if way == "a link to a link":
+        path = small / "b.pth"
+        path.symlink_to("a.pth")
+    with replacing(path) as temporary:
+        assert temporary.parent == big  # a rename works within a disk only, and the small one may be full
+        temporary.write_text("new")
+    assert path.is_symlink()
+    assert target.read_text() == "new"
+    assert not target.is_symlink()
+    assert os.listdir(big) == ["weights.pth"]
+
+
+def test_a_file_in_a_folder_under_a_link(tmp_path):
+    big, small = big_and_small(tmp_path)
+    (small / "out").symlink_to(big)
+    with replacing(small / "out" / "lora" / "a.pth") as temporary:
+        assert temporary.parent == big / "lora"
+        temporary.write_text("new")
+    assert (big / "lora" / "a.pth").read_text() == "new"
+    assert (small / "out").is_symlink()
+
+
+@pytest.mark.parametrize("lost", ["out", "a.pth"])
+def test_a_link_to_a_disk_that_is_not_mounted(tmp_path, lost):
+    """It is told, rather than made up for on the small disk."""
+    (tmp_path / lost).symlink_to(tmp_path / "disk" / "folder" / lost)
+    path = tmp_path / "a.pth" if lost == "a.pth" else tmp_path / "out" / "a.pth"
+    with pytest.raises(UserError, match="cannot write"):
+        save_json({}, path)
+    assert not (tmp_path / "disk").exists()
+
+
+def test_what_a_kill_leaves_is_found_beside_the_file_itself(tmp_path):
+    big, small = big_and_small(tmp_path)
+    path = small / "a.pth"
+    path.symlink_to(big / "weights.pth")
+    left = big / ".weights.pth.123.tmp"
+    for name in (".weights.pth.123.tmp", ".weights.pth.mine", ".other.pth.123.tmp", "weights.pth"):
+        (big / name).write_text("half")
+    assert left_by_a_kill(path) == [left]
+    assert left_by_a_kill(tmp_path / "nowhere" / "a.pth") == []
+
+
+def test_content_is_on_the_disk_before_its_name_is_and_the_name_before_it_returns(tmp_path, monkeypatch):
+    order, folder, path = [], tmp_path.stat().st_ino, tmp_path / "a.txt"
+    flush, rename = os.fsync, os.replace
+
+    def fsync(handle: int) -> None:
+        about = os.fstat(handle)
+        order.append("flush of the folder" if about.st_ino == folder else f"flush of {about.st_size} bytes")
+        flush(handle)
+
+    def replace(old, new) -> None:
+        order.append(f"rename to {os.path.basename(new)}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    with replacing(path) as temporary:
+        temporary.write_text("12345")
+    assert order == ["flush of 5 bytes", "rename to a.txt", "flush of the folder"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_flush_a_folder(tmp_path, monkeypatch, number):
+    flush = os.fsync
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EIO:  # a disk that fails is another thing
+        with pytest.raises(UserError, match="cannot write"):
+            save_json({}, tmp_path / "a.json")
+    else:
+        save_json({}, tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "{}\n"
+
+
+def test_a_system_without_flushing_of_folders(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "O_DIRECTORY")  # as on Windows, where a folder cannot be opened
+    save_json({}, tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("size", [1, 100, 3_000_000])
+def test_what_is_saved_is_hashed_on_the_way(tmp_path, size):
+    path = tmp_path / "a.pth"
+    short_hash = save_tensors({"a": torch.randn(size), "b": {"c": [1, "x"]}}, path)
+    assert short_hash == file_hash(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert torch.equal(load_tensors(path)["a"], torch.load(path)["a"])
+    assert save_json({"名": 1}, tmp_path / "a.json") == file_hash(tmp_path / "a.json")
+
+
+def test_a_file_is_compared_with_what_its_json_tells(tmp_path):
+    path, beside = tmp_path / "a.pth", tmp_path / "a.json"
+    short_hash = save_tensors({"a": torch.ones(9)}, path)
+    check_hash(path, beside, {"sha256": short_hash})
+    check_hash(path, beside, {})  # one that tells nothing: of an earlier version
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.pth is not what was written .*a\.json"):
+        check_hash(path, beside, {"sha256": short_hash})
+    check_hash(path, beside, {})

@@ -2,18 +2,28 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dataset import DPODataset, StepLoader, collate
+from dataset.cache_folder import in_use, remove_cache
 from model import LMConfig, MiniMindLM
-from model.model import predicting
-from model.weights import weights_hash
+from model.fingerprint import hash_weights
+from model.loss import target_mask
 from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair, samples
-from trainer.preference import attach_reference, by_answer, count_pairs, reference_of, token_log_probs
+from trainer.preference import (
+    DPO_METRICS,
+    attach_reference_log_probs,
+    count_pairs,
+    evaluate_pairs,
+    reference_log_probs,
+    sum_per_answer,
+    token_log_probs,
+)
 from trainer.runtime import Runtime
 
 RUN = Runtime(torch.device("cpu"), torch.float32)
@@ -37,7 +47,7 @@ def pairs(pairs_file, tiny_tokenizer):
 
 @torch.no_grad()
 def slowly(model, ids, labels):
-    """log p of each learned token, the sample alone in its batch, token by token."""
+    """log p of each target token, the sample alone in its batch, token by token."""
     logits = model(ids[None]).logits[0].double()
     return [logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(1, len(ids)) if labels[t] >= 0]
 
@@ -49,12 +59,12 @@ def test_log_probabilities_of_packed_answers(pairs, tiny_tokenizer):
     assert count_pairs([batch, batch]) == 2 * sum(len(samples(row)) // 2 for row in rows)
     labels = batch.pop("labels")
     with torch.no_grad():
-        values = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
+        values = token_log_probs(model(**batch, logits_to_keep=target_mask(labels)).logits, labels)
     each = [slowly(model, *sample) for row in rows for sample in samples(row)]
     one_by_one = torch.tensor([value for answer in each for value in answer], dtype=torch.float64)
     torch.testing.assert_close(values.double(), one_by_one, atol=1e-5, rtol=0)
     expected = torch.tensor([sum(tokens) for tokens in each], dtype=torch.float64).view(-1, 2)
-    torch.testing.assert_close(by_answer(values, batch, labels).double(), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(sum_per_answer(values, batch, labels).double(), expected, atol=1e-4, rtol=0)
 
 
 def test_a_batch_of_padding_has_no_pairs_but_a_gradient(pairs, tiny_tokenizer):
@@ -62,20 +72,20 @@ def test_a_batch_of_padding_has_no_pairs_but_a_gradient(pairs, tiny_tokenizer):
     batch = collate([data.empty_row] * 2, data.max_seq_len)
     assert count_pairs([batch]) == 0
     labels = batch.pop("labels")
-    values = token_log_probs(model(**batch, logits_to_keep=predicting(labels)).logits, labels)
-    by_answer(values, batch, labels).sum().backward()  # as DDP expects of every rank
+    values = token_log_probs(model(**batch, logits_to_keep=target_mask(labels)).logits, labels)
+    sum_per_answer(values, batch, labels).sum().backward()  # as DDP expects of every rank
     assert model.layers[0].attention.wq.weight.grad.abs().sum() == 0
 
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_cached_reference_is_what_the_model_says(pairs, tiny_tokenizer, packing):
     data, model = pairs(packing=packing), tiny_model(len(tiny_tokenizer)).train()
-    attach_reference(data, model, "start", RUN, batch_size=4)
+    attach_reference_log_probs(data, model, "start", RUN, batch_size=4)
     assert model.training
     for (batch,) in StepLoader(data, 3, 1, 1, seed=0).steps():
         labels = batch.pop("labels")
-        cached = reference_of(dict(batch), labels, None)
-        asked = reference_of(batch, labels, model.eval())
+        cached = reference_log_probs(dict(batch), labels, None)
+        asked = reference_log_probs(batch, labels, model.eval())
         assert "reference" not in batch
         torch.testing.assert_close(cached, asked, atol=1e-5, rtol=0)
         assert len(cached) == int((labels[:, 1:] >= 0).sum()) > 0
@@ -90,14 +100,14 @@ class Silent(MiniMindLM):
 
 def test_the_cache_is_found_again_and_never_another_s(pairs, pairs_file, tiny_tokenizer, plain_tokenizer):
     model = tiny_model(len(tiny_tokenizer))
-    first = weights_hash(model.state_dict())
-    attach_reference(data := pairs(), model, first, RUN, 4)
+    first = hash_weights(model.state_dict())
+    attach_reference_log_probs(data := pairs(), model, first, RUN, 4)
     config = model.config
 
     def asked(data, weights=first, run=RUN, **changes):
         silent = Silent(LMConfig(**config.to_diff_dict() | changes))
         try:
-            attach_reference(data, silent, weights, run, 4)
+            attach_reference_log_probs(data, silent, weights, run, 4)
         except AssertionError:
             return True
         return False
@@ -106,7 +116,7 @@ def test_the_cache_is_found_again_and_never_another_s(pairs, pairs_file, tiny_to
     assert np.array_equal(again.reference, data.reference)
     assert not asked(pairs(), run=dataclasses.replace(RUN))
     other = tiny_model(len(tiny_tokenizer), seed=1)
-    assert asked(pairs(), weights=weights_hash(other.state_dict()))
+    assert asked(pairs(), weights=hash_weights(other.state_dict()))
     assert asked(pairs(), norm_eps=1e-6)
     assert asked(pairs(), run=Runtime(torch.device("cpu"), torch.bfloat16))
     assert asked(pairs(max_seq_len=80))
@@ -119,12 +129,98 @@ def test_the_cache_is_found_again_and_never_another_s(pairs, pairs_file, tiny_to
     assert asked(pairs())
 
 
+@pytest.mark.parametrize("damage", ["cut off", "another", "no array", "gone"])
+def test_a_damaged_cache_is_made_again(pairs, tiny_tokenizer, damage):
+    model = tiny_model(len(tiny_tokenizer))
+    attach_reference_log_probs(data := pairs(), model, "start", RUN, 4)
+    before = np.array(data.reference)
+    path = Path(data.reference.filename)
+    data.reference = None
+    if damage == "cut off":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif damage == "another":
+        np.save(path, before[:-1])
+    elif damage == "no array":
+        path.write_bytes(b"")
+    else:
+        path.unlink()
+    attach_reference_log_probs(data, model, "start", RUN, 4)
+    assert np.array_equal(data.reference, before)
+
+
+def test_the_data_s_hash_is_part_of_what_decides_the_rows(pairs):
+    data = pairs()
+    assert data.cache.data_sha256 in data.rows_key
+
+
+def test_it_is_in_use_as_long_as_the_data_set_has_it(pairs, tiny_tokenizer):
+    attach_reference_log_probs(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4)
+    folder = Path(data.reference.filename).parent
+    assert in_use(folder)
+    assert not remove_cache(folder)
+    data.reference = None
+    assert remove_cache(folder)
+
+
+def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(pairs, tiny_tokenizer, monkeypatch):
+    data, model = pairs(), tiny_model(len(tiny_tokenizer)).train()
+    attach_reference_log_probs(data, model, "start", RUN, 4)
+
+    def measure(policy, reference, batch, labels):
+        assert not model.training
+        assert len(policy) == len(reference) == int((labels[:, 1:] >= 0).sum())
+        return torch.arange(7.0) * count_pairs([batch])
+
+    alone = evaluate_pairs(model, None, data, RUN, 2, measure)
+    assert model.training
+    assert alone == {f"eval_{name}": pytest.approx(number) for number, name in enumerate(DPO_METRICS)}
+    total = sum(len(samples(row)) // 2 for row in data)
+
+    # Another rank has measured as many pairs, with 1 more of everything
+    def sum_with_another(self, failed, pairs, *sums):
+        return [failed, 2 * pairs, *(2 * value + 1 for value in sums)]
+
+    monkeypatch.setattr(Runtime, "sum", sum_with_another)
+    both = evaluate_pairs(model.eval(), None, data, RUN, 2, measure)
+    assert not model.training
+    assert both == {f"eval_{name}": pytest.approx(number + 0.5 / total) for number, name in enumerate(DPO_METRICS)}
+
+
 def test_the_hash_of_weights_tells_every_number_and_name():
     state = tiny_model(50).state_dict()
-    assert weights_hash(state) == weights_hash(dict(reversed(state.items())))
-    assert weights_hash(state) == weights_hash({name: value.double() for name, value in state.items()})
+    assert hash_weights(state) == hash_weights(dict(reversed(state.items())))
+    assert hash_weights(state) == hash_weights({name: value.double() for name, value in state.items()})
     changed = state["norm.weight"].clone()
     changed[3] = torch.nextafter(changed[3], torch.tensor(2.0))
-    assert weights_hash(state) != weights_hash(state | {"norm.weight": changed})
+    assert hash_weights(state) != hash_weights(state | {"norm.weight": changed})
     renamed = {name.replace("norm", "form"): value for name, value in state.items()}
-    assert weights_hash(state) != weights_hash(renamed)
+    assert hash_weights(state) != hash_weights(renamed)
+
+
+class OneOfTwo(Runtime):
+    """A rank of two; `sum` adds what the other one has found."""
+
+    others: tuple = ()
+
+    def sum(self, *values):
+        self.found = values
+        return [ours + theirs for ours, theirs in zip(values, self.others or [0.0] * len(values), strict=True)]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_pairs_are_evaluated_without_dropout_and_the_model_is_then_as_it_was(pairs, tiny_tokenizer, training):
+    data, model = pairs(), tiny_model(len(tiny_tokenizer), dropout=0.5)
+    frozen = tiny_model(len(tiny_tokenizer), seed=1)
+
+    def measure(policy, reference, batch, labels):
+        wins, losses = sum_per_answer(policy - reference, batch, labels).view(-1, 2).T
+        return torch.stack([(wins - losses).sum()] * len(DPO_METRICS))
+
+    values = [evaluate_pairs(model.train(training), frozen, data, RUN, 4, measure) for _ in range(2)]
+    assert model.training == training
+    assert values[0] == values[1]
+    assert values[0].keys() == {f"eval_{name}" for name in DPO_METRICS}
+    second, first = (OneOfTwo(RUN.device, RUN.dtype, rank, world_size=2) for rank in (1, 0))
+    evaluate_pairs(model, frozen, data, second, 2, measure)
+    first.others = second.found
+    assert evaluate_pairs(model, frozen, data, first, 2, measure) == pytest.approx(values[0], rel=1e-4)

@@ -112,3 +112,43 @@ def test_a_rate_reaches_every_group_and_a_state_comes_back():
         for p in (p for group in theirs.param_groups for p in group["params"]):
             for name, value in theirs.state[p].items():
                 assert torch.equal(torch.as_tensor(ours.state[p][name]), torch.as_tensor(value))
+
+
+def test_three_steps_of_adamw_by_hand():
+    """After one step the betas cancel out; each moment is told by gradients that differ."""
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(**TINY))
+    weight = model.layers[0].attention.wq.weight
+    expected = weight.detach().clone().double()
+    optimizer = make_optimizer(model, settings())
+    m, v = torch.zeros_like(expected), torch.zeros_like(expected)
+    for step, size in ((1, 1.0), (2, 10.0), (3, 0.1)):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p) * size
+        gradient = weight.grad.double()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        direction = (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        expected -= 0.01 * (direction + 0.1 * expected)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_muon_and_adamw_share_one_rate_for_matrices_of_any_shape():
+    torch.manual_seed(0)
+    model = MiniMindLM(LMConfig(**TINY))
+    optimizer = make_optimizer(model, settings(optimizer="muon", learning_rate=1.0), weight_decay=0.0)
+    hidden = {key: p for key, p in model.named_parameters() if key.startswith("layers.") and p.dim() == 2}
+    before = {key: p.detach().clone() for key, p in hidden.items()}
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert len({tuple(p.shape) for p in hidden.values()}) > 3  # high, wide and square ones
+    for key, p in hidden.items():
+        # an orthogonal matrix times 0.2 sqrt(max(rows, columns)); its entries have an RMS of 1 / sqrt of that
+        assert (before[key] - p.detach()).square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2), key
+
+
+def test_muon_decays_what_it_moves():
+    model = MiniMindLM(LMConfig(**TINY))
+    muon = make_optimizer(model, settings(optimizer="muon")).optimizers[0]
+    assert {group["weight_decay"] for group in muon.param_groups} == {0.1}

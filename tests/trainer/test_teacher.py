@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from dataset import collate
 from model import LMConfig, MiniMindLM
 from trainer.errors import UserError
-from trainer.teacher import first_difference, load_teacher, sum_beside_teacher, teacher_logits
+from trainer.teacher import chunked_distillation_loss, first_difference, load_teacher, teacher_logits
 
 
 def changed(tokenizer: PreTrainedTokenizerFast, change) -> PreTrainedTokenizerFast:
@@ -79,7 +79,7 @@ def test_a_loss_in_parts_is_the_loss_of_all_answers(monkeypatch):
         kl = F.kl_div(F.log_softmax(student, -1), F.softmax(taught, -1), reduction="sum")
         return kl + F.cross_entropy(student, targets, reduction="sum")
 
-    loss = sum_beside_teacher(loss_of, student, labels, batch, teacher)
+    loss = chunked_distillation_loss(loss_of, student, labels, batch, teacher)
     (gradient,) = torch.autograd.grad(loss, student)
     assert asked == [int(answers[:2].sum()), int(answers[2:4].sum())]
     expected = loss_of(student, teacher(**batch).logits[:, :-1, :64][answers].detach(), ids[:, 1:][answers])

@@ -1,13 +1,29 @@
 """Names of weights, and loading them; what cannot be loaded is in tests/stages/test_errors.py, as a user meets it."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from model import LMConfig, MiniMindLM
+from model.model_lora import apply_lora, lora_state_dict
+from tests.families import family
+from tests.model.test_weight_layouts import in_april_2025
 from trainer.errors import UserError
-from trainer.weights import load_tokenizer, load_weights, read_settings, weights_name, weights_path
+from trainer.files import save_json, save_tensors
+from trainer.teacher import load_teacher
+from trainer.weights import (
+    load_adapter,
+    load_folder,
+    load_tokenizer,
+    load_weights,
+    read_settings,
+    weights_name,
+    weights_path,
+)
 
 
 def test_names():
@@ -42,3 +58,167 @@ def test_only_what_is_named_may_lack(tiny_out, tiny_tokenizer, tmp_path):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def flipped(out, name: str, folder):
+    """A copy of weights and their json, one bit of the weights changed."""
+    path = folder / f"{name}.pth"
+    for suffix in (".pth", ".json"):
+        shutil.copy(out / f"{name}{suffix}", folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def test_a_flipped_bit_is_seen_where_a_json_tells_the_hash(tiny_out, tiny_tokenizer, tmp_path):
+    path = flipped(tiny_out, "full_sft_32", tmp_path)
+    with pytest.raises(UserError, match=r"full_sft_32\.pth is not what was written"):
+        load_weights(path, None, tiny_tokenizer)
+    about = json.loads(path.with_suffix(".json").read_text())
+    del about["sha256"]  # as an earlier version wrote it, or after an own change
+    path.with_suffix(".json").write_text(json.dumps(about))
+    load_weights(path, None, tiny_tokenizer)
+    path.with_suffix(".json").unlink()
+    load_weights(path, None, tiny_tokenizer)
+
+
+def test_a_flipped_bit_in_an_adapter(tiny_out, tiny_tokenizer, tmp_path):
+    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    settings = apply_lora(model, rank=2)
+    path = tmp_path / "mine_32.pth"
+    about = settings._asdict() | {"sha256": save_tensors(lora_state_dict(model), path)}
+    save_json(about, path.with_suffix(".json"))
+    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    load_adapter(str(path), SimpleNamespace(), model)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    with pytest.raises(UserError, match=r"mine_32\.pth is not what was written"):
+        load_adapter(str(path), SimpleNamespace(), model)
+
+
+def same_weights(model, state) -> bool:
+    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_a_file_by_another_tool_is_loaded_and_the_line_says_how(tiny_out, tokenizer_dir, tmp_path, capsys):
+    state = torch.load(tiny_out / "full_sft_32.pth", weights_only=True)
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {f"model._orig_mod.{name}": value for name, value in state.items()}, "epoch": 1}, path)
+    assert same_weights(load_weights(path, None, load_tokenizer(tokenizer_dir)), state)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{path}: its weights lie under 'state_dict'; _orig_mod taken out of its names; model. taken off its names",
+        f"{path} has no json beside it; assumed is the tokenizer {tokenizer_dir}",
+    ]
+
+
+def test_names_of_april_2025_are_read_by_the_heads_and_another_chat_form_is_told(
+    tiny_out, tiny_tokenizer, tmp_path, capsys
+):
+    state = torch.load(tiny_out / "full_sft_32.pth", weights_only=True)
+    known = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    path = tmp_path / "full_sft_32.pth"
+    torch.save({name: value.half() for name, value in in_april_2025(state, heads=(8, 2)).items()}, path)
+    wanted = {name: value.half().float() for name, value in state.items()}
+    for config in (None, known.config):  # heads of MiniMind2, or of the flags
+        assert same_weights(load_weights(path, config, tiny_tokenizer), wanted)
+    assert "began a turn with <|im_start|>: name its folder with --tokenizer" in capsys.readouterr().err
+    chatml = family("qwen with bos")
+    theirs = in_april_2025(make_model_for(chatml).state_dict(), heads=(8, 2))
+    torch.save(theirs, path)
+    model = load_weights(path, None, chatml)
+    assert "im_start" not in capsys.readouterr().err
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (401, 402, 400)
+
+
+def make_model_for(tokenizer):
+    return MiniMindLM(LMConfig(dim=32, n_layers=1, vocab_size=len(tokenizer)))
+
+
+def test_a_folder_that_lacks_a_parameter_is_not_filled_with_random_numbers(tiny_out, tiny_tokenizer, tmp_path):
+    """As a MiniMind folder of April 2025, whose names transformers does not know for this kind of model."""
+    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    assert same_weights(load_folder(tmp_path), model.state_dict())
+    for state in (
+        {name: value for name, value in model.state_dict().items() if name not in ("norm.weight", "output.weight")},
+        {name: value.clone() for name, value in in_april_2025(model.state_dict(), heads=(8, 2)).items()},
+    ):
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(UserError, match=r"lacks .* of what its config\.json describes"):
+            load_folder(tmp_path)
+        with pytest.raises(UserError, match=r"lacks .* of what its config\.json describes"):
+            load_teacher(str(tmp_path), "out", tiny_tokenizer, 64)
+
+
+def test_a_safetensors_by_the_name_of_the_weights_stands_for_them(tiny_out, tiny_tokenizer, tmp_path):
+    state = torch.load(tiny_out / "full_sft_32.pth", weights_only=True)
+    save_file({name: value for name, value in state.items() if name != "output.weight"}, tmp_path / "a_32.safetensors")
+    shutil.copy(tiny_out / "full_sft_32.json", tmp_path / "a_32.json")
+    assert same_weights(load_weights(tmp_path / "a_32.pth", None, tiny_tokenizer), state)
+    args = SimpleNamespace(out_dir="out", dim=32, use_moe=False)
+    assert str(weights_path(args, "x/a_32.safetensors")) == "x/a_32.safetensors"
+
+
+def test_an_adapter_by_another_tool_is_put_on(tiny_out, tiny_tokenizer, tmp_path):
+    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    apply_lora(model, rank=4)
+    state = {name: torch.randn_like(value) for name, value in lora_state_dict(model).items()}
+    torch.save({"model": {f"module.{name}": value.double() for name, value in state.items()}}, tmp_path / "a.pt")
+    fresh = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    load_adapter(str(tmp_path / "a.pt"), None, fresh)
+    assert all(torch.equal(value, state[name]) for name, value in lora_state_dict(fresh).items())
+    with pytest.raises(UserError, match="is a LoRA adapter"):
+        load_weights(tmp_path / "a.pt", None, tiny_tokenizer)
+
+
+def test_what_is_missing_says_what_is_there(tiny_tokenizer, tmp_path):
+    for name in ("full_sft_256.pth", "full_sft_640_moe.pth", "pretrain_512.pth", "full_sft_64.json", "lora/me_256.pth"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    there = f"{tmp_path / 'full_sft_256.pth'} (--dim 256), {tmp_path / 'full_sft_640_moe.pth'} (--dim 640 --use_moe)"
+    for path in (tmp_path / "full_sft_512.pth", tmp_path / "full_sft_256_moe.pth"):
+        with pytest.raises(UserError) as error:
+            load_weights(path, None, tiny_tokenizer)
+        assert str(error.value) == f"{path} is missing: train_full_sft.py makes it; there is {there}"
+    with pytest.raises(UserError) as error:
+        load_teacher("full_sft_768", str(tmp_path), tiny_tokenizer, 64)
+    assert str(error.value).endswith(there.replace(" (--dim 256)", "").replace(" (--dim 640 --use_moe)", ""))
+    args = SimpleNamespace(out_dir=str(tmp_path), dim=512, use_moe=False)
+    with pytest.raises(UserError) as error:
+        load_adapter("me", args, None)
+    assert str(error.value).endswith(f"there is {tmp_path / 'lora' / 'me_256.pth'} (--dim 256)")
+    with pytest.raises(UserError) as error:
+        load_weights(tmp_path / "rlhf_512.pth", None, tiny_tokenizer)
+    assert str(error.value) == f"{tmp_path / 'rlhf_512.pth'} is missing: train_dpo.py makes it"
+
+
+def test_another_depth_says_which_flag(tiny_out, tiny_tokenizer):
+    path = tiny_out / "full_sft_32.pth"
+    config = load_weights(path, None, tiny_tokenizer).config
+    config.n_layers = 8
+    with pytest.raises(UserError, match=r"but the flags ask for n_layers 8: give --n_layers 2$"):
+        load_weights(path, config, tiny_tokenizer)
+    config.n_layers = 2
+    config.rope_theta = 1e4
+    with pytest.raises(UserError, match=r"but the flags ask for rope_theta 10000\.0$"):
+        load_weights(path, config, tiny_tokenizer)
+
+
+def test_a_json_beside_the_weights_gives_the_rope_to_the_model(tiny_out, tiny_tokenizer, tmp_path):
+    shutil.copy(tiny_out / "full_sft_32.pth", tmp_path)
+    settings = json.loads((tiny_out / "full_sft_32.json").read_text())
+    settings["config"] |= {"rope_theta": 1e4, "norm_eps": 1e-6}
+    (tmp_path / "full_sft_32.json").write_text(json.dumps(settings))
+    config = load_weights(tmp_path / "full_sft_32.pth", None, tiny_tokenizer).config
+    assert (config.rope_theta, config.norm_eps) == (1e4, 1e-6)
+
+
+def test_a_tokenizer_without_pad_token_pads_with_one_it_has(tmp_path):
+    for name, pad in (("llama3", "<|end_of_text|>"), ("gpt2", "<|endoftext|>"), ("qwen with bos", "<|endoftext|>")):
+        family(name).save_pretrained(tmp_path / name)
+        tokenizer = load_tokenizer(tmp_path / name)
+        assert (tokenizer.pad_token, len(tokenizer)) == (pad, len(family(name)))

@@ -1,0 +1,105 @@
+"""All caches that lie in some places: listed, and the least recently used removed beyond a limit."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset.cache_folder import ABOUT, IN_USE, cache_roots, is_cache, remove_cache
+
+
+class Cache(NamedTuple):
+    """A cache folder: what it was computed from, what it holds, its bytes, and when it was last opened (Unix time)."""
+
+    folder: Path
+    source: str
+    kind: str
+    bytes: int
+    used: float
+
+
+def caches_in(places: Iterable[Path]) -> list[Cache]:
+    """The caches in `.cache` folders, the least recently used first; a place that is not there has none."""
+    roots = {root.resolve() for place in places for root in _folders_in(place)}
+    found = [_cache(folder) for root in roots for folder in _folders_in(root) if is_cache(folder)]
+    return sorted(filter(None, found), key=lambda cache: (cache.used, cache.folder))
+
+
+def limit_caches(sources: Sequence[str | Path], limit: int) -> None:
+    """Remove the least recently used caches beyond `limit` bytes in all (0: no limit), of those that lie where these
+    sources' may: beside them, and in the home. One that a process uses stays, so this comes when all are open.
+    """
+    if not limit:
+        return
+    caches = caches_in(root.parent for source in sources for root in cache_roots(Path(source)))
+    total, removed = sum(cache.bytes for cache in caches), []
+    for cache in caches:
+        if total > limit and remove_cache(cache.folder):
+            total -= cache.bytes
+            removed.append(cache)
+    if removed:
+        freed = human_size(sum(cache.bytes for cache in removed))
+        print(
+            f"caches took more than {human_size(limit)} (--cache_limit): {len(removed)} not used for longest, {freed}, "
+            f"are removed, the first that of {removed[0].source}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def free(cache: Cache) -> bool:
+    """Remove a cache unless it is in use, and its root with the last of them; whether it is removed."""
+    removed, root = remove_cache(cache.folder), cache.folder.parent
+    if removed and not any(is_cache(path) for path in root.iterdir()):
+        shutil.rmtree(root / IN_USE, ignore_errors=True)
+        for path in (root / "lock", *root.glob("pictures-*.json")):
+            path.unlink(missing_ok=True)
+        if not any(root.iterdir()):
+            root.rmdir()
+    return removed
+
+
+def places_in(folder: Path) -> list[Path]:
+    """Where caches of what lies in a folder, or in the folders in it, would be; the folder itself when it is one."""
+    if folder.name == ".cache":
+        return [folder]
+    return [folder / ".cache", *(below / ".cache" for below in _folders_in(folder) if below.name != ".cache")]
+
+
+def human_size(count: float) -> str:
+    """Bytes as people read them: "47.1 GB"."""
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:,.1f} TB"
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError:  # not there, or not ours to look into
+        return []
+
+
+def _cache(folder: Path) -> Cache | None:
+    """None where it is gone meanwhile."""
+    try:
+        files = {path.name: path.stat() for path in folder.iterdir()}
+        used = files.get(ABOUT, folder.stat()).st_mtime
+    except OSError:
+        return None
+    kind = "features" if folder.name.startswith("features-") else folder.name.split("-")[1]
+    if kind not in ("features", "reference"):
+        kind = f"tokens ({kind})"
+    return Cache(folder, _source_of(folder), kind, sum(status.st_size for status in files.values()), used)
+
+
+def _source_of(folder: Path) -> str:
+    try:
+        return json.loads((folder / ABOUT).read_text(encoding="ascii"))["source"]
+    except (OSError, ValueError, LookupError, TypeError):  # of an earlier version: what the folder it lies in says
+        root = folder.parent
+        return str(root.parent.parent / root.name) if root.parent.name == ".cache" else root.name

@@ -1,0 +1,90 @@
+"""What a file or a line is that we do not read, told by name, and what to do about it."""
+
+import re
+from pathlib import Path
+
+MAGIC = (  # how files begin that are no text; the longer one first where one begins another
+    (b"\x1f\x8b", "compressed by gzip: unpack it first (gunzip)"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it first (zstd -d)"),
+    (b"\xfd7zXZ\x00", "compressed by xz: unpack it first (xz -d)"),
+    (b"BZh", "compressed by bzip2: unpack it first (bunzip2)"),
+    (b"PK\x03\x04", "a zip archive (or an Excel file): unpack it first, and make it one JSON object a line"),
+    (b"PAR1", 'a parquet file: write it as jsonl first (datasets.Dataset.from_parquet("…").to_json("….jsonl"))'),
+    (b"ARROW1", 'an Arrow file: write it as jsonl first (datasets.Dataset.from_file("…").to_json("….jsonl"))'),
+    (
+        b"\xff\xff\xff\xff",
+        'an Arrow file: write it as jsonl first (datasets.Dataset.from_file("…").to_json("….jsonl"))',
+    ),
+    (b"version https://git-lfs", "only a pointer to the file, which git-lfs left: get the file itself (git lfs pull)"),
+    (b"\xff\xfe", "UTF-16 text: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    (b"\xfe\xff", "UTF-16 text: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    (b"{\x00", "UTF-16 text: save it as UTF-8 (iconv -f UTF-16LE -t UTF-8)"),
+    (b"\x00{", "UTF-16 text: save it as UTF-8 (iconv -f UTF-16BE -t UTF-8)"),
+)
+HEAD_BYTES = 512  # of a file that are enough to tell
+JSON_ARRAY = re.compile(rb"\[\s*(\{|$)")
+UNPACK_ARRAY = "write one JSON object a line instead (jq -c '.[]')"
+COLUMN = re.compile(r'"?\w[\w .-]{0,39}"?')
+
+
+def foreign_file(head: bytes) -> str | None:
+    """What a file is that has no line to read, by its first bytes: "a parquet file: …"; None where it may be ours."""
+    for magic, shape in MAGIC:
+        if head.startswith(magic):
+            return shape
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if JSON_ARRAY.match(text):
+        return f"one JSON array: {UNPACK_ARRAY}"
+    if text[:9].lower() == b"<!doctype" or text[:5].lower() == b"<html":
+        return "a web page: download the file itself, not the page that shows it"
+    return None
+
+
+def foreign_first_line(path: Path, line: bytes) -> str | None:
+    """What a file seems to be whose first line is no JSON object."""
+    text = line.decode("utf-8", errors="replace").strip()
+    if text == "{":
+        return "JSON spread over several lines; write one object a line (jq -c .)"
+    if text[:1] in ("{", "[", '"', ""):
+        return None
+    for name, separator in (("tsv", "\t"), ("csv", ",")):
+        columns = text.split(separator)
+        if path.suffix == f".{name}" or (len(columns) > 1 and all(map(COLUMN.fullmatch, columns))):
+            return f"a {name} table; write each row as a JSON object on a line of its own"
+    return 'plain text; a line must be one JSON object, {"text": "…"} to learn to continue it'
+
+
+def foreign_turn(turn: dict) -> str | None:
+    """What a turn of a chat is that has no content, by its keys."""
+    if "content" not in turn and {"from", "value"} <= turn.keys():
+        return 'ShareGPT\'s form: name "from" "role" (human: user, gpt: assistant) and "value" "content"'
+    return None
+
+
+def shape_of(record: dict) -> str | None:
+    """What a JSON object is, of our forms or another, and what to do with it; None where that is not clear.
+
+    Only for one that a stage could not read: it speaks of lines that want another stage, or other keys.
+    """
+    turns = next((record[key] for key in ("conversations", "conversation", "messages") if key in record), None)
+    first = turns[0] if isinstance(turns, list) and turns else None
+    keys = record.keys()
+    if isinstance(first, dict) and (shape := foreign_turn(first)):
+        return shape
+    if "messages" in keys:
+        return 'OpenAI\'s form: name "messages" "conversations"'
+    if "conversation" in keys:
+        return 'name "conversation" "conversations"'
+    if {"instruction", "output"} <= keys:
+        return "Alpaca's form: make instruction and input a user's turn of \"conversations\", output an assistant's"
+    if {"prompt", "completion"} <= keys or {"prompt", "response"} <= keys:
+        return "a prompt with its answer: make them a user's and an assistant's turn of \"conversations\""
+    if {"chosen", "rejected"} <= keys:
+        return "preferences, which train_dpo.py learns"
+    if "conversations" in keys:
+        return "a chat, which train_full_sft.py learns"
+    if "text" in keys:
+        return "a plain text, which train_pretrain.py learns"
+    if "question" in keys and "answer" in keys:
+        return "a question with its answer: make them a user's and an assistant's turn of \"conversations\""
+    return None

@@ -1,0 +1,49 @@
+"""What the worker processes of a DataLoader need beyond it."""
+
+import multiprocessing
+from collections.abc import Callable
+
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from dataset.jsonl import DataError
+
+MORE_ROOM = "give it more (docker run --shm-size 2g), or --num_workers 0, which needs none"
+
+
+def require_room_for(num_workers: int) -> None:
+    """What a DataLoader is about to set up for its workers, tried out: it leaves much noise behind where it fails.
+
+    Raises:
+        DataError: there is not even room for a lock.
+    """
+    try:
+        for _ in range(num_workers and num_workers + 1):
+            multiprocessing.Queue().close()
+    except OSError as error:
+        raise DataError(
+            f"--num_workers cannot be set up in shared memory, /dev/shm ({error.strerror}): {MORE_ROOM}"
+        ) from None
+
+
+def collate_to_send(items: list, collate: Callable[[list], Tensor | dict[str, Tensor]]) -> Tensor | dict[str, Tensor]:
+    """`collate(items)`; a worker puts the batch into shared memory at once, by which it will reach the main process.
+
+    Left to PyTorch, that is done by a thread of the worker, and where it fails (Docker's /dev/shm of 64 MB is full) the
+    batch is lost and the main process waits for it forever.
+
+    Raises:
+        DataError: there is no room for it.
+    """
+    batch = collate(items)
+    if get_worker_info() is None:
+        return batch
+    try:
+        for tensor in batch.values() if isinstance(batch, dict) else (batch,):
+            tensor.share_memory_()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition(">: ")[2]
+        raise DataError(
+            f"a batch that --num_workers prepared finds no room in shared memory, /dev/shm ({reason}): {MORE_ROOM}"
+        ) from None
+    return batch

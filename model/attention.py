@@ -1,0 +1,133 @@
+"""Rotary positions and causal grouped-query attention, also within the segments of a packed row."""
+
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.cache import KVCache
+from model.config import LMConfig
+
+
+def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary embedding (Su et al. 2021, arXiv:2104.09864).
+
+    Computed from the positions each time: a few hundred numbers per token, and the model keeps no table as state.
+
+    Args:
+        position_ids: (batch, n) int64.
+
+    Returns:
+        Two fp32 tensors (batch, n, 1, head_dim / 2).
+    """
+    pair = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
+    angles = position_ids[:, :, None, None].float() * theta ** (-pair / head_dim)
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (2i, 2i+1) of x (batch, n, heads, head_dim) by its angle, in fp32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def attention_by_hand(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, as written in "Attention is all you need" (arXiv:1706.03762).
+
+    Same arguments and result as `F.scaled_dot_product_attention`.
+
+    Args:
+        q: (batch, heads, n, head_dim); k, v: (batch, heads, length, head_dim).
+        attn_mask: bool, broadcastable to (batch, heads, n, length), True = may see; None = all.
+        is_causal: in place of a mask: query i sees keys 0..i.
+
+    Returns:
+        (batch, heads, n, head_dim).
+    """
+    if is_causal:
+        attn_mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, float("-inf"))
+    weights = F.dropout(scores.softmax(-1), dropout_p)
+    return weights.type_as(v) @ v
+
+
+class Segments:
+    """How long the samples of a batch are, one after another, row by row; a run of padding is one of them.
+
+    On a CPU, attention within each of them alone takes the sum of their squared lengths, where whole rows with a mask
+    take the sum of the rows' squared lengths.
+    """
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+
+    @classmethod
+    @torch.compiler.disable
+    def of(cls, segment_ids: Tensor) -> "Segments | None":
+        """From segments (batch, n) as of `build_attention_mask`; None where padding lies in the middle of a sample."""
+        first = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+        rows, places = first.nonzero(as_tuple=True)
+        named = [pair for pair in zip(rows.tolist(), segment_ids[rows, places].tolist(), strict=True) if pair[1]]
+        if len(set(named)) < len(named):
+            return None
+        starts = (rows * segment_ids.size(1) + places).tolist()
+        return cls([end - start for start, end in itertools.pairwise([*starts, segment_ids.numel()])])
+
+
+class Attention(nn.Module):
+    """Causal self-attention; `n_heads / n_kv_heads` query heads share a key/value head (arXiv:2305.13245)."""
+
+    def __init__(self, config: LMConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        self.attend = F.scaled_dot_product_attention if config.flash_attn else attention_by_hand
+        self.wq = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+        self.wo.adds_to_residual = True
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Segments | None, cache: KVCache | None
+    ) -> Tensor:
+        batch, n, _ = x.shape
+        q = apply_rope(self.wq(x).view(batch, n, -1, self.head_dim), *rope).transpose(1, 2)
+        k = apply_rope(self.wk(x).view(batch, n, -1, self.head_dim), *rope).transpose(1, 2)
+        v = self.wv(x).view(batch, n, -1, self.head_dim).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        attend = self._attend_by_segment if isinstance(mask, Segments) else self._attend
+        out = attend(q, k, v, mask)
+        return self.wo(out.transpose(1, 2).reshape(batch, n, -1))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q (batch, n_heads, n, head_dim); k, v (batch, n_kv_heads, length, head_dim) -> shape of q.
+
+        mask None means causal; then the queries are all the positions there are, or the last one alone.
+        """
+        dropout = self.dropout if self.training else 0.0
+        if q.size(2) == 1:  # the queries that share a key head stand side by side: no copy of the cache for each
+            grouped = q.view(q.size(0), k.size(1), -1, self.head_dim)
+            return self.attend(grouped, k, v, attn_mask=mask, dropout_p=dropout).reshape(q.shape)
+        groups = q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return self.attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+    @torch.compiler.disable  # how long the samples are is data, which no compiled graph can hold
+    def _attend_by_segment(self, q: Tensor, k: Tensor, v: Tensor, samples: Segments) -> Tensor:
+        """`_attend`, causal, for one sample after the other; in fp32, in which short ones take a CPU half the time."""
+        rows, groups = (q.size(0), q.size(2)), q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        parts = (t.transpose(0, 1).flatten(1, 2)[None].float().split(samples.lengths, dim=2) for t in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
+        with torch.autocast(q.device.type, enabled=False):
+            outs = [self.attend(*qkv, dropout_p=dropout, is_causal=True) for qkv in zip(*parts, strict=True)]
+        return torch.cat(outs, dim=2)[0].unflatten(1, rows).transpose(0, 1).type_as(q)

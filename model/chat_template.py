@@ -1,0 +1,89 @@
+"""The layout of `model.chat` once more, in Jinja: for tools that know nothing of this project.
+
+`tokenizer.apply_chat_template` renders it to the ids of `render_chat`, and gives the same loss mask where it is asked
+for one (`return_assistant_tokens_mask`, trl's `assistant_only_loss`). Two things one string cannot keep: text that
+spells a control token becomes one, and several white spaces at the beginning of a content may join the newline before.
+
+Beyond what `render_chat` takes it reads what clients send: content that is null or a list of text parts, `developer`
+for system, a thought in `reasoning_content`, tool calls and tool turns. What it cannot lay out it refuses by name.
+"""
+
+import re
+
+from model.chat import DEFAULT_SYSTEM_PROMPT
+
+CHAT_TEMPLATE = (
+    "{%- set default_system_prompt = '"
+    + DEFAULT_SYSTEM_PROMPT
+    + r"""' -%}
+
+{%- macro text_of(content) -%}
+    {%- if content is string -%}
+        {{- content -}}
+    {%- elif content is none or content is not defined -%}
+    {%- elif content is mapping or content is not iterable -%}
+        {{- raise_exception("the content of a turn is text, null or a list of parts, not " ~ content) -}}
+    {%- else -%}
+        {%- for part in content -%}
+            {%- if part['type'] == 'text' and part['text'] is string -%}
+                {{- part['text'] -}}
+            {%- else -%}
+                {{- raise_exception("this model reads text, and no part of type '" ~ part['type'] ~ "'") -}}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- endif -%}
+{%- endmacro -%}
+
+{%- macro answer_of(message) -%}
+    {%- set content = text_of(message['content']) -%}
+    {%- set thought = text_of(message['reasoning_content']) -%}
+    {%- set calls = message['tool_calls'] or [] -%}
+    {%- if not thought -%}
+        {{- content -}}
+    {%- else -%}
+        {{- '<think>\n' ~ thought ~ '\n</think>' -}}
+        {%- if content or not calls -%}
+            {{- '\n<answer>\n' ~ content ~ '\n</answer>' -}}
+        {%- endif -%}
+    {%- endif -%}
+    {%- for call in calls -%}
+        {%- set function = call['function'] or call -%}
+        {%- set arguments = function['arguments'] -%}
+        {{- '\n' if content or thought or not loop.first else '' -}}
+        {{- '<tool_call>\n{"name": ' ~ function['name'] | tojson ~ ', "arguments": ' -}}
+        {{- (arguments if arguments is string else arguments | tojson) ~ '}\n</tool_call>' -}}
+    {%- endfor -%}
+{%- endmacro -%}
+
+{%- if tools -%}
+    {{- raise_exception("this model has not learned to call tools: leave tools out") -}}
+{%- endif -%}
+{%- if not messages or messages[0]['role'] not in ['system', 'developer'] -%}
+    {{- bos_token ~ 'system\n' ~ default_system_prompt ~ eos_token ~ '\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+    {%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
+    {%- if role not in ['system', 'user', 'assistant', 'tool'] -%}
+        {{- raise_exception("unknown role '" ~ role ~ "': system, developer, user, assistant and tool are known") -}}
+    {%- endif -%}
+    {{- bos_token ~ role ~ '\n' -}}
+    {%- if role == 'assistant' -%}
+        {%- generation -%}
+            {{- answer_of(message) ~ eos_token -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- text_of(message['content']) ~ eos_token -}}
+    {%- endif -%}
+    {{- '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{- bos_token ~ 'assistant\n' -}}
+{%- endif -%}
+"""
+)
+
+
+def without_generation_marks(template: str) -> str:
+    """A chat template in plain Jinja, which has no `{% generation %}`; it renders to the same text."""
+    plain = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", plain)

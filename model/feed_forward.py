@@ -1,0 +1,111 @@
+"""SwiGLU, dense or as a mixture of experts with a router."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import LMConfig
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        self.w2.adds_to_residual = True
+        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+
+    def forward(self, x: Tensor, non_padding: Tensor | None = None) -> tuple[Tensor, None]:
+        """x (..., dim) -> the same, and None where a mixture of experts has its auxiliary loss."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x)), None
+
+
+class Router(nn.Module):
+    """Scores the routed experts for each token, in fp32 whatever the autocast: a coin-flip here moves a whole token."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (tokens, dim) -> probabilities (tokens, n_routed_experts) fp32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float()).softmax(-1)
+
+
+def load_balancing_loss(probabilities: Tensor, chosen: Tensor, non_padding: Tensor, per_row: bool) -> Tensor:
+    """sum_i f_i P_i: smallest when every expert gets the same share (Fedus et al. 2021, arXiv:2101.03961;
+    per row as in DeepSeek-V2, arXiv:2405.04434).
+
+    f_i is expert i's share of the assignments times the number of experts, P_i its mean probability.
+
+    Args:
+        probabilities: (batch, n, experts) fp32.
+        chosen: (batch, n, k) int64, the experts each token went to.
+        real: (batch, n) bool, False = padding, which does not count.
+        per_row: balance each row by itself and average over rows with a real token, else the batch as one.
+
+    Returns:
+        fp32 scalar; 0 when nothing is real.
+    """
+    experts = probabilities.size(-1)
+    non_padding = non_padding[..., None].float()
+    assigned = F.one_hot(chosen, experts).sum(-2)  # (batch, n, experts)
+    # written as products and sums: a matrix product would run in the half precision of autocast, which cannot count
+    counts, mass, tokens = (non_padding * assigned).sum(1), (non_padding * probabilities).sum(1), non_padding.sum(1)
+    if not per_row:
+        counts, mass, tokens = counts.sum(0, keepdim=True), mass.sum(0, keepdim=True), tokens.sum(0, keepdim=True)
+    some = tokens.clamp(min=1)
+    losses = (counts / (some * chosen.size(-1)) * experts * (mass / some)).sum(-1)
+    return losses.sum() / (tokens > 0).sum().clamp(min=1)
+
+
+class MoEFeedForward(nn.Module):
+    """Each token goes to the `num_experts_per_tok` experts its router likes best, and to a shared one."""
+
+    def __init__(self, config: LMConfig):
+        super().__init__()
+        self.k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.aux_loss_alpha = config.aux_loss_alpha
+        self.seq_aux = config.seq_aux
+        self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
+        self.gate = Router(config)
+        self.shared_experts = FeedForward(config) if config.n_shared_experts else None
+
+    def forward(self, x: Tensor, non_padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """x (batch, n, dim), real (batch, n) bool or None for all -> same shape, and the weighted auxiliary loss
+        (in training; else None)."""
+        batch, n, dim = x.shape
+        tokens = x.reshape(-1, dim)
+        probabilities = self.gate(tokens)
+        weights, chosen = probabilities.topk(self.k, dim=-1)
+        if self.norm_topk_prob and self.k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+        out = self._routed(tokens, weights, chosen).view(batch, n, dim)
+        if self.shared_experts is not None:
+            out = out + self.shared_experts(x)[0]
+        if not self.training:
+            return out, None
+        if non_padding is None:
+            non_padding = torch.ones(batch, n, dtype=torch.bool, device=x.device)
+        aux = load_balancing_loss(
+            probabilities.view(batch, n, -1), chosen.view(batch, n, -1), non_padding, self.seq_aux
+        )
+        return out, self.aux_loss_alpha * aux
+
+    @torch.compiler.disable  # how many tokens each expert gets is data, which no compiled graph can hold
+    def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Sum of the chosen experts' outputs: sort the (token, choice) pairs by expert, one product per expert, undo.
+
+        x (tokens, dim); weights, chosen (tokens, k) -> (tokens, dim). An expert without a token multiplies an empty
+        matrix: its gradient is zero rather than absent, as DDP expects.
+        """
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
+        batches = x[order // self.k].split(counts)
+        outs = torch.cat([expert(tokens)[0] for expert, tokens in zip(self.experts, batches, strict=True)])
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        return (outs[back].view(-1, self.k, x.size(1)) * weights[..., None].type_as(outs)).sum(1)

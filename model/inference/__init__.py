@@ -1,0 +1,1 @@
+"""Generation for many requests at once: request, sampling, detokenizer, scheduler, decoder, thread."""

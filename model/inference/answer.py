@@ -1,0 +1,130 @@
+"""A request under way: its tokens so far, its penalties, its limits."""
+
+import hashlib
+import time
+from collections.abc import Hashable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from model.inference.decoder import Decoder
+from model.inference.detokenizer import Detokenizer
+from model.inference.request import Piece, Request, Token
+from model.inference.sampling import penalise_frequency, penalise_repetition
+
+
+class Answer:
+    """A request on its way, and what was written so far. Made by `Engine.submit`; read it, never write.
+
+    Attributes:
+        text, tokens: all pieces, joined.
+        finish_reason: None while it waits or is written, see `Piece`.
+        prompt_tokens: the prompt with its log-probabilities, once it is read; empty unless asked for.
+        count: tokens written, those included that ended it and are not part of its text.
+        end_token: the one of these that is its end; None where something else ended it.
+        reused: tokens of the prompt that were not read, since a slot held them already.
+    """
+
+    def __init__(
+        self, request: Request, number: int, eos_token_id: int, token_bytes: Sequence[bytes], decoder: Decoder
+    ):
+        self.request = request
+        self.number = number
+        self.text = ""
+        self.tokens: list[Token] = []
+        self.finish_reason: str | None = None
+        self.prompt_tokens = [Token(request.prompt[0])] if request.prompt_logprobs else []
+        self.count = 0
+        self.end_token: Token | None = None
+        self.reused = 0
+        self.end_by: str | None = None  # a finish_reason, for the next step to act on
+        self.deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        room = decoder.slot_len - len(request.prompt)
+        self.limit = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
+        eos = eos_token_id if request.eos_token_id is None else request.eos_token_id
+        self._ends = {eos} if isinstance(eos, int) else set(eos)
+        self._detokenizer = Detokenizer(token_bytes, request.stop)
+        self.ids = list(request.prompt)  # prompt and answer
+        self.keys = _keys(request)  # of the same length
+        self.slot: _Slot | None = None
+
+        device, vocabulary = decoder.device, (1, decoder.config.vocab_size)
+        self.generator = torch.Generator(device) if request.temperature > 0 else None
+        if self.generator is not None:
+            self.generator.seed() if request.seed is None else self.generator.manual_seed(request.seed % 2**63)
+        self.seen = self.counts = None
+        if request.repetition_penalty != 1:
+            self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+            self.seen[0, self.ids] = True
+        if request.frequency_penalty or request.presence_penalty:
+            self.counts = torch.zeros(vocabulary, device=device)
+
+    def unread(self) -> int:
+        """How many tokens the slot does not hold yet: 1 while the answer is written, the last one."""
+        return len(self.ids) - len(self.slot.holds)
+
+    def predicted(self, start: int, n: int) -> list[int]:
+        """Which of `ids` are asked for when those from `start` on are read, n of them: the next one, the prompt's."""
+        end = start + n
+        prompt: Iterable[int] = ()
+        if self.request.prompt_logprobs:  # once each, also where new weights read the prompt again
+            prompt = range(max(start + 1, len(self.prompt_tokens)), min(end + 1, len(self.request.prompt)))
+        return [*prompt, end] if end == len(self.ids) and self.limit else [*prompt]
+
+    def penalised(self, logits: Tensor) -> Tensor:
+        """logits (1, vocab) after the penalties for what was written."""
+        if self.seen is not None:
+            logits = penalise_repetition(logits, self.seen, self.request.repetition_penalty)
+        if self.counts is not None:
+            frequency, presence = self.request.frequency_penalty, self.request.presence_penalty
+            logits = penalise_frequency(logits, self.counts, frequency, presence)
+        return logits
+
+    def write(self, token: Token) -> Piece:
+        """Put a token behind the others; it may be the last."""
+        self.ids.append(token.id)
+        self.keys.append(token.id)
+        self.count += 1
+        if token.id in self._ends:
+            self.end_token = token
+            return self.end("stop")
+        if self.seen is not None:
+            self.seen[0, token.id] = True
+        if self.counts is not None:
+            self.counts[0, token.id] += 1
+        clear = self._detokenizer.push(token)
+        if self._detokenizer.stopped:
+            return self.end("stop", *clear)
+        if self.count == self.limit:
+            return self.end("length", *clear)
+        return self._add(*clear)
+
+    def end(self, reason: str, text: str = "", tokens: tuple[Token, ...] = ()) -> Piece:
+        """The last piece: text and tokens, and what was held back."""
+        rest, last = self._detokenizer.flush()
+        reason = "stop" if self._detokenizer.stopped else reason
+        return self._add(text + rest, tokens + last, reason)
+
+    def _add(self, text: str, tokens: tuple[Token, ...], reason: str | None = None) -> Piece:
+        self.text += text
+        self.tokens += tokens
+        self.finish_reason = reason
+        return Piece(text, tokens, reason)
+
+
+def _keys(request: Request) -> list[Hashable]:
+    """What tells one prompt from another, place by place: ids, or embeddings, since the ids of images are all alike."""
+    if request.embeddings is None:
+        return list(request.prompt)
+    rows = request.embeddings.float().cpu().numpy()
+    return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+
+class _Slot:
+    """What the decoder's slot `number` holds, and for whom."""
+
+    def __init__(self, number: int):
+        self.number = number
+        self.holds: list[Hashable] = []  # one key a position
+        self.answer: Answer | None = None
+        self.last_used = 0

@@ -1,0 +1,307 @@
+"""The decoder once more, laid out for writing: what `MiniMindLM.forward` computes, over slots of a preallocated cache.
+
+A step of writing reads every weight for one token a request, so it is as fast as memory allows if nothing else takes
+time. Hence: q, k, v in one matrix, w1 and w3 in another, matrices packed once as the CPU's kernels like them, rotary
+angles from a table, keys and values of all requests in one block of memory that never grows or moves, and few and
+cheap operations between the matrices.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import rope_angles
+from model.feed_forward import MoEFeedForward
+from model.model import MiniMindLM
+from model.model_lora import LoRALinear
+from model.norm import RMSNorm
+
+PACKED_FOR = 512  # rows of input that oneDNN chooses the layout for; as good for one row here (benchmarks/generate.py)
+ROWS = 16  # more rows of input than these are filled up to a multiple of them
+SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe")
+EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob")
+
+
+@dataclass
+class Span:
+    """Tokens that one pass reads into a slot, behind the `start` ones it holds.
+
+    `embeddings` (tokens, dim) stand in for those of the tokens: a prompt with images.
+    """
+
+    slot: int
+    start: int
+    tokens: list[int]
+    embeddings: Tensor | None = None
+
+
+class Decoder:
+    """A snapshot of a model's weights, and the keys and values of `slots` requests of up to `slot_len` tokens each.
+
+    Args:
+        model: Dense or MoE; an adapter on it is merged into the snapshot; a VLM's projection and tower are not used.
+        slots: requests that can be in flight.
+        slot_len: positions a slot has room for.
+        dtype: of the weights, float32 or bfloat16 (None: as they are). What runs between the matrices is fp32, as are
+            keys and values on a CPU, whose attention is faster in it.
+
+    Raises:
+        ValueError: `slot_len` is beyond the model's `max_seq_len`.
+    """
+
+    def __init__(self, model: MiniMindLM, slots: int, slot_len: int, dtype: torch.dtype | None = None):
+        config = copy.deepcopy(model.config)
+        if not 0 < slot_len <= config.max_seq_len:
+            raise ValueError(f"slots of {slot_len} tokens: the model takes 1 to {config.max_seq_len}")
+        self.config = config
+        self.slots, self.slot_len = slots, slot_len
+        self.device = model.tok_embeddings.weight.device
+        self.dtype = dtype or model.tok_embeddings.weight.dtype
+        self._packed = self.device.type == "cpu" and _can_pack(self.dtype)
+        self._linear = _packed_linear if self._packed else F.linear
+        self._weights = list(self._taken(model))
+        weights = iter(self._weights)
+        self._embeddings = next(weights)
+        self._layers = [self._layer(weights) for _ in range(config.n_layers)]
+        self._norm, self._output = weights
+        self._eps = torch.tensor(math.sqrt(config.dim * config.norm_eps), device=self.device)
+        cos, sin = rope_angles(torch.arange(slot_len, device=self.device)[None], config.head_dim, config.rope_theta)
+        self._rope = torch.complex(cos, sin)[0]  # (slot_len, 1, head_dim / 2)
+        shape = (config.n_layers, slots, slot_len, 2, config.n_kv_heads, config.head_dim)
+        if self.device.type == "cpu":
+            self._kv = torch.from_numpy(np.zeros(shape, dtype=np.float32))  # pages come into being when written to
+        else:
+            self._kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    # ------------------------------------------------------------------------------------------------- the weights
+
+    @torch.inference_mode()
+    def refresh(self, model: MiniMindLM) -> None:
+        """Copy the weights that the model has now over those taken before; nothing is allocated that stays.
+
+        What the slots hold was computed by the old weights: read it again.
+
+        Raises:
+            ValueError: a model of another architecture; nothing is changed then.
+        """
+        for name in SHAPE + EXPERTS * self.config.use_moe:
+            ours, theirs = getattr(self.config, name), getattr(model.config, name)
+            if ours != theirs:
+                raise ValueError(f"the decoder was made for a model with {name} {ours}, and this one has {theirs}")
+        for mine, new in zip(self._weights, self._taken(model), strict=True):
+            mine.copy_(new)
+
+    def _taken(self, model: MiniMindLM) -> Iterator[Tensor]:
+        """Copies of the model's weights as a pass reads them, in the order of `__init__`, one at a time."""
+        yield self._copied(model.tok_embeddings.weight, self.dtype)
+        for block in model.layers:
+            a, f = block.attention, block.feed_forward
+            yield self._scaled(block.attention_norm)
+            yield self._matrix(a.wq, a.wk, a.wv)
+            yield self._matrix(a.wo)
+            yield self._scaled(block.ffn_norm)
+            experts = [f]
+            if isinstance(f, MoEFeedForward):
+                yield self._copied(f.gate.weight, torch.float32)
+                experts = [*f.experts, *([f.shared_experts] if f.shared_experts is not None else [])]
+            for expert in experts:
+                yield self._matrix(expert.w1, expert.w3)
+                yield self._matrix(expert.w2)
+        yield self._scaled(model.norm)
+        yield self._matrix(model.output)
+
+    def _copied(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.detach().to(self.device, dtype, copy=True)
+
+    def _matrix(self, *linears: nn.Linear) -> Tensor:
+        """The weights of Linears that read the same input, one below the other, as `self._linear` takes them."""
+        weight = self._copied(torch.cat([_effective_weight(linear) for linear in linears]), self.dtype)
+        return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self._packed else weight
+
+    def _scaled(self, norm: RMSNorm) -> Tensor:
+        return self._copied(norm.weight, torch.float32) * math.sqrt(self.config.dim)  # see _normed
+
+    def _layer(self, weights: Iterator[Tensor]) -> tuple:
+        attention_norm, qkv, wo, ffn_norm = itertools.islice(weights, 4)
+        feed_forward = self._experts(weights) if self.config.use_moe else self._feed_forward(weights)
+        return attention_norm, qkv, wo, ffn_norm, feed_forward
+
+    def _feed_forward(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
+        """(tokens, dim) -> the same, w2(silu(w1 x) * w3 x)."""
+        linear, w13, w2 = self._linear, next(weights), next(weights)
+
+        def forward(x: Tensor) -> Tensor:
+            gate, up = linear(x, w13).chunk(2, -1)
+            return linear(F.silu(gate).mul_(up), w2)
+
+        return forward
+
+    def _experts(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
+        """(tokens, dim) -> the same, fp32: each token's best experts, weighted, and the shared one."""
+        router = next(weights)
+        experts = [self._feed_forward(weights) for _ in range(self.config.n_routed_experts)]
+        shared = self._feed_forward(weights) if self.config.n_shared_experts else None
+        k, norm_topk_prob = self.config.num_experts_per_tok, self.config.norm_topk_prob
+
+        def forward(x: Tensor) -> Tensor:
+            weights, chosen = F.linear(x.float(), router).softmax(-1).topk(k, dim=-1)
+            if norm_topk_prob and k > 1:
+                weights = weights / weights.sum(-1, keepdim=True)
+            order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs by expert, as in MoEFeedForward
+            counts = torch.bincount(chosen.flatten(), minlength=len(experts)).tolist()
+            batches = zip(experts, x[order // k].split(counts), strict=True)
+            outs = torch.cat([expert(tokens) for expert, tokens in batches if len(tokens)])
+            out = (outs[order.argsort()].view(-1, k, x.size(1)).float() * weights[..., None]).sum(1)
+            return out if shared is None else out + shared(x)
+
+        return forward
+
+    # ------------------------------------------------------------------------------------------------- one pass
+
+    @torch.inference_mode()
+    def read(self, spans: Sequence[Span]) -> Tensor:
+        """Read tokens of several requests at once and keep their keys and values.
+
+        Args:
+            spans: at most one a slot. Those of a single token come first: they share one attention.
+
+        Returns:
+            (tokens of all spans, dim), the normed hidden state after each, for `logits`.
+        """
+        starts = [span.start for span in spans]
+        positions = [start + i for start, span in zip(starts, spans, strict=True) for i in range(len(span.tokens))]
+        rows = [span.slot * self.slot_len + span.start + i for span in spans for i in range(len(span.tokens))]
+        tokens = torch.tensor([token for span in spans for token in span.tokens], device=self.device)
+        rope = self._rope[torch.tensor(positions, device=self.device)]
+        rows = torch.tensor(rows, device=self.device)
+
+        x = self._embeddings[tokens].float()
+        at = 0
+        for span in spans:
+            if span.embeddings is not None:
+                x[at : at + len(span.tokens)] = span.embeddings
+            at += len(span.tokens)
+
+        linear, attend = self._linear, self._attention(spans)
+        q_width = self.config.n_heads * self.config.head_dim
+        rotated = q_width + self.config.n_kv_heads * self.config.head_dim
+        pairs = (len(tokens), -1, self.config.head_dim // 2, 2)
+        stores = self._kv.view(self.config.n_layers, self.slots * self.slot_len, -1).unbind(0)
+        for layer, (attention_norm, wqkv, wo, ffn_norm, feed_forward) in enumerate(self._layers):
+            qkv = linear(self._normed(x, attention_norm), wqkv).float()
+            torch.view_as_complex(qkv[:, :rotated].view(pairs)).mul_(rope)  # a rotation is a product of complex numbers
+            qkv = qkv.to(self._kv.dtype)
+            stores[layer].index_copy_(0, rows, qkv[:, q_width:])
+            x += linear(attend(qkv[:, :q_width], layer).to(self.dtype), wo)
+            x += feed_forward(self._normed(x, ffn_norm))
+        return self._normed(x, self._norm)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(tokens, dim) as `read` returns it -> (tokens, vocab) fp32."""
+        return self._linear(hidden, self._output).float()
+
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm in few operations: x / rms = x sqrt(dim) / hypot(|x|, sqrt(dim eps)), with sqrt(dim) in `weight`."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x / torch.hypot(length, self._eps)).mul_(weight).to(self.dtype)
+
+    def _attention(self, spans: Sequence[Span]) -> Callable[[Tensor, int], Tensor]:
+        """What attends for the tokens of these spans: (queries (tokens, n_heads * head_dim), layer) -> as many."""
+        writers = next((i for i, span in enumerate(spans) if len(span.tokens) > 1), len(spans))
+        parts = [self._decode_attention(spans[:writers])] if writers else []
+        parts += [self._prefill_attention(span) for span in spans[writers:]]
+        if len(parts) == 1:
+            return parts[0]
+        sizes = [writers] * (writers > 0) + [len(span.tokens) for span in spans[writers:]]
+
+        def attend(q: Tensor, layer: int) -> Tensor:
+            return torch.cat([part(rows, layer) for part, rows in zip(parts, q.split(sizes), strict=True)])
+
+        return attend
+
+    def _decode_attention(self, spans: Sequence[Span]) -> Callable[[Tensor, int], Tensor]:
+        """One query in each of several slots, in one call over the range of slots they lie in.
+
+        Queries that share a key head stand side by side, as rows of one product. A slot in the range that does not
+        write has a query of zeros, and nobody reads its answer.
+        """
+        first = min(span.slot for span in spans)
+        rows = [span.slot - first for span in spans]
+        count, longest = max(rows) + 1, max(span.start for span in spans) + 1
+        k, v = (kv.unbind(0) for kv in self._kv[:, first : first + count, :longest].permute(3, 0, 1, 4, 2, 5))
+        lengths = [1] * count
+        for row, span in zip(rows, spans, strict=True):
+            lengths[row] = span.start + 1
+        mask = None
+        if min(lengths) < longest:
+            places = torch.arange(longest, device=self.device)
+            beyond = places >= torch.tensor(lengths, device=self.device)[:, None]
+            mask = torch.zeros(beyond.shape, dtype=self._kv.dtype, device=self.device)
+            mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]
+        shape = (count, self.config.n_kv_heads, -1, self.config.head_dim)
+        scattered = None if rows == list(range(count)) else torch.tensor(rows, device=self.device)
+
+        def attend(q: Tensor, layer: int) -> Tensor:
+            if scattered is not None:
+                q = q.new_zeros(count, q.size(1)).index_copy_(0, scattered, q)
+            out = F.scaled_dot_product_attention(q.view(shape), k[layer], v[layer], attn_mask=mask).reshape(count, -1)
+            return out if scattered is None else out[scattered]
+
+        return attend
+
+    def _prefill_attention(self, span: Span) -> Callable[[Tensor, int], Tensor]:
+        """Queries of consecutive tokens in one slot.
+
+        Key heads make the batch and the queries that share one its heads, so that none is copied for each.
+        """
+        n, end = len(span.tokens), span.start + len(span.tokens)
+        heads, head_dim = self.config.n_kv_heads, self.config.head_dim
+        groups = self.config.n_heads // heads
+        kv = self._kv[:, span.slot, :end].permute(2, 0, 3, 1, 4)[:, :, :, None].expand(-1, -1, -1, groups, -1, -1)
+        k, v = (layers.unbind(0) for layers in kv)
+        mask = None
+        if span.start:
+            mask = torch.ones(n, end, dtype=torch.bool, device=self.device).tril(span.start)
+
+        def attend(q: Tensor, layer: int) -> Tensor:
+            q = q.view(n, heads, groups, head_dim).permute(1, 2, 0, 3)
+            out = F.scaled_dot_product_attention(q, k[layer], v[layer], attn_mask=mask, is_causal=mask is None)
+            return out.permute(2, 0, 1, 3).reshape(n, -1)
+
+        return attend
+
+    # ------------------------------------------------------------------------------------------------- the slots
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let slot `target` hold the first `length` positions of slot `source`."""
+        self._kv[:, target, :length] = self._kv[:, source, :length]
+
+    def swap(self, a: int, b: int, length: int) -> None:
+        """Exchange the first `length` positions of two slots."""
+        self._kv[:, [a, b], :length] = self._kv[:, [b, a], :length]
+
+
+def _effective_weight(linear: nn.Linear) -> Tensor:
+    return (linear.effective_weight() if isinstance(linear, LoRALinear) else linear.weight).detach()
+
+
+def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:
+    rows = len(x)
+    if rows > ROWS:  # oneDNN keeps half a megabyte for every number of rows it ever met
+        x = F.pad(x, (0, 0, 0, -rows % ROWS))
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")[:rows]
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN computes in this dtype here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

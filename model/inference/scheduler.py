@@ -1,0 +1,366 @@
+"""Many answers at once: requests join and leave a running batch at any step (continuous batching: Orca, Yu et al., OSDI
+2022). A step decodes one token for each running answer, and prefills a part of the waiting prompts.
+
+    engine = Engine(model, tokenizer)
+    for piece in engine.stream(Request(prompt=ids, temperature=0.7, seed=1)):
+        print(piece.text, end="")
+"""
+
+import itertools
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from model.inference.answer import Answer, _Slot
+from model.inference.decoder import Decoder, Span
+from model.inference.request import Piece, Request, Token
+from model.inference.sampling import sample_token
+from model.model import MiniMindLM
+from model.tokenizer import token_bytes
+
+SHARED_PREFIX_MIN = 64  # tokens at the start of a prompt that another request is reading just now
+
+
+class Engine:
+    """Writes many answers at once with one model. Not for several threads; see `EngineThread`.
+
+    A prompt is read once: what an earlier request left in a slot is used again by one that begins alike (the next turn
+    of a chat, a further choice for the same prompt). In fp32 an answer is the same alone and in company.
+
+    Args:
+        model: Dense, MoE or VLM, with or without a LoRA adapter; the engine keeps a snapshot of its weights, not the
+            model itself.
+        tokenizer: its tokenizer.
+        slots: answers written at the same time; further requests wait.
+        slot_len: longest prompt and answer together; None = the model's `max_seq_len`.
+        token_budget: tokens that a step reads at most. Long prompts are read in several steps, so that those whose
+            answers are being written do not wait for them.
+        dtype: of the weights, float32 or bfloat16; None = as they are.
+    """
+
+    def __init__(
+        self,
+        model: MiniMindLM,
+        tokenizer: PreTrainedTokenizerFast,
+        slots: int = 16,
+        slot_len: int | None = None,
+        token_budget: int = 256,
+        dtype: torch.dtype | None = None,
+    ):
+        if slots < 1 or token_budget < 1:
+            raise ValueError(f"an engine needs slots and a token_budget from 1 on, not {slots} and {token_budget}")
+        self.decoder = Decoder(model, slots, slot_len or model.config.max_seq_len, dtype)
+        self.token_bytes = token_bytes(tokenizer)
+        self.eos_token_id = tokenizer.eos_token_id
+        self.token_budget = token_budget
+        self._slots = [_Slot(number) for number in range(slots)]
+        self._waiting: deque[Answer] = deque()
+        self._news: list[tuple[Answer, Piece]] = []  # what no step has returned yet
+        self._numbers = itertools.count()
+        self._steps = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Requests that have one."""
+        return sum(slot.answer is not None for slot in self._slots)
+
+    # ------------------------------------------------------------------------------------------------ for callers
+
+    def check(self, request: Request) -> None:
+        """Whether the request can be done.
+
+        Raises:
+            ValueError: a setting out of its range, or a prompt that leaves no room for an answer; one line.
+        """
+        r, vocabulary = request, self.decoder.config.vocab_size
+        if len(r.prompt) == 0:
+            raise ValueError("the prompt is empty")
+        if not all(0 <= token < vocabulary for token in r.prompt):
+            raise ValueError(f"the prompt holds a token id that is not among 0 to {vocabulary - 1}")
+        if len(r.prompt) + (r.max_new_tokens != 0) > self.decoder.slot_len:
+            raise ValueError(
+                f"the prompt has {len(r.prompt)} tokens, and with an answer {self.decoder.slot_len} are possible"
+            )
+        for name, ok in (
+            ("max_new_tokens", r.max_new_tokens is None or _is_count(r.max_new_tokens)),
+            ("temperature", 0 <= r.temperature < math.inf),
+            ("top_k", _is_count(r.top_k)),
+            ("top_p", 0 < r.top_p <= 1),
+            ("repetition_penalty", 0 < r.repetition_penalty < math.inf),
+            ("frequency_penalty", math.isfinite(r.frequency_penalty)),
+            ("presence_penalty", math.isfinite(r.presence_penalty)),
+            ("stop", not isinstance(r.stop, str) and all(isinstance(text, str) and text for text in r.stop)),
+            ("logprobs", r.logprobs is None or (_is_count(r.logprobs) and r.logprobs <= vocabulary)),
+            ("prompt_logprobs", not r.prompt_logprobs or r.logprobs is not None),
+            ("timeout", r.timeout is None or r.timeout >= 0),
+            ("embeddings", r.embeddings is None or r.embeddings.shape == (len(r.prompt), self.decoder.config.dim)),
+        ):
+            if not ok:
+                raise ValueError(f"{name} cannot be {getattr(r, name)!r:.80}")
+
+    def prepare(self, request: Request) -> Answer:
+        """An answer yet to be queued; may be called from any thread.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        self.check(request)
+        return Answer(request, next(self._numbers), self.eos_token_id, self.token_bytes, self.decoder)
+
+    def enqueue(self, answer: Answer) -> None:
+        """Let `step` write the answer."""
+        self._waiting.append(answer)
+
+    def submit(self, request: Request) -> Answer:
+        """`prepare` and `enqueue`."""
+        answer = self.prepare(request)
+        self.enqueue(answer)
+        return answer
+
+    def refresh(self, model: MiniMindLM) -> None:
+        """Go on with the weights that the model has now: all answers to come, and the rest of those on their way.
+
+        Nothing that the old weights computed is used again; the next steps read what was written so far once more.
+
+        Raises:
+            ValueError: see `Decoder.refresh`.
+        """
+        for slot in self._slots:
+            slot.holds = []
+        self.decoder.refresh(model)
+
+    def cancel(self, answer: Answer, reason: str = "cancelled") -> None:
+        """End an answer where it is; the next step begins by giving its slot to a request that waits."""
+        answer.end_by = answer.end_by or reason
+
+    def stream(self, request: Request) -> Iterator[Piece]:
+        """The pieces of one answer as they are written; other requests advance with it. Closing it early cancels.
+
+        Raises:
+            ValueError: see `check`; at once, before the first piece.
+        """
+        answer = self.submit(request)
+
+        def pieces() -> Iterator[Piece]:
+            try:
+                while answer.finish_reason is None:
+                    yield from (piece for other, piece in self.step() if other is answer)
+            finally:
+                self.cancel(answer)
+
+        return pieces()
+
+    def run(self, requests: Iterable[Request]) -> list[Answer]:
+        """Write the answers to all requests, as many at once as there are slots.
+
+        Raises:
+            ValueError: see `check`; before anything is written.
+        """
+        answers = [self.prepare(request) for request in requests]
+        for answer in answers:
+            self.enqueue(answer)
+        while any(answer.finish_reason is None for answer in answers):
+            self.step()
+        return answers
+
+    # ------------------------------------------------------------------------------------------------ a step
+
+    def step(self) -> list[tuple[Answer, Piece]]:
+        """Read the next tokens of all requests that have a slot, and choose a token for each that has read its last.
+
+        Returns:
+            what was added to which answer; an answer's last piece has its `finish_reason`.
+
+        Raises:
+            Exception: whatever failed. By then every request has ended, with "error" unless it had already, and the
+                next step returns these ends, together with the pieces that the failed one had made.
+        """
+        try:
+            self._advance()
+        except BaseException:
+            self.abandon()
+            raise
+        outputs, self._news = self._news, []
+        return outputs
+
+    def _advance(self) -> None:
+        self._steps += 1
+        self._end_early()
+        self._admit()
+        self._compact_slots()
+        slots = self._plan_prefills()
+        if not slots:
+            return
+        spans = [self._span(slot, n) for slot, n in slots.items()]
+        hidden = self.decoder.read(spans)
+
+        rows, predicted, first = [], [], 0  # hidden states that predict a token: whose, and which of its ids
+        for (slot, n), span in zip(slots.items(), spans, strict=True):
+            slot.holds += slot.answer.keys[span.start : span.start + n]
+            places = slot.answer.predicted(span.start, n)
+            rows += [first + place - span.start - 1 for place in places]
+            predicted += [(slot.answer, place) for place in places]
+            first += n
+        if rows:
+            logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+            self._predict(logits, predicted)
+        for slot in slots:
+            if slot.answer.limit == 0 and not slot.answer.unread():
+                self._news.append((slot.answer, slot.answer.end("length")))
+            if slot.answer.finish_reason:
+                self._release(slot)
+
+    def _end_early(self) -> None:
+        """End what was cancelled and what is out of time."""
+        now = time.monotonic()
+        for answer in [*self._waiting, *(slot.answer for slot in self._slots if slot.answer)]:
+            if answer.deadline is not None and now >= answer.deadline:
+                self.cancel(answer, "timeout")
+            if answer.end_by:
+                self._news.append((answer, answer.end(answer.end_by)))
+                self._release(answer.slot) if answer.slot else self._waiting.remove(answer)
+
+    def abandon(self) -> None:
+        """End everything with "error", after a step that failed: what the slots hold is not to be trusted.
+
+        The next step returns the ends.
+        """
+        answers = [*self._waiting, *(slot.answer for slot in self._slots if slot.answer)]
+        self._waiting.clear()
+        for slot in self._slots:
+            if slot.answer:
+                self._release(slot)
+            slot.holds = []
+        self._news += [(answer, answer.end("error")) for answer in answers if answer.finish_reason is None]
+
+    def computes(self) -> bool:
+        """Whether the device still does; after some errors a GPU refuses everything until the process ends."""
+        try:
+            return int(torch.ones(1, device=self.decoder.device).sum()) == 1
+        except RuntimeError:
+            return False
+
+    def _release(self, slot: _Slot) -> None:
+        """Free a slot; what it holds stays, in case that a prompt begins alike."""
+        slot.answer.slot, slot.answer, slot.last_used = None, None, self._steps
+
+    def _admit(self) -> None:
+        """Give free slots to requests that wait, in their order; none waits for a slot that it could have."""
+        for answer in list(self._waiting) if self.running < len(self._slots) else ():
+            free = [slot for slot in self._slots if slot.answer is None]
+            if not free:
+                return
+            most = 0 if answer.request.prompt_logprobs else len(answer.ids) - 1  # the last one's prediction is needed
+            prompt = answer.keys[:most]
+            reused, best = max(
+                ((common_prefix_length(slot.holds, prompt), slot) for slot in self._slots), key=lambda pair: pair[0]
+            )
+            others = (slot.answer.keys for slot in self._slots if slot.answer and slot.answer.unread() > 1)
+            if max((common_prefix_length(keys, prompt) for keys in others), default=0) > reused + SHARED_PREFIX_MIN:
+                continue  # in a moment it need not be read twice
+            slot = min(free, key=lambda slot: slot.last_used)
+            if best in free and 2 * reused >= len(best.holds):
+                slot = best
+            elif reused:
+                self.decoder.copy(best.number, slot.number, reused)
+            slot.holds = best.holds[:reused]
+            slot.answer, answer.slot, answer.reused = answer, slot, reused
+            self._waiting.remove(answer)
+
+    def _compact_slots(self) -> None:
+        """Writers lie in a range of slots that one attention covers: see that more than half of them write."""
+        writers = [slot for slot in self._slots if slot.answer and slot.answer.unread() == 1]
+        if not writers:
+            return
+        first, last = writers[0].number, writers[-1].number
+        hole = next((slot for slot in self._slots[first:last] if slot.answer is None), None)
+        if hole and last - first + 1 > 2 * len(writers):
+            moved, to = writers[-1], hole.number
+            self.decoder.swap(last, to, max(len(moved.holds), len(hole.holds)))
+            self._slots[last], self._slots[to] = hole, moved
+            moved.number, hole.number = to, last
+
+    def _plan_prefills(self) -> dict[_Slot, int]:
+        """The slots that read now, and how many tokens; those of one token come first.
+
+        Answers that are being written have one each; the rest of the budget goes to prompts, the first come first.
+        """
+        unread = {slot: slot.answer.unread() for slot in self._slots if slot.answer}
+        reading = {slot: n for slot, n in unread.items() if n == 1}
+        budget = max(1, self.token_budget - len(reading))
+        for slot in sorted(unread.keys() - reading.keys(), key=lambda slot: slot.answer.number):
+            reading[slot] = min(unread[slot], budget)
+            budget -= reading[slot]
+            if not budget:
+                break
+        return dict(sorted(reading.items(), key=lambda item: item[1] > 1))
+
+    def _span(self, slot: _Slot, n: int) -> Span:
+        """The next n tokens for a slot."""
+        start, answer = len(slot.holds), slot.answer
+        embeddings = answer.request.embeddings
+        if embeddings is not None:
+            embeddings = embeddings[start : start + n] if start < len(embeddings) else None
+        return Span(slot.number, start, answer.ids[start : start + n], embeddings)
+
+    def _predict(self, logits: Tensor, predicted: list[tuple[Answer, int]]) -> None:
+        """Choose the tokens to be written, and note what was asked about those of prompts.
+
+        Args:
+            logits: (rows, vocab) fp32.
+            predicted: for each row the answer, and the place in its `ids` that the row is about.
+        """
+        tokens = [answer.ids[place] if place < len(answer.ids) else None for answer, place in predicted]
+        penalised = logits
+        alike = defaultdict(list)  # rows by how their token is chosen
+        for row in [row for row, token in enumerate(tokens) if token is None]:
+            answer = predicted[row][0]
+            alike[answer.request.temperature, answer.request.top_k, answer.request.top_p].append(row)
+            if answer.seen is not None or answer.counts is not None:
+                penalised = logits.clone() if penalised is logits else penalised
+                penalised[row] = answer.penalised(logits[row : row + 1])
+        for settings, rows in alike.items():
+            of_rows = penalised if len(rows) == len(logits) else penalised[rows]
+            chosen = sample_token(of_rows, *settings, [predicted[row][0].generator for row in rows])
+            for row, token in zip(rows, chosen.tolist(), strict=True):
+                tokens[row] = token
+        facts = self._logprobs(logits, tokens, [answer.request.logprobs for answer, _ in predicted])
+        for (answer, place), token in zip(predicted, facts, strict=True):
+            if place < len(answer.ids):
+                answer.prompt_tokens.append(token)
+            else:
+                self._news.append((answer, answer.write(token)))
+
+    def _logprobs(self, logits: Tensor, tokens: list[int], asked: list[int | None]) -> list[Token]:
+        """Each row's token, where asked with its log-probability and the so many likeliest: logits (rows, vocab)."""
+        facts = [Token(token) for token in tokens]
+        rows = [row for row, best in enumerate(asked) if best is not None]
+        if rows:
+            logprobs = logits[rows].log_softmax(-1)
+            chosen = torch.tensor([[tokens[row]] for row in rows], device=logits.device)
+            best = logprobs.topk(max(asked[row] for row in rows))
+            columns = (logprobs.gather(1, chosen)[:, 0].tolist(), best.indices.tolist(), best.values.tolist())
+            for row, logprob, ids, values in zip(rows, *columns, strict=True):
+                top = zip(ids[: asked[row]], values[: asked[row]], strict=True)
+                facts[row] = Token(tokens[row], logprob, tuple(top))
+        return facts
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def common_prefix_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """How many items two sequences have in common at their start."""
+    # as far as the shorter one goes, hence not strict
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

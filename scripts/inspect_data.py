@@ -1,0 +1,232 @@
+"""What a model will see of a data file, to look at before a night of training: the first samples, and what is counted.
+
+    python scripts/inspect_data.py dataset/sft_mini_512.jsonl
+    python scripts/inspect_data.py my.jsonl --stage dpo --max_seq_len 1024 --samples 10 --seed 1
+
+The samples are those that training makes of the file, by the same code: with the system prompt, cut where a row ends.
+What is learned is green on a terminal and in ⟦brackets⟧ elsewhere. Control tokens and tags stand as they are; text that
+only spells one has a backslash before it.
+
+Bad lines are listed. Where there are any the exit code is 2, as training would stop at the first; not with
+--skip_bad_lines, which leaves them out, as it does in training.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import _repo  # noqa: F401  (lets `python scripts/inspect_data.py` find the packages)
+
+from trainer.arguments import ROOT, BooleanFlag, Parser, add_tower_argument, non_negative_int, positive_int, seed
+from trainer.errors import UserError, run_main
+
+
+class Stage(NamedTuple):
+    """What reads a stage's lines, and its usual row length in tokens."""
+
+    dataset: str
+    max_seq_len: int
+
+
+STAGES = {
+    "pretrain": Stage("PretrainDataset", 512),
+    "sft": Stage("SFTDataset", 512),
+    "lora": Stage("SFTDataset", 512),
+    "distill": Stage("SFTDataset", 512),
+    "reason": Stage("SFTDataset", 1024),
+    "dpo": Stage("DPODataset", 1024),
+    "vlm": Stage("VLMDataset", 640),
+}
+
+
+class Marks(NamedTuple):
+    """What stands before and after what is learned, and before and after a control token that is not."""
+
+    learned: tuple[str, str]
+    control: tuple[str, str]
+
+
+BRACKETS = Marks(("⟦", "⟧"), ("", ""))
+COLOURS = Marks(("\033[32m", "\033[0m"), ("\033[2m", "\033[0m"))
+
+
+def get_args():
+    parser = Parser(__doc__)
+    parser.add_argument("data_path", type=Path, metavar="FILE", help="the jsonl to look at")
+    parser.add_argument("--stage", choices=tuple(STAGES), help="what is to learn from it (default: by its first line)")
+    parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
+    parser.add_argument("--max_seq_len", type=positive_int, help="row length in tokens (default: the stage's)")
+    parser.add_argument("--samples", type=non_negative_int, default=3, help="how many to show (of preferences: pairs)")
+    parser.add_argument("--seed", type=seed, default=None, help="show samples drawn at random, not the first")
+    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="bad lines are no error")
+    parser.add_argument("--images_path", default=str(ROOT / "dataset"), metavar="DIR", help="where a VLM's images lie")
+    add_tower_argument(parser)
+    return parser.parse_args()
+
+
+def guess_stage(path: Path) -> str:
+    """The stage that learns from such lines as the first good one.
+
+    Raises:
+        DataError: no line is JSON.
+        UserError: none does.
+    """
+    from dataset.jsonl import JsonlReader
+    from dataset.shapes import shape_of
+
+    lines = iter(JsonlReader(path, lambda record, ignored: record, skip_bad_lines=True))
+    record = next(lines)
+    lines.close()
+    if "text" in record:
+        return "pretrain"
+    if "chosen" in record or "rejected" in record:
+        return "dpo"
+    if record.get("image"):
+        return "vlm"
+    if "conversations" in record:
+        return "reason" if any(sign in str(record) for sign in ("<think>", "reasoning_content")) else "sft"
+    shape = shape_of(record)
+    raise UserError(f"{path}: no stage learns from such lines" + (f" (this is {shape})" if shape else ""))
+
+
+def open_stage(stage: str, args, tokenizer):
+    """The dataset that the stage's training would make of the file; bad lines are left out."""
+    import dataset
+    from trainer.vision import image_data, open_vision
+
+    if stage == "vlm":
+        dataset_class = image_data(args, open_vision(args.vision_model))
+    else:
+        dataset_class = getattr(dataset, STAGES[stage].dataset)
+    return dataset_class(args.data_path, tokenizer, args.max_seq_len or STAGES[stage].max_seq_len, skip_bad_lines=True)
+
+
+class Spelling:
+    """Writes tokens out, as text that is safe to print."""
+
+    def __init__(self, tokenizer, marks: Marks):
+        from model.tokenizer import token_bytes
+
+        self.marks = marks
+        self.bytes = token_bytes(tokenizer)
+        self.control = {number: token.content for number, token in tokenizer.added_tokens_decoder.items()}
+        self._literal = re.compile("|".join(map(re.escape, (*self.control.values(), *BRACKETS.learned))))
+
+    def write(self, ids: list[int], learned: list[bool], pictures: dict[int, tuple[str, int]]) -> str:
+        """The tokens as text, what is learned marked.
+
+        Args:
+            pictures: the name of each picture, and how many places it takes, by its first place.
+        """
+        runs = []
+        for is_learned, run in groupby(self._units(ids, learned, pictures), key=lambda unit: unit[0]):
+            text = "".join(self._join(kind, [unit[2] for unit in units], is_learned) for kind, units in _by_kind(run))
+            runs.append(f"{self.marks.learned[0]}{text}{self.marks.learned[1]}" if is_learned else text)
+        return "".join(runs)
+
+    def _units(self, ids, learned, pictures) -> Iterator[tuple[bool, str, bytes]]:
+        place = 0
+        while place < len(ids):
+            token, places = ids[place], 1
+            if place in pictures:
+                name, places = pictures[place]
+                yield learned[place], "control", f"<image {name}: {places} places>".encode()
+            elif token in self.control:
+                yield learned[place], "control", self.control[token].encode()
+            else:
+                yield learned[place], "text", self.bytes[token]
+            place += places
+
+    def _join(self, kind: str, pieces: list[bytes], is_learned: bool) -> str:
+        text = b"".join(pieces).decode("utf-8", errors="replace")
+        text = "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+        if kind == "text":
+            return self._literal.sub(r"\\\g<0>", text)
+        return text if is_learned else f"{self.marks.control[0]}{text}{self.marks.control[1]}"
+
+
+def _by_kind(units) -> Iterator[tuple[str, Iterator]]:
+    return groupby(units, key=lambda unit: unit[1])
+
+
+def show_samples(data, spelling: Spelling, count: int, seed: int | None) -> None:
+    """Print `count` samples, or pairs: the first, or such as the seed draws."""
+    import numpy as np
+
+    groups = len(data.pieces.sample) // data.group
+    chosen = np.arange(groups)[:count]
+    if seed is not None:
+        chosen = np.sort(np.random.default_rng(seed).permutation(groups)[:count])
+    for group in chosen:
+        for side in range(data.group):
+            number = int(group) * data.group + side
+            ids, labels, _ = data.piece(number)
+            learned = labels == ids
+            sample, whole = data.pieces.sample[number], data.cache.lengths[data.pieces.sample[number]]
+            name = f"{data.unit.removesuffix('s')} {sample // data.group + 1}"
+            if data.group == 2:
+                name += (", chosen", ", rejected")[side]
+            of = f" of {whole:,}" if whole > len(ids) else ""
+            print(f"--- {name}: {len(ids):,}{of} tokens, {learned.sum():,} learned")
+            text = spelling.write(ids.tolist(), learned.tolist(), pictures_of(data, sample))
+            print(text.removesuffix("\n"), end="\n\n")
+
+
+def pictures_of(data, sample: int) -> dict[int, tuple[str, int]]:
+    """The name of each picture of a sample, and how many places it takes, by its first place."""
+    print_notice = data.cache.note(sample)
+    if not print_notice:
+        return {}
+    return {
+        start: (name, data.image_tokens)
+        for start, name in zip(print_notice["starts"], print_notice["images"], strict=True)
+    }
+
+
+def report(data) -> None:
+    """Print what training's start-up line says, what of it is learned, and the bad lines."""
+    import numpy as np
+
+    pieces, lengths = data.pieces, data.cache.lengths
+    if data.cache.bad_lines:
+        print(f"{data.cache.bad_lines:,} bad lines:")
+        print(*(f"  {line}" for line in data.cache.told), sep="\n")
+        if data.cache.bad_lines > len(data.cache.told):
+            print(f"  and {data.cache.bad_lines - len(data.cache.told):,} more")
+    print(data.summary)
+    print(f"lines: {len(lengths) // data.group + data.cache.bad_lines:,}")
+    learned = sum(int(data.cache.learned(*piece)[1:].sum()) for piece in zip(*pieces, strict=True))
+    tokens = int(pieces.length.sum())
+    print(f"learned: {learned:,} of {tokens:,} tokens ({learned / tokens:.1%})")
+    print(f"tokens of a sample: median {int(np.median(lengths)):,}, longest {int(lengths.max()):,}")
+    every = sum(int(data.cache.learned(sample, 0, n)[1:].sum()) for sample, n in enumerate(lengths))
+    if learned < every:
+        print(f"lost by cutting and dropping: {every - learned:,} tokens to learn ({1 - learned / every:.1%})")
+
+
+def main():
+    args = get_args()
+    if args.max_seq_len == 1:
+        raise UserError("--max_seq_len must be 2 or more: a row needs a token to read and one to predict")
+    from trainer.weights import load_tokenizer  # after the arguments: --help need not wait for it
+
+    stage = args.stage or guess_stage(args.data_path)
+    tokenizer = load_tokenizer(args.tokenizer)
+    data = open_stage(stage, args, tokenizer)
+    print(f"{args.data_path} as --stage {stage} has it ({type(data).__name__})\n")
+    colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    show_samples(data, Spelling(tokenizer, COLOURS if colours else BRACKETS), args.samples, args.seed)
+    report(data)
+    if data.cache.bad_lines and not args.skip_bad_lines:
+        raise UserError(
+            f"{args.data_path}: {data.cache.bad_lines:,} bad lines, listed above: training stops at the first, "
+            "or leaves them out with --skip_bad_lines"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

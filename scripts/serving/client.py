@@ -1,0 +1,137 @@
+"""Asking an OpenAI-compatible server: what its clients here have in common."""
+
+import contextlib
+import ipaddress
+import os
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+from trainer.errors import UserError
+
+
+def check_address(base_url: str, api_key: str) -> None:
+    """Refuse what no client could send.
+
+    Raises:
+        UserError: no http(s) address, or a key that no header can hold.
+    """
+    try:
+        parts = urlsplit(base_url)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        right = False
+    if not right:
+        raise UserError(f"{base_url!r} is not an address of an API, such as http://127.0.0.1:8998/v1")
+    if not api_key.isascii():
+        raise UserError("the API key has other characters than ASCII, which no key has")
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a name or an address leads back here, where no proxy stands in between."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def proxy_variable(base_url: str) -> str | None:
+    """The environment variable whose proxy an address is asked through; None where it is asked directly."""
+    parts = urlsplit(base_url)
+    if is_this_machine(parts.hostname) or urllib.request.proxy_bypass_environment(parts.netloc.rpartition("@")[2]):
+        return None
+    names = [name for kind in (parts.scheme, "all") for name in (f"{kind}_proxy", f"{kind.upper()}_PROXY")]
+    return next((name for name in names if os.environ.get(name)), None)
+
+
+def open_client(base_url: str, api_key: str, asynchronous: bool = False, **settings):
+    """An `openai.OpenAI`, or `openai.AsyncOpenAI`, which asks this machine directly and others as the environment says.
+
+    Args:
+        settings: of the client, such as `timeout`.
+
+    Raises:
+        UserError: the address or the key is none, or the environment names a proxy that the client cannot use.
+    """
+    import openai
+
+    check_address(base_url, api_key)
+    client = openai.AsyncOpenAI if asynchronous else openai.OpenAI
+    transport = openai.DefaultAsyncHttpxClient if asynchronous else openai.DefaultHttpxClient
+    direct = is_this_machine(urlsplit(base_url).hostname)
+    try:
+        http_client = transport(trust_env=not direct)
+    except (ValueError, ImportError) as error:  # of a kind that it does not know, or has no package for
+        names = ", ".join(name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy"))
+        raise UserError(f"{names} of the environment: {error}; unset it, or give it an http:// address") from None
+    return client(base_url=base_url, api_key=api_key, http_client=http_client, **settings)
+
+
+def reason_of(error: Exception, base_url: str) -> str:
+    """What an `openai.APIError` says, why, and which proxy it came through."""
+    text = f"{error} ({error.__cause__})" if str(error.__cause__ or "") else str(error)
+    through = proxy_variable(base_url)
+    return f"{text}, asked through the proxy of {through}" if through else text
+
+
+def models_at(client) -> list[str]:
+    """The names of the models that an `openai.OpenAI` finds at its address.
+
+    Raises:
+        UserError: nothing answers there, it refuses, or it is not such an API.
+    """
+    import openai
+
+    address = str(client.base_url).rstrip("/")
+    try:
+        return [model.id for model in client.models.list()]
+    except openai.APIConnectionError as error:
+        why = f" ({error.__cause__})" if error.__cause__ else ""
+        if through := proxy_variable(address):
+            host = urlsplit(address).hostname
+            raise UserError(
+                f"{address} does not answer through the proxy of {through}{why}: "
+                f"mend or unset {through}, or add {host} to NO_PROXY"
+            ) from None
+        raise UserError(
+            f"nothing answers at {address}{why}: start scripts/serve_openai_api.py, or name another address"
+        ) from None
+    except openai.APIStatusError as error:
+        through = f" (through the proxy of {name})" if (name := proxy_variable(address)) else ""
+        raise UserError(f"{address} says {error.status_code}{through}: {error.message}") from None
+    except (openai.APIError, AttributeError, TypeError, ValueError):  # it reads whatever came as if it were a list
+        raise UserError(f"{address} answers, but not as an OpenAI API: does it end in /v1?") from None
+
+
+def answer_parts(
+    client, model: str, messages: list[dict], stream: bool = True, **sampling
+) -> Iterator[tuple[str, str]]:
+    """Yield ("thinking" | "answer", text) as the server sends it; closing the iterator tells the server to stop.
+
+    Args:
+        client: an `openai.OpenAI`.
+        messages: the talk so far, a question last.
+        wishes: `temperature`, `max_tokens` and the like; those that are None are left to the server.
+
+    Raises:
+        openai.APIError: whatever the server says, or that it does not answer.
+        UserError: what it says is not an answer.
+    """
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    reply: Any = client.chat.completions.create(model=model, messages=messages, stream=stream, **sampling)
+    nothing = True
+    with reply if stream else contextlib.nullcontext():
+        for chunk in reply if stream else [reply]:
+            for choice in getattr(chunk, "choices", None) or ():
+                nothing = False
+                said = choice.delta if stream else choice.message
+                if thinking := getattr(said, "reasoning_content", None):
+                    yield "thinking", thinking
+                if said.content:
+                    yield "answer", said.content
+    if nothing:
+        raise UserError("the server sent no answer: does its address end in /v1?")

@@ -1,0 +1,91 @@
+"""The images of a chat, from the addresses in its image parts to bytes: every form of base64 that clients send."""
+
+import base64
+import binascii
+import re
+from collections.abc import Callable, Sequence
+from urllib.parse import unquote
+
+from scripts.serving.schema import MOST_IMAGES, ApiError, Message
+
+SHORTEST = 32  # characters; what is shorter can be a path or a name, but no image
+URL_SAFE = str.maketrans("-_", "+/")
+Fetch = Callable[[Sequence[str]], list[bytes]]
+
+
+def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> list[dict]:
+    """A chat's messages as turns whose content is a text or, where it has images, a list of texts and image bytes.
+
+    Args:
+        sees: whether the model takes images.
+        fetch: from http(s) addresses to what is there; None where fetching is off.
+
+    Raises:
+        ApiError: an image that there is not, too many, or a model that takes none.
+    """
+    urls = [part.image_url.url for message in messages for part in _parts(message) if part.type == "image_url"]
+    if urls and not sees:
+        raise ApiError(400, "this model reads text only: image parts need a vision-language model", "messages")
+    if len(urls) > MOST_IMAGES:
+        raise ApiError(400, f"{len(urls)} images: this server takes {MOST_IMAGES} a request", "messages")
+    images = iter(read_images(urls, fetch))
+    return [
+        {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": _content([part.text if part.type == "text" else next(images) for part in _parts(message)])
+            if isinstance(message.content, list)
+            else message.content or "",
+        }
+        for message in messages
+    ]
+
+
+def _parts(message: Message) -> list:
+    return message.content if isinstance(message.content, list) else []
+
+
+def _content(parts: list[str | bytes]) -> str | list[str | bytes]:
+    return "".join(parts) if all(isinstance(part, str) for part in parts) else parts
+
+
+def read_images(urls: Sequence[str], fetch: Fetch | None) -> list[bytes]:
+    """The bytes of images, in the order of their addresses. Nothing is fetched unless all others can be read.
+
+    Raises:
+        ApiError: one of them is not an image's address, or cannot be had.
+    """
+    images = {place: read_base64(url) for place, url in enumerate(urls) if not _is_remote(url)}
+    remote = [place for place in range(len(urls)) if place not in images]
+    if remote and fetch is None:
+        raise ApiError(400, "this server fetches no addresses: send the image as a data: URL", "messages")
+    if remote:
+        images |= zip(remote, fetch([urls[place].strip() for place in remote]), strict=True)
+    return [images[place] for place in range(len(urls))]
+
+
+def _is_remote(url: str) -> bool:
+    return url.lstrip()[:8].lower().startswith(("http:", "https:"))
+
+
+def read_base64(url: str) -> bytes:
+    """What a data: URL holds, or base64 by itself.
+
+    Both alphabets of base64 are read, with padding or without, with white space in it, and percent-encoded.
+
+    Raises:
+        ApiError: it is neither, or damaged.
+    """
+    given = url.strip()
+    if given[:5].lower() == "data:":
+        header, comma, data = given.partition(",")
+        if not comma or "base64" not in [word.strip().lower() for word in header.split(";")[1:]]:
+            raise ApiError(400, "an image's data: URL must be of the form data:image/png;base64,…", "messages")
+    elif re.fullmatch(r"[\w+/%=\s-]*", given[: 2 * SHORTEST], re.ASCII) and len(given) >= SHORTEST:
+        data = given
+    else:
+        raise ApiError(400, "an image_url must be a data: URL", "messages")
+    data = "".join(unquote(data).split()).rstrip("=").translate(URL_SAFE)
+    try:
+        return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise ApiError(400, "the base64 of an image is damaged", "messages") from None

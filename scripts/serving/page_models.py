@@ -1,0 +1,236 @@
+"""Who answers on a page, and an answer while it is being written: nothing here knows of Streamlit.
+
+Streamlit runs the page's script anew at every click, so an answer is written by a thread of its own, and whichever run
+of the script comes by shows how far it is.
+"""
+
+import base64
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from scripts.serving.client import answer_parts, models_at, open_client
+
+UNWATCHED = 20.0  # seconds after which an answer that no page shows is not worth writing on
+AT_ONCE = 4  # answers that a model writes at the same time, each for another page
+
+
+class Answer:
+    """What a model says to a question; begins at once.
+
+    Attributes:
+        thinking, text: what came so far.
+        raw: as the model wrote it, tags and all, for the history of the talk.
+        error: why it ended, where it went wrong; else None.
+        stopped: whether somebody stopped it.
+        tokens, seconds: how many, and how long they took; a server does not say how many.
+    """
+
+    def __init__(self, parts: Iterator[tuple[str, str]]):
+        self.thinking, self.text, self.raw = "", "", ""
+        self.error: str | None = None
+        self.stopped = False
+        self.tokens, self.seconds = 0, 0.0
+        self._watched = time.monotonic()
+        self._ended = threading.Event()
+        threading.Thread(target=self._write, args=(parts,), daemon=True).start()
+
+    def _write(self, parts: Iterator[tuple[str, str]]) -> None:
+        started = time.monotonic()
+        try:
+            for part, text in parts:
+                if self._ended.is_set():
+                    return
+                if time.monotonic() - self._watched > UNWATCHED:
+                    return self.stop()
+                if part == "thinking":
+                    self.thinking += text
+                elif part == "answer":
+                    self.text += text
+                else:
+                    self.raw += text
+                    self.tokens += part == "token"
+                self.seconds = time.monotonic() - started
+        except Exception as error:  # whatever it is, the page must say it and go on
+            self.error = getattr(error, "message", None) or str(error) or type(error).__name__
+        finally:
+            parts.close()
+            self._ended.set()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def stop(self) -> None:
+        """Leave it at what is there."""
+        if not self.ended:
+            self.stopped = True
+            self._ended.set()
+
+    def watch(self, seconds: float) -> None:
+        """Wait so long, or until it has ended."""
+        self._watched = time.monotonic()
+        self._ended.wait(seconds)
+
+
+class LocalModel:
+    """A model in this process.
+
+    Args:
+        model, tokenizer: as loaded.
+        processor: prepares pictures for its vision tower; None where it has none.
+        pretrained: it only continues texts, and is prompted with the question alone.
+    """
+
+    def __init__(self, model, tokenizer, processor=None, pretrained: bool = False):
+        from model.inference.scheduler import Engine
+        from model.inference.thread import EngineThread
+
+        self.model, self.tokenizer, self.processor, self.pretrained = model, tokenizer, processor, pretrained
+        self._thread = EngineThread(Engine(model, tokenizer, slots=AT_ONCE))
+        weakref.finalize(self, self._thread.close)
+
+    def parts(self, system: list[dict], turns: Sequence[dict], sampling: dict) -> Iterator[tuple[str, str]]:
+        """Yield ("thinking" | "answer", text) to show, and ("token" | "raw", text) of what the model writes itself.
+
+        Args:
+            system: the system turn, or nothing for the default one.
+            turns: the talk so far, a question last; content is a string, or a list of pictures (their bytes) and
+                strings.
+            wishes: settings of an engine's `Request`.
+
+        Raises:
+            ValueError: the question does not fit, a picture cannot be read, or a wish is out of range.
+            RuntimeError: the engine failed.
+        """
+        from model.inference.request import Request
+        from model.reasoning import ReasoningStream
+
+        ids, seen = self._prompt(system, list(turns), self.model.config.max_seq_len - sampling["max_new_tokens"])
+        pieces, reader = queue.SimpleQueue(), ReasoningStream()
+        answer = self._thread.submit(Request(prompt=ids, embeddings=seen, **sampling), pieces.put)
+        try:
+            ended = None
+            while ended is None:
+                _, _, ended = piece = pieces.get()
+                yield "token", piece.text
+                yield from reader.push(piece.text)
+            yield from reader.flush()
+        finally:
+            self._thread.cancel(answer)
+        if ended == "error":
+            raise RuntimeError("the engine failed; the terminal says why")
+
+    def _prompt(self, system: list[dict], turns: list[dict], room: int):
+        """Ids, and for pictures in them the embeddings, else None."""
+        from model.chat import fit_history, render_text
+        from model.images import prepare_chat, prompt_embeddings
+
+        if self.processor is not None:
+            prompt = prepare_chat(self.tokenizer, [*system, *turns], self.model.config, self.processor, room)
+            return prompt.input_ids[0].tolist(), prompt_embeddings(self.model, prompt)
+        if self.pretrained:
+            return render_text(self.tokenizer, [turns[-1]["content"]])[0][:-1], None
+        return fit_history(self.tokenizer, system, turns, room)[0], None
+
+
+class RemoteModel:
+    """A model behind an OpenAI-compatible address."""
+
+    def __init__(self, client, name: str):
+        self.client, self.name = client, name
+
+    def parts(self, system: list[dict], turns: Sequence[dict], sampling: dict) -> Iterator[tuple[str, str]]:
+        """As `LocalModel.parts`; wishes are of the chat completions API."""
+        from model.reasoning import ReasoningStream
+
+        messages = [*system, *({**turn, "content": _as_parts(turn["content"])} for turn in turns)]
+        reader = ReasoningStream()  # for servers that leave the tags in
+        for part, text in answer_parts(self.client, self.name, messages, **sampling):
+            if part == "thinking":
+                yield part, text
+            else:
+                yield "raw", text
+                yield from reader.push(text)
+        yield from reader.flush()
+
+
+def _as_parts(content: str | list[str | bytes]) -> str | list[dict]:
+    """Content as the API has it: pictures as data: addresses."""
+    if isinstance(content, str):
+        return content
+    return [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": "data:image;base64," + base64.b64encode(part).decode()}}
+        for part in content
+    ]
+
+
+def weights_in(out_dir: Path, vision: bool) -> list[Path]:
+    """The .pth files a page can talk to, those that chat first, the newest of a kind before older ones."""
+    order = ("full_sft", "rlhf", "full_dist", "reason", "sft_vlm", "pretrain")
+
+    def rank(path: Path) -> tuple[int, float]:
+        kinds = [i for i, kind in enumerate(order) if path.name.startswith(kind)]
+        return (kinds[0] if kinds else -1), -path.stat().st_mtime
+
+    found = [
+        path
+        for path in out_dir.rglob("*.pth")
+        if not any(part == "lora" or part.endswith(".resume") for part in path.relative_to(out_dir).parts[:-1])
+        and ("_vlm" in path.stem) == vision
+    ]
+    return sorted(found, key=rank)
+
+
+def adapters_for(weights: Path) -> list[Path]:
+    """The LoRA adapters in `lora/` beside the weights whose name says the same size."""
+    size = weights.stem.removesuffix("_moe").rpartition("_")[2] + ("_moe" if weights.stem.endswith("_moe") else "")
+    return sorted(path for path in (weights.parent / "lora").glob(f"*_{size}.pth"))
+
+
+def load_local(
+    weights: Path, adapter: Path | None, tokenizer_folder: str | None, device: str | None, vision_model: str | None
+) -> LocalModel:
+    """A model and, merged into it, an adapter.
+
+    Args:
+        vision_model: the vision tower's folder, for weights that go with one.
+
+    Raises:
+        UserError: one of them does not load.
+    """
+    from model.model_lora import merge_lora
+    from trainer.device import pick_device
+    from trainer.weights import load_adapter, load_tokenizer, load_weights
+
+    tokenizer, processor = load_tokenizer(tokenizer_folder), None
+    if vision_model is None:
+        model = load_weights(weights, None, tokenizer)
+    else:
+        from trainer.vision import load_vlm, open_vision
+
+        vision = open_vision(vision_model)
+        model, processor = load_vlm(weights, None, tokenizer, vision), vision.processor
+    if adapter is not None:
+        load_adapter(str(adapter), None, model)
+        merge_lora(model)
+    pretrained = vision_model is None and weights.stem.startswith("pretrain_")
+    return LocalModel(model.to(pick_device(device)).eval(), tokenizer, processor, pretrained)
+
+
+def connect(base_url: str, api_key: str) -> tuple[object, list[str]]:
+    """A client for an address, and the names of the models there.
+
+    Raises:
+        UserError: it is not an address, nothing answers, it refuses, or a proxy is in the way.
+    """
+    import openai
+
+    patient = openai.Timeout(600, connect=5)  # a busy server may let a question wait
+    client = open_client(base_url, api_key or "none", max_retries=0, timeout=patient)
+    return client, models_at(client.with_options(timeout=10))

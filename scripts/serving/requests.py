@@ -1,0 +1,192 @@
+"""The answers to one request to the OpenAI API while the engine writes them."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+from fastapi import Request
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from model.inference import scheduler as engine
+from model.inference.answer import Answer
+from model.inference.request import Piece
+from model.inference.thread import EngineThread
+from scripts.serving.admission import Places
+from scripts.serving.image_parts import Fetch
+from scripts.serving.schema import ApiError
+
+FAILURES = {  # status, message, param, code of answers that did not come to their end
+    "error": (500, "the engine failed at this answer; the server's log says why", None, "failed"),
+    "cancelled": (503, "the server shut down before the answer ended", None, "shutting_down"),
+}
+
+
+@dataclass
+class ServerState:
+    """The model that is served, and what it has to do.
+
+    Args:
+        place_images: from turns whose content is a text, or a list of texts and image bytes, to token ids and the
+            prompt's embeddings; None where the model takes no images.
+        fetch: from http(s) addresses to what is there; None where fetching is off.
+        reasoning: the model writes its thinking apart.
+        capacity: answers that may be written and wait at a time.
+
+    Attributes:
+        places: for them.
+        looking: the thread in which images are read and looked at, one request's after another's: each takes memory.
+    """
+
+    thread: EngineThread
+    tokenizer: PreTrainedTokenizerFast
+    place_images: Callable[[list[dict]], tuple[list[int], Tensor | None]] | None = None
+    fetch: Fetch | None = None
+    reasoning: bool = False
+    capacity: int = 80
+    places: Places = field(init=False)
+    looking: ThreadPoolExecutor = field(init=False, default_factory=lambda: ThreadPoolExecutor(1, "images"))
+    unfinished: set[Answer] = field(init=False, default_factory=set)
+    created: int = field(init=False, default_factory=lambda: int(time.time()))
+
+    def __post_init__(self):
+        self.places = Places(self.capacity)
+
+    @property
+    def context(self) -> int:
+        """How long a prompt and its answer can be together."""
+        return self.thread.engine.decoder.slot_len
+
+    def end(self, answer: Answer) -> None:
+        self.unfinished.discard(answer)
+        self.places.end()
+
+    def close(self) -> None:
+        """Cut off what is not finished."""
+        self.places.closed = True
+        for answer in self.unfinished:
+            self.thread.cancel(answer)
+
+    def spelling(self, token: int) -> tuple[str, list[int]]:
+        """A token as text and as bytes; half a character is spelled 'bytes:\\xe4', as OpenAI does it."""
+        raw = self.thread.engine.token_bytes[token]
+        if not raw:
+            return self.tokenizer.convert_ids_to_tokens(token), []
+        try:
+            return raw.decode(), list(raw)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
+
+
+class RunningRequest:
+    """The answers to one HTTP request while they are written. A client that goes away ends them, and so does a failure
+    of one of them.
+
+    Args:
+        requests: one for each of the places that were taken; from here on each is free again when its answer ends.
+        param: the request's field that the prompts came from.
+
+    Raises (on construction):
+        ApiError: one of the requests cannot be done.
+    """
+
+    def __init__(self, server: ServerState, requests: Sequence[engine.Request], http: Request, param: str):
+        self.server = server
+        self._check(requests, param)
+        self._arrived: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self.answers: list[Answer] = []
+        self._given_up = False
+        try:
+            for index, request in enumerate(requests):
+                self.answers.append(server.thread.submit(request, partial(self._deliver, index)))
+        except BaseException:
+            self._given_up = True
+            self.cancel()
+            raise
+        self._unfinished = len(self.answers)
+        server.unfinished |= set(self.answers)
+        self._watcher = asyncio.create_task(self._watch(http))
+
+    def _check(self, requests: Sequence[engine.Request], param: str) -> None:
+        server = self.server
+        if server.places.closed:
+            raise ApiError(*FAILURES["cancelled"])
+        for request in requests:
+            if len(request.prompt) + (request.max_new_tokens != 0) > server.context:
+                raise ApiError(
+                    400,
+                    f"the prompt has {len(request.prompt)} tokens, and the model's context of {server.context} "
+                    "must hold it and an answer: shorten it",
+                    param,
+                    "context_length_exceeded",
+                )
+            try:
+                server.thread.engine.check(request)
+            except ValueError as error:
+                raise ApiError(400, str(error), param) from error  # the schema has looked at the settings
+
+    def _deliver(self, index: int, piece: Piece) -> None:
+        """Called in the engine's thread."""
+        self._loop.call_soon_threadsafe(self._arrive, index, piece)
+
+    def _arrive(self, index: int, piece: Piece) -> None:
+        if self._given_up:
+            return
+        self._arrived.put_nowait((index, piece))
+        if piece.finish_reason:
+            self.server.end(self.answers[index])
+            self._unfinished -= 1
+            if not self._unfinished:
+                self._watcher.cancel()
+
+    async def _watch(self, http: Request) -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+        self.cancel()
+
+    def cancel(self) -> None:
+        for answer in self.answers:
+            if answer.finish_reason is None:
+                self.server.thread.cancel(answer)
+
+    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+        """What arrives, until all answers have ended: (index, piece). Pieces that arrived together are joined.
+
+        Raises:
+            ApiError: an answer did not come to its end.
+        """
+        left = len(self.answers)
+        while left:
+            arrived = [await self._arrived.get()]
+            while not self._arrived.empty():
+                arrived.append(self._arrived.get_nowait())
+            joined: dict[int, Piece] = {}
+            for index, piece in arrived:
+                before = joined.get(index, Piece())
+                joined[index] = Piece(before.text + piece.text, before.tokens + piece.tokens, piece.finish_reason)
+            for index, piece in joined.items():
+                failure = FAILURES.get(piece.finish_reason)
+                if failure:
+                    self.cancel()  # the others, which nobody will read
+                left -= piece.finish_reason is not None
+                yield index, piece._replace(finish_reason=None) if failure else piece
+                if failure:
+                    raise ApiError(*failure)
+
+    async def finish(self) -> list[str]:
+        """Wait for all answers; their finish_reasons.
+
+        Raises:
+            ApiError: an answer did not come to its end.
+        """
+        reasons = [""] * len(self.answers)
+        try:
+            async for index, piece in self.pieces():
+                reasons[index] = piece.finish_reason or ""
+        finally:
+            self.cancel()  # whatever ended the waiting
+        return reasons

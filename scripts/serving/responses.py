@@ -1,0 +1,190 @@
+"""What the engine wrote, as the OpenAI API has it: chats and completions, in chunks and whole."""
+
+import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from model.inference.answer import Answer
+from model.inference.request import Token
+from model.reasoning import ReasoningStream, split_reasoning
+from model.tokenizer import StreamDecoder
+from scripts.serving.requests import RunningRequest, ServerState
+from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
+
+LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
+
+
+@dataclass
+class CompletionPrompt:
+    """A completion's prompt.
+
+    Attributes:
+        text: to be echoed.
+        begun: leading ids that are ours, and no part of it.
+    """
+
+    ids: list[int]
+    text: str
+    begun: int
+
+
+def usage(answers: Sequence[Answer], prompts: Sequence[Sequence[int]]) -> dict:
+    """Tokens of an HTTP request; a prompt with several choices counts once."""
+    read, written = sum(map(len, prompts)), sum(answer.count for answer in answers)
+    first_choices = answers[:: len(answers) // len(prompts)]
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": sum(answer.reused for answer in first_choices)},
+    }
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
+
+
+def chat_logprobs(server: ServerState, tokens: Sequence[Token]) -> dict:
+    """The form in which chats give log-probabilities."""
+
+    def entry(token: int, logprob: float) -> dict:
+        text, raw = server.spelling(token)
+        return {"token": text, "logprob": finite(logprob), "bytes": raw}
+
+    return {
+        "content": [
+            entry(token.id, token.logprob) | {"top_logprobs": [entry(*alternative) for alternative in token.top]}
+            for token in tokens
+        ]
+    }
+
+
+def completion_logprobs(server: ServerState, tokens: Sequence[Token], offset: int) -> dict:
+    """The form in which completions give log-probabilities; `offset` is where the first token's text begins."""
+    offsets, decoder = [], StreamDecoder(server.thread.engine.token_bytes)
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(decoder.push(token.id))
+    return {
+        "tokens": [server.spelling(token.id)[0] for token in tokens],
+        "token_logprobs": [None if token.logprob is None else finite(token.logprob) for token in tokens],
+        "top_logprobs": [
+            None if token.logprob is None else {server.spelling(i)[0]: finite(value) for i, value in token.top}
+            for token in tokens
+        ],
+        "text_offset": offsets,
+    }
+
+
+def event(content: dict | str) -> str:
+    """A server-sent event."""
+    return f"data: {content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+async def events(writing: RunningRequest, chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
+    """Chunks as events; an error in the middle is one too."""
+    try:
+        async for chunk in chunks:
+            yield event(chunk)
+        yield event("[DONE]")
+    except ApiError as error:
+        yield event(error.body())
+    finally:
+        writing.cancel()
+
+
+async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) -> AsyncIterator[dict]:
+    """A chat's answers chunk by chunk."""
+    server = writing.server
+    head = head | {"object": "chat.completion.chunk"}
+    counted = bool(body.stream_options and body.stream_options.include_usage)
+    if counted:
+        head |= {"usage": None}
+    parts = [ReasoningStream() for _ in writing.answers]
+
+    def chunk(index: int, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return head | {"choices": [choice]}
+
+    for index in range(len(parts)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    async for index, piece in writing.pieces():
+        logprobs = chat_logprobs(server, piece.tokens) if body.logprobs and piece.tokens else None
+        deltas = [{"content": piece.text}] if piece.text or logprobs else []
+        if server.reasoning:
+            told = parts[index].push(piece.text) + (parts[index].flush() if piece.finish_reason else [])
+            names = {"thinking": "reasoning_content", "answer": "content"}
+            deltas = [{names[part]: text} for part, text in told] or ([{"content": ""}] if logprobs else [])
+        for delta in deltas:
+            yield chunk(index, delta, logprobs)
+            logprobs = None
+        if piece.finish_reason:
+            yield chunk(index, {}, None, piece.finish_reason)
+    if counted:
+        yield head | {"choices": [], "usage": usage(writing.answers, [writing.answers[0].request.prompt])}
+
+
+async def whole_chat(writing: RunningRequest, body: ChatRequest, head: dict) -> dict:
+    """A chat's answers at once."""
+    server, reasons = writing.server, await writing.finish()
+    said = []
+    for index, (answer, reason) in enumerate(zip(writing.answers, reasons, strict=True)):
+        message = {"role": "assistant", "content": answer.text}
+        if server.reasoning:
+            thinking, text = split_reasoning(answer.text)
+            message |= {"content": text, "reasoning_content": thinking}
+        logprobs = chat_logprobs(server, answer.tokens) if body.logprobs else None
+        said.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
+    counted = usage(writing.answers, [writing.answers[0].request.prompt])
+    return head | {"object": "chat.completion", "choices": said, "usage": counted}
+
+
+class CompletionText:
+    """The text and log-probabilities of completions, piece by piece, with their prompts where they are echoed."""
+
+    def __init__(self, writing: RunningRequest, body: CompletionRequest, prompts: list[CompletionPrompt]):
+        self.writing, self.body = writing, body
+        each = len(writing.answers) // len(prompts)
+        self.prompts = [prompt for prompt in prompts for _ in range(each)]
+        self._offsets = [0] * len(self.prompts)
+        self._echoed = [False] * len(self.prompts)
+
+    def add(self, index: int, text: str, tokens: Sequence[Token], last: bool) -> tuple[str, dict | None]:
+        """What is next: text, and the log-probabilities of its tokens; with the last of it, of the end token too."""
+        answer, prompt = self.writing.answers[index], self.prompts[index]
+        if self.body.echo and not self._echoed[index]:
+            self._echoed[index] = True
+            text = prompt.text + text
+            tokens = [*answer.prompt_tokens[prompt.begun :], *tokens]
+        offset = self._offsets[index]
+        self._offsets[index] += len(text)
+        if self.body.logprobs is None:
+            return text, None
+        if last and answer.end_token:  # evaluation tools count on max_tokens tokens behind the prompt's, or an end
+            tokens = [*tokens, answer.end_token]
+        return text, completion_logprobs(self.writing.server, tokens, offset)
+
+
+async def completion_chunks(writing, body: CompletionRequest, head: dict, prompts) -> AsyncIterator[dict]:
+    """Completions chunk by chunk."""
+    counted = bool(body.stream_options and body.stream_options.include_usage)
+    if counted:
+        head = head | {"usage": None}
+    texts = CompletionText(writing, body, prompts)
+    async for index, piece in writing.pieces():
+        text, logprobs = texts.add(index, piece.text, piece.tokens, piece.finish_reason is not None)
+        if text or (logprobs and logprobs["tokens"]) or piece.finish_reason:
+            choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
+            yield head | {"choices": [choice]}
+    if counted:
+        yield head | {"choices": [], "usage": usage(writing.answers, [prompt.ids for prompt in prompts])}
+
+
+async def whole_completion(writing, body: CompletionRequest, head: dict, prompts) -> dict:
+    """Completions at once."""
+    reasons = await writing.finish()
+    texts, written = CompletionText(writing, body, prompts), []
+    for index, (answer, reason) in enumerate(zip(writing.answers, reasons, strict=True)):
+        text, logprobs = texts.add(index, answer.text, answer.tokens, last=True)
+        written.append({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason})
+    return head | {"choices": written, "usage": usage(writing.answers, [prompt.ids for prompt in prompts])}

@@ -1,0 +1,298 @@
+"""What the OpenAI API's requests and answers look like: the part of it that `scripts/serve_openai_api.py` speaks.
+
+Where a field is null it is as if it were not there. For fields that a request has beyond these see `openai_refusals`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from starlette.exceptions import HTTPException
+
+MOST_CHOICES = 16
+MOST_PROMPTS = 64
+MOST_TOP_LOGPROBS = 20
+MOST_IMAGES = 16
+
+Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+TokenId = Annotated[int, Field(ge=0)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+NoLimit = Literal[-1]
+
+
+# --------------------------------------------------------------------------------------------------------- requests
+
+
+def without_nulls(given: Any) -> Any:
+    """An object without its fields that are null; anything else as it is."""
+    return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class Form(BaseModel):
+    """A part of a request, in which null is as good as nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, given: Any) -> Any:
+        return without_nulls(given)
+
+
+class StreamOptions(Form):
+    include_usage: bool | None = None
+
+
+class Sampling(Form):
+    """What chats and completions have in common."""
+
+    model: str | None = Field(None, description="a name that /v1/models lists; the served model where absent")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: NoLimit | Annotated[int, Field(ge=0)] | None = Field(
+        None, description="-1: as many as there is room for"
+    )
+    temperature: Temperature | None = None
+    top_p: Probability | None = None
+    top_k: NoLimit | Annotated[int, Field(ge=0)] | None = Field(
+        None, description="beyond OpenAI's own: 0 or -1 = no limit"
+    )
+    repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
+    ignore_eos: bool | None = Field(None, description="beyond OpenAI's own: write on until max_tokens")
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    seed: int | None = Field(None, description="-1: another answer each time, as without one")
+
+
+class TextPart(Form):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(Form):
+    url: str = Field(description="data:image/…;base64,…, or http(s) where the server was told to fetch")
+
+
+class ImagePart(Form):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+def usual_part(part: Any) -> Any:
+    """A part of a message's content as chats have it, where it is written as OpenAI's Responses API has it."""
+    if not isinstance(part, dict):
+        return part
+    kind, image = part.get("type"), part.get("image_url")
+    if kind == "input_text":
+        return part | {"type": "text"}
+    if kind in ("image_url", "input_image"):
+        return part | {"type": "image_url", "image_url": {"url": image} if isinstance(image, str) else image}
+    return part
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type"), BeforeValidator(usual_part)]
+
+
+class Message(Form):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+
+
+class ChatRequest(Sampling):
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
+    max_completion_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(
+        None, description="-1: as many as there is room for"
+    )
+    max_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(
+        None, description="older name of max_completion_tokens"
+    )
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _wanted(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs to be true")
+        return value
+
+
+class CompletionRequest(Sampling):
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+    ) = ""
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------- answers
+
+
+class Usage(BaseModel):
+    class Details(BaseModel):
+        cached_tokens: int
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: Details
+
+
+class TokenLogprob(BaseModel):
+    class Alternative(BaseModel):
+        token: str
+        logprob: float
+        bytes: list[int]
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob]
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    reasoning_content: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+    running: int
+    waiting: int
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every answer with a status of 400 and above holds."""
+
+    model_config = ConfigDict(json_schema_extra={"required": ["error"]})
+    error: Error
+
+
+# ----------------------------------------------------------------------------------------------------------- errors
+
+
+class ApiError(HTTPException):
+    """A request that ends with an error object."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(status, message, headers)
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status_code, "invalid_request_error" if self.status_code < 500 else "server_error")
+        message = self.detail.encode("utf-8", "backslashreplace").decode()  # it may quote half a character
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def invalid(error: ValidationError) -> ApiError:
+    """What pydantic says about a request, in our form."""
+    worst = max(error.errors(include_url=False, include_input=False), key=_fit)
+    param = _place(worst["loc"])
+    if not param:
+        return ApiError(400, "the body must be a JSON object, with Content-Type: application/json")
+    return ApiError(400, f"{param}: {worst['msg'].removeprefix('Value error, ')}", param)
+
+
+def _fit(error: dict) -> tuple[bool, int]:
+    """How near a value came to what it was tried for: of a union's members, the nearest one's error is told."""
+    return not error["type"].endswith(("_type", "_parsing")), len(error["loc"])
+
+
+def _place(loc: tuple[str | int, ...]) -> str:
+    """('messages', 0, 'content', 'str') -> 'messages[0].content': fields and places, not the types tried for them."""
+    place = ""
+    for part in loc:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part in ("text", "image_url"):  # which kind of part it was taken for
+            break
+        elif part.isidentifier() and part not in ("str", "int"):
+            place += f".{part}" if place else part
+    return place

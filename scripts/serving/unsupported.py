@@ -1,0 +1,117 @@
+"""What would change the form of an answer and is not done here: a request that asks for it gets a 400 that names it.
+
+A field of a request is one of three. What `openai_schema` declares is used. What the tables here list is refused,
+unless its value asks for nothing. Everything else is accepted and changes nothing, as clients send many fields that do
+not say what an answer looks like: user, metadata, store, service_tier, safety_identifier, prompt_cache_key,
+parallel_tool_calls, reasoning_effort, verbosity, an image's detail, and their own.
+"""
+
+from typing import Any, NamedTuple
+
+from scripts.serving.schema import ApiError, Form, without_nulls
+
+NOTHING = (False, "", [], {})
+
+
+class Undone(NamedTuple):
+    """Fields that are refused.
+
+    Attributes:
+        why: what the error says behind the field's name.
+        harmless: values that ask for nothing, beside null.
+    """
+
+    names: tuple[str, ...]
+    why: str
+    harmless: tuple = NOTHING
+
+
+NO_FORMAT = "an answer is free text here: no form can be forced on it"
+NO_TOOLS = "tool calls are not supported"
+NO_TEMPLATE = "a chat is always laid out as the model has learned it"
+NO_SAMPLER = "this way to sample is not supported"
+NO_BEGINNING = "an answer always begins anew: none can be continued"
+
+IN_REQUESTS = (
+    Undone(("response_format",), NO_FORMAT, ({"type": "text"}, {})),
+    Undone(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), NO_FORMAT),
+    Undone(("json_schema", "grammar", "regex", "ebnf", "structural_tag", "format"), NO_FORMAT),
+    Undone(("tool_choice", "function_call"), NO_TOOLS, ("none", "auto")),
+    Undone(("tools", "functions"), f"{NO_TOOLS} (with tool_choice none they may be listed)"),
+    Undone(("audio",), "answers are text only"),
+    Undone(("modalities",), "answers are text only", (["text"], [])),
+    Undone(("web_search_options",), "nothing is searched for", ()),  # {} is a search, too
+    Undone(("prediction",), "predicted outputs are not supported"),
+    Undone(("suffix",), "a text is continued, never filled in"),
+    Undone(("best_of",), "no answers are written only to be thrown away: ask for n", (0, 1)),
+    Undone(("logit_bias", "bad_words", "logits_processors"), "no token can be made likelier or ruled out"),
+    Undone(("stop_token_ids",), "an answer ends at a text: use stop"),
+    Undone(("include_stop_str_in_output",), "an answer is cut before the text that ends it"),
+    Undone(("min_tokens",), "no least length can be set", (0,)),
+    Undone(("skip_special_tokens",), "control tokens are not part of an answer", (True,)),
+    Undone(("return_token_ids", "return_tokens_as_token_ids"), "tokens are given as texts only: use logprobs"),
+    Undone(
+        ("prompt_logprobs",), "a prompt's log-probabilities come by /v1/completions with echo and logprobs", (False,)
+    ),
+    Undone(("continue_final_message", "echo"), NO_BEGINNING),
+    Undone(("add_generation_prompt",), NO_TEMPLATE, (True,)),
+    Undone(("chat_template", "chat_template_kwargs", "documents"), NO_TEMPLATE),
+    Undone(("truncate_prompt_tokens",), "a prompt is read whole or refused", ()),
+    Undone(("use_beam_search",), NO_SAMPLER),
+    Undone(("min_p", "mirostat", "xtc_probability", "dry_multiplier"), NO_SAMPLER, (0,)),
+    Undone(("typical_p",), NO_SAMPLER, (1,)),
+    Undone(("repeat_penalty",), "its name here is repetition_penalty", (1,)),
+    Undone(("max_new_tokens", "max_output_tokens", "num_predict", "n_predict"), "its name here is max_tokens", ()),
+    Undone(("system",), "a system prompt is a message, of the role system"),
+)
+IN_MESSAGES = (
+    Undone(("tool_calls", "function_call", "tool_call_id"), NO_TOOLS),
+    Undone(("prefix", "partial"), NO_BEGINNING),
+    Undone(("images",), "an image is a part of the content, of the type image_url"),
+    Undone(("audio",), "messages are texts and images only"),
+    Undone(("refusal",), "what the assistant said is its content"),
+)
+TOOL_ROLES = ("tool", "function")
+
+
+def refuse_undone(body: dict[str, Any], kind: type[Form]) -> None:
+    """Refuse a request that asks for what is not done here.
+
+    Args:
+        body: as it came.
+        kind: what it is to be; its own fields are used, whatever the tables say.
+
+    Raises:
+        ApiError: it does; `param` is the field.
+    """
+    uncalled = {"tools"} if body.get("tool_choice") == "none" else set()
+    uncalled |= {"functions"} if body.get("function_call") == "none" else set()
+    if body.get("best_of") == body.get("n"):
+        uncalled.add("best_of")
+    _refuse(
+        {name: value for name, value in body.items() if name not in kind.model_fields.keys() | uncalled}, IN_REQUESTS
+    )
+    messages = body.get("messages")
+    for number, message in enumerate(messages if isinstance(messages, list) else ()):
+        if not isinstance(message, dict):
+            continue
+        place = f"messages[{number}]."
+        if message.get("role") in TOOL_ROLES:
+            raise _refusal(f"{place}role", f"{NO_TOOLS}, nor are their results")
+        _refuse(message, IN_MESSAGES, place)
+
+
+def _refuse(given: dict[str, Any], table: tuple[Undone, ...], place: str = "") -> None:
+    for names, why, harmless in table:
+        for name in names:
+            value = given.get(name)
+            if value is not None and not any(_same(without_nulls(value), each) for each in harmless):
+                raise _refusal(place + name, why)
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a == b and isinstance(a, bool) == isinstance(b, bool)  # to Python 0 is False
+
+
+def _refusal(param: str, why: str) -> ApiError:
+    return ApiError(400, f"{param}: {why}", param, "unsupported_parameter")

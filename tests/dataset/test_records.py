@@ -1,0 +1,200 @@
+"""No key and no turn of a line is ignored in silence: it is used, counted by name, or refused with the reason."""
+
+from collections import Counter
+
+import pytest
+
+from dataset.jsonl import BadRecord
+from dataset.records import parse_chat, parse_image_chat, parse_pair, parse_question, parse_text
+
+Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+CHAT = {"conversations": [Q, A]}
+PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+def read(parse, record):
+    """What a parser makes of a record, and what it ignores."""
+    ignored = Counter()
+    return parse(record, ignored), dict(ignored)
+
+
+def refusal(parse, record) -> str:
+    with pytest.raises(BadRecord) as fault:
+        parse(record, Counter())
+    return str(fault.value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "record"),
+    [
+        (parse_text, {"text": "t"}),
+        (parse_chat, CHAT),
+        (parse_image_chat, CHAT | {"image": None}),
+        (parse_pair, PAIR),
+        (parse_question, {"question": "q"}),
+        (parse_question, {"conversations": [Q]}),
+    ],
+)
+def test_what_means_nothing_is_counted_by_name(parse, record):
+    plain, nothing = read(parse, record)
+    assert not nothing
+    assert read(parse, record | {"id": 3, "source": {"url": "u"}, "score": None}) == (
+        plain,
+        {"id": 1, "source": 1, "score": 1},
+    )
+
+
+def test_keys_of_turns_are_counted_apart():
+    turns = [Q | {"name": "Ann", "id": 1}, A | {"name": "Bob"}]
+    assert read(parse_chat, {"conversations": turns, "id": 7}) == ([Q, A], {"name (turn)": 2, "id (turn)": 1, "id": 1})
+    pair = {"prompt": [turns[0]], "chosen": [turns[1]], "rejected": "b"}
+    assert read(parse_pair, pair)[1] == {"name (turn)": 2, "id (turn)": 1}
+
+
+TOOLS = "the use of tools is not learned here"
+
+
+@pytest.mark.parametrize(
+    ("key", "reason"),
+    [
+        ("tools", TOOLS),
+        ("functions", TOOLS),
+        ("messages", "a second chat in one line"),
+        ("weight", "a turn has it, not a line"),
+        ("image", "only train_pretrain_vlm.py and train_sft_vlm.py learn from pictures"),
+        ("audio", "text and pictures are all that is learned here"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("parse", "record"), [(parse_chat, CHAT), (parse_pair, PAIR), (parse_question, {"question": "q"})]
+)
+def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason):
+    assert refusal(parse, record | {key: ["x"]}) == f'the key "{key}" is refused: {reason}'
+    for empty in (None, "", [], {}):
+        assert read(parse, record | {key: empty})[1] == {key: 1}
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"tool_calls": "[]"}, f'the key "tool_calls" is refused: {TOOLS}'),
+        ({"function_call": {"name": "f"}}, f'the key "function_call" is refused: {TOOLS}'),
+        ({"reasoning": "t"}, 'the key "reasoning" is refused: a thought is named "reasoning_content"'),
+        ({"loss": False}, 'the key "loss" is refused: whether a turn is learned is told by "weight" or "train"'),
+        ({"value": "v"}, 'the key "value" is refused: what is said is named "content"'),
+        ({"weight": 0.5}, '"weight" is 0.5, and can only be 0 or 1'),
+        ({"weight": "1"}, "\"weight\" is '1', and can only be 0 or 1"),
+        ({"weight": True}, '"weight" is True, and can only be 0 or 1'),
+        ({"weight": [0]}, '"weight" is [0], and can only be 0 or 1'),
+        ({"train": 0}, '"train" is 0, and can only be true or false'),
+        ({"train": "false"}, "\"train\" is 'false', and can only be true or false"),
+        ({"weight": 1, "train": False}, '"weight" and "train" contradict each other'),
+        ({"reasoning_content": ["t"]}, '"reasoning_content" is not a string'),
+        ({"reasoning_content": "a </think> b"}, "the thought holds the tag </think>"),
+        ({"reasoning_content": "t", "content": "<answer>a"}, "the answer holds the tag <answer>"),
+        ({"reasoning_content": "t", "content": ""}, "an empty answer would teach to end at once"),
+        ({"reasoning_content": "\ud83d"}, '"reasoning_content" holds half a character'),
+        ({"content": " \n"}, "an empty answer would teach to end at once"),
+        ({"content": None}, '"content" is not a string but null'),
+        ({"content": [{"type": "text", "text": "a"}]}, '"content" is not a string but a list of parts: join'),
+        ({"role": "tool"}, f"unknown role 'tool': {TOOLS}"),
+        ({"role": "gpt"}, "unknown role 'gpt': here it is named \"assistant\""),
+        ({"role": "judge"}, "unknown role 'judge': a turn is one of system, user, assistant"),
+        ({"role": "system"}, "a system turn can only come first"),
+    ],
+)
+def test_an_answer_that_is_not_what_it_says_is_refused(more, reason):
+    for turns in ([Q, A | more], [Q, A | more, Q, A]):
+        assert refusal(parse_chat, {"conversations": turns}).startswith(f'turn 2 of "conversations": {reason}')
+    if more.get("role") != "system":
+        with_pair = {"prompt": "q", "chosen": "b", "rejected": [A | more]}
+        assert refusal(parse_pair, with_pair).startswith(f'turn 1 of "rejected": {reason}')
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"weight": 1}, "a turn of the user cannot be learned: only the assistant's can"),
+        ({"train": True}, "a turn of the user cannot be learned: only the assistant's can"),
+        ({"weight": 2}, '"weight" is 2, and can only be 0 or 1'),
+        ({"reasoning_content": "t"}, 'only the assistant\'s turns can have "reasoning_content"'),
+        ({"images": ["a.jpg"]}, 'the key "images" is refused: only train_pretrain_vlm.py'),
+    ],
+)
+def test_a_question_cannot_be_learned_nor_thought(more, reason):
+    assert refusal(parse_chat, {"conversations": [Q | more, A]}).startswith(f'turn 1 of "conversations": {reason}')
+
+
+def test_a_weight_of_0_leaves_an_answer_out_of_what_is_learned():
+    for said in ({"weight": 0}, {"train": False}, {"weight": 0.0, "train": False}, {"weight": 0, "train": None}):
+        chat, ignored = read(parse_chat, {"conversations": [Q | said, A | said, Q, A]})
+        assert chat == [Q, A | {"weight": 0}, Q, A]
+        assert not ignored
+        told = refusal(parse_chat, {"conversations": [Q, A | said]})
+        assert told == '"conversations" has no answer of the assistant to learn from: each has "weight" 0'
+    for said in ({"weight": 1}, {"train": True}, {"weight": 1.0, "train": True}, {"weight": None}):
+        assert read(parse_chat, {"conversations": [Q, A | said]}) == ([Q, A], {})
+    assert read(parse_chat, {"conversations": [Q, A | {"content": "", "weight": 0}, A]})[0][1]["content"] == ""
+
+
+@pytest.mark.parametrize("parse", [parse_chat, parse_image_chat])
+def test_a_thought_stands_in_the_tags_of_the_reasoning_stage(parse):
+    turns = [
+        Q,
+        A | {"reasoning_content": " one\ntwo "},
+        Q,
+        A | {"reasoning_content": None},
+        Q,
+        A | {"reasoning_content": " \n"},
+    ]
+    chat = parse({"conversations": turns}, Counter())
+    chat = chat[1] if parse is parse_image_chat else chat
+    assert [turn["content"] for turn in chat[1::2]] == [
+        "<think>\n one\ntwo \n</think>\n<answer>\na\n</answer>",
+        "a",
+        "a",
+    ]
+
+
+@pytest.mark.parametrize("parse", [parse_chat, parse_image_chat, parse_question])
+def test_the_system_prompt_of_a_line_is_its_system_turn(parse):
+    def chat(record):
+        found = parse(record, Counter())
+        return found[1] if parse is parse_image_chat else found
+
+    turns = [Q, A] if parse is not parse_question else [Q]
+    assert chat({"system": "s", "conversations": turns}) == [SYSTEM, *turns]
+    assert chat({"system": "s", "conversations": [SYSTEM, *turns]}) == [SYSTEM, *turns]
+    assert chat({"system": "", "conversations": turns}) == [SYSTEM | {"content": ""}, *turns]
+    assert chat({"system": None, "conversations": turns}) == turns
+    other = {"system": "t", "conversations": [SYSTEM, *turns]}
+    assert refusal(parse, other) == '"system" is not the system turn that the chat begins with'
+    assert refusal(parse, {"system": ["s"], "conversations": turns}) == '"system" is not a string'
+
+
+def test_a_prompt_beside_a_chat_may_only_repeat_its_beginning():
+    chat = [SYSTEM, Q, A]
+    for prompt in ("q", [Q], [SYSTEM, Q], None):
+        assert read(parse_chat, {"prompt": prompt, "conversations": chat}) == (chat, {})
+    for prompt in ("p", [Q, A, Q], [SYSTEM | {"content": "t"}, Q]):
+        told = refusal(parse_chat, {"prompt": prompt, "conversations": chat})
+        assert told == 'the key "prompt" is refused: "conversations" does not begin with it'
+
+
+def test_what_is_asked_of_a_chat_ends_with_its_last_question():
+    turns = [Q, A | {"weight": 0}, Q, A, A | {"content": ""}]
+    assert read(parse_question, {"conversations": turns}) == (turns[:3], {"turns after the question": 2})
+    assert read(parse_question, {"question": "q", "system": "s", "answer": "a"}) == ([SYSTEM, Q], {"answer": 1})
+    told = refusal(parse_question, {"question": "q", "conversations": [Q]})
+    assert told == 'the key "conversations" is refused: a second question, beside "question"'
+    assert refusal(parse_question, {"conversations": [Q, A | {"content": ""}, Q]}).startswith(
+        'turn 2 of "conversations"'
+    )
+    assert refusal(parse_question, {"conversations": [A]}) == "there is no question in it"
+
+
+def test_pictures_are_named_by_image_alone():
+    record = {"image": "a.jpg", "conversations": [Q | {"content": "<image>"}, A]}
+    assert read(parse_image_chat, record)[0][0] == ["a.jpg"]
+    assert refusal(parse_image_chat, record | {"images": ["b.jpg"]}).endswith('the pictures are named by "image"')

@@ -1,0 +1,46 @@
+"""What a DataLoader's workers send, and what happens where it cannot be sent."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.jsonl import DataError, unwrap_worker_errors
+from dataset.workers import collate_to_send
+
+ROWS = [torch.full((3,), float(n)) for n in range(6)]
+NAMED = [{"a": row} for row in ROWS]
+
+
+def stacked(items):
+    return {"a": torch.stack([item["a"] for item in items])}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("rows", "collate"), [(ROWS, torch.cat), (NAMED, stacked)])
+def test_what_is_sent_is_what_was_collated(num_workers, rows, collate):
+    loader = DataLoader(rows, 2, num_workers=num_workers, collate_fn=partial(collate_to_send, collate=collate))
+    for number, batch in enumerate(loader):
+        (batch,) = batch.values() if isinstance(batch, dict) else (batch,)
+        assert batch.is_shared() == (num_workers > 0)
+        assert torch.equal(batch.view(2, 3), torch.stack(ROWS[2 * number : 2 * number + 2]))
+
+
+@pytest.mark.parametrize(("rows", "collate"), [(ROWS, torch.cat), (NAMED, stacked)])
+def test_no_room_in_shared_memory(monkeypatch, rows, collate):
+    def share_memory_(tensor):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
+        )
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)  # what the workers inherit
+    loader = DataLoader(
+        rows,
+        2,
+        num_workers=2,
+        collate_fn=partial(collate_to_send, collate=collate),
+        multiprocessing_context="fork",
+    )
+    with pytest.raises(DataError, match=r"^a batch that .* /dev/shm \(No space left on device \(28\)\): .*--shm-size"):
+        list(unwrap_worker_errors(loader))

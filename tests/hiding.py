@@ -1,0 +1,99 @@
+"""Python as it is on Windows, as far as that can be had here: what only Unix has is hidden from the project's own code.
+
+`python -m tests.hiding modules` imports every module of the repository, and prints a line for each that fails.
+`python -m tests.hiding run SCRIPT ARGUMENTS…` runs a script, whose processes are started anew, not forked.
+
+Installed packages look at the system they run on and go on seeing all of it.
+"""
+
+import builtins
+import importlib
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+import traceback
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("model", "dataset", "trainer", "scripts", "benchmarks")
+MODULES = frozenset("crypt fcntl grp nis ossaudiodev posix pty pwd readline resource spwd syslog termios tty".split())
+ATTRIBUTES = {
+    os: (
+        *("chown", "fchown", "fork", "forkpty", "getegid", "geteuid", "getgid", "getgroups", "getloadavg", "getpgid"),
+        *("getuid", "killpg", "lchown", "mkfifo", "mknod", "nice", "openpty", "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW"),
+        *("O_NONBLOCK", "posix_fallocate", "posix_spawn", "pread", "pwrite", "sched_getaffinity", "sched_yield"),
+        *("setgid", "setsid", "setuid", "statvfs", "sync", "sysconf", "ttyname", "uname", "WNOHANG", "waitid"),
+    ),
+    signal: (
+        *("SIGALRM", "SIGCHLD", "SIGCONT", "SIGHUP", "SIGKILL", "SIGPIPE", "SIGQUIT", "SIGSTOP", "SIGTSTP", "SIGUSR1"),
+        *("SIGUSR2", "SIGWINCH", "SIGXFSZ", "alarm", "pause", "pthread_kill", "pthread_sigmask", "setitimer"),
+        *("sigwait", "siginterrupt"),
+    ),
+    time: ("tzset",),
+}
+
+
+def ours(depth: int) -> bool:
+    """Whether the code that calls, `depth` frames up, is the project's own."""
+    file = sys._getframe(depth + 1).f_code.co_filename
+    return any(file.startswith(f"{ROOT / room}{os.sep}") for room in ROOMS) or (
+        Path(file).parent == ROOT and file.endswith(".py")
+    )
+
+
+def hide() -> None:
+    """From now on the project's code finds no Unix-only module, and no such attribute of `os`, `signal` and `time`."""
+    find = builtins.__import__
+
+    def import_(name, globals=None, locals=None, fromlist=(), level=0):
+        if name.partition(".")[0] in MODULES and ours(1):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return find(name, globals, locals, fromlist, level)
+
+    builtins.__import__ = import_
+    for module, names in ATTRIBUTES.items():
+        module.__class__ = _lacking(names)
+        module.__dict__["_hidden"] = {name: module.__dict__.pop(name) for name in names if hasattr(module, name)}
+
+
+def _lacking(names: tuple[str, ...]) -> type[types.ModuleType]:
+    """A kind of module that has these attributes for installed packages alone."""
+
+    class Lacking(types.ModuleType):
+        def __getattr__(self, name):
+            if name in names and name in self._hidden and not ours(1):
+                return self._hidden[name]
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    return Lacking
+
+
+def modules() -> list[str]:
+    """Every module of the repository but tests."""
+    packaged = [path for room in ROOMS for path in sorted((ROOT / room).glob("**/*.py"))]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in packaged + sorted(ROOT.glob("*.py"))]
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def main(what: str, *arguments: str) -> None:
+    hide()
+    if what == "modules":
+        sys.path.insert(0, str(ROOT / "scripts"))  # as for any script there
+        for name in modules():
+            try:
+                importlib.import_module(name)
+            except BaseException:
+                print(f"{name}: {traceback.format_exc()}")
+        return
+    multiprocessing.set_start_method("spawn")
+    sys.argv = [*arguments]
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,150 @@
+"""scripts/inspect_data.py: what it shows is what training learns, what it counts is what there is."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from model.chat import DEFAULT_SYSTEM_PROMPT
+from scripts.inspect_data import BRACKETS, COLOURS, Spelling
+from tests.conftest import SENTENCES, write_jsonl
+from tests.running import call_script
+
+DEFAULT = f"<s>system\n{DEFAULT_SYSTEM_PROMPT}</s>\n"
+
+
+def chat(question: str, answer: str, **more) -> dict:
+    return {"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer} | more]}
+
+
+@pytest.fixture
+def inspect(tmp_path, tokenizer_dir, capsys):
+    """Writes lines and runs the script on them; what it printed, and its error."""
+
+    def run(lines: list[dict] | str, *flags, exit_code: int = 0) -> tuple[str, str]:
+        path = tmp_path / "data.jsonl"
+        if isinstance(lines, str):
+            path.write_text(lines, encoding="utf-8")
+        else:
+            write_jsonl(path, lines)
+        call_script("scripts/inspect_data.py", path, "--tokenizer", tokenizer_dir, *flags, exit_code=exit_code)
+        return capsys.readouterr()
+
+    return run
+
+
+def test_a_chat_is_shown_as_it_is_learned(inspect):
+    lines = [
+        chat("2 + 3?", "5", reasoning_content="Count.") | {"system": "Be brief.", "id": 1},
+        chat("Say </s>", "An \x1b[31m⟦answer⟧") | {"id": 2},
+        chat("not shown", "no"),
+    ]
+    printed, _ = inspect(lines, "--samples", "2")
+    assert "data.jsonl as --stage reason has it (SFTDataset)\n" in printed
+    assert (
+        "<s>system\nBe brief.</s>\n<s>user\n2 + 3?</s>\n<s>assistant\n"
+        "⟦<think>\nCount.\n</think>\n<answer>\n5\n</answer></s>⟧\n\n--- sample 2: "
+    ) in printed
+    assert DEFAULT + "<s>user\nSay \\</s></s>\n<s>assistant\n⟦An \\x1b[31m\\⟦answer\\⟧</s>⟧\n\n" in printed
+    assert "not shown" not in printed
+    assert "ignored keys: id 2\nlines: 3\n" in printed
+    shown = [tuple(map(int, found)) for found in re.findall(r"--- sample \d: (\d+) tokens, (\d+) learned", printed)]
+    assert len(shown) == 2
+    assert "lost by" not in printed
+
+
+def test_pairs_are_shown_side_by_side(inspect):
+    printed, _ = inspect([{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}])
+    for side, answer in (("chosen", "Hello"), ("rejected", "Go away")):
+        assert re.search(rf"--- pair 1, {side}: \d+ tokens, \d+ learned\n", printed)
+        assert DEFAULT + f"<s>user\nHi</s>\n<s>assistant\n⟦{answer}</s>⟧\n" in printed
+    assert "as --stage dpo has it (DPODataset)" in printed
+
+
+def test_pictures_are_shown_by_name(inspect, tmp_path, clip_dir):
+    Image.new("RGB", (40, 32), "red").save(tmp_path / "red.png")
+    line = chat("<image>\nWhat?", "Red.") | {"image": "red.png"}
+    printed, _ = inspect([line], "--images_path", tmp_path, "--vision_model", clip_dir)
+    assert "as --stage vlm has it (VLMDataset)" in printed
+    assert DEFAULT + "<s>user\n<image red.png: 4 places>\nWhat?</s>\n<s>assistant\n⟦Red.</s>⟧\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "stage"),
+    [
+        ({"text": "a text"}, "pretrain has it (PretrainDataset)"),
+        (chat("q", "a"), "sft has it (SFTDataset)"),
+        (chat("q", "<think>\na\n</think>\n<answer>\nb\n</answer>"), "reason has it (SFTDataset)"),
+    ],
+)
+def test_the_stage_is_told_by_the_first_line(inspect, line, stage):
+    assert f"as --stage {stage}\n" in inspect([line])[0]
+
+
+def test_a_stage_that_is_named_decides(inspect):
+    printed, _ = inspect([{"text": "a text"} | chat("q", "a")], "--stage", "lora")
+    assert "as --stage lora has it (SFTDataset)" in printed
+    assert "ignored keys: text 1" in printed
+    _, error = inspect([chat("q", "a")], "--stage", "dpo", exit_code=2)
+    assert 'the key "chosen" is missing (this is a chat, which train_full_sft.py learns)' in error
+
+
+def test_what_is_cut_and_dropped_is_counted(inspect):
+    lines = [chat("q", SENTENCES[0] * 5), chat("q", "a"), chat(SENTENCES[0] * 5, "aa")]
+    whole, _ = inspect(lines)
+    printed, _ = inspect(lines, "--max_seq_len", "80")
+    assert "lost by" not in whole
+    (before, after) = (int(re.search(r"learned: (\d+) of", text)[1]) for text in (whole, printed))
+    lost = int(re.search(r"lost by cutting and dropping: (\d+) tokens to learn", printed)[1])
+    assert before == after + lost
+    assert "1 cut at 80 tokens, 1 dropped with nothing to learn" in printed
+    assert re.search(r"--- sample 1: 80 of \d+ tokens, \d+ learned\n", printed)
+    assert "--- sample 2: " in printed
+    assert "--- sample 3: " not in printed
+
+
+def test_bad_lines_are_listed_and_an_error_unless_they_may_be_skipped(inspect):
+    lines = '{"text": "good"}\n{"text": ""}\n' + "{\n" * 30
+    printed, error = inspect(lines, exit_code=2)
+    assert '31 bad lines:\n  line 2: "text" is empty: {"text": ""}\n  line 3: not valid JSON' in printed
+    assert "  and 11 more\n" in printed
+    assert "lines: 32\n" in printed
+    assert error.splitlines()[-1].startswith("error: ")
+    assert "31 bad lines, listed above: training stops at the first" in error
+    assert inspect(lines, "--skip_bad_lines") == (printed, "")
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ('{"instruction": "Add", "output": "4"}', "no stage learns from such lines (this is Alpaca's form"),
+        ('[{"text": "a"}]', "is one JSON array"),
+        ("a,b\n1,2", "has no good line; 2 bad, the first: line 1: not valid JSON"),
+        ('{"body": "a"}', "no stage learns from such lines\n"),
+    ],
+)
+def test_what_is_no_data_of_ours_ends_in_one_line(inspect, lines, reason):
+    printed, error = inspect(lines, exit_code=2)
+    assert not printed
+    assert error.startswith("error: ")
+    assert reason in error
+    assert error.count("\n") == 1
+
+
+def test_a_seed_draws_other_samples_than_the_first(inspect):
+    lines = [{"text": f"text {n}"} for n in range(100)]
+    first, drawn, again = (
+        re.findall(r"--- sample (\d+):", inspect(lines, *flags)[0])
+        for flags in ((), ("--seed", "1"), ("--seed", "1", "--samples", "3"))
+    )
+    assert first == ["1", "2", "3"]
+    assert drawn == again != first
+    assert re.findall(r"⟦text (\d+)</s>⟧", inspect(lines, "--seed", "1")[0]) == [str(int(n) - 1) for n in drawn]
+
+
+def test_at_a_terminal_what_is_learned_is_green_and_control_tokens_are_dim(tiny_tokenizer):
+    bos, eos = tiny_tokenizer.bos_token_id, tiny_tokenizer.eos_token_id
+    (a,) = tiny_tokenizer.encode("a", add_special_tokens=False)
+    given = [bos, a, a, eos], [False, False, True, True], {}
+    assert Spelling(tiny_tokenizer, COLOURS).write(*given) == "\033[2m<s>\033[0ma\033[32ma</s>\033[0m"
+    assert Spelling(tiny_tokenizer, BRACKETS).write(*given) == "<s>a⟦a</s>⟧"

@@ -1,0 +1,223 @@
+"""scripts/openai_refusals.py, scripts/openai_schema.py: what a request may hold, by the parser of bodies alone."""
+
+import json
+import math
+
+import pytest
+
+from scripts.serving.admission import parse
+from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def chat(**fields) -> ChatRequest:
+    return parse(ChatRequest, json.dumps(CHAT | fields).encode())
+
+
+def completion(**fields) -> CompletionRequest:
+    return parse(CompletionRequest, json.dumps({"prompt": "hi"} | fields).encode())
+
+
+BOTH = [
+    ("response_format", {"type": "json_object"}),
+    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
+    *(("tool_choice", choice) for choice in ("required", {"type": "function", "function": {"name": "f"}})),
+    ("tools", [TOOL]),
+    ("functions", [TOOL["function"]]),
+    ("function_call", {"name": "f"}),
+    ("logit_bias", {"5": -100}),
+    ("audio", {"voice": "alloy", "format": "wav"}),
+    ("modalities", ["text", "audio"]),
+    ("prediction", {"type": "content", "content": "x"}),
+    ("web_search_options", {}),
+    ("best_of", 2),
+    ("stop_token_ids", [2]),
+    ("min_tokens", 3),
+    ("bad_words", ["x"]),
+    ("logits_processors", ["x"]),
+    ("chat_template", "{{ x }}"),
+    ("chat_template_kwargs", {"enable_thinking": False}),
+    ("continue_final_message", True),
+    ("add_generation_prompt", False),
+    ("include_stop_str_in_output", True),
+    ("skip_special_tokens", False),
+    ("return_token_ids", True),
+    ("return_tokens_as_token_ids", True),
+    ("documents", [{"text": "x"}]),
+    ("truncate_prompt_tokens", 5),
+    ("use_beam_search", True),
+    ("prompt_logprobs", 0),
+    ("min_p", 0.1),
+    ("mirostat", 2),
+    ("xtc_probability", 0.5),
+    ("dry_multiplier", 0.8),
+    ("typical_p", 0.9),
+    ("repeat_penalty", 1.1),
+    ("system", "Be brief."),
+    *((name, 5) for name in ("max_new_tokens", "max_output_tokens", "num_predict", "n_predict")),
+    *(
+        (name, "x")
+        for name in ("guided_regex", "guided_grammar", "grammar", "regex", "ebnf", "structural_tag", "format")
+    ),
+    *((name, {"type": "object"}) for name in ("guided_json", "json_schema", "structured_outputs")),
+    ("guided_choice", ["a", "b"]),
+]
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+@pytest.mark.parametrize(("name", "value"), BOTH)
+def test_what_is_not_done_is_refused_by_name(name, value, make):
+    with pytest.raises(ApiError, match=f"^400: {name}: ") as caught:
+        make(**{name: value})
+    assert (caught.value.status_code, caught.value.param) == (400, name)
+    assert caught.value.code == "unsupported_parameter"
+    assert "\n" not in caught.value.detail
+
+
+def test_what_only_one_of_the_two_does():
+    with pytest.raises(ApiError, match="echo"):
+        chat(echo=True)
+    assert completion(echo=True).echo
+    with pytest.raises(ApiError, match="suffix"):
+        completion(suffix=" the end")
+
+
+@pytest.mark.parametrize("make", [chat, completion])
+@pytest.mark.parametrize("name", sorted({name for name, _ in BOTH} | {"suffix"}))
+def test_null_asks_for_nothing(name, make):
+    assert make(**{name: None}) == make()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "text"}},
+        {"response_format": {"type": "text", "json_schema": None}},
+        {"tools": []},
+        {"tools": [], "tool_choice": "auto"},
+        {"tools": [TOOL], "tool_choice": "none"},
+        {"tool_choice": "none"},
+        {"functions": [TOOL["function"]], "function_call": "none"},
+        {"logit_bias": {}},
+        {"modalities": ["text"]},
+        {"best_of": 1},
+        {"min_tokens": 0, "min_p": 0.0, "typical_p": 1.0, "mirostat": 0, "repeat_penalty": 1},
+        {
+            "guided_json": "",
+            "guided_choice": [],
+            "suffix": "",
+            "continue_final_message": False,
+            "prompt_logprobs": False,
+        },
+        {"skip_special_tokens": True, "add_generation_prompt": True},
+        {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True},
+        {"safety_identifier": "x", "prompt_cache_key": "x", "reasoning_effort": "low", "chatId": "x", "detail": True},
+    ],
+)
+def test_what_asks_for_nothing_is_taken(fields):
+    assert chat(**fields) == chat()
+    assert completion(**fields) == completion()
+
+
+def test_as_many_as_the_best_of_them_is_nothing_either():
+    assert completion(n=3, best_of=3) == completion(n=3)
+    with pytest.raises(ApiError, match="best_of"):
+        completion(n=2, best_of=3)
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "assistant", "content": "x", "function_call": CALL["function"]}, "function_call"),
+        ({"role": "user", "content": "x", "tool_call_id": "1"}, "tool_call_id"),
+        ({"role": "tool", "content": "42", "tool_call_id": "1"}, "role"),
+        ({"role": "function", "name": "f", "content": "42"}, "role"),
+        ({"role": "assistant", "content": "So", "prefix": True}, "prefix"),
+        ({"role": "assistant", "content": "So", "partial": True}, "partial"),
+        ({"role": "user", "content": "x", "images": ["aGk="]}, "images"),
+        ({"role": "assistant", "content": None, "audio": {"id": "1"}}, "audio"),
+        ({"role": "assistant", "content": None, "refusal": "No."}, "refusal"),
+    ],
+)
+def test_what_a_message_holds_is_not_ignored_either(message, param):
+    with pytest.raises(ApiError) as caught:
+        chat(messages=[*CHAT["messages"], message])
+    assert (caught.value.status_code, caught.value.param) == (400, f"messages[1].{param}")
+    assert caught.value.detail.startswith(f"messages[1].{param}: ")
+    if param in ("tool_calls", "role"):
+        assert "tool calls are not supported" in caught.value.detail
+
+
+def test_an_answer_of_ours_can_be_sent_back_as_it_came():
+    names = ("name", "tool_calls", "function_call", "refusal", "audio", "annotations")
+    answer = {"role": "assistant", "content": "x", "reasoning_content": "hm"} | dict.fromkeys(names)
+    assert chat(messages=[answer | {"tool_calls": []}]).messages == chat(messages=[answer]).messages
+    assert chat(messages=[answer]).messages[0].content == "x"
+
+
+def test_null_is_absent_in_every_field_of_every_form():
+    for make, kind in ((chat, ChatRequest), (completion, CompletionRequest)):
+        optional = [name for name, field in kind.model_fields.items() if not field.is_required()]
+        assert make(**dict.fromkeys(optional)) == (make() if kind is ChatRequest else completion(prompt=""))
+        assert (
+            make(stream=True, stream_options={"include_usage": None, "other": None}).stream_options.include_usage
+            is None
+        )
+    part = {"type": "text", "text": "hi", "image_url": None, "cache_control": None}
+    assert chat(messages=[{"role": "user", "content": [part], "name": None}]).messages[0].content[0].text == "hi"
+    with pytest.raises(ApiError, match="messages: Field required"):
+        chat(messages=None)
+
+
+def test_minus_one_is_no_limit():
+    body = chat(max_tokens=-1, max_completion_tokens=-1, top_k=-1)
+    assert (body.max_tokens, body.max_completion_tokens, body.top_k) == (-1, -1, -1)
+    assert completion(max_tokens=-1).max_tokens == -1
+    for make, fields in (
+        *((make, {name: -2}) for make in (chat, completion) for name in ("max_tokens", "top_k")),
+        *((chat, {name: 0}) for name in ("max_tokens", "max_completion_tokens")),
+        (chat, {"max_completion_tokens": -2}),
+    ):
+        (name,) = fields
+        with pytest.raises(ApiError, match=f"^400: {name}: ") as caught:
+            make(**fields)
+        assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "no JSON"),
+        (b"{", "no JSON"),
+        (b"\xff{}", "no JSON"),
+        (b"[" * 99_999, "nested too deeply"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "no JSON"),
+        (b"[]", "must be a JSON object"),
+        (b"null", "must be a JSON object"),
+    ],
+)
+def test_what_is_no_body(body, said):
+    with pytest.raises(ApiError, match=said) as caught:
+        parse(ChatRequest, body)
+    assert caught.value.status_code == 400
+    assert len(caught.value.detail) < 300
+
+
+def test_a_body_of_too_many_values_is_not_parsed(monkeypatch):
+    """Thirty megabytes of [] would take a gigabyte."""
+    right = json.dumps({"prompt": [[5] * 16_000] * 64}).encode()
+    assert len(parse(CompletionRequest, right).prompt) == 64
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it is parsed"))
+    for filling in (b"[],", b"{},", b"0,", b"["):
+        with pytest.raises(ApiError, match="more than 1048576 values") as caught:
+            parse(CompletionRequest, b'{"prompt": [' + filling * (2**20 + 1) + b"0]}")
+        assert caught.value.status_code == 413
+
+
+def test_a_list_that_is_wrong_everywhere_is_told_of_once():
+    with pytest.raises(ApiError, match=r"^400: prompt\[0\]"):
+        completion(prompt=[math.pi] * 300_000)

@@ -1,0 +1,169 @@
+"""What the clients of OpenAI-compatible servers have in common: addresses, and the proxies of the environment."""
+
+import asyncio
+import io
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from scripts.chat_openai_api import show
+from scripts.serving.client import (
+    answer_parts,
+    check_address,
+    is_this_machine,
+    models_at,
+    open_client,
+    proxy_variable,
+    reason_of,
+)
+from tests.running import call_script, free_port
+from tests.scripts.openai_double import openai_double
+from trainer.errors import UserError
+
+ELSEWHERE = "http://teacher.example/v1"
+
+
+@pytest.fixture(autouse=True)
+def no_proxies(monkeypatch):
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("host", "here"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("0.0.0.0", True),
+        ("localhost", True),
+        ("api.localhost", True),
+        ("192.168.1.9", False),
+        ("localhost.example", False),
+        ("api.openai.com", False),
+    ],
+)
+def test_what_is_this_machine(host, here):
+    assert is_this_machine(host) == here
+
+
+@pytest.mark.parametrize(
+    ("name", "proxy"),
+    [("ALL_PROXY", "socks://127.0.0.1:1"), ("all_proxy", "nonsense:"), ("http_proxy", "http://127.0.0.1:1")],
+)
+def test_this_machine_is_asked_directly(name, proxy, monkeypatch):
+    with openai_double() as server:
+        monkeypatch.setenv(name, proxy)
+        assert models_at(open_client(server.address, "none")) == ["double"]
+        assert models_at(open_client(server.address.replace("127.0.0.1", "localhost"), "none")) == ["double"]
+
+
+def test_an_asynchronous_client_asks_this_machine_directly_too(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
+
+    async def ask(address: str) -> str:
+        async with open_client(address, "none", asynchronous=True) as client:
+            messages = [{"role": "user", "content": "x"}]
+            return (await client.chat.completions.create(model="m", messages=messages)).choices[0].message.content
+
+    with openai_double() as server:
+        assert asyncio.run(ask(server.address)) == "You said: x"
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1", "socks5h://127.0.0.1:1"])
+def test_a_proxy_that_no_client_can_use_is_named(proxy, asynchronous, monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(UserError, match=r"^ALL_PROXY of the environment: .*; unset it, or give it an http:// address$"):
+        open_client(ELSEWHERE, "none", asynchronous)
+
+
+@pytest.mark.parametrize("name", ["all_proxy", "HTTP_PROXY", "http_proxy"])
+def test_a_dead_proxy_is_named(name, monkeypatch):
+    monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(UserError) as told:
+        models_at(open_client(ELSEWHERE, "none", max_retries=0))
+    assert f"{ELSEWHERE} does not answer through the proxy of {name}" in str(told.value)
+    assert "add teacher.example to NO_PROXY" in str(told.value)
+    assert "serve_openai_api.py" not in str(told.value)
+
+
+def test_a_proxy_that_refuses_is_named(monkeypatch):
+    with openai_double() as proxy:  # knows no such address, and says 501 to what it has no method for
+        monkeypatch.setenv("https_proxy", proxy.address.removesuffix("/v1"))
+        with pytest.raises(UserError, match="through the proxy of https_proxy"):
+            models_at(open_client("https://teacher.example/v1", "none", max_retries=0))
+
+
+@pytest.mark.parametrize(
+    ("set_to", "address", "found"),
+    [
+        ({}, ELSEWHERE, None),
+        ({"http_proxy": "http://a:1"}, ELSEWHERE, "http_proxy"),
+        ({"https_proxy": "http://a:1"}, ELSEWHERE, None),
+        ({"ALL_PROXY": "http://a:1", "HTTP_PROXY": "http://b:1"}, ELSEWHERE, "HTTP_PROXY"),
+        ({"ALL_PROXY": "http://a:1"}, "https://teacher.example/v1", "ALL_PROXY"),
+        ({"ALL_PROXY": ""}, ELSEWHERE, None),
+        ({"ALL_PROXY": "http://a:1", "NO_PROXY": "example"}, ELSEWHERE, None),
+        ({"ALL_PROXY": "http://a:1", "no_proxy": "*"}, ELSEWHERE, None),
+        ({"ALL_PROXY": "http://a:1", "no_proxy": "other.example"}, ELSEWHERE, "ALL_PROXY"),
+        ({"ALL_PROXY": "http://a:1"}, "http://127.0.0.1:8998/v1", None),
+    ],
+)
+def test_which_variable_sends_an_address_through_a_proxy(set_to, address, found, monkeypatch):
+    for name, value in set_to.items():
+        monkeypatch.setenv(name, value)
+    assert proxy_variable(address) == found
+
+
+def test_why_there_is_no_answer(monkeypatch):
+    failed = RuntimeError("Connection error.")
+    failed.__cause__ = OSError("nobody there")
+    assert reason_of(failed, ELSEWHERE) == "Connection error. (nobody there)"
+    assert reason_of(RuntimeError("no"), ELSEWHERE) == "no"
+    monkeypatch.setenv("http_proxy", "http://a:1")
+    assert reason_of(failed, ELSEWHERE) == "Connection error. (nobody there), asked through the proxy of http_proxy"
+
+
+def test_collecting_names_the_proxy(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    (tmp_path / "q.jsonl").write_text('{"question": "x"}\n', encoding="utf-8")
+    flags = ("--base_url", ELSEWHERE, "--model", "m", "--retries", "0", "--give_up_after", "1")
+    call_script("scripts/collect_teacher_answers.py", tmp_path / "q.jsonl", tmp_path / "a.jsonl", *flags, exit_code=2)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "asked through the proxy of http_proxy" in errors[0]
+
+
+def test_the_chat_names_the_proxy(monkeypatch, capsys):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0)
+    call_script("scripts/chat_openai_api.py", "--base_url", ELSEWHERE, "--model", "m")
+    assert "asked through the proxy of http_proxy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", "ftp://a/v1 http:///v1 http://a:0/v1 http://a:99999/v1 a/v1 http://[/v1".split())
+def test_what_is_no_address(address):
+    with pytest.raises(UserError, match="is not an address of an API"):
+        check_address(address, "none")
+    check_address("http://a:1/v1", "none")
+
+
+def test_wishes_of_zero_are_sent_and_those_left_to_the_server_are_not():
+    sent = {}
+    said = SimpleNamespace(reasoning_content=None, content="x")
+    reply = SimpleNamespace(choices=[SimpleNamespace(message=said)])
+    completions = SimpleNamespace(create=lambda **given: sent.update(given) or reply)
+    client = SimpleNamespace(chat=SimpleNamespace(completions=completions))
+    wishes = {"temperature": 0.0, "seed": 0, "top_p": None}
+    assert list(answer_parts(client, "m", [], stream=False, **wishes)) == [("answer", "x")]
+    assert sent == {"model": "m", "messages": [], "stream": False, "temperature": 0.0, "seed": 0}
+
+
+def test_what_would_steer_a_terminal_is_not_printed(capsys):
+    show(iter([("answer", "a\x1b[2J\x00\x7f\x9bb\n\tc")]), hide_thinking=False)
+    assert capsys.readouterr().out == "a[2Jb\n\tc\n"

@@ -1,0 +1,95 @@
+"""Runs a script that something happens to, at an exact place and so on any machine in the same way.
+
+interrupted.py SIGTERM log 3 train_pretrain.py …       the signal comes while step 3 is reported
+interrupted.py SIGINT evaluate 1 train_pretrain.py …   it comes as the first evaluation begins
+interrupted.py SIGINT save 2 train_pretrain.py …       it comes as the second save begins
+interrupted.py SIGINT close 1 train_pretrain.py …      it comes when all is saved, and the curve is to be drawn
+interrupted.py SIGKILL file 4 train_pretrain.py …      it comes before the 4th renaming or deletion of the second save
+interrupted.py SIGXFSZ size 9999 train_pretrain.py …   it comes, ignored, when a file would grow beyond so many bytes:
+                                                       what is written fails, as on a full disk
+"""
+
+import os
+import resource
+import runpy
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import trainer.evaluation
+from trainer.checkpoint import Checkpoint
+from trainer.metrics import Metrics
+
+
+def strike(number: signal.Signals) -> None:
+    if os.environ.get("RANK", "1") == "1":  # of two ranks the second one is hit
+        os.kill(os.getpid(), number)
+
+
+def at_log(number: signal.Signals, step: int) -> None:
+    log = Metrics.log
+
+    def watched(self, **values):
+        log(self, **values)
+        if self.progress.step == step:
+            strike(number)
+
+    Metrics.log = watched
+
+
+def at_call(owner, name: str):
+    """Strikes as a function or method is called for the nth time."""
+
+    def arrange(number: signal.Signals, nth: int) -> None:
+        function, calls = getattr(owner, name), []
+
+        def watched(*arguments, **settings):
+            calls.append(None)
+            if len(calls) == nth:
+                strike(number)
+            return function(*arguments, **settings)
+
+        setattr(owner, name, watched)
+
+    return arrange
+
+
+def at_file(number: signal.Signals, nth: int) -> None:
+    save, counts = Checkpoint.save, {"saves": 0, "files": 0}
+
+    def counting(function):
+        def counted(*arguments, **settings):
+            counts["files"] += counts["saves"] == 2
+            if counts["files"] == nth:
+                strike(number)
+            return function(*arguments, **settings)
+
+        return counted
+
+    def watched(self, *arguments):
+        counts["saves"] += 1
+        save(self, *arguments)
+
+    Checkpoint.save = watched
+    os.replace, shutil.rmtree = counting(os.replace), counting(shutil.rmtree)
+
+
+def at_size(number: signal.Signals, limit: int) -> None:
+    assert signal.getsignal(number) is signal.SIG_IGN  # Python turns it into an OSError
+    if os.environ.get("RANK", "1") == "1":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+if __name__ == "__main__":
+    _, name, place, nth, script, *arguments = sys.argv
+    arrange = {
+        **{"log": at_log, "file": at_file, "size": at_size},
+        **{"save": at_call(Checkpoint, "save"), "close": at_call(Metrics, "close")},
+        "evaluate": at_call(trainer.evaluation, "evaluate"),
+    }
+    arrange[place](signal.Signals[name], int(nth))
+    script = str(Path(__file__).parents[2] / script)
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).parent)
+    runpy.run_path(script, run_name="__main__")

@@ -1,0 +1,73 @@
+"""What is typed or piped in is UTF-8, or is told not to be, whatever the system's locale makes of it."""
+
+import ast
+import io
+import sys
+
+import pytest
+
+from scripts.chat_openai_api import lines
+from tests.running import ROOT
+from trainer.arguments import Parser, text
+from trainer.errors import UserError
+from trainer.talk import piped_lines, questions, read_line
+
+LATIN = "caf\u00e9?".encode("latin-1")
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Puts bytes on stdin, which Python would read as UTF-8 or, as Windows may have it, in another encoding."""
+
+    def put(content: bytes, encoding: str = "utf-8", errors: str = "strict") -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding, errors))
+
+    return put
+
+
+@pytest.mark.parametrize("read", [piped_lines, lines, lambda: questions(None, ["sample"], by_hand=False)])
+@pytest.mark.parametrize("locale", [("utf-8", "strict"), ("utf-8", "surrogateescape"), ("cp1252", "strict")])
+def test_a_pipe_is_utf8_or_is_told_not_to_be(pipe, read, locale):
+    pipe("\ufeff 你好 \r\n\n  \ncaf\u00e9?".encode(), *locale)
+    assert list(read()) == ["你好", "caf\u00e9?"]
+    pipe(b"good\n" + LATIN, *locale)
+    asked = iter(read())
+    assert next(asked) == "good"
+    with pytest.raises(UserError, match=r"what is piped in is not UTF-8 \(line 2: .* at byte 4\)"):
+        next(asked)
+
+
+def test_a_pipe_to_the_chat_ends_at_exit(pipe):
+    pipe(b"one\n/exit\ntwo\n")
+    assert list(lines()) == ["one"]
+
+
+@pytest.mark.parametrize("fault", ["strict", "surrogateescape"])
+def test_a_terminal_is_utf8_or_is_told_not_to_be(monkeypatch, fault):
+    monkeypatch.setattr("builtins.input", lambda prompt: LATIN.decode("utf-8", fault))
+    with pytest.raises(UserError, match="what is typed is not UTF-8"):
+        read_line("> ")
+    monkeypatch.setattr("builtins.input", lambda prompt: " 你好 ")
+    assert read_line("> ") == "你好"
+
+
+def test_words_of_the_command_line_are_utf8():
+    parser = Parser("")
+    parser.add_argument("--prompt", type=text)
+    assert parser.parse_args(["--prompt", "你好"]).prompt == "你好"
+    with pytest.raises(UserError, match="argument --prompt: it is not UTF-8"):
+        parser.parse_args(["--prompt", LATIN.decode("utf-8", "surrogateescape")])
+
+
+def test_nothing_reads_stdin_but_what_says_so():
+    """Elsewhere a script may only ask whether there is a terminal."""
+    rooms = [ROOT / room for room in ("model", "dataset", "trainer", "scripts", "benchmarks")]
+    sources = [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]
+    allowed = {ROOT / "trainer" / "talk.py", ROOT / "trainer" / "errors.py"}  # the latter says how bytes are written
+    for path in set(sources) - allowed:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        asked = [n.value for n in nodes if isinstance(n, ast.Attribute) and n.attr == "isatty"]
+        for node in nodes:
+            name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
+            assert name != "input", path
+            assert not (isinstance(node, ast.Attribute) and node.attr == "stdin" and node not in asked), path

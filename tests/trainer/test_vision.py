@@ -1,0 +1,74 @@
+"""What tells one tower's features from another's, and in which precision they are computed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trainer import vision
+from trainer.runtime import Runtime
+from trainer.vision import Vision, cache_features, open_vision
+
+
+class Features(list):
+    folder = "there"
+
+
+@pytest.fixture
+def opened(clip_dir):
+    return open_vision(str(clip_dir))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Call `cache_features` for one image; what the cache is named by, and what is given to compute it."""
+    calls = []
+
+    def record(names, images_path, load, encode, how, num_workers):
+        calls.append((how, encode, num_workers))
+        return Features(names)
+
+    monkeypatch.setattr(vision, "open_feature_cache", record)
+
+    def ask(opened: Vision, dtype: str = "float32", model=None):
+        dataset = SimpleNamespace(image_names=lambda: ["a.png"], images_path="images", load_pixels=None)
+        args = SimpleNamespace(dtype=dtype, num_workers=3, data_path="a", images_path="images", cache_limit=0)
+        run = Runtime(torch.device("cpu"), getattr(torch, dtype))
+        cache_features(model, [dataset, None], args, opened, run)
+        assert dataset.features == ["a.png"]
+        return calls[-1]
+
+    return ask
+
+
+def test_whatever_decides_a_feature_is_part_of_the_name(asked, opened):
+    names = [asked(opened)[0], asked(opened, "bfloat16")[0], asked(opened._replace(hash="other"))[0]]
+    assert asked(opened)[0] == names[0]
+    opened.processor.do_center_crop = False
+    names.append(asked(opened)[0])
+    settings = {"hidden_act": "gelu", "num_attention_heads": 1, "layer_norm_eps": 0.5, "image_size": 7, "patch_size": 7}
+    for name, value in settings.items():
+        setattr(opened.tower.config, name, value)
+        names.append(asked(opened)[0])
+    assert len(set(names)) == len(names) == 9
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_features_are_computed_in_the_run_s_precision(asked, opened, dtype):
+    seen = []
+
+    class Model:
+        @staticmethod
+        def encode_images(pixels):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return pixels
+
+    _, encode, workers = asked(opened, dtype, Model)
+    encode(torch.zeros(1))
+    assert seen == [dtype == "bfloat16"]
+    assert workers == 3
+
+
+def test_without_images_there_is_nothing_to_compute(monkeypatch):
+    monkeypatch.setattr(vision, "open_feature_cache", None)
+    cache_features(None, [SimpleNamespace(image_names=list)], None, None, None)

@@ -1,0 +1,85 @@
+"""Where the numbers are computed: the CPU, or the accelerator that PyTorch finds (cuda, ROCm's name, too; mps; xpu; …),
+and what differs between them."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
+    """The device asked for, or this rank's share of the accelerator there is, or the CPU. An accelerator becomes the
+    current one, ready for any lengths.
+
+    Raises:
+        UserError: it is not there.
+    """
+    there = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        name = there.type if there else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: it is cpu, cuda, cuda:N, mps, xpu or the like") from None
+    if device.type == "cpu":
+        return device
+    if there is None:
+        raise UserError(f"--device {name}: PyTorch sees no accelerator here; use --device cpu")
+    if device.type != there.type:
+        raise UserError(f"--device {name}: PyTorch sees {there.type} here; use --device {there.type} or cpu")
+    if device.index is None:
+        device = torch.device(device.type, local_rank)
+    count = torch.accelerator.device_count()
+    if device.index >= count:
+        raise UserError(f"{device} is asked for, but there are {count} of {device.type}, counted from 0")
+    torch.accelerator.set_device_index(device)
+    if device.type == "cuda":
+        # On Hopper and Blackwell PyTorch asks cuDNN first, which takes a second to plan for each new length, forward
+        # and backward: at every token written, and every unpacked row (measured by benchmarks/, an H200, torch 2.11).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def default_dtype(device: torch.device) -> str:
+    """The fastest dtype to train in: bfloat16 where the machine computes in it, which needs no loss scaling."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    if device.type == "cpu":
+        able = torch.cpu.get_capabilities()  # bf16: what ARM calls it
+        return "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+    return "float32"  # as exact as any, on what nobody here has measured
+
+
+def index_of(device: torch.device) -> list[int] | None:
+    """This rank's accelerator as `DistributedDataParallel` and `barrier` want it; None for the CPU, which all share."""
+    return None if device.type == "cpu" else [device.index]
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of the CPU's random generator, and of the device's own where it has one, by device type."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        state[device.type] = _module(device).get_rng_state(device)
+    return state
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    """Go on from a `random_state`; what it holds of another type of device is left alone."""
+    torch.set_rng_state(state["cpu"])
+    if device.type != "cpu" and device.type in state:
+        _module(device).set_rng_state(state[device.type], device)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. Without waiting on CUDA alone, which has read ordinary memory when the call returns;
+    others may read it when it has been freed (mps: pytorch/pytorch#189690)."""
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+def _module(device: torch.device) -> ModuleType:
+    """`torch.cuda`, `torch.mps`, …"""
+    return torch.get_device_module(device)

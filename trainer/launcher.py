@@ -1,0 +1,68 @@
+"""What a launcher (torchrun, deepspeed) tells each process of a run: its place among them."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from trainer.errors import UserError, print_notice
+
+HOW = "torchrun --nproc_per_node N train_….py starts N processes and sets all of it"
+COPIES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+
+
+class Place(NamedTuple):
+    """A process among those of a run; `local_rank` is its number on its machine, None where nobody said it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int | None = None
+    launched: bool = False
+
+
+def place_of(environment: Mapping[str, str]) -> Place:
+    """The place that the environment names; without a launcher a process is alone.
+
+    Raises:
+        UserError: the environment names half of a place, or an impossible one.
+    """
+    numbers = {name: _number(name, environment) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    rank, world_size, local_rank = (numbers[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank is None:
+        if (world_size or 1) > 1:
+            raise UserError(
+                f"WORLD_SIZE is {world_size} in the environment, but there is no RANK: {HOW}; to train in this "
+                "process alone, `unset WORLD_SIZE`"
+            )
+        _tell_copies(environment)
+        return Place()
+    lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not environment.get(name)]
+    if lacking:
+        raise UserError(
+            f"RANK is {rank} in the environment, but there is no {' and no '.join(lacking)}: {HOW}; to train in this "
+            "process alone, `unset RANK`"
+        )
+    if not 0 <= rank < world_size:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size} in the environment: ranks count from 0; {HOW}")
+    if local_rank is not None and local_rank < 0:
+        raise UserError(f"LOCAL_RANK is {local_rank} in the environment: it counts from 0; {HOW}")
+    return Place(rank, world_size, local_rank, launched=True)
+
+
+def _number(name: str, environment: Mapping[str, str]) -> int | None:
+    text = environment.get(name)
+    if text is None:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name} is {text!r} in the environment, which is no whole number: {HOW}") from None
+
+
+def _tell_copies(environment: Mapping[str, str]) -> None:
+    """srun and mpirun start copies that know nothing of each other, which is seldom what was meant."""
+    for name, launcher in COPIES.items():
+        if environment.get(name, "1") not in ("0", "1"):
+            print_notice(
+                f"{launcher} has started {environment[name]} copies of this, and each trains alone: for one run on all "
+                f"of them let {launcher} start torchrun once on each machine"
+            )
+            return

@@ -1,0 +1,59 @@
+"""Keeping a second run away from the folder that a run writes to."""
+
+import os
+import platform
+import weakref
+from pathlib import Path
+from typing import BinaryIO
+
+from dataset.locks import NoLocksError, lock
+from trainer.errors import UserError, print_notice
+from trainer.files import write_error
+
+OWNER = "lock.owner"  # beside the lock, since on Windows nobody else can read what is locked
+
+
+def lock_run(folder: Path, weights: Path) -> BinaryIO | None:
+    """The open file whose lock says that `weights` and `folder` are this run's; it ends with this process.
+
+    Returns:
+        None on a file system that has no locks: said in one line, and the run goes on.
+
+    Raises:
+        UserError: another run holds it; nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock(folder / "lock", wait=False)
+        if file is not None:
+            (folder / OWNER).write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")
+            _leave_to_this_process(file)
+            return file
+    except NoLocksError:
+        print_notice(
+            f"{folder} lies on a file system without locks: see to it yourself that no second run writes there"
+        )
+        return None
+    except OSError as error:
+        raise write_error(folder, error) from error
+    raise UserError(f"{weights} is being written by another run (process {owner_of(folder) or 'unknown'})")
+
+
+def owner_of(folder: Path) -> str | None:
+    """The process whose run writes to a folder, or has written there last."""
+    owner = folder / OWNER
+    return owner.read_text(encoding="utf-8") if owner.is_file() else None
+
+
+def _leave_to_this_process(file: BinaryIO) -> None:
+    """A DataLoader's workers close their copy: they outlive a run that is killed by some seconds, and the lock with
+    them."""
+    held = weakref.ref(file)
+
+    def close_copy() -> None:
+        copy = held()
+        if copy is not None:
+            copy.close()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=close_copy)

@@ -1,0 +1,85 @@
+"""Signals that ask a run to stop, and a terminal that is gone: neither may cost what was learned."""
+
+import contextlib
+import errno
+import os
+import signal
+import stat
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+# Ctrl-C, a scheduler's end, a dropped SSH; a closed window on Windows, which has no SIGHUP
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+ASK_TO_STOP = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+
+WORKERS_LAST = 5  # seconds
+
+
+class StopSignals:
+    """The signals that have come since `catch`; each lets the current step end and be saved.
+
+    A second Ctrl-C ends at once. SIGHUP is left ignored where it was so at the start: by nohup.
+    """
+
+    def __init__(self):
+        self._came: list[tuple[int, float]] = []  # number and time of each
+
+    def __len__(self) -> int:
+        return len(self._came)
+
+    @property
+    def first(self) -> int:
+        """The first one; SIGTERM where it came to another rank."""
+        return self._came[0][0] if self._came else signal.SIGTERM
+
+    def catch(self, speak: bool) -> None:
+        """From now on signals are noted, not obeyed; `speak`: and told on stderr."""
+        process = os.getpid()
+
+        def on_signal(number: int, _frame) -> None:
+            if os.getpid() != process:  # a DataLoader's worker, which lives as long as we do
+                if number == signal.SIGTERM:  # schedulers send it to all: the step under way needs its batches yet
+                    end = threading.Timer(WORKERS_LAST, os._exit, [0])
+                    end.daemon = True
+                    end.start()
+                return
+            now = time.monotonic()
+            # At a terminal one Ctrl-C comes twice, from the terminal and from torchrun or DeepSpeed.
+            if number == signal.SIGINT and self._came and now - self._came[0][1] > 1:
+                sys.exit(128 + number)
+            self._came.append((number, now))
+            name = signal.Signals(number).name
+            if name == "SIGHUP":
+                leave_terminal()
+            if speak and len(self._came) == 1:
+                text = f"\n{name}: saving after this step (Ctrl-C again: stop at once)\n"
+                with contextlib.suppress(OSError):  # nobody may be there to read it
+                    os.write(2, text.encode())  # print is not to be used while another print may be under way
+
+        for number in ASK_TO_STOP:
+            ignored = signal.getsignal(number) is signal.SIG_IGN
+            if not (ignored and signal.Signals(number).name == "SIGHUP"):
+                signal.signal(number, on_signal)
+
+
+@contextlib.contextmanager
+def terminal_may_go() -> Iterator[None]:
+    """What is printed in here may find its terminal gone: then the run goes on unseen."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        leave_terminal()
+
+
+def leave_terminal() -> None:
+    """From now on nothing is printed at a terminal or into a pipe, where each print would fail; to a file it is."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # closed already
+            if not stat.S_ISREG(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+    os.close(nowhere)

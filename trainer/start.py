@@ -1,0 +1,68 @@
+"""What a script needs before anything else: a Python that can run MiniMind, and a home folder for its packages.
+
+Importing this module ends the script in one line that says what to type where the first is missing, and makes the
+second where that is. So it is imported before any package, and an old Python can read it.
+"""
+
+import getpass
+import importlib.util
+import os
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OLDEST = (3, 10)
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "PIL", "jsonlines", "tqdm")
+CALLED = {"torch": "PyTorch", "PIL": "Pillow"}
+
+
+def missing(packages):
+    """What to tell somebody whose Python lacks these packages, in one line."""
+    names = ", ".join(CALLED.get(name, name) for name in packages)
+    return f"{names} {'is' if len(packages) == 1 else 'are'} not installed for {sys.executable}: {_what_to_type()}"
+
+
+def _what_to_type():
+    own = os.path.join(ROOT, ".venv", *(("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")))
+    if os.path.exists(own) and not os.path.samefile(sys.prefix, os.path.join(ROOT, ".venv")):
+        return f"type {own} in its place"
+    requirements = os.path.join(ROOT, "requirements.txt")
+    return f"make demo sets everything up in .venv, or type {sys.executable} -m pip install -r {requirements}"
+
+
+def why_not():
+    """What keeps this Python from running MiniMind; None where nothing does."""
+    if sys.version_info < OLDEST:
+        wanted, here = (".".join(map(str, version[:2])) for version in (OLDEST, sys.version_info))
+        return f"MiniMind needs Python {wanted} or newer, and {sys.executable} is {here}"
+    lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    return missing(lacking) if lacking else None
+
+
+def settle():
+    """Give this process a home folder and a user's name where it has none, as in a container that runs under any
+    number: PyTorch's compiler, Matplotlib, Streamlit and our own caches ask for them.
+
+    Returns:
+        the folder, or None where there is a home.
+    """
+    user = f"uid{os.getuid()}" if hasattr(os, "getuid") else "user"
+    try:
+        getpass.getuser()
+    except (ImportError, KeyError, OSError):  # by Python's version, and Windows
+        os.environ["USER"] = user
+    if os.path.expanduser("~") != "~":
+        return None
+    home = os.path.join(tempfile.gettempdir(), f"minimind-{user}")
+    os.makedirs(home, mode=0o700, exist_ok=True)
+    if hasattr(os, "getuid") and os.stat(home).st_uid != os.getuid():  # somebody else's: compiled code will lie there
+        home = tempfile.mkdtemp(prefix="minimind-")
+    os.environ["USERPROFILE" if os.name == "nt" else "HOME"] = home
+    return home
+
+
+if _reason := why_not():
+    print(f"error: {_reason}", file=sys.stderr)
+    sys.exit(2)
+if (_home := settle()) and os.environ.get("RANK", "0") == "0":
+    print(f"no home folder here: what packages keep for the next run goes to {_home}", file=sys.stderr)
