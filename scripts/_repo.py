@@ -1,7 +1,7 @@
 """Lets `python scripts/x.py` find the packages of the repository, from any working directory.
 
-Python puts the script's own folder on its path, not the repository's root; importing this module before any package adds
-the root. It is the one place of the project that touches the path. Then it looks whether all is here that scripts need.
+Python puts the script's own folder on its path, not the repository's root. Importing this module before any package of
+ours adds the root: the one place of the project that touches the path. Then it checks that all packages are installed.
 """
 
 import sys

@@ -109,6 +109,15 @@ def help_of(script: str, *words: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
+def test_a_teacher_is_made_before_it_teaches():
+    made = set()
+    for command in ALL:
+        if script_of(command) == "train_full_sft.py" and "--dim" in command:
+            made.add(f"full_sft_{command[command.index('--dim') + 1]}")
+        if "--teacher_weight" in command:
+            assert command[command.index("--teacher_weight") + 1] in made
+
+
 @pytest.mark.parametrize(
     "page", [f"{page}{ending}.md" for page in PAGES for ending in ("", "_zh")] + ["CONTRIBUTING.md"]
 )
