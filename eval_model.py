@@ -83,7 +83,7 @@ def load_model(args):
     else:
         tokenizer = weights.load_tokenizer(args.tokenizer)
         path = weights.weights_path(args, STAGES[args.model_mode])
-        config = None if weights.read_settings(path) else weights.config_of(args, tokenizer)
+        config = None if weights.read_settings(path) else weights.build_config(args, tokenizer)
         model = weights.load_weights(path, config, tokenizer)
     if args.lora_name not in (None, "None"):
         weights.load_adapter(args.lora_name, args, model)

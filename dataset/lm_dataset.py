@@ -150,7 +150,7 @@ class RowDataset(Dataset):
             (dropped, "dropped with nothing to learn"),
             *self.notes,
         ]
-        parts += [f"{count:,} {print_notice}" for count, print_notice in notes if count]
+        parts += [f"{count:,} {note}" for count, note in notes if count]
         if self.cache.ignored:
             parts.append(f"ignored keys: {named_counts(self.cache.ignored)}")
         if self.cache.bad_lines:

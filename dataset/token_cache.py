@@ -108,7 +108,7 @@ class TokenCache:
         bits = np.unpackbits(self._mask[begin // 8 : (begin + length + 7) // 8])
         return bits[begin % 8 : begin % 8 + length].astype(bool)
 
-    def print_notice(self, sample: int) -> Any:
+    def note(self, sample: int) -> Any:
         """What else belongs to a sample; None where the samples came without."""
         if self._notes is None:
             return None

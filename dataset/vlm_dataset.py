@@ -111,9 +111,9 @@ class VLMDataset(SFTDataset):
         item = super().__getitem__(row)
         mask, names, begin = torch.zeros(len(item["input_ids"]), dtype=torch.bool), [], 0
         for piece in self._pieces_in(row):
-            print_notice = self.cache.note(self.pieces.sample[piece])
-            names += print_notice["images"]
-            for start in print_notice["starts"]:
+            note = self.cache.note(self.pieces.sample[piece])
+            names += note["images"]
+            for start in note["starts"]:
                 mask[begin + start : begin + start + self.image_tokens] = True
             begin += self.pieces.length[piece]
         return item | {"image_mask": mask} | self._images(names)
@@ -125,7 +125,7 @@ class VLMDataset(SFTDataset):
     def image_names(self) -> list[str]:
         """The names of all images in the rows, each once."""
         notes = (self.cache.note(sample) for sample in self.pieces.sample)
-        return sorted({name for print_notice in notes for name in print_notice["images"]})
+        return sorted({name for note in notes for name in note["images"]})
 
     def load_pixels(self, name: str) -> Tensor:
         """An image of `images_path` as the tower wants it, (1, 3, H, W).
@@ -168,8 +168,8 @@ def encode_image_chats(
     for (names, _), (ids, targets) in zip(records, render_chats(tokenizer, chats), strict=True):
         ids = np.array(ids)
         shown = ids == IMAGE_PLACE
-        print_notice = {"images": names, "starts": np.flatnonzero(shown)[::image_tokens].tolist()}
-        samples.append((np.where(shown, place, ids), np.array(targets) & ~shown, print_notice))
+        note = {"images": names, "starts": np.flatnonzero(shown)[::image_tokens].tolist()}
+        samples.append((np.where(shown, place, ids), np.array(targets) & ~shown, note))
     return samples
 
 

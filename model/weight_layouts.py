@@ -59,7 +59,7 @@ class Recognised(NamedTuple):
     """
 
     state: dict[str, Tensor]
-    print_notice: str = ""
+    note: str = ""
     newer: bool = False
 
 

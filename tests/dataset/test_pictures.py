@@ -169,7 +169,7 @@ def test_where_the_record_cannot_be_written_they_are_read_each_time(check, read,
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures, "to_disk", full)
+    monkeypatch.setattr(pictures, "flush_to_disk", full)
     assert [*check()] == ["0.jpg", "1.jpg", "2.jpg"]
     assert [path.name for path in (lines.parent / ".cache" / lines.name).iterdir()] == []
     check()

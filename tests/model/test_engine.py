@@ -355,7 +355,7 @@ def test_leaving_a_stream_early_frees_its_slot(engine):
 
 def test_a_deadline_ends_what_is_written_and_what_waits(engine, monkeypatch):
     now = 100.0
-    monkeypatch.setattr("model.engine.time.monotonic", lambda: now)
+    monkeypatch.setattr("model.inference.scheduler.time.monotonic", lambda: now)
     answers = [engine.submit(Request(prompt=prompt_of(5), eos_token_id=(), timeout=5.0)) for _ in range(4)]
     for _ in range(3):
         engine.step()

@@ -169,7 +169,7 @@ def test_resume_mends_weights_that_were_damaged_where_people_look_for_them(open_
 def test_what_a_state_holds_beyond_ours_is_flushed_and_hashed(open_checkpoint, tmp_path, monkeypatch):
     """DeepSpeed's files, which it neither flushes nor hashes: all are on the disk before the folder gets its name."""
     flushed, rename = [], os.replace
-    monkeypatch.setattr(trainer.checkpoint, "to_disk", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(trainer.checkpoint, "flush_to_disk", lambda path: flushed.append(path.name))
 
     def replace(old, new) -> None:
         if Path(new).name.startswith("step_"):
