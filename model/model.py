@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import ModelOutput
 
 from model.attention import Attention, Segments, rope_angles
-from model.cache import KVCache, build_attention_mask
 from model.config import LMConfig
 from model.feed_forward import FeedForward, MoEFeedForward, Router
 from model.generation import TextGeneration
+from model.kv_cache import KVCache, build_attention_mask
 from model.loss import next_token_loss, target_mask
 from model.norm import RMSNorm
 

@@ -15,7 +15,9 @@ if sys.version_info >= (3, 11):
 else:  # pytest brings it there
     import tomli as tomllib
 
-OURS = {"model", "dataset", "trainer", "scripts", "benchmarks", "tests", "_repo", "tomli"}
+OURS = {"model", "dataset", "trainer", "scripts", "benchmarks", "tests", "_repo", "tomli"} | {
+    path.stem for path in ROOT.glob("*.py")
+}
 PACKAGE_OF = {"PIL": "pillow"}  # where a module's name is not its package's
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model import MiniMindLM
-from model.cache import build_attention_mask
+from model.kv_cache import build_attention_mask
 from model.loss import target_mask
 from model.tokenizer import tokenizer_hash
 from trainer.chunked import sum_in_chunks

@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 LANGUAGES = ("en", "zh")
+
+
 COLOURS = {  # name: (RGB, English, Chinese)
     "red": ((214, 40, 40), "red", "红色"),
     "orange": ((245, 133, 24), "orange", "橙色"),
@@ -23,6 +25,8 @@ COLOURS = {  # name: (RGB, English, Chinese)
     "white": ((248, 248, 248), "white", "白色"),
     "black": ((16, 16, 16), "black", "黑色"),
 }
+
+
 SHAPES = {  # name: (English, Chinese)
     "circle": ("circle", "圆形"),
     "square": ("square", "正方形"),
@@ -31,7 +35,11 @@ SHAPES = {  # name: (English, Chinese)
     "cross": ("cross", "十字"),
     "ring": ("ring", "圆环"),
 }
+
+
 SIZES = {"big": ("big", "大"), "small": ("small", "小")}
+
+
 PLACES = {  # (column, row): (English, Chinese)
     (0, 0): ("top left", "左上角"),
     (1, 0): ("top", "上方"),
@@ -43,17 +51,27 @@ PLACES = {  # (column, row): (English, Chinese)
     (1, 2): ("bottom", "下方"),
     (2, 2): ("bottom right", "右下角"),
 }
+
+
 NUMBERS = {1: ("one", "一"), 2: ("two", "两"), 3: ("three", "三"), 4: ("four", "四"), 5: ("five", "五")}
+
+
 RELATIONS = {  # direction: (English phrase, English answer, Chinese, the direction back)
     "left": ("to the left of", "left", "左边", "right"),
     "right": ("to the right of", "right", "右边", "left"),
     "above": ("above", "above", "上面", "below"),
     "below": ("below", "below", "下面", "above"),
 }
+
+
 BACKGROUNDS = ((176, 176, 172), (140, 146, 150), (184, 170, 150), (150, 164, 180), (160, 150, 164), (150, 166, 148))
+
 TEXTURES = ("plain", "gradient", "stripes", "checks", "noise")
+
 CELLS = (0.25, 0.5, 0.75)  # centres of the three columns and rows…
+
 JITTER = 0.02  # …which the centre of a thing may miss by so much
+
 RADII = {"big": (0.18, 0.21), "small": (0.1, 0.125), "many": (0.085, 0.1)}
 
 
@@ -67,11 +85,17 @@ def is_held_out(colour: str, shape: str) -> bool:
 
 
 Pair = tuple[str | None, str]  # colour, None for one that has no name here, and shape
+
 KINDS_SEEN = [(c, s) for c in COLOURS for s in SHAPES if not is_held_out(c, s)]
+
 KINDS_HELD_OUT = [(c, s) for c in COLOURS for s in SHAPES if is_held_out(c, s)]
+
+
 # Shapes in stripes of two colours, or in one for which captions have no word: they teach that a shape has nothing to do
 # with its colour, of which no caption tells then, and none of them is of a colour that it is kept away from.
 KINDS_NAMELESS = [(None, s) for s in SHAPES]
+
+
 BETWEEN_NAMES = {"lime": (70, 82), "turquoise": (168, 188), "pink": (318, 338)}  # hues in degrees
 
 
@@ -235,227 +259,3 @@ def _unit_outline(shape: str) -> list[tuple[float, float]]:
         corners += quarter
         quarter = [(-y, x) for x, y in quarter]
     return corners
-
-
-# -------------------------------------------------------------------------------------------------- captions
-
-
-def captions(scene: Scene, lang: str) -> list[str]:
-    """What may be said of a scene in a language: everything first, then less."""
-    first = scene.things[0]
-    parts = [say_shape(first.shape, lang)]
-    if first.colour:
-        parts.append(say_colour(first.colour, lang))
-    if scene.kind == "one":
-        whole = say_where(first.pair, first.size, first.place, lang)
-        return [whole, say_where_first(first.pair, first.size, first.place, lang), say_what(first.pair, lang), *parts]
-    if scene.kind == "many":
-        number = len(scene.things)
-        return [say_how_many(first.pair, number, lang), say_number(number, lang), *parts]
-    relation, back = scene.relation, RELATIONS[scene.relation][3]
-    names = [
-        (
-            say_what(thing.pair, lang),
-            say_shape(thing.shape, lang),
-            *([say_colour(thing.colour, lang)] if thing.colour else []),
-        )
-        for thing in scene.things
-    ]
-    return [
-        said
-        for one, other in zip(*names, strict=True)
-        for said in (say_relation(one, relation, other, lang), say_relation(other, back, one, lang))
-    ]
-
-
-def alternatives(scene: Scene, lang: str) -> Iterator[tuple[str, list[str], int]]:
-    """What else a caption might say: (what is in question, captions, number of the true one), for zero-shot exams."""
-    first, second = scene.things[0], scene.things[-1]
-    if scene.kind == "one":
-        pairs, places = [(c, s) for c in COLOURS for s in SHAPES], list(PLACES)
-        yield "colour and shape", [say_what(pair, lang) for pair in pairs], pairs.index(first.pair)
-        described = [say_where(first.pair, first.size, place, lang) for place in places]
-        yield "position", described, places.index(first.place)
-    elif scene.kind == "many":
-        numbers = list(NUMBERS)
-        yield "count", [say_how_many(first.pair, n, lang) for n in numbers], numbers.index(len(scene.things))
-    else:
-        relations = list(RELATIONS)
-        pairs = say_what(first.pair, lang), say_what(second.pair, lang)
-        described = [say_relation(pairs[0], relation, pairs[1], lang) for relation in relations]
-        yield "relation", described, relations.index(scene.relation)
-
-
-def _name(pair: Pair, lang: str) -> str:
-    """'red circle', '红色圆形'; of a colour without a name the shape alone."""
-    colour, shape = COLOURS[pair[0]][1:] if pair[0] else ("", ""), SHAPES[pair[1]]
-    return f"{colour[0]} {shape[0]}".lstrip() if lang == "en" else f"{colour[1]}{shape[1]}"
-
-
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def say_what(pair: Pair, lang: str) -> str:
-    return _article(_name(pair, "en")) if lang == "en" else f"一个{_name(pair, 'zh')}"
-
-
-def say_where(pair: Pair, size: str, place: tuple[int, int], lang: str) -> str:
-    if lang == "zh":
-        return f"{PLACES[place][1]}有一个{SIZES[size][1]}的{_name(pair, lang)}"
-    return f"a {SIZES[size][0]} {_name(pair, lang)} {'in' if place == (1, 1) else 'at'} the {PLACES[place][0]}"
-
-
-def say_where_first(pair: Pair, size: str, place: tuple[int, int], lang: str) -> str:
-    i = LANGUAGES.index(lang)
-    said = [SHAPES[pair[1]][i], *([COLOURS[pair[0]][1 + i]] if pair[0] else []), SIZES[size][i]]
-    return f"{PLACES[place][1]}：{'，'.join(said)}" if i else f"{PLACES[place][0]}: {_article(', '.join(said))}"
-
-
-def say_colour(colour: str, lang: str) -> str:
-    return f"something {COLOURS[colour][1]}" if lang == "en" else f"{COLOURS[colour][2]}的东西"
-
-
-def say_shape(shape: str, lang: str) -> str:
-    return _article(SHAPES[shape][0]) if lang == "en" else f"一个{SHAPES[shape][1]}"
-
-
-def say_number(number: int, lang: str) -> str:
-    things = "thing" if number == 1 else "things"
-    return f"{NUMBERS[number][0]} {things}" if lang == "en" else f"{NUMBERS[number][1]}个东西"
-
-
-def say_how_many(pair: Pair, number: int, lang: str) -> str:
-    if lang == "zh":
-        return f"{NUMBERS[number][1]}个{_name(pair, lang)}"
-    ending = "" if number == 1 else "es" if pair[1] == "cross" else "s"
-    return f"{NUMBERS[number][0]} {_name(pair, lang)}{ending}"
-
-
-def say_relation(first: str, relation: str, second: str, lang: str) -> str:
-    """Of what `say_what`, `say_colour` and `say_shape` say."""
-    en, _, zh, _ = RELATIONS[relation]
-    return f"{first}在{second}的{zh}" if lang == "zh" else f"{first} {en} {second}"
-
-
-# ------------------------------------------------------------------------------------------- questions, answers
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about a scene, or about two, and its answer, both in `lang`."""
-
-    kind: str
-    lang: str
-    text: str
-    answer: str
-
-
-ASKED = {  # kind: language: phrasings; {} is filled in by what the question is about
-    "colour": {
-        "en": ("What colour is the object?", "Tell me the colour of the object."),
-        "zh": ("物体是什么颜色的？", "请说出物体的颜色。"),
-    },
-    "shape": {
-        "en": ("What shape is the object?", "Tell me the shape of the object."),
-        "zh": ("物体是什么形状的？", "请说出物体的形状。"),
-    },
-    "position": {
-        "en": ("Where is the object?", "In which part of the picture is the object?"),
-        "zh": ("物体在哪里？", "物体在图中的哪个位置？"),
-    },
-    "size": {
-        "en": ("Is the object big or small?", "Tell me the size of the object."),
-        "zh": ("物体是大还是小？", "请说出物体的大小。"),
-    },
-    "count": {
-        "en": ("How many objects are there?", "Count the objects."),
-        "zh": ("图中有几个物体？", "数一数物体有几个。"),
-    },
-    "relation": {
-        "en": ("Where is the {0}, seen from the {1}?", "On which side of the {1} is the {0}?"),
-        "zh": ("{0}在{1}的哪一边？", "从{1}看，{0}在哪一边？"),
-    },
-    "colour of one": {
-        "en": ("What colour is the object {}?", "Tell me the colour of the object {}."),
-        "zh": ("{}的物体是什么颜色的？", "请说出{}的物体的颜色。"),
-    },
-    "shape of one": {
-        "en": ("What shape is the object {}?", "Tell me the shape of the object {}."),
-        "zh": ("{}的物体是什么形状的？", "请说出{}的物体的形状。"),
-    },
-    "same colour": {
-        "en": ("Do the two objects have the same colour?", "Are both objects of one colour?"),
-        "zh": ("两个物体的颜色相同吗？", "两张图里物体的颜色一样吗？"),
-    },
-    "same shape": {
-        "en": ("Do the two objects have the same shape?", "Are both objects of one shape?"),
-        "zh": ("两个物体的形状相同吗？", "两张图里物体的形状一样吗？"),
-    },
-    "bigger": {
-        "en": ("Which picture shows the bigger object?", "In which picture is the object bigger?"),
-        "zh": ("哪张图里的物体更大？", "更大的物体在哪张图里？"),
-    },
-}
-ONE_OF_TWO = {  # direction: how that one of two objects is called
-    "left": ("on the left", "左边"),
-    "right": ("on the right", "右边"),
-    "above": ("at the top", "上面"),
-    "below": ("at the bottom", "下面"),
-}
-SAME = {True: ("Yes, the same.", "相同。"), False: ("No, different.", "不同。")}
-ORDINALS = (("The first.", "第一张。"), ("The second.", "第二张。"))
-DESCRIBE = {
-    "en": ("Describe the picture.", "What do you see?", "What is in the picture?"),
-    "zh": ("请描述这张图片。", "图里有什么？", "你看到了什么？"),
-}
-
-
-def _ask(kind: str, lang: str, rng: random.Random, *about: str) -> str:
-    return rng.choice(ASKED[kind][lang]).format(*about)
-
-
-def _sentence(answer: str, lang: str) -> str:
-    """'top left' -> 'Top left.', '左上角' -> '左上角。'"""
-    return f"{answer[0].upper()}{answer[1:]}." if lang == "en" else f"{answer}。"
-
-
-def questions(scene: Scene, lang: str, rng: random.Random) -> list[Question]:
-    """All that can be asked about a scene, each once, in a random phrasing."""
-    i = LANGUAGES.index(lang)
-    first = scene.things[0]
-
-    def made(kind: str, answer: str, *about: str) -> Question:
-        return Question(kind, lang, _ask(kind, lang, rng, *about), _sentence(answer, lang))
-
-    if scene.kind == "one":
-        return [
-            *([made("colour", COLOURS[first.colour][1 + i])] if first.colour else []),
-            made("shape", SHAPES[first.shape][i]),
-            made("position", PLACES[first.place][i]),
-            made("size", SIZES[first.size][i]),
-        ]
-    if scene.kind == "many":
-        number = NUMBERS[len(scene.things)][i]
-        return [made("count", number if lang == "en" else f"{number}个")]
-    second = scene.things[1]
-    _, en, zh, back = RELATIONS[scene.relation]
-    one, direction = rng.choice([(first, scene.relation), (second, back)])
-    called = ONE_OF_TWO[direction][i]
-    return [
-        made("relation", (en, zh)[i], SHAPES[first.shape][i], SHAPES[second.shape][i]),
-        *([made("colour of one", COLOURS[one.colour][1 + i], called)] if one.colour else []),
-        made("shape of one", SHAPES[one.shape][i], called),
-    ]
-
-
-def comparisons(first: Scene, second: Scene, lang: str, rng: random.Random) -> list[Question]:
-    """All that can be asked about two scenes of one thing each."""
-    i = LANGUAGES.index(lang)
-    a, b = first.things[0], second.things[0]
-    asked = [("same shape", SAME[a.shape == b.shape][i])]
-    if a.colour and b.colour:
-        asked.append(("same colour", SAME[a.colour == b.colour][i]))
-    if a.size != b.size:
-        asked.append(("bigger", ORDINALS[b.size == "big"][i]))
-    return [Question(kind, lang, _ask(kind, lang, rng), answer) for kind, answer in asked]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from scripts.demo.scene_texts import captions, comparisons, questions
 from scripts.demo.scenes import (
     COLOURS,
     KINDS_HELD_OUT,
@@ -19,12 +20,9 @@ from scripts.demo.scenes import (
     SHAPES,
     Scene,
     Thing,
-    captions,
-    comparisons,
     draw,
     invent,
     is_held_out,
-    questions,
 )
 from scripts.make_demo_images import main, pairs
 from trainer.errors import UserError

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.cache import build_attention_mask
+from model.kv_cache import build_attention_mask
 from tests.model.networks import KINDS, assert_all_close, gradients, network, random_ids
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
