@@ -76,3 +76,7 @@ def test_the_loss_is_a_weighted_sum_of_cross_entropies():
         by_hand -= weights[row, place].item() * (scores[labels[row, place]] / scores.sum()).log().item()
     learned = logits[:, :-1][labels[:, 1:] != -100]
     assert weighted_next_token_loss(learned, labels, weights).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_a_tag_is_found_also_where_a_row_has_room_for_nothing_else():
+    assert tag_weights(torch.tensor([[5, 6, 7]]), [[5, 6, 7], [5, 6, 7, 8]], WEIGHT).tolist() == [[WEIGHT] * 3]

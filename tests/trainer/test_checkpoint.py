@@ -60,6 +60,15 @@ def test_random_state_goes_on_where_it_was(open_checkpoint):
     assert torch.equal(torch.rand(4), expected)
 
 
+def test_progress_adds_up_steps_tokens_and_time(monkeypatch):
+    clock = iter([100.0, 103.0, 105.0])
+    monkeypatch.setattr(trainer.checkpoint.time, "monotonic", lambda: next(clock))
+    progress = Progress(step=7, tokens=50, seconds=20.0)
+    for skipped in (0, 1):
+        progress.advance(Totals(4, 2, 6), skipped)
+    assert vars(progress).items() >= {"step": 9, "tokens": 62, "seconds": 25.0, "skipped": 1}.items()
+
+
 def test_only_the_keys_to_keep_are_saved_and_the_others_stay_as_they_are(open_checkpoint, tmp_path):
     def keep(key: str) -> bool:
         return key.startswith("layers.0.attention.")
@@ -117,6 +126,11 @@ def test_each_rank_has_a_random_state_of_its_own(open_checkpoint, run, monkeypat
     for rank, state in enumerate((first, second)):
         assert torch.equal(torch.load(folder / f"rank_{rank}.pt", weights_only=True)["cpu"], state)
     assert "rank_1.pt" in json.loads((folder / "state.json").read_text())["sha256"]
+    del checkpoint  # and its lock
+    checkpoint, parts = open_checkpoint(resume=True)
+    run.rank = 1
+    checkpoint._restore(folder, *parts)
+    assert torch.equal(torch.get_rng_state(), second)
 
 
 @pytest.mark.parametrize("name", ["model.pth", "optimizer.pt", "rank_0.pt"])
@@ -299,7 +313,9 @@ def test_so_is_another_model_or_number_of_processes(resumed_with, run, monkeypat
         resumed_with(**changes)
 
 
-@pytest.mark.parametrize(("name", "value"), [("learning_rate", 2e-3), ("num_workers", 2), ("save_interval", 7)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("learning_rate", 2e-3), ("num_workers", 2), ("save_interval", 7), ("cache_limit", 8)]
+)
 def test_what_does_not_is_taken(resumed_with, capsys, name, value):
     assert resumed_with(**{name: value}) == 1
     assert (f"--resume: {name} was 0.001 and is 0.002" in capsys.readouterr().out) == (name == "learning_rate")

@@ -30,6 +30,13 @@ def test_by_itself_where_it_works_and_pays(monkeypatch):
         assert engine.should_compile(settings(), run, steps=1000) == compiles
 
 
+def test_it_pays_by_all_tokens_of_the_run(monkeypatch):
+    monkeypatch.setattr(engine, "why_not_compile", lambda device: None)
+    for batches, compiles in ((19, False), (20, True)):
+        args = settings(batch_size=2, accumulation_steps=batches, max_seq_len=500)
+        assert engine.should_compile(args, RUN, steps=100) == compiles
+
+
 def test_a_prototype_is_not_used_unasked(monkeypatch):
     monkeypatch.setattr(engine, "why_not_compile", lambda device: None)
     run = Runtime(torch.device("mps"), torch.float32)

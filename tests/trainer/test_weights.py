@@ -16,6 +16,7 @@ from trainer.errors import UserError
 from trainer.files import save_json, save_tensors
 from trainer.teacher import load_teacher
 from trainer.weights import (
+    infer_sizes,
     load_adapter,
     load_folder,
     load_tokenizer,
@@ -222,3 +223,10 @@ def test_a_tokenizer_without_pad_token_pads_with_one_it_has(tmp_path):
         family(name).save_pretrained(tmp_path / name)
         tokenizer = load_tokenizer(tmp_path / name)
         assert (tokenizer.pad_token, len(tokenizer)) == (pad, len(family(name)))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_tensors_tell_whether_there_are_shared_experts(shared):
+    config = LMConfig(dim=32, n_layers=2, vocab_size=64, use_moe=True, n_routed_experts=3, n_shared_experts=shared)
+    sizes = infer_sizes(MiniMindLM(config).state_dict())
+    assert (sizes["use_moe"], sizes["n_routed_experts"], sizes["n_shared_experts"]) == (True, 3, shared)
