@@ -48,6 +48,9 @@ def test_the_first_lines_are_written_and_too_many_are_told(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"一": "\u2028"}\n{"b": 2}\n{"c": 3}\n', encoding="utf-8")
     written = first_lines(tmp_path / "x.jsonl", 2, tmp_path / "new" / "y.jsonl")
     assert written.read_text(encoding="utf-8") == '{"一": "\u2028"}\n{"b": 2}\n'
+    assert (
+        first_lines(tmp_path / "x.jsonl", 3, tmp_path / "z.jsonl").read_bytes() == (tmp_path / "x.jsonl").read_bytes()
+    )
     with pytest.raises(UserError, match="has 3"):
         first_lines(tmp_path / "x.jsonl", 4, tmp_path / "y.jsonl")
 

@@ -8,6 +8,7 @@ import torch
 from model import LMConfig, MiniMindLM
 from model.tokenizer import tokenizer_hash
 from scripts import demo_all
+from scripts.demo import first_model
 from scripts.demo import measures as demo_measures
 from scripts.demo.measures import solve
 from scripts.demo.settings import DATA, STUDENT
@@ -181,6 +182,17 @@ def test_problems_are_counted_by_form_by_answer_and_by_vote(monkeypatch):
     assert solved.describe() == (
         "Of 4 new problems: form right 75.0%, answer right 50.0% ± 25.0% greedy, 75.0% ± 21.7% by 8 votes"
     )
+
+
+@pytest.mark.parametrize(("asked", "shown"), [(4, 4), (10, 10), (25, 9)])
+def test_questions_shown_with_their_nearest_are_ten_at_most(monkeypatch, capsys, asked, shown):
+    chat = {"conversations": [{"role": "user", "content": "7?"}, {"role": "assistant", "content": "8?"}]}
+    monkeypatch.setattr(first_model, "read_lines", lambda path: [chat])
+    questions = [{"question": f"{n}?", "answers": [str(n)]} for n in range(asked)]
+    first_model.show_nearest(questions, [str(n - n % 2) for n in range(asked)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "  0?  ->  0  (right)"
+    assert sum("  ->  " in line for line in lines) == lines.count("      nearest: 7?") == shown
 
 
 def test_the_table():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from model.images import default_processor, image_token_id, prepare_chat
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import tokenizer_hash
 from scripts import demo_vlm
+from scripts.demo import contact_sheet
 from scripts.demo.vision_exam import look, shares, shuffled
 from tests.conftest import write_jsonl
 from tests.running import TINY_TRAINING, call_script
@@ -89,6 +91,17 @@ def test_a_language_model_is_made_where_there_is_none(tiny_demo, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         demo_vlm.main()
     assert called == ["scripts/demo.py"]
+
+
+def test_a_sheet_of_more_questions_than_there_are_shows_all_english_ones(tmp_path, monkeypatch):
+    exam = [{"question": f"{lang}{n}", "lang": lang} for n in range(3) for lang in ("en", "zh")]
+    write_jsonl(tmp_path / "eval_vlm.jsonl", exam)
+    shown = []
+    for name in ("open_vision", "load_tokenizer", "load_vlm", "look"):
+        monkeypatch.setattr(contact_sheet, name, MagicMock())
+    monkeypatch.setattr(contact_sheet, "draw_sheet", lambda asked, *_: shown.extend(asked))
+    call_script("scripts/demo/contact_sheet.py", "--data_dir", tmp_path, "--count", "4")
+    assert sorted(question["question"] for question in shown) == ["en0", "en1", "en2"]
 
 
 class TestExamination:

@@ -7,11 +7,14 @@ from argparse import Namespace
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
 from model.images import image_processor
 from model.model_vlm import load_tower
-from scripts.train_clip import info_nce, make_clip, picture_vectors, save, train_caption_tokenizer
+from scripts import train_clip
+from scripts.train_clip import caption_vectors, info_nce, make_clip, picture_vectors, save, train_caption_tokenizer
+from tests.conftest import write_jsonl
 from tests.running import call_script, one_error_line, run_script
 
 NEVER = torch.eye(3, dtype=torch.bool)
@@ -149,3 +152,38 @@ def test_a_broken_picture_is_named_with_its_line_or_skipped_and_counted(small_de
     nothing.write_text(json.dumps({"image": first, "captions": ["it"]}) + "\n")
     call_script("scripts/train_clip.py", *flags, "--skip_bad_lines", "--overwrite", "--data_path", nothing, exit_code=2)
     assert "nothing.jsonl has no good line; 1 bad, the first: line 1: the image" in capsys.readouterr().err
+
+
+class TestLoop:
+    """A run over five pictures, each with a caption of its own."""
+
+    @pytest.fixture
+    def train(self, tmp_path):
+        write_jsonl(tmp_path / "learn.jsonl", [{"image": f"{n}.png", "captions": [f"picture {n}"]} for n in range(5)])
+        about = {"image": "0.png", "kind": "which", "lang": "en", "choices": ["picture 0", "picture 1"], "answer": 0}
+        write_jsonl(tmp_path / "exam.jsonl", [about])
+        for n in range(5):
+            Image.new("RGB", (32, 32), (50 * n, 0, 0)).save(tmp_path / f"{n}.png")
+        tiny = ("--image_size", "32", "--width", "32", "--layers", "1", "--device", "cpu", "--images_path", tmp_path)
+        data = ("--data_path", tmp_path / "learn.jsonl", "--eval_path", tmp_path / "exam.jsonl")
+        return lambda *flags: call_script("scripts/train_clip.py", *tiny, *data, "--out_dir", tmp_path / "clip", *flags)
+
+    def test_no_picture_is_seen_again_before_all_have_been_seen(self, train, monkeypatch):
+        """Three a step divides into five with a rest, which the next step begins with."""
+        seen = []
+        monkeypatch.setattr(
+            train_clip, "caption_vectors", lambda *given: seen.extend(given[2]) or caption_vectors(*given)
+        )
+        monkeypatch.setattr(train_clip, "zero_shot", lambda *_: {})
+        train("--batch_size", "3", "--steps", "5")
+        assert [sorted(seen[first : first + 5]) for first in (0, 5, 10)] == [[f"picture {n}" for n in range(5)]] * 3
+
+    def test_the_scale_stops_at_a_hundred(self, train, monkeypatch, tmp_path):
+        def sharp(*given):
+            clip = make_clip(*given)
+            clip.logit_scale.data.fill_(50.0)
+            return clip
+
+        monkeypatch.setattr(train_clip, "make_clip", sharp)
+        train("--batch_size", "5", "--steps", "1")
+        assert CLIPModel.from_pretrained(tmp_path / "clip").logit_scale.item() == pytest.approx(math.log(100))

@@ -116,6 +116,13 @@ def test_a_signal_asks_to_stop_after_the_step(caught, number, capfd):
     caught.finish(finished=True)  # a run that is done has done what it was started for
 
 
+def test_a_signal_to_another_rank_asks_to_stop(run, monkeypatch):
+    run.world_size = 2
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda ours: ours.add_(torch.tensor([2.0, 1.0])))
+    assert run.sum(3.0) == [5.0]
+    assert run.asked_to_stop
+
+
 def test_a_hang_up_that_nohup_ignores_stays_ignored(run, handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     run.catch_signals()
