@@ -172,6 +172,13 @@ def test_keys_that_mean_nothing_are_counted_in_good_lines_only(tmp_path):
     assert named_counts(reader.ignored) == "id 2, \\x1b[31mred 1, url 1"
 
 
+def test_a_key_that_holds_half_a_character_is_counted_too(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(b'{"text": "a", "\\ud83d": 1}\n')
+    reader = JsonlReader(tmp_path / "texts.jsonl", parse_text)
+    assert [*reader] == ["a"]
+    assert reader.ignored == {"?": 1}
+
+
 def test_a_file_whose_keys_are_data_does_not_fill_the_memory(tmp_path):
     lines = [json.dumps({"text": "a"} | {f"{n} {'x' * 99}": 1}).encode() for n in range(1100)]
     reader = JsonlReader(write(tmp_path / "texts.jsonl", lines), parse_text)

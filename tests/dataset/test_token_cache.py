@@ -1,5 +1,6 @@
 """The token cache: what is in it, what makes it anew, and that no crash, race or full disk leaves it wrong."""
 
+import copy
 import hashlib
 import json
 import multiprocessing
@@ -254,6 +255,13 @@ def test_another_tokenizer_or_kind_has_a_cache_beside_the_first(data, open_it, t
     assert len(folders) == 3
     assert open_it(parse=must_not_run).folder in folders
     assert samples_in(open_it(tokenizer=plain_tokenizer)) != samples_in(open_it())
+
+
+def test_the_same_entries_with_another_end_token_have_a_cache_of_their_own(open_it, tiny_tokenizer):
+    other = copy.deepcopy(tiny_tokenizer)
+    other.eos_token = other.unk_token
+    first, second = open_it(), open_it(tokenizer=other)
+    assert samples_in(first) != samples_in(second) == render_text(other, [f"{n} {SENTENCES[n % 8]}" for n in range(30)])
 
 
 def test_another_file_beside_it_keeps_its_own_cache(data, open_it):

@@ -347,6 +347,15 @@ def test_dropout_is_for_training_only(flash_attn):
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, **CLOSE)
 
 
+def test_attention_weights_of_a_packed_row_are_dropped_too():
+    model = network(dropout=0.5).train()
+    for part in (model, *model.layers):
+        part.dropout.p = 0.0
+    ids, position_ids = random_ids(2, 9), torch.arange(9).remainder(5)[None]
+    first, second = (model(ids, position_ids=position_ids).logits for _ in range(2))
+    assert (first - second).abs().max() > 0.1
+
+
 # what the experts do is not compiled, and dense blocks are what the real compiler is for
 @pytest.mark.parametrize(("kind", "backend"), [("dense", "inductor"), ("moe", "aot_eager")])
 def test_compiled_blocks_give_the_same_loss_and_gradients(kind, backend):

@@ -50,3 +50,8 @@ def test_a_call_and_a_stretch_are_bounded(monkeypatch):
     assert max(map(sum, lengths)) <= 1100
     for number, parts in enumerate(texts):
         assert "".join(part for call in calls for n, some in call if n == number for part in some) == "".join(parts)
+
+
+def test_a_stretch_ends_before_a_run_of_white_space_never_inside_it(monkeypatch):
+    monkeypatch.setattr(chat, "STRETCH_CHARS", 16)
+    assert [*chat._stretches(["a river flows    to the sea"])] == [["a river flows"], ["    to the sea"]]

@@ -138,6 +138,10 @@ def test_special_ids_are_the_tokenizers_and_padding_has_one():
     }
 
 
+def test_padding_is_unk_before_it_is_eos():
+    assert special_ids(bpe_of_characters()) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
 def test_a_pretraining_text_begins_and_ends_once_whatever_the_tokenizer(tiny_tokenizer):
     """A literal <s> and </s> are the data's delimiters, and so are the tokenizer's own."""
     for tokenizer in (tiny_tokenizer, family("qwen with bos")):
