@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -231,3 +232,12 @@ def test_wrong_input_is_named(convert, tokenizer_dir, small_tokenizer_dir, weigh
 def test_errors_end_in_one_line(tmp_path):
     done = run_script("scripts/convert_model.py", "from-transformers", tmp_path, tmp_path / "x.pth", exit_code=2)
     assert "config.json is missing" in one_error_line(done)
+
+
+def test_a_json_beside_the_target_is_not_replaced_either(tmp_path):
+    from scripts.convert_model import check_targets
+
+    (tmp_path / "mine.json").write_text("{}")
+    args = SimpleNamespace(out=tmp_path / "mine.pth", overwrite=False, command="from-transformers")
+    with pytest.raises(UserError, match=r"mine\.json is there already"):
+        check_targets(args, ".pth", ".json")
