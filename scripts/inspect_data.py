@@ -199,11 +199,11 @@ def report(data) -> None:
             print(f"  and {data.cache.bad_lines - len(data.cache.told):,} more")
     print(data.summary)
     print(f"lines: {len(lengths) // data.group + data.cache.bad_lines:,}")
-    learned = sum(int(data.cache.learned(*piece)[1:].sum()) for piece in zip(*pieces, strict=True))
+    learned = sum(int(data.cache.targets(*piece)[1:].sum()) for piece in zip(*pieces, strict=True))
     tokens = int(pieces.length.sum())
     print(f"learned: {learned:,} of {tokens:,} tokens ({learned / tokens:.1%})")
     print(f"tokens of a sample: median {int(np.median(lengths)):,}, longest {int(lengths.max()):,}")
-    every = sum(int(data.cache.learned(sample, 0, n)[1:].sum()) for sample, n in enumerate(lengths))
+    every = sum(int(data.cache.targets(sample, 0, n)[1:].sum()) for sample, n in enumerate(lengths))
     if learned < every:
         print(f"lost by cutting and dropping: {every - learned:,} tokens to learn ({1 - learned / every:.1%})")
 

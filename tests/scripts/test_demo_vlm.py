@@ -12,8 +12,7 @@ from model import LMConfig, MiniMindLM
 from model.images import default_processor, image_token_id, prepare_chat
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import tokenizer_hash
-from scripts import demo_vlm
-from scripts.demo import contact_sheet
+from scripts import contact_sheet, demo_vlm
 from scripts.demo.vision_exam import look, shares, shuffled
 from tests.conftest import write_jsonl
 from tests.running import TINY_TRAINING, call_script
@@ -100,7 +99,7 @@ def test_a_sheet_of_more_questions_than_there_are_shows_all_english_ones(tmp_pat
     for name in ("open_vision", "load_tokenizer", "load_vlm", "look"):
         monkeypatch.setattr(contact_sheet, name, MagicMock())
     monkeypatch.setattr(contact_sheet, "draw_sheet", lambda asked, *_: shown.extend(asked))
-    call_script("scripts/demo/contact_sheet.py", "--data_dir", tmp_path, "--count", "4")
+    call_script("scripts/contact_sheet.py", "--data_dir", tmp_path, "--count", "4")
     assert sorted(question["question"] for question in shown) == ["en0", "en1", "en2"]
 
 

@@ -238,7 +238,7 @@ import time
 import torch
 sys.path.insert(0, ROOT)
 import eval_model
-from model.engine import Engine
+from model.inference.scheduler import Engine
 from trainer.errors import launch
 
 predict = Engine._predict

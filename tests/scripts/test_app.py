@@ -1,4 +1,4 @@
-"""scripts/openai_app.py in this process: reasoning, images, failures in the middle, and bodies of every kind."""
+"""scripts/serving/app.py in this process: reasoning, images, failures in the middle, and bodies of every kind."""
 
 import base64
 import io

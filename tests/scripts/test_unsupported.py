@@ -1,4 +1,4 @@
-"""scripts/openai_refusals.py, scripts/openai_schema.py: what a request may hold, by the parser of bodies alone."""
+"""scripts/serving/unsupported.py, scripts/serving/schema.py: what a request may hold, by the parser of bodies alone."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""scripts/openai_images.py: every form in which clients send an image."""
+"""scripts/serving/image_parts.py: every form in which clients send an image."""
 
 import base64
 from urllib.parse import quote
