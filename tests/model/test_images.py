@@ -105,7 +105,7 @@ class TestReading:
 
     @pytest.mark.parametrize("kind", ["TIFF", "ICO", "EPS"])
     def test_bytes_of_formats_that_hide_other_images_are_refused(self, kind):
-        with pytest.raises(ImageError, match="no image of a format that is taken here"):
+        with pytest.raises(ImageError, match="not an image of a format that is taken here"):
             read_image(as_file(picture(), kind))
 
     def test_no_other_program_is_started_for_a_drawing(self, tmp_path):

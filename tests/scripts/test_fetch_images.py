@@ -1,4 +1,4 @@
-"""scripts/serving/fetch_images.py against a site on this machine: what is fetched, and what no caller can make it ask."""
+"""scripts/serving/fetch_images.py against a site on this machine: what is fetched, and what nobody can make it ask."""
 
 import contextlib
 import http.server
