@@ -103,7 +103,8 @@ class AnswerFile:
             if not made_by_same or self.answered[key] > questions[key]:
                 raise UserError(
                     f"{path}, line {number} is not an answer of {made_by['model']} to one of these questions: "
-                    "nothing was changed; name another file, or the questions and the --model, --system, --thinking it was made by"
+                    "nothing was changed; name another file, or the questions and the --model, --system, --thinking "
+                    "it was made by"
                 )
 
     def _locked(self):
