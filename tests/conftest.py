@@ -27,6 +27,21 @@ SENTENCES = [
 ]
 
 
+# Files whose tests compute next to nothing: `make quick` runs them alone, in less than a minute.
+QUICK = (
+    *("test_config", "test_chat", "test_reasoning", "test_tokenizer", "test_images"),
+    *("test_jsonl", "test_records", "test_shapes", "test_packing", "test_loader"),
+    *("test_arguments", "test_schedule", "test_files", "test_errors", "test_launcher", "test_device"),
+    *("test_scoring", "test_imports", "test_requirements"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in QUICK:
+            item.add_marker(pytest.mark.quick)
+
+
 def pytest_configure() -> None:
     """Scripts under test hear Ctrl-C also where the suite runs in the background, which ignores it, and no client of
     theirs or ours asks this machine through a proxy."""

@@ -148,7 +148,7 @@ def one(name: str, **others) -> dict:
         ({"model": {}}, "is empty: it holds no tensor"),
         ([1, 2], "holds a list"),
         (torch.zeros(3), "holds a Tensor"),
-        ({"a": 1}, "no plain state dict of tensors: its 'a' is a int"),
+        ({"a": 1}, "not a plain state dict of tensors: its 'a' is a int"),
         ({"state": {}, "param_groups": []}, "holds an optimizer's state, and no weights"),
         ({"scaler": {}, "optimizer": {"state": {}}}, "holds an optimizer's state, and no weights"),
         ({"model": one("a"), "state_dict": one("b")}, "holds several models, model and state_dict"),

@@ -343,8 +343,8 @@ def test_a_place_that_cannot_be_written_and_an_address_that_is_none(endpoint, qu
     for out, flags, told in (
         (tmp_path, (), "cannot write"),
         (tmp_path / "file" / "a.jsonl", (), "cannot write"),
-        (tmp_path / "a.jsonl", ("--base_url", "http://[::1"), "no address of an API"),
-        (tmp_path / "a.jsonl", ("--base_url", "localhost:1"), "no address of an API"),
+        (tmp_path / "a.jsonl", ("--base_url", "http://[::1"), "not an address of an API"),
+        (tmp_path / "a.jsonl", ("--base_url", "localhost:1"), "not an address of an API"),
     ):
         collect(endpoint, questions, out, *flags, exit_code=2)
         assert told in capsys.readouterr().err

@@ -206,7 +206,7 @@ def test_the_table():
     }
     assert table(stages, results).splitlines() == [
         "stage          minutes  measure                                start     end   facts",
-        "pretraining        3.0  bits per byte                            4.500   0.590       -",
+        "pretraining        3.0  bits per byte                          4.500   0.590       -",
         "SFT                4.5  facts right                             0.0%   95.1%   95.1%",
         "all                7.5",
     ]

@@ -92,7 +92,7 @@ def test_what_the_other_side_cannot_say_is_refused(tiny_tokenizer, tmp_path):
     assert not (tmp_path / "moe").exists()
 
     model, settings = adapted(len(tiny_tokenizer), ["wq"])
-    with pytest.raises(UserError, match="no adapter that peft saved"):
+    with pytest.raises(UserError, match="not an adapter that peft saved"):
         read_folder(tmp_path, model.config)
     folder = tmp_path / "peft"
     write_folder(lora_state_dict(model), settings, model.config, True, "base", folder)
@@ -134,4 +134,4 @@ def test_there_and_back_by_the_command_line(tiny_tokenizer, tokenizer_dir, tmp_p
     assert load_lora(fresh, tmp_path / "back_64.pth") == (4, 6, ("wq", "wo"))  # the json beside it knows the base
     assert torch.equal(logits(fresh), logits(model))
     refused = convert("from-peft", "x", "base_64.pth", "y.pth", exit_code=2)
-    assert "no adapter that peft saved" in one_error_line(refused)
+    assert "not an adapter that peft saved" in one_error_line(refused)

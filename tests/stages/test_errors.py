@@ -152,7 +152,7 @@ def spoil(out, how: str) -> tuple[str, ...]:
         ("truncated", ("truncated, damaged",)),
         ("empty", ("truncated, damaged",)),
         ("code", ("code in it was not run",)),
-        ("no state dict", ("no plain state dict of tensors: its 'lr' is a float",)),
+        ("no state dict", ("not a plain state dict of tensors: its 'lr' is a float",)),
         ("an adapter", ("lora.A.weight",)),
         ("one key lacks", ("lacks norm.weight",)),
         ("one key too much", ("vision_proj.weight too much",)),
