@@ -52,9 +52,9 @@ def is_chosen(cache: Cache, args, now: float) -> bool:
     return old and (args.name is None or args.name in Path(cache.source).name)
 
 
-def line_of(cache: Cache, print_notice: str, now: float) -> str:
+def line_of(cache: Cache, status: str, now: float) -> str:
     days = (now - cache.used) / DAY
-    return f"{human_size(cache.bytes):>10}  {days:6.1f}  {print_notice:<10}  {cache.kind:<18}  {cache.source}"
+    return f"{human_size(cache.bytes):>10}  {days:6.1f}  {status:<10}  {cache.kind:<18}  {cache.source}"
 
 
 def main():
@@ -65,11 +65,11 @@ def main():
     total = 0
     for cache in chosen:
         if args.action == "list":
-            print_notice = "in use" if in_use(cache.folder) else ""
+            status = "in use" if in_use(cache.folder) else ""
         else:
-            print_notice = "freed" if free(cache) else "in use"
-        total += cache.bytes * (print_notice != "in use" or args.action == "list")
-        print(line_of(cache, print_notice, now))
+            status = "freed" if free(cache) else "in use"
+        total += cache.bytes * (status != "in use" or args.action == "list")
+        print(line_of(cache, status, now))
     print(f"{human_size(total):>10}  {'in all' if args.action == 'list' else 'freed'}")
 
 

@@ -178,13 +178,10 @@ def show_samples(data, spelling: Spelling, count: int, seed: int | None) -> None
 
 def pictures_of(data, sample: int) -> dict[int, tuple[str, int]]:
     """The name of each picture of a sample, and how many places it takes, by its first place."""
-    print_notice = data.cache.note(sample)
-    if not print_notice:
+    extra = data.cache.note(sample)
+    if not extra:
         return {}
-    return {
-        start: (name, data.image_tokens)
-        for start, name in zip(print_notice["starts"], print_notice["images"], strict=True)
-    }
+    return {start: (name, data.image_tokens) for start, name in zip(extra["starts"], extra["images"], strict=True)}
 
 
 def report(data) -> None:

@@ -38,7 +38,7 @@ QUICK = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem in QUICK:
+        if item.path.stem in QUICK and item.path.parent.name != "stages":
             item.add_marker(pytest.mark.quick)
 
 

@@ -7,6 +7,8 @@ import time
 import pytest
 
 from dataset import PretrainDataset
+from dataset.cache_folder import home_caches
+from scripts.cache import places
 from tests.conftest import SENTENCES, write_jsonl
 from tests.running import call_script
 
@@ -88,3 +90,8 @@ def test_without_a_folder_it_looks_beside_the_data_and_in_the_home(cache, data, 
     lying.mkdir(parents=True)
     (lying / "about.json").write_text(json.dumps({"source": "/read/only/x.jsonl"}))
     assert "/read/only/x.jsonl" in cache("list", "--name", "x.jsonl")
+
+
+def test_folders_that_are_named_are_all_that_is_looked_at(data):
+    assert home_caches() not in places([data])
+    assert places([])[-1] == home_caches()

@@ -8,9 +8,11 @@ import subprocess
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from scripts import chat_openai_api
 from tests.running import PATIENCE, ROOT, one_error_line, run_script
 from tests.scripts.openai_double import openai_double
 
@@ -131,6 +133,21 @@ def test_piped_lines_are_answered_without_a_terminal_and_history_can_be_cut(serv
     assert done.stdout.splitlines() == ["You said: a", "You said: b", "You said: c"]
     assert [turn["content"] for turn in server.requests[-1]["messages"]] == ["b", "You said: b", "c"]
     assert (server.requests[-1]["max_tokens"], server.requests[-1]["model"]) == (9, "mine")
+
+
+@pytest.mark.parametrize(("count", "sent"), [(None, "a A b B c"), (1, "b B c"), (0, "c")])
+def test_so_many_earlier_turns_are_sent_along(monkeypatch, count, sent):
+    def answer_parts(client, model, messages, stream, **settings):
+        requests.append(" ".join(message["content"] for message in messages))
+        yield "answer", messages[-1]["content"].upper()
+
+    requests: list[str] = []
+    monkeypatch.setattr(chat_openai_api, "answer_parts", answer_parts)
+    settings = dict.fromkeys(("model", "system", "max_tokens", "temperature", "top_p", "seed"))
+    chat = chat_openai_api.Chat(None, SimpleNamespace(history_cnt=count, stream=True, **settings))
+    for question in "abc":
+        list(chat.ask(question))
+    assert requests[-1] == sent
 
 
 def test_where_nothing_answers_one_line_says_what_to_do():

@@ -59,6 +59,7 @@ def test_the_script_writes_a_folder_that_auto_tokenizer_loads(trained):
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
     special = (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token)
     assert special == ("<unk>", "<unk>", "<s>", "</s>")
+    assert tokenizer.padding_side == "left"  # a batch is continued at the end of its rows
     for tag in ("<think>", "</think>", "<answer>", "</answer>", "<image>"):
         (entry,) = tokenizer.encode(tag, add_special_tokens=False)
         assert not tokenizer.added_tokens_decoder[entry].special
