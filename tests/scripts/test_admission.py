@@ -1,4 +1,4 @@
-"""What is asked of a request before it costs anything, with doubles in place of what would cost: scripts/openai_app.py,
+"""What is asked of a request before it costs anything, doubles in place of what would cost: scripts/serving/app.py,
 openai_admission.py and openai_writing.py in this process."""
 
 import asyncio
@@ -168,16 +168,16 @@ def test_a_full_queue_costs_no_tokens_and_no_looking(path, body, serve, monkeypa
 @pytest.mark.parametrize(("path", "body"), PATHS.items())
 def test_a_place_is_taken_for_each_answer_from_the_preparation_on(path, body, serve, monkeypatch):
     served, taken = serve(capacity=6), []
-    from scripts import openai_app
+    from scripts.serving import app as serving_app
 
     for name in ("render_chat", "render_text"):
-        right = getattr(openai_app, name)
+        right = getattr(serving_app, name)
 
         def noting(*args, right=right, **settings):
             taken.append(served.places.taken)
             return right(*args, **settings)
 
-        monkeypatch.setattr(openai_app, name, noting)
+        monkeypatch.setattr(serving_app, name, noting)
     several = {"prompt": ["a", "b", "c"]} if "prompt" in body else {}
     reply = client_of(served).post(path, json=body | several | {"n": 2, "max_tokens": 2})
     assert len(reply.json()["choices"]) == taken[0] == (6 if several else 2)
@@ -226,14 +226,14 @@ def test_an_engine_that_takes_only_the_first_of_two_leaves_both_places(serve, mo
 
 def test_what_was_prepared_when_the_server_closed_is_told_so(serve, monkeypatch):
     served = serve()
-    from scripts import openai_app
+    from scripts.serving import app as serving_app
 
-    def closing(*args, right=openai_app.render_chat, **settings):
+    def closing(*args, right=serving_app.render_chat, **settings):
         served.places.draining = True
         served.close()
         return right(*args, **settings)
 
-    monkeypatch.setattr(openai_app, "render_chat", closing)
+    monkeypatch.setattr(serving_app, "render_chat", closing)
     reply = client_of(served).post("/v1/chat/completions", json={"messages": QUESTION})
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shutting_down")
     assert served.places.taken == 0

@@ -1,11 +1,11 @@
 """Runs a script that something happens to, at an exact place and so on any machine in the same way.
 
-interrupted.py SIGTERM log 3 train_pretrain.py …       the signal comes while step 3 is reported
-interrupted.py SIGINT evaluate 1 train_pretrain.py …   it comes as the first evaluation begins
-interrupted.py SIGINT save 2 train_pretrain.py …       it comes as the second save begins
-interrupted.py SIGINT close 1 train_pretrain.py …      it comes when all is saved, and the curve is to be drawn
-interrupted.py SIGKILL file 4 train_pretrain.py …      it comes before the 4th renaming or deletion of the second save
-interrupted.py SIGXFSZ size 9999 train_pretrain.py …   it comes, ignored, when a file would grow beyond so many bytes:
+crash_points.py SIGTERM log 3 train_pretrain.py …       the signal comes while step 3 is reported
+crash_points.py SIGINT evaluate 1 train_pretrain.py …   it comes as the first evaluation begins
+crash_points.py SIGINT save 2 train_pretrain.py …       it comes as the second save begins
+crash_points.py SIGINT close 1 train_pretrain.py …      it comes when all is saved, and the curve is to be drawn
+crash_points.py SIGKILL file 4 train_pretrain.py …      it comes before the 4th renaming or deletion of the second save
+crash_points.py SIGXFSZ size 9999 train_pretrain.py …   it comes, ignored, when a file would grow beyond so many bytes:
                                                        what is written fails, as on a full disk
 """
 

@@ -239,7 +239,7 @@ import torch
 sys.path.insert(0, ROOT)
 import eval_model
 from model.inference.scheduler import Engine
-from trainer.errors import launch
+from trainer.errors import run_main
 
 predict = Engine._predict
 
@@ -250,7 +250,7 @@ def endless(self, logits, predicted):
     return predict(self, only, predicted)
 
 Engine._predict = endless
-launch(eval_model.main)
+run_main(eval_model.main)
 """
 
 

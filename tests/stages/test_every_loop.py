@@ -272,17 +272,17 @@ def test_an_evaluation_that_fails_on_one_rank_keeps_no_other_waiting(world, scri
 
 # ------------------------------------------------------------------------------------------------------- one loop
 
-PLAIN_LOSS = "loss = next_token_loss(out.logits, labels) / totals.trained"
+PLAIN_LOSS = "loss = next_token_loss(out.logits, labels) / totals.target_tokens"
 DIFFERENCES = {
     "train_distillation.py": (
         [PLAIN_LOSS],
-        ["loss = sum_beside_teacher(loss_of, out.logits, labels, batch, teacher) / totals.trained"],
+        ["loss = chunked_distillation_loss(loss_of, out.logits, labels, batch, teacher) / totals.target_tokens"],
     ),
     "train_distill_reason.py": (
         [PLAIN_LOSS],
         [
             "weights = tag_weights(labels, tags, args.tag_weight)",
-            "loss = weighted_next_token_loss(out.logits, labels, weights) / totals.trained",
+            "loss = weighted_next_token_loss(out.logits, labels, weights) / totals.target_tokens",
         ],
     ),
     "train_dpo.py": (
@@ -299,12 +299,12 @@ DIFFERENCES = {
         ],
         [
             "(pairs,) = run.sum(count_pairs(batches))",
-            "measured = torch.zeros(len(FIGURES), device=run.device)",
-            "reference = reference_of(batch, labels, frozen)",
+            "measured = torch.zeros(len(DPO_METRICS), device=run.device)",
+            "reference = reference_log_probs(batch, labels, frozen)",
             "values = measure(token_log_probs(out.logits, labels), reference, batch, labels) / pairs",
             'loss = values[0] + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows',
             "measured += values.detach()",
-            "measured = dict(zip(FIGURES, run.sum(*measured.tolist()), strict=True))",
+            "measured = dict(zip(DPO_METRICS, run.sum(*measured.tolist()), strict=True))",
             'run.is_finite(norm, measured["loss"])',
             'if run.is_finite(norm, measured["loss"]):',
             "metrics.log(**measured, lr=lr, grad_norm=float(norm))",

@@ -61,8 +61,8 @@ class Stage:
         return by(first, *others, *self.common, "--out_dir", out, *flags, **how)
 
     def interrupted(self, out: Path, signal: str, place: str, nth: int, *flags: str | Path, **how):
-        """Run it, and let a signal strike; see tests/stages/interrupted.py."""
-        return self(out, *flags, before=("tests/stages/interrupted.py", signal, place, str(nth)), **how)
+        """Run it, and let a signal strike; see tests/stages/crash_points.py."""
+        return self(out, *flags, before=("tests/stages/crash_points.py", signal, place, str(nth)), **how)
 
     def started(self, out: Path, *flags: str | Path, **how) -> RunningScript:
         return self(out, *flags, by=RunningScript, **how)

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import generation
+from model.inference import sampling
 from model.loss import next_token_loss, target_mask
 from tests.model.networks import network
 from tests.trainer.accelerators import OnMac, pretend, pretend_random
@@ -134,7 +134,7 @@ def test_the_cpu_alone_has_one_random_state():
 
 def test_a_token_is_drawn_alike_where_there_is_no_float64(monkeypatch):
     probabilities = torch.rand(5, 40, generator=torch.Generator().manual_seed(1)).softmax(-1)
-    drawn = generation.draw(probabilities, torch.Generator().manual_seed(2))
+    drawn = sampling.sample_from(probabilities, torch.Generator().manual_seed(2))
     rand, searchsorted = torch.rand, torch.searchsorted
     monkeypatch.setattr(torch, "rand", lambda *size, device, generator: rand(*size, generator=generator))
     found = []
@@ -145,7 +145,7 @@ def test_a_token_is_drawn_alike_where_there_is_no_float64(monkeypatch):
         return found[-1].as_subclass(OnMac)
 
     monkeypatch.setattr(torch, "searchsorted", search)
-    on_mac = generation.draw(probabilities.as_subclass(OnMac), torch.Generator().manual_seed(2))
+    on_mac = sampling.sample_from(probabilities.as_subclass(OnMac), torch.Generator().manual_seed(2))
     assert on_mac.device.type == "mps"
     assert torch.equal(found[0].squeeze(1), drawn)
 
