@@ -1,5 +1,5 @@
 """What is asked of a request before it costs anything, doubles in place of what would cost: scripts/serving/app.py,
-openai_admission.py and openai_writing.py in this process."""
+admission.py and requests.py in this process."""
 
 import asyncio
 import json
