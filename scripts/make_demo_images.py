@@ -10,7 +10,7 @@
     eval_vlm.jsonl            {"image": [...], "question", "answers", "kind", "lang"}
 
 The same seed gives the same bytes. No file that this script did not write is replaced. Pictures of an examination show
-only pairs of colour and shape that no picture to learn from has (`demo_scenes.is_held_out`).
+only pairs of colour and shape that no picture to learn from has (`scripts.demo.scenes.is_held_out`).
 """
 
 import io

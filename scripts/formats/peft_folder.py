@@ -65,7 +65,7 @@ def to_our_state(state: Mapping[str, Tensor], config: LMConfig) -> dict[str, Ten
 
 
 def _as_theirs(layer: str, b: Tensor, config: LMConfig) -> Tensor:
-    """B of one of our layers, (out, r), for the layer of the other architecture: see transformers_format.py."""
+    """B of one of our layers, (out, r), for the layer of the other architecture: see transformers_folder.py."""
     if layer.endswith((".wq", ".wk")):
         return half_split(b, config.n_heads if layer.endswith(".wq") else config.n_kv_heads)
     return 2 * b if layer.endswith(".shared_experts.w2") else b

@@ -1,6 +1,6 @@
 """What the OpenAI API's requests and answers look like: the part of it that `scripts/serve_openai_api.py` speaks.
 
-Where a field is null it is as if it were not there. For fields that a request has beyond these see `openai_refusals`.
+Where a field is null it is as if it were not there. For fields that a request has beyond these see `unsupported`.
 """
 
 from typing import Annotated, Any, Literal

@@ -1,6 +1,6 @@
 """What would change the form of an answer and is not done here: a request that asks for it gets a 400 that names it.
 
-A field of a request is one of three. What `openai_schema` declares is used. What the tables here list is refused,
+A field of a request is one of three. What `schema` declares is used. What the tables here list is refused,
 unless its value asks for nothing. Everything else is accepted and changes nothing, as clients send many fields that do
 not say what an answer looks like: user, metadata, store, service_tier, safety_identifier, prompt_cache_key,
 parallel_tool_calls, reasoning_effort, verbosity, an image's detail, and their own.

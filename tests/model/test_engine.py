@@ -1,4 +1,4 @@
-"""model/engine.py: what a request gets in company is what the model writes for it alone."""
+"""model/inference/scheduler.py: what a request gets in company is what the model writes for it alone."""
 
 import queue
 import threading

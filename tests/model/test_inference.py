@@ -1,4 +1,4 @@
-"""model/inference.py: the decoder laid out for writing, against the model itself and the published logits."""
+"""model/inference/decoder.py: the decoder laid out for writing, against the model itself and the published logits."""
 
 import copy
 

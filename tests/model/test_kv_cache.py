@@ -1,4 +1,4 @@
-"""model/cache.py and how `forward` uses it: chunks, continuations, padding and packed rows, each row as if alone."""
+"""model/kv_cache.py and how `forward` uses it: chunks, continuations, padding and packed rows, each row as if alone."""
 
 import pytest
 import torch
