@@ -1,4 +1,4 @@
-"""model/inference/scheduler.py where something fails, ends or changes between two steps: nobody waits for what never comes."""
+"""model/inference/ where something fails, ends or changes between two steps: nobody waits for what never comes."""
 
 import queue
 import threading

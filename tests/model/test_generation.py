@@ -1,4 +1,4 @@
-"""model/generation.py and model/inference/sampling.py: against transformers' own sampling, and row by row against each row alone."""
+"""model/generation.py, model/inference/sampling.py: against transformers' own sampling, and row by row alone."""
 
 import pytest
 import torch
