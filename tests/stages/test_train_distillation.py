@@ -52,6 +52,13 @@ def test_against_torch_kl_div(some_logits, alpha, temperature):
     torch.testing.assert_close(torch.autograd.grad(loss, student)[0], gradient)
 
 
+def test_softmaxes_are_taken_in_fp32_whatever_the_logits_are(some_logits):
+    student, teacher, targets = some_logits
+    half = (student.bfloat16(), teacher.bfloat16())
+    whole = [logits.float() for logits in half]
+    assert torch.equal(distillation_loss(*half, targets, 0.3, 2.0), distillation_loss(*whole, targets, 0.3, 2.0))
+
+
 def test_a_student_that_agrees_has_nothing_to_learn(some_logits):
     student, _, targets = some_logits
     student.requires_grad_()
