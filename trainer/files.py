@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from dataset.cache_folder import flush_to_disk
 from trainer.errors import UserError
 
 
@@ -57,12 +58,6 @@ def move(path: Path, to: Path) -> None:
     """Rename within a folder, over what is there; the rename is on the disk before this returns."""
     os.replace(path, to)
     _folder_to_disk(to.parent)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Flush a file: after a power cut it must not have its final name and half its content."""
-    with open(path, "rb+") as file:  # Windows flushes only what is open for writing
-        os.fsync(file.fileno())
 
 
 def _folder_to_disk(folder: Path) -> None:
