@@ -17,8 +17,9 @@ NOBODY = 12345
 SCRIPTS = [
     path.relative_to(ROOT)
     for path in (*sorted(ROOT.glob("*.py")), *sorted((ROOT / "scripts").glob("*.py")))
-    if "launch(main)" in path.read_text(encoding="utf-8")
+    if "run_main(main)" in path.read_text(encoding="utf-8")
 ]
+assert SCRIPTS  # a renamed entry point would otherwise leave nothing to test, in silence
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:
