@@ -50,12 +50,12 @@ class Metrics:
         millions = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) / 1e6  # ZeRO-3 keeps a share
         runtime.print(
             f"{path.stem}: {millions:.2f} M parameters, {total_steps} steps on {runtime.device}, "
-            f"{args.dtype}, {runtime.engine}"
+            f"{runtime.dtype_name}, {runtime.engine}"
         )
         if sys.stdout.isatty():
             self._bar = tqdm(total=total_steps, initial=progress.step, file=sys.stdout, unit="step", dynamic_ncols=True)
         if args.use_wandb:
-            self._wandb = _start_wandb(args, path.stem)
+            self._wandb = _start_wandb(args, path.stem, runtime.dtype_name)
 
     def due(self, interval: int, stopping: bool = False) -> bool:
         """Whether something done every `interval` steps, and at the end, is to be done now."""
@@ -140,11 +140,12 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _start_wandb(args, name: str):
+def _start_wandb(args, name: str, dtype: str):
     import wandb
 
     try:
         settings = {key: shown(value) if isinstance(value, str) else value for key, value in vars(args).items()}
+        settings["dtype"] = dtype  # the one in use, where the flag leaves it open
         return wandb.init(project=args.wandb_project, name=shown(name), config=settings)
     except wandb.Error as error:
         raise UserError(f"--use_wandb: {error} (WANDB_MODE=offline needs no account)") from error

@@ -1,7 +1,6 @@
 """The frozen model a student learns from: loading it, making sure it reads the same tokens, and asking it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,14 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from model import MiniMindLM
 from model.kv_cache import build_attention_mask
-from model.loss import target_mask
 from model.tokenizer import tokenizer_hash
-from trainer.chunked import sum_in_chunks
 from trainer.errors import UserError
 from trainer.weight_files import is_file_name
 from trainer.weights import existing, load_folder, load_weights, read_tokenizer
-
-TOKENS_AT_ONCE = 2048  # that a teacher reads, in whole rows
 
 
 def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> nn.Module:
@@ -90,34 +85,3 @@ def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor], kept: Tensor, v
     mask = torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, float("-inf"))
     out = teacher(batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False)
     return out.logits[kept][:, :vocab_size]
-
-
-def chunked_distillation_loss(
-    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
-    logits: Tensor,
-    labels: Tensor,
-    batch: dict[str, Tensor],
-    teacher: nn.Module,
-) -> Tensor:
-    """The sum of a loss over the target tokens of a batch, the teacher asked for a few rows at a time: its logits,
-    and what the loss makes of them, never exist for the whole batch.
-
-    Args:
-        loss_of: (student's logits, teacher's logits, targets), (tokens, vocab) twice and (tokens,) -> scalar, a sum.
-        logits: (learned, vocab), the student's at `target_mask(labels)`.
-        labels: (batch, n) int64, not shifted; -100 is not learned.
-        batch: what the student has read, as for `teacher_logits`.
-
-    Returns:
-        fp32 scalar.
-    """
-    step = max(1, TOKENS_AT_ONCE // labels.size(1))
-    rows = [slice(first, first + step) for first in range(0, len(labels), step)]
-    learned = target_mask(labels)
-
-    def part_of(student: Tensor, part: int) -> Tensor:
-        some = {name: tensor[rows[part]] for name, tensor in batch.items()}
-        taught = teacher_logits(teacher, some, learned[rows[part]], student.size(-1))
-        return loss_of(student, taught, labels[rows[part], 1:][learned[rows[part], :-1]])
-
-    return sum_in_chunks(part_of, logits, [int(learned[part].sum()) for part in rows])

@@ -111,7 +111,7 @@ def cache_features(
             return model.encode_images(pixels.to(run.device))
 
     computed_by = [getattr(vision.tower.config, name) for name in TOWER_SETTINGS]
-    how = short_hash([vision.hash, computed_by, vision.processor.to_json_string(), args.dtype])
+    how = short_hash([vision.hash, computed_by, vision.processor.to_json_string(), run.dtype_name])
     with run.main_first():
         features = open_feature_cache(
             names, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers

@@ -14,7 +14,7 @@ from scripts.demo.scoring import is_right
 from scripts.demo.settings import DATA
 from train_dpo import dpo_loss
 from trainer.evaluation import evaluate
-from trainer.preference import dpo_metrics, evaluate_pairs
+from trainer.preference import evaluate_pairs, sum_per_answer
 from trainer.runtime import Runtime
 
 Opened = tuple[MiniMindLM, PreTrainedTokenizerBase]
@@ -37,8 +37,7 @@ def count_right(lines: list[dict], replies: list[str]) -> int:
 def prefers_the_better(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
     """The share of held-out pairs whose better answer is the more probable."""
     pairs = DPODataset(DATA / "eval_dpo.jsonl", tokenizer, 128)
-    measure = partial(dpo_metrics, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
-    return evaluate_pairs(model, model, pairs, here(model), 32, measure)["eval_accuracy"]
+    return evaluate_pairs(model, model, pairs, here(model), 32, sum_per_answer, dpo_loss, beta=0.1)["eval_accuracy"]
 
 
 def held_out_loss(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:

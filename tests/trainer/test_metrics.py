@@ -168,10 +168,10 @@ def test_weights_and_biases_gets_whole_characters(monkeypatch):
     wandb = SimpleNamespace(init=lambda **given: got.update(given), Error=RuntimeError)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     args = training_parser("A stage.", batch_size=4).parse_args(["--data_path", NOT_UTF8])
-    _start_wandb(args, NOT_UTF8)
+    _start_wandb(args, NOT_UTF8, "bfloat16")
     assert json.dumps(got, ensure_ascii=False).encode()
     assert got["config"]["data_path"] == got["name"] == "a\\udcff"
-    assert got["config"]["batch_size"] == 4
+    assert (got["config"]["batch_size"], got["config"]["dtype"]) == (4, "bfloat16")
 
 
 def test_a_run_and_a_talk_in_folders_that_are_not_utf8(tmp_path, tiny_data, tokenizer_dir, capsys):

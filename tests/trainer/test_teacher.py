@@ -6,13 +6,12 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer
-from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dataset import collate
 from model import LMConfig, MiniMindLM
 from trainer.errors import UserError
-from trainer.teacher import chunked_distillation_loss, first_difference, load_teacher, teacher_logits
+from trainer.teacher import first_difference, load_teacher, teacher_logits
 
 
 def changed(tokenizer: PreTrainedTokenizerFast, change) -> PreTrainedTokenizerFast:
@@ -60,31 +59,6 @@ def test_samples_packed_in_a_row_get_what_they_get_alone(make):
     kept[0, [4, 9]] = kept[1, 1] = True
     some = torch.stack([alone[0][4], alone[1][4], alone[2][1]])
     torch.testing.assert_close(teacher_logits(teacher, batch, kept, 64), some, rtol=0, atol=1e-5)
-
-
-def test_a_loss_in_parts_is_the_loss_of_all_answers(monkeypatch):
-    """Against torch's kl_div over the answer tokens at once; the teacher is asked for a few rows at a time."""
-    monkeypatch.setattr("trainer.teacher.TOKENS_AT_ONCE", 20)
-    teacher = minimind(vocab_size=70)
-    ids = torch.randint(0, 64, (5, 9))
-    labels = torch.where(torch.rand(5, 9) < 0.6, ids, -100)
-    labels[4] = -100  # a row of padding: the teacher is spared it
-    answers = labels[:, 1:] != -100
-    batch = {"input_ids": ids, "position_ids": torch.arange(9).expand(5, 9), "attention_mask": torch.ones(5, 9).bool()}
-    student = torch.randn(int(answers.sum()), 64, requires_grad=True)
-    asked = []
-    teacher.register_forward_hook(lambda module, arguments, output: asked.append(len(output.logits)))
-
-    def loss_of(student, taught, targets):
-        kl = F.kl_div(F.log_softmax(student, -1), F.softmax(taught, -1), reduction="sum")
-        return kl + F.cross_entropy(student, targets, reduction="sum")
-
-    loss = chunked_distillation_loss(loss_of, student, labels, batch, teacher)
-    (gradient,) = torch.autograd.grad(loss, student)
-    assert asked == [int(answers[:2].sum()), int(answers[2:4].sum())]
-    expected = loss_of(student, teacher(**batch).logits[:, :-1, :64][answers].detach(), ids[:, 1:][answers])
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0])
 
 
 def test_a_transformers_folder_with_more_columns_is_taken(tiny_tokenizer, tmp_path):
