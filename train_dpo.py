@@ -124,17 +124,17 @@ def main():
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
         totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
-        pairs = run.sum(count_pairs(batches))
+        pairs = run.sum(count_pairs(batches))  # a row holds whole pairs: chosen, rejected, chosen, rejected, …
         step_metrics = torch.zeros(len(DPO_METRICS), device=run.device)
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, -100 where nothing is learned; shifted by the loss
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
             cached = batch.pop("reference", None)  # log-probabilities, where they were computed beforehand
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
                 log_probs = token_log_probs(out.logits, labels)  # (target tokens,)
-                reference_log_probs = reference_token_log_probs(cached, frozen, batch, labels)  # (target tokens,)
+                reference_log_probs = reference_token_log_probs(cached, frozen, batch, labels)  # as many; no gradient
                 policy = per_answer(log_probs, batch, labels)  # (pairs, 2): chosen, rejected
                 reference = per_answer(reference_log_probs, batch, labels)  # (pairs, 2)
                 losses, margins = dpo_loss(policy, reference, args.beta)  # (pairs,)

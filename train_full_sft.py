@@ -74,7 +74,7 @@ def main():
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, -100 where nothing is learned; shifted by the loss
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
                 loss = next_token_loss(out.logits, labels) / totals.target_tokens  # a sum over the tokens

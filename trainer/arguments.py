@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from trainer.errors import UserError, print_notice
+from trainer.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
 FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
@@ -230,8 +231,9 @@ def training_parser(description: str, **defaults) -> Parser:
         "--resume", action=BooleanFlag, help="continue where the last run stopped, or start if there is none"
     )
     saving.add_argument("--overwrite", action=BooleanFlag, help="replace the weights of an earlier run")
-    saving.add_argument("--use_wandb", action=BooleanFlag, help="also log to Weights & Biases")
-    saving.add_argument("--wandb_project", type=text, default="MiniMind")
+    saving.add_argument("--tracker", choices=TRACKERS, help="also report to Weights & Biases, SwanLab or TensorBoard")
+    saving.add_argument("--use_wandb", action=BooleanFlag, help="short for --tracker wandb")
+    saving.add_argument("--wandb_project", type=text, default="MiniMind", help="project of the tracker")
     parser.set_defaults(**defaults)
     return parser
 
@@ -246,6 +248,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError("--max_seq_len must be 2 or more: a row needs a token to read and one to predict")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: choose one")
+    if args.use_wandb and args.tracker not in (None, "wandb"):
+        raise UserError(f"--use_wandb is --tracker wandb, and --tracker {args.tracker} is another: choose one")
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO cuts up: use --optimizer adamw")
 

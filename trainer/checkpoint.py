@@ -38,7 +38,7 @@ from trainer.weights import architecture, weights_path
 # A run that goes on must have every setting that it had, except these that change no number…
 MAY_CHANGE = (
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
-    *("overwrite", "compile", "gradient_checkpointing", "use_wandb", "wandb_project", "local_rank", "ddp"),
+    *("overwrite", "compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
     *("data_path", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
     *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
 )

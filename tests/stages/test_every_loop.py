@@ -300,11 +300,11 @@ DIFFERENCES = {
             "metrics.log_evaluation(lambda: evaluate(model, held_out, tokenizer, run, args.batch_size))",
         ],
         [
-            "pairs = run.sum(count_pairs(batches))",
+            "pairs = run.sum(count_pairs(batches))  # a row holds whole pairs: chosen, rejected, chosen, rejected, …",
             "step_metrics = torch.zeros(len(DPO_METRICS), device=run.device)",
             'cached = batch.pop("reference", None)  # log-probabilities, where they were computed beforehand',
             "log_probs = token_log_probs(out.logits, labels)  # (target tokens,)",
-            "reference_log_probs = reference_token_log_probs(cached, frozen, batch, labels)  # (target tokens,)",
+            "reference_log_probs = reference_token_log_probs(cached, frozen, batch, labels)  # as many; no gradient",
             "policy = per_answer(log_probs, batch, labels)  # (pairs, 2): chosen, rejected",
             "reference = per_answer(reference_log_probs, batch, labels)  # (pairs, 2)",
             "losses, margins = dpo_loss(policy, reference, args.beta)  # (pairs,)",

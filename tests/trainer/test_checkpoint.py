@@ -258,7 +258,7 @@ CHANGES = {  # what changes the numbers, and something else to give
 MAY_CHANGE = {
     *("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype"),
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_path", "resume", "overwrite"),
-    *("compile", "gradient_checkpointing", "use_wandb", "wandb_project", "local_rank", "ddp"),
+    *("compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
     *("dim", "n_layers", "use_moe", "tokenizer"),  # by the architecture and the tokenizer's hash
     *("data_path", "cache_limit"),  # the data by what it holds
 }
