@@ -77,7 +77,7 @@ def load_model(args):
 
     device = pick_device(args.device)
     if args.load == 1:
-        from scripts.formats.transformers_folder import read_folder
+        from trainer.folder_layouts import read_folder
 
         model, tokenizer = read_folder(Path(args.out_dir), args.tokenizer)
     else:

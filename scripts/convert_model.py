@@ -151,7 +151,8 @@ def to_transformers(args) -> None:
 
 
 def from_transformers(args) -> None:
-    from scripts.formats.transformers_folder import check_equal, read_folder
+    from scripts.formats.transformers_folder import check_equal
+    from trainer.folder_layouts import read_folder
 
     check_targets(args, ".pth", ".json")
     model, tokenizer = read_folder(args.folder, args.tokenizer)

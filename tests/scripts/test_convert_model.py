@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model.model_lora import apply_lora, lora_layers, merge_lora, save_lora
 from model.tokenizer import tokenizer_hash
-from scripts.formats.transformers_folder import read_folder
 from tests.conftest import SPECIAL, train_tokenizer
 from tests.model.test_weight_layouts import in_april_2025
 from tests.running import ROOT, one_error_line, run_script
 from tests.scripts.conversion import make_model, save_model
 from trainer.errors import UserError
 from trainer.files import file_hash
+from trainer.folder_layouts import read_folder
 from trainer.weights import load_weights
 
 

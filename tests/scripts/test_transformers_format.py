@@ -11,18 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from model import LMConfig, MiniMindLM
 from model.chat import render_chat
 from model.chat_template import CHAT_TEMPLATE
-from scripts.formats.transformers_folder import (
-    check_equal,
-    read_folder,
-    to_our_config,
-    to_our_state,
-    to_their_config,
-    write_folder,
-)
+from scripts.formats.transformers_folder import check_equal, to_their_config, write_folder
 from tests.conftest import SENTENCES
 from tests.model.test_weight_layouts import in_april_2025
 from tests.scripts.conversion import QUESTIONS, greedy, make_model, prompts
 from trainer.errors import UserError
+from trainer.folder_layouts import read_folder, to_our_config, to_our_state
 
 SHAPES = {
     "dense": {},
