@@ -17,10 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from model import LMConfig, MiniMindLM
 from model.chat_template import CHAT_TEMPLATE
 from model.weight_layouts import THEIR_NAME, half_split
+from trainer.arguments import SAMPLING
 from trainer.errors import UserError
 from trainer.folder_layouts import WEIGHTS
-
-SAMPLING = {"do_sample": True, "temperature": 0.85, "top_p": 0.85}  # what eval_model.py does unless told otherwise
 
 
 # ------------------------------------------------------------------------------------------------------- tensors
@@ -112,7 +111,8 @@ def write_folder(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, folder: 
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(to_their_config(config), folder / "config.json")
     ids = {name: getattr(config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(ids | SAMPLING, folder / "generation_config.json")
+    writing = {"do_sample": True} | {name: SAMPLING[name] for name in ("temperature", "top_p")}
+    _write_json(ids | writing, folder / "generation_config.json")
     weights = save(to_their_state(model.state_dict(), config), metadata={"format": "pt"})
     (folder / WEIGHTS).write_bytes(weights)  # save_file would make it readable for its owner alone
 
