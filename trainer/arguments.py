@@ -13,11 +13,11 @@ FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
 )
-# How an answer is written where nobody says otherwise: eval_*.py, the server, the page, exported folders and GGUFs, the
-# demo's examinations. OpenAI's own temperature of 1 makes a small model ramble. Three differ, and mean to: a chat of the
-# server has no limit but the model's context, and a completion OpenAI's 16 tokens (scripts/serving/app.py);
-# scripts/chat_openai_api.py leaves everything to the server it talks to; `model.generate` and the engine's `Request`,
-# which programs call, are greedy.
+# How an answer is written where nobody says otherwise: by eval_*.py, the server, the page, exported folders and GGUFs,
+# the demo's examinations. At OpenAI's own temperature of 1 a small model rambles. These differ, and mean to:
+# - the server's chats end where the model's context does, its completions after OpenAI's 16 tokens;
+# - scripts/chat_openai_api.py leaves everything to the server it talks to;
+# - `model.generate` and the engine's `Request`, which programs call, are greedy.
 SAMPLING = {"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 0, "repetition_penalty": 1.0}
 
 

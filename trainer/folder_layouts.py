@@ -10,67 +10,83 @@ differ, and each has an exact answer, so weights come back from a folder as the 
   is doubled, and a power of two costs no bit.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from model import LMConfig, MiniMindLM
-from model.tokenizer import special_ids
+from model import LMConfig
+from model.model_vlm import VLMConfig
 from model.weight_layouts import OUR_NAME, TABLES, interleaved, recognise
 from trainer.errors import UserError
 from trainer.weight_files import read_content
-from trainer.weights import load_tokenizer
 
 WEIGHTS = "model.safetensors"
+OUR_TYPES = {config.model_type: config for config in (LMConfig, VLMConfig)}
 
 
-def read_folder(folder: Path, tokenizer_folder: str | None = None) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
-    """The model and the tokenizer in a folder that `to_transformers` wrote, or a tool that trained on from there.
+def require_folder(folder: Path) -> Path:
+    """The folder, which must be one of a transformers model.
+
+    Raises:
+        UserError: it has no config.json.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder / 'config.json'} is missing: this is not a folder of a transformers model")
+    return folder
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], LMConfig]:
+    """The parameters in a folder under MiniMind's names, fp32, and its configuration; a `VLMConfig` of a MiniMind-V's.
 
     Weights may be safetensors, in one file or several, or an old pytorch_model.bin; nothing in them is run.
 
     Raises:
         UserError: something is missing or damaged, or the folder holds what a MiniMind is not.
     """
-    theirs = _read_json(folder / "config.json")
+    theirs = read_json(require_folder(folder) / "config.json")
     state = _read_tensors(folder)
-    try:
+    with _telling(folder):
         config = to_our_config(theirs, state)
-        if theirs["model_type"] == "minimind":
-            state = recognise(state, config.n_heads, config.n_kv_heads).state
-        else:
-            state = to_our_state(state, config)
+        if theirs["model_type"] in OUR_TYPES:
+            return recognise(state, config.n_heads, config.n_kv_heads).state, config
+        return to_our_state(state, config), config
+
+
+def check_config(folder: Path) -> None:
+    """Look at a folder's config.json alone: transformers reads it with the tokenizer, and tells less of what is wrong.
+
+    Raises:
+        UserError: it is missing, damaged, or of what a MiniMind is not.
+    """
+    theirs = read_json(require_folder(folder) / "config.json")
+    with _telling(folder):
+        to_our_config(theirs, {})
+
+
+@contextlib.contextmanager
+def _telling(folder: Path) -> Iterator[None]:
+    """What goes wrong in here tells the user about the folder."""
+    try:
+        yield
     except KeyError as missing:
         raise UserError(f"{folder} lacks {missing} in its config.json or its weights") from None
     except (TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged ({error})") from None
     except ValueError as error:
         raise UserError(f"{folder} {error}") from None
-    tokenizer = load_tokenizer(tokenizer_folder or folder)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{folder} is of {config.vocab_size} tokens, and the tokenizer has {len(tokenizer)}: --tokenizer"
-        )
-    config.update(special_ids(tokenizer))
-    state = {name: value for name, value in state.items() if name.split(".")[-1] not in TABLES}
-    state.setdefault("output.weight", state.get("tok_embeddings.weight"))
-    model = MiniMindLM(config)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{folder} does not fit its config.json: {' '.join(str(error).split())[:300]}") from None
-    return model, tokenizer
+    except RuntimeError as error:  # rows that are not those of so many heads
+        raise UserError(f"{folder} does not fit its config.json: {error}") from None
 
 
 def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
     """The configuration of a folder.
 
     Args:
-        theirs: its config.json, of `model_type` "llama", "qwen2_moe" or our own "minimind".
+        theirs: its config.json, of `model_type` "llama", "qwen2_moe" or our own, "minimind" and "minimind-v".
         state: its parameters; shared experts that are zero in every layer are none.
 
     Raises:
@@ -78,9 +94,9 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
         UserError: an architecture that MiniMind is not; the message names the field.
     """
     kind = theirs.get("model_type")
-    if kind == "minimind":
+    if kind in OUR_TYPES:
         names = LMConfig.attribute_map | {"rms_norm_eps": "norm_eps"}  # those of April 2025
-        return LMConfig.from_dict({names.get(name, name): value for name, value in theirs.items()})
+        return OUR_TYPES[kind].from_dict({names.get(name, name): value for name, value in theirs.items()})
     if kind not in ("llama", "qwen2_moe"):
         raise UserError(f"config.json says model_type {kind!r}: a MiniMind is a 'llama', a 'qwen2_moe' or a 'minimind'")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
@@ -133,7 +149,7 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
 
 
 def to_our_state(theirs: Mapping[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """The inverse of `to_their_state`, fp32.
+    """The parameters of a Llama or a Qwen2-MoE as MiniMind's, fp32: the inverse of `to_their_state`.
 
     Raises:
         UserError: a parameter that MiniMind has no place for and that is not neutral (a bias, a gate, another output
@@ -155,6 +171,8 @@ def to_our_state(theirs: Mapping[str, Tensor], config: LMConfig) -> dict[str, Te
             continue
         if ".shared_expert." in name and not config.n_shared_experts:
             continue
+        if name.rpartition(".")[2] in TABLES:
+            continue
         name = ".".join(OUR_NAME.get(part, part) for part in name.removeprefix("model.").split("."))
         if name.endswith("wq.weight"):
             value = interleaved(value, config.n_heads)
@@ -163,12 +181,13 @@ def to_our_state(theirs: Mapping[str, Tensor], config: LMConfig) -> dict[str, Te
         elif name.endswith("shared_experts.w2.weight"):
             value = value / 2
         state[name] = value
+    state["output.weight"] = state["tok_embeddings.weight"]
     return state
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / f"{WEIGHTS}.index.json"
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
     if files == [WEIGHTS] and not (folder / WEIGHTS).is_file() and (folder / "pytorch_model.bin").is_file():
         files = ["pytorch_model.bin"]
     state = {}
@@ -177,10 +196,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A json file of a folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: this is not a folder of a transformers model") from None
+        raise UserError(f"{path} is missing") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error})") from None

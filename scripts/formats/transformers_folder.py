@@ -21,7 +21,6 @@ from trainer.arguments import SAMPLING
 from trainer.errors import UserError
 from trainer.folder_layouts import WEIGHTS
 
-
 # ------------------------------------------------------------------------------------------------------- tensors
 
 
