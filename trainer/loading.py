@@ -28,7 +28,7 @@ SIZES = inspect.signature(LMConfig).parameters.keys()
 
 def load_for_inference(
     path: str | os.PathLike,
-    tokenizer: str | os.PathLike | None = None,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
     lora: str | os.PathLike | None = None,
     **sizes,
 ) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
@@ -37,8 +37,8 @@ def load_for_inference(
     Args:
         path: a file (.pth, .safetensors), or a folder of `transformers`, of type llama, qwen2_moe or minimind. What a
             flag names, as "full_sft", `find_weights` makes a path of.
-        tokenizer: its folder; None: the one in the folder of `path`, else the shipped one. It must be the one that the
-            weights were trained with, as far as a json or the folder tells.
+        tokenizer: its folder, or itself; None: the one in the folder of `path`, else the shipped one. It must be the
+            one that the weights were trained with, as far as a json or the folder tells.
         lora: the file of a LoRA adapter, to be merged into the weights.
         sizes: fields of LMConfig (dim, n_layers, n_heads, use_moe, …), for a downloaded file: what no json beside it
             and no shape of its tensors tells is otherwise as MiniMind2 had it. They are compared with what is told.
@@ -62,7 +62,9 @@ def load_for_inference(
 
 
 def load_vlm_for_inference(
-    path: str | os.PathLike, vision_model: str | os.PathLike, tokenizer: str | os.PathLike | None = None
+    path: str | os.PathLike,
+    vision_model: str | os.PathLike,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
 ) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
     """The same for a vision-language model, with what prepares images for it.
 
@@ -87,29 +89,36 @@ def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
 
     --dim, --n_layers and --use_moe always have a value: it is the model's only where no json tells better.
     """
-    path = _path_by_flags(args, STAGES)
+    path, tokenizer = _find_by_flags(args, STAGES)
     named = args.lora_name not in (None, "None")  # as old commands have it
     sizes = {}
     if path.is_file() and read_settings(path) is None:
         sizes = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
-    return load_for_inference(path, args.tokenizer, find_adapter(args.lora_name, args) if named else None, **sizes)
+    return load_for_inference(path, tokenizer, find_adapter(args.lora_name, args) if named else None, **sizes)
 
 
 def load_vlm_by_flags(args) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
     """What --model_mode, --load, --vision_model and the model flags name, by `load_vlm_for_inference`."""
-    return load_vlm_for_inference(_path_by_flags(args, VLM_STAGES), args.vision_model, args.tokenizer)
+    path, tokenizer = _find_by_flags(args, VLM_STAGES)
+    return load_vlm_for_inference(path, args.vision_model, tokenizer)
 
 
-def _open(path: str | os.PathLike, tokenizer: str | os.PathLike | None) -> tuple[Path, PreTrainedTokenizerBase]:
+def _open(
+    path: str | os.PathLike, tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None
+) -> tuple[Path, PreTrainedTokenizerBase]:
     """The weights' path, which is there, and the tokenizer that goes with them."""
     path = existing(Path(path))
     if path.is_dir():
         check_config(path)
-        tokenizer = tokenizer or path
-    return path, load_tokenizer(tokenizer)
+        tokenizer = path if tokenizer is None else tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = load_tokenizer(tokenizer)
+    return path, tokenizer
 
 
-def _path_by_flags(args, stages: tuple[str, ...]) -> Path:
+def _find_by_flags(args, stages: tuple[str, ...]) -> tuple[Path, PreTrainedTokenizerBase | None]:
+    """The weights' path, and the tokenizer that is named, if one is: a wrong one is told first of all."""
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.load == 1:
-        return require_folder(Path(args.out_dir))
-    return find_weights(stages[args.model_mode], args)
+        return require_folder(Path(args.out_dir)), tokenizer
+    return find_weights(stages[args.model_mode], args), tokenizer
