@@ -29,7 +29,7 @@ from trainer.metrics import Metrics
 from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
 def get_args():
@@ -41,7 +41,7 @@ def get_args():
         learning_rate=3e-4,
         warmup_iters=20,
     )
-    parser.add_argument("--from_weight", default="rlhf", help="stage (or .pth file) to start from")
+    parser.add_argument("--from_weight", default="rlhf", help="stage, .pth or folder to start from")
     parser.add_argument("--tag_weight", type=float, default=10.0, help="what a token of a tag counts, in tokens")
     return parser.parse_args()
 
@@ -98,7 +98,7 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
     checkpoint = Checkpoint(args, "reason", config, tokenizer, run, tag_weight=args.tag_weight)
-    model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
+    model = load_weights(find_weights(args.from_weight, args), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
     tags = tag_sequences(tokenizer)
 

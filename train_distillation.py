@@ -32,7 +32,7 @@ from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.teacher import load_teacher, teacher_logits
-from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
 def get_args():
@@ -43,8 +43,8 @@ def get_args():
         learning_rate=3e-4,
         warmup_iters=20,
     )
-    parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) the student starts from")
-    parser.add_argument("--teacher_weight", default="full_sft_768", help="weights in --out_dir, a .pth, or a folder")
+    parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder the student starts from")
+    parser.add_argument("--teacher_weight", default="full_sft_768", help="stage, name in --out_dir, .pth or folder")
     parser.add_argument("--alpha", type=float, default=0.0, help="share of the plain loss; the rest is the teacher's")
     parser.add_argument(
         "--temperature", type=positive_float, default=1.0, help="above 1 what the teacher holds less likely counts more"
@@ -82,11 +82,11 @@ def main():
     # Student and teacher
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
-    teacher = load_teacher(args.teacher_weight, args.out_dir, tokenizer, args.max_seq_len)
+    teacher = load_teacher(find_weights(args.teacher_weight, args), tokenizer, args.max_seq_len)
     facts = {name: getattr(args, name) for name in ("teacher_weight", "alpha", "temperature")}
     facts["teacher_hash"] = hash_weights(teacher.state_dict())
     checkpoint = Checkpoint(args, "full_dist", config, tokenizer, run, **facts)
-    model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
+    model = load_weights(find_weights(args.from_weight, args), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
     teacher.to(run.device)
 

@@ -39,7 +39,7 @@ from trainer.preference import (
 )
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
 def get_args():
@@ -52,7 +52,7 @@ def get_args():
         learning_rate=1e-5,
         warmup_iters=20,
     )
-    parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from, and reference")
+    parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder to start from, and reference")
     dpo = parser.add_argument_group("dpo")
     dpo.add_argument(
         "--beta", type=positive_float, default=0.1, help="strength of the pull towards the reference model"
@@ -93,7 +93,7 @@ def main():
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
-    start = weights_path(args, args.from_weight)
+    start = find_weights(args.from_weight, args)
     model = load_weights(start, config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
     start_hash = hash_weights(model.state_dict())

@@ -24,7 +24,7 @@ from trainer.metrics import Metrics
 from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
 def get_args():
@@ -35,7 +35,7 @@ def get_args():
         learning_rate=3e-4,
         warmup_iters=20,
     )
-    parser.add_argument("--from_weight", default="pretrain", help="stage (or .pth file) to start from")
+    parser.add_argument("--from_weight", default="pretrain", help="stage, .pth or folder to start from")
     return parser.parse_args()
 
 
@@ -48,7 +48,7 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
     checkpoint = Checkpoint(args, "full_sft", config, tokenizer, run)
-    model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
+    model = load_weights(find_weights(args.from_weight, args), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
 
     # Data

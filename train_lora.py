@@ -26,7 +26,7 @@ from trainer.metrics import Metrics
 from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
 def get_args():
@@ -38,7 +38,7 @@ def get_args():
         learning_rate=1e-3,
         warmup_iters=10,
     )
-    parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from")
+    parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder to start from")
     lora = parser.add_argument_group("lora")
     lora.add_argument("--lora_name", default="identity", help="names the adapter: out/lora/NAME_512.pth")
     lora.add_argument("--rank", type=positive_int, default=16, help="rank of the update (alpha / rank) B A")
@@ -64,7 +64,7 @@ def main():
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
-    base = weights_path(args, args.from_weight)
+    base = find_weights(args.from_weight, args)
     model = load_weights(base, config, tokenizer)
     model.gradient_checkpointing = args.gradient_checkpointing
     facts = {"base": base.name, "base_hash": base_hash(model)}

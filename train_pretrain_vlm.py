@@ -24,7 +24,7 @@ from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.vision import cache_features, image_data, load_vlm, open_vision
-from trainer.weights import build_config, load_tokenizer, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer
 
 
 def get_args():
@@ -37,7 +37,7 @@ def get_args():
         max_seq_len=640,
     )
     add_vision_arguments(parser, images_path=str(ROOT / "dataset" / "pretrain_images"))
-    parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from")
+    parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder to start from")
     parser.add_argument(
         "--unfreeze_last", type=non_negative_int, default=0, metavar="N", help="the last N blocks learn too"
     )
@@ -54,7 +54,7 @@ def main():
     config = build_config(args, tokenizer)
     vision = open_vision(args.vision_model)
     checkpoint = Checkpoint(args, "pretrain_vlm", config, tokenizer, run, vision_tower=vision.hash)
-    start = weights_path(args, args.from_weight)
+    start = find_weights(args.from_weight, args)
     model = load_vlm(start, config, tokenizer, vision, missing=("vision_proj.",)).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
     if args.unfreeze_last > config.n_layers:

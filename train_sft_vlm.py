@@ -25,7 +25,7 @@ from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.vision import cache_features, image_data, load_vlm, open_vision
-from trainer.weights import build_config, load_tokenizer, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer
 
 
 def get_args():
@@ -39,7 +39,7 @@ def get_args():
         max_seq_len=1536,
     )
     add_vision_arguments(parser, images_path=None)
-    parser.add_argument("--from_weight", default="pretrain_vlm", help="stage (or .pth file) to start from")
+    parser.add_argument("--from_weight", default="pretrain_vlm", help="stage, .pth or folder to start from")
     parser.add_argument("--multi", action=BooleanFlag, help="several images a line: other data, other weights")
     args = parser.parse_args()
     data, images = (
@@ -61,7 +61,7 @@ def main():
     vision = open_vision(args.vision_model)
     stage = "sft_vlm_multi" if args.multi else "sft_vlm"
     checkpoint = Checkpoint(args, stage, config, tokenizer, run, vision_tower=vision.hash)
-    model = load_vlm(weights_path(args, args.from_weight), config, tokenizer, vision).to(run.device)
+    model = load_vlm(find_weights(args.from_weight, args), config, tokenizer, vision).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
 
     # Data

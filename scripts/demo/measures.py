@@ -13,13 +13,13 @@ from scripts.demo.exam import answer, read_lines
 from scripts.demo.scoring import is_right
 from scripts.demo.settings import DATA
 from train_dpo import dpo_loss
+from trainer.arguments import SAMPLING
 from trainer.evaluation import evaluate
 from trainer.preference import evaluate_pairs, sum_per_answer
 from trainer.runtime import Runtime
 
 Opened = tuple[MiniMindLM, PreTrainedTokenizerBase]
 VOTES = 8
-SAMPLING = {"temperature": 0.85, "top_p": 0.85}  # as eval_model.py does
 
 
 def share_right(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, exam: str, max_new_tokens: int = 48) -> float:
@@ -103,7 +103,7 @@ def solve(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> Solved:
     greedy, _ = answer(model, tokenizer, questions, max_new_tokens=96)
     torch.manual_seed(0)
     asked = [question for question in questions for _ in range(VOTES)]
-    many, _ = answer(model, tokenizer, asked, 256, max_new_tokens=96, **SAMPLING)
+    many, _ = answer(model, tokenizer, asked, 256, **SAMPLING | {"max_new_tokens": 96})
     elected = [majority(many[first : first + VOTES])[0] for first in range(0, len(many), VOTES)]
     form = sum(map(is_well_formed, greedy))
     return Solved(len(lines), form, count_right(lines, greedy), count_right(lines, elected))
