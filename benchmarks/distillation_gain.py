@@ -13,7 +13,7 @@ from statistics import mean, stdev
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
-from scripts.demo.exam import open_model, run, state_of
+from scripts.demo.exam import identify_training, open_model, run
 from scripts.demo.measures import facts, held_out_loss
 from scripts.demo.settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
 from trainer.arguments import Parser, positive_int
@@ -41,7 +41,8 @@ def main():
     if args.lines:
         data = first_lines(data, args.lines, OUT / "distillation_gain" / f"first_{args.lines}.jsonl")
 
-    folder = OUT / "distillation_gain" / f"{state_of(start)}-{state_of(teacher)}"  # other weights, other results
+    # other weights, other results
+    folder = OUT / "distillation_gain" / f"{identify_training(start)}-{identify_training(teacher)}"
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in TRAININGS}
     for seed in range(1, args.seeds + 1):
         for name, ((script, *flags), written) in TRAININGS.items():

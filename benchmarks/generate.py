@@ -38,7 +38,7 @@ LENGTHS = (128, 1024, 4096)  # at which a single token is timed
 Measured = Callable[[], list[list[int]] | None]  # writes, and returns the tokens
 
 
-def peer_of(model: MiniMindLM, dtype: torch.dtype, device: torch.device):
+def build_peer(model: MiniMindLM, dtype: torch.dtype, device: torch.device):
     """transformers' class with the weights of `model`."""
     theirs = to_their_config(model.config)
     peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**theirs), dtype=dtype, attn_implementation="sdpa")
@@ -51,7 +51,7 @@ def peer_of(model: MiniMindLM, dtype: torch.dtype, device: torch.device):
 def contenders(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[str, Measured]:
     """What is timed, by name."""
     device, n = args.device, args.tokens
-    peer = peer_of(model, dtype, device)
+    peer = build_peer(model, dtype, device)
     own = MiniMindLM(model.config).to(device, dtype).eval()
     own.load_state_dict(model.state_dict())
     alone, together = (

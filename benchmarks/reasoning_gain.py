@@ -12,7 +12,7 @@ import json
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
 from model.reasoning import split_reasoning
-from scripts.demo.exam import open_model, read_lines, run, state_of
+from scripts.demo.exam import identify_training, open_model, read_lines, run
 from scripts.demo.measures import VOTES, Solved, solve, with_error
 from scripts.demo.settings import DATA, OUT, REASON, SIZE
 from trainer.arguments import Parser
@@ -35,7 +35,7 @@ def main():
     for weights in (OUT / "rlhf_256.pth", OUT / "reason_256.pth"):
         if not weights.exists():
             raise UserError(f"{weights} is missing: make demo-all makes it")
-    out = OUT / "reasoning_gain" / state_of(OUT / "rlhf_256.pth")  # another start, another comparison
+    out = OUT / "reasoning_gain" / identify_training(OUT / "rlhf_256.pth")  # another start, another comparison
     out.mkdir(parents=True, exist_ok=True)
     data = out / "answers_alone.jsonl"
     lines = without_thinking(read_lines(DATA / "r1_mix_1024.jsonl"))

@@ -43,7 +43,7 @@ def short_hash(parts: list) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def state_of(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> str:
+def fingerprint_file(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> str:
     """What tells one state of a file from another without reading 9 GB: size, time, and blocks from head to tail."""
     status = path.stat()
     content = hashlib.sha256()

@@ -94,10 +94,10 @@ def _cache(folder: Path) -> Cache | None:
     kind = "features" if folder.name.startswith("features-") else folder.name.split("-")[1]
     if kind not in ("features", "reference"):
         kind = f"tokens ({kind})"
-    return Cache(folder, _source_of(folder), kind, sum(status.st_size for status in files.values()), used)
+    return Cache(folder, _read_source(folder), kind, sum(status.st_size for status in files.values()), used)
 
 
-def _source_of(folder: Path) -> str:
+def _read_source(folder: Path) -> str:
     try:
         return json.loads((folder / ABOUT).read_text(encoding="ascii"))["source"]
     except (OSError, ValueError, LookupError, TypeError):  # of an earlier version: what the folder it lies in says

@@ -13,7 +13,7 @@ from dataset.shapes import HEAD_BYTES, foreign_file, foreign_first_line
 
 DATA_SETS = "https://huggingface.co/datasets/jingyaogong/minimind_dataset"
 EXCERPT_CHARS = 80
-MOST_TOLD = 20  # bad lines, or names of keys
+MOST_REPORTED = 20  # bad lines, or names of keys
 MOST_COUNTED = 1000  # names of keys: where a file has more, its keys are no names but data
 
 Ignored = Counter[str]  # how often each key that has no meaning here stands in the lines
@@ -77,7 +77,7 @@ class JsonlReader:
         bytes_read: bytes of the lines read so far.
         sha256: of these bytes, a hashlib object.
         bad_lines: how many lines were skipped.
-        told: "line 17: reason: first characters" of the first `MOST_TOLD` of them.
+        bad_reports: "line 17: reason: first characters" of the first `MOST_REPORTED` of them.
         ignored: how often each key that has no meaning here stands in the good lines.
 
     Raises:
@@ -92,7 +92,7 @@ class JsonlReader:
         self.bytes_read = 0
         self.sha256 = hashlib.sha256()
         self.bad_lines = 0
-        self.told: list[str] = []
+        self.bad_reports: list[str] = []
         self.ignored: Ignored = Counter()
         self._line = b""
 
@@ -115,7 +115,7 @@ class JsonlReader:
                     self._count(ignored)
                     yield record
         if not good:
-            found = f"{self.bad_lines} bad, the first: {self.told[0]}" if self.told else "all are blank"
+            found = f"{self.bad_lines} bad, the first: {self.bad_reports[0]}" if self.bad_reports else "all are blank"
             raise DataError(f"{self.path} has no good line; {found}")
 
     def _count(self, ignored: Ignored) -> None:
@@ -154,8 +154,8 @@ class JsonlReader:
         if not self.skip_bad_lines:
             raise DataError(f"{self.path}, {bad}")
         self.bad_lines += 1
-        if len(self.told) < MOST_TOLD:
-            self.told.append(bad)
+        if len(self.bad_reports) < MOST_REPORTED:
+            self.bad_reports.append(bad)
 
     def _reason(self, fault: Exception, number: int) -> str:
         if isinstance(fault, BadRecord):
@@ -192,10 +192,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def named_counts(ignored: Mapping[str, int]) -> str:
-    """The keys that were counted, the most frequent first: "id 60, source 60"; at most `MOST_TOLD`."""
+    """The keys that were counted, the most frequent first: "id 60, source 60"; at most `MOST_REPORTED`."""
     names = sorted(ignored, key=lambda name: (-ignored[name], name))
-    shown = [f"{name} {ignored[name]:,}" for name in names[:MOST_TOLD]]
-    return ", ".join(shown + [f"and {len(names) - MOST_TOLD:,} more"] * (len(names) > MOST_TOLD))
+    shown = [f"{name} {ignored[name]:,}" for name in names[:MOST_REPORTED]]
+    if len(names) > MOST_REPORTED:
+        shown.append(f"and {len(names) - MOST_REPORTED:,} more")
+    return ", ".join(shown)
 
 
 def excerpt(line: bytes, width: int = EXCERPT_CHARS) -> str:

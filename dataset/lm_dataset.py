@@ -154,7 +154,7 @@ class RowDataset(Dataset):
         if self.cache.ignored:
             parts.append(f"ignored keys: {named_counts(self.cache.ignored)}")
         if self.cache.bad_lines:
-            parts.append(f"{self.cache.bad_lines:,} bad lines skipped, the first: {self.cache.told[0]}")
+            parts.append(f"{self.cache.bad_lines:,} bad lines skipped, the first: {self.cache.bad_reports[0]}")
         return ", ".join(parts)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from dataset.cache_folder import flush_to_disk, short_hash, state_of, writable_root
+from dataset.cache_folder import fingerprint_file, flush_to_disk, short_hash, writable_root
 from dataset.jsonl import BadRecord, DataError, Ignored, JsonlReader, require_data_file
 from dataset.token_cache import fingerprint
 from model.images import ImageError, read_image
@@ -93,7 +93,7 @@ def check_pictures(
     """
     path = require_data_file(data_path)
     record = writable_root(path) / f"pictures-{short_hash([str(images_path.resolve())])}.json"
-    state, known = state_of(path), _read(record)
+    state, known = fingerprint_file(path), _read(record)
     if known["state"] == state:
         names = list(known["pictures"])
     else:

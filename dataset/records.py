@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from dataset.jsonl import BadRecord, Ignored
-from dataset.shapes import foreign_turn, shape_of
+from dataset.shapes import foreign_turn, recognise_shape
 from model.chat import IMAGE_MARKER
 from model.reasoning import with_thought
 
@@ -352,7 +352,7 @@ def _with_system(record: dict, chat: Turns) -> Turns:
 
 def _looks_like(record: dict) -> str:
     """What a line is that could not be read, to follow the reason."""
-    shape = shape_of(record)
+    shape = recognise_shape(record)
     return f" (this is {shape})" if shape else ""
 
 

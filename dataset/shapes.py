@@ -61,7 +61,7 @@ def foreign_turn(turn: dict) -> str | None:
     return None
 
 
-def shape_of(record: dict) -> str | None:
+def recognise_shape(record: dict) -> str | None:
     """What a JSON object is, of our forms or another, and what to do with it; None where that is not clear.
 
     Only for one that a stage could not read: it speaks of lines that want another stage, or other keys.

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from dataset.cache_folder import flush_to_disk, hold, open_cache, short_hash, state_of
+from dataset.cache_folder import fingerprint_file, flush_to_disk, hold, open_cache, short_hash
 from dataset.jsonl import DataError, Ignored, JsonlReader, require_data_file
 from model.tokenizer import tokenizer_hash
 
@@ -63,7 +63,7 @@ class TokenCache:
         if expected not in (None, self.data_sha256):
             raise ValueError(f"{folder} was made anew from other data")
         self.bad_lines: int = info["bad_lines"]
-        self.told: list[str] = info["told"]
+        self.bad_reports: list[str] = info["told"]
         self.ignored: dict[str, int] = info["ignored"]
         samples, tokens, note_bytes = (info[name] for name in ("samples", "tokens", "note_bytes"))
         self._tokens = self._map("tokens", info["dtype"], tokens)
@@ -140,7 +140,7 @@ def open_token_cache(
             cannot be written.
     """
     path = require_data_file(data_path)
-    state = state_of(path)
+    state = fingerprint_file(path)
     settings = short_hash([FORMAT, tokenizer_hash(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id])
 
     def load(folder: Path) -> TokenCache:
@@ -152,13 +152,13 @@ def open_token_cache(
         before = fingerprint(path)
         reader = JsonlReader(path, parse, skip_bad_lines)
         _build(folder, reader, encode, np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
-        if state_of(path) != state:
+        if fingerprint_file(path) != state:
             raise DataError(f"{path} changed while it was being read: start again")
         _write_json(before, folder / "fingerprint.json")
 
     cache = open_cache(path, state, f"{kind}-{settings}", load, build)
     if cache.bad_lines and not skip_bad_lines:
-        raise DataError(f"{path}, {cache.told[0]}")
+        raise DataError(f"{path}, {cache.bad_reports[0]}")
     return cache
 
 
@@ -227,7 +227,7 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
         "tokens": writer.tokens,
         "note_bytes": writer.note_bytes,
         "bad_lines": reader.bad_lines,
-        "told": reader.told,
+        "told": reader.bad_reports,
         "ignored": reader.ignored,
         "data_sha256": reader.sha256.hexdigest(),
     }

@@ -115,12 +115,12 @@ def _guards(tokenizer: PreTrainedTokenizerFast) -> dict[str, re.Pattern]:
     An answer may use the tags (`<think>`, …) but no special token; what others write may use neither.
     """
     added = tokenizer.added_tokens_decoder.values()
-    every = _any_of(token.content for token in added)
-    special = _any_of(token.content for token in added if token.special)
+    every = _match_any(token.content for token in added)
+    special = _match_any(token.content for token in added if token.special)
     return {"system": every, "user": every, "assistant": special}
 
 
-def _any_of(literals: Iterable[str]) -> re.Pattern:
+def _match_any(literals: Iterable[str]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, literals)))
 
 

@@ -52,7 +52,7 @@ def is_chosen(cache: Cache, args, now: float) -> bool:
     return old and (args.name is None or args.name in Path(cache.source).name)
 
 
-def line_of(cache: Cache, status: str, now: float) -> str:
+def format_line(cache: Cache, status: str, now: float) -> str:
     days = (now - cache.used) / DAY
     return f"{human_size(cache.bytes):>10}  {days:6.1f}  {status:<10}  {cache.kind:<18}  {cache.source}"
 
@@ -69,7 +69,7 @@ def main():
         else:
             status = "freed" if free(cache) else "in use"
         total += cache.bytes * (status != "in use" or args.action == "list")
-        print(line_of(cache, status, now))
+        print(format_line(cache, status, now))
     print(f"{human_size(total):>10}  {'in all' if args.action == 'list' else 'freed'}")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the packages)
 
-from scripts.serving.client import answer_parts, models_at, open_client, reason_of
+from scripts.serving.client import answer_parts, explain_failure, models_at, open_client
 from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_int, seed, text
 from trainer.errors import UserError, run_main
 from trainer.talk import piped_lines, typed_line
@@ -174,7 +174,7 @@ def main():
         except KeyboardInterrupt:
             print("(stopped)")
         except (openai.APIError, UserError) as error:
-            why = reason_of(error, args.base_url) if isinstance(error, openai.APIError) else str(error)
+            why = explain_failure(error, args.base_url) if isinstance(error, openai.APIError) else str(error)
             print(f"error: {why.translate(UNPRINTABLE)}", file=sys.stderr)
 
 

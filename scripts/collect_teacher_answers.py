@@ -25,7 +25,7 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the packages)
 
-from scripts.serving.client import open_client, reason_of
+from scripts.serving.client import explain_failure, open_client
 from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_float, positive_int, text
 from trainer.errors import UserError, print_notice, run_main
 
@@ -68,7 +68,7 @@ def get_args():
     return parser.parse_args()
 
 
-def key_of(chat: Chat) -> bytes:
+def chat_key(chat: Chat) -> bytes:
     """Tells one question from another."""
     return hashlib.sha256(json.dumps(chat).encode()).digest()[:16]
 
@@ -127,7 +127,7 @@ class AnswerFile:
         for line in self._file.readlines():
             try:
                 record = json.loads(line)
-                yield key_of(record.pop("conversations")[:-1]), line, record == self.made_by
+                yield chat_key(record.pop("conversations")[:-1]), line, record == self.made_by
             except (ValueError, KeyError, TypeError, AttributeError):
                 yield b"", line, False
 
@@ -146,7 +146,7 @@ class AnswerFile:
         except OSError as error:
             self._file.truncate(size)
             raise UserError(f"cannot write {self.path}: {error.strerror or error}; make room and start again") from None
-        self.answered[key_of(chat)] += 1
+        self.answered[chat_key(chat)] += 1
 
     def sort(self, questions: Iterator[Chat]) -> None:
         """Put the lines into the order of the questions; those whose question is there no longer stand at the end."""
@@ -157,7 +157,7 @@ class AnswerFile:
             lines[key].append(line)
         self._file.close()  # Windows replaces no open file
         with replacing(self.path) as temporary, open(temporary, "wb") as file:
-            for key in map(key_of, questions):
+            for key in map(chat_key, questions):
                 if lines[key]:
                     file.write(lines[key].popleft())
             for rest in lines.values():
@@ -240,7 +240,7 @@ def parse_text(content) -> str:
         raise NoAnswer("it holds half a character") from None
 
 
-def answer_of(completion, thinking: bool) -> str:
+def extract_answer(completion, thinking: bool) -> str:
     """The text to learn from a chat completion.
 
     Raises:
@@ -289,19 +289,19 @@ def main():
             has_system = chat[0]["role"] == "system"
             yield chat if has_system or not args.system else [{"role": "system", "content": args.system}, *chat]
 
-    asked = Counter(map(key_of, questions()))  # also shows a bad line before the first question is asked
+    asked = Counter(map(chat_key, questions()))  # also shows a bad line before the first question is asked
     if reader.ignored:
         print_notice(f"{args.questions}: ignored keys: {named_counts(reader.ignored)}")
     if reader.bad_lines:
-        print_notice(f"{args.questions}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
+        print_notice(f"{args.questions}: {reader.bad_lines:,} bad lines skipped, the first: {reader.bad_reports[0]}")
     answers = AnswerFile(args.answers, made_by, asked)
     found = answers.answered.total()
 
     def pending() -> Iterator[Chat]:
         there = answers.answered.copy()
         for chat in questions():
-            there[key_of(chat)] -= 1
-            if there[key_of(chat)] < 0:
+            there[chat_key(chat)] -= 1
+            if there[chat_key(chat)] < 0:
                 yield chat
 
     given = {"temperature": args.temperature, "max_tokens": args.max_tokens}
@@ -315,10 +315,10 @@ def main():
                 try:
                     completion = await client.chat.completions.create(model=args.model, messages=sent, **settings)
                 except openai.APIConnectionError as error:
-                    raise NoAnswer(reason_of(error, args.base_url)) from None
+                    raise NoAnswer(explain_failure(error, args.base_url)) from None
                 except ValueError as error:  # the client reads as JSON whatever calls itself so
                     raise NoAnswer(f"the endpoint sent no JSON ({error})") from None
-                return answer_of(completion, args.thinking)
+                return extract_answer(completion, args.thinking)
 
             return await ask_all(pending(), ask, answers, args.concurrency, args.give_up_after, progress)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model import MiniMindLM
 from model.model_lora import load_lora
-from scripts.demo.exam import open_model, run, state_of
+from scripts.demo.exam import identify_training, open_model, run
 from scripts.demo.first_model import make_model
 from scripts.demo.measures import (
     Opened,
@@ -56,8 +56,8 @@ class Stage(NamedTuple):
         """Tells one training of its weights, and of those that they came from, from another."""
         sources = [name for name in (self.start, self.teacher) if name]
         return {
-            "began": "-".join(state_of(OUT / f"{name}.pth") for name in sources),
-            "trained": state_of(OUT / f"{self.end}.pth"),
+            "began": "-".join(identify_training(OUT / f"{name}.pth") for name in sources),
+            "trained": identify_training(OUT / f"{self.end}.pth"),
         }
 
 

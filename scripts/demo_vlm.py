@@ -20,7 +20,7 @@ from scripts.demo.first_model import EXAMS
 from scripts.demo.scoring import tally
 from scripts.demo.settings import DATA, OUT
 from scripts.demo.vision_exam import look, shares, shuffled
-from scripts.make_demo_data import digest_of
+from scripts.make_demo_data import file_digest
 from trainer.arguments import Parser
 from trainer.device import pick_device
 from trainer.errors import run_main
@@ -94,7 +94,7 @@ def main():
     started = time.monotonic()
     run("scripts/make_demo_images.py", "--out_dir", str(DATA), *PICTURES)
     data = ("--images_path", str(DATA / "images"), "--data_path")
-    shown = {"pictures": digest_of(DATA / "images" / "manifest.json")}
+    shown = {"pictures": file_digest(DATA / "images" / "manifest.json")}
     seen = OUT / "clip" / "seen.json"  # which pictures the tower there has learned from
     if not seen.is_file() or json.loads(seen.read_text(encoding="utf-8")) != shown:
         captions, exam = str(DATA / "clip_captions.jsonl"), str(DATA / "eval_clip.jsonl")

@@ -76,7 +76,7 @@ def guess_stage(path: Path) -> str:
         UserError: none does.
     """
     from dataset.jsonl import JsonlReader
-    from dataset.shapes import shape_of
+    from dataset.shapes import recognise_shape
 
     lines = iter(JsonlReader(path, lambda record, ignored: record, skip_bad_lines=True))
     record = next(lines)
@@ -89,7 +89,7 @@ def guess_stage(path: Path) -> str:
         return "vlm"
     if "conversations" in record:
         return "reason" if any(sign in str(record) for sign in ("<think>", "reasoning_content")) else "sft"
-    shape = shape_of(record)
+    shape = recognise_shape(record)
     raise UserError(f"{path}: no stage learns from such lines" + (f" (this is {shape})" if shape else ""))
 
 
@@ -172,11 +172,11 @@ def show_samples(data, spelling: Spelling, count: int, seed: int | None) -> None
                 name += (", chosen", ", rejected")[side]
             of = f" of {whole:,}" if whole > len(ids) else ""
             print(f"--- {name}: {len(ids):,}{of} tokens, {learned.sum():,} learned")
-            text = spelling.write(ids.tolist(), learned.tolist(), pictures_of(data, sample))
+            text = spelling.write(ids.tolist(), learned.tolist(), locate_pictures(data, sample))
             print(text.removesuffix("\n"), end="\n\n")
 
 
-def pictures_of(data, sample: int) -> dict[int, tuple[str, int]]:
+def locate_pictures(data, sample: int) -> dict[int, tuple[str, int]]:
     """The name of each picture of a sample, and how many places it takes, by its first place."""
     extra = data.cache.note(sample)
     if not extra:
@@ -191,9 +191,9 @@ def report(data) -> None:
     pieces, lengths = data.pieces, data.cache.lengths
     if data.cache.bad_lines:
         print(f"{data.cache.bad_lines:,} bad lines:")
-        print(*(f"  {line}" for line in data.cache.told), sep="\n")
-        if data.cache.bad_lines > len(data.cache.told):
-            print(f"  and {data.cache.bad_lines - len(data.cache.told):,} more")
+        print(*(f"  {line}" for line in data.cache.bad_reports), sep="\n")
+        if data.cache.bad_lines > len(data.cache.bad_reports):
+            print(f"  and {data.cache.bad_lines - len(data.cache.bad_reports):,} more")
     print(data.summary)
     print(f"lines: {len(lengths) // data.group + data.cache.bad_lines:,}")
     learned = sum(int(data.cache.targets(*piece)[1:].sum()) for piece in zip(*pieces, strict=True))

@@ -298,7 +298,7 @@ def check_ours(digests: dict[str, str | None], folder: Path) -> dict[str, str]:
         UserError: one is there that this script did not write, or that was changed since.
     """
     ours = read_manifest(folder / "manifest.json")
-    there = {name: digest_of(folder / name) for name in digests if os.path.lexists(folder / name)}
+    there = {name: file_digest(folder / name) for name in digests if os.path.lexists(folder / name)}
     for name, digest in there.items():
         if digest is None or digest not in (ours.get(name), digests[name]):
             raise UserError(
@@ -335,7 +335,7 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def digest_of(path: Path) -> str | None:
+def file_digest(path: Path) -> str | None:
     """The SHA-256 of a file; None of what is not a file."""
     return sha256(path.read_bytes()) if path.is_file() else None
 

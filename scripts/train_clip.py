@@ -154,7 +154,7 @@ def read_lines(path: Path, parse: Callable[[dict, Ignored], tuple], args) -> lis
     if reader.ignored:
         print_notice(f"{path}: ignored keys: {named_counts(reader.ignored)}")
     if reader.bad_lines:
-        print(f"{path}: {reader.bad_lines:,} bad lines skipped, the first: {reader.told[0]}")
+        print(f"{path}: {reader.bad_lines:,} bad lines skipped, the first: {reader.bad_reports[0]}")
     return lines
 
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.jsonl import BadRecord, Ignored, JsonlReader, named_counts
 from dataset.records import parse_chat, parse_image_chat, parse_pair, parse_text
-from dataset.shapes import shape_of
+from dataset.shapes import recognise_shape
 from model.chat import render_chat
 from model.chat_template import CHAT_TEMPLATE
 from model.tokenizer import token_bytes
@@ -53,7 +53,7 @@ def stream_texts(record: dict, ignored: Ignored) -> list[str]:
     elif "conversations" in record:
         chats = (parse_chat(record, ignored),)
     else:
-        shape = shape_of(record)
+        shape = recognise_shape(record)
         raise BadRecord(
             'neither "text" nor "conversations" nor "chosen" and "rejected"' + (f" (this is {shape})" if shape else "")
         )
@@ -114,7 +114,7 @@ def verify(tokenizer: PreTrainedTokenizerFast) -> None:
         raise UserError("its chat template lays a chat out in another way than model/chat.py")
 
 
-def kind_of(path: Path, text: str) -> str | None:
+def detect_kind(path: Path, text: str) -> str | None:
     """'Chinese', 'English' or 'Chinese medical': the classes whose characters per token are reported."""
     chinese = sum("\u4e00" <= char <= "\u9fff" for char in text)
     if chinese > 0.3 * len(text):
@@ -126,7 +126,7 @@ def characters_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[tup
     """Characters divided by tokens, of each kind of text."""
     characters, tokens = defaultdict(int), defaultdict(int)
     for path, text in texts:
-        if kind := kind_of(path, text):
+        if kind := detect_kind(path, text):
             characters[kind] += len(text)
             tokens[kind] += len(tokenizer.encode(text, add_special_tokens=False))
     return {kind: characters[kind] / tokens[kind] for kind in sorted(characters)}

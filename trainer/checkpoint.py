@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.lm_dataset import RowDataset
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
-from trainer.device import index_of, random_state, set_random_state
+from trainer.device import device_ids, random_state, set_random_state
 from trainer.errors import UserError
 from trainer.files import (
     file_hash,
@@ -31,7 +31,7 @@ from trainer.files import (
 )
 from trainer.parallel import full_state_dict, plain_model, require_same_weights
 from trainer.resume_files import seal, unseal
-from trainer.run_lock import lock_run, owner_of
+from trainer.run_lock import lock_run, read_owner
 from trainer.runtime import Runtime, Totals
 from trainer.weights import architecture, weights_path
 
@@ -292,7 +292,7 @@ class Checkpoint:
                 if value != settings[0].get(name):
                     raise UserError(f"rank {rank} has {name} {value}, and rank 0 has {settings[0].get(name)}")
 
-        if self.settings["zero_stage"] and self.runtime.first_that_differs(owner_of(self.folder)):
+        if self.settings["zero_stage"] and self.runtime.first_that_differs(read_owner(self.folder)):
             raise UserError(
                 f"{self.folder} is another folder on another machine, and DeepSpeed's ZeRO keeps a part of each rank "
                 "there: give all machines one --out_dir that they share"
@@ -337,4 +337,4 @@ class Checkpoint:
 
 def _wait(runtime: Runtime) -> None:
     if runtime.world_size > 1:
-        dist.barrier(device_ids=index_of(runtime.device))
+        dist.barrier(device_ids=device_ids(runtime.device))

@@ -54,7 +54,7 @@ def default_dtype(device: torch.device) -> str:
     return "float32"  # as exact as any, on what nobody here has measured
 
 
-def index_of(device: torch.device) -> list[int] | None:
+def device_ids(device: torch.device) -> list[int] | None:
     """This rank's accelerator as `DistributedDataParallel` and `barrier` want it; None for the CPU, which all share."""
     return None if device.type == "cpu" else [device.index]
 

@@ -18,7 +18,7 @@ class Place(NamedTuple):
     launched: bool = False
 
 
-def place_of(environment: Mapping[str, str]) -> Place:
+def read_place(environment: Mapping[str, str]) -> Place:
     """The place that the environment names; without a launcher a process is alone.
 
     Raises:

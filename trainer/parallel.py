@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from model.fingerprint import hash_weights
-from trainer.device import index_of
+from trainer.device import device_ids
 from trainer.errors import UserError
 from trainer.runtime import Runtime
 
@@ -42,7 +42,7 @@ def wrap_model(
         scaler = DeepSpeedScaler(model, scaler)
         runtime.engine += f", DeepSpeed ZeRO-{model.zero_optimization_stage()} on {runtime.world_size} processes"
     elif runtime.world_size > 1:
-        model = DistributedDataParallel(model, device_ids=index_of(runtime.device))
+        model = DistributedDataParallel(model, device_ids=device_ids(runtime.device))
         runtime.engine += f", DDP on {runtime.world_size} processes"
     return model, optimizer, scaler
 

@@ -18,7 +18,7 @@ def seal(folder: Path, state: dict, hashes: dict[str, str]) -> None:
         state: JSON values, without a key "sha256".
         hashes: the SHA-256 of every other file that is read to go on, by its path in the folder.
     """
-    save_json(state | {"sha256": hashes | {STATE: _hash_of(state, hashes)}}, folder / STATE)
+    save_json(state | {"sha256": hashes | {STATE: _hash_state(state, hashes)}}, folder / STATE)
 
 
 def unseal(folder: Path, run: Runtime) -> dict:
@@ -37,7 +37,7 @@ def unseal(folder: Path, run: Runtime) -> dict:
     if "sha256" not in state:
         return state
     hashes = state.pop("sha256")
-    if hashes.pop(STATE) != _hash_of(state, hashes):
+    if hashes.pop(STATE) != _hash_state(state, hashes):
         raise _damaged(folder / STATE)
     for name, expected in hashes.items():
         _require(folder / name, run)
@@ -46,7 +46,7 @@ def unseal(folder: Path, run: Runtime) -> dict:
     return state
 
 
-def _hash_of(state: dict, hashes: dict[str, str]) -> str:
+def _hash_state(state: dict, hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([state, hashes]).encode()).hexdigest()
 
 

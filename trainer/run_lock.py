@@ -36,10 +36,10 @@ def lock_run(folder: Path, weights: Path) -> BinaryIO | None:
         return None
     except OSError as error:
         raise write_error(folder, error) from error
-    raise UserError(f"{weights} is being written by another run (process {owner_of(folder) or 'unknown'})")
+    raise UserError(f"{weights} is being written by another run (process {read_owner(folder) or 'unknown'})")
 
 
-def owner_of(folder: Path) -> str | None:
+def read_owner(folder: Path) -> str | None:
     """The process whose run writes to a folder, or has written there last."""
     owner = folder / OWNER
     return owner.read_text(encoding="utf-8") if owner.is_file() else None

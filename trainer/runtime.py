@@ -16,7 +16,7 @@ from model.loss import target_mask
 from trainer.arguments import deepspeed_config
 from trainer.device import DTYPES, default_dtype, moved, pick_device
 from trainer.errors import UserError
-from trainer.launcher import place_of
+from trainer.launcher import read_place
 from trainer.signals import StopSignals, terminal_may_go
 
 
@@ -135,7 +135,7 @@ def start_runtime(args) -> Runtime:
         UserError: no such device, or another rank's; --deepspeed without a launcher; half a launcher's environment;
             the processes do not find each other.
     """
-    place = place_of(os.environ)
+    place = read_place(os.environ)
     device = pick_device(args.device, place.local_rank or 0)
     if place.world_size > 1 and device.type == "mps":
         raise UserError("--device mps: a Mac's GPU cannot be shared by processes; leave the launcher out")

@@ -37,7 +37,7 @@ def read_lines(path: Path) -> list[dict]:
         return [json.loads(line) for line in file]
 
 
-def state_of(weights: Path) -> str:
+def identify_training(weights: Path) -> str:
     """Tells one training of these weights from another, by the json beside them; empty where there is none."""
     about = weights.with_suffix(".json")
     return hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about.is_file() else ""

@@ -71,7 +71,7 @@ def open_client(base_url: str, api_key: str, asynchronous: bool = False, **setti
     return client(base_url=base_url, api_key=api_key, http_client=http_client, **settings)
 
 
-def reason_of(error: Exception, base_url: str) -> str:
+def explain_failure(error: Exception, base_url: str) -> str:
     """What an `openai.APIError` says, why, and which proxy it came through."""
     text = f"{error} ({error.__cause__})" if str(error.__cause__ or "") else str(error)
     through = proxy_variable(base_url)

@@ -93,8 +93,8 @@ def test_skip_bad_lines_counts_every_bad_line_and_keeps_every_good_one(tmp_path)
 
     assert list(reader) == ["good"] * len(BAD_LINES)
     assert reader.bad_lines == len(BAD_LINES)
-    assert reader.told[0] == f"line 1: {BAD_LINES[0][1]}: {BAD_LINES[0][0].decode()}"
-    assert len(reader.told) == 20
+    assert reader.bad_reports[0] == f"line 1: {BAD_LINES[0][1]}: {BAD_LINES[0][0].decode()}"
+    assert len(reader.bad_reports) == 20
     assert reader.bytes_read == reader.path.stat().st_size
 
 

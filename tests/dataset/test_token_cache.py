@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from dataset import token_cache
-from dataset.cache_folder import state_of
+from dataset.cache_folder import fingerprint_file
 from dataset.jsonl import DataError
 from dataset.records import parse_text
 from dataset.token_cache import open_token_cache, sha256_of
@@ -74,7 +74,7 @@ def test_samples_come_back_whole_and_in_part(open_it, tiny_tokenizer):
     assert cache.ids(3, 2, 4).tolist() == expected[3][2:6]
     assert cache.targets(3, 2, 4).tolist() == [True] * 4
     assert cache.first_target.tolist() == [1] * 30
-    assert (cache.bad_lines, cache.told, cache.ignored, cache.note(0)) == (0, [], {}, None)
+    assert (cache.bad_lines, cache.bad_reports, cache.ignored, cache.note(0)) == (0, [], {}, None)
 
 
 @pytest.mark.parametrize("vocabulary", [600, 70_000])
@@ -176,9 +176,9 @@ def between_blocks(path, new=b"Y"):
 
 def test_an_edit_that_no_sample_shows_is_read_anew(large, open_it, capsys):
     first = open_it(encode=few).data_sha256
-    state = state_of(large)
+    state = fingerprint_file(large)
     between_blocks(large)
-    assert state_of(large) == state
+    assert fingerprint_file(large) == state
     second = open_it(encode=few)
     assert second.data_sha256 == hashlib.sha256(large.read_bytes()).hexdigest() != first
     assert "was edited, with its size and time as before" in capsys.readouterr().err
@@ -408,7 +408,7 @@ def test_bad_lines_stop_the_run_or_are_counted_with_one_cache_for_both(data, ope
 
     cache = open_it(skip_bad_lines=True)
     assert (len(cache), cache.bad_lines) == (30, 2)
-    assert cache.told[0].startswith("line 6: not valid JSON")
+    assert cache.bad_reports[0].startswith("line 6: not valid JSON")
     with pytest.raises(DataError, match=r"texts\.jsonl, line 6: not valid JSON"):
         open_it(parse=must_not_run)
     assert open_it(skip_bad_lines=True, parse=must_not_run).bad_lines == 2

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from dataset import SFTDataset
-from scripts.collect_teacher_answers import AnswerFile, key_of
+from scripts.collect_teacher_answers import AnswerFile, chat_key
 from tests.conftest import write_jsonl
 from tests.running import PATIENCE, ROOT, call_script
 from tests.scripts.openai_double import http_server
@@ -369,11 +369,11 @@ def test_a_bad_line_stops_before_the_first_question(endpoint, tmp_path, capsys):
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(endpoint, questions, tmp_path, capsys, monkeypatch):
-    from scripts.collect_teacher_answers import AnswerFile, key_of
+    from scripts.collect_teacher_answers import AnswerFile, chat_key
     from trainer.errors import UserError
 
     chat = [{"role": "user", "content": "hi"}]
-    answers = AnswerFile(tmp_path / "a.jsonl", {"model": "big"}, Counter([key_of(chat)] * 2))
+    answers = AnswerFile(tmp_path / "a.jsonl", {"model": "big"}, Counter([chat_key(chat)] * 2))
     answers.add(chat, "one")
     before = (tmp_path / "a.jsonl").read_bytes()
 
@@ -416,7 +416,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, error)
 
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
     chat = [{"role": "user", "content": "x"}]
-    answers = AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter([key_of(chat)]))
+    answers = AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter([chat_key(chat)]))
     answers.add(chat, "y")
     answers.sort(iter([chat]))
     assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["conversations"][1]["content"] == "y"

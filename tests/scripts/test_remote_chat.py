@@ -11,11 +11,11 @@ from scripts.chat_openai_api import show
 from scripts.serving.client import (
     answer_parts,
     check_address,
+    explain_failure,
     is_this_machine,
     models_at,
     open_client,
     proxy_variable,
-    reason_of,
 )
 from tests.running import call_script, free_port
 from tests.scripts.openai_double import openai_double
@@ -121,10 +121,12 @@ def test_which_variable_sends_an_address_through_a_proxy(set_to, address, found,
 def test_why_there_is_no_answer(monkeypatch):
     failed = RuntimeError("Connection error.")
     failed.__cause__ = OSError("nobody there")
-    assert reason_of(failed, ELSEWHERE) == "Connection error. (nobody there)"
-    assert reason_of(RuntimeError("no"), ELSEWHERE) == "no"
+    assert explain_failure(failed, ELSEWHERE) == "Connection error. (nobody there)"
+    assert explain_failure(RuntimeError("no"), ELSEWHERE) == "no"
     monkeypatch.setenv("http_proxy", "http://a:1")
-    assert reason_of(failed, ELSEWHERE) == "Connection error. (nobody there), asked through the proxy of http_proxy"
+    assert (
+        explain_failure(failed, ELSEWHERE) == "Connection error. (nobody there), asked through the proxy of http_proxy"
+    )
 
 
 def test_collecting_names_the_proxy(tmp_path, monkeypatch, capsys):

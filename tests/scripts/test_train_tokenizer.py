@@ -12,7 +12,7 @@ from dataset.jsonl import BadRecord
 from model.chat import render_chat
 from model.tokenizer import StreamDecoder, token_bytes
 from model.tokenizer_check import PROBES
-from scripts.train_tokenizer import is_held_out_text, kind_of, stream_texts, verify
+from scripts.train_tokenizer import detect_kind, is_held_out_text, stream_texts, verify
 from tests.conftest import SENTENCES, train_tokenizer, write_jsonl
 from tests.running import ROOT, call_script, one_error_line, run_script
 from trainer.errors import UserError
@@ -160,10 +160,10 @@ def test_a_tenth_is_kept_aside_whatever_file_a_text_is_in():
 
 
 def test_text_is_classed_by_its_characters(tmp_path):
-    assert kind_of(tmp_path / "a.jsonl", "你好，world。再见") == "Chinese"
-    assert kind_of(tmp_path / "lora_medical.jsonl", "头疼怎么办") == "Chinese medical"
-    assert kind_of(tmp_path / "lora_medical.jsonl", "headache") == "English"
-    assert kind_of(tmp_path / "a.jsonl", "naïve") is None
+    assert detect_kind(tmp_path / "a.jsonl", "你好，world。再见") == "Chinese"
+    assert detect_kind(tmp_path / "lora_medical.jsonl", "头疼怎么办") == "Chinese medical"
+    assert detect_kind(tmp_path / "lora_medical.jsonl", "headache") == "English"
+    assert detect_kind(tmp_path / "a.jsonl", "naïve") is None
 
 
 # ----------------------------------------------------------------------------------------------------- verify

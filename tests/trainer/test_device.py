@@ -13,7 +13,7 @@ from model.loss import next_token_loss, target_mask
 from tests.model.networks import network
 from tests.trainer.accelerators import OnMac, pretend, pretend_random
 from trainer import device as devices
-from trainer.device import default_dtype, index_of, moved, pick_device, random_state, set_random_state
+from trainer.device import default_dtype, device_ids, moved, pick_device, random_state, set_random_state
 from trainer.errors import UserError
 from trainer.schedule import make_optimizer
 
@@ -98,9 +98,9 @@ def test_what_nobody_has_measured_trains_in_float32(kind, monkeypatch):
 
 
 def test_the_cpu_is_shared_by_ranks_and_an_accelerator_is_not():
-    assert index_of(CPU) is None
-    assert index_of(torch.device("cpu:0")) is None
-    assert index_of(torch.device("xpu:1")) == [1]
+    assert device_ids(CPU) is None
+    assert device_ids(torch.device("cpu:0")) is None
+    assert device_ids(torch.device("xpu:1")) == [1]
 
 
 @pytest.mark.parametrize(("kind", "waits"), [("cpu", True), ("cuda", False), ("mps", True), ("xpu", True)])

@@ -3,7 +3,7 @@
 import pytest
 
 from trainer.errors import UserError
-from trainer.launcher import Place, place_of
+from trainer.launcher import Place, read_place
 
 # what torchrun tells the second of two processes
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -25,7 +25,7 @@ def without(*names: str, **changes: str) -> dict[str, str]:
     ],
 )
 def test_a_place(environment, place):
-    assert place_of(environment) == place
+    assert read_place(environment) == place
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_place(environment, place):
 )
 def test_half_a_place(environment, told):
     with pytest.raises(UserError, match=told):
-        place_of(environment)
+        read_place(environment)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_half_a_place(environment, told):
 )
 def test_copies_that_know_nothing_of_each_other_are_told(name, launcher, capsys, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    assert place_of({name: "1"}) == Place()
+    assert read_place({name: "1"}) == Place()
     assert capsys.readouterr().err == ""
-    assert place_of({name: "4"}) == Place()
+    assert read_place({name: "4"}) == Place()
     assert capsys.readouterr().err.startswith(f"{launcher} has started 4 copies of this, and each trains alone")
-    place_of(WHOLE | {name: "4"})  # srun has started torchrun
+    read_place(WHOLE | {name: "4"})  # srun has started torchrun
     assert capsys.readouterr().err == ""
