@@ -344,3 +344,21 @@ def test_features_are_computed_once_and_anew_for_a_changed_image(tmp_path, clip_
     Image.new("L", (5, 4), 200).save(folder / "b.png")
     assert features("b.png", "a.png")[:, 0, 0].tolist() == [200, 100]
     assert encoded == [2, 2]
+    features("a.png")
+    open_feature_cache(["a.png"], folder, load, encode, "another tower")
+    assert encoded == [2, 2, 1, 1]
+
+
+def test_an_image_painted_over_is_seen_anew_by_its_files_size_or_time(tmp_path):
+    def features() -> float:
+        def load(name):
+            return torch.full((1, 3, 4, 4), float(np.asarray(Image.open(tmp_path / "images" / name))[0, 0]))
+
+        return open_feature_cache(["a.bmp"], file.parent, load, lambda pixels: pixels[:, 0], "tower").of(["a.bmp"])
+
+    file = tmp_path / "images" / "a.bmp"
+    file.parent.mkdir()
+    for second, side, grey in ((1, 4, 100), (2, 4, 200), (2, 8, 50)):
+        Image.new("L", (side, side), grey).save(file)
+        os.utime(file, (second, second))
+        assert features().unique().tolist() == [grey]

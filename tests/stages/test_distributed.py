@@ -187,6 +187,16 @@ def test_gradients_are_clipped(pretrain, ddp, tmp_path, stage):
     assert min(line["grad_norm"] for line in reports(tmp_path)) > 0.5  # it is told as it was before
 
 
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_gradients_below_the_limit_are_left_alone(pretrain, ddp, tmp_path, stage):
+    """Muon's and AdamW's steps depend on how the gradients of several steps compare."""
+    flags = (*TWENTY_STEPS, "--max_steps", "6", "--grad_clip", "100")
+    pretrain(tmp_path / "ddp", *flags, processes=2)
+    pretrain(tmp_path / "zero", *flags, "--deepspeed", "--zero_stage", stage, processes=2)
+    assert min(line["grad_norm"] for line in reports(tmp_path / "ddp")) > 1, "the test needs gradients to clip"
+    assert distance(weights(tmp_path / "zero"), weights(tmp_path / "ddp")) < 1e-4
+
+
 def test_a_mixture_of_experts_with_deepspeed(pretrain, tmp_path):
     flags = (*FOUR_STEPS, "--use_moe")
     pretrain(tmp_path / "ddp", *flags, processes=2)
