@@ -75,6 +75,9 @@ def test_pictures_are_shown_by_name(inspect, tmp_path, clip_dir):
         ({"text": "a text"}, "pretrain has it (PretrainDataset)"),
         (chat("q", "a"), "sft has it (SFTDataset)"),
         (chat("q", "<think>\na\n</think>\n<answer>\nb\n</answer>"), "reason has it (SFTDataset)"),
+        (chat("q", "a", reasoning_content="b"), "reason has it (SFTDataset)"),
+        (chat("q", "a") | {"image": ""}, "sft has it (SFTDataset)"),
+        (chat("q", "a") | {"image": None}, "sft has it (SFTDataset)"),
     ],
 )
 def test_the_stage_is_told_by_the_first_line(inspect, line, stage):

@@ -5,6 +5,8 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from scripts.demo.scenes import (
     invent,
     is_held_out,
 )
-from scripts.make_demo_images import main, pairs
+from scripts.make_demo_images import examination, main, pairs
 from trainer.errors import UserError
 
 COLUMNS, ROWS = ("left", "centre", "right"), ("top", "centre", "bottom")
@@ -215,6 +217,27 @@ class TestQuestions:
         assert 30 < sum(a in named for a, _ in chosen) < 70
         both = named | nameless
         assert sum(both[a].things[0].shape == both[b].things[0].shape for a, b in chosen) == 50
+
+
+class TestExamination:
+    def test_each_answer_is_right_as_often_in_either_language(self):
+        """Also of each pair of answers about two pictures: a kind of pair that one language lacks would show here."""
+        rng = random.Random(0)
+        scenes = {str(number): invent("one", KINDS_HELD_OUT, rng) for number in range(200)}
+        lines = [line for line in examination(scenes, 40, rng) if len(line["image"]) == 2]
+        for lang, yes in (("en", "Yes"), ("zh", "相同")):
+            answers = {kind: [] for kind in ("same colour", "same shape", "bigger")}
+            for line in lines:
+                if line["lang"] == lang:
+                    answers[line["kind"]].append(line["answers"][0])
+            colours, shapes = ([a.startswith(yes) for a in answers[f"same {what}"]] for what in ("colour", "shape"))
+            assert Counter(zip(colours, shapes, strict=True)) == dict.fromkeys(product((True, False), repeat=2), 10)
+
+    def test_pictures_take_turns_in_their_language(self):
+        rng = random.Random(0)
+        scenes = {str(number): invent("many", KINDS_HELD_OUT, rng) for number in range(8)}
+        asked = [(line["image"], line["lang"]) for line in examination(scenes, 0, rng)]
+        assert asked == [([str(number)], LANGUAGES[number % 2]) for number in range(8)]
 
 
 @pytest.fixture(scope="module")
