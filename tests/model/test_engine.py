@@ -365,6 +365,9 @@ def test_a_deadline_ends_what_is_written_and_what_waits(engine, monkeypatch):
     assert [answer.finish_reason for answer in answers] == ["timeout"] * 4
     assert [answer.count for answer in answers] == [3, 3, 3, 0]
     assert engine.running == engine.waiting == 0
+    none_left = engine.submit(Request(prompt=prompt_of(5), eos_token_id=(), timeout=0.0))
+    engine.step()
+    assert (none_left.finish_reason, none_left.count) == ("timeout", 0)
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities

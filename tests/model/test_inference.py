@@ -140,6 +140,7 @@ def test_bfloat16_weights_are_as_near_as_the_models_own(packed, monkeypatch):
         assert decoder.dtype == torch.bfloat16
         first = decoder.logits(decoder.read([Span(0, 0, ids[0][:39])]))
         last = decoder.logits(decoder.read([Span(0, 39, ids[0][39:])]))
+        assert last.dtype == torch.float32, "what is chosen by it, and log-probabilities, are computed in fp32"
         ours = (torch.cat([first, last]) - right).square().mean().sqrt()
         assert 0 < ours < 1.5 * theirs
 

@@ -307,6 +307,20 @@ def test_health_tells_when_the_device_computes_no_more(serve, model, monkeypatch
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "broken")
 
 
+def test_a_prompts_log_probabilities_come_though_nothing_can_be_shown_yet(serve, model, tiny_tokenizer, monkeypatch):
+    """Half a character is written first, and of the prompt nothing is text."""
+    client = serve(model)
+    writes(monkeypatch, client, "€", tiny_tokenizer)
+    assert len(tiny_tokenizer.encode("€", add_special_tokens=False)) > 1
+    asked = {"prompt": [tiny_tokenizer.bos_token_id], "echo": True, "logprobs": 0, "max_tokens": 9}
+    whole = client.post("/v1/completions", json=asked).json()["choices"][0]
+    said = events(client.post("/v1/completions", json=asked | {"stream": True}))[:-1]
+    parts = [event["choices"][0] for event in said]
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [value for part in parts for value in (part["logprobs"] or {}).get(name, [])] == whole["logprobs"][name]
+
+
 def test_a_wrong_key_of_any_letters_is_told_so(serve, model):
     for key in ("secret", "schlüssel"):
         client = serve(model, api_key=key)

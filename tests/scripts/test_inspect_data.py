@@ -151,3 +151,5 @@ def test_at_a_terminal_what_is_learned_is_green_and_control_tokens_are_dim(tiny_
     given = [bos, a, a, eos], [False, False, True, True], {}
     assert Spelling(tiny_tokenizer, COLOURS).write(*given) == "\033[2m<s>\033[0ma\033[32ma</s>\033[0m"
     assert Spelling(tiny_tokenizer, BRACKETS).write(*given) == "<s>a⟦a</s>⟧"
+    given = [a, a, a, a], [False] * 4, {1: ("a.png", 2)}
+    assert Spelling(tiny_tokenizer, COLOURS).write(*given) == "a\033[2m<image a.png: 2 places>\033[0ma"

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.demo.scene_texts import captions, comparisons, questions
+from scripts.demo.scene_texts import alternatives, captions, comparisons, questions
 from scripts.demo.scenes import (
     COLOURS,
     KINDS_HELD_OUT,
@@ -159,6 +159,27 @@ class TestPictures:
         scene = invent("two", KINDS_SEEN, random.Random(3))
         assert draw(scene, 48).tobytes() == draw(scene, 48).tobytes()
         assert draw(scene, 48).tobytes() != draw(invent("two", KINDS_SEEN, random.Random(4)), 48).tobytes()
+
+
+class TestScenes:
+    @pytest.mark.parametrize("kinds", [KINDS_SEEN, KINDS_NAMELESS], ids=["named", "nameless"])
+    def test_two_things_differ_in_shape_and_in_what_their_colours_are_called(self, kinds):
+        rng = random.Random(0)
+        for _ in range(300):
+            first, second = invent("two", kinds, rng).things
+            assert first.shape != second.shape
+            assert first.colour is None or first.colour != second.colour
+
+    @pytest.mark.parametrize("lang", LANGUAGES)
+    @pytest.mark.parametrize("kind", ["one", "many", "two"])
+    def test_of_the_alternatives_the_true_one_alone_is_a_caption(self, kind, lang):
+        rng = random.Random(0)
+        for _ in range(60):
+            scene = invent(kind, KINDS_SEEN, rng)
+            for asked, choices, answer in alternatives(scene, lang):
+                said = captions(scene, lang)
+                assert len(set(choices)) == len(choices)
+                assert [choice for choice in choices if choice in said] == [choices[answer]], asked
 
 
 class TestQuestions:

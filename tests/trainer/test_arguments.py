@@ -2,14 +2,18 @@
 
 import argparse
 import importlib
+import inspect
 import json
 
 import pytest
 
 import train_full_sft
 import train_pretrain
+from model import MiniMindLM
 from trainer.arguments import (
     BooleanFlag,
+    Parser,
+    add_sampling_arguments,
     byte_size,
     check_training_arguments,
     deepspeed_config,
@@ -18,6 +22,7 @@ from trainer.arguments import (
     positive_float,
     positive_int,
     probability,
+    sampling_settings,
     seed,
     text,
     training_parser,
@@ -205,3 +210,14 @@ def test_what_is_no_size(text):
 def test_caches_are_limited_unless_it_is_said():
     assert training_parser("").parse_args([]).cache_limit == 50_000_000_000
     assert training_parser("").parse_args(["--cache_limit", "1MB"]).cache_limit == 1_000_000
+
+
+def test_every_sampling_flag_reaches_the_model():
+    parser = Parser("")
+    before = {action.dest for action in parser._actions}
+    add_sampling_arguments(parser)
+    flags = {action.dest for action in parser._actions} - before
+    settings = sampling_settings(parser.parse_args(["--repetition_penalty", "1.5", "--seed", "7"]))
+    assert settings.keys() == flags
+    assert (settings["repetition_penalty"], settings["seed"]) == (1.5, 7)
+    assert flags <= inspect.signature(MiniMindLM.stream).parameters.keys()
