@@ -115,6 +115,15 @@ def test_thoughts_and_weights_are_those_of_the_line(pairs, tiny_tokenizer):
     assert data.summary.endswith(", ignored keys: id 1")
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_pair_of_which_one_side_is_cut_before_its_answer_is_dropped(pairs, tiny_tokenizer, side):
+    other = {"chosen": "rejected", "rejected": "chosen"}[side]
+    late = [*turns("Q"), answer("A b, c! " * 50, weight=0), *turns("Q"), answer("A")]
+    data = pairs({side: late, other: turns("Q", "B")}, pair("Q", "C", "D"), max_seq_len=100)
+    assert "1 dropped with nothing to learn" in data.summary
+    assert [targets(tiny_tokenizer, row) for row in data] == [["C</s>", "D</s>"]]
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_pairs_stay_together(pairs, tiny_tokenizer, packing):
     records = [pair(f"{n} + {n}?", f"{2 * n}", f"{3 * n + 1} or more") for n in range(30)]

@@ -112,6 +112,16 @@ def test_an_answer_that_is_not_what_it_says_is_refused(more, reason):
         assert refusal(parse_pair, with_pair).startswith(f'turn 1 of "rejected": {reason}')
 
 
+def test_turns_without_a_role_are_the_users_and_the_assistants_in_turn():
+    """As MiniMind's own first files have them."""
+    bare = [{"content": text} for text in "qaqa"]
+    told = [Q, A, Q, A]
+    for given in (bare, [Q, *bare[1:]], [bare[0], A, *bare[2:]], [SYSTEM, *bare]):
+        chat, _ = read(parse_chat, {"conversations": given})
+        assert chat == read(parse_chat, {"conversations": [SYSTEM, *told] if given[0] == SYSTEM else told})[0]
+    assert 'the key "role" is missing' in refusal(parse_pair, PAIR | {"chosen": bare[:1]})
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

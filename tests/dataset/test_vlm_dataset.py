@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from dataset import DataError, StepLoader, VLMDataset, collate
+from dataset.cache_folder import in_use
 from dataset.feature_cache import open_feature_cache
 from model.images import image_processor, image_token_id
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -126,6 +128,10 @@ class TestRows:
         assert written(row, tiny_tokenizer) == "<s>user\nDraw.</s>\n<s>assistant\n[Here: ]#[ red</s>]\n"
         assert int(row["image_mask"].sum()) == TOKENS
         assert (row["labels"][row["image_mask"]] == -100).all()
+
+    def test_a_row_has_room_for_three_images_of_a_vit_b_unless_told_otherwise(self, open_lines):
+        assert open_lines([line("Hi", "Yes.")]).max_seq_len == 640
+        assert open_lines([line("Hi", "Yes.")], max_seq_len=99).max_seq_len == 99
 
     def test_grey_palette_transparent_and_cmyk_files(self, open_lines, tmp_path):
         folder = tmp_path / "modes"
@@ -344,3 +350,35 @@ def test_features_are_computed_once_and_anew_for_a_changed_image(tmp_path, clip_
     Image.new("L", (5, 4), 200).save(folder / "b.png")
     assert features("b.png", "a.png")[:, 0, 0].tolist() == [200, 100]
     assert encoded == [2, 2]
+    features("a.png")
+    open_feature_cache(["a.png"], folder, load, encode, "another tower")
+    assert encoded == [2, 2, 1, 1]
+
+
+def test_features_are_in_use_as_long_as_a_data_set_has_them(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "images" / "a.png")
+    given = (lambda name: torch.zeros(1, 3, 4, 4), lambda pixels: pixels[:, 0], "tower")
+    features = open_feature_cache(["a.png"], tmp_path / "images", *given)
+    folder, copied = features.folder, pickle.dumps(features)
+    assert in_use(folder)
+    del features
+    assert not in_use(folder)
+    in_a_worker = pickle.loads(copied)
+    assert in_use(folder)
+    assert len(in_a_worker) == 1
+
+
+def test_an_image_painted_over_is_seen_anew_by_its_files_size_or_time(tmp_path):
+    def features() -> float:
+        def load(name):
+            return torch.full((1, 3, 4, 4), float(np.asarray(Image.open(tmp_path / "images" / name))[0, 0]))
+
+        return open_feature_cache(["a.bmp"], file.parent, load, lambda pixels: pixels[:, 0], "tower").of(["a.bmp"])
+
+    file = tmp_path / "images" / "a.bmp"
+    file.parent.mkdir()
+    for second, side, grey in ((1, 4, 100), (2, 4, 200), (2, 8, 50)):
+        Image.new("L", (side, side), grey).save(file)
+        os.utime(file, (second, second))
+        assert features().unique().tolist() == [grey]

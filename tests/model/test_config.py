@@ -45,6 +45,12 @@ def test_other_libraries_find_the_sizes_by_their_own_names():
     assert config.model_type == "minimind"
 
 
+@pytest.mark.parametrize(("given", "has"), [(0, False), (1, True), (2, True), (True, True)])
+def test_there_is_a_shared_expert_or_none_however_many_are_named(given, has):
+    """As in MiniMind2, whose configs hold a number or a bool: two files of one model must compare equal."""
+    assert LMConfig(use_moe=True, n_shared_experts=given).n_shared_experts is has
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 
 import pytest
 import torch
@@ -364,6 +365,9 @@ def test_a_deadline_ends_what_is_written_and_what_waits(engine, monkeypatch):
     assert [answer.finish_reason for answer in answers] == ["timeout"] * 4
     assert [answer.count for answer in answers] == [3, 3, 3, 0]
     assert engine.running == engine.waiting == 0
+    none_left = engine.submit(Request(prompt=prompt_of(5), eos_token_id=(), timeout=0.0))
+    engine.step()
+    assert (none_left.finish_reason, none_left.count) == ("timeout", 0)
 
 
 # ------------------------------------------------------------------------------------------------ log-probabilities
@@ -503,10 +507,17 @@ def test_extreme_settings_still_write_tokens(settings, engine):
 # --------------------------------------------------------------------------------------------------------- a thread
 
 
-def collect(pieces: queue.SimpleQueue) -> list[Piece]:
-    got = [pieces.get(timeout=PATIENCE)]
-    while got[-1].finish_reason is None:
-        got.append(pieces.get(timeout=PATIENCE))
+def collect(pieces: queue.SimpleQueue, thread: EngineThread) -> list[Piece]:
+    """All pieces of an answer; fails as soon as nobody is there any more to write them."""
+    got: list[Piece] = []
+    deadline = time.monotonic() + PATIENCE
+    while not got or got[-1].finish_reason is None:
+        writes = thread._thread.is_alive()  # before the look, which then misses nothing
+        try:
+            got.append(pieces.get(timeout=0.1))
+        except queue.Empty:
+            assert writes, "the engine's thread has died"
+            assert time.monotonic() < deadline
     return got
 
 
@@ -524,7 +535,7 @@ def test_many_threads_may_ask_one_engine(thread, models):
     def client(number: int) -> None:
         pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
         thread.submit(requests[number], pieces.put)
-        results[number] = collect(pieces)
+        results[number] = collect(pieces, thread)
 
     clients = [threading.Thread(target=client, args=(number,)) for number in range(8)]
     for each in clients:
@@ -553,7 +564,7 @@ def test_a_thread_hears_of_a_cancel_while_it_writes(thread, engine):
     reader.pieces.get(timeout=PATIENCE)
     thread.cancel(answer)
     reader.go.set()
-    assert collect(reader.pieces)[-1].finish_reason == "cancelled"
+    assert collect(reader.pieces, thread)[-1].finish_reason == "cancelled"
     assert answer.count == 1
     assert engine.running == 0
 
@@ -576,10 +587,10 @@ def test_a_step_that_fails_ends_its_answers_and_not_the_thread(thread, engine, m
     failing.set()
     for reader in readers:
         reader.go.set()
-    assert [collect(reader.pieces)[-1].finish_reason for reader in readers] == ["error"] * 4
+    assert [collect(reader.pieces, thread)[-1].finish_reason for reader in readers] == ["error"] * 4
     again: queue.SimpleQueue[Piece] = queue.SimpleQueue()
     answer = thread.submit(Request(prompt=prompt_of(4), max_new_tokens=9, eos_token_id=()), again.put)
-    collect(again)
+    collect(again, thread)
     assert ids(answer) == alone(models["dense"], answer.request)
     assert answer.reused == 0
 
@@ -591,7 +602,7 @@ def test_a_reader_that_fails_is_left_and_the_others_go_on(thread, engine):
     pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
     left = thread.submit(Request(prompt=prompt_of(4), eos_token_id=()), broken)
     thread.submit(Request(prompt=prompt_of(5), max_new_tokens=20, eos_token_id=()), pieces.put)
-    assert collect(pieces)[-1].finish_reason == "length"
+    assert collect(pieces, thread)[-1].finish_reason == "length"
     assert left.finish_reason == "cancelled"
 
 
@@ -601,4 +612,4 @@ def test_closing_ends_what_runs(models, tiny_tokenizer):
     for pieces in streams:
         thread.submit(Request(prompt=prompt_of(4), eos_token_id=()), pieces.put)
     thread.close()
-    assert [collect(pieces)[-1].finish_reason for pieces in streams] == ["cancelled"] * 3
+    assert [collect(pieces, thread)[-1].finish_reason for pieces in streams] == ["cancelled"] * 3

@@ -116,7 +116,11 @@ def test_a_cancelled_answer_hears_its_end_though_the_step_fails(thread, failing)
     failing.set = True
     for reader in readers:
         reader.go.set()
-    assert [collect(reader.pieces)[-1].finish_reason for reader in readers] == ["cancelled", "error", "cancelled"]
+    assert [collect(reader.pieces, thread)[-1].finish_reason for reader in readers] == [
+        "cancelled",
+        "error",
+        "cancelled",
+    ]
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -125,7 +129,7 @@ def test_a_thread_knows_whether_its_device_is_broken(broken, thread, engine, fai
     pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
     failing.set = True
     thread.submit(request_of(1), pieces.put)
-    collect(pieces)
+    collect(pieces, thread)
     assert thread.broken == broken
 
 
@@ -137,12 +141,12 @@ def test_an_idle_thread_stands_still(thread, engine, failing, monkeypatch):
     pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
     failing.set = True
     answer = thread.submit(request_of(1), pieces.put)
-    assert collect(pieces)[-1].finish_reason == "error"
+    assert collect(pieces, thread)[-1].finish_reason == "error"
     taken = len(steps)
     thread.cancel(answer)  # of one that has ended, twice
     thread.cancel(answer)
     thread.submit(request_of(2, max_new_tokens=3), pieces.put)
-    assert collect(pieces)[-1].finish_reason == "length"
+    assert collect(pieces, thread)[-1].finish_reason == "length"
     assert len(steps) == taken + 3
 
 
@@ -154,7 +158,7 @@ def test_a_reader_that_fails_in_any_way_is_left_alone(thread, error):
     left = thread.submit(request_of(1), broken)
     pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
     thread.submit(request_of(2, max_new_tokens=20), pieces.put)
-    assert collect(pieces)[-1].finish_reason == "length"
+    assert collect(pieces, thread)[-1].finish_reason == "length"
     assert left.finish_reason == "cancelled"
 
 
@@ -172,7 +176,7 @@ def test_what_comes_too_late_ends_at_once(thread):
     thread.close()
     pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
     answer = thread.submit(request_of(1), pieces.put)
-    assert collect(pieces) == [Piece(finish_reason="cancelled")]
+    assert collect(pieces, thread) == [Piece(finish_reason="cancelled")]
     thread.cancel(answer)
     thread.close()
 
@@ -189,8 +193,8 @@ def test_what_is_asked_while_the_thread_closes_ends_too(thread):
     late.go.set()
     thread.submit(request_of(2), late)
     reader.go.set()
-    assert collect(late.pieces) == [Piece(finish_reason="cancelled")]
-    assert collect(reader.pieces)[-1].finish_reason == "cancelled"
+    assert collect(late.pieces, thread) == [Piece(finish_reason="cancelled")]
+    assert collect(reader.pieces, thread)[-1].finish_reason == "cancelled"
     closing.join(PATIENCE)
     assert not closing.is_alive()
 
@@ -222,7 +226,7 @@ def test_closing_returns_though_the_last_step_fails(thread, failing):
     reader.go.set()
     closing.join(PATIENCE)
     assert not closing.is_alive()
-    assert {collect(reader.pieces)[-1].finish_reason for _ in range(2)} <= {"cancelled", "error"}
+    assert {collect(reader.pieces, thread)[-1].finish_reason for _ in range(2)} <= {"cancelled", "error"}
 
 
 # ----------------------------------------------------------------------------------------------------- new weights
@@ -270,6 +274,28 @@ def test_what_is_being_written_goes_on_with_the_new_weights(engine, model, tiny_
     assert all(token.logprob is not None for token in read.prompt_tokens[1:])
 
 
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_a_refresh_that_fails_in_any_way_fails_for_the_caller_alone(thread, engine, model, error, monkeypatch):
+    monkeypatch.setattr(engine, "refresh", Failing(engine.refresh, error))
+    engine.refresh.set, heard = True, []
+
+    def refresh() -> None:
+        try:
+            thread.refresh(model)
+        except BaseException as failure:
+            heard.append(type(failure))
+
+    caller = threading.Thread(target=refresh, daemon=True)
+    caller.start()
+    while caller.is_alive():
+        assert thread._thread.is_alive(), "the caller waits for ever"
+        caller.join(0.05)
+    assert heard == [error]
+    pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+    thread.submit(request_of(2, max_new_tokens=3), pieces.put)
+    assert collect(pieces, thread)[-1].finish_reason == "length"
+
+
 def test_a_thread_takes_new_weights_between_two_steps(thread, model, tiny_tokenizer):
     other = changed(model, tiny_tokenizer, "plain")
     reader = Reader()
@@ -278,15 +304,15 @@ def test_a_thread_takes_new_weights_between_two_steps(thread, model, tiny_tokeni
     reader.go.set()
     thread.refresh(other)
     written = ids(answer)
-    collect(reader.pieces)
+    collect(reader.pieces, thread)
     pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()
     again = thread.submit(request_of(1, max_new_tokens=12), pieces.put)
-    collect(pieces)
+    collect(pieces, thread)
     assert ids(again) == alone(other, again.request)
     assert written[:1] == alone(model, again.request)[:1]
     with pytest.raises(ValueError, match="n_layers"):
         thread.refresh(network(vocab_size=len(tiny_tokenizer), max_seq_len=160, n_layers=3))
     pieces = queue.SimpleQueue()
     unharmed = thread.submit(again.request, pieces.put)
-    collect(pieces)
+    collect(pieces, thread)
     assert ids(unharmed) == ids(again)

@@ -205,13 +205,13 @@ class TestPlacing:
         chat = [
             {"role": "user", "content": [as_file(red, "PNG"), "What is this?"]},
             {"role": "assistant", "content": "red"},
-            {"role": "user", "content": ["And", as_file(blue, "PNG"), as_file(red, "PNG"), "?"]},
+            {"role": "user", "content": ["And", " these", as_file(blue, "PNG"), as_file(red, "PNG"), "?"]},
         ]
         ids, images, _ = self.place(tokenizer, clip_dir, chat)
         markers = [
             {"role": "user", "content": [[-1] * 4, "\n", "What is this?"]},
             {"role": "assistant", "content": "red"},
-            {"role": "user", "content": ["And", "\n", [-1] * 4, "\n", [-1] * 4, "\n", "?"]},
+            {"role": "user", "content": ["And these", "\n", [-1] * 4, "\n", [-1] * 4, "\n", "?"]},
         ]
         expected = render_chat(tokenizer, markers, add_generation_prompt=True)[0]
         assert images["image_mask"][0].tolist() == [token == -1 for token in expected]

@@ -140,8 +140,26 @@ def test_bfloat16_weights_are_as_near_as_the_models_own(packed, monkeypatch):
         assert decoder.dtype == torch.bfloat16
         first = decoder.logits(decoder.read([Span(0, 0, ids[0][:39])]))
         last = decoder.logits(decoder.read([Span(0, 39, ids[0][39:])]))
+        assert last.dtype == torch.float32, "what is chosen by it, and log-probabilities, are computed in fp32"
         ours = (torch.cat([first, last]) - right).square().mean().sqrt()
         assert 0 < ours < 1.5 * theirs
+
+
+def test_the_router_is_not_rounded_with_the_other_weights():
+    """Experts whose scores are told apart by what bfloat16 leaves out: each token goes to the model's own."""
+    model = network(n_layers=1, use_moe=True, n_routed_experts=2, num_experts_per_tok=1, n_shared_experts=False)
+    router = model.layers[0].feed_forward.gate.weight
+    with torch.no_grad():
+        router[0] = router[0].bfloat16()
+        router[1] = router[0] * (1 + 2**-10)
+        model.layers[0].feed_forward.experts[1].w2.weight.neg_()
+    assert torch.equal(router[0].bfloat16(), router[1].bfloat16())
+    ids = ids_of(1, 60)
+    decoder = Decoder(model, 1, 64, torch.bfloat16)
+    logits = decoder.logits(decoder.read([Span(0, 0, ids[0])]))
+    right = expected(model, ids)[0]
+    apart = (logits - right).abs().amax(1) > 0.1 * right.abs().max()
+    assert apart.sum() <= 3, "a score near 0 may change its sign"
 
 
 @pytest.mark.skipif(not inference._can_pack(torch.float32), reason="no oneDNN here")

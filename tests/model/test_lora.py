@@ -151,6 +151,26 @@ def test_merge_and_its_inverse():
     apply_lora(model, rank=2)  # a second adapter on top of the first
 
 
+def test_a_merged_model_may_change_its_precision_before_it_is_unmerged():
+    model = adapted()
+    on = logits(model)
+    merge_lora(model)
+    model.double()
+    unmerge_lora(model)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float64}
+    assert (logits(model) - on).abs().max() < 1e-5
+    merge_lora(model.bfloat16())
+    unmerge_lora(model)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, float("nan")])
+def test_a_factor_that_is_not_above_0_is_refused(alpha):
+    with pytest.raises(ValueError, match="alpha above 0"):
+        apply_lora(tiny_model(), rank=4, alpha=alpha)
+
+
 def test_copies_and_state_dicts():
     model = adapted()
     on = logits(model)

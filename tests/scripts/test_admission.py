@@ -12,8 +12,10 @@ from fastapi.testclient import TestClient
 from model.inference.scheduler import Engine
 from model.inference.thread import EngineThread
 from scripts.serving import admission as openai_admission
+from scripts.serving.admission import Places
 from scripts.serving.app import make_app
 from scripts.serving.requests import ServerState
+from scripts.serving.schema import ApiError
 from tests.model.networks import network
 from tests.running import PATIENCE
 
@@ -64,6 +66,23 @@ def ask(app, path: str, receive, **headers: str) -> tuple[int, dict]:
 
     asyncio.run(app(scope, receive, send))
     return said[0]["status"], json.loads(b"".join(message.get("body", b"") for message in said[1:]))
+
+
+@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError, SystemExit])
+def test_places_are_free_again_whatever_ends_a_preparation(error):
+    places = Places(3)
+    preparing = places.taking(2)
+    preparing.__enter__()
+    assert places.taken == 2
+    assert not preparing.__exit__(error, error(), None)
+    assert places.taken == 0
+    with places.taking(3):
+        pass
+    assert places.taken == 3
+    with pytest.raises(ApiError) as refused, places.taking(1):
+        pytest.fail("there is no place")
+    assert refused.value.status_code == 429
+    assert places.taken == 3
 
 
 async def unread():

@@ -20,6 +20,7 @@ from model.tokenizer import tokenizer_hash
 from scripts import serve_openai_api
 from scripts.serving import schema as schema
 from scripts.serving.app import make_app
+from scripts.serving.fetch_images import ImageFetcher
 from scripts.serving.requests import ServerState
 from tests.model.networks import network
 from tests.scripts.malformed import bodies_by_schema, malformed_bodies
@@ -33,10 +34,10 @@ def serve(tiny_tokenizer):
     """Makes a client of an app around a model; closes its engine at the end."""
     threads = []
 
-    def make(model, slots: int = 4, slot_len: int | None = None, **settings) -> TestClient:
+    def make(model, slots: int = 4, slot_len: int | None = None, api_key: str | None = None, **settings) -> TestClient:
         engine = Engine(model, tiny_tokenizer, slots=slots, slot_len=slot_len)
         threads.append(EngineThread(engine))
-        app = make_app(ServerState(threads[-1], tiny_tokenizer, **settings))
+        app = make_app(ServerState(threads[-1], tiny_tokenizer, **settings), api_key)
         app.state.engine = engine
         return TestClient(app, raise_server_exceptions=False)
 
@@ -229,6 +230,15 @@ def test_fetching_is_off_unless_switched_on(serve, vlm):
     assert "fetches no addresses" in reply.json()["error"]["message"]
 
 
+def test_half_a_character_in_an_address_is_quoted_in_a_refusal(serve, vlm):
+    client = serve(vlm, place_images=lambda turns: pytest.fail("must not come this far"), fetch=ImageFetcher())
+    part = {"type": "image_url", "image_url": {"url": "http://\ud800.example/red"}}
+    body = json.dumps({"messages": [{"role": "user", "content": [part]}]})  # in ASCII, as no UTF-8 can spell it
+    reply = client.post("/v1/chat/completions", content=body, headers=JSON)
+    assert reply.status_code == 400
+    assert r"http://\ud800.example/red" in reply.json()["error"]["message"]
+
+
 @pytest.fixture
 def loaded(vlm, clip_dir, tokenizer_dir, tiny_tokenizer, tmp_path, monkeypatch):
     """What the server's script loads by --vlm."""
@@ -295,6 +305,29 @@ def test_health_tells_when_the_device_computes_no_more(serve, model, monkeypatch
     monkeypatch.setattr(torch, "ones", computes)
     reply = client.get("/health")
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "broken")
+
+
+def test_a_prompts_log_probabilities_come_though_nothing_can_be_shown_yet(serve, model, tiny_tokenizer, monkeypatch):
+    """Half a character is written first, and of the prompt nothing is text."""
+    client = serve(model)
+    writes(monkeypatch, client, "€", tiny_tokenizer)
+    assert len(tiny_tokenizer.encode("€", add_special_tokens=False)) > 1
+    asked = {"prompt": [tiny_tokenizer.bos_token_id], "echo": True, "logprobs": 0, "max_tokens": 9}
+    whole = client.post("/v1/completions", json=asked).json()["choices"][0]
+    said = events(client.post("/v1/completions", json=asked | {"stream": True}))[:-1]
+    parts = [event["choices"][0] for event in said]
+    assert "".join(part["text"] for part in parts) == whole["text"]
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        assert [value for part in parts for value in (part["logprobs"] or {}).get(name, [])] == whole["logprobs"][name]
+
+
+def test_a_wrong_key_of_any_letters_is_told_so(serve, model):
+    for key in ("secret", "schlüssel"):
+        client = serve(model, api_key=key)
+        for given in ("é", key.upper(), key[:-1], key + "é", ""):
+            reply = client.get("/v1/models", headers={"Authorization": f"Bearer {given}".encode()})
+            assert (reply.status_code, reply.json()["error"]["code"]) == (401, "invalid_api_key"), given
+        assert client.get("/health").status_code == 200
 
 
 def test_an_error_of_our_own_is_an_object_too(serve, model, monkeypatch):

@@ -223,6 +223,14 @@ def test_hopeless_questions_are_got_past_by_a_larger_give_up_after(endpoint, que
     assert len(replies(tmp_path / "a.jsonl")) == 12
 
 
+def test_only_failures_in_a_row_make_it_give_up(endpoint, questions, tmp_path, capsys):
+    endpoint.behave = lambda question, times: (200, completion("")) if int(question[9:-1]) % 3 else None
+    flags = ("--concurrency", "1", "--give_up_after", "3")
+    collect(endpoint, questions, tmp_path / "a.jsonl", *flags, exit_code=2)
+    assert "16 questions got no answer (see above)" in capsys.readouterr().err
+    assert [question for question, _ in replies(tmp_path / "a.jsonl")] == [f"question {n}?" for n in range(0, 24, 3)]
+
+
 def test_an_answer_whose_question_went_away_meanwhile_is_kept(endpoint, questions, tmp_path):
     def behave(question, times):
         write_jsonl(questions, [{"question": "question 1?"}])

@@ -153,6 +153,34 @@ def test_every_command_trains_and_every_measure_measures(data, tmp_path, monkeyp
             assert "%" in stage.detail(demo_all.opened(ends[stage.start], "full_sft_32"), end)
 
 
+def test_a_pair_is_preferred_by_the_log_probability_of_its_whole_answers(tmp_path, monkeypatch):
+    """Not of a token of them: to a model that knows nothing the shorter answer is the likelier one."""
+    long, short = "yes " * 20, "no"
+    prefers = {}
+    for better, worse in ((long, short), (short, long)):
+        monkeypatch.setattr(demo_measures, "DATA", tmp_path / better[:2])
+        (tmp_path / better[:2]).mkdir()
+        pair = {"prompt": "Is it?", "chosen": better, "rejected": worse}
+        (tmp_path / better[:2] / "eval_dpo.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
+        tokenizer = load_tokenizer()
+        torch.manual_seed(0)
+        model = MiniMindLM(LMConfig(dim=16, n_layers=1, n_heads=2, vocab_size=len(tokenizer))).eval()
+        prefers[better] = demo_measures.prefers_the_better(model, tokenizer)
+    assert prefers == {long: 0.0, short: 1.0}
+
+
+def test_the_demo_tells_its_minutes_and_keeps_its_shares(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(first_model, "OUT", tmp_path)
+    monkeypatch.setattr(first_model, "make_model", lambda: None)
+    monkeypatch.setattr(first_model, "show_examination", lambda weights: {"facts/en/all": 0.5})
+    for name, seconds in (("pretrain", 90), ("full_sft", 30)):
+        (tmp_path / f"{name}_256.pth").touch()
+        (tmp_path / f"{name}_256.json").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+    first_model.run_demo()
+    assert "training took 2.0 minutes, this call 0.0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "accuracy.json").read_text()) == {"facts/en/all": 0.5}
+
+
 def test_the_students_are_a_quarter_of_their_teacher():
     flags = dict(zip(STUDENT[::2], STUDENT[1::2], strict=True))
     sizes = ((256, 8), (int(flags["--dim"]), int(flags["--n_layers"])))

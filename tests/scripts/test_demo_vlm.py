@@ -52,7 +52,10 @@ def tiny_demo(tmp_path, monkeypatch):
 
 
 def test_from_pictures_to_answers_and_again(tiny_demo, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo_vlm, "look", lambda *given: asked.append(given[-1]) or look(*given))
     demo_vlm.main()
+    assert asked[-1] == shuffled(asked[-2]) != asked[-2], "the second time with each other's pictures"
     shown = capsys.readouterr().out
     assert "zero-shot" in shown
     assert "missed" in shown  # no bar is reached by two steps

@@ -75,6 +75,9 @@ def test_pictures_are_shown_by_name(inspect, tmp_path, clip_dir):
         ({"text": "a text"}, "pretrain has it (PretrainDataset)"),
         (chat("q", "a"), "sft has it (SFTDataset)"),
         (chat("q", "<think>\na\n</think>\n<answer>\nb\n</answer>"), "reason has it (SFTDataset)"),
+        (chat("q", "a", reasoning_content="b"), "reason has it (SFTDataset)"),
+        (chat("q", "a") | {"image": ""}, "sft has it (SFTDataset)"),
+        (chat("q", "a") | {"image": None}, "sft has it (SFTDataset)"),
     ],
 )
 def test_the_stage_is_told_by_the_first_line(inspect, line, stage):
@@ -148,3 +151,5 @@ def test_at_a_terminal_what_is_learned_is_green_and_control_tokens_are_dim(tiny_
     given = [bos, a, a, eos], [False, False, True, True], {}
     assert Spelling(tiny_tokenizer, COLOURS).write(*given) == "\033[2m<s>\033[0ma\033[32ma</s>\033[0m"
     assert Spelling(tiny_tokenizer, BRACKETS).write(*given) == "<s>a⟦a</s>⟧"
+    given = [a, a, a, a], [False] * 4, {1: ("a.png", 2)}
+    assert Spelling(tiny_tokenizer, COLOURS).write(*given) == "a\033[2m<image a.png: 2 places>\033[0ma"

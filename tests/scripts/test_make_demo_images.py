@@ -5,12 +5,14 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from scripts.demo.scene_texts import captions, comparisons, questions
+from scripts.demo.scene_texts import alternatives, captions, comparisons, questions
 from scripts.demo.scenes import (
     COLOURS,
     KINDS_HELD_OUT,
@@ -24,7 +26,7 @@ from scripts.demo.scenes import (
     invent,
     is_held_out,
 )
-from scripts.make_demo_images import main, pairs
+from scripts.make_demo_images import examination, main, pairs
 from trainer.errors import UserError
 
 COLUMNS, ROWS = ("left", "centre", "right"), ("top", "centre", "bottom")
@@ -159,6 +161,27 @@ class TestPictures:
         assert draw(scene, 48).tobytes() != draw(invent("two", KINDS_SEEN, random.Random(4)), 48).tobytes()
 
 
+class TestScenes:
+    @pytest.mark.parametrize("kinds", [KINDS_SEEN, KINDS_NAMELESS], ids=["named", "nameless"])
+    def test_two_things_differ_in_shape_and_in_what_their_colours_are_called(self, kinds):
+        rng = random.Random(0)
+        for _ in range(300):
+            first, second = invent("two", kinds, rng).things
+            assert first.shape != second.shape
+            assert first.colour is None or first.colour != second.colour
+
+    @pytest.mark.parametrize("lang", LANGUAGES)
+    @pytest.mark.parametrize("kind", ["one", "many", "two"])
+    def test_of_the_alternatives_the_true_one_alone_is_a_caption(self, kind, lang):
+        rng = random.Random(0)
+        for _ in range(60):
+            scene = invent(kind, KINDS_SEEN, rng)
+            for asked, choices, answer in alternatives(scene, lang):
+                said = captions(scene, lang)
+                assert len(set(choices)) == len(choices)
+                assert [choice for choice in choices if choice in said] == [choices[answer]], asked
+
+
 class TestQuestions:
     RED = Thing("red", "circle", 0.25, 0.25, 0.2, 0)
     BLUE = Thing("blue", "ring", 0.75, 0.25, 0.1, 0)
@@ -215,6 +238,27 @@ class TestQuestions:
         assert 30 < sum(a in named for a, _ in chosen) < 70
         both = named | nameless
         assert sum(both[a].things[0].shape == both[b].things[0].shape for a, b in chosen) == 50
+
+
+class TestExamination:
+    def test_each_answer_is_right_as_often_in_either_language(self):
+        """Also of each pair of answers about two pictures: a kind of pair that one language lacks would show here."""
+        rng = random.Random(0)
+        scenes = {str(number): invent("one", KINDS_HELD_OUT, rng) for number in range(200)}
+        lines = [line for line in examination(scenes, 40, rng) if len(line["image"]) == 2]
+        for lang, yes in (("en", "Yes"), ("zh", "相同")):
+            answers = {kind: [] for kind in ("same colour", "same shape", "bigger")}
+            for line in lines:
+                if line["lang"] == lang:
+                    answers[line["kind"]].append(line["answers"][0])
+            colours, shapes = ([a.startswith(yes) for a in answers[f"same {what}"]] for what in ("colour", "shape"))
+            assert Counter(zip(colours, shapes, strict=True)) == dict.fromkeys(product((True, False), repeat=2), 10)
+
+    def test_pictures_take_turns_in_their_language(self):
+        rng = random.Random(0)
+        scenes = {str(number): invent("many", KINDS_HELD_OUT, rng) for number in range(8)}
+        asked = [(line["image"], line["lang"]) for line in examination(scenes, 0, rng)]
+        assert asked == [([str(number)], LANGUAGES[number % 2]) for number in range(8)]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from model.model_lora import apply_lora, attach_lora, load_lora, lora_off, lora_state_dict, save_lora
 from scripts.formats import transformers_folder as transformers_format
-from scripts.formats.peft_folder import read_folder, write_folder
+from scripts.formats.peft_folder import read_folder, to_peft_state, write_folder
 from tests.running import one_error_line, run_script
 from tests.scripts.conversion import make_model
 from trainer.errors import UserError
@@ -83,6 +83,32 @@ def test_an_adapter_that_peft_made_works_here(tiny_tokenizer, tmp_path):
     state, about = read_folder(tmp_path / "peft", model.config)
     assert attach_lora(model, state, about) == (3, 9, ("wq", "wk", "w2"))
     assert (logits(theirs.eval()) - logits(model)).abs().max() < 1e-4
+
+
+def test_an_adapter_on_a_shared_expert_works_here_and_comes_back(tiny_tokenizer, tmp_path):
+    """Whose output a Qwen2-MoE halves."""
+    model = make_model(len(tiny_tokenizer), use_moe=True)
+    theirs = base_folder(model, tiny_tokenizer, "llama", tmp_path / "base")
+    targets = r".*\.shared_expert\.(gate|up|down)_proj"
+    theirs = get_peft_model(theirs, LoraConfig(r=3, lora_alpha=9, target_modules=targets))
+    with torch.no_grad():
+        for key, value in theirs.named_parameters():
+            if "lora_" in key:
+                value.normal_(std=0.1)
+    theirs.save_pretrained(tmp_path / "peft")
+    state, about = read_folder(tmp_path / "peft", model.config)
+    saved = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    back = to_peft_state(state, model.config, as_llama=True)
+    assert back.keys() == saved.keys()
+    assert all(torch.equal(value, saved[key]) for key, value in back.items())
+    before = logits(model)
+    with torch.no_grad():
+        for layer, block in enumerate(model.layers):
+            for name in ("w1", "w2", "w3"):
+                a, b = (state[f"layers.{layer}.feed_forward.shared_experts.{name}.lora.{side}.weight"] for side in "AB")
+                getattr(block.feed_forward.shared_experts, name).weight += about["alpha"] / 3 * b @ a
+    assert (logits(theirs.eval()) - logits(model)).abs().max() < 1e-4
+    assert (before - logits(model)).abs().max() > 1e-2
 
 
 def test_what_the_other_side_cannot_say_is_refused(tiny_tokenizer, tmp_path):

@@ -322,6 +322,8 @@ def test_a_text_is_scored_as_evaluation_tools_do_it(as_ids, stream, server, mode
         ({"max_completion_tokens": -5}, "max_completion_tokens"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
         ({"presence_penalty": -3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 11}, "repetition_penalty"),
         ({"stop": ""}, "stop"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": [1]}, "stop[0]"),

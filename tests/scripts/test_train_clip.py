@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from argparse import Namespace
 
@@ -177,6 +178,10 @@ class TestLoop:
         monkeypatch.setattr(train_clip, "zero_shot", lambda *_: {})
         train("--batch_size", "3", "--steps", "5")
         assert [sorted(seen[first : first + 5]) for first in (0, 5, 10)] == [[f"picture {n}" for n in range(5)]] * 3
+
+    def test_every_so_many_steps_are_told_and_the_last_one(self, train, capsys):
+        train("--batch_size", "5", "--steps", "5", "--log_interval", "2")
+        assert re.findall(r"^step (\d)/5 ", capsys.readouterr().out, re.MULTILINE) == ["2", "4", "5"]
 
     def test_the_scale_stops_at_a_hundred(self, train, monkeypatch, tmp_path):
         def sharp(*given):

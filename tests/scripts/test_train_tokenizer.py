@@ -97,6 +97,16 @@ def test_a_tokenizer_that_is_there_is_not_overwritten_and_can_be_measured(traine
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_the_least_vocabulary_is_of_the_bytes_and_the_tags_alone(data, tmp_path):
+    run_script(
+        "scripts/train_tokenizer.py",
+        *("--data_path", data / "texts.jsonl", "--out_dir", tmp_path / "least", "--vocab_size", "264"),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "least", local_files_only=True)
+    assert len(tokenizer) == 264
+    assert tokenizer.decode(tokenizer.encode("任何 text")) == "任何 text"
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

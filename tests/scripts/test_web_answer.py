@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import time
 from pathlib import Path
 
@@ -104,6 +105,14 @@ def test_only_weights_to_chat_with_are_offered_chat_stages_first(tmp_path):
     assert [path.name for path in adapters_for(tmp_path / "full_sft_512.pth")] == ["me_512.pth"]
     assert [path.name for path in adapters_for(tmp_path / "rlhf_640_moe.pth")] == ["me_640_moe.pth"]
     assert weights_in(tmp_path / "nothing", vision=False) == []
+
+
+def test_of_one_kind_the_newest_weights_are_offered_first(tmp_path):
+    for age, name in enumerate(("full_sft_1.pth", "full_sft_3.pth", "full_sft_2.pth", "pretrain_1.pth", "rlhf_1.pth")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    names = [path.name for path in weights_in(tmp_path, vision=False)]
+    assert names == ["full_sft_1.pth", "full_sft_3.pth", "full_sft_2.pth", "rlhf_1.pth", "pretrain_1.pth"]
 
 
 def test_a_pretrained_model_continues_the_text_itself(tiny_out, tokenizer_dir, tiny_tokenizer):

@@ -123,6 +123,11 @@ def test_a_talk_over_an_address_folds_the_thinking_away(open_page, tmp_path):
         double.reply = lambda body: ["better"]
         app.button(key="again 2").click().run()
         assert talk(app)[-1] == ("assistant", "better")
+        for turns, shown in ((0, ["again"]), (1, ["hi", UGLY, "again"]), (20, ["hi", UGLY, "again"])):
+            app.slider(key="history").set_value(turns).run()
+            app.button(key="again 2").click().run()
+            contents = [message["content"] for message in double.requests[-1]["messages"]]
+            assert [content.removeprefix("<think>more</think>") for content in contents] == ["Be brief.", *shown]
     app.text_input(key="address").set_value("http://127.0.0.1:9/v1").run()
     assert app.sidebar.text[0].value.startswith("nothing answers at http://127.0.0.1:9/v1")
     assert app.chat_input(key="question").disabled

@@ -187,6 +187,15 @@ def test_gradients_are_clipped(pretrain, ddp, tmp_path, stage):
     assert min(line["grad_norm"] for line in reports(tmp_path)) > 0.5  # it is told as it was before
 
 
+@pytest.mark.parametrize("stage", ["0", "2"])
+def test_gradients_below_the_limit_are_left_alone(pretrain, tmp_path, stage):
+    flags = (*TWENTY_STEPS, "--max_steps", "6", "--grad_clip", "100", "--learning_rate", "5e-3")
+    pretrain(tmp_path / "ddp", *flags, processes=2)
+    pretrain(tmp_path / "zero", *flags, "--deepspeed", "--zero_stage", stage, processes=2)
+    assert max(line["grad_norm"] for line in reports(tmp_path / "ddp")) > 1, "a limit of 1 must be told apart"
+    assert distance(weights(tmp_path / "zero"), weights(tmp_path / "ddp")) < 1e-4
+
+
 def test_a_mixture_of_experts_with_deepspeed(pretrain, tmp_path):
     flags = (*FOUR_STEPS, "--use_moe")
     pretrain(tmp_path / "ddp", *flags, processes=2)

@@ -75,6 +75,12 @@ def test_a_pretrained_model_continues_a_text(ask, tiny_out, tiny_tokenizer):
     assert done.stdout == f"> The little robot\n{greedy(model, tiny_tokenizer, ids)}\n"
 
 
+def test_no_adapter_is_named_as_minimind2s_commands_name_none(ask, talker, tiny_tokenizer):
+    ids, _ = render_chat(tiny_tokenizer, [{"role": "user", "content": "你好"}], add_generation_prompt=True)
+    done = ask("--lora_name", "None", "--temperature", "0", "--prompt", "你好")
+    assert done.stdout == f"> 你好\n{greedy(talker, tiny_tokenizer, ids)}\n"
+
+
 def test_a_seed_makes_sampling_repeatable(ask):
     one, again, other = (
         ask("--seed", seed, "--prompt", "你好", "--temperature", "2").stdout for seed in ("1", "1", "2")

@@ -9,6 +9,7 @@ import pytest
 
 import train_full_sft
 import train_pretrain
+from model import MiniMindLM
 from model.generation import TextGeneration
 from model.inference.request import Request
 from trainer.arguments import (
@@ -222,3 +223,14 @@ def test_how_a_model_writes_is_said_once_and_programs_get_the_plain_distribution
     off = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
     for call in (TextGeneration.stream, Request):
         assert {name: inspect.signature(call).parameters[name].default for name in off} == off
+
+
+def test_every_sampling_flag_reaches_the_model():
+    parser = Parser("")
+    before = {action.dest for action in parser._actions}
+    add_sampling_arguments(parser)
+    flags = {action.dest for action in parser._actions} - before
+    settings = sampling_settings(parser.parse_args(["--repetition_penalty", "1.5", "--seed", "7"]))
+    assert settings.keys() == flags
+    assert (settings["repetition_penalty"], settings["seed"]) == (1.5, 7)
+    assert flags <= inspect.signature(MiniMindLM.stream).parameters.keys()

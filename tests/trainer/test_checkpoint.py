@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -190,6 +191,25 @@ def test_resume_mends_weights_that_were_damaged_where_people_look_for_them(open_
     checkpoint, parts = open_checkpoint(resume=True)
     assert checkpoint.load(*parts).step == 3
     assert (tmp_path / "stage_32.pth").read_bytes() == (saved / "model.pth").read_bytes()
+
+
+def test_resume_mends_a_json_that_a_crash_left_behind_its_weights(open_checkpoint, saved, tmp_path):
+    beside = tmp_path / "stage_32.json"
+    beside.write_text(beside.read_text().replace('"step": 3', '"step": 2'))
+    checkpoint, parts = open_checkpoint(resume=True)
+    assert checkpoint.load(*parts).step == 3
+    assert beside.read_bytes() == (saved / "model.json").read_bytes()
+
+
+def test_a_step_is_saved_though_folders_of_earlier_runs_have_its_name(open_checkpoint, saved, tmp_path):
+    """Two, where one of them could not be deleted."""
+    shutil.copytree(saved, saved.with_name(saved.name + "_"))
+    checkpoint, parts = open_checkpoint(resume=True)
+    checkpoint.save(*parts, Progress(step=3, tokens=77), {})
+    del checkpoint
+    checkpoint, parts = open_checkpoint(resume=True)
+    assert checkpoint.load(*parts).tokens == 77
+    assert [path.name for path in saved.parent.glob("step_*")] == [(saved.parent / "latest").read_text()]
 
 
 def test_what_a_state_holds_beyond_ours_is_flushed_and_hashed(open_checkpoint, tmp_path, monkeypatch):

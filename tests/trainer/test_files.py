@@ -76,6 +76,24 @@ def test_a_full_disk(small_disk):
     assert os.listdir(small_disk) == ["a.pth"]
 
 
+@pytest.mark.parametrize("why", [None, OSError(errno.EDQUOT, "Disk quota exceeded")])
+def test_a_write_that_pytorch_gave_up_is_told_by_its_reason(tmp_path, monkeypatch, why):
+    """Which PyTorch has found out itself, or not: it then says what it was about to do, and a page of its own code."""
+
+    def broken(*_, **__):
+        error = RuntimeError("PytorchStreamWriter failed writing file data/0\nand where in its code")
+        error.__context__ = why
+        raise error
+
+    save_tensors({"a": torch.ones(1)}, tmp_path / "a.pth")
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(UserError) as told:
+        save_tensors({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    assert ("Disk quota exceeded" if why else "PytorchStreamWriter failed writing file data/0") in str(told.value)
+    assert "where in its code" not in str(told.value)
+    assert load_tensors(tmp_path / "a.pth")["a"].tolist() == [1.0]
+
+
 class Code:
     def __reduce__(self):
         return os.mkdir, ("was-run",)

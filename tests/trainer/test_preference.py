@@ -93,6 +93,16 @@ def test_the_cached_reference_is_what_the_model_says(pairs, tiny_tokenizer, pack
         assert len(cached) == int((labels[:, 1:] >= 0).sum()) > 0
 
 
+def test_the_reference_is_asked_without_dropout_and_training_goes_on_with_it(pairs, tiny_tokenizer):
+    given = {}
+    for dropout in (0.0, 0.5):
+        data, model = pairs(), tiny_model(len(tiny_tokenizer), dropout=dropout).train()
+        attach_reference_log_probs(data, model, f"start {dropout}", RUN, batch_size=4)
+        given[dropout] = np.array(data.reference)
+        assert model.training
+    np.testing.assert_allclose(given[0.5], given[0.0], atol=1e-6)
+
+
 class Silent(MiniMindLM):
     """A model that must not be asked."""
 

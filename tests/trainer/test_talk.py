@@ -6,11 +6,12 @@ import sys
 
 import pytest
 
+from model.inference.request import Piece
 from scripts.chat_openai_api import lines
 from tests.running import ROOT
 from trainer.arguments import Parser, text
 from trainer.errors import UserError
-from trainer.talk import piped_lines, questions, read_line
+from trainer.talk import piped_lines, questions, read_line, stream_texts
 
 LATIN = "caf\u00e9?".encode("latin-1")
 
@@ -57,6 +58,14 @@ def test_words_of_the_command_line_are_utf8():
     assert parser.parse_args(["--prompt", "你好"]).prompt == "你好"
     with pytest.raises(UserError, match="argument --prompt: it is not UTF-8"):
         parser.parse_args(["--prompt", LATIN.decode("utf-8", "surrogateescape")])
+
+
+def test_a_text_that_is_shown_has_been_counted_also_when_the_rest_is_not_wanted():
+    pieces = []
+    texts = stream_texts(iter([Piece("a", ()), Piece("b", ())]), pieces)
+    assert next(texts) == "a"
+    texts.close()  # Ctrl-C
+    assert [piece.text for piece in pieces] == ["a"]
 
 
 def test_nothing_reads_stdin_but_what_says_so():

@@ -11,11 +11,13 @@ from safetensors.torch import save_file
 
 from model import LMConfig, MiniMindLM
 from model.model_lora import apply_lora, lora_state_dict
+from model.tokenizer import special_ids, tokenizer_hash
 from tests.families import family
 from tests.model.test_weight_layouts import in_april_2025
 from trainer.errors import UserError
 from trainer.files import save_json, save_tensors
 from trainer.weights import (
+    architecture,
     find_adapter,
     find_weights,
     infer_sizes,
@@ -226,6 +228,21 @@ def test_a_json_beside_the_weights_gives_the_rope_to_the_model(tiny_out, tiny_to
     (tmp_path / "full_sft_32.json").write_text(json.dumps(settings))
     config = load_weights(tmp_path / "full_sft_32.pth", None, tiny_tokenizer).config
     assert (config.rope_theta, config.norm_eps) == (1e4, 1e-6)
+
+
+def test_a_json_that_tells_no_special_ids_gets_the_tokenizers(tiny_out, tiny_tokenizer, tmp_path):
+    family("qwen with bos").save_pretrained(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    model = MiniMindLM(LMConfig(dim=16, n_layers=1, n_heads=2, vocab_size=len(tokenizer)))
+    torch.save(model.state_dict(), tmp_path / "full_sft_16.pth")
+    about = {"config": architecture(model.config), "tokenizer": tokenizer_hash(tokenizer)}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        about["config"].pop(name, None)
+    save_json(about, tmp_path / "full_sft_16.json")
+    assert (
+        special_ids(tokenizer).items()
+        <= vars(load_weights(tmp_path / "full_sft_16.pth", None, tokenizer).config).items()
+    )
 
 
 def test_a_tokenizer_without_pad_token_pads_with_one_it_has(tmp_path):
