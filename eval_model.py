@@ -24,7 +24,7 @@ from trainer.arguments import (
     text,
 )
 from trainer.errors import UserError, run_main
-from trainer.talk import questions, read_line, report_speed, show, stream_texts
+from trainer.talk import questions, read_line, report_speed, room_for_prompt, show, stream_texts
 
 STAGES = ("pretrain", "full_sft", "rlhf", "reason")
 SAMPLE_QUESTIONS = (
@@ -128,9 +128,7 @@ def main():
     from model.inference.scheduler import Engine
 
     model, tokenizer = load_model(args)
-    room = model.config.max_seq_len - args.max_new_tokens
-    if room < 1:
-        raise UserError(f"--max_new_tokens {args.max_new_tokens}: the model takes {model.config.max_seq_len} in all")
+    room = room_for_prompt(model.config.max_seq_len, args.max_new_tokens)
     engine = Engine(model, tokenizer, slots=args.votes)
     pretrained = args.model_mode == 0
     samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
