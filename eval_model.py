@@ -23,7 +23,7 @@ from trainer.arguments import (
     text,
 )
 from trainer.errors import UserError, run_main
-from trainer.talk import questions, read_line, report_speed, show, stream_texts
+from trainer.talk import questions, read_line, report_speed, room_for_prompt, show, stream_texts
 
 SAMPLE_QUESTIONS = (
     "你是谁？",
@@ -108,9 +108,7 @@ def main():
     device = pick_device(args.device)
     model, tokenizer = load_by_flags(args)
     model.to(device)
-    room = model.config.max_seq_len - args.max_new_tokens
-    if room < 1:
-        raise UserError(f"--max_new_tokens {args.max_new_tokens}: the model takes {model.config.max_seq_len} in all")
+    room = room_for_prompt(model.config.max_seq_len, args.max_new_tokens)
     engine = Engine(model, tokenizer, slots=args.votes)
     pretrained = args.model_mode == 0
     samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS

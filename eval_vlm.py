@@ -22,7 +22,7 @@ from trainer.arguments import (
     text,
 )
 from trainer.errors import UserError, run_main
-from trainer.talk import report_speed, show, stream_texts
+from trainer.talk import report_speed, room_for_prompt, show, stream_texts
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PROMPTS = {1: "请描述这张图片。", 2: "请比较这两张图片。"}  # by how many images
@@ -106,7 +106,7 @@ def main():
     model, tokenizer, processor = load_vlm_by_flags(args)
     model.to(device)
     engine = Engine(model, tokenizer, slots=1)
-    room = model.config.max_seq_len - args.max_new_tokens
+    room = room_for_prompt(model.config.max_seq_len, args.max_new_tokens)
     system = [{"role": "system", "content": args.system}] if args.system else []
     for images in groups:
         for question in args.prompt or [PROMPTS[min(len(images), 2)]]:

@@ -56,8 +56,9 @@ def examine(path: Path) -> Picture:
 
 
 def shown(name: str) -> str:
-    """A name in a message: one may hold an image's content by mistake."""
-    return name if len(name) < SHOWN else f"{name[:SHOWN]}…"
+    """A name in a message, which is one line: a name may hold anything, an image's content by mistake, too."""
+    text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:SHOWN])
+    return text if len(name) < SHOWN else f"{text}…"
 
 
 def refuse_faulty(names: Sequence[str], images_path: Path, faults: dict[str, str]) -> None:

@@ -2,10 +2,12 @@
 
 No key of a line is passed over in silence. A function says which keys of an object it uses and which it refuses, since
 leaving them out would change what is learned; the others, which mean nothing here (an id, a source, a score), it counts
-by name in `ignored`. A refused key that is null or empty says nothing, and is counted, too.
+by name in `ignored`. A refused key that is null or empty says nothing, and is counted, too. Keys that differ from ours
+in letter case or underscores alone ("System", "toolCalls") mean the same, and are refused.
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -42,33 +44,71 @@ class Keys(NamedTuple):
         for key, value in found.items():
             if key in self.needed or key in self.used:
                 continue
-            if key in self.refused and not _says_nothing(value):
-                raise BadRecord(f'the key "{key}" is refused: {self.refused[key]}')
+            why = self._why_refused(key)
+            if why and not _says_nothing(value):
+                raise BadRecord(f'the key "{key}" is refused: {why}')
             ignored[key + where] += 1
+
+    def _why_refused(self, key: str) -> str | None:
+        for known, why in self.refused.items():
+            if _alike(key, known):
+                return why
+        meant = next((known for known in (*self.needed, *self.used) if _alike(key, known)), None)
+        return f'its name here is "{meant}"' if meant else None
+
+
+def _alike(key: str, other: str) -> bool:
+    """Whether two keys are one word, whatever their letter case, and with underscores or without."""
+    return key == other or _letters(key) == _letters(other)
+
+
+@lru_cache(1000)
+def _letters(key: str) -> str:
+    return "".join(filter(str.isalnum, key)).lower()
 
 
 NO_TOOLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "the use of tools is not learned here")
 NO_WEIGHT = dict.fromkeys(("weight", "train"), "a turn has it, not a line")
 NO_PICTURES = dict.fromkeys(("image", "images"), "only train_pretrain_vlm.py and train_sft_vlm.py learn from pictures")
 NO_MEDIA = dict.fromkeys(("video", "videos", "audio", "audios"), "text and pictures are all that is learned here")
-OTHER_THOUGHT = dict.fromkeys(("reasoning", "thinking", "thought"), 'a thought is named "reasoning_content"')
-OTHER_WEIGHT = dict.fromkeys(("loss", "mask", "training"), 'whether a turn is learned is told by "weight" or "train"')
+OTHER_THOUGHT = dict.fromkeys(
+    ("reasoning", "reasoning_details", "thinking", "thought", "thoughts", "think", "cot"),
+    'a thought is named "reasoning_content"',
+)
+OTHER_WEIGHT = dict.fromkeys(
+    ("loss", "loss_mask", "loss_weight", "mask", "masked", "training", "trained", "trainable", "weights"),
+    'whether a turn is learned is told by "weight" or "train"',
+)
+OTHER_SYSTEM = dict.fromkeys(("system_prompt", "system_message"), 'a system prompt is named "system"')
+OTHER_PICTURES = dict.fromkeys(
+    ("images", "image_path", "image_paths", "image_file", "image_url", "img", "picture", "pictures"),
+    'the pictures are named by "image"',
+)
+OTHER_PROMPTS = ("question", "instruction", "query", "input", "context")  # of pairs: for us, it is "prompt"
 SECOND_CHAT = dict.fromkeys(("messages", "conversation"), "a second chat in one line")
+ELSEWHERE = {
+    "history": "what was said before are turns of the chat",
+    "reasoning_content": "a turn has it, not a line",
+}
 
-TEXT = Keys(("text",))
-CHAT_REFUSED = {**NO_TOOLS, **NO_WEIGHT, **NO_MEDIA, **SECOND_CHAT}
+TEXT = Keys(("text",), (), dict.fromkeys(NO_WEIGHT, "a text is learned, or its line left out"))
+CHAT_REFUSED = {**NO_TOOLS, **NO_WEIGHT, **NO_MEDIA, **SECOND_CHAT, **OTHER_SYSTEM, **ELSEWHERE}
 CHAT = Keys(("conversations",), ("system", "prompt"), {**CHAT_REFUSED, **NO_PICTURES})
 PICTURES = Keys(
     ("conversations",),
     ("system", "prompt", "image"),
-    {**CHAT_REFUSED, "images": 'the pictures are named by "image"'},
+    {**CHAT_REFUSED, **OTHER_PICTURES},
 )
 PAIR = Keys(
     ("chosen", "rejected"),
     ("prompt", "system"),
     {**CHAT.refused, "conversations": 'what both answer is named "prompt"'},
 )
-QUESTION = Keys(("question",), ("system",), {**CHAT.refused, "conversations": 'a second question, beside "question"'})
+QUESTION = Keys(
+    ("question",),
+    ("system",),
+    {**CHAT.refused, **dict.fromkeys(("conversations", "prompt"), 'a second question, beside "question"')},
+)
 TURN = Keys(
     (),
     ("role", "content", "reasoning_content", "weight", "train"),
@@ -120,7 +160,9 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
     Raises:
         BadRecord: as of `parse_chat`; "image" is something else, or the chat has fewer `<image>` markers than images.
     """
-    names = record.get("image") or []
+    names = record.get("image")
+    if names is None or names == "":
+        names = []
     if isinstance(names, str):
         names = names.split(",")
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
@@ -242,8 +284,8 @@ def _why_no_role(role: object) -> str:
     told = f"unknown role {role!r:.40}"
     if role in TOOL_ROLES:
         return f"{told}: {NO_TOOLS['tools']}"
-    if isinstance(role, str) and role in OTHER_NAMES:
-        return f'{told}: here it is named "{OTHER_NAMES[role]}"'
+    if isinstance(role, str) and (name := OTHER_NAMES.get(role.lower(), role.lower())) in ROLES:
+        return f'{told}: here it is named "{name}"'
     return f"{told}: a turn is one of {', '.join(ROLES)}"
 
 
@@ -320,7 +362,10 @@ def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
         chat = _turns(record, key, ignored, roles_given=bool(prompt))
     _check_answers(chat, key)
     _check_has_answer(chat, key)
-    if prompt and chat[0]["role"] == "assistant":
+    if chat[0]["role"] == "assistant":
+        other = next((name for name in OTHER_PROMPTS if not _says_nothing(record.get(name))), None)
+        if other and not prompt:
+            raise BadRecord(f'the key "{other}" is refused: what both answer is named "prompt"')
         return prompt + chat
     if not _begins_with(chat, prompt):
         raise BadRecord(f'"{key}" begins neither with an answer nor with the "prompt"')
@@ -369,6 +414,8 @@ def _what_instead(value: object) -> str:
         return " but null"
     if isinstance(value, list) and value and isinstance(value[0], dict) and "type" in value[0]:
         return " but a list of parts: join their texts to one"
+    if isinstance(value, str) and value.lstrip()[:1] == "[":
+        return " but JSON inside a string: write the list itself"
     if isinstance(value, dict) and "role" in value:
         return " but a single turn: put it into one"
     return ""

@@ -24,6 +24,8 @@ MAGIC = (  # how files begin that are no text; the longer one first where one be
 HEAD_BYTES = 512  # of a file that are enough to tell
 JSON_ARRAY = re.compile(rb"\[\s*(\{|$)")
 UNPACK_ARRAY = "write one JSON object a line instead (jq -c '.[]')"
+ASKED = ("instruction", "prompt", "question", "query", "input", "inputs")  # as other data sets name them
+ANSWERED = ("completion", "response", "answer", "output", "targets")
 COLUMN = re.compile(r'"?\w[\w .-]{0,39}"?')
 
 
@@ -55,9 +57,12 @@ def foreign_first_line(path: Path, line: bytes) -> str | None:
 
 
 def foreign_turn(turn: dict) -> str | None:
-    """What a turn of a chat is that has no content, by its keys."""
+    """What a turn of a chat is that says what we do not read, by its keys."""
     if "content" not in turn and {"from", "value"} <= turn.keys():
         return 'ShareGPT\'s form: name "from" "role" (human: user, gpt: assistant) and "value" "content"'
+    speaker = next((key for key in ("from", "speaker", "author") if key in turn), None)
+    if speaker and "role" not in turn:  # by turns it might be somebody else's
+        return f'who speaks is told by "role", not by "{speaker}"'
     return None
 
 
@@ -77,14 +82,16 @@ def recognise_shape(record: dict) -> str | None:
         return 'name "conversation" "conversations"'
     if {"instruction", "output"} <= keys:
         return "Alpaca's form: make instruction and input a user's turn of \"conversations\", output an assistant's"
-    if {"prompt", "completion"} <= keys or {"prompt", "response"} <= keys:
-        return "a prompt with its answer: make them a user's and an assistant's turn of \"conversations\""
+    if {"prompt", "completion", "label"} <= keys:
+        return 'KTO\'s form, judged answers, which no stage learns: take those with a true "label", as chats'
     if {"chosen", "rejected"} <= keys:
         return "preferences, which train_dpo.py learns"
     if "conversations" in keys:
         return "a chat, which train_full_sft.py learns"
     if "text" in keys:
         return "a plain text, which train_pretrain.py learns"
-    if "question" in keys and "answer" in keys:
-        return "a question with its answer: make them a user's and an assistant's turn of \"conversations\""
+    asked = next((key for key in ASKED if key in keys), None)
+    if asked and any(key in keys for key in ANSWERED):
+        name = f"an {asked}" if asked[0] == "i" else f"a {asked}"
+        return f"{name} with its answer: make them a user's and an assistant's turn of \"conversations\""
     return None

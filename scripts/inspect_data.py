@@ -22,7 +22,7 @@ from typing import NamedTuple
 import _repo  # noqa: F401  (lets `python scripts/inspect_data.py` find the packages)
 
 from trainer.arguments import ROOT, BooleanFlag, Parser, add_tower_argument, non_negative_int, positive_int, seed
-from trainer.errors import UserError, run_main
+from trainer.errors import UserError, run_main, shown
 
 
 class Stage(NamedTuple):
@@ -134,7 +134,7 @@ class Spelling:
             token, places = ids[place], 1
             if place in pictures:
                 name, places = pictures[place]
-                yield learned[place], "control", f"<image {name}: {places} places>".encode()
+                yield learned[place], "control", f"<image {shown(name)}: {places} places>".encode()
             elif token in self.control:
                 yield learned[place], "control", self.control[token].encode()
             else:

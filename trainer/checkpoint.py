@@ -30,7 +30,7 @@ from trainer.files import (
     writing_tensors,
 )
 from trainer.parallel import full_state_dict, plain_model, require_same_weights
-from trainer.resume_files import seal, unseal
+from trainer.resume_files import damaged, last_saved, read_object, seal, unseal
 from trainer.run_lock import lock_run, read_owner
 from trainer.runtime import Runtime, Totals
 from trainer.weights import architecture, weights_path
@@ -175,13 +175,14 @@ class Checkpoint:
             for rank, state in enumerate(random):
                 hashes[f"rank_{rank}.pt"] = save_tensors(state, folder / f"rank_{rank}.pt")
             hashes["model.pth"] = save_tensors(weights, folder / "model.pth")
-            about = self.about | dataclasses.asdict(progress) | {"metrics": metrics, "sha256": hashes["model.pth"]}
-            save_json(about, folder / "model.json")
+            about = self.about | dataclasses.asdict(progress) | {"sha256": hashes["model.pth"]}
+            save_json(about | {"metrics": metrics}, folder / "model.json")
             state = {"scaler": scaler.state_dict()}
             if not run.deepspeed_config:
                 state["optimizer"] = optimizer.state_dict()
             hashes["optimizer.pt"] = save_tensors(state, folder / "optimizer.pt")
-            seal(folder, {"progress": dataclasses.asdict(progress), "settings": self.settings}, hashes)
+            facts = {"progress": dataclasses.asdict(progress), "settings": self.settings, "about": about}
+            seal(folder, facts, hashes)  # without the metrics, which are yet to be added to
         self._saved_step = progress.step
 
     def add_metrics(self, progress: Progress, metrics: dict) -> None:
@@ -267,7 +268,7 @@ class Checkpoint:
                 self._restore(folder, model, optimizer, scaler)
                 progress = Progress(**state["progress"])
                 if run.is_main:
-                    self._mend(folder)
+                    self._mend(folder, state.get("about"))
             except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
@@ -280,8 +281,8 @@ class Checkpoint:
 
     def _saved_last(self) -> str | None:
         """The name of the folder to go on from; None to start."""
-        if self.resuming and self.pointer.is_file():
-            return self.pointer.read_text(encoding="utf-8").strip()
+        if self.resuming and self.runtime.is_main and self.pointer.is_file():
+            return last_saved(self.pointer)
         return None
 
     def _compare_ranks(self) -> None:
@@ -298,11 +299,21 @@ class Checkpoint:
                 "there: give all machines one --out_dir that they share"
             )
 
-    def _mend(self, folder: Path) -> None:
-        """Put right what a crash between the parts of a save left, or what has been damaged since."""
+    def _mend(self, folder: Path, about: dict | None) -> None:
+        """Put right what a crash between the parts of a save left, or what has been damaged since.
+
+        Args:
+            about: what the folder's model.json holds beside metrics; None: saved by an earlier version.
+
+        Raises:
+            UserError: that is damaged.
+        """
         beside, saved = self.path.with_suffix(".json"), folder / "model.json"
         there = self.path.is_file() and beside.is_file()
-        weights = json.loads(saved.read_text(encoding="utf-8")).get("sha256")  # None: saved by an earlier version
+        found = read_object(saved)
+        if about is not None and about != {name: value for name, value in found.items() if name != "metrics"}:
+            raise damaged(saved, "other facts")
+        weights = found.get("sha256")  # None: saved by an earlier version
         if not there or beside.read_bytes() != saved.read_bytes() or weights not in (None, file_hash(self.path)):
             self._publish(folder)
         self._tidy(folder)

@@ -28,21 +28,21 @@ def unseal(folder: Path, run: Runtime) -> dict:
 
     Raises:
         UserError: a file is missing on this rank, is damaged, or another than rank 0 has; the message names it.
-        ValueError, OSError: `state.json` is no such file.
+        LookupError: `state.json` is none of ours.
     """
     _require(folder / STATE, run)
-    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    state = read_object(folder / STATE)
     if rank := run.first_that_differs(file_hash(folder / STATE)):
         raise UserError(f"rank {rank} has another {folder / STATE} than rank 0, which goes on from its own: copy that")
     if "sha256" not in state:
         return state
     hashes = state.pop("sha256")
     if hashes.pop(STATE) != _hash_state(state, hashes):
-        raise _damaged(folder / STATE)
+        raise damaged(folder / STATE)
     for name, expected in hashes.items():
         _require(folder / name, run)
         if file_hash(folder / name) != expected:
-            raise _damaged(folder / name)
+            raise damaged(folder / name)
     return state
 
 
@@ -61,5 +61,31 @@ def _require(path: Path, run: Runtime) -> None:
     )
 
 
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is damaged, it is not what was saved (another sha256): --overwrite starts anew")
+def read_object(path: Path) -> dict:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise damaged(path, "no JSON object") from None
+
+
+def damaged(path: Path, how: str = "another sha256") -> UserError:
+    """The error to raise when a file is not what was saved."""
+    return UserError(f"{path} is damaged, it is not what was saved ({how}): --overwrite starts anew")
+
+
+def last_saved(pointer: Path) -> str:
+    """The name of the folder beside a pointer to go on from.
+
+    Raises:
+        UserError: the pointer names none that is there.
+    """
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    there = sorted(path.name for path in pointer.parent.iterdir() if (path / STATE).is_file())
+    if there and name not in there:
+        raise UserError(f"{pointer} is damaged, it names {name!r}: write {there[-1]} into it, which is there")
+    return name

@@ -72,6 +72,17 @@ def questions(prompts: list[str] | None, samples: Iterable[str], by_hand: bool) 
         yield from piped_lines()
 
 
+def room_for_prompt(context: int, max_new_tokens: int) -> int:
+    """Tokens that are left for a prompt beside the longest answer.
+
+    Raises:
+        UserError: none.
+    """
+    if max_new_tokens >= context:
+        raise UserError(f"--max_new_tokens {max_new_tokens}: the model takes {context} in all")
+    return context - max_new_tokens
+
+
 def stream_texts(stream, pieces: list) -> Iterator[str]:
     """The text of each piece of an engine's answer as it comes; the piece itself goes to `pieces`."""
     for piece in stream:

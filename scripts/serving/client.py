@@ -48,6 +48,17 @@ def proxy_variable(base_url: str) -> str | None:
     return next((name for name in names if os.environ.get(name)), None)
 
 
+def of_environment(*names: str) -> str:
+    """Those of these environment variables that are set, for a message."""
+    there = ", ".join(name for name in os.environ if name.lower() in names)
+    return f"{there or 'the settings'} of the environment"
+
+
+def certificates_error(error: OSError) -> UserError:
+    """The error to raise when the certificates that the environment names cannot be read."""
+    return UserError(f"{of_environment('ssl_cert_file', 'ssl_cert_dir')}: {error}; mend or unset it")
+
+
 def open_client(base_url: str, api_key: str, asynchronous: bool = False, **settings):
     """An `openai.OpenAI`, or `openai.AsyncOpenAI`, which asks this machine directly and others as the environment says.
 
@@ -55,7 +66,8 @@ def open_client(base_url: str, api_key: str, asynchronous: bool = False, **setti
         settings: of the client, such as `timeout`.
 
     Raises:
-        UserError: the address or the key is none, or the environment names a proxy that the client cannot use.
+        UserError: the address or the key is none, or the environment names a proxy, or certificates, that the client
+            cannot use.
     """
     import openai
 
@@ -65,9 +77,11 @@ def open_client(base_url: str, api_key: str, asynchronous: bool = False, **setti
     direct = is_this_machine(urlsplit(base_url).hostname)
     try:
         http_client = transport(trust_env=not direct)
-    except (ValueError, ImportError) as error:  # of a kind that it does not know, or has no package for
-        names = ", ".join(name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy"))
-        raise UserError(f"{names} of the environment: {error}; unset it, or give it an http:// address") from None
+    except OSError as error:
+        raise certificates_error(error) from None
+    except Exception as error:  # a proxy of a kind that it does not know, or has no package for, or no address at all
+        names = of_environment("http_proxy", "https_proxy", "all_proxy")
+        raise UserError(f"{names}: {error}; unset it, or give it an http:// address") from None
     return client(base_url=base_url, api_key=api_key, http_client=http_client, **settings)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import httpx
 
+from scripts.serving.client import certificates_error
 from scripts.serving.schema import ApiError
 
 LARGEST_IMAGE = 20 * 2**20  # bytes
@@ -25,13 +26,20 @@ class ImageFetcher:
 
     Args:
         private: also ask this machine itself and its private networks.
+
+    Raises:
+        UserError: the certificates that the environment names cannot be read.
     """
 
     def __init__(self, private: bool = False):
         self.private = private
+        try:
+            authorities = httpx.create_ssl_context()  # those that the environment names
+        except OSError as error:
+            raise certificates_error(error) from None
         self._client = httpx.Client(
             trust_env=False,
-            verify=httpx.create_ssl_context(),  # with the authorities that the environment names
+            verify=authorities,
             headers={"Accept-Encoding": "identity"},  # what is packed may be larger than it seems
             limits=httpx.Limits(
                 max_keepalive_connections=0

@@ -3,7 +3,7 @@
 Where a field is null it is as if it were not there. For fields that a request has beyond these see `unsupported`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -75,6 +75,13 @@ class Sampling(Form):
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: int | None = Field(None, description="-1: another answer each time, as without one")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and bool not in get_args(cls.model_fields[info.field_name].annotation):
+            raise ValueError(f"Input should not be {str(value).lower()}")  # which pydantic would take for 1 or 0
+        return value
+
 
 class TextPart(Form):
     type: Literal["text"]
@@ -137,7 +144,12 @@ class CompletionRequest(Sampling):
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     ) = ""
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = Field(None, description="false: none")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_logprobs(cls, given: Any) -> Any:
+        return given | {"logprobs": None} if isinstance(given, dict) and given.get("logprobs") is False else given
 
 
 # ---------------------------------------------------------------------------------------------------------- answers
@@ -280,9 +292,10 @@ def invalid(error: ValidationError) -> ApiError:
     return ApiError(400, f"{param}: {worst['msg'].removeprefix('Value error, ')}", param)
 
 
-def _fit(error: dict) -> tuple[bool, int]:
+def _fit(error: dict) -> tuple[bool, bool, int]:
     """How near a value came to what it was tried for: of a union's members, the nearest one's error is told."""
-    return not error["type"].endswith(("_type", "_parsing")), len(error["loc"])
+    kind = error["type"]
+    return kind != "literal_error", not kind.endswith(("_type", "_parsing")), len(error["loc"])
 
 
 def _place(loc: tuple[str | int, ...]) -> str:

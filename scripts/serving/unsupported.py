@@ -30,12 +30,14 @@ NO_FORMAT = "an answer is free text here: no form can be forced on it"
 NO_TOOLS = "tool calls are not supported"
 NO_TEMPLATE = "a chat is always laid out as the model has learned it"
 NO_SAMPLER = "this way to sample is not supported"
+NO_BIAS = "no token can be made likelier or ruled out"
 NO_BEGINNING = "an answer always begins anew: none can be continued"
 
 IN_REQUESTS = (
     Undone(("response_format",), NO_FORMAT, ({"type": "text"}, {})),
     Undone(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), NO_FORMAT),
-    Undone(("json_schema", "grammar", "regex", "ebnf", "structural_tag", "format"), NO_FORMAT),
+    Undone(("json_schema", "grammar", "regex", "ebnf", "structural_tag", "format", "response_schema"), NO_FORMAT),
+    Undone(("text",), NO_FORMAT, ({"format": {"type": "text"}}, *NOTHING)),  # OpenAI's Responses API has it
     Undone(("tool_choice", "function_call"), NO_TOOLS, ("none", "auto")),
     Undone(("tools", "functions"), f"{NO_TOOLS} (with tool_choice none they may be listed)"),
     Undone(("audio",), "answers are text only"),
@@ -44,12 +46,16 @@ IN_REQUESTS = (
     Undone(("prediction",), "predicted outputs are not supported"),
     Undone(("suffix",), "a text is continued, never filled in"),
     Undone(("best_of",), "no answers are written only to be thrown away: ask for n", (0, 1)),
-    Undone(("logit_bias", "bad_words", "logits_processors"), "no token can be made likelier or ruled out"),
+    Undone(
+        ("logit_bias", "bad_words", "logits_processors", "allowed_token_ids", "banned_tokens"),
+        "no token can be made likelier or ruled out",
+    ),
     Undone(("stop_token_ids",), "an answer ends at a text: use stop"),
     Undone(("include_stop_str_in_output",), "an answer is cut before the text that ends it"),
     Undone(("min_tokens",), "no least length can be set", (0,)),
     Undone(("skip_special_tokens",), "control tokens are not part of an answer", (True,)),
     Undone(("return_token_ids", "return_tokens_as_token_ids"), "tokens are given as texts only: use logprobs"),
+    Undone(("n_probs",), "its name here is logprobs", (0,)),
     Undone(
         ("prompt_logprobs",), "a prompt's log-probabilities come by /v1/completions with echo and logprobs", (False,)
     ),
@@ -58,11 +64,15 @@ IN_REQUESTS = (
     Undone(("chat_template", "chat_template_kwargs", "documents"), NO_TEMPLATE),
     Undone(("truncate_prompt_tokens",), "a prompt is read whole or refused", ()),
     Undone(("use_beam_search",), NO_SAMPLER),
-    Undone(("min_p", "mirostat", "xtc_probability", "dry_multiplier"), NO_SAMPLER, (0,)),
-    Undone(("typical_p",), NO_SAMPLER, (1,)),
+    Undone(("min_p", "mirostat", "xtc_probability", "dry_multiplier", "dynatemp_range", "top_a"), NO_SAMPLER, (0,)),
+    Undone(("typical_p", "tfs_z", "length_penalty"), NO_SAMPLER, (1,)),
     Undone(("repeat_penalty",), "its name here is repetition_penalty", (1,)),
     Undone(("max_new_tokens", "max_output_tokens", "num_predict", "n_predict"), "its name here is max_tokens", ()),
-    Undone(("system",), "a system prompt is a message, of the role system"),
+    Undone(("system", "instructions"), "a system prompt is a message, of the role system"),
+    Undone(("input", "prompt", "previous_response_id", "conversation"), "what was said before is listed in messages"),
+    Undone(("images",), "an image is a part of a message's content, of the type image_url"),
+    Undone(("prompt_embeds",), "a prompt is text or token ids"),
+    Undone(("extra_body", "options"), "its fields belong in the request itself"),
 )
 IN_MESSAGES = (
     Undone(("tool_calls", "function_call", "tool_call_id"), NO_TOOLS),

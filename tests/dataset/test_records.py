@@ -62,6 +62,9 @@ TOOLS = "the use of tools is not learned here"
         ("functions", TOOLS),
         ("messages", "a second chat in one line"),
         ("weight", "a turn has it, not a line"),
+        ("reasoning_content", "a turn has it, not a line"),
+        ("system_prompt", 'a system prompt is named "system"'),
+        ("history", "what was said before are turns of the chat"),
         ("image", "only train_pretrain_vlm.py and train_sft_vlm.py learn from pictures"),
         ("audio", "text and pictures are all that is learned here"),
     ],
@@ -81,6 +84,8 @@ def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason
         ({"tool_calls": "[]"}, f'the key "tool_calls" is refused: {TOOLS}'),
         ({"function_call": {"name": "f"}}, f'the key "function_call" is refused: {TOOLS}'),
         ({"reasoning": "t"}, 'the key "reasoning" is refused: a thought is named "reasoning_content"'),
+        ({"cot": "t"}, 'the key "cot" is refused: a thought is named "reasoning_content"'),
+        ({"loss_mask": 0}, 'the key "loss_mask" is refused: whether a turn is learned is told by "weight" or "train"'),
         ({"loss": False}, 'the key "loss" is refused: whether a turn is learned is told by "weight" or "train"'),
         ({"value": "v"}, 'the key "value" is refused: what is said is named "content"'),
         ({"weight": 0.5}, '"weight" is 0.5, and can only be 0 or 1'),
@@ -100,6 +105,7 @@ def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason
         ({"content": [{"type": "text", "text": "a"}]}, '"content" is not a string but a list of parts: join'),
         ({"role": "tool"}, f"unknown role 'tool': {TOOLS}"),
         ({"role": "gpt"}, "unknown role 'gpt': here it is named \"assistant\""),
+        ({"role": "Assistant"}, "unknown role 'Assistant': here it is named \"assistant\""),
         ({"role": "judge"}, "unknown role 'judge': a turn is one of system, user, assistant"),
         ({"role": "system"}, "a system turn can only come first"),
     ],
@@ -208,3 +214,64 @@ def test_pictures_are_named_by_image_alone():
     record = {"image": "a.jpg", "conversations": [Q | {"content": "<image>"}, A]}
     assert read(parse_image_chat, record)[0][0] == ["a.jpg"]
     assert refusal(parse_image_chat, record | {"images": ["b.jpg"]}).endswith('the pictures are named by "image"')
+    for name in ("img", "image_path", "picture"):
+        other = {name: "a.jpg", "conversations": record["conversations"]}
+        assert refusal(parse_image_chat, other) == f'the key "{name}" is refused: the pictures are named by "image"'
+    for nothing in (False, 0, {}):
+        assert refusal(parse_image_chat, {"image": nothing} | CHAT).startswith('"image" is not a name, names with')
+
+
+@pytest.mark.parametrize(
+    ("parse", "record", "key", "name"),
+    [
+        (parse_text, {"text": "t"}, "Text", "text"),
+        (parse_chat, CHAT, "System", "system"),
+        (parse_pair, PAIR, "Prompt", "prompt"),
+        (parse_image_chat, CHAT, "IMAGE", "image"),
+        (parse_question, {"question": "q"}, "sys_tem", "system"),
+    ],
+)
+def test_a_key_that_is_ours_but_for_its_letter_case_is_refused(parse, record, key, name):
+    assert refusal(parse, record | {key: "x"}) == f'the key "{key}" is refused: its name here is "{name}"'
+    assert read(parse, record | {key: None})[1] == {key: 1}
+
+
+def test_letter_case_and_underscores_do_not_hide_a_key_of_a_turn():
+    for more, reason in (
+        ({"Weight": 0}, 'its name here is "weight"'),
+        ({"reasoningContent": "t"}, 'its name here is "reasoning_content"'),
+        ({"toolCalls": [1]}, TOOLS),
+        ({"lossMask": 0}, 'whether a turn is learned is told by "weight" or "train"'),
+    ):
+        (key,) = more
+        told = refusal(parse_chat, {"conversations": [Q, A | more]})
+        assert told == f'turn 2 of "conversations": the key "{key}" is refused: {reason}'
+
+
+@pytest.mark.parametrize("name", ["question", "instruction", "query", "input", "context"])
+def test_answers_whose_prompt_has_another_name_do_not_lose_it(name):
+    b = A | {"content": "b"}
+    told = refusal(parse_pair, {name: "q", "chosen": [A], "rejected": [b]})
+    assert told == f'the key "{name}" is refused: what both answer is named "prompt"'
+    assert read(parse_pair, {name: "q", "chosen": [Q, A], "rejected": [Q, b]})[1] == {name: 1}
+    assert read(parse_pair, {name: "q", "prompt": "q", "chosen": [A], "rejected": [b]})[1] == {name: 1}
+
+
+def test_a_text_is_learned_whole():
+    for more in ({"weight": 0}, {"weight": 0.3}, {"train": False}):
+        (key,) = more
+        told = refusal(parse_text, {"text": "t"} | more)
+        assert told == f'the key "{key}" is refused: a text is learned, or its line left out'
+
+
+@pytest.mark.parametrize("key", ["from", "speaker", "author"])
+def test_who_speaks_is_not_guessed_where_it_is_told_under_another_name(key):
+    turns = [{key: "gpt", "content": "a"}, {key: "human", "content": "q"}]
+    told = refusal(parse_chat, {"conversations": turns})
+    assert told == f'turn 1 of "conversations": who speaks is told by "role", not by "{key}"'
+    assert read(parse_chat, {"conversations": [Q | {key: "Ann"}, A]})[1] == {f"{key} (turn)": 1}
+
+
+def test_turns_inside_a_string_are_told_as_such():
+    told = refusal(parse_chat, {"conversations": '[{"role": "user"}]'})
+    assert told == '"conversations" is not a list but JSON inside a string: write the list itself'

@@ -1,6 +1,8 @@
 """scripts/inspect_data.py: what it shows is what training learns, what it counts is what there is."""
 
+import json
 import re
+import sys
 
 import pytest
 from PIL import Image
@@ -67,6 +69,16 @@ def test_pictures_are_shown_by_name(inspect, tmp_path, clip_dir):
     printed, _ = inspect([line], "--images_path", tmp_path, "--vision_model", clip_dir)
     assert "as --stage vlm has it (VLMDataset)" in printed
     assert DEFAULT + "<s>user\n<image red.png: 4 places>\nWhat?</s>\n<s>assistant\n⟦Red.</s>⟧\n" in printed
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names are Unicode there")
+def test_a_picture_s_name_may_be_any_bytes(inspect, tmp_path, clip_dir):
+    Image.new("RGB", (40, 32), "red").save(tmp_path / "\udcff.png", "png")
+    lines = [chat("<image>\nWhat?", "Red.") | {"image": name} for name in ("\udcff.png", "a\nb.png")]
+    flags = ("--images_path", tmp_path, "--vision_model", clip_dir)
+    printed, _ = inspect("\n".join(map(json.dumps, lines)), *flags, exit_code=2)
+    assert "<image \\udcff.png: 4 places>" in printed
+    assert f"line 2: the image {tmp_path}/a\\nb.png is not there" in printed
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from scripts.serving.client import (
     open_client,
     proxy_variable,
 )
+from scripts.serving.fetch_images import ImageFetcher
 from tests.running import call_script, free_port
 from tests.scripts.openai_double import openai_double
 from trainer.errors import UserError
@@ -27,7 +28,7 @@ ELSEWHERE = "http://teacher.example/v1"
 @pytest.fixture(autouse=True)
 def no_proxies(monkeypatch):
     for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
+        if name.lower().endswith("_proxy") or name == "SSL_CERT_DIR":
             monkeypatch.delenv(name)
 
 
@@ -73,11 +74,25 @@ def test_an_asynchronous_client_asks_this_machine_directly_too(monkeypatch):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("proxy", ["socks://127.0.0.1:1", "socks5h://127.0.0.1:1"])
+@pytest.mark.parametrize(
+    "proxy", ["socks://127.0.0.1:1", "socks5h://127.0.0.1:1", "http://127.0.0.1:port", "http://[::1"]
+)
 def test_a_proxy_that_no_client_can_use_is_named(proxy, asynchronous, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", proxy)
     with pytest.raises(UserError, match=r"^ALL_PROXY of the environment: .*; unset it, or give it an http:// address$"):
         open_client(ELSEWHERE, "none", asynchronous)
+
+
+@pytest.mark.parametrize("content", [None, "no certificate"])
+def test_certificates_that_no_client_can_use_are_named(content, monkeypatch, tmp_path):
+    monkeypatch.setenv("SSL_CERT_FILE", str(path := tmp_path / "ca.pem"))
+    if content:
+        path.write_text(content)
+    with pytest.raises(UserError, match=r"^SSL_CERT_FILE of the environment: .*; mend or unset it$"):
+        open_client(ELSEWHERE, "none")
+    with pytest.raises(UserError, match=r"^SSL_CERT_FILE of the environment: "):
+        ImageFetcher()
+    open_client("http://127.0.0.1:1/v1", "none")  # which no certificate is needed for
 
 
 @pytest.mark.parametrize("name", ["all_proxy", "HTTP_PROXY", "http_proxy"])

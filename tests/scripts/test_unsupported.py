@@ -56,13 +56,20 @@ BOTH = [
     ("dry_multiplier", 0.8),
     ("typical_p", 0.9),
     ("repeat_penalty", 1.1),
-    ("system", "Be brief."),
+    *((name, "Be brief.") for name in ("system", "instructions")),
+    *((name, "x") for name in ("input", "previous_response_id", "conversation", "prompt_embeds")),
+    ("images", ["aGk="]),
+    *((name, {"temperature": 0}) for name in ("extra_body", "options")),
+    ("text", {"format": {"type": "json_schema"}}),
+    *((name, [5]) for name in ("allowed_token_ids", "banned_tokens")),
+    ("n_probs", 5),
+    *((name, 0.5) for name in ("dynatemp_range", "top_a", "tfs_z", "length_penalty")),
     *((name, 5) for name in ("max_new_tokens", "max_output_tokens", "num_predict", "n_predict")),
     *(
         (name, "x")
         for name in ("guided_regex", "guided_grammar", "grammar", "regex", "ebnf", "structural_tag", "format")
     ),
-    *((name, {"type": "object"}) for name in ("guided_json", "json_schema", "structured_outputs")),
+    *((name, {"type": "object"}) for name in ("guided_json", "json_schema", "structured_outputs", "response_schema")),
     ("guided_choice", ["a", "b"]),
 ]
 
@@ -83,6 +90,8 @@ def test_what_only_one_of_the_two_does():
     assert completion(echo=True).echo
     with pytest.raises(ApiError, match="suffix"):
         completion(suffix=" the end")
+    with pytest.raises(ApiError, match=r"^400: prompt: what was said before is listed in messages"):
+        chat(prompt="hi")
 
 
 @pytest.mark.parametrize("make", [chat, completion])
@@ -104,6 +113,7 @@ def test_null_asks_for_nothing(name, make):
         {"logit_bias": {}},
         {"modalities": ["text"]},
         {"best_of": 1},
+        {"text": {"format": {"type": "text"}}, "n_probs": 0, "tfs_z": 1, "length_penalty": 1.0, "top_a": 0},
         {"min_tokens": 0, "min_p": 0.0, "typical_p": 1.0, "mirostat": 0, "repeat_penalty": 1},
         {
             "guided_json": "",
@@ -183,9 +193,29 @@ def test_minus_one_is_no_limit():
         (chat, {"max_completion_tokens": -2}),
     ):
         (name,) = fields
-        with pytest.raises(ApiError, match=f"^400: {name}: ") as caught:
+        with pytest.raises(ApiError, match=f"^400: {name}: Input should be greater than or equal to ") as caught:
             make(**fields)
         assert caught.value.param == name
+    with pytest.raises(ApiError, match=r"^400: max_tokens: Input should be a valid integer"):
+        chat(max_tokens="many")
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize(
+    "name", ["max_tokens", "n", "seed", "top_k", "temperature", "top_p", "presence_penalty", "stop"]
+)
+def test_true_and_false_are_no_numbers(name, value):
+    for make in (chat, completion):
+        with pytest.raises(ApiError, match=f"^400: {name}: Input should not be {str(value).lower()}$"):
+            make(**{name: value})
+
+
+def test_no_logprobs_are_no_logprobs():
+    assert completion(logprobs=False) == completion()
+    with pytest.raises(ApiError, match=r"^400: logprobs: Input should not be true$"):
+        completion(logprobs=True)
+    assert not chat(logprobs=False).logprobs
+    assert chat(logprobs=True, stream=False, ignore_eos=True).logprobs
 
 
 @pytest.mark.parametrize(

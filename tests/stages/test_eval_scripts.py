@@ -82,3 +82,16 @@ def test_which_images_belong_to_one_question(tmp_path):
     picture.save(tmp_path / "c.webp")
     assert groups(model_mode=2) == [["a.PNG", "b.jpg"], ["c.webp"]]
     assert groups(image=[tmp_path / "c.webp", tmp_path / "b.jpg"]) == [["c.webp", "b.jpg"]]
+
+
+@pytest.mark.parametrize("script", [eval_model, eval_vlm])
+def test_an_answer_as_long_as_the_context_leaves_no_room_to_ask(script, monkeypatch, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=64))
+    monkeypatch.setattr(script, "load_model", lambda args: (model, None, None)[: 2 if script is eval_model else 3])
+    monkeypatch.setattr("model.inference.scheduler.Engine", lambda *_, **settings: None)
+    asked = ["--prompt", "q", "--max_new_tokens", "64"]
+    asked += ["--image", str(tmp_path / "a.png")] if script is eval_vlm else []
+    monkeypatch.setattr(sys, "argv", ["script", *asked])
+    with pytest.raises(UserError, match=r"^--max_new_tokens 64: the model takes 64 in all$"):
+        script.main()
