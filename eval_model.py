@@ -48,22 +48,24 @@ def get_args():
         type=int,
         choices=(0, 1),
         default=0,
-        help="0: our .pth; 1: a transformers folder, also one that convert_model.py made, named by --out_dir",
+        help="0: our .pth; 1: the transformers folder in --out_dir, also from convert_model.py",
     )
     add_model_arguments(parser)
-    parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
+    parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
     add_device_argument(parser)
-    parser.add_argument("--prompt", type=text, action="append", help="ask this (may be repeated) and end")
+    parser.add_argument("--prompt", type=text, action="append", help="answer this and exit (may be repeated)")
     parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     parser.add_argument(
-        "--history_cnt", type=non_negative_int, default=0, help="earlier questions with their answers that it is shown"
+        "--history_cnt", type=non_negative_int, default=0, help="earlier question-answer pairs kept in the prompt"
     )
     add_sampling_arguments(parser)
-    parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while writing (default: on)")
     parser.add_argument(
-        "--votes", type=positive_int, default=1, help="write so many answers, take what most of them say"
+        "--stream", action=BooleanFlag, default=True, help="print tokens as they are generated (default: on)"
     )
-    parser.add_argument("--hide_thinking", action=BooleanFlag, help="show only the answer of a reasoning model")
+    parser.add_argument(
+        "--votes", type=positive_int, default=1, help="sample this many answers and take a majority vote"
+    )
+    parser.add_argument("--hide_thinking", action=BooleanFlag, help="hide a reasoning model's thinking")
     return parser.parse_args()
 
 
@@ -99,7 +101,9 @@ def reply(engine, ids: list[int], args, by_hand: bool) -> str:
 def main():
     args = get_args()
     if args.votes > 1 and args.temperature == 0:
-        raise UserError(f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise it")
+        raise UserError(
+            f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise --temperature"
+        )
     from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
     from model.inference.scheduler import Engine
     from trainer.device import pick_device
@@ -114,7 +118,7 @@ def main():
     samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
     system = [{"role": "system", "content": args.system}] if args.system else []
     turns: list[dict[str, str]] = []
-    by_hand = not args.prompt and sys.stdin.isatty() and read_line("[0] automatic  [1] by hand: ") == "1"
+    by_hand = not args.prompt and sys.stdin.isatty() and read_line("[0] sample prompts  [1] type your own: ") == "1"
     for number, question in enumerate(questions(args.prompt, samples, by_hand)):
         if not by_hand:
             print(f"{chr(10) if number else ''}> {question}")
@@ -124,7 +128,7 @@ def main():
             if pretrained:
                 ids = render_text(tokenizer, [question])[0][:-1]
                 if len(ids) > room:
-                    raise ValueError(f"a text of {len(ids)} tokens: {room} are left for it")
+                    raise ValueError(f"the text has {len(ids)} tokens, but only {room} fit")
             else:
                 ids, turns = fit_history(tokenizer, system, [*kept, asked], room)
         except ValueError as error:

@@ -34,27 +34,29 @@ def get_args():
         "--model_mode", type=int, choices=range(3), default=1, help="0 pretrain_vlm, 1 sft_vlm, 2 sft_vlm_multi"
     )
     parser.add_argument(
-        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: a transformers folder, named by --out_dir"
+        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: the transformers folder in --out_dir"
     )
     add_model_arguments(parser)
     add_tower_argument(parser)
     add_device_argument(parser)
-    parser.add_argument("--image", action="append", metavar="FILE", help="show this one (repeat: together)")
+    parser.add_argument(
+        "--image", action="append", metavar="FILE", help="an image to show (may be repeated: shown together)"
+    )
     parser.add_argument(
         "--image_dir",
         default=str(ROOT / "dataset" / "eval_images"),
         metavar="DIR",
-        help="show its images in order of their names, one by one; with --model_mode 2 in twos, the last perhaps alone",
+        help="show a folder's images by name, one at a time; with --model_mode 2 in pairs",
     )
+    parser.add_argument("--skip_bad_images", action=BooleanFlag, help="skip and count broken images in --image_dir")
     parser.add_argument(
-        "--skip_bad_images", action=BooleanFlag, help="leave out what --image_dir has of broken images, and count them"
-    )
-    parser.add_argument(
-        "--prompt", type=text, action="append", help="ask this (may be repeated) instead of for a description"
+        "--prompt", type=text, action="append", help="ask this instead of for a description (may be repeated)"
     )
     parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     add_sampling_arguments(parser)
-    parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while writing (default: on)")
+    parser.add_argument(
+        "--stream", action=BooleanFlag, default=True, help="print tokens as they are generated (default: on)"
+    )
     return parser.parse_args()
 
 
@@ -86,7 +88,7 @@ def whole_images(images: list[Path], skip: bool | None = None) -> list[Path]:
     faults = picture_faults(images)
     bad = [f"{image} {fault}" for image, fault in zip(images, faults, strict=True) if fault]
     if bad and not skip:
-        choice = "" if skip is None else f" ({len(bad)} of {len(images)} images; --skip_bad_images goes on without)"
+        choice = "" if skip is None else f" ({len(bad)} of {len(images)} images; --skip_bad_images skips them)"
         raise UserError(bad[0] + choice)
     if bad:
         print(f"{len(bad)} of {len(images)} images skipped, the first: {bad[0]}")

@@ -42,7 +42,9 @@ def get_args():
         warmup_iters=20,
     )
     parser.add_argument("--from_weight", default="rlhf", help="stage, .pth or folder to start from")
-    parser.add_argument("--tag_weight", type=float, default=10.0, help="what a token of a tag counts, in tokens")
+    parser.add_argument(
+        "--tag_weight", type=float, default=10.0, help="loss weight of a tag token (a plain token has 1)"
+    )
     return parser.parse_args()
 
 

@@ -45,9 +45,14 @@ def get_args():
     )
     parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder the student starts from")
     parser.add_argument("--teacher_weight", default="full_sft_768", help="stage, name in --out_dir, .pth or folder")
-    parser.add_argument("--alpha", type=float, default=0.0, help="share of the plain loss; the rest is the teacher's")
     parser.add_argument(
-        "--temperature", type=positive_float, default=1.0, help="above 1 what the teacher holds less likely counts more"
+        "--alpha", type=float, default=0.0, help="weight of the cross-entropy loss; the rest is the teacher's"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=positive_float,
+        default=1.0,
+        help="softmax temperature; above 1 it softens both distributions",
     )
     return parser.parse_args()
 

@@ -57,12 +57,12 @@ def get_args():
     dpo.add_argument(
         "--beta", type=positive_float, default=0.1, help="strength of the pull towards the reference model"
     )
-    dpo.add_argument("--length_normalize", action=BooleanFlag, help="mean log-probability of an answer, not its sum")
+    dpo.add_argument("--length_normalize", action=BooleanFlag, help="use an answer's mean log-probability, not its sum")
     dpo.add_argument(
         "--cache_reference",
         action=BooleanFlag,
         default=True,
-        help="ask the reference once, before training, and keep its answers on disk (default: on)",
+        help="run the reference once, before training, and cache its log-probabilities (default: on)",
     )
     return parser.parse_args()
 

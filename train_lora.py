@@ -40,14 +40,14 @@ def get_args():
     )
     parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder to start from")
     lora = parser.add_argument_group("lora")
-    lora.add_argument("--lora_name", default="identity", help="names the adapter: out/lora/NAME_512.pth")
+    lora.add_argument("--lora_name", default="identity", help="adapter name: out/lora/NAME_512.pth")
     lora.add_argument("--rank", type=positive_int, default=16, help="rank of the update (alpha / rank) B A")
     lora.add_argument("--alpha", type=float, default=None, help="(default: rank)")
     lora.add_argument(
         "--target_modules",
         type=lambda names: names.replace(" ", "").split(","),
         metavar="wq,wk,wv,wo,w1,w2,w3",
-        help="Linears that get one, experts' included (default: every square one, which are wq and wo)",
+        help="Linears to adapt, also in experts (default: all square ones, i.e. wq and wo)",
     )
     return parser.parse_args()
 

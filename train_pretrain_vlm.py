@@ -39,7 +39,7 @@ def get_args():
     add_vision_arguments(parser, images_path=str(ROOT / "dataset" / "pretrain_images"))
     parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder to start from")
     parser.add_argument(
-        "--unfreeze_last", type=non_negative_int, default=0, metavar="N", help="the last N blocks learn too"
+        "--unfreeze_last", type=non_negative_int, default=0, metavar="N", help="also train the last N blocks"
     )
     return parser.parse_args()
 

@@ -40,7 +40,7 @@ def get_args():
     )
     add_vision_arguments(parser, images_path=None)
     parser.add_argument("--from_weight", default="pretrain_vlm", help="stage, .pth or folder to start from")
-    parser.add_argument("--multi", action=BooleanFlag, help="several images a line: other data, other weights")
+    parser.add_argument("--multi", action=BooleanFlag, help="several images per line: different data and weights")
     args = parser.parse_args()
     data, images = (
         ("sft_vlm_data_multi.jsonl", "sft_multi_images") if args.multi else ("sft_vlm_data.jsonl", "sft_images")

@@ -21,7 +21,7 @@ class Cache(NamedTuple):
 
 
 def caches_in(places: Iterable[Path]) -> list[Cache]:
-    """The caches in `.cache` folders, the least recently used first; a place that is not there has none."""
+    """The caches in `.cache` folders, the least recently used first; a place that does not exist has none."""
     roots = {root.resolve() for place in places for root in _folders_in(place)}
     found = [_cache(folder) for root in roots for folder in _folders_in(root) if is_cache(folder)]
     return sorted(filter(None, found), key=lambda cache: (cache.used, cache.folder))

@@ -50,7 +50,7 @@ def require_data_file(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise DataError(
-            f"{path} is not there: download it from {DATA_SETS}, or name another file with --data_path "
+            f"{path} does not exist: download it from {DATA_SETS}, or name another file with --data_path "
             "(`make demo` needs no download)"
         )
     if not path.is_file():

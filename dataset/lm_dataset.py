@@ -66,7 +66,7 @@ class RowDataset(Dataset):
         part: str = "all",
     ):
         if max_seq_len < 2:
-            raise ValueError(f"max_seq_len is {max_seq_len}, but a row needs 2 tokens: one to read, one to predict")
+            raise ValueError(f"max_seq_len is {max_seq_len}, but a row needs 2 tokens: an input and a target")
         self.data_path = Path(data_path)
         self.max_seq_len = self.group * max_seq_len
         self.packing = packing

@@ -22,11 +22,11 @@ from model.images import ImageError, read_image
 
 AT_ONCE = 256  # pictures between two looks at Ctrl-C
 SHOWN = 200  # characters of a name
-MISSING = "is not there"
+MISSING = "does not exist"
 
 
 class Picture(NamedTuple):
-    """The fingerprint of a picture's file, the hash of its bytes, and what is wrong ("is not there"), or None."""
+    """The fingerprint of a picture's file, the hash of its bytes, and what is wrong ("does not exist"), or None."""
 
     fingerprint: list[int]
     sha256: str
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 def picture_faults(paths: Sequence[Path]) -> list[str | None]:
-    """What is wrong with each of these pictures, "is not there"; None where nothing is."""
+    """What is wrong with each of these pictures, "does not exist"; None where nothing is."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [picture.fault for picture in pool.map(examine, paths)]
 
@@ -120,7 +120,7 @@ def _names_in(lines: JsonlReader) -> list[str]:
 def _as_it_was(path: Path, picture: Picture) -> bool:
     try:
         return fingerprint(path) == picture.fingerprint
-    except (OSError, ValueError):  # it is not there, or its name can be no file's
+    except (OSError, ValueError):  # it does not exist, or its name is not a valid file name
         return False
 
 

@@ -44,7 +44,7 @@ class VLMDataset(SFTDataset):
         features: what the tower made of the images; None = rows hold pixels.
 
     Raises:
-        DataError: as of `SFTDataset`; an image that a line names is not there, or not whole, or has no marker.
+        DataError: as of `SFTDataset`; an image that a line names is missing, truncated, or has no marker.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ from model.kv_cache import KVCache
 def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary embedding (Su et al. 2021, arXiv:2104.09864).
 
-    Computed from the positions each time: a few hundred numbers per token, and the model keeps no table as state.
+    Recomputed from the positions on every call: a few hundred values per token, and no table in the model's state.
 
     Args:
         position_ids: (batch, n) int64.
@@ -42,8 +42,8 @@ def attention_by_hand(
 
     Args:
         q: (batch, heads, n, head_dim); k, v: (batch, heads, length, head_dim).
-        attn_mask: bool, broadcastable to (batch, heads, n, length), True = may see; None = all.
-        is_causal: in place of a mask: query i sees keys 0..i.
+        attn_mask: bool, broadcastable to (batch, heads, n, length), True = attend; None = all.
+        is_causal: instead of a mask: query i attends to keys 0..i.
 
     Returns:
         (batch, heads, n, head_dim).
@@ -58,10 +58,10 @@ def attention_by_hand(
 
 
 class Segments:
-    """How long the samples of a batch are, one after another, row by row; a run of padding is one of them.
+    """The lengths of a batch's samples in order, row by row; a run of padding counts as one.
 
-    On a CPU, attention within each of them alone takes the sum of their squared lengths, where whole rows with a mask
-    take the sum of the rows' squared lengths.
+    On a CPU, attention within each sample costs the sum of their squared lengths; whole rows with a mask cost the sum
+    of the rows' squared lengths.
     """
 
     def __init__(self, lengths: list[int]):
@@ -70,7 +70,7 @@ class Segments:
     @classmethod
     @torch.compiler.disable
     def of(cls, segment_ids: Tensor) -> "Segments | None":
-        """From segments (batch, n) as of `build_attention_mask`; None where padding lies in the middle of a sample."""
+        """From segments (batch, n) as in `build_attention_mask`; None if there is padding in the middle of a sample."""
         first = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
         rows, places = first.nonzero(as_tuple=True)
         named = [pair for pair in zip(rows.tolist(), segment_ids[rows, places].tolist(), strict=True) if pair[1]]
@@ -112,19 +112,19 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (batch, n_heads, n, head_dim); k, v (batch, n_kv_heads, length, head_dim) -> shape of q.
 
-        mask None means causal; then the queries are all the positions there are, or the last one alone.
+        mask None means causal; the queries are then all positions, or only the last one.
         """
         dropout = self.dropout if self.training else 0.0
-        if q.size(2) == 1:  # the queries that share a key head stand side by side: no copy of the cache for each
+        if q.size(2) == 1:  # group the queries that share a key head: no copy of the cache for each
             grouped = q.view(q.size(0), k.size(1), -1, self.head_dim)  # (batch, n_kv_heads, group, head_dim)
             return self.attend(grouped, k, v, attn_mask=mask, dropout_p=dropout).reshape(q.shape)
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return self.attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
 
-    @torch.compiler.disable  # how long the samples are is data, which no compiled graph can hold
+    @torch.compiler.disable  # the samples' lengths are data-dependent: no static graph
     def _attend_by_segment(self, q: Tensor, k: Tensor, v: Tensor, samples: Segments) -> Tensor:
-        """`_attend`, causal, for one sample after the other; in fp32, in which short ones take a CPU half the time."""
+        """`_attend`, causal, sample by sample; in fp32, which halves the time of short ones on a CPU."""
         rows, groups = (q.size(0), q.size(2)), q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         one_row = (t.transpose(0, 1).flatten(1, 2)[None].float() for t in (q, k, v))  # (1, heads, batch * n, head_dim)

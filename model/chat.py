@@ -1,11 +1,11 @@
-"""From chats and texts to token ids, with the loss mask built on the way: the one place where a prompt is laid out.
+"""From chats and texts to token ids, with the loss mask: the one place where a prompt is laid out.
 
 A chat reads
 
     <s>system\n{system}</s>\n<s>user\n{content}</s>\n<s>assistant\n{answer}</s>\n
 
-It is encoded piece by piece, and the control tokens are put between the pieces as ids. So the mask is exact, and text
-that somebody typed can never turn into a control token.
+It is encoded piece by piece, with the control tokens inserted between the pieces as ids. So the mask is exact, and
+typed text can never turn into a control token.
 """
 
 import re
@@ -17,33 +17,33 @@ from transformers import PreTrainedTokenizerFast
 
 DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
 ROLES = ("system", "user", "assistant")
-TEXT_BEGIN, TEXT_END = "<s>", "</s>"  # as a pretraining text may spell them itself
-IMAGE_MARKER = "<image>"  # an image's place in a line of data, and the shipped tokenizer's entry for one
-IMAGE_PLACE = -1  # an image's places among rendered ids, until they get their own id: no text renders to it
-CALL_CHARS = 1 << 20  # of text in one call of the tokenizer…
-STRETCH_CHARS = 1 << 16  # …and of one text at once, so that the tokenizer's threads share a long one
+TEXT_BEGIN, TEXT_END = "<s>", "</s>"  # which a pretraining text may contain literally
+IMAGE_MARKER = "<image>"  # an image's placeholder in a data line, and the shipped tokenizer's token for it
+IMAGE_PLACE = -1  # placeholder id of image tokens until they get their own id: no text renders to it
+CALL_CHARS = 1 << 20  # characters per tokenizer call…
+STRETCH_CHARS = 1 << 16  # …and per item in it, so that the tokenizer's threads share a long text
 
-Content = str | list[str | list[int]]  # text, or pieces of it and ids that stand as they are, such as an image's places
-Chat = Sequence[dict[str, Any]]  # of turns {"role": str, "content": Content}, "weight": 0 or 1 where it says so
+Content = str | list[str | list[int]]  # text, or pieces of text and ids taken as they are, such as an image's tokens
+Chat = Sequence[dict[str, Any]]  # turns {"role": str, "content": Content}, optionally "weight": 0 or 1
 
 
 def render_chats(
     tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], add_generation_prompt: bool = False
 ) -> list[tuple[list[int], list[bool]]]:
-    """Render chats to token ids and loss masks; all text goes to the Rust tokenizer together, for its threads.
+    """Render chats to token ids and loss masks; all text goes to the Rust tokenizer as one batch, for its threads.
 
     Args:
-        tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; never changed.
+        tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; not modified.
         chats: each a list of {"role": "system" | "user" | "assistant", "content": Content}. One that does not begin
-            with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front. A turn with "weight" 0 is not learned.
+            with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front. A turn with "weight" 0 is not trained on.
         add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
 
     Returns:
-        for each chat (ids, loss_mask), both of its length; the mask is True exactly at the tokens of an assistant's
-        content and at the `</s>` that closes it, where its turn is learned.
+        for each chat (ids, loss_mask), of equal length; the mask is True exactly at the tokens of an assistant's
+        content and at the `</s>` that closes it, where its turn is trained on.
 
     Raises:
-        ValueError: an unknown role, or content that is not a string or not encodable as UTF-8.
+        ValueError: an unknown role, or content that is not a string or cannot be encoded as UTF-8.
     """
     guards = _guards(tokenizer)
     headers = [[f"{role}\n"] for role in ROLES]
@@ -66,8 +66,8 @@ def render_chats(
             role = turn["role"]
             content = [i for piece in _pieces(turn) for i in (next(encoded) if isinstance(piece, str) else piece)]
             ids += head[role] + content + tail
-            learned = role == "assistant" and turn.get("weight", 1) != 0
-            mask += untrained[role] + [learned] * (len(content) + 1) + untrained_newline
+            is_target = role == "assistant" and turn.get("weight", 1) != 0
+            mask += untrained[role] + [is_target] * (len(content) + 1) + untrained_newline
         if add_generation_prompt:
             ids += head["assistant"]
             mask += untrained["assistant"]
@@ -85,11 +85,11 @@ def render_chat(
 def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[list[int]]:
     """Render pretraining samples, `<s>text</s>`.
 
-    A literal `<s>` at the start and `</s>` at the end of a text (one published form of the data has them) are those
-    same delimiters and not doubled, and so are the tokenizer's own; anywhere else they are plain text.
+    A literal `<s>` at the start and `</s>` at the end of a text (one published form of the data has them), or the
+    tokenizer's own delimiters there, are not doubled; anywhere else they are plain text.
 
     Raises:
-        ValueError: a text that is not encodable as UTF-8.
+        ValueError: a text that cannot be encoded as UTF-8.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     guard = _guards(tokenizer)["assistant"]
@@ -110,9 +110,9 @@ def _pieces(turn: dict[str, Any]) -> list[str | list[int]]:
 
 
 def _guards(tokenizer: PreTrainedTokenizerFast) -> dict[str, re.Pattern]:
-    """For each role a pattern that finds the added tokens which its text must not produce.
+    """For each role, a pattern matching the added tokens that its text must not produce.
 
-    An answer may use the tags (`<think>`, …) but no special token; what others write may use neither.
+    An answer may use the tags (`<think>`, …) but no special token; other roles' text may use neither.
     """
     added = tokenizer.added_tokens_decoder.values()
     every = _match_any(token.content for token in added)
@@ -125,10 +125,10 @@ def _match_any(literals: Iterable[str]) -> re.Pattern:
 
 
 def _cut(text: str, guard: re.Pattern) -> list[str]:
-    """The text in parts to encode apart, cut after the first character of each literal that `guard` finds.
+    """The text in parts to be encoded separately, cut after the first character of each literal that `guard` finds.
 
-    The tokenizer turns the literal text of an added token into that token wherever it meets it whole. Cut in two it is
-    ordinary text, and the tokens still spell every character of it.
+    The tokenizer turns the literal text of an added token into that token wherever it is whole. Cut in two it is
+    ordinary text, and the tokens still spell every character.
     """
     parts, start = [], 0
     while found := guard.search(text, start):
@@ -139,7 +139,7 @@ def _cut(text: str, guard: re.Pattern) -> list[str]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[list[int]]:
-    """The ids of each text, whose parts are encoded apart and joined."""
+    """The ids of each text, its parts encoded separately and joined."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation or backend.padding:  # left over from a call with truncation=True: not ours to change
         backend = Tokenizer.from_str(backend.to_str())
@@ -152,16 +152,16 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[
             encodings = backend.encode_batch_fast(stretches, is_pretokenized=True, add_special_tokens=False)
             for (text, _), encoding in zip(call, encodings, strict=True):
                 ids[text] += encoding.ids
-    except TypeError as error:  # Rust strings are UTF-8, and this is all it says of one that cannot be
-        raise ValueError("a text holds half a character (a lone surrogate), which UTF-8 cannot spell") from error
+    except TypeError as error:  # all that the Rust side, whose strings are UTF-8, says of one that is not
+        raise ValueError("a text contains a lone surrogate (half a character), which UTF-8 cannot encode") from error
     return ids
 
 
 def _calls(texts: list[list[str]]) -> Iterator[list[tuple[int, list[str]]]]:
-    """What goes to the tokenizer in one call, as (number of the text, parts of it): `CALL_CHARS` or little more.
+    """What goes to the tokenizer in one call, as (index of the text, its parts): `CALL_CHARS` or slightly more.
 
-    Almost always that is all there is. But a token takes 400 bytes inside the tokenizer, so that a text of 50 MB, given
-    at once, would take 6 GB.
+    Almost always one call is enough. But a token takes 400 bytes inside the tokenizer, so a 50 MB text in one call
+    would take 6 GB.
     """
     call, chars = [], 0
     for text, parts in enumerate(texts):
@@ -179,7 +179,7 @@ def _stretches(parts: list[str]) -> Iterator[list[str]]:
     """A text's parts together, or a very long text's in stretches of at most `STRETCH_CHARS`.
 
     A stretch ends before white space, where a word ends for the pre-tokenizer too, so that the tokens are the same.
-    Only text that has no white space for half a stretch is cut anywhere, and may there take a token more.
+    Only text without white space for half a stretch is cut anywhere, which may cost one more token.
     """
     if sum(map(len, parts)) <= STRETCH_CHARS:
         yield parts
@@ -198,25 +198,25 @@ def _stretches(parts: list[str]) -> Iterator[list[str]]:
 def fit_history(
     tokenizer: PreTrainedTokenizerFast, system: list[dict], turns: list[dict], room: int
 ) -> tuple[list[int], list[dict]]:
-    """The prompt for the last of `turns`, a question, with as much of what came before as fits.
+    """The prompt for the last of `turns`, a question, with as much of the history as fits.
 
     Whole turns are dropped from the front, question and answer together; the system prompt stays.
 
     Args:
-        system: the system turn, or nothing for the default one.
-        turns: alternating user and assistant turns, a user's last.
+        system: the system turn, or empty for the default one.
+        turns: alternating user and assistant turns, ending with the user's.
         room: tokens the prompt may take.
 
     Returns:
         the prompt's ids, and the turns that are in it.
 
     Raises:
-        ValueError: the last question does not fit by itself.
+        ValueError: the last question alone does not fit.
     """
     while True:
         ids, _ = render_chat(tokenizer, [*system, *turns], add_generation_prompt=True)
         if len(ids) <= room:
             return ids, turns
         if len(turns) <= 1:
-            raise ValueError(f"the question takes {len(ids)} tokens with its system prompt, and {room} are left for it")
+            raise ValueError(f"the question takes {len(ids)} tokens with its system prompt, but only {room} fit")
         turns = turns[2:]

@@ -1,11 +1,11 @@
-"""The layout of `model.chat` once more, in Jinja: for tools that know nothing of this project.
+"""The layout of `model.chat` as a Jinja chat template, for tools that know nothing of this project.
 
-`tokenizer.apply_chat_template` renders it to the ids of `render_chat`, and gives the same loss mask where it is asked
-for one (`return_assistant_tokens_mask`, trl's `assistant_only_loss`). Two things one string cannot keep: text that
-spells a control token becomes one, and several white spaces at the beginning of a content may join the newline before.
+`tokenizer.apply_chat_template` renders the same ids as `render_chat`, and returns the same loss mask on request
+(`return_assistant_tokens_mask`, trl's `assistant_only_loss`). A single string cannot preserve two things: text that
+spells a control token becomes one, and leading white space of a content may merge with the newline before it.
 
-Beyond what `render_chat` takes it reads what clients send: content that is null or a list of text parts, `developer`
-for system, a thought in `reasoning_content`, tool calls and tool turns. What it cannot lay out it refuses by name.
+Beyond what `render_chat` takes it accepts what clients send: content that is null or a list of text parts, `developer`
+for system, a thought in `reasoning_content`, tool calls and tool turns. What it cannot lay out is refused by name.
 """
 
 import re
@@ -22,13 +22,13 @@ CHAT_TEMPLATE = (
         {{- content -}}
     {%- elif content is none or content is not defined -%}
     {%- elif content is mapping or content is not iterable -%}
-        {{- raise_exception("the content of a turn is text, null or a list of parts, not " ~ content) -}}
+        {{- raise_exception("the content of a turn must be text, null or a list of parts, not " ~ content) -}}
     {%- else -%}
         {%- for part in content -%}
             {%- if part['type'] == 'text' and part['text'] is string -%}
                 {{- part['text'] -}}
             {%- else -%}
-                {{- raise_exception("this model reads text, and no part of type '" ~ part['type'] ~ "'") -}}
+                {{- raise_exception("this model takes text only, not parts of type '" ~ part['type'] ~ "'") -}}
             {%- endif -%}
         {%- endfor -%}
     {%- endif -%}
@@ -56,7 +56,7 @@ CHAT_TEMPLATE = (
 {%- endmacro -%}
 
 {%- if tools -%}
-    {{- raise_exception("this model has not learned to call tools: leave tools out") -}}
+    {{- raise_exception("this model was not trained to call tools: leave tools out") -}}
 {%- endif -%}
 {%- if not messages or messages[0]['role'] not in ['system', 'developer'] -%}
     {{- bos_token ~ 'system\n' ~ default_system_prompt ~ eos_token ~ '\n' -}}
@@ -64,7 +64,7 @@ CHAT_TEMPLATE = (
 {%- for message in messages -%}
     {%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
     {%- if role not in ['system', 'user', 'assistant', 'tool'] -%}
-        {{- raise_exception("unknown role '" ~ role ~ "': system, developer, user, assistant and tool are known") -}}
+        {{- raise_exception("unknown role '" ~ role ~ "': use system, developer, user, assistant or tool") -}}
     {%- endif -%}
     {{- bos_token ~ role ~ '\n' -}}
     {%- if role == 'assistant' -%}
@@ -84,6 +84,6 @@ CHAT_TEMPLATE = (
 
 
 def without_generation_marks(template: str) -> str:
-    """A chat template in plain Jinja, which has no `{% generation %}`; it renders to the same text."""
+    """A chat template in plain Jinja, without `{% generation %}`; it renders to the same text."""
     plain = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
     return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", plain)

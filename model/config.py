@@ -1,4 +1,4 @@
-"""The shape of a MiniMind: every number that decides its parameters and its maths."""
+"""The configuration of a MiniMind: every hyperparameter of its architecture."""
 
 import math
 
@@ -11,24 +11,24 @@ class LMConfig(PretrainedConfig):
     Args:
         dim: width of the residual stream.
         n_layers, n_heads, n_kv_heads: depth, query heads, key/value heads (grouped-query attention).
-        vocab_size: rows of the embedding, which is also the output matrix.
+        vocab_size: rows of the embedding, which is tied to the output matrix.
         hidden_dim: width of the feed-forward; None derives it from `dim` (2/3 of 4 dim, rounded up to `multiple_of`).
         norm_eps: epsilon of RMSNorm.
-        max_seq_len: the longest position the model takes, not the row length in training.
+        max_seq_len: the context length, not the row length in training.
         rope_theta: base of the rotary position embedding.
         dropout: applied to attention weights and to what each block adds to the residual stream, in training only.
-        flash_attn: fused attention; False computes it by hand, the readable reference.
-        use_moe: a mixture of experts in place of the dense feed-forward; the fields below are read only then.
-        num_experts_per_tok: routed experts a token goes to.
-        n_routed_experts: routed experts a layer has.
-        n_shared_experts: whether a further expert sees every token.
+        flash_attn: fused attention; False uses the readable reference implementation.
+        use_moe: a mixture of experts in place of the dense feed-forward; the fields below apply only then.
+        num_experts_per_tok: routed experts per token (top-k).
+        n_routed_experts: routed experts per layer.
+        n_shared_experts: whether one more expert sees every token.
         scoring_func: how the router scores; only 'softmax'.
         aux_loss_alpha: weight of the load-balancing loss.
-        seq_aux: balance each row by itself, then average; otherwise balance the whole batch.
-        norm_topk_prob: the chosen experts' weights are scaled to sum to one.
+        seq_aux: balance each row separately, then average; otherwise balance the whole batch.
+        norm_topk_prob: normalise the top-k routing weights to sum to one.
 
     Raises:
-        ValueError: a combination that has no meaning.
+        ValueError: an invalid value or combination.
     """
 
     model_type = "minimind"
@@ -41,7 +41,7 @@ class LMConfig(PretrainedConfig):
         "max_position_embeddings": "max_seq_len",
     }
 
-    auto_map = {}  # noqa: RUF012 - none: trl asks every model that transformers does not know for code of its own
+    auto_map = {}  # noqa: RUF012 - empty: trl looks for it on every model that is not part of transformers
 
     def __init__(
         self,

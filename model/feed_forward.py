@@ -18,12 +18,12 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
 
     def forward(self, x: Tensor, non_padding: Tensor | None = None) -> tuple[Tensor, None]:
-        """x (..., dim) -> the same, and None where a mixture of experts has its auxiliary loss."""
+        """x (..., dim) -> same shape, and None in place of a mixture of experts' auxiliary loss."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x)), None
 
 
 class Router(nn.Module):
-    """Scores the routed experts for each token, in fp32 whatever the autocast: a coin-flip here moves a whole token."""
+    """Scores the routed experts for each token, in fp32 even under autocast: a rounding error could reroute a token."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -36,36 +36,36 @@ class Router(nn.Module):
 
 
 def load_balancing_loss(probabilities: Tensor, chosen: Tensor, non_padding: Tensor, per_row: bool) -> Tensor:
-    """sum_i f_i P_i: smallest when every expert gets the same share (Fedus et al. 2021, arXiv:2101.03961;
+    """sum_i f_i P_i: minimal when every expert gets the same share (Fedus et al. 2021, arXiv:2101.03961;
     per row as in DeepSeek-V2, arXiv:2405.04434).
 
     f_i is expert i's share of the assignments times the number of experts, P_i its mean probability.
 
     Args:
         probabilities: (batch, n, experts) fp32.
-        chosen: (batch, n, k) int64, the experts each token went to.
+        chosen: (batch, n, k) int64, the experts each token was routed to.
         non_padding: (batch, n) bool; padding does not count.
-        per_row: balance each row by itself and average over those that are not all padding, else the batch as one.
+        per_row: balance each row separately and average over those that are not all padding, else over the whole batch.
 
     Returns:
-        fp32 scalar; 0 when all is padding.
+        fp32 scalar; 0 if everything is padding.
     """
     experts = probabilities.size(-1)
     non_padding = non_padding[..., None].float()  # (batch, n, 1)
     assigned = F.one_hot(chosen, experts).sum(-2)  # (batch, n, experts)
-    # written as products and sums: a matrix product would run in the half precision of autocast, which cannot count
+    # Elementwise products and sums: autocast would run a matmul in half precision, which cannot count.
     counts = (non_padding * assigned).sum(1)  # (batch, experts)
     mass = (non_padding * probabilities).sum(1)  # (batch, experts)
     tokens = non_padding.sum(1)  # (batch, 1)
     if not per_row:
         counts, mass, tokens = counts.sum(0, keepdim=True), mass.sum(0, keepdim=True), tokens.sum(0, keepdim=True)
-    some = tokens.clamp(min=1)
-    losses = (counts / (some * chosen.size(-1)) * experts * (mass / some)).sum(-1)
+    at_least_one = tokens.clamp(min=1)
+    losses = (counts / (at_least_one * chosen.size(-1)) * experts * (mass / at_least_one)).sum(-1)
     return losses.sum() / (tokens > 0).sum().clamp(min=1)
 
 
 class MoEFeedForward(nn.Module):
-    """Each token goes to the `num_experts_per_tok` experts its router likes best, and to a shared one."""
+    """Each token goes to its top `num_experts_per_tok` experts, and to a shared one."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -78,8 +78,8 @@ class MoEFeedForward(nn.Module):
         self.shared_experts = FeedForward(config) if config.n_shared_experts else None
 
     def forward(self, x: Tensor, non_padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x (batch, n, dim), non_padding (batch, n) bool or None for all -> same shape, and the weighted auxiliary loss
-        (in training; else None)."""
+        """x (batch, n, dim), non_padding (batch, n) bool or None for no padding -> same shape, and the weighted
+        auxiliary loss (in training; else None)."""
         batch, n, dim = x.shape
         tokens = x.reshape(-1, dim)  # (tokens, dim), tokens = batch * n
         probabilities = self.gate(tokens)  # (tokens, experts)
@@ -98,12 +98,13 @@ class MoEFeedForward(nn.Module):
         )
         return out, self.aux_loss_alpha * aux
 
-    @torch.compiler.disable  # how many tokens each expert gets is data, which no compiled graph can hold
+    @torch.compiler.disable  # the tokens per expert are data-dependent: no static graph
     def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Sum of the chosen experts' outputs: sort the (token, choice) pairs by expert, one product per expert, undo.
+        """Weighted sum of the chosen experts' outputs: sort the (token, choice) pairs by expert, run each expert once,
+        undo the sort.
 
-        x (tokens, dim); weights, chosen (tokens, k) -> (tokens, dim). An expert without a token multiplies an empty
-        matrix: its gradient is zero rather than absent, as DDP expects.
+        x (tokens, dim); weights, chosen (tokens, k) -> (tokens, dim). An expert without tokens runs on an empty tensor:
+        its gradient is zero rather than None, as DDP expects.
         """
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()

@@ -1,4 +1,4 @@
-"""Which weights these are: a fingerprint, by which an adapter knows its base and a cache its model."""
+"""A fingerprint of weights, by which an adapter recognises its base and a cache its model."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def hash_weights(state: Mapping[str, Tensor]) -> str:
-    """16 hex digits that are equal for two state dicts with the same names and the same numbers (SHA-256, shortened).
+    """16 hex digits, equal for two state dicts with the same names and values (truncated SHA-256).
 
-    Numbers are compared as fp32, so a file and the model loaded from it agree. A second at most for 100 M parameters.
+    Values are hashed as fp32, so a file and the model loaded from it agree. At most a second per 100 M parameters.
     """
     digest = hashlib.sha256()
     for name in sorted(state):

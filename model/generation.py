@@ -1,4 +1,4 @@
-"""Writing: from logits to tokens, one at a time, for a whole batch at once."""
+"""Autoregressive generation, token by token, for a whole batch at once."""
 
 from collections.abc import Iterator, Sequence
 
@@ -27,21 +27,21 @@ class TextGeneration:
     ) -> Iterator[Tensor]:
         """Yield the new tokens of all rows, (batch,) int64, step by step.
 
-        The stop token itself is yielded; a row that has stopped goes on with `config.pad_token_id`, and the stream
-        ends when all have, after `max_new_tokens`, or where the model's `max_seq_len` ends.
+        The stop token itself is yielded; a finished row continues with `config.pad_token_id`. The stream ends when all
+        rows are finished, after `max_new_tokens`, or at the model's `max_seq_len`.
 
         Args:
             input_ids: (batch, n) int64, padded on either side where rows differ in length.
-            attention_mask: (batch, n), 0 = padding; None = nothing is.
+            attention_mask: (batch, n), 0 = padding; None = no padding.
             temperature: 0 = greedy, and then top_k, top_p and seed have no effect.
             repetition_penalty: over prompt and answer.
             eos_token_id: one or several ids that stop a row; None = `config.eos_token_id`, () = none.
             seed: makes sampling repeatable; None draws from torch's global generator.
-            prompt_inputs: what else `forward` takes with the prompt, and only then (a VLM's images).
+            prompt_inputs: further arguments of `forward` for the prefill only (a VLM's images).
 
         Raises:
-            ValueError: at once, before the first token: a setting out of its range, a row without a token, or a prompt
-                that fills the model already.
+            ValueError: immediately, before the first token: a setting out of range, a row without tokens, or a prompt
+                that leaves no room in the model's context.
         """
         for name, value, ok in (
             ("max_new_tokens", max_new_tokens, max_new_tokens > 0),
@@ -55,12 +55,12 @@ class TextGeneration:
         batch, n = input_ids.shape
         room = self.config.max_seq_len - n
         if n == 0 or room < 1:
-            raise ValueError(f"a prompt of {n} tokens: the model takes 1 to {self.config.max_seq_len - 1}")
+            raise ValueError(f"the prompt has {n} tokens: the model takes 1 to {self.config.max_seq_len - 1}")
         non_padding = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         if non_padding.shape != input_ids.shape:
-            raise ValueError(f"attention_mask {(*non_padding.shape,)} must be as input_ids, {(batch, n)}")
+            raise ValueError(f"attention_mask {(*non_padding.shape,)} must have the shape of input_ids, {(batch, n)}")
         if not non_padding.any(1).all():
-            raise ValueError("a row of the prompt is nothing but padding")
+            raise ValueError("a row of the prompt is all padding")
 
         device = input_ids.device
         if eos_token_id is None:
@@ -76,7 +76,7 @@ class TextGeneration:
         @torch.inference_mode()
         def steps() -> Iterator[Tensor]:
             running = torch.ones(batch, dtype=torch.bool, device=device)
-            after_last = non_padding.flip(1).int().argmax(1)  # padding behind each row's last token
+            after_last = non_padding.flip(1).int().argmax(1)  # padding after each row's last token
             kept = int(after_last.max()) + 1
             mask = None if non_padding.all() else non_padding  # without one, attention is plain and faster
             out = self(input_ids, mask, use_cache=True, logits_to_keep=kept, **prompt_inputs)
@@ -99,8 +99,8 @@ class TextGeneration:
         return steps()
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **settings) -> Tensor:
-        """Prompt and answer, (batch, n + new) int64; settings as for `stream`.
+        """Prompt and answer, (batch, n + new) int64; settings as in `stream`.
 
-        A row that stopped before the others is filled with `config.pad_token_id`.
+        A row that finishes before the others is padded with `config.pad_token_id`.
         """
         return torch.cat([input_ids, *(t[:, None] for t in self.stream(input_ids, attention_mask, **settings))], dim=1)

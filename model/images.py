@@ -1,4 +1,4 @@
-"""From image bytes and a chat to what the model reads: pixels for its tower, and a prompt with places for them."""
+"""From image bytes and a chat to model inputs: pixels for the vision tower, and a prompt with image tokens."""
 
 import io
 import math
@@ -15,11 +15,11 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 from model.chat import IMAGE_MARKER, IMAGE_PLACE, fit_history
 from model.model_vlm import MiniMindVLM, VLMConfig
 
-MOST_PIXELS = 2**26  # of an image: 67 million, more than cameras make; decoded it takes a quarter of a gigabyte
-SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # of bytes, which anybody may have sent
-DRAWINGS = ("EPS", "WMF")  # which Pillow has other programs draw
-BAND = 2**20  # pixels that are laid over white at a time
-STRIP_RATIO = 8  # sides of a strip that is cut to its middle before it is enlarged: the centre crop keeps less of it
+MOST_PIXELS = 2**26  # per image: 67 million, more than cameras produce; a quarter of a gigabyte when decoded
+SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # accepted as bytes, which may come from anybody
+DRAWINGS = ("EPS", "WMF")  # vector formats that Pillow hands to external programs
+BAND = 2**20  # pixels composited over white at a time
+STRIP_RATIO = 8  # beyond this aspect ratio an image is cropped before resizing: the centre crop keeps less anyway
 
 
 class ImageError(ValueError):
@@ -27,23 +27,23 @@ class ImageError(ValueError):
 
 
 def read_image(source: bytes | Path, reduced: bool = False) -> Image.Image:
-    """An image from its bytes or its file as a person sees it: RGB, turned as its EXIF says, clear parts white.
+    """Load an image from bytes or a file: RGB, EXIF orientation applied, transparency over white.
 
-    Of an animation the first frame. A JPEG of too many pixels is read at a half, a quarter or an eighth of its size.
-    Bytes are of one of `SENT_FORMATS`, a file of any that Pillow reads by itself.
+    Takes the first frame of an animation. A JPEG with too many pixels is decoded at 1/2, 1/4 or 1/8 of its size.
+    Bytes must be one of `SENT_FORMATS`, a file any format that Pillow decodes itself.
 
     Args:
-        reduced: a JPEG comes in an eighth of its size, all of it read, in a third of the time.
+        reduced: decode a JPEG at 1/8 of its size, still reading all of it, in a third of the time.
 
     Raises:
-        ImageError: no image, or not a whole one, or one of more than `MOST_PIXELS`, which is said before it is decoded.
+        ImageError: not an image, a truncated one, or one with more than `MOST_PIXELS`, rejected before decoding.
     """
     sent = isinstance(source, bytes)
     name = "the image" if sent else str(source)
     try:
         with Image.open(io.BytesIO(source) if sent else source, formats=SENT_FORMATS if sent else None) as image:
             if image.format in DRAWINGS:
-                raise ImageError(f"{name} is a drawing ({image.format}): save it as PNG or JPEG")
+                raise ImageError(f"{name} is a vector drawing ({image.format}): save it as PNG or JPEG")
             _fit(image, name)
             if reduced:
                 image.draft(None, (1, 1))
@@ -52,48 +52,48 @@ def read_image(source: bytes | Path, reduced: bool = False) -> Image.Image:
     except ImageError:
         raise
     except FileNotFoundError:
-        raise ImageError(f"{name} is not there") from None
+        raise ImageError(f"{name} does not exist") from None
     except Image.UnidentifiedImageError:
-        read = "is taken here: send PNG, JPEG, WebP, GIF or BMP" if sent else "Pillow reads"
-        raise ImageError(f"{name} is not an image of a format that {read}") from None
+        hint = ": send PNG, JPEG, WebP, GIF or BMP" if sent else " that Pillow reads"
+        raise ImageError(f"{name} is not an image in a supported format{hint}") from None
     except Exception as error:  # a damaged file can make Pillow's decoders raise nearly anything
         raise ImageError(f"{name} cannot be read as an image: {error}") from error
 
 
 def _fit(image: Image.Image, name: str) -> None:
-    """See that an opened image, of which only the header is read, takes no more memory than it may.
+    """Limit the memory of an opened image, of which only the header has been read.
 
     Raises:
-        ImageError: it would.
+        ImageError: it has too many pixels.
     """
     width, height = image.size
-    if width * height > MOST_PIXELS and not image.info.get("progressive"):  # such a JPEG is decoded whole first
+    if width * height > MOST_PIXELS and not image.info.get("progressive"):  # progressive: decoded whole first
         shrink = next((s for s in (2, 4, 8) if math.ceil(width / s) * math.ceil(height / s) <= MOST_PIXELS), 8)
         image.draft(None, (width // shrink, height // shrink))  # formats other than JPEG stay as they are
     if image.width * image.height > MOST_PIXELS:
-        raise ImageError(f"{name} has {width} x {height} pixels: at most {MOST_PIXELS // 10**6} million are read")
+        raise ImageError(f"{name} has {width} x {height} pixels: at most {MOST_PIXELS // 10**6} million are accepted")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # an unreadable EXIF block, which says nothing; the image itself is loaded
+    except Exception:  # ignore an unreadable EXIF block; the image itself is loaded
         return image
     return image
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """A copy; of the image as it was and of the copy there is never a third beside them."""
+    """An RGB copy; there are never more than two copies in memory."""
     if image.has_transparency_data:
         return _over_white(image)
-    if image.mode.startswith("I;16"):  # which Pillow would cut off at 255
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
         levels = np.round(np.arange(2**16) / 257).astype(np.uint8)
         image = Image.fromarray(levels[np.asarray(image)])
     return image.convert("RGB")
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """An image that is clear in places, on white; band by band, as each takes several copies."""
+    """Composite a transparent image over white; band by band, as each step takes several copies."""
     result = Image.new("RGB", image.size)
     height = max(1, BAND // image.width)
     for top in range(0, image.height, height):
@@ -104,7 +104,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 
 def image_processor(vision_model: str | Path, image_size: int) -> CLIPImageProcessorPil:
-    """What prepares images for the tower in this folder: as its preprocessor_config.json says, or CLIP's usual way."""
+    """The image processor of the tower in this folder: from its preprocessor_config.json, or CLIP's default."""
     folder = Path(vision_model)
     if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return CLIPImageProcessorPil.from_pretrained(str(folder), local_files_only=True)
@@ -112,13 +112,13 @@ def image_processor(vision_model: str | Path, image_size: int) -> CLIPImageProce
 
 
 def default_processor(image_size: int) -> CLIPImageProcessorPil:
-    """CLIP's way: shortest side to `image_size` (bicubic), the middle square, CLIP's mean and deviation a channel."""
+    """CLIP's default: shortest side to `image_size` (bicubic), centre crop, CLIP's mean and std per channel."""
     square = {"height": image_size, "width": image_size}
     return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=square)
 
 
 def to_pixels(processor: CLIPImageProcessorPil, images: Sequence[Image.Image]) -> Tensor:
-    """RGB images of any sizes -> (images, 3, H, W) fp32, as the tower wants them."""
+    """RGB images of any size -> (images, 3, H, W) fp32, preprocessed for the tower."""
     if not images:
         return to_pixels(processor, [Image.new("RGB", (3, 2))])[:0]
     cut = [_middle_of_strip(image) for image in images]
@@ -126,7 +126,7 @@ def to_pixels(processor: CLIPImageProcessorPil, images: Sequence[Image.Image]) -
 
 
 def _middle_of_strip(image: Image.Image) -> Image.Image:
-    """A very long image cut to its middle, so that enlarging its short side does not take gigabytes."""
+    """Centre-crop a very elongated image, so that resizing its short side does not take gigabytes."""
     longest = STRIP_RATIO * min(image.size)
     if max(image.size) <= longest:
         return image
@@ -136,7 +136,7 @@ def _middle_of_strip(image: Image.Image) -> Image.Image:
 
 
 def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The id that holds an image's places: the entry `<image>`, or `@` of a tokenizer that has none, as MiniMind2's.
+    """The id of the image token: `<image>`, or `@` in a tokenizer without it, such as MiniMind2's.
 
     Raises:
         ValueError: the tokenizer has neither.
@@ -144,7 +144,7 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     entries = tokenizer.get_vocab()
     found = entries.get(IMAGE_MARKER, entries.get("@"))
     if found is None:
-        raise ValueError(f"the tokenizer has neither {IMAGE_MARKER} nor @ to hold an image's places")
+        raise ValueError(f"the tokenizer has neither {IMAGE_MARKER} nor @ to use as the image token")
     return found
 
 
@@ -153,7 +153,7 @@ class ImagePrompt(NamedTuple):
 
     input_ids: (1, n) int64.
     images: `image_mask` (1, n) bool and `pixel_values` (images, 3, H, W); empty for text alone.
-    turns: the turns of the chat that are in it, without the system turn.
+    turns: the chat turns it contains, without the system turn.
     """
 
     input_ids: Tensor
@@ -173,15 +173,15 @@ def prepare_chat(
     Only an attached image becomes one: `<image>` or `@` in a text stays text.
 
     Args:
-        chat: turns {"role", "content"}, a user's last. Content is a string, or a list of strings and images in their
-            order, an image being its bytes or the Path of its file. Between an image and what stands beside it comes a
-            newline, as in the data that teaches images.
-        room: tokens the prompt may take (default: all that the model takes but one); turns are dropped from the
-            front, with their images, until it fits.
+        chat: turns {"role", "content"}, ending with the user's. Content is a string, or a list of strings and images
+            in order, an image being bytes or a Path. A newline separates an image from its neighbours, as in the
+            training data.
+        room: tokens the prompt may take (default: the model's context minus one); turns are dropped from the front,
+            with their images, until it fits.
 
     Raises:
         ImageError: an image cannot be read.
-        ValueError: the last turn does not fit by itself; an unknown role.
+        ValueError: the last turn alone does not fit; an unknown role.
     """
     turns = [{"role": turn["role"], "content": _with_places(turn["content"], config.image_tokens)} for turn in chat]
     has_system = bool(turns) and turns[0]["role"] == "system"
@@ -190,7 +190,7 @@ def prepare_chat(
     kept = [*chat[:has_system], *chat[len(chat) - len(kept) :]]
     parts = [part for turn in kept if not isinstance(turn["content"], str) for part in turn["content"]]
     images = [part for part in parts if not isinstance(part, str)]
-    pixels = [to_pixels(processor, [read_image(image)]) for image in images]  # one is in memory at a time
+    pixels = [to_pixels(processor, [read_image(image)]) for image in images]  # one image in memory at a time
 
     input_ids = torch.tensor([ids])
     mask = input_ids == IMAGE_PLACE
@@ -201,7 +201,7 @@ def prepare_chat(
 
 @torch.inference_mode()
 def prompt_embeddings(model: MiniMindVLM, prompt: ImagePrompt) -> Tensor | None:
-    """What an engine reads in place of the prompt's ids, (n, dim) fp32; None where there are no images in it."""
+    """The input embeddings that an engine prefills in place of the ids, (n, dim) fp32; None without images."""
     if not prompt.images:
         return None
     images = {name: tensor.to(model.device) for name, tensor in prompt.images.items()}
@@ -209,7 +209,7 @@ def prompt_embeddings(model: MiniMindVLM, prompt: ImagePrompt) -> Tensor | None:
 
 
 def _with_places(content: str | list[str | bytes | Path], image_tokens: int) -> str | list[str | list[int]]:
-    """Content for `render_chats`, with places for images and a newline at either side of them."""
+    """Content for `render_chats`, with image tokens and a newline on either side of them."""
     if isinstance(content, str):
         return content
     pieces: list[str | list[int]] = []

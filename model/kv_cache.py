@@ -1,11 +1,11 @@
-"""Keys and values of the tokens a model has read, so that the next ones need not read them again."""
+"""Keys and values of the tokens processed so far, so that the next ones need not recompute them."""
 
 import torch
 from torch import Tensor
 
 
 class _Buffer:
-    """Room for keys and values of all layers; `used` positions belong to some cache already."""
+    """Storage for the keys and values of all layers; `used` positions are already taken by a cache."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], capacity: int, used: int):
         self.keys = keys
@@ -17,13 +17,13 @@ class _Buffer:
 class KVCache:
     """What `forward(use_cache=True)` returns as `past_key_values`.
 
-    A cache never changes once returned: two continuations of one prompt may both start from it. They behave like Go's
-    slices: a buffer grows by doubling, the first continuation writes behind the cache in place (no copy per token),
-    and a second one, finding that place taken, copies the prompt first.
+    A cache is immutable once returned: two continuations of one prompt may both start from it. It works like Go's
+    slices: a buffer grows by doubling, the first continuation appends in place (no copy per token), and a second one,
+    finding that space taken, copies the prompt first.
 
     Attributes:
         length: positions held, padding included.
-        segment_ids: (batch, length) int64, or None when every position belongs to one sample without padding;
+        segment_ids: (batch, length) int64, or None when each row is one sample without padding;
             0 = padding, equal numbers = the same sample.
         next_position: (batch,) int64, the position of each row's next token; None with `segment_ids` None.
     """
@@ -38,7 +38,7 @@ class KVCache:
     def extend(
         past: "KVCache | None", n_new: int, segment_ids: Tensor | None, next_position: Tensor | None
     ) -> "KVCache":
-        """A cache with room for `n_new` positions behind those of `past`; each layer fills them by `append`."""
+        """A cache with room for `n_new` positions after those of `past`; each layer fills them with `append`."""
         start = 0 if past is None else past.length
         buffer = _Buffer([], [], 0, 0) if past is None else past._buffer
         needed = start + n_new
@@ -56,7 +56,7 @@ class KVCache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values (batch, n_kv_heads, n_new, head_dim); return those of all positions."""
         buffer = self._buffer
-        if layer == len(buffer.keys):  # the first tokens of all: now shape, dtype and device are known
+        if layer == len(buffer.keys):  # the very first tokens: now shape, dtype and device are known
             for store, new in ((buffer.keys, k), (buffer.values, v)):
                 store.append(new.new_empty(new.size(0), new.size(1), buffer.capacity, new.size(3)))
         start = self.length - k.size(2)
@@ -73,15 +73,15 @@ def _grown(old: Tensor, length: int, capacity: int) -> Tensor:
 
 
 def build_attention_mask(segment_ids: Tensor, n_new: int) -> Tensor:
-    """Which keys each new token may see: earlier ones, of its own sample.
+    """Which keys each new token attends to: earlier ones, of its own sample.
 
     Args:
-        segment_ids: (batch, length) of all positions, the new ones last; 0 = padding. A padding token sees padding
-            only, itself at least, so that its softmax has something to sum over; no other token ever sees it.
+        segment_ids: (batch, length) of all positions, the new ones last; 0 = padding. A padding token attends only to
+            padding, at least itself, so that its softmax has something to sum over; no other token attends to it.
         n_new: how many of them are queries.
 
     Returns:
-        bool (batch, 1, n_new, length), True = may see.
+        bool (batch, 1, n_new, length), True = attend.
     """
     length = segment_ids.size(1)
     index = torch.arange(length, device=segment_ids.device)

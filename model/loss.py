@@ -3,21 +3,21 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100  # the label of what is not learned
+IGNORE_INDEX = -100  # the label of tokens that are not in the loss
 
 
 def target_mask(labels: Tensor) -> Tensor:
-    """Which positions predict a token that is learned: labels (batch, n) int64, not shifted -> bool (batch, n)."""
+    """Which positions predict a target token: labels (batch, n) int64, not shifted -> bool (batch, n)."""
     return F.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of each target token given the logits one place before it, in nats.
+    """Summed cross-entropy of the target tokens, each given the logits one position earlier, in nats.
 
     Args:
-        logits: (batch, n, vocab), or those at `target_mask(labels)` alone, (target tokens, vocab); any float dtype, the
+        logits: (batch, n, vocab), or only those at `target_mask(labels)`, (target tokens, vocab); any float dtype, the
             softmax is taken in fp32.
-        labels: (batch, n) int64, not shifted; -100 is not learned.
+        labels: (batch, n) int64, not shifted; -100 is ignored.
 
     Returns:
         fp32 scalar, the sum over all target tokens (divide by their number for the mean).

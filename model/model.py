@@ -3,13 +3,13 @@
 Shapes, here and in attention.py, feed_forward.py and kv_cache.py:
 
     batch      rows
-    n          tokens of a row that are new in this pass
-    length     tokens of a row that keys and values are held of: those in the cache, then the n new ones
+    n          new tokens of a row in this pass
+    length     keys and values of a row: those in the cache, then the n new ones
     dim        width of the residual stream, n_heads * head_dim
     vocab      entries of the tokenizer
 
 A row may hold several samples (packing) and padding; `segments` numbers them: equal numbers are one sample, 0 is
-padding. A dense model's rows without padding need no such numbers, and then they are None.
+padding. None if each row is one sample without padding.
 """
 
 import math
@@ -50,7 +50,7 @@ class MiniMindBlock(nn.Module):
         non_padding: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (batch, n, dim) -> the same, and the layer's auxiliary loss or None."""
+        """x (batch, n, dim) -> same shape, and the layer's auxiliary loss or None."""
         x = x + self.dropout(self.attention(self.attention_norm(x), rope, mask, cache))
         h, aux = self.feed_forward(self.ffn_norm(x), non_padding)
         return x + self.dropout(h), aux
@@ -64,8 +64,8 @@ class MiniMindOutput(ModelOutput):
     """What `MiniMindLM.forward` returns.
 
     loss: fp32 scalar, mean cross-entropy plus `aux_loss`; None without labels.
-    logits: (batch, n, vocab), or of the `logits_to_keep` alone.
-    last_hidden_state: (…, dim) at the same positions, normed: what the output matrix turns into the logits.
+    logits: (batch, n, vocab), or only those of `logits_to_keep`.
+    last_hidden_state: (…, dim) at the same positions, after the final norm: the input of the output matrix.
     cache: pass it back as `past_key_values` to continue; None unless `use_cache`.
     aux_loss: fp32 scalar, the experts' load-balancing loss over all layers; 0 for Dense and outside training.
     """
@@ -78,23 +78,23 @@ class MiniMindOutput(ModelOutput):
 
     @property
     def past_key_values(self) -> KVCache | None:
-        """`cache`, by the name it had before transformers 5 renamed it."""
+        """`cache`, under the name it had before transformers 5."""
         return self.cache
 
 
-OLD_BUFFERS = r"(^|\.)(pos_cis|mask)$"  # tables that published files carry and the model computes
+OLD_BUFFERS = r"(^|\.)(pos_cis|mask)$"  # buffers in published files that the model computes itself
 
 
 def drop_old_buffers(model: nn.Module, state_dict: dict[str, Tensor], *_) -> None:
-    """A published file loads unchanged, strictly too."""
+    """Let a published file load unchanged, even with strict=True."""
     for name in [name for name in state_dict if re.search(OLD_BUFFERS, name)]:
         del state_dict[name]
 
 
 class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
-    """The language model: embedding, blocks, norm, and the embedding again as output matrix.
+    """The language model: embedding, blocks, norm, and an output matrix tied to the embedding.
 
-    What generates is `TextGeneration`; `GenerationMixin` is the mark by which peft and trl know a model that can.
+    Generation comes from `TextGeneration`; `GenerationMixin` is how peft and trl recognise a model that can generate.
     """
 
     config_class = LMConfig
@@ -117,7 +117,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         self.post_init()  # initialises by _init_weights and ties output to tok_embeddings
 
     def _init_weights(self, module: nn.Module) -> None:
-        """N(0, 0.02); what adds to the residual stream is scaled down by its number of additions (GPT-2)."""
+        """N(0, 0.02); projections into the residual stream are scaled down by 1 / sqrt(2 n_layers) (GPT-2)."""
         if isinstance(module, nn.Linear | nn.Embedding | Router):
             additions = 2 * self.config.n_layers if hasattr(module, "adds_to_residual") else 1
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(additions))
@@ -151,23 +151,23 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         """One pass over `input_ids` (batch, n) int64.
 
         Args:
-            attention_mask: (batch, n), or (batch, cached + n) as transformers has it; 0 = padding, on any side.
+            attention_mask: (batch, n), or (batch, cached + n) as in transformers; 0 = padding, on either side.
             position_ids: (batch, n) int64; a 0 begins a new sample, and attention stays within a sample. Default: each
-                row is one sample, counted from its first token after padding, or from where the cache ends.
-            labels: (batch, n) int64, not shifted; -100 is not trained.
-            past_key_values: what an earlier call returned; the new tokens follow it.
+                row is one sample, counted from its first token after padding, or from the end of the cache.
+            labels: (batch, n) int64, not shifted; -100 is ignored.
+            past_key_values: returned by an earlier call; the new tokens follow it.
             use_cache: return `past_key_values`.
-            logits_to_keep: compute only the last so many positions' logits (0 = all), or those where a bool (batch, n)
-                is True, (positions, vocab): what is not learned need not be predicted.
-            inputs_embeds: (batch, n, dim), read in place of the embeddings of `input_ids`.
+            logits_to_keep: compute the logits of the last this many positions only (0 = all), or of those where a bool
+                (batch, n) is True, (positions, vocab): only target positions need logits.
+            inputs_embeds: (batch, n, dim), used in place of the embeddings of `input_ids`.
             others: further switches that peft passes to every model (output_attentions, …), all of them off.
 
         Raises:
-            TypeError: one of the others is on, or is not known at all.
-            ValueError: a position at or beyond `config.max_seq_len`, or a mask of another length.
+            TypeError: one of the others is on or unknown.
+            ValueError: a position at or beyond `config.max_seq_len`, or a mask of the wrong length.
         """
         if wrong := [name for name in others if name not in SWITCHES or (others[name] and name != "return_dict")]:
-            raise TypeError(f"MiniMind's forward has no {', '.join(wrong)}")
+            raise TypeError(f"MiniMind's forward does not support {', '.join(wrong)}")
         past = past_key_values
         n = input_ids.size(1)
         non_padding = self._non_padding(attention_mask, n, past)
@@ -213,12 +213,12 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
     def _positions_and_segments(
         self, input_ids: Tensor, position_ids: Tensor | None, non_padding: Tensor | None, past: KVCache | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Where the tokens stand.
+        """Positions and segments of the tokens.
 
         Returns:
             positions of the new tokens (batch or 1, n); the segment of every token so far (batch, cached + n) and the
-            position of the token after them (batch,). The last two are None when each row is one sample without
-            padding: then plain causal attention will do.
+            next token's position (batch,). The last two are None when each row is one sample without padding: plain
+            causal attention is enough then.
         """
         batch, n = input_ids.shape
         cached = 0 if past is None else past.length
@@ -241,11 +241,11 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
             segment = segment + ((positions == 0) & non_padding).cumsum(1)
         self._check_data_positions(positions)
         places = torch.arange(n, device=non_padding.device).masked_fill(~non_padding, -1)
-        last = places.amax(1, keepdim=True)  # (batch, 1), each row's last token; -1 where it is all padding
+        last = places.amax(1, keepdim=True)  # (batch, 1), each row's last token; -1 if it is all padding
         following = torch.where(last < 0, start, positions.gather(1, last.clamp(min=0)) + 1)[:, 0]
         return positions, torch.cat((segments, non_padding * segment), dim=1), following
 
-    @torch.compiler.disable  # what stands in a tensor is data, which no compiled graph can decide on
+    @torch.compiler.disable  # data-dependent control flow cannot be compiled
     def _check_data_positions(self, positions: Tensor) -> None:
         self._check_last_position(int(positions.max()))
 

@@ -1,11 +1,11 @@
-"""Low-rank adaptation, from scratch: learn a small correction to some matrices and leave the model itself alone.
+"""Low-rank adaptation, from scratch: train a small update to some matrices and keep the model itself frozen.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685): in place of W0 x a layer computes
 
     h = W0 x + (alpha / r) B A x,    A (r, in) from N(0, 0.02), B (out, r) zero
 
-with W0 frozen, so training starts at the base exactly and touches r (in + out) numbers a matrix. An adapter is those A
-and B alone, under the names `layers.N.attention.wq.lora.A.weight`. Merged, it is the base's own matrices, changed.
+with W0 frozen, so training starts exactly at the base and updates r (in + out) parameters per matrix. An adapter is
+only those A and B, under the names `layers.N.attention.wq.lora.A.weight`. Merging adds it to the base's matrices.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from model.fingerprint import hash_weights
 
 
 class LoRASettings(NamedTuple):
-    """What an adapter is beside its numbers: its rank, the alpha of alpha / r, and the names of the layers it is in."""
+    """An adapter's hyperparameters: its rank, the alpha of alpha / r, and the names of the layers it adapts."""
 
     rank: int
     alpha: float
@@ -30,7 +30,7 @@ class LoRASettings(NamedTuple):
 
 
 class LoRA(nn.Module):
-    """The correction B A x."""
+    """The update B A x."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, **factory):
         super().__init__()
@@ -45,10 +45,10 @@ class LoRA(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """A Linear with a correction beside it; takes the place of `base` and holds its very weight.
+    """A Linear with a LoRA update; replaces `base` and shares its weight.
 
-    `lora` is the correction, None once it is merged; then this is a plain Linear, by its state dict too.
-    `active` False leaves the correction out.
+    `lora` is the update, None once merged; then this is a plain Linear, in its state dict too.
+    `active` False leaves the update out.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float):
@@ -67,18 +67,18 @@ class LoRALinear(nn.Linear):
         return h
 
     def effective_weight(self) -> Tensor:
-        """(out, in), the one matrix that does the same: the weight, with the correction where there is one."""
+        """(out, in), the equivalent single matrix: the weight plus the update, if there is one."""
         return self.weight if self.lora is None or not self.active else self.weight + self._delta(self.lora)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the correction to the weight."""
+        """Add the update to the weight."""
         self.weight += self._delta(self.lora)
         self._merged, self.lora = (self.lora,), None
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the correction out of the weight again."""
+        """Subtract the update from the weight again."""
         (lora,), self._merged = self._merged, None
         self.lora = lora.to(self.weight.device, self.weight.dtype)
         self.weight -= self._delta(self.lora)
@@ -89,7 +89,7 @@ class LoRALinear(nn.Linear):
         return (self.alpha / self.rank * product).to(self.weight.dtype)
 
     def plain(self) -> nn.Linear:
-        """A Linear with this weight, without the correction."""
+        """A Linear with this weight, without the update."""
         base = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         base.weight, base.bias = self.weight, self.bias
         return base
@@ -101,23 +101,23 @@ class LoRALinear(nn.Linear):
 def apply_lora(
     model: nn.Module, rank: int = 16, alpha: float | None = None, targets: Iterable[str] | None = None
 ) -> LoRASettings:
-    """Give layers of the model's blocks a correction, and freeze everything else.
+    """Add LoRA to Linears of the model's blocks, and freeze everything else.
 
-    A is drawn from torch's global generator: ranks that share a seed begin alike.
+    A is drawn from torch's global generator: ranks with the same seed start out equal.
 
     Args:
-        alpha: None = rank, that is a factor of 1.
-        targets: names of Linears (`wq, wk, wv, wo, w1, w2, w3`), every expert's included; None = each square one,
-            as in MiniMind2, which here is `wq` and `wo`.
+        alpha: None = rank, i.e. a factor of 1.
+        targets: names of Linears (`wq, wk, wv, wo, w1, w2, w3`), including every expert's; None = all square ones, as
+            in MiniMind2: here `wq` and `wo`.
 
     Raises:
-        ValueError: no such Linear, a rank below 1, alpha not above 0, or the model has an adapter already.
+        ValueError: no such Linear, a rank below 1, alpha not above 0, or the model already has an adapter.
     """
     settings = LoRASettings(rank, rank if alpha is None else alpha, tuple(targets or square_projections(model)))
     if rank < 1 or not settings.alpha > 0:
-        raise ValueError(f"a LoRA has a rank from 1 on and an alpha above 0, not {rank} and {alpha}")
+        raise ValueError(f"a LoRA needs a rank of at least 1 and an alpha above 0, not {rank} and {alpha}")
     if lora_layers(model):
-        raise ValueError("the model has a LoRA adapter already: take it off with remove_lora first")
+        raise ValueError("the model already has a LoRA adapter: remove it with remove_lora first")
     linears = _linears(model, settings.targets)
     model.requires_grad_(False)
     for name, layer in linears.items():
@@ -126,7 +126,7 @@ def apply_lora(
 
 
 def square_projections(model: nn.Module) -> tuple[str, ...]:
-    """Names of the Linears in the model's blocks that have as many outputs as inputs."""
+    """Names of the square Linears in the model's blocks."""
     linears = _linears(model).items()
     return tuple(dict.fromkeys(_last(name) for name, layer in linears if layer.in_features == layer.out_features))
 
@@ -135,14 +135,14 @@ def _linears(model: nn.Module, targets: Iterable[str] | None = None) -> dict[str
     """The Linears of the model's blocks by their full name, all or those whose last name is one of `targets`.
 
     Raises:
-        ValueError: a target that no Linear has for a name.
+        ValueError: a target that is not the name of a Linear.
     """
     modules = model.layers.named_modules(prefix="layers")
     linears = {name: layer for name, layer in modules if isinstance(layer, nn.Linear) and ".lora." not in name}
     names = dict.fromkeys(_last(name) for name in linears)
     unknown = [target for target in targets or () if target not in names]
     if unknown:
-        raise ValueError(f"no Linear of the model's blocks is named {', '.join(unknown)}; there are {', '.join(names)}")
+        raise ValueError(f"no Linear of the model's blocks is named {', '.join(unknown)}; use {', '.join(names)}")
     return {name: layer for name, layer in linears.items() if targets is None or _last(name) in targets}
 
 
@@ -151,12 +151,12 @@ def _last(name: str) -> str:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers that have a correction, merged or not, by name."""
+    """The layers with LoRA, merged or not, by name."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
 
 
 def remove_lora(model: nn.Module) -> None:
-    """Put the plain Linears back, as they are: the base's weights, or the merged ones."""
+    """Restore plain Linears with their current weights: the base's, or the merged ones."""
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.plain())
 
@@ -179,10 +179,10 @@ def lora_off(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the corrections to the weights: as fast as the base, and its state dict is an ordinary one.
+    """Add the updates to the weights: as fast as the base, with an ordinary state dict.
 
     Raises:
-        ValueError: no adapter, or it is merged already.
+        ValueError: no adapter, or it is already merged.
     """
     for layer in _unmerged(model).values():
         layer.merge()
@@ -196,7 +196,7 @@ def unmerge_lora(model: nn.Module) -> None:
     """
     layers = lora_layers(model).values()
     if not layers or any(layer.lora is not None for layer in layers):
-        raise ValueError("there is no merged LoRA adapter to take out of the weights")
+        raise ValueError("the model has no merged LoRA adapter to unmerge")
     for layer in layers:
         layer.unmerge()
 
@@ -204,9 +204,9 @@ def unmerge_lora(model: nn.Module) -> None:
 def _unmerged(model: nn.Module) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
     if not layers:
-        raise ValueError("the model has no LoRA adapter: apply_lora or load_lora gives it one")
+        raise ValueError("the model has no LoRA adapter: add one with apply_lora or load_lora")
     if any(layer.lora is None for layer in layers.values()):
-        raise ValueError("the LoRA adapter is merged into the weights: unmerge_lora first")
+        raise ValueError("the LoRA adapter is merged into the weights: call unmerge_lora first")
     return layers
 
 
@@ -219,7 +219,7 @@ def is_lora(key: str) -> bool:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter alone: `layers.N.….lora.A.weight` (r, in) and `.B.weight` (out, r).
+    """The adapter's weights only: `layers.N.….lora.A.weight` (r, in) and `.B.weight` (out, r).
 
     Raises:
         ValueError: no adapter, or it is merged.
@@ -229,7 +229,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def lora_settings(model: nn.Module) -> LoRASettings:
-    """What the model's adapter was made with.
+    """The hyperparameters of the model's adapter.
 
     Raises:
         ValueError: it has none.
@@ -253,7 +253,7 @@ def base_hash(model: nn.Module) -> str:
 
 
 def save_lora(model: nn.Module, path: str | Path, **facts) -> None:
-    """Write the adapter, and a json beside it with `rank, alpha, targets, base_hash` and what else `facts` says.
+    """Save the adapter, and a json beside it with `rank, alpha, targets, base_hash` and further `facts`.
 
     Raises:
         ValueError: no adapter, or it is merged.
@@ -266,7 +266,7 @@ def save_lora(model: nn.Module, path: str | Path, **facts) -> None:
 
 
 def load_lora(model: nn.Module, path: str | Path) -> LoRASettings:
-    """Give the model the adapter in a file, with the alpha that the json beside it names; see `attach_lora`."""
+    """Load an adapter file into the model, with the alpha from the json beside it; see `attach_lora`."""
     path = Path(path)
     beside = path.with_suffix(".json")
     about = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
@@ -275,21 +275,21 @@ def load_lora(model: nn.Module, path: str | Path) -> LoRASettings:
 
 @torch.no_grad()
 def attach_lora(model: nn.Module, state: Mapping[str, Tensor], about: Mapping) -> LoRASettings:
-    """Give the model an adapter, or fill the one that `apply_lora` gave it; rank and targets are those of the tensors.
+    """Add an adapter to the model, or load it into the one from `apply_lora`; the tensors determine rank and targets.
 
-    A refused adapter leaves the model as it was.
+    A rejected adapter leaves the model unchanged.
 
     Args:
         state: an adapter's state dict.
-        about: what its json says, where there is one: `alpha` (else the rank), and the `base` it was trained on, whose
+        about: the content of its json, if any: `alpha` (default: the rank), and the `base` it was trained on, whose
             `base_hash` must be this model's.
 
     Raises:
-        ValueError: no adapter, or one for another base, rank or targets; the message names both sides.
+        ValueError: not an adapter, or one for another base, rank or targets; the message names both sides.
     """
     strange = [key for key, value in state.items() if not is_lora(key) or value.dim() != 2]
     if strange or not state:
-        raise ValueError(f"this is no LoRA adapter: it has {strange[0] if strange else 'nothing'}")
+        raise ValueError(f"this is not a LoRA adapter: it has {strange[0] if strange else 'no tensors'}")
     key, first = next(iter(state.items()))
     rank = first.size(0) if key.endswith("A.weight") else first.size(1)
     linears = _linears(model, sorted({_last(key.rpartition(".lora.")[0]) for key in state}))
@@ -303,13 +303,13 @@ def attach_lora(model: nn.Module, state: Mapping[str, Tensor], about: Mapping) -
     for key in sorted(has.keys() | fits.keys()):
         if has.get(key) != fits.get(key):
             raise ValueError(
-                f"the adapter is for another base: its {key} is {has.get(key, 'absent')}, "
-                f"and this model takes {fits.get(key, 'none')}"
+                f"the adapter is for another base: its {key} is {has.get(key, 'missing')}, "
+                f"but this model takes {fits.get(key, 'none')}"
             )
     if "base_hash" in about and about["base_hash"] != (actual := base_hash(model)):
         raise ValueError(
             f"the adapter was trained on {about.get('base', 'a base')} with weights {about['base_hash']}, "
-            f"and this model's are {actual}: load that base"
+            f"but this model's are {actual}: load that base"
         )
     if not lora_layers(model):
         apply_lora(model, *found)

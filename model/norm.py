@@ -8,7 +8,7 @@ from torch import Tensor, nn
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467).
 
-    Computed in fp32 whatever the type of x.
+    Computed in fp32 whatever the dtype of x.
     """
 
     def __init__(self, dim: int, eps: float):

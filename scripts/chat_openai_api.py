@@ -48,9 +48,11 @@ def get_args():
     )
     parser.add_argument("--temperature", type=float, default=None)
     parser.add_argument("--top_p", type=float, default=None)
-    parser.add_argument("--seed", type=seed, default=None, help="makes sampling repeatable")
-    parser.add_argument("--stream", action=BooleanFlag, default=True, help="print while the model writes (default: on)")
-    parser.add_argument("--hide_thinking", action=BooleanFlag, help="show only the answer of a reasoning model")
+    parser.add_argument("--seed", type=seed, default=None, help="makes sampling reproducible")
+    parser.add_argument(
+        "--stream", action=BooleanFlag, default=True, help="print tokens as they are generated (default: on)"
+    )
+    parser.add_argument("--hide_thinking", action=BooleanFlag, help="hide a reasoning model's thinking")
     return parser.parse_args()
 
 

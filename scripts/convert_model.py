@@ -93,7 +93,7 @@ def check_targets(args, suffix: str, beside: str) -> None:
         raise UserError(f"{args.out}: {args.command} writes a {suffix} file")
     for path in (args.out, args.out.with_suffix(beside)):
         if path.exists() and not args.overwrite:
-            raise UserError(f"{path} is there already: choose another name, or --overwrite replaces it")
+            raise UserError(f"{path} already exists: choose another name, or --overwrite replaces it")
 
 
 def to_transformers(args) -> None:
@@ -111,7 +111,7 @@ def to_transformers(args) -> None:
         write_folder(model, tokenizer, new)
         targets = {file: args.folder / file.name for file in new.iterdir()}
         if not args.overwrite and (there := [str(target) for target in targets.values() if target.exists()]):
-            raise UserError(f"{', '.join(there)} is there already: choose another folder, or --overwrite replaces it")
+            raise UserError(f"{', '.join(there)} already exists: choose another folder, or --overwrite replaces it")
         difference = check_equal(model, new)
         args.folder.mkdir(parents=True, exist_ok=True)
         for file, target in targets.items():

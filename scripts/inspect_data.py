@@ -208,7 +208,7 @@ def report(data) -> None:
 def main():
     args = get_args()
     if args.max_seq_len == 1:
-        raise UserError("--max_seq_len must be 2 or more: a row needs a token to read and one to predict")
+        raise UserError("--max_seq_len must be 2 or more: a row needs an input token and a target")
     from trainer.weights import load_tokenizer  # after the arguments: --help need not wait for it
 
     stage = args.stage or guess_stage(args.data_path)

@@ -44,10 +44,10 @@ def get_args():
         help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason; with --vlm: 0 pretrain_vlm, 1 sft_vlm, 2 sft_vlm_multi",
     )
     parser.add_argument(
-        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: a transformers folder, named by --out_dir"
+        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: the transformers folder in --out_dir"
     )
     add_model_arguments(parser)
-    parser.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on: out/lora/NAME_512.pth")
+    parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
     parser.add_argument("--vlm", action=BooleanFlag, help="a vision-language model: image parts in chats")
     add_tower_argument(parser)
     parser.add_argument(

@@ -67,9 +67,7 @@ def get_args():
     parser.add_argument("--warmup_iters", type=positive_int, default=50)
     parser.add_argument("--log_interval", type=positive_int, default=50)
     add_device_argument(parser)
-    parser.add_argument(
-        "--dtype", choices=OFFERED, help="precision of autocast (default: bfloat16 where the machine has it)"
-    )
+    parser.add_argument("--dtype", choices=OFFERED, help="autocast precision (default: bfloat16 if supported)")
     parser.add_argument("--seed", type=int, default=42)
     return parser.parse_args()
 
@@ -239,9 +237,9 @@ def main():
     if args.image_size % args.patch_size or args.width % 32:
         raise UserError("--image_size must be a multiple of --patch_size, and --width of 32")
     if args.out_dir.exists() and not is_ours(args.out_dir):
-        raise UserError(f"{args.out_dir} is there already and no tower made by this script: name another --out_dir")
+        raise UserError(f"{args.out_dir} already exists and no tower made by this script: name another --out_dir")
     if args.out_dir.exists() and not args.overwrite:
-        raise UserError(f"{args.out_dir} is there already: --overwrite replaces it")
+        raise UserError(f"{args.out_dir} already exists: --overwrite replaces it")
     device = pick_device(args.device)
     usual = default_dtype(device)
     dtype = DTYPES[args.dtype or (usual if usual in OFFERED else "float32")]

@@ -45,7 +45,7 @@ class BooleanFlag(argparse.Action):
         on = True if value is None else self.WORDS.get(value.lower())
         if on is None:
             parser.error(
-                f"{option_string} takes 1 or 0, true or false, not {value!r}; what is not part of it goes before"
+                f"{option_string} takes 1 or 0, true or false, not {value!r}; put positional arguments before it"
             )
         setattr(namespace, self.dest, on != option_string.startswith("--no-"))
 
@@ -55,7 +55,7 @@ def text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("it is not UTF-8") from None
+        raise argparse.ArgumentTypeError("not valid UTF-8") from None
     return value
 
 
@@ -120,19 +120,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a model: shared by training and by everything that loads its weights."""
     group = parser.add_argument_group("model")
     group.add_argument(
-        "--dim", type=positive_int, default=512, help="width; also in the weights' names: pretrain_512.pth"
+        "--dim", type=positive_int, default=512, help="hidden size; also in the weights' names: pretrain_512.pth"
     )
     group.add_argument("--n_layers", type=positive_int, default=8, help="depth")
-    group.add_argument(
-        "--use_moe", action=BooleanFlag, help="mixture of experts; '_moe' is appended to the weights' names"
-    )
+    group.add_argument("--use_moe", action=BooleanFlag, help="mixture of experts; adds '_moe' to the weights' names")
     group.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
-    group.add_argument("--out_dir", default=str(ROOT / "out"), help="where weights lie")
+    group.add_argument("--out_dir", default=str(ROOT / "out"), help="folder of the weights")
 
 
 def add_device_argument(parser) -> None:
     """--device, of a parser or of a group of one."""
-    what = "cpu, cuda, cuda:N, mps, xpu (default: the accelerator that PyTorch finds, else cpu)"
+    what = "cpu, cuda, cuda:N, mps, xpu (default: the accelerator PyTorch finds, else cpu)"
     parser.add_argument("--device", default=None, help=what)
 
 
@@ -140,11 +138,13 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say how a model writes; `sampling_settings` reads them."""
     group = parser.add_argument_group("writing")
     group.add_argument("--max_new_tokens", type=positive_int, help="longest answer")
-    group.add_argument("--temperature", type=non_negative_float, help="0: always the likeliest token")
-    group.add_argument("--top_p", type=probability, help="likeliest tokens that reach this share together")
-    group.add_argument("--top_k", type=non_negative_int, help="likeliest tokens to choose among; 0: no limit")
+    group.add_argument("--temperature", type=non_negative_float, help="sampling temperature; 0: greedy")
+    group.add_argument(
+        "--top_p", type=probability, help="nucleus sampling: keep the most likely tokens up to this probability"
+    )
+    group.add_argument("--top_k", type=non_negative_int, help="sample from this many most likely tokens; 0: no limit")
     group.add_argument("--repetition_penalty", type=positive_float, help="1: none")
-    group.add_argument("--seed", type=seed, default=None, help="makes sampling repeatable")
+    group.add_argument("--seed", type=seed, default=None, help="makes sampling reproducible")
     parser.set_defaults(**SAMPLING)
 
 
@@ -158,7 +158,7 @@ def add_tower_argument(parser: argparse.ArgumentParser) -> None:
         "--vision_model",
         default=str(ROOT / "model" / "vision_model" / "clip-vit-base-patch16"),
         metavar="DIR",
-        help="the vision tower: a CLIP's transformers folder (default: model/vision_model/clip-vit-base-patch16)",
+        help="vision tower: a transformers folder of a CLIP (default: model/vision_model/clip-vit-base-patch16)",
     )
 
 
@@ -166,9 +166,11 @@ def add_vision_arguments(parser: argparse.ArgumentParser, images_path: str | Non
     """The flags of a stage that learns from images."""
     group = parser.add_argument_group("vision")
     add_tower_argument(group)
-    group.add_argument("--images_path", default=images_path, metavar="DIR", help="where the lines' images lie")
     group.add_argument(
-        "--cache_features", action=BooleanFlag, help="compute the tower's output once, and keep it on disk"
+        "--images_path", default=images_path, metavar="DIR", help="folder of the images named in the data"
+    )
+    group.add_argument(
+        "--cache_features", action=BooleanFlag, help="compute the tower's features once and cache them on disk"
     )
 
 
@@ -178,31 +180,35 @@ def training_parser(description: str, **defaults) -> Parser:
     add_model_arguments(parser)
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data_path", help="jsonl to learn from")
-    data.add_argument("--eval_path", help="jsonl of held-out lines (default: every 100th sample of data_path)")
+    data.add_argument("--data_path", help="training data, jsonl")
+    data.add_argument("--eval_path", help="held-out data, jsonl (default: every 100th sample of data_path)")
     data.add_argument("--max_seq_len", type=positive_int, default=512, help="row length in tokens")
     data.add_argument(
-        "--packing", action=BooleanFlag, default=True, help="rows hold several whole samples (default: on)"
+        "--packing", action=BooleanFlag, default=True, help="pack several whole samples into a row (default: on)"
     )
     data.add_argument("--skip_bad_lines", action=BooleanFlag, help="count and report bad lines instead of stopping")
-    data.add_argument("--num_workers", type=non_negative_int, default=0, help="processes that prepare batches")
+    data.add_argument("--num_workers", type=non_negative_int, default=0, help="data loading processes")
     data.add_argument(
-        "--cache_limit", type=byte_size, default="50GB", metavar="SIZE", help="remove caches beyond it; 0: none"
+        "--cache_limit",
+        type=byte_size,
+        default="50GB",
+        metavar="SIZE",
+        help="remove the oldest caches beyond this size; 0: no limit",
     )
 
     training = parser.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, default=1)
     training.add_argument(
-        "--max_steps", type=non_negative_int, default=0, help="stop after so many steps (0: epochs decide)"
+        "--max_steps", type=non_negative_int, default=0, help="stop after this many steps (0: train all epochs)"
     )
-    training.add_argument("--batch_size", type=positive_int, help="rows a device computes at once")
+    training.add_argument("--batch_size", type=positive_int, help="rows per device and forward pass")
     training.add_argument(
-        "--accumulation_steps", type=positive_int, default=1, help="batches a device adds up to a step"
+        "--accumulation_steps", type=positive_int, default=1, help="gradient accumulation: batches per optimizer step"
     )
-    training.add_argument("--learning_rate", type=positive_float, help="the peak learning rate")
+    training.add_argument("--learning_rate", type=positive_float, help="peak learning rate")
     training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for hidden matrices")
-    training.add_argument("--warmup_iters", type=non_negative_int, default=0, help="steps of linear warm-up")
-    training.add_argument("--grad_clip", type=positive_float, default=1.0, help="largest norm of the gradient")
+    training.add_argument("--warmup_iters", type=non_negative_int, default=0, help="linear warm-up steps")
+    training.add_argument("--grad_clip", type=positive_float, default=1.0, help="maximum gradient norm")
     training.add_argument("--seed", type=seed, default=42)
 
     engine = parser.add_argument_group("machine")
@@ -210,32 +216,45 @@ def training_parser(description: str, **defaults) -> Parser:
     engine.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="precision of autocast (default: bfloat16 where the machine has it; else float16 on cuda, float32)",
-    )
-    engine.add_argument("--compile", action=BooleanFlag, default=None, help="torch.compile (default: where it pays)")
-    engine.add_argument("--gradient_checkpointing", action=BooleanFlag, help="less memory, a third more time")
-    engine.add_argument(
-        "--deepspeed", nargs="?", const=True, default=None, metavar="JSON", help="use DeepSpeed, by a JSON or not"
+        help="autocast precision (default: bfloat16 if supported; else float16 on cuda, float32 elsewhere)",
     )
     engine.add_argument(
-        "--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage of --deepspeed without a JSON file"
+        "--compile", action=BooleanFlag, default=None, help="torch.compile (default: where it is faster)"
     )
-    engine.add_argument("--local_rank", "--local-rank", type=int, help="passed by launchers; torchrun's RANK decides")
-    engine.add_argument("--ddp", action=BooleanFlag, help="accepted for old commands; torchrun alone is enough")
+    engine.add_argument("--gradient_checkpointing", action=BooleanFlag, help="use less memory, at a third more time")
+    engine.add_argument(
+        "--deepspeed",
+        nargs="?",
+        const=True,
+        default=None,
+        metavar="JSON",
+        help="use DeepSpeed, optionally with a JSON config",
+    )
+    engine.add_argument(
+        "--zero_stage",
+        type=int,
+        choices=(0, 1, 2, 3),
+        default=2,
+        help="ZeRO stage for --deepspeed without a JSON config",
+    )
+    engine.add_argument(
+        "--local_rank", "--local-rank", type=int, help="set by launchers; ignored in favour of torchrun's RANK"
+    )
+    engine.add_argument("--ddp", action=BooleanFlag, help="accepted for old commands; torchrun enables DDP by itself")
 
     saving = parser.add_argument_group("saving and reporting")
     saving.add_argument("--save_interval", type=positive_int, default=100, help="steps between checkpoints")
     saving.add_argument(
-        "--eval_interval", type=non_negative_int, default=100, help="steps between evaluations; 0: none"
+        "--eval_interval", type=non_negative_int, default=100, help="steps between evaluations; 0: never"
     )
     saving.add_argument("--log_interval", type=positive_int, default=10, help="steps between log lines")
     saving.add_argument(
-        "--resume", action=BooleanFlag, help="continue where the last run stopped, or start if there is none"
+        "--resume", action=BooleanFlag, help="continue the last run from its checkpoint, or start a new one"
     )
     saving.add_argument("--overwrite", action=BooleanFlag, help="replace the weights of an earlier run")
     saving.add_argument("--tracker", choices=TRACKERS, help="also report to Weights & Biases, SwanLab or TensorBoard")
-    saving.add_argument("--use_wandb", action=BooleanFlag, help="short for --tracker wandb")
-    saving.add_argument("--wandb_project", type=text, default="MiniMind", help="project of the tracker")
+    saving.add_argument("--use_wandb", action=BooleanFlag, help="same as --tracker wandb")
+    saving.add_argument("--wandb_project", type=text, default="MiniMind", help="tracker project name")
     parser.set_defaults(**defaults)
     return parser
 
@@ -247,13 +266,13 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         UserError: which flag, and what it takes.
     """
     if args.max_seq_len < 2:
-        raise UserError("--max_seq_len must be 2 or more: a row needs a token to read and one to predict")
+        raise UserError("--max_seq_len must be 2 or more: a row needs an input token and a target")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: choose one")
     if args.use_wandb and args.tracker not in (None, "wandb"):
-        raise UserError(f"--use_wandb is --tracker wandb, and --tracker {args.tracker} is another: choose one")
+        raise UserError(f"--use_wandb means --tracker wandb, which contradicts --tracker {args.tracker}: choose one")
     if args.deepspeed and args.optimizer == "muon":
-        raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO cuts up: use --optimizer adamw")
+        raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
 
 
 def deepspeed_config(args) -> dict:
@@ -271,7 +290,7 @@ def deepspeed_config(args) -> dict:
         if not isinstance(config, dict):
             raise UserError(f"--deepspeed {args.deepspeed}: not a JSON object")
         if dropped := [name for name in FLAGS_DECIDE if name in config]:
-            print_notice(f"{args.deepspeed}: the flags decide instead of {', '.join(dropped)}")
+            print_notice(f"{args.deepspeed}: {', '.join(dropped)} ignored in favour of the flags")
     return {name: value for name, value in config.items() if name not in FLAGS_DECIDE} | {
         "train_micro_batch_size_per_gpu": args.batch_size,
         "gradient_accumulation_steps": 1,  # the loop says where a step ends: the last one of an epoch is shorter

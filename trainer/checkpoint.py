@@ -84,8 +84,8 @@ class Progress:
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= SKIPPED_LIMIT:
             raise UserError(
-                f"loss or gradient was not finite {SKIPPED_LIMIT} times in a row; what was saved last is whole: "
-                "go on from it with --resume and a lower --learning_rate, or another --dtype"
+                f"loss or gradient was not finite {SKIPPED_LIMIT} times in a row; the last checkpoint is intact: "
+                "continue from it with --resume and a lower --learning_rate, or another --dtype"
             )
 
 
@@ -146,10 +146,10 @@ class Checkpoint:
             return
         if args.resume and self.path.exists() and not self.pointer.is_file():
             raise UserError(
-                f"{self.path} is there, but nothing in {self.folder} to go on from: --overwrite replaces it"
+                f"{self.path} exists, but {self.folder} has no checkpoint to resume from: use --overwrite to replace it"
             )
         if not (args.resume or args.overwrite) and (self.path.exists() or self.pointer.is_file()):
-            raise UserError(f"{self.path} is there already: --resume goes on with that run, --overwrite replaces it")
+            raise UserError(f"{self.path} already exists: use --resume to continue that run, --overwrite to replace it")
         self._lock = lock_run(self.folder, self.path)
 
     def save(self, model: nn.Module, optimizer, scaler, progress: Progress, metrics: dict) -> None:
@@ -263,7 +263,7 @@ class Checkpoint:
                 state = unseal(folder, run)
                 then = state["settings"].pop("data", {})  # none by earlier versions
                 if dataset is not None and (change := dataset.changed_since(then)):
-                    raise UserError(f"--resume: {change}; or start anew with --overwrite")
+                    raise UserError(f"--resume: {change}; or start over with --overwrite")
                 self._compare(state["settings"])
                 self._restore(folder, model, optimizer, scaler)
                 progress = Progress(**state["progress"])
@@ -272,7 +272,7 @@ class Checkpoint:
             except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
-                    f"{folder} cannot be continued ({type(error).__name__}: {reason}): --overwrite starts anew"
+                    f"{folder} cannot be continued ({type(error).__name__}: {reason}): start over with --overwrite"
                 ) from error
             require_same_weights(model, run)
             run.print(f"resumed at step {progress.step} from {folder}")
@@ -295,8 +295,8 @@ class Checkpoint:
 
         if self.settings["zero_stage"] and self.runtime.first_that_differs(read_owner(self.folder)):
             raise UserError(
-                f"{self.folder} is another folder on another machine, and DeepSpeed's ZeRO keeps a part of each rank "
-                "there: give all machines one --out_dir that they share"
+                f"{self.folder} is not shared by all machines, but DeepSpeed's ZeRO saves a shard of each rank "
+                "there: give all machines a shared --out_dir"
             )
 
     def _mend(self, folder: Path, about: dict | None) -> None:
@@ -327,9 +327,9 @@ class Checkpoint:
             if name not in MAY_CHANGE_WITH_NOTICE:
                 raise UserError(
                     f"--resume: the saved run had {name} {theirs}, this one has {ours}; "
-                    "give the same, or start anew with --overwrite"
+                    "use the same value, or start over with --overwrite"
                 )
-            self.runtime.print(f"--resume: {name} was {theirs} and is {ours} from now on")
+            self.runtime.print(f"--resume: {name} was {theirs} and is now {ours}")
 
     def _restore(self, folder: Path, model: nn.Module, optimizer, scaler) -> None:
         state = load_tensors(folder / "optimizer.pt")
@@ -337,7 +337,7 @@ class Checkpoint:
             scaler.load_state_dict(state["scaler"])
         if self.runtime.deepspeed_config:
             if model.load_checkpoint(str(folder), tag="engine")[0] is None:
-                raise ValueError("DeepSpeed finds none of its files there")
+                raise ValueError("DeepSpeed found none of its files there")
         else:
             plain = plain_model(model)
             given = {key: value for key, value in plain.state_dict().items() if not self.keep(key)}

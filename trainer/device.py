@@ -16,7 +16,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     current one, ready for any lengths.
 
     Raises:
-        UserError: it is not there.
+        UserError: it does not exist.
     """
     there = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
@@ -24,7 +24,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: it is cpu, cuda, cuda:N, mps, xpu or the like") from None
+        raise UserError(f"--device {name}: use cpu, cuda, cuda:N, mps, xpu or similar") from None
     if device.type == "cpu":
         return device
     if there is None:
@@ -35,7 +35,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
         device = torch.device(device.type, local_rank)
     count = torch.accelerator.device_count()
     if device.index >= count:
-        raise UserError(f"{device} is asked for, but there are {count} of {device.type}, counted from 0")
+        raise UserError(f"{device} does not exist: there are {count} {device.type} devices, counted from 0")
     torch.accelerator.set_device_index(device)
     if device.type == "cuda":
         # On Hopper and Blackwell PyTorch asks cuDNN first, which takes a second to plan for each new length, forward

@@ -41,7 +41,7 @@ def run_main(main: Callable[[], None]) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(6 if message is None else 3 if rank != "0" else 0)
             if any(words in str(error) for words in LOST_PEER):
-                print_notice(f"rank {rank} ends, as another rank has ended", every_rank=True)
+                print_notice(f"rank {rank} stops because another rank failed", every_rank=True)
                 sys.exit(2)
         if message is None:
             raise
@@ -84,8 +84,8 @@ def _message(error: Exception) -> str | None:
         return str(error)
     if str(error).startswith(LOST_WORKER):
         return (
-            f"a process of --num_workers has ended ({' '.join(str(error).split())}): out of memory, or of room in "
-            "/dev/shm (docker run --shm-size 2g)? Try fewer of them, or --num_workers 0"
+            f"a --num_workers process died ({' '.join(str(error).split())}): out of memory, or of space in "
+            "/dev/shm (docker run --shm-size 2g)? Try fewer workers, or --num_workers 0"
         )
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if out_of_memory or CPU_OUT_OF_MEMORY in str(error):

@@ -80,8 +80,8 @@ def _folder_to_disk(folder: Path) -> None:
 def write_error(path: Path, error: OSError) -> UserError:
     """The error to raise when writing to `path` failed."""
     return UserError(
-        f"cannot write {path}: {error.strerror or error}; what was there before is whole: "
-        "mend that and run again, or choose another folder"
+        f"cannot write {path}: {error.strerror or error}; the previous file is intact: "
+        "fix that and run again, or choose another folder"
     )
 
 
@@ -147,9 +147,9 @@ def check_hash(path: Path, beside: Path, about: dict) -> None:
     """
     if path.suffix == ".pth" and "sha256" in about and file_hash(path) != about["sha256"]:
         raise UserError(
-            f"{path} is not what was written (another sha256 than in {beside}): it is damaged, was changed, or a save "
-            "was cut short: --resume of the stage that wrote it mends it, else restore it; if you have changed it "
-            f'yourself, take "sha256" out of {beside}'
+            f"{path} does not match the sha256 in {beside}: it is damaged, was changed, or a save "
+            "was interrupted: repair it with --resume of its stage, or restore it; if you changed it "
+            f'yourself, remove "sha256" from {beside}'
         )
 
 
@@ -165,6 +165,6 @@ def load_tensors(path: Path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader raise almost anything
         raise UserError(
-            f"{path} is truncated, damaged, or holds something else than tensors (code in it was not run): "
-            "make or download it again"
+            f"{path} is truncated, damaged, or contains more than tensors (its code was not run): "
+            "create or download it again"
         ) from error

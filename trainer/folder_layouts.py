@@ -35,7 +35,7 @@ def require_folder(folder: Path) -> Path:
         UserError: it has no config.json.
     """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder / 'config.json'} is missing: this is not a folder of a transformers model")
+        raise UserError(f"{folder / 'config.json'} is missing: this is not a transformers model folder")
     return folder
 
 
@@ -73,7 +73,7 @@ def _telling(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyError as missing:
-        raise UserError(f"{folder} lacks {missing} in its config.json or its weights") from None
+        raise UserError(f"{folder} has no {missing} in its config.json or its weights") from None
     except (TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged ({error})") from None
     except ValueError as error:
@@ -98,7 +98,7 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
         names = LMConfig.attribute_map | {"rms_norm_eps": "norm_eps"}  # those of April 2025
         return OUR_TYPES[kind].from_dict({names.get(name, name): value for name, value in theirs.items()})
     if kind not in ("llama", "qwen2_moe"):
-        raise UserError(f"config.json says model_type {kind!r}: a MiniMind is a 'llama', a 'qwen2_moe' or a 'minimind'")
+        raise UserError(f"config.json says model_type {kind!r}: it must be 'llama', 'qwen2_moe' or 'minimind'")
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     heads, width = theirs["num_attention_heads"], theirs["hidden_size"]
     moe = kind == "qwen2_moe"
@@ -119,7 +119,7 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
             neutral["norm_topk_prob"] = (False, theirs.get("norm_topk_prob", False))
     for field, (ours, value) in neutral.items():
         if value != ours:
-            raise UserError(f"config.json says {field} {value!r}, and a MiniMind has {ours!r}")
+            raise UserError(f"config.json says {field} {value!r}, but MiniMind needs {ours!r}")
     sizes = {
         "dim": width,
         "n_layers": theirs["num_hidden_layers"],
@@ -160,13 +160,13 @@ def to_our_state(theirs: Mapping[str, Tensor], config: LMConfig) -> dict[str, Te
         value = value.float()
         if name == "lm_head.weight":
             if not torch.equal(value, theirs["model.embed_tokens.weight"].float()):
-                raise UserError(f"{name} differs from the embedding, and a MiniMind has one matrix for both")
+                raise UserError(f"{name} differs from the embedding, but MiniMind ties the two")
             continue
         if name.endswith(("_proj.bias", ".shared_expert_gate.weight")):
             if value.any():
                 raise UserError(
-                    f"{name} is not zero, and a MiniMind has no place for it: freeze biases and shared_expert_gate "
-                    "where a Qwen2-MoE is trained that shall come back"
+                    f"{name} is not zero, but MiniMind has no such parameter: freeze biases and shared_expert_gate "
+                    "when training a Qwen2-MoE that is to be converted back"
                 )
             continue
         if ".shared_expert." in name and not config.n_shared_experts:

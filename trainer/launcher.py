@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from trainer.errors import UserError, print_notice
 
-HOW = "torchrun --nproc_per_node N train_….py starts N processes and sets all of it"
+HOW = "torchrun --nproc_per_node N train_….py starts N processes and sets them all"
 COPIES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
 
 
@@ -54,7 +54,7 @@ def _number(name: str, environment: Mapping[str, str]) -> int | None:
     try:
         return int(text)
     except ValueError:
-        raise UserError(f"{name} is {text!r} in the environment, which is no whole number: {HOW}") from None
+        raise UserError(f"{name} is {text!r} in the environment, which is not an integer: {HOW}") from None
 
 
 def _tell_copies(environment: Mapping[str, str]) -> None:
@@ -62,7 +62,7 @@ def _tell_copies(environment: Mapping[str, str]) -> None:
     for name, launcher in COPIES.items():
         if environment.get(name, "1") not in ("0", "1"):
             print_notice(
-                f"{launcher} has started {environment[name]} copies of this, and each trains alone: for one run on all "
-                f"of them let {launcher} start torchrun once on each machine"
+                f"{launcher} started {environment[name]} copies of this script, each training alone: for one run on "
+                f"all of them, have {launcher} start torchrun once per machine"
             )
             return

@@ -93,9 +93,7 @@ class Metrics:
         except EvaluationError as error:
             if (cause := error.__cause__) is not None:
                 reason = str(cause) if isinstance(cause, UserError | DataError) else f"{type(cause).__name__}: {cause}"
-                print_notice(
-                    f"no evaluation at step {self.progress.step}, as it failed ({reason[:300]})", every_rank=True
-                )
+                print_notice(f"evaluation at step {self.progress.step} failed ({reason[:300]})", every_rank=True)
             return
         self._report(values)
         if self.on:
@@ -165,7 +163,7 @@ def draw_curve(metrics: Path) -> Path | None:
     try:
         from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
     except ImportError as error:
-        print_notice(f"no loss curve is drawn: {error}")
+        print_notice(f"loss curve not plotted: {error}")
         return None
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

@@ -89,8 +89,8 @@ def require_same_weights(model: nn.Module, runtime: Runtime) -> None:
     rank = runtime.first_that_differs(hash_weights(plain.state_dict()))
     if rank is not None:
         raise UserError(
-            f"rank {rank} has other weights than rank 0: give all machines the same files, best one --out_dir that "
-            "they share"
+            f"rank {rank} has different weights from rank 0: give all machines the same files, ideally a shared "
+            "--out_dir"
         )
 
 
@@ -127,7 +127,7 @@ def why_not_compile(device: torch.device) -> str | None:
     """What keeps torch.compile from working on this machine; None where it works."""
     compilers = ("g++", "clang++", "cl")  # the last on Windows
     if device.type == "cpu" and not (os.environ.get("CXX") or any(map(shutil.which, compilers))):
-        return "there is no C++ compiler"
+        return "no C++ compiler found"
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(64, device=device))
     except Exception as error:  # no headers, no write access, an unknown chip: whatever it is, eager mode works

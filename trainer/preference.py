@@ -92,7 +92,7 @@ def attach_reference_log_probs(
         values = np.load(folder / "log_probs.npy", mmap_mode="r")
         hold(folder, values)
         if values.shape != (dataset.cache.lengths.sum(),):
-            raise ValueError(f"log_probs.npy is of shape {values.shape}")
+            raise ValueError(f"log_probs.npy has shape {values.shape}")
         return values
 
     def build(folder: Path) -> None:

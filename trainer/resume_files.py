@@ -33,7 +33,7 @@ def unseal(folder: Path, run: Runtime) -> dict:
     _require(folder / STATE, run)
     state = read_object(folder / STATE)
     if rank := run.first_that_differs(file_hash(folder / STATE)):
-        raise UserError(f"rank {rank} has another {folder / STATE} than rank 0, which goes on from its own: copy that")
+        raise UserError(f"rank {rank} has a different {folder / STATE} from rank 0: copy rank 0's file there")
     if "sha256" not in state:
         return state
     hashes = state.pop("sha256")
@@ -54,10 +54,10 @@ def _require(path: Path, run: Runtime) -> None:
     if path.is_file():
         return
     if run.is_main:
-        raise UserError(f"{path} is missing, and without it the run cannot be continued: --overwrite starts anew")
+        raise UserError(f"{path} is missing, and the run cannot be resumed without it: start over with --overwrite")
     raise UserError(
-        f"rank {run.rank} has no {path}, which rank 0 goes on from: give all machines one --out_dir that they share, "
-        "or copy rank 0's there"
+        f"rank {run.rank} has no {path}, from which rank 0 resumes: give all machines a shared --out_dir, "
+        "or copy rank 0's file there"
     )
 
 
@@ -70,12 +70,12 @@ def read_object(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise damaged(path, "no JSON object") from None
+        raise damaged(path, "not a JSON object") from None
 
 
 def damaged(path: Path, how: str = "another sha256") -> UserError:
     """The error to raise when a file is not what was saved."""
-    return UserError(f"{path} is damaged, it is not what was saved ({how}): --overwrite starts anew")
+    return UserError(f"{path} is damaged: it does not match what was saved ({how}): start over with --overwrite")
 
 
 def last_saved(pointer: Path) -> str:
@@ -87,5 +87,5 @@ def last_saved(pointer: Path) -> str:
     name = pointer.read_text(encoding="utf-8", errors="replace").strip()
     there = sorted(path.name for path in pointer.parent.iterdir() if (path / STATE).is_file())
     if there and name not in there:
-        raise UserError(f"{pointer} is damaged, it names {name!r}: write {there[-1]} into it, which is there")
+        raise UserError(f"{pointer} is damaged, it names {name!r}: write the existing {there[-1]} into it")
     return name

@@ -30,9 +30,7 @@ def lock_run(folder: Path, weights: Path) -> BinaryIO | None:
             _leave_to_this_process(file)
             return file
     except NoLocksError:
-        print_notice(
-            f"{folder} lies on a file system without locks: see to it yourself that no second run writes there"
-        )
+        print_notice(f"{folder} is on a file system without locks: make sure that no second run writes there")
         return None
     except OSError as error:
         raise write_error(folder, error) from error

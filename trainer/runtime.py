@@ -138,14 +138,14 @@ def start_runtime(args) -> Runtime:
     place = read_place(os.environ)
     device = pick_device(args.device, place.local_rank or 0)
     if place.world_size > 1 and device.type == "mps":
-        raise UserError("--device mps: a Mac's GPU cannot be shared by processes; leave the launcher out")
+        raise UserError("--device mps: a Mac's GPU cannot be shared by processes; run without the launcher")
     if place.launched and device.index is not None and torch.accelerator.device_count() > 1:
         if place.local_rank is None and place.world_size > 1:
-            raise UserError("LOCAL_RANK is not in the environment, which says whose GPU is whose: torchrun sets it")
+            raise UserError("LOCAL_RANK, which selects each process's GPU, is not in the environment: torchrun sets it")
         if device.index != (place.local_rank or 0):
             raise UserError(
-                f"--device {args.device}: a launcher gives each process a GPU of its own; leave it out, and let "
-                "CUDA_VISIBLE_DEVICES choose among them"
+                f"--device {args.device}: a launcher gives each process its own GPU; omit the flag, and choose GPUs "
+                "with CUDA_VISIBLE_DEVICES"
             )
     config = None
     if args.deepspeed:
@@ -169,6 +169,6 @@ def _meet(backend: str) -> None:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"the processes do not meet at {where}, which MASTER_ADDR and MASTER_PORT name ({reason}): is the port "
-            "taken, the name known, and does rank 0 run there?"
+            f"the processes cannot connect at {where} (MASTER_ADDR, MASTER_PORT; {reason}): is the port "
+            "in use, the host name resolvable, and rank 0 running there?"
         ) from error

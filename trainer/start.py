@@ -27,14 +27,14 @@ def _what_to_type():
     if os.path.exists(own) and not os.path.samefile(sys.prefix, os.path.join(ROOT, ".venv")):
         return f"type {own} in its place"
     requirements = os.path.join(ROOT, "requirements.txt")
-    return f"make demo sets everything up in .venv, or type {sys.executable} -m pip install -r {requirements}"
+    return f"run make demo to set everything up in .venv, or {sys.executable} -m pip install -r {requirements}"
 
 
 def why_not():
     """What keeps this Python from running MiniMind; None where nothing does."""
     if sys.version_info < OLDEST:
         wanted, here = (".".join(map(str, version[:2])) for version in (OLDEST, sys.version_info))
-        return f"MiniMind needs Python {wanted} or newer, and {sys.executable} is {here}"
+        return f"MiniMind needs Python {wanted} or newer, but {sys.executable} is {here}"
     lacking = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     return missing(lacking) if lacking else None
 
@@ -65,4 +65,4 @@ if _reason := why_not():
     print(f"error: {_reason}", file=sys.stderr)
     sys.exit(2)
 if (_home := settle()) and os.environ.get("RANK", "0") == "0":
-    print(f"no home folder here: what packages keep for the next run goes to {_home}", file=sys.stderr)
+    print(f"no home folder: packages' caches go to {_home}", file=sys.stderr)

@@ -18,7 +18,7 @@ def typed_line(prompt: str) -> str:
         line = input(prompt)
         line.encode()  # under LANG=C what is not UTF-8 comes as half characters
     except UnicodeError:
-        raise UserError("what is typed is not UTF-8: set the terminal to it, and LANG to C.UTF-8, say") from None
+        raise UserError("the input is not UTF-8: set the terminal to UTF-8, and LANG to, say, C.UTF-8") from None
     return line.strip()
 
 
@@ -49,7 +49,7 @@ def piped_lines() -> Iterator[str]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
             raise UserError(
-                f"what is piped in is not UTF-8 (line {number}: {error.reason} at byte {error.start + 1})"
+                f"the piped input is not UTF-8 (line {number}: {error.reason} at byte {error.start + 1})"
             ) from None
         if text:
             yield text
@@ -79,7 +79,7 @@ def room_for_prompt(context: int, max_new_tokens: int) -> int:
         UserError: none.
     """
     if max_new_tokens >= context:
-        raise UserError(f"--max_new_tokens {max_new_tokens}: the model takes {context} in all")
+        raise UserError(f"--max_new_tokens {max_new_tokens}: the model's context is {context}")
     return context - max_new_tokens
 
 

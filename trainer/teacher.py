@@ -28,7 +28,7 @@ def load_teacher(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: in
     teacher = _from_folder(path, tokenizer) if path.is_dir() else load_weights(path, None, tokenizer)
     longest = getattr(teacher.config, "max_position_embeddings", None)  # None: no limit that it tells of
     if longest is not None and longest < max_seq_len:
-        raise UserError(f"--teacher_weight {path} reads at most {longest} tokens: lower --max_seq_len {max_seq_len}")
+        raise UserError(f"--teacher_weight {path} has a context of {longest} tokens: lower --max_seq_len {max_seq_len}")
     return teacher.requires_grad_(False).eval()
 
 
@@ -37,7 +37,7 @@ def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         raise UserError(f"--teacher_weight {folder}: no tokenizer.json there: save the teacher's tokenizer beside it")
     difference = first_difference(tokenizer, read_tokenizer(folder))
     if difference:
-        raise UserError(f"--teacher_weight {folder} reads other tokens than the student: {difference}")
+        raise UserError(f"--teacher_weight {folder} has a different tokenizer from the student: {difference}")
     try:
         teacher, report = AutoModelForCausalLM.from_pretrained(
             str(require_folder(folder)), local_files_only=True, dtype=torch.float32, output_loading_info=True
@@ -45,10 +45,12 @@ def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if lacking := sorted(report["missing_keys"]):  # which transformers fills with random numbers
-        raise UserError(f"{folder} lacks {', '.join(lacking[:3])} of what its config.json describes")
+        raise UserError(f"{folder} lacks {', '.join(lacking[:3])} that its config.json describes")
     columns = teacher.get_output_embeddings().weight.size(0)
     if columns < len(tokenizer):
-        raise UserError(f"--teacher_weight {folder} knows {columns} tokens, and the tokenizer has {len(tokenizer)}")
+        raise UserError(
+            f"--teacher_weight {folder} has {columns} embeddings, but the tokenizer has {len(tokenizer)} tokens"
+        )
     return teacher
 
 

@@ -54,8 +54,8 @@ def open_vision(folder: str) -> Vision:
     side = tower.config.image_size
     if (height, width) != (side, side):
         raise UserError(
-            f"--vision_model {folder}: its preprocessor_config.json makes images of {width} x {height} pixels, and its "
-            f"tower takes {side} x {side}: use the tower's own file, or remove it for CLIP's usual preprocessing"
+            f"--vision_model {folder}: its preprocessor_config.json gives {width} x {height} pixels, but its "
+            f"tower takes {side} x {side}: use the tower's own file, or remove it for CLIP's default preprocessing"
         )
     return Vision(tower, processor, hash_weights(tower.state_dict()))
 
@@ -75,10 +75,10 @@ def load_vlm(
     about = read_json(path / "config.json") if path.is_dir() else read_settings(path) or {}
     trained_with = about.get("vision_tower", vision.hash)
     if trained_with != vision.hash:
-        raise UserError(f"{path} was trained with vision tower {trained_with}, and --vision_model is {vision.hash}")
+        raise UserError(f"{path} was trained with vision tower {trained_with}, but --vision_model is {vision.hash}")
     for name, given in zip(("image_tokens", "vision_dim"), tower_output(vision.tower), strict=True):
         if about.get(name, given) != given:
-            raise UserError(f"{path} has {name} {about[name]}, and --vision_model gives {given}")
+            raise UserError(f"{path} has {name} {about[name]}, but --vision_model gives {given}")
     try:
         place = about.get("image_token_id") or image_token_id(tokenizer)
     except ValueError as error:

@@ -13,8 +13,8 @@ from trainer.files import load_tensors
 SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 WHOLE = ("model", "pytorch_model")  # transformers' names for the weights of a folder
 NO_WEIGHTS = (  # by how a file begins
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: `git lfs pull` fetches it"),
-    (b"GGUF", "is a GGUF, which llama.cpp reads: use the .pth that it was made from"),
+    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself: run `git lfs pull`"),
+    (b"GGUF", "is a GGUF for llama.cpp: use the .pth that it was converted from"),
     (b"<", "is a web page, not the file itself: download it again"),
 )
 
@@ -42,7 +42,7 @@ def read_content(path: Path) -> object:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or no safetensors file ({error})") from None
+        raise UserError(f"{path} is truncated or not a safetensors file ({error})") from None
 
 
 def read_weights(path: Path, n_heads: int = 8, n_kv_heads: int = 2) -> Recognised:
@@ -56,8 +56,8 @@ def read_weights(path: Path, n_heads: int = 8, n_kv_heads: int = 2) -> Recognise
     """
     if re.search(r"-\d{5}-of-\d{5}$", path.stem) or (path.stem in WHOLE and (path.parent / "config.json").is_file()):
         raise UserError(
-            f"{path} belongs to a folder of transformers, whose config.json tells its sizes: name the folder, "
-            f"{path.parent}, or make a .pth of it with convert_model.py from-transformers {path.parent} out/NAME.pth"
+            f"{path} belongs to a transformers folder, whose config.json has its sizes: name the folder, "
+            f"{path.parent}, or convert it to a .pth with convert_model.py from-transformers {path.parent} out/NAME.pth"
         )
     try:
         return recognise(read_content(path), n_heads, n_kv_heads)

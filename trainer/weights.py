@@ -65,12 +65,12 @@ def read_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase:
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"--tokenizer {folder}: no tokenizer.json there; scripts/train_tokenizer.py makes one")
+        raise UserError(f"--tokenizer {folder}: no tokenizer.json there; train one with scripts/train_tokenizer.py")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # JSON's, transformers' and Rust's, of any class
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--tokenizer {folder} cannot be loaded ({reason}): restore or remake it") from error
+        raise UserError(f"--tokenizer {folder} cannot be loaded ({reason}): restore it or train it again") from error
 
 
 def weights_name(stage: str, dim: int, use_moe: bool) -> str:
@@ -144,7 +144,7 @@ def existing(path: Path, by_flags: bool = False, adapter: bool = False) -> Path:
         if size and is_file_name(file.name) and (adapter or size["stage"] == stage):
             flags = f" (--dim {size['dim']}{' --use_moe' if size['moe'] else ''})" if by_flags else ""
             found.append(f"{file}{flags}")
-    advice = f"{maker} makes it" if maker else "check --out_dir and the flags"
+    advice = f"run {maker}" if maker else "check --out_dir and the flags"
     there = f"; there is {', '.join(found)}" if found else ""
     raise UserError(f"{path} is missing: {advice}{there}")
 
@@ -182,7 +182,7 @@ def read_settings(path: Path) -> dict | None:
     with _reading(beside):
         settings = json.loads(beside.read_text(encoding="utf-8"))
         if not isinstance(settings["tokenizer"], str):
-            raise TypeError("its tokenizer is not text")
+            raise TypeError("its tokenizer is not a string")
         saved_config(settings)
     return settings
 
@@ -193,7 +193,7 @@ def _reading(beside: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{beside} is damaged ({error!r:.200}): restore it, or delete it to go by the flags") from None
+        raise UserError(f"{beside} is damaged ({error!r:.200}): restore it, or delete it to use the flags") from None
 
 
 def saved_config(settings: dict) -> LMConfig:
@@ -234,25 +234,25 @@ def load_weights(
     asking, settings, state, saved = "the flags ask", None, None, None
     if path.is_dir():
         state, saved = read_folder(path)
-        told_by = "its config.json"
+        origin = "its config.json"
         _compare_tokenizer_in(path, saved, tokenizer)
     elif settings := read_settings(path):
         saved = saved_config(settings)
-        told_by = "its json"
+        origin = "its json"
         _compare_tokenizer(path, settings, tokenizer)
     if saved is not None:
         saved.update(special_ids(tokenizer))  # an older json has none, and a folder may have others
         if config is None:
             config = copy.deepcopy(saved)
             config.update(sizes)
-            asking = asking if sizes else f"{told_by} asks"
-        _compare(path, architecture(saved), f"by {told_by}", architecture(config), asking)
+            asking = asking if sizes else f"{origin} asks"
+        _compare(path, architecture(saved), f"according to {origin}", architecture(config), asking)
     if state is None:
         state = _read_file(path, config or sizes, tokenizer, downloaded=settings is None)
     found = infer_sizes(state)
     if config is None:
         config = config_from_sizes(found | sizes, tokenizer)
-    _compare(path, found, "by its tensors", architecture(config), asking)
+    _compare(path, found, "according to its tensors", architecture(config), asking)
     model = build(config)
     _fill(model, state, path, missing)
     check_hash(path, path.with_suffix(".json"), settings or {})
@@ -269,11 +269,13 @@ def _read_file(
     if done:
         print_notice(f"{path}: {done}")
     if downloaded:
-        assumed = f"{path} has no json beside it; assumed is the tokenizer {tokenizer.name_or_path}"
-        warning = f", and MiniMind's of April 2025 began a turn with {NEWER_BOS}: name its folder with --tokenizer"
+        assumed = f"{path} has no json beside it; assuming the tokenizer {tokenizer.name_or_path}"
+        warning = f", but MiniMind's of April 2025 began turns with {NEWER_BOS}: give its folder with --tokenizer"
         print_notice(assumed + (warning if newer and tokenizer.bos_token != NEWER_BOS else ""))
     if adapter := next(filter(is_lora, state), None):
-        raise UserError(f"{path} is a LoRA adapter (it has {adapter}): name its base here, and it with --lora_name")
+        raise UserError(
+            f"{path} is a LoRA adapter (it has {adapter}): give its base here, and the adapter with --lora_name"
+        )
     return state
 
 
@@ -284,9 +286,7 @@ def _fill(model: MiniMindLM, state: dict[str, Tensor], path: Path, missing: tupl
     surplus = [key for key in state if key not in wanted]
     if lacking or surplus:
         what = " (it is a vision-language model)" if any(key.startswith("vision_proj.") for key in surplus) else ""
-        raise UserError(
-            f"{path} does not fit the model: it lacks {_few(lacking)} and has {_few(surplus)} too much{what}"
-        )
+        raise UserError(f"{path} does not fit the model: missing: {_few(lacking)}; unexpected: {_few(surplus)}{what}")
     reshaped = [key for key in state if state[key].shape != wanted[key].shape]
     if reshaped:
         key = reshaped[0]
@@ -319,27 +319,27 @@ def _compare_tokenizer(path: Path, settings: dict, tokenizer: PreTrainedTokenize
     named = f"{path} was trained with"
     if settings["tokenizer"] != tokenizer_hash(tokenizer):
         raise UserError(
-            f"{named} tokenizer {settings['tokenizer']}, and {tokenizer.name_or_path} is {tokenizer_hash(tokenizer)}: "
-            "name the right folder with --tokenizer"
+            f"{named} tokenizer {settings['tokenizer']}, but {tokenizer.name_or_path} is {tokenizer_hash(tokenizer)}: "
+            "give the right folder with --tokenizer"
         )
     for name, ours in special_ids(tokenizer).items():
         theirs = settings["config"].get(name, ours)
         if name in DELIMITERS and theirs != ours:
-            raise UserError(f"{named} {name} {theirs}, and {tokenizer.name_or_path} has {ours}: mend its settings")
+            raise UserError(f"{named} {name} {theirs}, but {tokenizer.name_or_path} has {ours}: correct its settings")
 
 
 def _compare_tokenizer_in(folder: Path, saved: LMConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     if not (folder / "tokenizer.json").is_file():
-        print_notice(f"{folder} has no tokenizer.json in it; assumed is the tokenizer {tokenizer.name_or_path}")
+        print_notice(f"{folder} has no tokenizer.json; assuming the tokenizer {tokenizer.name_or_path}")
     elif (theirs := tokenizer_hash(read_tokenizer(folder))) != tokenizer_hash(tokenizer):
         raise UserError(
-            f"{folder} has a tokenizer of its own, {theirs}, and {tokenizer.name_or_path} is "
-            f"{tokenizer_hash(tokenizer)}: name the right folder with --tokenizer"
+            f"{folder} has its own tokenizer, {theirs}, but {tokenizer.name_or_path} is "
+            f"{tokenizer_hash(tokenizer)}: give the right folder with --tokenizer"
         )
     if len(tokenizer) > saved.vocab_size:
         raise UserError(
-            f"{folder} knows {saved.vocab_size} tokens, and {tokenizer.name_or_path} has {len(tokenizer)}: "
-            "name the right folder with --tokenizer"
+            f"{folder} has {saved.vocab_size} embeddings, but {tokenizer.name_or_path} has {len(tokenizer)}: "
+            "give the right folder with --tokenizer"
         )
 
 
@@ -355,11 +355,11 @@ def _compare(path: Path, ours: dict, by: str, theirs: dict, asking: str) -> None
 
 
 def _few(keys: list[str]) -> str:
-    return "nothing" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return "none" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
 def infer_sizes(state: dict[str, Tensor]) -> dict:
-    """What the tensors of a state dict tell of the architecture, as keyword arguments of LMConfig."""
+    """The architecture that the tensors of a state dict imply, as keyword arguments of LMConfig."""
     layers = {key.split(".")[1] for key in state if key.startswith("layers.")}
     experts = {key.split(".")[4] for key in state if ".feed_forward.experts." in key}
     shape = {"n_layers": len(layers), "use_moe": bool(experts)}

@@ -1,4 +1,4 @@
-"""A request under way: its tokens so far, its penalties, its limits."""
+"""A running request: its tokens so far, its penalties, its limits."""
 
 import hashlib
 import time
@@ -14,15 +14,15 @@ from model.inference.sampling import penalise_frequency, penalise_repetition
 
 
 class Answer:
-    """A request on its way, and what was written so far. Made by `Engine.submit`; read it, never write.
+    """A running request and what has been generated so far. Created by `Engine.submit`; treat it as read-only.
 
     Attributes:
         text, tokens: all pieces, joined.
-        finish_reason: None while it waits or is written, see `Piece`.
-        prompt_tokens: the prompt with its log-probabilities, once it is read; empty unless asked for.
-        count: tokens written, those included that ended it and are not part of its text.
-        end_token: the one of these that is its end; None where something else ended it.
-        reused: tokens of the prompt that were not read, since a slot held them already.
+        finish_reason: None while it is queued or running, see `Piece`.
+        prompt_tokens: the prompt with its log-probabilities, after prefill; empty unless requested.
+        count: generated tokens, including those that ended it and are not part of its text.
+        end_token: the token that ended it; None if something else did.
+        reused: prompt tokens that needed no prefill, since a slot already held them.
     """
 
     def __init__(
@@ -60,19 +60,19 @@ class Answer:
             self.counts = torch.zeros(vocabulary, device=device)
 
     def unread(self) -> int:
-        """How many tokens the slot does not hold yet: 1 while the answer is written, the last one."""
+        """How many tokens the slot does not hold yet: 1 during decoding, the last one."""
         return len(self.ids) - len(self.slot.holds)
 
     def predicted(self, start: int, n: int) -> list[int]:
-        """Which of `ids` are asked for when those from `start` on are read, n of them: the next one, the prompt's."""
+        """Which of `ids` to predict when the n tokens from `start` are processed: the next one, and the prompt's."""
         end = start + n
         prompt: Iterable[int] = ()
-        if self.request.prompt_logprobs:  # once each, also where new weights read the prompt again
+        if self.request.prompt_logprobs:  # once each, even if new weights prefill the prompt again
             prompt = range(max(start + 1, len(self.prompt_tokens)), min(end + 1, len(self.request.prompt)))
         return [*prompt, end] if end == len(self.ids) and self.limit else [*prompt]
 
     def penalised(self, logits: Tensor) -> Tensor:
-        """logits (1, vocab) after the penalties for what was written."""
+        """logits (1, vocab) after the repetition, frequency and presence penalties."""
         if self.seen is not None:
             logits = penalise_repetition(logits, self.seen, self.request.repetition_penalty)
         if self.counts is not None:
@@ -81,7 +81,7 @@ class Answer:
         return logits
 
     def write(self, token: Token) -> Piece:
-        """Put a token behind the others; it may be the last."""
+        """Append a token; it may be the last."""
         self.ids.append(token.id)
         self.keys.append(token.id)
         self.count += 1
@@ -113,7 +113,7 @@ class Answer:
 
 
 def _keys(request: Request) -> list[Hashable]:
-    """What tells one prompt from another, place by place: ids, or embeddings, since the ids of images are all alike."""
+    """Prefix-cache keys, one per position: ids, or hashes of embeddings, since image tokens all share one id."""
     if request.embeddings is None:
         return list(request.prompt)
     rows = request.embeddings.float().cpu().numpy()
@@ -125,6 +125,6 @@ class _Slot:
 
     def __init__(self, number: int):
         self.number = number
-        self.holds: list[Hashable] = []  # one key a position
+        self.holds: list[Hashable] = []  # one key per position
         self.answer: Answer | None = None
         self.last_used = 0

@@ -14,15 +14,15 @@ class Detokenizer:
         self._decoder = StreamDecoder(table)
         self._stop = tuple(stop)
         self._held = ""  # text that may become a stop string
-        self._tokens: deque[tuple[int, int, Token]] = deque()  # not given out yet; where their text begins and ends
-        self._given = 0  # characters given out
+        self._tokens: deque[tuple[int, int, Token]] = deque()  # not emitted yet; where their text begins and ends
+        self._given = 0  # characters emitted
         self.stopped = False
 
     def push(self, token: Token) -> tuple[str, tuple[Token, ...]]:
-        """The text that is clear with this token, and the tokens it is the end of."""
+        """The text that can be emitted after this token, and the tokens it completes."""
         text = self._decoder.push(token.id)
         start = self._given + len(self._held)
-        end = start + (len(text) or 1)  # half a character is a part of the one to come
+        end = start + (len(text) or 1)  # an incomplete character counts as part of the next one
         self._held += text
         self._tokens.append((start, end, token))
         return self._give(self._clear())
@@ -39,7 +39,7 @@ class Detokenizer:
         return text, (*tokens, *(token for _, _, token in self._tokens))
 
     def _clear(self) -> int:
-        """How many characters of the held ones are certain to stay."""
+        """How many of the held characters are safe to emit."""
         found = [place for stop in self._stop if (place := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -53,7 +53,7 @@ class Detokenizer:
         tokens = []
         while self._tokens:
             start, end, token = self._tokens[0]
-            if end > self._given and not (self.stopped and start < self._given):  # the one that is cut still counts
+            if end > self._given and not (self.stopped and start < self._given):  # a token that is cut still counts
                 break
             tokens.append(token)
             self._tokens.popleft()

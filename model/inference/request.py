@@ -1,4 +1,4 @@
-"""What to generate and how, and what each step gives out."""
+"""What to generate and how, and what each step emits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 class Token(NamedTuple):
-    """A token, and where asked for its log-probability and the likeliest tokens in its place, best first.
+    """A token and, if requested, its log-probability and the most likely tokens at its position, best first.
 
-    The probabilities are the model's own, before temperature, penalties, top-k and top-p; None where nothing precedes.
+    Log-probabilities are the model's own, before temperature, penalties, top-k and top-p; None for the first token.
     """
 
     id: int
@@ -21,9 +21,9 @@ class Token(NamedTuple):
 class Piece(NamedTuple):
     """What a step adds to an answer.
 
-    text: what is clear by now: never half a character, nor what may yet turn out to be a stop string.
+    text: what is safe to emit: never an incomplete character, nor a possible beginning of a stop string.
     tokens: those that spell it.
-    finish_reason: at the end "stop", "length", "timeout", "cancelled" or "error", before it None.
+    finish_reason: "stop", "length", "timeout", "cancelled" or "error" in the last piece, None before.
     """
 
     text: str = ""
@@ -33,22 +33,22 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to write, and how.
+    """What to generate, and how.
 
     Args:
-        prompt: token ids, one at least.
-        max_new_tokens: None = as many as there is room for; 0 = only read the prompt, for its log-probabilities.
+        prompt: token ids, at least one.
+        max_new_tokens: None = as many as fit; 0 = only prefill the prompt, for its log-probabilities.
         temperature: 0 = greedy, and then top_k, top_p and seed have no effect.
-        top_k, top_p: sample among the k likeliest (0 = all), of these among the fewest that reach the probability p.
+        top_k, top_p: sample among the k most likely (0 = all), and of these the fewest whose probabilities reach p.
         repetition_penalty: over prompt and answer, see `penalise_repetition`; 1 = none.
         frequency_penalty, presence_penalty: over the answer, see `penalise_frequency`; 0 = none.
         eos_token_id: one or several ids that end the answer and are not part of it; None = the tokenizer's, () = none.
-        stop: texts that end the answer; it is cut before the first of them.
-        seed: makes sampling repeatable; None = another answer each time.
-        logprobs: give log-probabilities, and those of the so many likeliest tokens; None = do not.
-        prompt_logprobs: give them for the prompt too (`Answer.prompt_tokens`).
-        timeout: seconds from submission after which the answer ends where it is.
-        embeddings: (prompt, dim), read in place of the prompt's token embeddings: a prompt with images.
+        stop: stop strings; the answer is cut before the first one.
+        seed: makes sampling reproducible; None = a different answer each time.
+        logprobs: return log-probabilities, and those of this many most likely tokens; None = off.
+        prompt_logprobs: return them for the prompt too (`Answer.prompt_tokens`).
+        timeout: seconds from submission after which the answer is ended.
+        embeddings: (prompt, dim), used in place of the prompt's token embeddings: a prompt with images.
     """
 
     prompt: Sequence[int]

@@ -7,13 +7,13 @@ from torch import Tensor
 
 WITHOUT_FLOAT64 = ("mps",)  # devices
 
-NUCLEUS = 128  # as many likely tokens as top-p looks at before it sorts the vocabulary
+NUCLEUS = 128  # most likely tokens that top-p tries before it sorts the whole vocabulary
 
-GREEDY_BELOW = 1e-5  # a temperature that leaves the best token alone, and might divide beyond what fp32 can hold
+GREEDY_BELOW = 1e-5  # below it only the best token has any probability, and dividing could overflow fp32
 
 
 def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make tokens that occurred less likely, by CTRL's rule (Keskar et al. 2019, arXiv:1909.05858).
+    """Penalise tokens that have occurred, as in CTRL (Keskar et al. 2019, arXiv:1909.05858).
 
     A positive logit is divided by the penalty, a negative one multiplied: both go down.
 
@@ -25,18 +25,18 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def penalise_frequency(logits: Tensor, counts: Tensor, frequency: float, presence: float) -> Tensor:
-    """Make tokens of the answer less likely, by OpenAI's rule: each time one occurred costs `frequency` nats of its
-    logit, having occurred at all costs `presence`.
+    """Penalise tokens of the answer by OpenAI's rule: subtract `frequency` from a logit per occurrence, and `presence`
+    once if it has occurred at all.
 
     Args:
-        logits: (batch, vocab); counts: (batch, vocab) float, how often each was written.
+        logits: (batch, vocab); counts: (batch, vocab) float, how often each has been generated.
         frequency, presence: 0 changes nothing; below 0 rewards.
     """
     return logits - frequency * counts - presence * (counts > 0)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Only the k best tokens (batch, vocab) stay possible (Fan et al. 2018, arXiv:1805.04833); 0 keeps all."""
+    """Mask all but the k most likely tokens (batch, vocab) (Fan et al. 2018, arXiv:1805.04833); 0 keeps all."""
     if not 0 < k < logits.size(-1):
         return logits
     worst_kept = logits.topk(k).values[:, -1:]
@@ -44,7 +44,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Only the fewest best tokens whose probabilities reach p together stay possible, one at least
+    """Mask all but the smallest set of most likely tokens whose probabilities sum to at least p, one at least
     (nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751); 1 keeps all."""
     if p >= 1:
         return logits
@@ -52,22 +52,22 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     best = probabilities.topk(min(NUCLEUS, probabilities.size(-1))).values
     if (best.sum(-1) < p).any():  # rare, and thirty times as slow
         best = probabilities.sort(dim=-1, descending=True).values
-    before = best.cumsum(-1) - best  # what better tokens reach without this one
+    before = best.cumsum(-1) - best  # cumulative probability of the more likely tokens
     kept = (before < p).sum(-1, keepdim=True).clamp(min=1)
     least = best.gather(-1, kept - 1)
     better, equal = probabilities > least, probabilities == least
-    equal &= equal.cumsum(-1) <= kept - better.sum(-1, keepdim=True)  # of equal ones the first
+    equal &= equal.cumsum(-1) <= kept - better.sum(-1, keepdim=True)  # ties: the first ones
     return logits.masked_fill(~(better | equal), float("-inf"))
 
 
 def sample_from(probabilities: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """A token for each row by its probabilities, (batch, vocab) -> (batch,) int64.
+    """Sample a token per row, probabilities (batch, vocab) -> (batch,) int64.
 
     The first token whose cumulative probability exceeds a uniform number (inverse transform sampling): one random
-    number a row, where `torch.multinomial` takes one for each token of the vocabulary and ten times as long.
+    number per row, where `torch.multinomial` draws one per vocabulary entry and takes ten times as long.
 
     Args:
-        generator: of all rows, or one for each.
+        generator: one for all rows, or one per row.
     """
     device = probabilities.device
     where = "cpu" if device.type in WITHOUT_FLOAT64 else device
@@ -85,7 +85,7 @@ def sample_token(
     top_p: float,
     generator: torch.Generator | Sequence[torch.Generator] | None,
 ) -> Tensor:
-    """The next token of each row: logits (batch, vocab) -> (batch,) int64. Temperature 0 takes the best one."""
+    """The next token of each row: logits (batch, vocab) -> (batch,) int64. Temperature 0 is greedy."""
     if temperature < GREEDY_BELOW:
         return logits.argmax(-1)
     logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)

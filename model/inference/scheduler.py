@@ -23,23 +23,23 @@ from model.inference.sampling import sample_token
 from model.model import MiniMindLM
 from model.tokenizer import token_bytes
 
-SHARED_PREFIX_MIN = 64  # tokens at the start of a prompt that another request is reading just now
+SHARED_PREFIX_MIN = 64  # tokens of a prompt worth waiting for while another request prefills them
 
 
 class Engine:
-    """Writes many answers at once with one model. Not for several threads; see `EngineThread`.
+    """Generates many answers at once with one model. Not thread-safe; see `EngineThread`.
 
-    A prompt is read once: what an earlier request left in a slot is used again by one that begins alike (the next turn
-    of a chat, a further choice for the same prompt). In fp32 an answer is the same alone and in company.
+    Prefixes are cached: what an earlier request left in a slot is reused by one with the same prefix (the next turn of
+    a chat, another choice for the same prompt). In fp32 an answer does not depend on what else is in the batch.
 
     Args:
         model: Dense, MoE or VLM, with or without a LoRA adapter; the engine keeps a snapshot of its weights, not the
             model itself.
         tokenizer: its tokenizer.
-        slots: answers written at the same time; further requests wait.
-        slot_len: longest prompt and answer together; None = the model's `max_seq_len`.
-        token_budget: tokens that a step reads at most. Long prompts are read in several steps, so that those whose
-            answers are being written do not wait for them.
+        slots: maximum number of concurrent answers; further requests wait.
+        slot_len: maximum length of prompt and answer together; None = the model's `max_seq_len`.
+        token_budget: maximum tokens per step. Long prompts are prefilled in chunks, so that running answers do not
+            wait for them.
         dtype: of the weights, float32 or bfloat16; None = as they are.
     """
 
@@ -53,14 +53,14 @@ class Engine:
         dtype: torch.dtype | None = None,
     ):
         if slots < 1 or token_budget < 1:
-            raise ValueError(f"an engine needs slots and a token_budget from 1 on, not {slots} and {token_budget}")
+            raise ValueError(f"slots and token_budget must be at least 1, not {slots} and {token_budget}")
         self.decoder = Decoder(model, slots, slot_len or model.config.max_seq_len, dtype)
         self.token_bytes = token_bytes(tokenizer)
         self.eos_token_id = tokenizer.eos_token_id
         self.token_budget = token_budget
         self._slots = [_Slot(number) for number in range(slots)]
         self._waiting: deque[Answer] = deque()
-        self._news: list[tuple[Answer, Piece]] = []  # what no step has returned yet
+        self._news: list[tuple[Answer, Piece]] = []  # not yet returned by a step
         self._numbers = itertools.count()
         self._steps = 0
 
@@ -77,19 +77,20 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ for callers
 
     def check(self, request: Request) -> None:
-        """Whether the request can be done.
+        """Validate a request.
 
         Raises:
-            ValueError: a setting out of its range, or a prompt that leaves no room for an answer; one line.
+            ValueError: a setting out of range, or a prompt that leaves no room for an answer; one line.
         """
         r, vocabulary = request, self.decoder.config.vocab_size
         if len(r.prompt) == 0:
             raise ValueError("the prompt is empty")
         if not all(0 <= token < vocabulary for token in r.prompt):
-            raise ValueError(f"the prompt holds a token id that is not among 0 to {vocabulary - 1}")
+            raise ValueError(f"the prompt contains a token id outside 0 to {vocabulary - 1}")
         if len(r.prompt) + (r.max_new_tokens != 0) > self.decoder.slot_len:
             raise ValueError(
-                f"the prompt has {len(r.prompt)} tokens, and with an answer {self.decoder.slot_len} are possible"
+                f"the prompt has {len(r.prompt)} tokens, but prompt and answer together may have "
+                f"{self.decoder.slot_len}"
             )
         for name, ok in (
             ("max_new_tokens", r.max_new_tokens is None or _is_count(r.max_new_tokens)),
@@ -118,7 +119,7 @@ class Engine:
         return Answer(request, next(self._numbers), self.eos_token_id, self.token_bytes, self.decoder)
 
     def enqueue(self, answer: Answer) -> None:
-        """Let `step` write the answer."""
+        """Queue the answer for `step`."""
         self._waiting.append(answer)
 
     def submit(self, request: Request) -> Answer:
@@ -128,9 +129,9 @@ class Engine:
         return answer
 
     def refresh(self, model: MiniMindLM) -> None:
-        """Go on with the weights that the model has now: all answers to come, and the rest of those on their way.
+        """Switch to the model's current weights, for all future answers and the rest of the running ones.
 
-        Nothing that the old weights computed is used again; the next steps read what was written so far once more.
+        Nothing computed with the old weights is reused; the next steps prefill the running answers again.
 
         Raises:
             ValueError: see `Decoder.refresh`.
@@ -144,10 +145,10 @@ class Engine:
         answer.end_by = answer.end_by or reason
 
     def stream(self, request: Request) -> Iterator[Piece]:
-        """The pieces of one answer as they are written; other requests advance with it. Closing it early cancels.
+        """The pieces of one answer as it is generated; other requests advance with it. Closing it early cancels.
 
         Raises:
-            ValueError: see `check`; at once, before the first piece.
+            ValueError: see `check`; immediately, before the first piece.
         """
         answer = self.submit(request)
 
@@ -176,14 +177,14 @@ class Engine:
     # ------------------------------------------------------------------------------------------------ a step
 
     def step(self) -> list[tuple[Answer, Piece]]:
-        """Read the next tokens of all requests that have a slot, and choose a token for each that has read its last.
+        """Prefill or decode the next tokens of all requests in slots, and sample a token for each that is caught up.
 
         Returns:
             what was added to which answer; an answer's last piece has its `finish_reason`.
 
         Raises:
-            Exception: whatever failed. By then every request has ended, with "error" unless it had already, and the
-                next step returns these ends, together with the pieces that the failed one had made.
+            Exception: whatever failed. By then every unfinished request has ended with "error"; the next step returns
+                these last pieces, together with those of the failed step.
         """
         try:
             self._advance()
@@ -204,7 +205,7 @@ class Engine:
         spans = [self._span(slot, n) for slot, n in slots.items()]
         hidden = self.decoder.read(spans)
 
-        rows, predicted, first = [], [], 0  # hidden states that predict a token: whose, and which of its ids
+        rows, predicted, first = [], [], 0  # hidden states that predict a token: of which answer, which of its ids
         for (slot, n), span in zip(slots.items(), spans, strict=True):
             slot.holds += slot.answer.keys[span.start : span.start + n]
             places = slot.answer.predicted(span.start, n)
@@ -221,7 +222,7 @@ class Engine:
                 self._release(slot)
 
     def _end_early(self) -> None:
-        """End what was cancelled and what is out of time."""
+        """End what was cancelled or has timed out."""
         now = time.monotonic()
         for answer in [*self._waiting, *(slot.answer for slot in self._slots if slot.answer)]:
             if answer.deadline is not None and now >= answer.deadline:
@@ -231,9 +232,9 @@ class Engine:
                 self._release(answer.slot) if answer.slot else self._waiting.remove(answer)
 
     def abandon(self) -> None:
-        """End everything with "error", after a step that failed: what the slots hold is not to be trusted.
+        """End everything with "error" after a failed step: the slots' contents can no longer be trusted.
 
-        The next step returns the ends.
+        The next step returns the last pieces.
         """
         answers = [*self._waiting, *(slot.answer for slot in self._slots if slot.answer)]
         self._waiting.clear()
@@ -244,30 +245,30 @@ class Engine:
         self._news += [(answer, answer.end("error")) for answer in answers if answer.finish_reason is None]
 
     def computes(self) -> bool:
-        """Whether the device still does; after some errors a GPU refuses everything until the process ends."""
+        """Whether the device still works; after some errors a GPU rejects everything until the process ends."""
         try:
             return int(torch.ones(1, device=self.decoder.device).sum()) == 1
         except RuntimeError:
             return False
 
     def _release(self, slot: _Slot) -> None:
-        """Free a slot; what it holds stays, in case that a prompt begins alike."""
+        """Free a slot; its contents stay, in case a prompt shares the prefix."""
         slot.answer.slot, slot.answer, slot.last_used = None, None, self._steps
 
     def _admit(self) -> None:
-        """Give free slots to requests that wait, in their order; none waits for a slot that it could have."""
+        """Give free slots to waiting requests, in order; none waits for a slot that it could have."""
         for answer in list(self._waiting) if self.running < len(self._slots) else ():
             free = [slot for slot in self._slots if slot.answer is None]
             if not free:
                 return
-            most = 0 if answer.request.prompt_logprobs else len(answer.ids) - 1  # the last one's prediction is needed
+            most = 0 if answer.request.prompt_logprobs else len(answer.ids) - 1  # the last token's prediction is needed
             prompt = answer.keys[:most]
             reused, best = max(
                 ((common_prefix_length(slot.holds, prompt), slot) for slot in self._slots), key=lambda pair: pair[0]
             )
             others = (slot.answer.keys for slot in self._slots if slot.answer and slot.answer.unread() > 1)
             if max((common_prefix_length(keys, prompt) for keys in others), default=0) > reused + SHARED_PREFIX_MIN:
-                continue  # in a moment it need not be read twice
+                continue  # wait, so that it is not prefilled twice
             slot = min(free, key=lambda slot: slot.last_used)
             if best in free and 2 * reused >= len(best.holds):
                 slot = best
@@ -278,7 +279,7 @@ class Engine:
             self._waiting.remove(answer)
 
     def _compact_slots(self) -> None:
-        """Writers lie in a range of slots that one attention covers: see that more than half of them write."""
+        """One attention covers the range of decoding slots: keep more than half of that range decoding."""
         writers = [slot for slot in self._slots if slot.answer and slot.answer.unread() == 1]
         if not writers:
             return
@@ -291,9 +292,9 @@ class Engine:
             moved.number, hole.number = to, last
 
     def _plan_prefills(self) -> dict[_Slot, int]:
-        """The slots that read now, and how many tokens; those of one token come first.
+        """The slots that run in this step, and their tokens; those with one token come first.
 
-        Answers that are being written have one each; the rest of the budget goes to prompts, the first come first.
+        Decoding answers take one each; the rest of the budget goes to prompts, first come, first served.
         """
         unread = {slot: slot.answer.unread() for slot in self._slots if slot.answer}
         reading = {slot: n for slot, n in unread.items() if n == 1}
@@ -314,11 +315,11 @@ class Engine:
         return Span(slot.number, start, answer.ids[start : start + n], embeddings)
 
     def _predict(self, logits: Tensor, predicted: list[tuple[Answer, int]]) -> None:
-        """Choose the tokens to be written, and note what was asked about those of prompts.
+        """Sample the next tokens, and record the requested log-probabilities of prompt tokens.
 
         Args:
             logits: (rows, vocab) fp32.
-            predicted: for each row the answer, and the place in its `ids` that the row is about.
+            predicted: for each row the answer, and the index in its `ids` that the row predicts.
         """
         tokens = [answer.ids[place] if place < len(answer.ids) else None for answer, place in predicted]
         penalised = logits
@@ -342,7 +343,7 @@ class Engine:
                 self._news.append((answer, answer.write(token)))
 
     def _logprobs(self, logits: Tensor, tokens: list[int], asked: list[int | None]) -> list[Token]:
-        """Each row's token, where asked with its log-probability and the so many likeliest: logits (rows, vocab)."""
+        """Each row's token, if requested with its log-probability and the most likely ones: logits (rows, vocab)."""
         facts = [Token(token) for token in tokens]
         rows = [row for row, best in enumerate(asked) if best is not None]
         if rows:

@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, for servers and pages."""
+"""The engine in its own thread, for servers and web pages."""
 
 import contextlib
 import logging
@@ -14,13 +14,13 @@ from model.model import MiniMindLM
 
 
 class EngineThread:
-    """An engine at work in a thread of its own; everything here may be called from any other.
+    """An engine running in its own thread; every method may be called from any other thread.
 
-    A step that fails (no memory, say) ends all answers it was to serve with the finish_reason "error", is logged, and
-    the engine goes on with what comes next.
+    A failed step (out of memory, say) is logged and ends all its answers with the finish_reason "error"; the engine
+    carries on with later requests.
 
     Attributes:
-        broken: a step failed, and since then the device computes nothing any more, as a GPU does after some errors.
+        broken: a step failed and the device no longer computes anything, as a GPU does after some errors.
     """
 
     def __init__(self, engine: Engine):
@@ -33,10 +33,10 @@ class EngineThread:
         self._thread.start()
 
     def submit(self, request: Request, deliver: Callable[[Piece], None]) -> Answer:
-        """Queue a request; once the thread is closed it ends at once, "cancelled".
+        """Queue a request; once the thread is closed it ends immediately as "cancelled".
 
         Args:
-            deliver: called with each piece, in the engine's thread, which waits for it: hand it on and return.
+            deliver: called with each piece in the engine's thread, which it blocks: pass the piece on and return.
 
         Raises:
             ValueError: see `Engine.check`.
@@ -54,11 +54,11 @@ class EngineThread:
         return answer
 
     def cancel(self, answer: Answer, reason: str = "cancelled") -> None:
-        """End an answer where it is, within a step; its last piece says the reason."""
+        """End an answer within a step; its last piece has the reason."""
         self._call(lambda: self.engine.cancel(answer, reason))
 
     def refresh(self, model: MiniMindLM) -> None:
-        """`Engine.refresh` between two steps; returns when it is done. Not from a `deliver`, which would wait for ever.
+        """`Engine.refresh` between two steps; returns when it is done. Calling it from a `deliver` would deadlock.
 
         Raises:
             ValueError: see `Decoder.refresh`.
@@ -75,23 +75,23 @@ class EngineThread:
         done.result()
 
     def close(self) -> None:
-        """Cancel what runs, and end the thread."""
+        """Cancel what is running, and end the thread."""
 
         def end() -> None:
             self._closing = True
 
         self._call(end)
-        if threading.current_thread() is not self._thread:  # which a `deliver`, or a finalizer, may run in
+        if threading.current_thread() is not self._thread:  # where a `deliver`, or a finalizer, may run
             self._thread.join()
 
     def _call(self, call: Callable[[], None]) -> None:
-        """Let the engine's thread call this before its next step."""
+        """Have the engine's thread call this before its next step."""
         self._calls.put(call)
         if self._closed:
             self._call_the_rest()
 
     def _call_the_rest(self) -> None:
-        """What was asked too late for the thread's loop; each by whoever comes first, the thread or who asked."""
+        """Run calls that came too late for the thread's loop; in the thread or the caller, whichever is first."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._calls.get_nowait()()
@@ -101,7 +101,7 @@ class EngineThread:
             if self._deliver and self._calls.empty():
                 self._step()
             else:
-                self._calls.get()()  # waits while there is nothing to write
+                self._calls.get()()  # blocks while there is nothing to generate
         for answer in self._deliver:
             self.engine.cancel(answer)
         self._step()
@@ -111,10 +111,10 @@ class EngineThread:
     def _step(self) -> None:
         try:
             outputs = self.engine.step()
-        except Exception:  # whatever it is, those who wait must hear of it
+        except Exception:  # whatever it is, those waiting must learn of it
             logging.getLogger(__name__).exception("a step of the engine failed")
             self.broken = not self.engine.computes()
-            outputs = self.engine.step()  # nothing is left to be done; this gives the ends
+            outputs = self.engine.step()  # nothing is left to run; this returns the last pieces
         for answer, piece in outputs:
             self._hand_over(answer, piece)
 
@@ -123,5 +123,5 @@ class EngineThread:
         try:
             deliver(piece)
         except BaseException:  # one reader's failure is not the others', not even a SystemExit
-            logging.getLogger(__name__).exception("nobody takes an answer any more")
+            logging.getLogger(__name__).exception("delivering an answer failed")
             self.engine.cancel(answer)

@@ -63,7 +63,7 @@ WORDS = {
         "system_hint": "empty: the model's own",
         "parameters": "Parameters",
         "temperature": "Temperature",
-        "temperature_help": "0: always the likeliest token",
+        "temperature_help": "sampling temperature; 0: greedy",
         "top_p": "Top-p",
         "penalty": "Repetition penalty",
         "longest": "Longest answer (tokens)",
@@ -124,7 +124,7 @@ class Settings:
 
 def get_args():
     parser = argparse.ArgumentParser(description="streamlit run scripts/web_demo.py -- OPTIONS")
-    parser.add_argument("--out_dir", type=Path, default=ROOT / "out", help="where weights lie")
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out", help="folder of the weights")
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     add_device_argument(parser)
     parser.add_argument(

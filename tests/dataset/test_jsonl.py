@@ -143,7 +143,7 @@ def test_an_excerpt_is_80_characters_that_are_safe_to_print(line, shown):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda path: None, "is not there: download it from https://"),
+        (lambda path: None, "does not exist: download it from https://"),
         (lambda path: path.mkdir(), "is not a file"),
         (lambda path: path.touch(), "is empty"),
     ],

@@ -73,7 +73,13 @@ def test_one_that_is_cut_off_is_found_and_a_whole_one_is_not(tmp_path, kind):
 def test_faults_in_their_order(images, tmp_path):
     (images / "text.jpg").write_text("not a picture")
     faults = picture_faults([images / "0.jpg", images / "text.jpg", images / "gone.jpg", images, images / "1.jpg"])
-    assert faults == [None, "is not an image of a format that Pillow reads", "is not there", "is not there", None]
+    assert faults == [
+        None,
+        "is not an image in a supported format that Pillow reads",
+        "does not exist",
+        "does not exist",
+        None,
+    ]
 
 
 def test_one_that_the_system_does_not_give_is_told(images, monkeypatch):
@@ -184,21 +190,21 @@ def test_names_that_are_no_utf_8_and_names_that_no_file_has(check, lines, images
     for _ in range(2):
         found = check()
         assert found[name].fault is None
-        assert {found[other].fault for other in ("\ud83d.jpg", "nul\0.jpg", "A" * 5000)} == {"is not there"}
+        assert {found[other].fault for other in ("\ud83d.jpg", "nul\0.jpg", "A" * 5000)} == {"does not exist"}
 
 
 def test_a_faulty_picture_makes_a_bad_line(images):
-    faults = {"gone.jpg": "is not there", "bad.jpg": "cannot be read as an image: cut", "A" * 300: "is not there"}
+    faults = {"gone.jpg": "does not exist", "bad.jpg": "cannot be read as an image: cut", "A" * 300: "does not exist"}
     refuse_faulty(["0.jpg"], images, faults)
     with pytest.raises(BadRecord) as told:
         refuse_faulty(["0.jpg", "bad.jpg"], images, faults)
     assert str(told.value) == f"the image {images / 'bad.jpg'} cannot be read as an image: cut"
-    with pytest.raises(BadRecord, match=r"gone\.jpg is not there \(--images_path names the folder\)"):
+    with pytest.raises(BadRecord, match=r"gone\.jpg does not exist \(--images_path names the folder\)"):
         refuse_faulty(["gone.jpg"], images, faults)
     with pytest.raises(BadRecord, match=r"A{200}… is"):
         refuse_faulty(["A" * 300], images, faults)
 
 
 def test_a_data_file_that_is_missing_is_told(tmp_path, images):
-    with pytest.raises(DataError, match="is not there"):
+    with pytest.raises(DataError, match="does not exist"):
         check_pictures(tmp_path / "gone.jsonl", images, names_of)

@@ -201,8 +201,8 @@ class TestRefused:
         [
             (line("no marker", "Red.", "red.png"), "images: 1, but <image> markers to show them at: 0"),
             (line("<image> one", "Red.", "red.png,blue.jpg"), "images: 2, but <image> markers to show them at: 1"),
-            (line("<image>", "Red.", "gone.png"), r"gone\.png is not there"),
-            (line("<image>", "Red.", "A" * 5000), "AAA… is not there"),  # an image's content, say, for its name
+            (line("<image>", "Red.", "gone.png"), r"gone\.png does not exist"),
+            (line("<image>", "Red.", "A" * 5000), "AAA… does not exist"),  # an image's content, say, for its name
             (line("<image>", "Red.", 7), '"image" is not a name'),
             (line("<image>", "Red.", ["red.png", None]), '"image" is not a name'),
             (line("<image>", "Red.", "red.png,"), '"image" is not a name'),

@@ -246,7 +246,7 @@ def test_history_loses_whole_turns_from_the_front_and_never_the_system_prompt(to
     for room in range(min(sizes), max(sizes) + 3):
         fitting = max(size for size in sizes if size <= room)
         assert fit_history(tokenizer, system, turns, room) == sizes[fitting]
-    with pytest.raises(ValueError, match=f"takes {min(sizes)} tokens .* {min(sizes) - 1} are left"):
+    with pytest.raises(ValueError, match=f"takes {min(sizes)} tokens .* only {min(sizes) - 1} fit"):
         fit_history(tokenizer, system, turns, min(sizes) - 1)
 
 

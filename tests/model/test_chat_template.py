@@ -166,8 +166,8 @@ def test_no_messages_are_the_default_system_prompt():
     [
         ({"role": "critic", "content": "x"}, "unknown role 'critic': system, developer, user, assistant and tool"),
         ({"content": "x"}, "unknown role ''"),
-        ({"role": "user", "content": [{"type": "image_url"}]}, "no part of type 'image_url'"),
-        ({"role": "user", "content": [{"type": "text", "text": None}]}, "no part of type 'text'"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "not parts of type 'image_url'"),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, "not parts of type 'text'"),
         ({"role": "user", "content": 3}, "text, null or a list of parts, not 3"),
         ({"role": "user", "content": {"text": "x"}}, "text, null or a list of parts, not {'text': 'x'}"),
     ],
@@ -179,7 +179,7 @@ def test_what_cannot_be_laid_out_is_refused_by_name(turn, said, render):
 
 def test_tools_are_refused_and_no_tools_are_none(render):
     tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-    with pytest.raises(jinja2.TemplateError, match="has not learned to call tools"):
+    with pytest.raises(jinja2.TemplateError, match="was not trained to call tools"):
         render([USER], tools=[tool])
     assert render([USER], tools=None) == render([USER], tools=[]) == ASKED
 

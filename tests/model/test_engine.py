@@ -447,9 +447,9 @@ def test_frequency_and_presence_penalties_by_hand(engine, models):
     ("settings", "said"),
     [
         ({"prompt": []}, "the prompt is empty"),
-        ({"prompt": [3, 600]}, "not among 0 to 588"),
-        ({"prompt": [3, -1]}, "not among 0 to 588"),
-        ({"prompt": [3] * 160}, "the prompt has 160 tokens, and with an answer 160 are possible"),
+        ({"prompt": [3, 600]}, "outside 0 to 588"),
+        ({"prompt": [3, -1]}, "outside 0 to 588"),
+        ({"prompt": [3] * 160}, "the prompt has 160 tokens, but prompt and answer together may have 160"),
         ({"max_new_tokens": -1}, "max_new_tokens cannot be -1"),
         ({"temperature": -0.1}, "temperature cannot be -0.1"),
         ({"temperature": float("nan")}, "temperature cannot be nan"),
@@ -484,7 +484,7 @@ def test_of_several_requests_none_is_queued_where_one_is_refused(engine):
 
 def test_an_engine_needs_a_slot_and_a_budget(models, tiny_tokenizer):
     for settings in ({"slots": 0}, {"token_budget": 0}):
-        with pytest.raises(ValueError, match="from 1 on"):
+        with pytest.raises(ValueError, match="must be at least 1"):
             Engine(models["dense"], tiny_tokenizer, **settings)
 
 

@@ -100,5 +100,5 @@ def test_a_switch_that_minimind_does_not_have_is_refused(folder):
     model, ids = MiniMindLM.from_pretrained(folder), torch.tensor([[1, 50]])
     model(ids, output_attentions=None, output_hidden_states=False, return_dict=True)
     for wrong in ({"output_attentions": True}, {"atention_mask": None}):
-        with pytest.raises(TypeError, match=f"forward has no {next(iter(wrong))}"):
+        with pytest.raises(TypeError, match=f"forward does not support {next(iter(wrong))}"):
             model(ids, **wrong)

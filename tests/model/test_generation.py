@@ -248,9 +248,9 @@ def test_settings_out_of_range_are_refused_by_name_before_anything_is_written(se
 def test_prompts_that_cannot_be_continued_are_refused():
     model = network(max_seq_len=8)
     for length in (0, 8, 9):
-        with pytest.raises(ValueError, match=f"a prompt of {length} tokens: the model takes 1 to 7"):
+        with pytest.raises(ValueError, match=f"the prompt has {length} tokens: the model takes 1 to 7"):
             model.stream(random_ids(1, length))
-    with pytest.raises(ValueError, match="nothing but padding"):
+    with pytest.raises(ValueError, match="all padding"):
         model.stream(random_ids(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]))
     with pytest.raises(ValueError, match="attention_mask"):
         model.stream(random_ids(2, 3), torch.ones(2, 4))

@@ -232,7 +232,7 @@ def test_a_file_brings_its_alpha_and_knows_its_base(tmp_path):
     [
         (
             lambda: tiny_model(dim=64),
-            r"another base: its .*wo.lora.A.weight is \(4, 32\), and this model takes \(4, 64\)",
+            r"another base: its .*wo.lora.A.weight is \(4, 32\), but this model takes \(4, 64\)",
         ),
         (lambda: tiny_model(n_layers=3), r"its layers.2.attention.wo.lora.A.weight is absent"),
         (lambda: tiny_model(n_layers=1), r"its layers.1.attention.wo.lora.A.weight is \(4, 32\), .* takes none"),
@@ -264,7 +264,7 @@ def test_what_is_no_adapter_is_told_so():
     for wrong, told in (
         ({"rank": 0}, "rank from 1"),
         ({"alpha": 0}, "alpha above 0"),
-        ({"targets": ["wq", "q_proj"]}, "named q_proj; there are wq, wk, wv, wo, w1, w2, w3"),
+        ({"targets": ["wq", "q_proj"]}, "named q_proj; use wq, wk, wv, wo, w1, w2, w3"),
     ):
         with pytest.raises(ValueError, match=told):
             apply_lora(model, **wrong)

@@ -198,12 +198,12 @@ def test_a_folder_or_weights_that_are_there_stay(convert, tokenizer_dir, weights
     other = tmp_path / "tokenizer"
     other.mkdir()
     (other / "tokenizer.json").write_text("mine")
-    with pytest.raises(UserError, match=r"tokenizer\.json is there already"):
+    with pytest.raises(UserError, match=r"tokenizer\.json already exists"):
         convert("to-transformers", weights, other, "--tokenizer", tokenizer_dir)
     assert [(file.name, file.read_text()) for file in other.iterdir()] == [("tokenizer.json", "mine")]
     with pytest.raises(UserError, match="is a file"):
         convert("to-transformers", weights, weights, "--tokenizer", tokenizer_dir)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         convert("from-transformers", folder, weights)
     with pytest.raises(UserError, match=r"writes a \.pth"):
         convert("from-transformers", folder, tmp_path / "x.json")
@@ -224,7 +224,7 @@ def test_wrong_input_is_named(convert, tokenizer_dir, small_tokenizer_dir, weigh
             convert("to-transformers", *arguments[:1], tmp_path / "out", *arguments[1:])
     with pytest.raises(UserError, match=r"an adapter is a \.pth file"):
         convert("to-peft", weights, tmp_path / "lora/me_32", tmp_path / "out", "--tokenizer", tokenizer_dir)
-    with pytest.raises(UserError, match=r"what is not part of it goes before"):
+    with pytest.raises(UserError, match=r"put positional arguments before it"):
         convert("to-transformers", "--overwrite", weights, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -239,5 +239,5 @@ def test_a_json_beside_the_target_is_not_replaced_either(tmp_path):
 
     (tmp_path / "mine.json").write_text("{}")
     args = SimpleNamespace(out=tmp_path / "mine.pth", overwrite=False, command="from-transformers")
-    with pytest.raises(UserError, match=r"mine\.json is there already"):
+    with pytest.raises(UserError, match=r"mine\.json already exists"):
         check_targets(args, ".pth", ".json")

@@ -78,7 +78,7 @@ def test_a_picture_s_name_may_be_any_bytes(inspect, tmp_path, clip_dir):
     flags = ("--images_path", tmp_path, "--vision_model", clip_dir)
     printed, _ = inspect("\n".join(map(json.dumps, lines)), *flags, exit_code=2)
     assert "<image \\udcff.png: 4 places>" in printed
-    assert f"line 2: the image {tmp_path}/a\\nb.png is not there" in printed
+    assert f"line 2: the image {tmp_path}/a\\nb.png does not exist" in printed
 
 
 @pytest.mark.parametrize(

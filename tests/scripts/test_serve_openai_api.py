@@ -379,7 +379,7 @@ def test_a_bad_completion_names_the_parameter(changes, param, server):
 
 
 def test_ids_that_the_model_does_not_have(server, tiny_tokenizer):
-    with pytest.raises(openai.BadRequestError, match=f"not among 0 to {len(tiny_tokenizer) - 1}") as caught:
+    with pytest.raises(openai.BadRequestError, match=f"outside 0 to {len(tiny_tokenizer) - 1}") as caught:
         server.complete([5, len(tiny_tokenizer)])
     assert caught.value.param == "prompt"
 

@@ -112,7 +112,7 @@ def test_the_least_vocabulary_is_of_the_bytes_and_the_tags_alone(data, tmp_path)
     [
         (["--vocab_size", "263"], "--vocab_size 263 has no room for the 256 bytes and 8 tags"),
         (["--holdout", "1"], "--holdout must be from 0 to below 1"),
-        (["--data_path", "missing.jsonl"], "missing.jsonl is not there"),
+        (["--data_path", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--data_path", "bad.jsonl"], 'line 2: neither "text" nor "conversations"'),
         (["--out_dir", "bad.jsonl/folder"], "folder cannot be written: Not a directory"),
         (["--only_measure", "--out_dir", "."], "no tokenizer.json there"),

@@ -100,7 +100,7 @@ def test_machines_that_share_no_out_dir(pretrain, tmp_path):
     done = pretrain(tmp_path, *TWENTY_STEPS, "--resume", **machines, exit_code=2)
     line = one_error_line(done)
     state = there / "pretrain_32.resume" / "step_00000008" / "state.json"
-    assert f"rank 1 has no {state}, which rank 0 goes on from" in line
+    assert f"rank 1 has no {state}, from which rank 0 resumes" in line
     assert "--out_dir" in line
     shutil.copytree(here / "pretrain_32.resume", there / "pretrain_32.resume")
     story = json.loads(state.read_text())
@@ -135,7 +135,7 @@ def test_zero_needs_a_folder_that_all_machines_share(pretrain, tmp_path):
     """Told before anything is learned, and not when it cannot be gone on from."""
     each = [("--out_dir", tmp_path / "here"), ("--out_dir", tmp_path / "there")]
     done = pretrain(tmp_path, *FOUR_STEPS, "--deepspeed", processes=2, each=each, exit_code=2)
-    assert "--out_dir that they share" in one_error_line(done)
+    assert "a shared --out_dir" in one_error_line(done)
 
 
 def test_a_flipped_bit_in_what_deepspeed_goes_on_from(pretrain, zero_2, tmp_path):
@@ -160,7 +160,7 @@ def test_zero_3_resumes_with_settings_of_its_own(pretrain, tmp_path):
     flags = ("--deepspeed", settings, "--batch_size", "2", "--epochs", "2")
     done = pretrain(tmp_path / "whole", *flags, "--max_steps", "8", processes=2)
     assert "DeepSpeed ZeRO-3" in done.stdout
-    assert f"{settings}: the flags decide instead of bf16" in done.stderr
+    assert f"{settings}: bf16 ignored in favour of the flags" in done.stderr
     part = tmp_path / "part"
     pretrain.interrupted(part, "SIGTERM", "log", 3, *flags, "--max_steps", "8", processes=2, exit_code=143)
     pretrain(part, *flags, "--max_steps", "8", "--resume", processes=2)

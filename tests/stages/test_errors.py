@@ -151,11 +151,11 @@ def spoil(out, how: str) -> tuple[str, ...]:
         ("dense, where experts are asked for", ("use_moe False", "use_moe True", "give --no-use_moe")),
         ("truncated", ("truncated, damaged",)),
         ("empty", ("truncated, damaged",)),
-        ("code", ("code in it was not run",)),
+        ("code", ("its code was not run",)),
         ("no state dict", ("not a plain state dict of tensors: its 'lr' is a float",)),
         ("an adapter", ("lora.A.weight",)),
-        ("one key lacks", ("lacks norm.weight",)),
-        ("one key too much", ("vision_proj.weight too much",)),
+        ("one key lacks", ("missing: norm.weight",)),
+        ("one key too much", ("unexpected: vision_proj.weight",)),
         ("other heads, no json", ("attention.wk.weight is [32, 32], not [8, 32]",)),
         ("json damaged", ("pretrain_32.json is damaged",)),
         ("json of something else", ("pretrain_32.json is damaged",)),
@@ -185,7 +185,7 @@ def test_a_downloaded_file_says_which_tokenizer_is_assumed(sft, tiny_out, tokeni
     state = {key: value.half() for key, value in weights(tiny_out).items()}
     torch.save(state | {"pos_cis": torch.zeros(4, 2), "layers.0.attention.mask": torch.zeros(4, 4)}, tmp_path / "a.pth")
     done = sft(tmp_path, "--from_weight", tmp_path / "a.pth", "--max_steps", "1")
-    assert done.stderr == f"{tmp_path / 'a.pth'} has no json beside it; assumed is the tokenizer {tokenizer_dir}\n"
+    assert done.stderr == f"{tmp_path / 'a.pth'} has no json beside it; assuming the tokenizer {tokenizer_dir}\n"
     assert about(tmp_path, "full_sft_32")["step"] == 1
 
 

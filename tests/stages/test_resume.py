@@ -175,7 +175,7 @@ def test_resume_mends_what_is_missing_beside_the_state(pretrain, tmp_path, whole
     shutil.copytree(whole, tmp_path / "out")
     (tmp_path / "out" / "pretrain_32.pth").unlink()
     (tmp_path / "out" / "pretrain_32.json").write_text("{}")
-    assert "is there already" in one_error_line(pretrain(tmp_path / "out", exit_code=2))  # its state is
+    assert "already exists" in one_error_line(pretrain(tmp_path / "out", exit_code=2))  # its state is
     pretrain(tmp_path / "out", "--epochs", "2", *SOME, "--resume")
     assert distance(weights(tmp_path / "out"), weights(whole)) == 0
     assert about(tmp_path / "out") == about(whole)
@@ -349,7 +349,7 @@ def test_two_runs_into_one_place(pretrain, tmp_path):
     for flags in (("--resume",), ("--overwrite",)):
         line = one_error_line(pretrain(tmp_path, *flags, exit_code=2))
         assert f"process {first.pids[0]}" in line
-    assert "is there already" in one_error_line(pretrain(tmp_path, exit_code=2))
+    assert "already exists" in one_error_line(pretrain(tmp_path, exit_code=2))
     first.send(signal.SIGTERM)
     assert first.wait().returncode == 143
     pretrain(tmp_path, "--max_steps", "1", "--resume")  # free again

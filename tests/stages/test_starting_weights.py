@@ -71,12 +71,12 @@ def test_a_teacher_is_named_in_the_same_ways(world, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--dim", "64"), r"llama has dim 32, hidden_dim 128 by its config\.json, .*give --dim 32$"),
-        (("--n_layers", "3"), r"by its config\.json, but the flags ask for n_layers 3: give --n_layers 2$"),
-        (("--use_moe", "--overwrite"), r"has use_moe False by its config\.json, .*give --no-use_moe$"),
-        (("--tokenizer", "other"), r"llama has a tokenizer of its own.*name the right folder with --tokenizer$"),
-        (("--from_weight", "images"), r"images/config\.json is missing: this is not a folder of a transformers model$"),
-        (("--from_weight", "seeing"), r"has vision_proj.* too much \(it is a vision-language model\)$"),
+        (("--dim", "64"), r"llama has dim 32, hidden_dim 128 according to its config\.json, .*give --dim 32$"),
+        (("--n_layers", "3"), r"according to its config\.json, but the flags ask for n_layers 3: give --n_layers 2$"),
+        (("--use_moe", "--overwrite"), r"has use_moe False according to its config\.json, .*give --no-use_moe$"),
+        (("--tokenizer", "other"), r"llama has its own tokenizer.*give the right folder with --tokenizer$"),
+        (("--from_weight", "images"), r"images/config\.json is missing: this is not a transformers model folder$"),
+        (("--from_weight", "seeing"), r"unexpected: vision_proj.* \(it is a vision-language model\)$"),
     ],
 )
 def test_a_folder_that_does_not_fit_is_told_in_one_line(world, plain_tokenizer, tmp_path, capsys, flags, told):

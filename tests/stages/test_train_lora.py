@@ -81,7 +81,7 @@ def test_zero_equals_one_process(out, alone, train):
 
 def test_a_resumed_run_is_bit_for_bit_the_same(out, alone, train):
     train(out, *EXPERTS, "--max_steps", "2")
-    assert "--resume goes on" in one_error_line(train(out, *EXPERTS, exit_code=2))
+    assert "use --resume to continue" in one_error_line(train(out, *EXPERTS, exit_code=2))
     refused = train(out, *EXPERTS, "--resume", "--rank", "2", exit_code=2)
     assert "the saved run had rank 4, this one has 2" in one_error_line(refused)
     assert "resumed at step 2" in train(out, *EXPERTS, "--resume").stdout
@@ -120,11 +120,11 @@ def test_eval_model_puts_the_adapter_on(out, train, tokenizer_dir):
     [
         (("--lora_name", "a/b"), "--lora_name 'a/b' must be letters"),
         (("--lora_name", "me.pth"), "--lora_name 'me.pth' must be letters"),
-        (("--target_modules", "wq,q_proj"), "no Linear of the model's blocks is named q_proj; there are wq"),
+        (("--target_modules", "wq,q_proj"), "no Linear of the model's blocks is named q_proj; use wq"),
         (("--target_modules", ""), "no Linear of the model's blocks is named ; there are"),
         (("--alpha", "-1"), "alpha above 0"),
         (("--from_weight", "nothing"), "nothing_32.pth is missing"),
-        (("--data_path", "nowhere.jsonl"), "nowhere.jsonl is not there"),
+        (("--data_path", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
     ],
 )
 def test_flags_that_cannot_work(base, train, flags, told):

@@ -166,7 +166,7 @@ class TestErrors:
         ("flags", "message"),
         [
             (("--vision_model", "nowhere"), "--vision_model nowhere is missing: download"),
-            (("--images_path", "nowhere"), "line 1: the image nowhere/red.png is not there"),
+            (("--images_path", "nowhere"), "line 1: the image nowhere/red.png does not exist"),
             (("--from_weight", "reason"), "reason_32.pth is missing: train_distill_reason.py makes it"),
             (("--unfreeze_last", "3"), "--unfreeze_last 3: the model has 2 blocks"),
             (("--max_seq_len", "20"), "no sample has anything to learn within 20 tokens"),
@@ -186,7 +186,7 @@ class TestErrors:
         folder = shutil.copytree(clip_dir, tmp_path / "clip")
         default_processor(224).save_pretrained(folder)
         told = refused("pretrain_vlm", out, "--vision_model", folder)
-        assert "makes images of 224 x 224 pixels, and its tower takes 32 x 32" in told
+        assert "gives 224 x 224 pixels, but its tower takes 32 x 32" in told
 
     def test_a_picture_that_breaks_off_is_named_with_its_line_or_skipped(self, refused, stage, out, pictures, tmp_path):
         shutil.copytree(pictures / "images", tmp_path / "images")
@@ -268,7 +268,7 @@ class TestEval:
     def test_a_broken_or_missing_picture_is_named(self, asked, tmp_path):
         (tmp_path / "bad.jpg").write_bytes(b"nothing")
         assert "bad.jpg is not an image" in asked("--image", tmp_path / "bad.jpg", exit_code=2)
-        assert "gone.jpg is not there" in asked("--image", tmp_path / "gone.jpg", exit_code=2)
+        assert "gone.jpg does not exist" in asked("--image", tmp_path / "gone.jpg", exit_code=2)
         assert "is not a folder" in asked("--image_dir", tmp_path / "gone", exit_code=2)
         (tmp_path / "bad.jpg").unlink()
         assert "holds 0 images" in asked("--image_dir", tmp_path, exit_code=2)
@@ -279,7 +279,7 @@ class TestEval:
         (tmp_path / "images" / "red.png").write_bytes(b"nothing")
         error = asked("--image_dir", tmp_path / "images", exit_code=2)
         assert "green.png is not an image" in error
-        assert "(2 of 3 images; --skip_bad_images goes on without)" in error
+        assert "(2 of 3 images; --skip_bad_images skips them)" in error
         shown = asked("--image_dir", tmp_path / "images", "--skip_bad_images")
         assert shown.startswith("2 of 3 images skipped, the first: ")
         assert [line for line in shown.splitlines() if line.endswith(".png")] == ["blue.png"]

@@ -169,7 +169,7 @@ def test_what_is_said_to_a_model_is_utf8(stage, monkeypatch):
     flag = "--system" if stage.startswith("scripts") else "--prompt"
     broken = b"caf\xe9".decode("utf-8", "surrogateescape")
     monkeypatch.setattr("sys.argv", [stage, flag, broken])
-    with pytest.raises(UserError, match=f"argument {flag}: it is not UTF-8"):
+    with pytest.raises(UserError, match=f"argument {flag}: not valid UTF-8"):
         importlib.import_module(stage).get_args()
     assert parse("--data_path", broken).data_path == broken
     assert text("水") == "水"

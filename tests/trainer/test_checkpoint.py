@@ -77,7 +77,7 @@ def test_steps_that_are_not_finite_are_counted_until_there_are_too_many_in_a_row
     progress.advance(Totals(1, 1, 1), skipped=False)
     for _ in range(SKIPPED_LIMIT - 1):
         progress.advance(Totals(1, 1, 1), skipped=True)
-    with pytest.raises(UserError, match=f"not finite {SKIPPED_LIMIT} times in a row; what was saved last is whole"):
+    with pytest.raises(UserError, match=f"not finite {SKIPPED_LIMIT} times in a row; the last checkpoint is intact"):
         progress.advance(Totals(1, 1, 1), skipped=True)
     assert progress.skipped == 3 + 2 * SKIPPED_LIMIT - 1
 
@@ -199,7 +199,7 @@ def test_a_damaged_pointer_does_not_cost_the_run_it_points_to(open_checkpoint, s
     pointer = saved.parent / "latest"
     pointer.write_bytes(content)
     checkpoint, parts = open_checkpoint(resume=True)
-    with pytest.raises(UserError, match=f"{pointer} is damaged, .*: write {saved.name} into it, which is there"):
+    with pytest.raises(UserError, match=f"{pointer} is damaged, .*: write the existing {saved.name} into it"):
         checkpoint.load(*parts)
     pointer.write_text(saved.name)
     assert checkpoint.load(*parts).step == 3

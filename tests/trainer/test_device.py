@@ -33,7 +33,7 @@ def test_a_device_that_is_not_there(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "tpu", "cuda:x", ""])
 def test_what_is_no_device(name):
-    with pytest.raises(UserError, match=f"^--device {name}: it is cpu, cuda, cuda:N, mps, xpu"):
+    with pytest.raises(UserError, match=f"^--device {name}: use cpu, cuda, cuda:N, mps, xpu"):
         pick_device(name)
 
 
@@ -56,7 +56,7 @@ def test_the_accelerator_of_a_rank(kind, monkeypatch):
     assert pick_device(f"{kind}:0", local_rank=1) == torch.device(kind, 0)
     assert pick_device("cpu", local_rank=1) == CPU
     assert current == [1, 0, 0]
-    with pytest.raises(UserError, match=f"{kind}:2 is asked for, but there are 2 of {kind}"):
+    with pytest.raises(UserError, match=f"{kind}:2 does not exist: there are 2 {kind} devices"):
         pick_device(kind, local_rank=2)
 
 

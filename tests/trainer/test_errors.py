@@ -57,7 +57,7 @@ def test_a_lost_worker_says_what_needs_less(capsys):
         run_main(main)
     assert end.value.code == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: a process of --num_workers has ended (DataLoader worker (pid")
+    assert said.startswith("error: a --num_workers process died (DataLoader worker (pid")
     assert "--num_workers 0" in said
 
 
@@ -88,7 +88,7 @@ def test_of_several_ranks_the_one_that_knows_speaks_first(monkeypatch, capsys):
         with pytest.raises((SystemExit, KeyError)):
             run_main(lambda error=error: (_ for _ in ()).throw(error))
     assert waited == [0, 3, 6, 6]
-    assert capsys.readouterr().err == "error: x\nerror: y\nrank 2 ends, as another rank has ended\n"
+    assert capsys.readouterr().err == "error: x\nerror: y\nrank 2 stops because another rank failed\n"
 
 
 def test_a_stream_that_cannot_show_a_character(monkeypatch, capfd):

@@ -245,6 +245,6 @@ def test_a_file_is_compared_with_what_its_json_tells(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"a\.pth is not what was written .*a\.json"):
+    with pytest.raises(UserError, match=r"a\.pth does not match the sha256 in .*a\.json"):
         check_hash(path, beside, {"sha256": short_hash})
     check_hash(path, beside, {})

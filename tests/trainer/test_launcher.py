@@ -39,7 +39,7 @@ def test_a_place(environment, place):
         (without(RANK="2"), "RANK is 2 and WORLD_SIZE 2 .*count from 0"),
         (without(RANK="-1"), "RANK is -1 and WORLD_SIZE 2"),
         (without(LOCAL_RANK="-1"), "LOCAL_RANK is -1"),
-        (without(RANK="one"), "RANK is 'one' .*no whole number"),
+        (without(RANK="one"), "RANK is 'one' .*not an integer"),
         (without(WORLD_SIZE="2.0"), "WORLD_SIZE is '2.0'"),
         (without(MASTER_PORT="http"), "MASTER_PORT is 'http'"),
         (without(LOCAL_RANK=""), "LOCAL_RANK is ''"),
@@ -58,6 +58,6 @@ def test_copies_that_know_nothing_of_each_other_are_told(name, launcher, capsys,
     assert read_place({name: "1"}) == Place()
     assert capsys.readouterr().err == ""
     assert read_place({name: "4"}) == Place()
-    assert capsys.readouterr().err.startswith(f"{launcher} has started 4 copies of this, and each trains alone")
+    assert capsys.readouterr().err.startswith(f"{launcher} started 4 copies of this script, each training alone")
     read_place(WHOLE | {name: "4"})  # srun has started torchrun
     assert capsys.readouterr().err == ""

@@ -104,8 +104,8 @@ def test_an_evaluation_is_told(metrics, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("cause", "told"),
     [
-        (DataError("a.png is gone"), "no evaluation at step 3, as it failed (a.png is gone)\n"),
-        (ValueError("odd\nshape"), "no evaluation at step 3, as it failed (ValueError: odd shape)\n"),
+        (DataError("a.png is gone"), "evaluation at step 3 failed (a.png is gone)\n"),
+        (ValueError("odd\nshape"), "evaluation at step 3 failed (ValueError: odd shape)\n"),
         (None, ""),  # another rank says why
     ],
 )
@@ -153,7 +153,7 @@ def test_a_finished_run_does_not_fail_for_want_of_its_curve(tmp_path, monkeypatc
     path.write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert draw_curve(path) is None
-    assert "no loss curve is drawn: " in capsys.readouterr().err
+    assert "loss curve not plotted: " in capsys.readouterr().err
 
 
 def test_a_name_that_is_not_utf8_has_a_curve(tmp_path):

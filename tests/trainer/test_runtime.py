@@ -33,7 +33,7 @@ def test_a_launcher_gives_each_rank_a_gpu_of_its_own(monkeypatch):
     pretend(monkeypatch, "cuda", 2)
     for name, value in PLACE.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="--device cuda:0: a launcher gives each process a GPU of its own"):
+    with pytest.raises(UserError, match="--device cuda:0: a launcher gives each process its own GPU"):
         start_runtime(SimpleNamespace(device="cuda:0"))
 
 
@@ -41,7 +41,7 @@ def test_a_macs_gpu_cannot_be_shared(monkeypatch):
     pretend(monkeypatch, "mps", 1)
     for name, value in (PLACE | {"RANK": "0", "LOCAL_RANK": "0"}).items():  # which speaks for all
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=r"--device mps: .* leave the launcher out"):
+    with pytest.raises(UserError, match=r"--device mps: .* run without the launcher"):
         start_runtime(SimpleNamespace(device="mps"))
 
 
@@ -190,7 +190,7 @@ def test_processes_that_do_not_meet(monkeypatch):
         port = str(taken.getsockname()[1])
         for name, value in (PLACE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port}).items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=f"do not meet at 127.0.0.1:{port}"):
+        with pytest.raises(UserError, match=f"cannot connect at 127.0.0.1:{port}"):
             start_runtime(SimpleNamespace(device="cpu", dtype=None, deepspeed=None, seed=0))
 
 

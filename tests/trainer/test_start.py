@@ -46,7 +46,9 @@ def test_what_to_type(monkeypatch, tmp_path):
     monkeypatch.setattr(start, "ROOT", str(tmp_path))
     monkeypatch.setattr(sys, "executable", "/usr/bin/python3")
     told = start.missing(["torch"])
-    assert told.startswith("PyTorch is not installed for /usr/bin/python3: make demo sets everything up in .venv, or ")
+    assert told.startswith(
+        "PyTorch is not installed for /usr/bin/python3: run make demo to set everything up in .venv, or "
+    )
     assert told.endswith(f"/usr/bin/python3 -m pip install -r {tmp_path / 'requirements.txt'}")
     own = tmp_path / ".venv" / "bin" / "python"
     own.parent.mkdir(parents=True)
@@ -132,4 +134,4 @@ def test_it_is_said_once_where_files_go(tmp_path):
         home = tmp_path / f"minimind-uid{os.getuid()}"
         assert done.stdout == f"{home} uid{os.getuid()}\n"
         said.append(done.stderr)
-    assert said == [f"no home folder here: what packages keep for the next run goes to {home}\n", ""]
+    assert said == [f"no home folder: packages' caches go to {home}\n", ""]

@@ -46,7 +46,7 @@ def test_a_pipe_to_the_chat_ends_at_exit(pipe):
 @pytest.mark.parametrize("fault", ["strict", "surrogateescape"])
 def test_a_terminal_is_utf8_or_is_told_not_to_be(monkeypatch, fault):
     monkeypatch.setattr("builtins.input", lambda prompt: LATIN.decode("utf-8", fault))
-    with pytest.raises(UserError, match="what is typed is not UTF-8"):
+    with pytest.raises(UserError, match="the input is not UTF-8"):
         read_line("> ")
     monkeypatch.setattr("builtins.input", lambda prompt: " 你好 ")
     assert read_line("> ") == "你好"

@@ -90,7 +90,7 @@ def test_a_teacher_that_reads_less_than_a_row_is_refused(tiny_tokenizer, tmp_pat
     tiny_tokenizer.save_pretrained(tmp_path)
     longest = LlamaForCausalLM.from_pretrained(tmp_path).config.max_position_embeddings
     load_teacher(tmp_path, tiny_tokenizer, longest)
-    with pytest.raises(UserError, match=f"reads at most {longest} tokens: lower --max_seq_len {longest + 1}"):
+    with pytest.raises(UserError, match=f"has a context of {longest} tokens: lower --max_seq_len {longest + 1}"):
         load_teacher(tmp_path, tiny_tokenizer, longest + 1)
 
 
@@ -111,7 +111,7 @@ def test_what_is_refused_and_why(tiny_tokenizer, plain_tokenizer, tmp_path):
     plain_tokenizer.save_pretrained(folder)
     assert "id 3 is '<think>' for the student and '!' for the teacher" in refusal(folder, tiny_tokenizer)
     tiny_tokenizer.save_pretrained(folder)
-    assert f"knows {len(tiny_tokenizer) - 1} tokens" in refusal(folder, tiny_tokenizer)
+    assert f"has {len(tiny_tokenizer) - 1} embeddings" in refusal(folder, tiny_tokenizer)
     (folder / "model.safetensors").write_bytes(b"nothing")
     assert "cannot be loaded" in refusal(folder, tiny_tokenizer)
     (folder / "model.safetensors").unlink()
@@ -130,7 +130,7 @@ def test_a_folder_that_lacks_a_parameter_is_not_filled_with_random_numbers(tiny_
         {name: value.clone() for name, value in in_april_2025(model.state_dict(), heads=(8, 2)).items()},
     ):
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        assert "of what its config.json describes" in refusal(tmp_path, tiny_tokenizer)
+        assert "that its config.json describes" in refusal(tmp_path, tiny_tokenizer)
 
 
 def test_the_first_difference_between_tokenizers(tiny_tokenizer):

@@ -64,5 +64,5 @@ def test_tensorboard_shows_a_run_that_went_on_from_an_earlier_step(tmp_path):
 def test_two_trackers_are_one_too_many():
     parse = training_parser("A stage.", batch_size=4).parse_args
     check_training_arguments(parse(["--use_wandb", "--tracker", "wandb"]))
-    with pytest.raises(UserError, match="--use_wandb is --tracker wandb, and --tracker swanlab is another"):
+    with pytest.raises(UserError, match="--use_wandb means --tracker wandb, which contradicts --tracker swanlab"):
         check_training_arguments(parse(["--use_wandb", "--tracker", "swanlab"]))

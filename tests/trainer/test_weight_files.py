@@ -30,8 +30,8 @@ def test_every_kind_of_file_is_read(tmp_path, name):
         ("a.pth", b"<!DOCTYPE html><html>", "is a web page"),
         ("a.pth", b"GGUF\3\0\0\0", "is a GGUF"),
         ("a.pth", b"", "truncated, damaged"),
-        ("a.safetensors", b"\x10\0\0\0\0\0\0\0{}", "truncated or no safetensors file"),
-        ("a.safetensors", b"", "truncated or no safetensors file"),
+        ("a.safetensors", b"\x10\0\0\0\0\0\0\0{}", "truncated or not a safetensors file"),
+        ("a.safetensors", b"", "truncated or not a safetensors file"),
     ],
 )
 def test_what_is_no_file_of_weights(tmp_path, name, content, told):

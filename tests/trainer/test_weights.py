@@ -76,7 +76,7 @@ def flipped(out, name: str, folder):
 
 def test_a_flipped_bit_is_seen_where_a_json_tells_the_hash(tiny_out, tiny_tokenizer, tmp_path):
     path = flipped(tiny_out, "full_sft_32", tmp_path)
-    with pytest.raises(UserError, match=r"full_sft_32\.pth is not what was written"):
+    with pytest.raises(UserError, match=r"full_sft_32\.pth does not match the sha256 in"):
         load_weights(path, None, tiny_tokenizer)
     about = json.loads(path.with_suffix(".json").read_text())
     del about["sha256"]  # as an earlier version wrote it, or after an own change
@@ -98,7 +98,7 @@ def test_a_flipped_bit_in_an_adapter(tiny_out, tiny_tokenizer, tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
-    with pytest.raises(UserError, match=r"mine_32\.pth is not what was written"):
+    with pytest.raises(UserError, match=r"mine_32\.pth does not match the sha256 in"):
         load_adapter(path, model)
 
 
@@ -113,7 +113,7 @@ def test_a_file_by_another_tool_is_loaded_and_the_line_says_how(tiny_out, tokeni
     assert same_weights(load_weights(path, None, load_tokenizer(tokenizer_dir)), state)
     assert capsys.readouterr().err.splitlines() == [
         f"{path}: its weights lie under 'state_dict'; _orig_mod taken out of its names; model. taken off its names",
-        f"{path} has no json beside it; assumed is the tokenizer {tokenizer_dir}",
+        f"{path} has no json beside it; assuming the tokenizer {tokenizer_dir}",
     ]
 
 
@@ -127,7 +127,7 @@ def test_names_of_april_2025_are_read_by_the_heads_and_another_chat_form_is_told
     wanted = {name: value.half().float() for name, value in state.items()}
     for config in (None, known.config):  # heads of MiniMind2, or of the flags
         assert same_weights(load_weights(path, config, tiny_tokenizer), wanted)
-    assert "began a turn with <|im_start|>: name its folder with --tokenizer" in capsys.readouterr().err
+    assert "began turns with <|im_start|>: give its folder with --tokenizer" in capsys.readouterr().err
     chatml = family("qwen with bos")
     theirs = in_april_2025(make_model_for(chatml).state_dict(), heads=(8, 2))
     torch.save(theirs, path)
