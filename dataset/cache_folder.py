@@ -79,7 +79,7 @@ def open_cache(
             folder = _build(source, state, name, build)
             found = find_cache(source, state, name, load)
     if found is None:
-        raise DataError(f"the cache {folder} cannot be read, nor replaced while it is in use: wait, or remove it")
+        raise DataError(f"the cache {folder} cannot be read, and cannot be replaced while in use: wait, or remove it")
     return found
 
 
@@ -92,7 +92,7 @@ def find_cache(source: Path, state: str, name: str, load: Callable[[Path], Loade
                 return load(folder)
             except (OSError, ValueError, LookupError, EOFError) as error:
                 reason = f"{type(error).__name__}: {error}"
-            _tell(f"the cache {folder} is damaged or gone ({reason:.400}): it is made again")
+            _tell(f"the cache {folder} is damaged or gone ({reason:.400}): rebuilding it")
             remove_cache(folder)  # not before the handler has ended, and let go of what began to load and holds it
     return None
 
@@ -228,7 +228,7 @@ def _build(source: Path, state: str, name: str, build: Callable[[Path], None]) -
                 if is_cache(other) and not other.name.startswith(f"{state}-"):
                     remove_cache(other)
     except OSError as error:
-        reason = f"{error.strerror or error}" + ("; make room there" if error.errno in DISK_FULL else "")
+        reason = f"{error.strerror or error}" + ("; free some space there" if error.errno in DISK_FULL else "")
         raise DataError(f"the cache of {source} cannot be written in {root}: {reason}") from error
     return folder
 
@@ -245,8 +245,8 @@ def _alone(root: Path) -> Iterator[bool]:
         held = lock(root / "lock")
     except NoLocksError as error:
         _tell(
-            f"{root} lies on a file system without locks ({error.strerror}): "
-            "runs that start together may each make their cache, and old ones are not removed"
+            f"{root} is on a file system without locks ({error.strerror}): "
+            "runs that start together may each build their own cache, and old ones are not removed"
         )
         held = None
     with held or nullcontext():

@@ -42,8 +42,8 @@ def limit_caches(sources: Sequence[str | Path], limit: int) -> None:
     if removed:
         freed = human_size(sum(cache.bytes for cache in removed))
         print(
-            f"caches took more than {human_size(limit)} (--cache_limit): {len(removed)} not used for longest, {freed}, "
-            f"are removed, the first that of {removed[0].source}",
+            f"caches exceeded {human_size(limit)} (--cache_limit): removed the {len(removed)} least recently used, "
+            f"{freed}, the first being that of {removed[0].source}",
             file=sys.stderr,
             flush=True,
         )

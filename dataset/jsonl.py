@@ -1,4 +1,4 @@
-"""Reading jsonl files: one line at a time, and every fault told with its file, line and reason."""
+"""Reading jsonl files: one line at a time, and every error reported with its file, line and reason."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ class JsonlReader:
         ignored: how often each key that has no meaning here stands in the good lines.
 
     Raises:
-        DataError: the file is missing or empty, or, while iterating, no jsonl at all, has a bad line or none that is
+        DataError: the file is missing or empty, or, while iterating, not jsonl at all, has a bad line or no
             good.
     """
 
@@ -116,7 +116,7 @@ class JsonlReader:
                     yield record
         if not good:
             found = f"{self.bad_lines} bad, the first: {self.bad_reports[0]}" if self.bad_reports else "all are blank"
-            raise DataError(f"{self.path} has no good line; {found}")
+            raise DataError(f"{self.path} has no valid line; {found}")
 
     def _count(self, ignored: Ignored) -> None:
         for key, count in ignored.items():
@@ -187,7 +187,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise BadRecord(f'the key "{twice:.40}" stands twice in one object')
+        raise BadRecord(f'the key "{twice:.40}" appears twice in one object')
     return found
 
 

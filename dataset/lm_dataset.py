@@ -84,7 +84,7 @@ class RowDataset(Dataset):
             order, bounds = np.arange(len(lengths)), np.arange(len(lengths) + 1)
         self._order, self._bounds = self._grouped(order), bounds * self.group
         if not len(self) and part != "eval":
-            raise DataError(f"{data_path}: no sample has anything to learn within {max_seq_len} tokens")
+            raise DataError(f"{data_path}: no sample has a target within {max_seq_len} tokens")
         self.summary = f"{data_path}: {self._summary(samples, pieces, max_seq_len)}"
 
     @property
@@ -97,7 +97,7 @@ class RowDataset(Dataset):
         ours = self.cache.data_sha256
         if identity.get("sha256", ours) == ours:
             return None
-        return f"{self.data_path} does not hold what it held when the saved run began"
+        return f"{self.data_path} has changed since the saved run began"
 
     def _grouped(self, places: np.ndarray) -> np.ndarray:
         """From numbers of groups to numbers of what is in them, one after another."""
@@ -145,9 +145,9 @@ class RowDataset(Dataset):
         if self.packing and len(self):
             parts.append(f"{tokens / (len(self) * self.max_seq_len):.1%} of {self.max_seq_len} filled")
         notes = [
-            (int(split.sum()), "split over rows"),
+            (int(split.sum()), "split across rows"),
             (cut, f"cut at {max_len} tokens"),
-            (dropped, "dropped with nothing to learn"),
+            (dropped, "dropped without targets"),
             *self.notes,
         ]
         parts += [f"{count:,} {note}" for count, note in notes if count]

@@ -97,7 +97,8 @@ class StepLoader:
     ):
         if min(batch_size, accumulation_steps, epochs) < 1:
             raise ValueError(
-                f"batch_size {batch_size}, accumulation_steps {accumulation_steps}, epochs {epochs}: each at least 1"
+                f"batch_size {batch_size}, accumulation_steps {accumulation_steps}, epochs {epochs}: "
+                "each must be at least 1"
             )
         self.dataset = dataset
         self.batch_size = batch_size

@@ -67,31 +67,31 @@ def _letters(key: str) -> str:
     return "".join(filter(str.isalnum, key)).lower()
 
 
-NO_TOOLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "the use of tools is not learned here")
-NO_WEIGHT = dict.fromkeys(("weight", "train"), "a turn has it, not a line")
-NO_PICTURES = dict.fromkeys(("image", "images"), "only train_pretrain_vlm.py and train_sft_vlm.py learn from pictures")
-NO_MEDIA = dict.fromkeys(("video", "videos", "audio", "audios"), "text and pictures are all that is learned here")
+NO_TOOLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool use is not supported")
+NO_WEIGHT = dict.fromkeys(("weight", "train"), "it belongs in a turn, not in the line")
+NO_PICTURES = dict.fromkeys(("image", "images"), "only train_pretrain_vlm.py and train_sft_vlm.py train on pictures")
+NO_MEDIA = dict.fromkeys(("video", "videos", "audio", "audios"), "only text and pictures are supported")
 OTHER_THOUGHT = dict.fromkeys(
     ("reasoning", "reasoning_details", "thinking", "thought", "thoughts", "think", "cot"),
-    'a thought is named "reasoning_content"',
+    'the key for thoughts is "reasoning_content"',
 )
 OTHER_WEIGHT = dict.fromkeys(
     ("loss", "loss_mask", "loss_weight", "mask", "masked", "training", "trained", "trainable", "weights"),
-    'whether a turn is learned is told by "weight" or "train"',
+    'use "weight" or "train" to mask a turn',
 )
-OTHER_SYSTEM = dict.fromkeys(("system_prompt", "system_message"), 'a system prompt is named "system"')
+OTHER_SYSTEM = dict.fromkeys(("system_prompt", "system_message"), 'the key for a system prompt is "system"')
 OTHER_PICTURES = dict.fromkeys(
     ("images", "image_path", "image_paths", "image_file", "image_url", "img", "picture", "pictures"),
-    'the pictures are named by "image"',
+    'the key for pictures is "image"',
 )
 OTHER_PROMPTS = ("question", "instruction", "query", "input", "context")  # of pairs: for us, it is "prompt"
 SECOND_CHAT = dict.fromkeys(("messages", "conversation"), "a second chat in one line")
 ELSEWHERE = {
-    "history": "what was said before are turns of the chat",
-    "reasoning_content": "a turn has it, not a line",
+    "history": "earlier turns belong in the chat",
+    "reasoning_content": "it belongs in a turn, not in the line",
 }
 
-TEXT = Keys(("text",), (), dict.fromkeys(NO_WEIGHT, "a text is learned, or its line left out"))
+TEXT = Keys(("text",), (), dict.fromkeys(NO_WEIGHT, "a text cannot be masked: leave its line out"))
 CHAT_REFUSED = {**NO_TOOLS, **NO_WEIGHT, **NO_MEDIA, **SECOND_CHAT, **OTHER_SYSTEM, **ELSEWHERE}
 CHAT = Keys(("conversations",), ("system", "prompt"), {**CHAT_REFUSED, **NO_PICTURES})
 PICTURES = Keys(
@@ -102,7 +102,7 @@ PICTURES = Keys(
 PAIR = Keys(
     ("chosen", "rejected"),
     ("prompt", "system"),
-    {**CHAT.refused, "conversations": 'what both answer is named "prompt"'},
+    {**CHAT.refused, "conversations": 'the key for what both answer is "prompt"'},
 )
 QUESTION = Keys(
     ("question",),
@@ -119,8 +119,8 @@ TURN = Keys(
         **NO_MEDIA,
         **OTHER_THOUGHT,
         **OTHER_WEIGHT,
-        "value": 'what is said is named "content"',
-        "channel": 'a thought is named "reasoning_content"',
+        "value": 'the key for a turn\'s text is "content"',
+        "channel": 'the key for thoughts is "reasoning_content"',
     },
 )
 
@@ -166,11 +166,11 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
     if isinstance(names, str):
         names = names.split(",")
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
-        raise BadRecord('"image" is not a name, names with commas between them, or a list of names')
+        raise BadRecord('"image" must be a name, comma-separated names, or a list of names')
     chat = _chat(record, PICTURES, ignored)
     markers = sum(turn["content"].count(IMAGE_MARKER) for turn in chat)
     if markers < len(names):
-        raise BadRecord(f"images: {len(names)}, but {IMAGE_MARKER} markers to show them at: {markers}")
+        raise BadRecord(f"{len(names)} images, but only {markers} {IMAGE_MARKER} markers")
     return [name.strip() for name in names], chat
 
 
@@ -193,10 +193,10 @@ def parse_pair(record: dict, ignored: Ignored) -> Pair:
     if shared == len(chosen) == len(rejected):
         shared -= 1  # two equal chats: the last answer, from which there is nothing to learn
     if any(chat[shared:] == [] or chat[shared]["role"] != "assistant" for chat in (chosen, rejected)):
-        raise BadRecord(f'"chosen" and "rejected" are no two answers to one prompt: they part at turn {shared + 1}')
+        raise BadRecord(f'"chosen" and "rejected" are not two answers to one prompt: they diverge at turn {shared + 1}')
     for key, chat in (("chosen", chosen), ("rejected", rejected)):
         if not any(_is_learned(turn) for turn in chat[shared:]):
-            raise BadRecord(f'"{key}" has no answer to learn from after the two part')
+            raise BadRecord(f'"{key}" has no answer to train on after the two diverge')
     given = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in chosen[:shared]]
     return given + chosen[shared:], given + rejected[shared:]
 
@@ -222,7 +222,7 @@ def parse_question(record: dict, ignored: Ignored) -> Turns:
     else:
         raise BadRecord('it has neither "question" nor "conversations"' + _looks_like(record))
     if not chat or not chat[-1]["content"].strip():
-        raise BadRecord("there is no question in it")
+        raise BadRecord("it contains no question")
     return _with_system(record, chat)
 
 
@@ -276,7 +276,7 @@ def _turn(turn: object, before: Turns, ignored: Ignored) -> Turn:
             raise BadRecord(str(fault)) from fault
     wanted = _wanted(turn)
     if wanted and not answers:
-        raise BadRecord(f"a turn of the {role} cannot be learned: only the assistant's can")
+        raise BadRecord(f"only the assistant's turns can be trained on, not a {role} turn")
     return {"role": role, "content": content} | ({"weight": 0} if answers and wanted is False else {})
 
 
@@ -285,8 +285,8 @@ def _why_no_role(role: object) -> str:
     if role in TOOL_ROLES:
         return f"{told}: {NO_TOOLS['tools']}"
     if isinstance(role, str) and (name := OTHER_NAMES.get(role.lower(), role.lower())) in ROLES:
-        return f'{told}: here it is named "{name}"'
-    return f"{told}: a turn is one of {', '.join(ROLES)}"
+        return f'{told}: use "{name}"'
+    return f"{told}: use {', '.join(ROLES)}"
 
 
 def _thought(turn: dict) -> str:
@@ -301,9 +301,9 @@ def _wanted(turn: dict) -> bool | None:
     """Whether a turn says that it is to be learned, by "weight" or "train"; None where it does not say."""
     weight, train = turn.get("weight"), turn.get("train")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
-        raise BadRecord(f'"weight" is {weight!r:.40}, and can only be 0 or 1')
+        raise BadRecord(f'"weight" is {weight!r:.40}, but must be 0 or 1')
     if train is not None and not isinstance(train, bool):
-        raise BadRecord(f'"train" is {train!r:.40}, and can only be true or false')
+        raise BadRecord(f'"train" is {train!r:.40}, but must be true or false')
     said = {bool(word) for word in (weight, train) if word is not None}
     if len(said) > 1:
         raise BadRecord('"weight" and "train" contradict each other')
@@ -317,13 +317,13 @@ def _is_learned(turn: Turn) -> bool:
 def _check_answers(chat: Turns, key: str) -> None:
     for number, turn in enumerate(chat, 1):
         if _is_learned(turn) and not turn["content"].strip():
-            raise BadRecord(f'turn {number} of "{key}": an empty answer would teach to end at once')
+            raise BadRecord(f'turn {number} of "{key}": an empty answer would train the model to stop at once')
 
 
 def _check_has_answer(chat: Turns, key: str) -> None:
     if not any(map(_is_learned, chat)):
-        left = ' to learn from: each has "weight" 0' if any(turn["role"] == "assistant" for turn in chat) else ""
-        raise BadRecord(f'"{key}" has no answer of the assistant{left}')
+        left = ' to train on: each has "weight" 0' if any(turn["role"] == "assistant" for turn in chat) else ""
+        raise BadRecord(f'"{key}" has no assistant turn{left}')
 
 
 def _check_beginning(record: dict, chat: Turns, ignored: Ignored) -> None:
@@ -346,7 +346,7 @@ def _prompt(record: dict, ignored: Ignored) -> Turns:
     else:
         raise BadRecord('"prompt" is neither a string nor a list of turns')
     if turns[-1]["role"] != "user":
-        raise BadRecord('"prompt" does not end with a turn of the user')
+        raise BadRecord('"prompt" does not end with a user turn')
     if not turns[-1]["content"].strip():
         raise BadRecord('"prompt" is empty')
     return turns
@@ -356,7 +356,7 @@ def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
     """The whole chat of "chosen" or "rejected", the prompt in front."""
     if isinstance(record.get(key), str):
         if not prompt:
-            raise BadRecord(f'"{key}" is a text, and there is no "prompt" that it answers')
+            raise BadRecord(f'"{key}" is a text without a "prompt" that it answers')
         chat = [{"role": "assistant", "content": _string(record, key)}]
     else:
         chat = _turns(record, key, ignored, roles_given=bool(prompt))
@@ -365,7 +365,7 @@ def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
     if chat[0]["role"] == "assistant":
         other = next((name for name in OTHER_PROMPTS if not _says_nothing(record.get(name))), None)
         if other and not prompt:
-            raise BadRecord(f'the key "{other}" is refused: what both answer is named "prompt"')
+            raise BadRecord(f'the key "{other}" is refused: the key for what both answer is "prompt"')
         return prompt + chat
     if not _begins_with(chat, prompt):
         raise BadRecord(f'"{key}" begins neither with an answer nor with the "prompt"')
@@ -391,7 +391,7 @@ def _with_system(record: dict, chat: Turns) -> Turns:
     if chat[0]["role"] != "system":
         return [system, *chat]
     if not _same(system, chat[0]):
-        raise BadRecord('"system" is not the system turn that the chat begins with')
+        raise BadRecord('"system" differs from the chat system turn')
     return chat
 
 
@@ -413,11 +413,11 @@ def _what_instead(value: object) -> str:
     if value is None:
         return " but null"
     if isinstance(value, list) and value and isinstance(value[0], dict) and "type" in value[0]:
-        return " but a list of parts: join their texts to one"
+        return " but a list of parts: join their texts into one"
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         return " but JSON inside a string: write the list itself"
     if isinstance(value, dict) and "role" in value:
-        return " but a single turn: put it into one"
+        return " but a single turn: put it in a list"
     return ""
 
 
@@ -430,5 +430,5 @@ def _string(record: dict, key: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a character, "\ud83d", which no tokenizer takes
-        raise BadRecord(f'"{key}" holds half a character (a lone surrogate)') from error
+        raise BadRecord(f'"{key}" contains a lone surrogate (half a character)') from error
     return text

@@ -4,18 +4,18 @@ import re
 from pathlib import Path
 
 MAGIC = (  # how files begin that are no text; the longer one first where one begins another
-    (b"\x1f\x8b", "compressed by gzip: unpack it first (gunzip)"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd: unpack it first (zstd -d)"),
-    (b"\xfd7zXZ\x00", "compressed by xz: unpack it first (xz -d)"),
-    (b"BZh", "compressed by bzip2: unpack it first (bunzip2)"),
-    (b"PK\x03\x04", "a zip archive (or an Excel file): unpack it first, and make it one JSON object a line"),
-    (b"PAR1", 'a parquet file: write it as jsonl first (datasets.Dataset.from_parquet("…").to_json("….jsonl"))'),
-    (b"ARROW1", 'an Arrow file: write it as jsonl first (datasets.Dataset.from_file("…").to_json("….jsonl"))'),
+    (b"\x1f\x8b", "gzip-compressed: unpack it first (gunzip)"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed: unpack it first (zstd -d)"),
+    (b"\xfd7zXZ\x00", "xz-compressed: unpack it first (xz -d)"),
+    (b"BZh", "bzip2-compressed: unpack it first (bunzip2)"),
+    (b"PK\x03\x04", "a zip archive (or an Excel file): unpack it first, and convert it to one JSON object per line"),
+    (b"PAR1", 'a parquet file: convert it to jsonl first (datasets.Dataset.from_parquet("…").to_json("….jsonl"))'),
+    (b"ARROW1", 'an Arrow file: convert it to jsonl first (datasets.Dataset.from_file("…").to_json("….jsonl"))'),
     (
         b"\xff\xff\xff\xff",
-        'an Arrow file: write it as jsonl first (datasets.Dataset.from_file("…").to_json("….jsonl"))',
+        'an Arrow file: convert it to jsonl first (datasets.Dataset.from_file("…").to_json("….jsonl"))',
     ),
-    (b"version https://git-lfs", "only a pointer to the file, which git-lfs left: get the file itself (git lfs pull)"),
+    (b"version https://git-lfs", "only a Git LFS pointer: fetch the file itself (git lfs pull)"),
     (b"\xff\xfe", "UTF-16 text: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"),
     (b"\xfe\xff", "UTF-16 text: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"),
     (b"{\x00", "UTF-16 text: save it as UTF-8 (iconv -f UTF-16LE -t UTF-8)"),
@@ -23,7 +23,7 @@ MAGIC = (  # how files begin that are no text; the longer one first where one be
 )
 HEAD_BYTES = 512  # of a file that are enough to tell
 JSON_ARRAY = re.compile(rb"\[\s*(\{|$)")
-UNPACK_ARRAY = "write one JSON object a line instead (jq -c '.[]')"
+UNPACK_ARRAY = "write one JSON object per line instead (jq -c '.[]')"
 ASKED = ("instruction", "prompt", "question", "query", "input", "inputs")  # as other data sets name them
 ANSWERED = ("completion", "response", "answer", "output", "targets")
 COLUMN = re.compile(r'"?\w[\w .-]{0,39}"?')
@@ -46,23 +46,23 @@ def foreign_first_line(path: Path, line: bytes) -> str | None:
     """What a file seems to be whose first line is no JSON object."""
     text = line.decode("utf-8", errors="replace").strip()
     if text == "{":
-        return "JSON spread over several lines; write one object a line (jq -c .)"
+        return "JSON spread over several lines; write one object per line (jq -c .)"
     if text[:1] in ("{", "[", '"', ""):
         return None
     for name, separator in (("tsv", "\t"), ("csv", ",")):
         columns = text.split(separator)
         if path.suffix == f".{name}" or (len(columns) > 1 and all(map(COLUMN.fullmatch, columns))):
-            return f"a {name} table; write each row as a JSON object on a line of its own"
-    return 'plain text; a line must be one JSON object, {"text": "…"} to learn to continue it'
+            return f"a {name} table; write each row as a JSON object on its own line"
+    return 'plain text; a line must be one JSON object, {"text": "…"} for pretraining'
 
 
 def foreign_turn(turn: dict) -> str | None:
     """What a turn of a chat is that says what we do not read, by its keys."""
     if "content" not in turn and {"from", "value"} <= turn.keys():
-        return 'ShareGPT\'s form: name "from" "role" (human: user, gpt: assistant) and "value" "content"'
+        return 'ShareGPT format: rename "from" to "role" (human: user, gpt: assistant) and "value" to "content"'
     speaker = next((key for key in ("from", "speaker", "author") if key in turn), None)
     if speaker and "role" not in turn:  # by turns it might be somebody else's
-        return f'who speaks is told by "role", not by "{speaker}"'
+        return f'the key for the speaker is "role", not "{speaker}"'
     return None
 
 
@@ -77,21 +77,21 @@ def recognise_shape(record: dict) -> str | None:
     if isinstance(first, dict) and (shape := foreign_turn(first)):
         return shape
     if "messages" in keys:
-        return 'OpenAI\'s form: name "messages" "conversations"'
+        return 'OpenAI format: rename "messages" to "conversations"'
     if "conversation" in keys:
-        return 'name "conversation" "conversations"'
+        return 'rename "conversation" to "conversations"'
     if {"instruction", "output"} <= keys:
-        return "Alpaca's form: make instruction and input a user's turn of \"conversations\", output an assistant's"
+        return 'Alpaca format: make instruction and input a user turn of "conversations", output an assistant turn'
     if {"prompt", "completion", "label"} <= keys:
-        return 'KTO\'s form, judged answers, which no stage learns: take those with a true "label", as chats'
+        return 'KTO format, which no stage supports: use those with a true "label" as chats'
     if {"chosen", "rejected"} <= keys:
-        return "preferences, which train_dpo.py learns"
+        return "a preference pair, for train_dpo.py"
     if "conversations" in keys:
-        return "a chat, which train_full_sft.py learns"
+        return "a chat, for train_full_sft.py"
     if "text" in keys:
-        return "a plain text, which train_pretrain.py learns"
+        return "plain text, for train_pretrain.py"
     asked = next((key for key in ASKED if key in keys), None)
     if asked and any(key in keys for key in ANSWERED):
         name = f"an {asked}" if asked[0] == "i" else f"a {asked}"
-        return f"{name} with its answer: make them a user's and an assistant's turn of \"conversations\""
+        return f'{name} with its answer: make them a user and an assistant turn of "conversations"'
     return None

@@ -61,7 +61,7 @@ class TokenCache:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         self.data_sha256: str = info["data_sha256"]
         if expected not in (None, self.data_sha256):
-            raise ValueError(f"{folder} was made anew from other data")
+            raise ValueError(f"{folder} was rebuilt from other data")
         self.bad_lines: int = info["bad_lines"]
         self.bad_reports: list[str] = info["told"]
         self.ignored: dict[str, int] = info["ignored"]
@@ -153,7 +153,7 @@ def open_token_cache(
         reader = JsonlReader(path, parse, skip_bad_lines)
         _build(folder, reader, encode, np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
         if fingerprint_file(path) != state:
-            raise DataError(f"{path} changed while it was being read: start again")
+            raise DataError(f"{path} changed while it was being read: run again")
         _write_json(before, folder / "fingerprint.json")
 
     cache = open_cache(path, state, f"{kind}-{settings}", load, build)
@@ -192,7 +192,7 @@ def _check_source(cache: TokenCache, path: Path) -> None:
     if json.loads(record.read_text(encoding="ascii")) == now:
         return
     if sha256_of(path) != cache.data_sha256:
-        raise ValueError(f"{path} was edited, with its size and time as before")
+        raise ValueError(f"{path} was edited without changing its size and time")
     with suppress(OSError):  # where nothing can be written, the next run hashes the file again
         beside = record.with_name(f".{record.name}.{os.getpid()}")
         _write_json(now, beside)
@@ -218,7 +218,7 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
             writer.write(encode(batch))
             progress.update(reader.bytes_read - progress.n)
     if not writer.samples:
-        raise DataError(f"{reader.path} has no good line; none of them gives a sample")
+        raise DataError(f"{reader.path} has no valid line that gives a sample")
     info = {
         "source": reader.path.name,
         "dtype": np.dtype(dtype).name,

@@ -91,20 +91,20 @@ class VLMDataset(SFTDataset):
         for name in then:
             if name not in self._faulty:
                 return (
-                    f"the image {self.images_path / shown(name)} is whole now, and the saved run began without its "
-                    "lines: move it away to go on without them"
+                    f"the image {self.images_path / shown(name)} is valid now, but the saved run began without its "
+                    "lines: move it away to continue without them"
                 )
         for name in self._faulty[:LISTED]:
             if name not in then and len(then) < LISTED:
-                return f"the image {self.images_path / shown(name)} was whole when the saved run began: mend it"
-        return f"the images in {self.images_path} are not those that the saved run began with"
+                return f"the image {self.images_path / shown(name)} was valid when the saved run began: repair it"
+        return f"the images in {self.images_path} have changed since the saved run began"
 
     def make_pieces(self, samples: np.ndarray) -> Pieces:
         pieces = super().make_pieces(samples)
         starts = [self.cache.note(sample)["starts"] for sample in samples[pieces.sample]]
         images_end = np.array([start[-1] + self.image_tokens if start else 0 for start in starts], dtype=np.int64)
         whole = images_end <= pieces.length
-        self.notes = [(int((~whole).sum()), f"dropped with an image that does not fit {self.max_seq_len} tokens")]
+        self.notes = [(int((~whole).sum()), f"dropped because an image does not fit in {self.max_seq_len} tokens")]
         return Pieces(*(field[whole] for field in pieces))
 
     def __getitem__(self, row: int) -> dict[str, Tensor]:

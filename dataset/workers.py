@@ -21,9 +21,7 @@ def require_room_for(num_workers: int) -> None:
         for _ in range(num_workers and num_workers + 1):
             multiprocessing.Queue().close()
     except OSError as error:
-        raise DataError(
-            f"--num_workers cannot be set up in shared memory, /dev/shm ({error.strerror}): {MORE_ROOM}"
-        ) from None
+        raise DataError(f"--num_workers cannot use shared memory, /dev/shm ({error.strerror}): {MORE_ROOM}") from None
 
 
 def collate_to_send(items: list, collate: Callable[[list], Tensor | dict[str, Tensor]]) -> Tensor | dict[str, Tensor]:
@@ -44,6 +42,6 @@ def collate_to_send(items: list, collate: Callable[[list], Tensor | dict[str, Te
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition(">: ")[2]
         raise DataError(
-            f"a batch that --num_workers prepared finds no room in shared memory, /dev/shm ({reason}): {MORE_ROOM}"
+            f"a --num_workers batch does not fit in shared memory, /dev/shm ({reason}): {MORE_ROOM}"
         ) from None
     return batch

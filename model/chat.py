@@ -102,7 +102,7 @@ def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> lis
 
 def _pieces(turn: dict[str, Any]) -> list[str | list[int]]:
     if turn["role"] not in ROLES:
-        raise ValueError(f"unknown role {turn['role']!r}: a turn is one of {', '.join(ROLES)}")
+        raise ValueError(f"unknown role {turn['role']!r}: use {', '.join(ROLES)}")
     content = turn["content"]
     if not isinstance(content, str | list):
         raise ValueError(f"the content of a turn must be a string, not {type(content).__name__}")

@@ -26,11 +26,11 @@ DAY = 24 * 60 * 60  # seconds
 def get_args():
     parser = Parser(__doc__)
     parser.add_argument("action", choices=("list", "free"))
-    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="where data lies (default: see above)")
-    chosen = parser.add_argument_group("what to free, or to list: those that all of these are true of")
-    chosen.add_argument("--all", action=BooleanFlag, help="free needs this when nothing else is said")
-    chosen.add_argument("--older_than", type=non_negative_float, metavar="DAYS", help="not opened for so long")
-    chosen.add_argument("--name", metavar="TEXT", help="a part of the name of the file or folder it was computed from")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="DIR", help="data folder (default: see above)")
+    chosen = parser.add_argument_group("which caches to list or free (all conditions must hold)")
+    chosen.add_argument("--all", action=BooleanFlag, help="required by free without other conditions")
+    chosen.add_argument("--older_than", type=non_negative_float, metavar="DAYS", help="not opened for this many days")
+    chosen.add_argument("--name", metavar="TEXT", help="part of the name of the source file or folder")
     args = parser.parse_args()
     if args.action == "free" and not args.all and args.older_than is None and args.name is None:
         raise UserError("free what? --all, --older_than DAYS or --name TEXT")
@@ -70,7 +70,7 @@ def main():
             status = "freed" if free(cache) else "in use"
         total += cache.bytes * (status != "in use" or args.action == "list")
         print(format_line(cache, status, now))
-    print(f"{human_size(total):>10}  {'in all' if args.action == 'list' else 'freed'}")
+    print(f"{human_size(total):>10}  {'total' if args.action == 'list' else 'freed'}")
 
 
 if __name__ == "__main__":

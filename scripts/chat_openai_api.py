@@ -19,10 +19,10 @@ from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_in
 from trainer.errors import UserError, run_main
 from trainer.talk import piped_lines, typed_line
 
-HELP = """/reset          forget the talk so far
-/system TEXT    set the system prompt, and forget the talk; without TEXT: show it
+HELP = """/reset          clear the conversation
+/system TEXT    set the system prompt and clear the conversation; without TEXT: show it
 /system -       back to the server's own system prompt
-/help           this
+/help           show this list
 /exit           end (or Ctrl-D); Ctrl-C stops an answer"""
 DIM, PLAIN = "\033[2m", "\033[0m"
 UNPRINTABLE = {
@@ -33,18 +33,16 @@ UNPRINTABLE = {
 def get_args():
     parser = Parser(__doc__)
     parser.add_argument(
-        "--base_url", default="http://127.0.0.1:8998/v1", help="address of the API (default: %(default)s)"
+        "--base_url", default="http://127.0.0.1:8998/v1", help="base URL of the API (default: %(default)s)"
     )
-    parser.add_argument("--api_key", default=None, help="default: OPENAI_API_KEY of the environment, if any")
-    parser.add_argument(
-        "--model", type=text, default=None, help="name of the model (default: the first that the server has)"
-    )
+    parser.add_argument("--api_key", default=None, help="default: OPENAI_API_KEY from the environment, if set")
+    parser.add_argument("--model", type=text, default=None, help="model name (default: the server's first)")
     parser.add_argument("--system", type=text, default=None, help="system prompt (default: the server's own)")
     parser.add_argument(
         "--history_cnt", type=non_negative_int, default=None, help="earlier turns sent along (default: all)"
     )
     parser.add_argument(
-        "--max_tokens", type=positive_int, default=None, help="longest answer (default: as the server has it)"
+        "--max_tokens", type=positive_int, default=None, help="maximum answer length in tokens (default: the server's)"
     )
     parser.add_argument("--temperature", type=float, default=None)
     parser.add_argument("--top_p", type=float, default=None)
@@ -99,7 +97,7 @@ def obey(command: str, chat: Chat) -> bool:
         if rest := rest.strip():
             chat.system = None if rest == "-" else rest
             chat.turns.clear()
-        print(f"system prompt: {chat.system or 'the server decides'}")
+        print(f"system prompt: {chat.system or 'default of the server'}")
     elif name == "/help":
         print(HELP)
     elif name[1:].isalpha() and not rest:
@@ -165,7 +163,7 @@ def main():
     if not chat.model:
         chat.model = next(iter(models_at(client)), None)
     if not chat.model:
-        raise UserError(f"{args.base_url} lists no model: name one with --model")
+        raise UserError(f"{args.base_url} lists no models: give one with --model")
     print(f"{chat.model} at {args.base_url}; /help for help", file=sys.stderr)
     for line in lines():
         if line.startswith("/") and obey(line, chat):

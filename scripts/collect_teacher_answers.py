@@ -39,29 +39,32 @@ class NoAnswer(Exception):
 def get_args():
     parser = Parser(__doc__)
     parser.add_argument("questions", type=Path, help="jsonl of questions")
-    parser.add_argument("answers", type=Path, help="jsonl to write, or to go on with")
-    parser.add_argument("--model", type=text, required=True, help="the teacher's name at the endpoint")
+    parser.add_argument("answers", type=Path, help="jsonl to write, or to continue")
+    parser.add_argument("--model", type=text, required=True, help="the teacher's model name at the endpoint")
     parser.add_argument(
         "--base_url",
         default=os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1",
-        help="address of the endpoint (default: the environment's OPENAI_BASE_URL, or OpenAI's own)",
+        help="base URL of the endpoint (default: OPENAI_BASE_URL, or OpenAI's own)",
     )
-    parser.add_argument("--api_key", default=None, help="default: the environment's OPENAI_API_KEY")
+    parser.add_argument("--api_key", default=None, help="default: OPENAI_API_KEY from the environment")
     parser.add_argument("--system", type=text, default=None, help="system prompt for chats that have none")
     parser.add_argument("--temperature", type=float, default=None, help="default: the endpoint's own")
     parser.add_argument(
-        "--max_tokens", type=positive_int, default=None, help="longest answer in tokens (default: the endpoint's own)"
+        "--max_tokens",
+        type=positive_int,
+        default=None,
+        help="maximum answer length in tokens (default: the endpoint's own)",
     )
     parser.add_argument("--thinking", action=BooleanFlag, help="keep the thinking of a reasoning model, in tags")
-    parser.add_argument("--concurrency", type=positive_int, default=8, help="questions asked at once")
+    parser.add_argument("--concurrency", type=positive_int, default=8, help="concurrent requests")
     parser.add_argument(
-        "--retries", type=non_negative_int, default=6, help="attempts per question, waiting longer each time"
+        "--retries", type=non_negative_int, default=6, help="attempts per question, with exponential backoff"
     )
     parser.add_argument(
         "--give_up_after",
         type=positive_int,
         default=10,
-        help="questions in a row without an answer: then it isn't them",
+        help="stop after this many failed questions in a row",
     )
     parser.add_argument("--timeout", type=positive_float, default=300, help="seconds to wait for an answer")
     parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="count and report bad lines instead of stopping")
@@ -102,9 +105,9 @@ class AnswerFile:
             self.answered[key] += 1
             if not made_by_same or self.answered[key] > questions[key]:
                 raise UserError(
-                    f"{path}, line {number} is not an answer of {made_by['model']} to one of these questions: "
-                    "nothing was changed; name another file, or the questions and the --model, --system, --thinking "
-                    "it was made by"
+                    f"{path}, line {number} is not an answer by {made_by['model']} to one of these questions: "
+                    "nothing was changed; give another file, or the questions and the --model, --system, --thinking "
+                    "it was made with"
                 )
 
     def _locked(self):
@@ -145,7 +148,9 @@ class AnswerFile:
                 raise OSError("no space left on the device")
         except OSError as error:
             self._file.truncate(size)
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}; make room and start again") from None
+            raise UserError(
+                f"cannot write {self.path}: {error.strerror or error}; free some space and run again"
+            ) from None
         self.answered[chat_key(chat)] += 1
 
     def sort(self, questions: Iterator[Chat]) -> None:
@@ -210,7 +215,7 @@ async def ask_all(
             for task in tasks:
                 task.cancel()
         reason = "interrupted"
-        progress.write("finishing the questions that are being asked (again: stop at once)", file=sys.stderr)
+        progress.write("finishing the requests in progress (again: stop at once)", file=sys.stderr)
 
     loop = asyncio.get_running_loop()
     tasks = [asyncio.create_task(worker()) for _ in range(concurrency)]
@@ -237,7 +242,7 @@ def parse_text(content) -> str:
     try:
         return (content or "").encode().decode().strip()
     except UnicodeEncodeError:
-        raise NoAnswer("it holds half a character") from None
+        raise NoAnswer("it contains a lone surrogate (half a character)") from None
 
 
 def extract_answer(completion, thinking: bool) -> str:
@@ -261,7 +266,7 @@ def extract_answer(completion, thinking: bool) -> str:
     if thinking and not is_well_formed(answer):
         thought = parse_text(getattr(message, "reasoning_content", None))
         if not thought:
-            raise NoAnswer("no reasoning_content came with it")
+            raise NoAnswer("it has no reasoning_content")
         try:
             answer = with_thought(thought, answer)
         except ValueError as fault:
@@ -317,7 +322,7 @@ def main():
                 except openai.APIConnectionError as error:
                     raise NoAnswer(explain_failure(error, args.base_url)) from None
                 except ValueError as error:  # the client reads as JSON whatever calls itself so
-                    raise NoAnswer(f"the endpoint sent no JSON ({error})") from None
+                    raise NoAnswer(f"the endpoint did not send JSON ({error})") from None
                 return extract_answer(completion, args.thinking)
 
             return await ask_all(pending(), ask, answers, args.concurrency, args.give_up_after, progress)
@@ -329,10 +334,10 @@ def main():
     if reason == "interrupted":
         sys.exit(130)
     if reason:
-        raise UserError(f"{reason}; the same command goes on from here")
+        raise UserError(f"{reason}; run the same command to continue")
     answers.sort(questions())
     if written < total:
-        raise UserError(f"{total - written} questions got no answer (see above); the same command asks them again")
+        raise UserError(f"{total - written} questions got no answer (see above); run the same command to retry them")
 
 
 if __name__ == "__main__":

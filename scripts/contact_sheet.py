@@ -49,7 +49,7 @@ def draw_sheet(exam: list[dict], replies: list[str], images_path: Path, columns:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo" / "contact_sheet.png", help="the PNG to make")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "demo" / "contact_sheet.png", help="PNG to write")
     parser.add_argument("--data_dir", type=Path, default=ROOT / "dataset" / "demo", help="eval_vlm.jsonl and images/")
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "demo", help="the model and clip/")
     parser.add_argument("--dim", type=positive_int, default=256)
@@ -59,7 +59,7 @@ def main():
     args = parser.parse_args()
     exam_file = args.data_dir / "eval_vlm.jsonl"
     if not exam_file.is_file():
-        raise UserError(f"{exam_file} is missing: `make demo-vlm` makes it, and the model")
+        raise UserError(f"{exam_file} is missing: run `make demo-vlm`")
     english = [question for question in read_lines(exam_file) if question["lang"] == "en"]
     exam = random.Random(args.seed).sample(english, min(args.count, len(english)))
     vision, tokenizer = open_vision(str(args.out_dir / "clip")), load_tokenizer()

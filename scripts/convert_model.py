@@ -32,29 +32,29 @@ def get_args():
         for path in paths:
             sub.add_argument(path, type=Path, metavar=path.upper())
         sub.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the model's own)")
-        sub.add_argument("--overwrite", action=BooleanFlag, help="replace what lies at the target")
+        sub.add_argument("--overwrite", action=BooleanFlag, help="replace existing output")
         return sub
 
     def add_sizes(sub: argparse.ArgumentParser) -> None:
-        group = sub.add_argument_group("sizes", "of a .pth without a json; what its tensors tell need not be given")
+        group = sub.add_argument_group("sizes", "needed for a .pth without a json, unless its tensors imply it")
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len"):
             group.add_argument(f"--{name}", type=positive_int)
         group.add_argument("--use_moe", action=BooleanFlag, default=None)
         group.add_argument("--rope_theta", type=positive_float)
 
     sub = command("to-transformers", "a folder that transformers loads as Llama or Qwen2-MoE", "weights", "folder")
-    sub.add_argument("--lora", type=Path, metavar="ADAPTER", help="merge this adapter in")
+    sub.add_argument("--lora", type=Path, metavar="ADAPTER", help="LoRA adapter to merge")
     add_sizes(sub)
-    command("from-transformers", "a .pth of such a folder, also one that was trained on", "folder", "out")
-    sub = command("to-gguf", "one file for llama.cpp, and a Modelfile for Ollama", "weights", "out")
+    command("from-transformers", "a .pth from such a folder, also after further training", "folder", "out")
+    sub = command("to-gguf", "a GGUF file for llama.cpp, and a Modelfile for Ollama", "weights", "out")
     sub.add_argument("--dtype", choices=DTYPES, default="f16", help="precision of the matrices (default: f16)")
     add_sizes(sub)
-    add_sizes(command("merge-lora", "the .pth of base and adapter together", "weights", "adapter", "out"))
-    sub = command("to-peft", "an adapter as a folder for peft", "weights", "adapter", "folder")
-    sub.add_argument("--layout", choices=LAYOUTS, default="llama", help="layout, as to-transformers makes it, "
-                     "or a MiniMind folder that save_pretrained wrote (default: llama)")  # fmt: skip
+    add_sizes(command("merge-lora", "the .pth of base and adapter merged", "weights", "adapter", "out"))
+    sub = command("to-peft", "a peft folder from an adapter", "weights", "adapter", "folder")
+    sub.add_argument("--layout", choices=LAYOUTS, default="llama", help="layout, as in to-transformers, "
+                     "or a MiniMind folder from save_pretrained (default: llama)")  # fmt: skip
     add_sizes(sub)
-    add_sizes(command("from-peft", "the adapter in a folder of peft's, of either layout", "folder", "weights", "out"))
+    add_sizes(command("from-peft", "a .pth from a peft adapter folder in either layout", "folder", "weights", "out"))
     return parser.parse_args()
 
 
@@ -93,7 +93,7 @@ def check_targets(args, suffix: str, beside: str) -> None:
         raise UserError(f"{args.out}: {args.command} writes a {suffix} file")
     for path in (args.out, args.out.with_suffix(beside)):
         if path.exists() and not args.overwrite:
-            raise UserError(f"{path} already exists: choose another name, or --overwrite replaces it")
+            raise UserError(f"{path} already exists: choose another name, or use --overwrite")
 
 
 def to_transformers(args) -> None:
@@ -101,9 +101,9 @@ def to_transformers(args) -> None:
     from trainer.files import real_place
 
     if args.folder.exists() and not args.folder.is_dir():
-        raise UserError(f"{args.folder} is a file, and to-transformers writes a folder")
+        raise UserError(f"{args.folder} is a file, but to-transformers writes a folder")
     if (args.folder / "config.json").exists() and not args.overwrite:
-        raise UserError(f"{args.folder} holds a model already: choose another name, or --overwrite replaces it")
+        raise UserError(f"{args.folder} already contains a model: choose another name, or use --overwrite")
     model, tokenizer = load(args, args.lora)
     place = real_place(args.folder)  # where a link leads to: files are moved within a disk only
     new = place.with_name(f".{place.name}.new")
@@ -111,7 +111,7 @@ def to_transformers(args) -> None:
         write_folder(model, tokenizer, new)
         targets = {file: args.folder / file.name for file in new.iterdir()}
         if not args.overwrite and (there := [str(target) for target in targets.values() if target.exists()]):
-            raise UserError(f"{', '.join(there)} already exists: choose another folder, or --overwrite replaces it")
+            raise UserError(f"{', '.join(there)} already exists: choose another folder, or use --overwrite")
         difference = check_equal(model, new)
         args.folder.mkdir(parents=True, exist_ok=True)
         for file, target in targets.items():
@@ -168,7 +168,7 @@ def to_peft(args) -> None:
     from trainer.weights import load_adapter
 
     if (args.folder / SETTINGS).exists() and not args.overwrite:
-        raise UserError(f"{args.folder} holds an adapter already: choose another name, or --overwrite replaces it")
+        raise UserError(f"{args.folder} already contains an adapter: choose another name, or use --overwrite")
     check_adapter_name(args.adapter)
     model, _ = load(args)
     settings = load_adapter(args.adapter, model)

@@ -64,18 +64,18 @@ def show_examination() -> dict:
     replies = look(model, tokenizer, processor, DATA / "images", exam)
     blind = look(model, tokenizer, processor, DATA / "images", shuffled(exam))
     table = shares(exam, replies, blind)
-    print("\nPictures of things whose colour and shape were never seen together (greedy, exact match):")
+    print("\nPictures with colour-shape pairs never seen in training (greedy, exact match):")
     print(f"{'lang':<6}{'kind':<16}{'asked':>6}{'right':>9}{'bar':>7}{'majority':>10}{'shuffled':>10}")
     for (lang, kind), row in sorted(table.items()):
         bar = f"{BARS[kind]:.0%}" if kind in BARS else ""
         missed = " missed" if kind in BARS and row["right"] < BARS[kind] else ""
-        guessed = " too much: the question gives something away" if row["shuffled"] > row["limit"] else ""
+        guessed = " too high: the question gives the answer away" if row["shuffled"] > row["limit"] else ""
         shown = f"{row['right']:>9.1%}{bar:>7}{row['majority']:>10.1%}{row['shuffled']:>10.1%}"
         print(f"{lang:<6}{kind:<16}{row['asked']:>6}{shown}{missed}{guessed}")
 
     before = text_ability(*open_model(OUT / f"full_sft_{SIZE[1]}.pth"))
     after = text_ability(model, tokenizer)
-    print("\nQuestions without a picture, before and after it learned to see (may lose 3 points):")
+    print("\nText-only questions, before and after vision training (may lose 3 points):")
     for lang in before:
         lost = before[lang] - after[lang]
         print(f"  {lang}: {before[lang]:.1%} -> {after[lang]:.1%}{' missed' if lost > TEXT_BAR else ''}")
@@ -109,7 +109,7 @@ def main():
         go_on = "--resume" if earlier["vision_tower"] == tower else "--overwrite"  # by another tower: it is of no use
         run(f"train_{stage}.py", *SIZE, *out, *eyes, *data, lines, *TRAINING, *flags, go_on)
     save_json(show_examination(), OUT / "accuracy_vlm.json")
-    print(f"\nthis call took {(time.monotonic() - started) / 60:.1f} minutes, the language model's own not counted")
+    print(f"\nthis call took {(time.monotonic() - started) / 60:.1f} minutes, not counting the language model")
     sheet = ("--out", str(OUT / "contact_sheet.png"), "--data_dir", str(DATA))
     run("scripts/contact_sheet.py", *sheet, *out, *SIZE[:2])
     run("eval_vlm.py", *SIZE, *out, *eyes, "--temperature", "0", "--max_new_tokens", "48")

@@ -56,14 +56,16 @@ COLOURS = Marks(("\033[32m", "\033[0m"), ("\033[2m", "\033[0m"))
 
 def get_args():
     parser = Parser(__doc__)
-    parser.add_argument("data_path", type=Path, metavar="FILE", help="the jsonl to look at")
-    parser.add_argument("--stage", choices=tuple(STAGES), help="what is to learn from it (default: by its first line)")
+    parser.add_argument("data_path", type=Path, metavar="FILE", help="jsonl file to inspect")
+    parser.add_argument(
+        "--stage", choices=tuple(STAGES), help="the stage to train on it (default: inferred from its first line)"
+    )
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     parser.add_argument("--max_seq_len", type=positive_int, help="row length in tokens (default: the stage's)")
-    parser.add_argument("--samples", type=non_negative_int, default=3, help="how many to show (of preferences: pairs)")
-    parser.add_argument("--seed", type=seed, default=None, help="show samples drawn at random, not the first")
-    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="bad lines are no error")
-    parser.add_argument("--images_path", default=str(ROOT / "dataset"), metavar="DIR", help="where a VLM's images lie")
+    parser.add_argument("--samples", type=non_negative_int, default=3, help="samples to show (pairs for preferences)")
+    parser.add_argument("--seed", type=seed, default=None, help="show random samples instead of the first")
+    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="do not fail on bad lines")
+    parser.add_argument("--images_path", default=str(ROOT / "dataset"), metavar="DIR", help="image folder for a VLM")
     add_tower_argument(parser)
     return parser.parse_args()
 
@@ -90,7 +92,7 @@ def guess_stage(path: Path) -> str:
     if "conversations" in record:
         return "reason" if any(sign in str(record) for sign in ("<think>", "reasoning_content")) else "sft"
     shape = recognise_shape(record)
-    raise UserError(f"{path}: no stage learns from such lines" + (f" (this is {shape})" if shape else ""))
+    raise UserError(f"{path}: no stage takes such lines" + (f" (this is {shape})" if shape else ""))
 
 
 def open_stage(stage: str, args, tokenizer):
@@ -171,7 +173,7 @@ def show_samples(data, spelling: Spelling, count: int, seed: int | None) -> None
             if data.group == 2:
                 name += (", chosen", ", rejected")[side]
             of = f" of {whole:,}" if whole > len(ids) else ""
-            print(f"--- {name}: {len(ids):,}{of} tokens, {learned.sum():,} learned")
+            print(f"--- {name}: {len(ids):,}{of} tokens, {learned.sum():,} targets")
             text = spelling.write(ids.tolist(), learned.tolist(), locate_pictures(data, sample))
             print(text.removesuffix("\n"), end="\n\n")
 
@@ -198,11 +200,11 @@ def report(data) -> None:
     print(f"lines: {len(lengths) // data.group + data.cache.bad_lines:,}")
     learned = sum(int(data.cache.targets(*piece)[1:].sum()) for piece in zip(*pieces, strict=True))
     tokens = int(pieces.length.sum())
-    print(f"learned: {learned:,} of {tokens:,} tokens ({learned / tokens:.1%})")
-    print(f"tokens of a sample: median {int(np.median(lengths)):,}, longest {int(lengths.max()):,}")
+    print(f"target tokens: {learned:,} of {tokens:,} ({learned / tokens:.1%})")
+    print(f"tokens per sample: median {int(np.median(lengths)):,}, longest {int(lengths.max()):,}")
     every = sum(int(data.cache.targets(sample, 0, n)[1:].sum()) for sample, n in enumerate(lengths))
     if learned < every:
-        print(f"lost by cutting and dropping: {every - learned:,} tokens to learn ({1 - learned / every:.1%})")
+        print(f"lost by cutting and dropping: {every - learned:,} target tokens ({1 - learned / every:.1%})")
 
 
 def main():

@@ -167,7 +167,9 @@ def write_images(images: dict[str, bytes], folder: Path) -> str:
                 temporary.write_bytes(content)
                 temporary.replace(folder / name)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; make room, and the same command goes on") from error
+        raise UserError(
+            f"cannot write {folder}: {error.strerror}; free some space and run the same command again"
+        ) from error
     return f"{'images/':<24}{len(images):>8} files  {'written' if missing else 'unchanged'}"
 
 
@@ -176,9 +178,9 @@ def main():
     parser.add_argument("--out_dir", type=Path, default=ROOT / "dataset" / "demo")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
-        "--scale", type=positive_float, default=1.0, help="share of the usual number of pictures and lines"
+        "--scale", type=positive_float, default=1.0, help="fraction of the default number of pictures and lines"
     )
-    parser.add_argument("--eval_images", action=BooleanFlag, help="draw dataset/eval_images/ instead")
+    parser.add_argument("--eval_images", action=BooleanFlag, help="draw dataset/eval_images/ only")
     args = parser.parse_args()
     rng = random.Random(args.seed)
     if args.eval_images:

@@ -48,38 +48,40 @@ def get_args():
     )
     add_model_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
-    parser.add_argument("--vlm", action=BooleanFlag, help="a vision-language model: image parts in chats")
+    parser.add_argument("--vlm", action=BooleanFlag, help="serve a vision-language model: image parts in chats")
     add_tower_argument(parser)
     parser.add_argument(
         "--fetch_images",
         action=BooleanFlag,
-        help="also http(s) images: callers choose what this machine asks of the internet",
+        help="also fetch http(s) images: clients then choose which URLs this machine requests",
     )
     parser.add_argument(
-        "--fetch_private", action=BooleanFlag, help="with --fetch_images: of this machine and its own network, too"
+        "--fetch_private",
+        action=BooleanFlag,
+        help="with --fetch_images: also from this machine and its private network",
     )
     group = parser.add_argument_group("machine")
     add_device_argument(group)
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the weights")
-    group.add_argument("--max_concurrency", type=positive_int, default=16, help="answers written at the same time")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
+    group.add_argument("--max_concurrency", type=positive_int, default=16, help="maximum concurrent answers")
     group.add_argument(
-        "--max_queue", type=non_negative_int, default=112, help="answers that may wait; then callers get 429"
+        "--max_queue", type=non_negative_int, default=112, help="maximum queued answers; beyond it clients get 429"
     )
     group = parser.add_argument_group("network")
-    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: all of the network may call")
-    group.add_argument("--port", type=non_negative_int, default=8998, help="0: any free one")
-    group.add_argument("--api_key", default=None, help=f"what callers must send; better set {API_KEY}, which ps hides")
+    group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: reachable from the whole network")
+    group.add_argument("--port", type=non_negative_int, default=8998, help="0: any free port")
     group.add_argument(
-        "--cors", action="append", metavar="ORIGIN", help="web page that browsers may call from; '*': all"
+        "--api_key", default=None, help=f"key that clients must send; prefer setting {API_KEY}, which ps does not show"
     )
+    group.add_argument("--cors", action="append", metavar="ORIGIN", help="CORS origin to allow; '*': all")
     group.add_argument(
         "--keep_alive",
         type=positive_int,
         default=75,
-        help="seconds that a connection is kept open for a client's next request",
+        help="seconds to keep idle connections open",
     )
     group.add_argument(
-        "--drain_seconds", type=non_negative_float, default=30, help="how long SIGTERM waits for what is written"
+        "--drain_seconds", type=non_negative_float, default=30, help="how long SIGTERM waits for running answers"
     )
     return parser.parse_args()
 
@@ -130,7 +132,7 @@ def listen(host: str, port: int) -> socket.socket:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or tokens wait 40 ms for receipts
         return sock
     except (OSError, OverflowError) as error:
-        raise UserError(f"--host {host} --port {port}: {error}; choose another --port (0: any free one)") from None
+        raise UserError(f"--host {host} --port {port}: {error}; choose another --port (0: any free port)") from None
 
 
 def telling_keep_alive(app, seconds: int):
@@ -205,7 +207,7 @@ def main():
     del model  # the engine has its own copy of the weights
     if args.host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         print_notice(
-            f"--host {args.host} without a key: whoever reaches this machine may use it (--api_key, or {API_KEY})"
+            f"--host {args.host} without a key: anyone who can reach this machine may use it (--api_key, or {API_KEY})"
         )
     thread = EngineThread(engine)
     served = ServerState(

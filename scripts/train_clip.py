@@ -48,18 +48,20 @@ WORDS = 500  # entries of the captions' own byte-level BPE; 256 of them are the 
 def get_args():
     parser = Parser(__doc__)
     parser.add_argument("--data_path", type=Path, default=DEMO / "clip_captions.jsonl", help='{"image", "captions"}')
-    parser.add_argument("--eval_path", type=Path, default=DEMO / "eval_clip.jsonl", help="what choices to offer")
+    parser.add_argument("--eval_path", type=Path, default=DEMO / "eval_clip.jsonl", help="number of answer choices")
     parser.add_argument("--images_path", type=Path, default=DEMO / "images")
-    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="count bad lines and broken pictures, do not stop")
-    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "demo" / "clip", help="the folder to make")
+    parser.add_argument(
+        "--skip_bad_lines", action=BooleanFlag, help="count bad lines and broken pictures instead of stopping"
+    )
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "demo" / "clip", help="output folder")
     parser.add_argument("--overwrite", action=BooleanFlag, help="replace the folder of an earlier run")
-    parser.add_argument("--image_size", type=positive_int, default=64, help="pixels at each side")
+    parser.add_argument("--image_size", type=positive_int, default=64, help="image side in pixels")
     parser.add_argument("--patch_size", type=positive_int, default=16)
     parser.add_argument(
-        "--width", type=positive_int, default=192, help="width of both networks and of their shared space"
+        "--width", type=positive_int, default=192, help="width of both encoders and of their shared space"
     )
     parser.add_argument(
-        "--layers", type=positive_int, default=4, help="layers of the vision network; the text network has half as many"
+        "--layers", type=positive_int, default=4, help="layers of the vision encoder; the text encoder has half as many"
     )
     parser.add_argument("--steps", type=positive_int, default=1000)
     parser.add_argument("--batch_size", type=positive_int, default=256)
@@ -237,9 +239,9 @@ def main():
     if args.image_size % args.patch_size or args.width % 32:
         raise UserError("--image_size must be a multiple of --patch_size, and --width of 32")
     if args.out_dir.exists() and not is_ours(args.out_dir):
-        raise UserError(f"{args.out_dir} already exists and no tower made by this script: name another --out_dir")
+        raise UserError(f"{args.out_dir} already exists and was not written by this script: give another --out_dir")
     if args.out_dir.exists() and not args.overwrite:
-        raise UserError(f"{args.out_dir} already exists: --overwrite replaces it")
+        raise UserError(f"{args.out_dir} already exists: use --overwrite to replace it")
     device = pick_device(args.device)
     usual = default_dtype(device)
     dtype = DTYPES[args.dtype or (usual if usual in OFFERED else "float32")]
@@ -297,7 +299,7 @@ def main():
 
     # Examination
     shares = zero_shot(clip, tokenizer, exam_pixels, [line[1:] for line in exam])
-    print("zero-shot, things never seen:")
+    print("zero-shot, unseen objects:")
     for name, share in shares.items():
         print(f"  {name:<40}{share:>8.1%}")
     save(clip, tokenizer, args, shares)

@@ -111,7 +111,7 @@ def verify(tokenizer: PreTrainedTokenizerFast) -> None:
         raise UserError(str(error)) from error
     chat = [{"role": "user", "content": "你好, world"}, {"role": "assistant", "content": "Hi 🙂"}]
     if tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False) != render_chat(tokenizer, chat)[0]:
-        raise UserError("its chat template lays a chat out in another way than model/chat.py")
+        raise UserError("its chat template renders a chat differently from model/chat.py")
 
 
 def detect_kind(path: Path, text: str) -> str | None:
@@ -167,21 +167,21 @@ def main():
     parser.add_argument("--data_path", type=Path, nargs="+", required=True, help="jsonl files")
     parser.add_argument("--out_dir", type=Path, default=SHIPPED_TOKENIZER)
     parser.add_argument("--vocab_size", type=positive_int, default=6400)
-    parser.add_argument("--holdout", type=float, default=0.1, help="share of the held-out texts for measuring")
+    parser.add_argument("--holdout", type=float, default=0.1, help="fraction of texts held out for measuring")
     parser.add_argument("--overwrite", action=BooleanFlag, help="replace the tokenizer in --out_dir")
     parser.add_argument(
-        "--only_measure", action=BooleanFlag, help="train none: verify and measure the one in --out_dir"
+        "--only_measure", action=BooleanFlag, help="do not train: verify and measure the tokenizer in --out_dir"
     )
     args = parser.parse_args()
     folder = args.out_dir.resolve()
     if not 0 <= args.holdout < 1:
         raise UserError(f"--holdout must be from 0 to below 1, not {args.holdout}")
     if args.vocab_size < 256 + len(SPECIAL) + len(TAGS):
-        raise UserError(f"--vocab_size {args.vocab_size} has no room for the 256 bytes and {len(SPECIAL + TAGS)} tags")
+        raise UserError(f"--vocab_size {args.vocab_size} is too small for the 256 bytes and {len(SPECIAL + TAGS)} tags")
 
     if not args.only_measure:
         if (folder / "tokenizer.json").exists() and not args.overwrite:
-            raise UserError(f"{folder} has a tokenizer already, and models that need it: --overwrite replaces it")
+            raise UserError(f"{folder} already has a tokenizer that models depend on: use --overwrite to replace it")
         save(train((text for _, text in texts_in(args.data_path, args.holdout, False)), args.vocab_size), folder)
     tokenizer = load_tokenizer(folder)
     verify(tokenizer)

@@ -137,7 +137,7 @@ def add_device_argument(parser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say how a model writes; `sampling_settings` reads them."""
     group = parser.add_argument_group("writing")
-    group.add_argument("--max_new_tokens", type=positive_int, help="longest answer")
+    group.add_argument("--max_new_tokens", type=positive_int, help="maximum answer length in tokens")
     group.add_argument("--temperature", type=non_negative_float, help="sampling temperature; 0: greedy")
     group.add_argument(
         "--top_p", type=probability, help="nucleus sampling: keep the most likely tokens up to this probability"

@@ -28,7 +28,7 @@ def run(script: str, *arguments: str) -> None:
     print(f"\n$ python {script} {' '.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, str(ROOT / script), *arguments], check=False)
     if done.returncode:
-        raise UserError(f"{script} ended with exit code {done.returncode}; the same command goes on from there")
+        raise UserError(f"{script} ended with exit code {done.returncode}; run the same command to continue")
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -12,9 +12,9 @@ from scripts.demo.settings import DATA, OUT, PRETRAIN, SFT, SIZE, TRAINING
 from trainer.weights import read_settings
 
 EXAMS = {
-    "facts": "Known facts in phrasings that no training line has",
+    "facts": "Known facts in unseen phrasings",
     "identity": "Who it is, likewise",
-    "arithmetic": "Sums never seen",
+    "arithmetic": "Unseen sums",
 }
 SHOWN = ("你是谁？", "中国的首都是哪里？", "Who made you?", "What is the chemical symbol of gold?")
 
@@ -37,7 +37,7 @@ def show_examination(weights: Path) -> dict[str, float]:
         asked, ended = asked + len(questions), ended + whole
         if exam == "facts":
             show_nearest(questions, replies)
-    print(f"\nanswers that ended by themselves: {ended} of {asked} ({ended / asked:.1%})")
+    print(f"\nanswers that ended with </s>:  {ended} of {asked} ({ended / asked:.1%})")
     return shares | {"ended": ended / asked}
 
 
@@ -72,4 +72,4 @@ def run_demo() -> None:
     minutes = sum(read_settings(OUT / f"{name}_256.pth")["seconds"] for name in ("pretrain", "full_sft")) / 60
     print(f"\ntraining took {minutes:.1f} minutes, this call {(time.monotonic() - started) / 60:.1f}")
     print(f"loss curves: {OUT / 'pretrain_256.png'}, {OUT / 'full_sft_256.png'}")
-    print("talk to it:  .venv/bin/python eval_model.py --out_dir out/demo --dim 256 --temperature 0")
+    print("chat with it:   .venv/bin/python eval_model.py --out_dir out/demo --dim 256 --temperature 0")

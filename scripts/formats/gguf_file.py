@@ -59,9 +59,7 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
             return "gpt-2"
         if steps == [SINGLE_DIGITS, BYTE_LEVEL]:
             return "smollm"
-    raise UserError(
-        f"{tokenizer.name_or_path}: llama.cpp has no name for a tokenizer that cuts text like this: {json.dumps(cuts)}"
-    )
+    raise UserError(f"{tokenizer.name_or_path}: llama.cpp does not support this pre-tokenizer: {json.dumps(cuts)}")
 
 
 def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path, dtype: str, name: str) -> None:
@@ -76,10 +74,10 @@ def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path
     """
     config = model.config
     if config.use_moe:
-        raise UserError("a MoE has no GGUF here: to-transformers writes it as a Qwen2-MoE")
+        raise UserError("GGUF export does not support MoE: use to-transformers, which writes a Qwen2-MoE")
     if dtype == "q8_0" and (config.dim % 32 or config.hidden_dim % 32):
         raise UserError(
-            f"q8_0 stores blocks of 32, which dim {config.dim} and hidden_dim {config.hidden_dim} are not of"
+            f"q8_0 stores blocks of 32, but dim {config.dim} and hidden_dim {config.hidden_dim} are not multiples"
         )
     storage, file_type = DTYPES[dtype]
     writer = gguf.GGUFWriter(path, "llama")

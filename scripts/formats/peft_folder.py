@@ -34,7 +34,7 @@ def to_peft_state(adapter: Mapping[str, Tensor], config: LMConfig, as_llama: boo
         if as_llama:
             if ".experts." in layer:
                 raise UserError(
-                    f"{layer}: a Qwen2-MoE holds all its experts in one tensor, to which peft adds nothing; "
+                    f"{layer}: a Qwen2-MoE keeps all experts in one tensor, which peft cannot adapt; "
                     "--layout minimind keeps them apart"
                 )
             if side == "B":
@@ -54,7 +54,7 @@ def to_our_state(state: Mapping[str, Tensor], config: LMConfig) -> dict[str, Ten
     for key, value in state.items():
         layer, _, side = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
         if side not in ("A", "B"):
-            raise UserError(f"{key} is no A or B of a plain LoRA, and a MiniMind adapter has nothing else")
+            raise UserError(f"{key} is not an A or B of a plain LoRA, and a MiniMind adapter has nothing else")
         value = value.float()
         if layer.startswith("model."):
             layer = ".".join(OUR_NAME.get(part, part) for part in layer.removeprefix("model.").split("."))
@@ -113,12 +113,12 @@ def read_folder(folder: Path, config: LMConfig) -> tuple[dict[str, Tensor], dict
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(about, dict):
-        raise UserError(f"{folder / SETTINGS} is no JSON object: it is damaged")
+        raise UserError(f"{folder / SETTINGS} is not a JSON object: it is damaged")
     if about.get("peft_type") != "LORA":
-        raise UserError(f"{folder} holds a {about.get('peft_type')}, and a MiniMind takes a LORA")
+        raise UserError(f"{folder} is a {about.get('peft_type')} adapter, but MiniMind needs LORA")
     for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if about.get(name):
-            raise UserError(f"{folder} was made with {name}, which a MiniMind adapter cannot say")
+            raise UserError(f"{folder} was made with {name}, which MiniMind adapters do not support")
     alpha = about.get("lora_alpha")
     if not isinstance(alpha, int | float) or not alpha > 0:
         raise UserError(f"{folder / SETTINGS}: its lora_alpha is {alpha!r}, not a number above 0")

@@ -138,7 +138,7 @@ def check_equal(model: MiniMindLM, folder: Path) -> float:
     difference = float((ours - theirs).abs().max())
     if not difference <= 1e-4 * max(1.0, float(ours.abs().max())):
         raise UserError(
-            f"{folder}: transformers' logits are {difference:.1e} from MiniMind's, so this is another model"
+            f"{folder}: transformers' logits are {difference:.1e} from MiniMind's, so this is a different model"
         )
     return difference
 

@@ -62,11 +62,11 @@ class Places:
         """
         self.check_open()
         if count > self.capacity:
-            raise ApiError(400, f"{count} answers at once: this server has places for {self.capacity}", "n")
+            raise ApiError(400, f"{count} answers at once: this server can take {self.capacity}", "n")
         if self.taken + count > self.capacity:
             raise ApiError(
                 429,
-                f"{self.taken} answers are being written or wait, and {self.capacity} are possible: try again later",
+                f"the server is full, {self.taken} of {self.capacity} answers running or queued: try again later",
                 code="queue_full",
                 headers={"Retry-After": self._retry_after()},
             )
@@ -117,7 +117,7 @@ async def read_body(http: Request) -> bytearray:
             if len(data) > LARGEST_BODY:
                 raise too_large
     except ClientDisconnect:
-        raise ApiError(400, "the client hung up before all of the body had come") from None
+        raise ApiError(400, "the client disconnected before sending the whole body") from None
     return data
 
 
@@ -132,11 +132,11 @@ def parse(kind: type[Body], data: bytes | bytearray) -> Body:
     try:
         content = json.loads(data)
     except json.JSONDecodeError as error:
-        raise ApiError(400, f"the body is no JSON: {error.msg} at character {error.pos}") from None
+        raise ApiError(400, f"the body is not JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
-        raise ApiError(400, "the body is no JSON that is read here: it is nested too deeply") from None
+        raise ApiError(400, "the body is not valid JSON: nested too deeply") from None
     except ValueError as error:  # not UTF-8; a number of thousands of digits
-        raise ApiError(400, f"the body is no JSON: {error!s:.200}") from None
+        raise ApiError(400, f"the body is not JSON: {error!s:.200}") from None
     if isinstance(content, dict):
         refuse_undone(content, kind)
     try:

@@ -157,11 +157,13 @@ def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[
 
     def check_name(name: str | None) -> None:
         if name not in (None, NAME):
-            raise ApiError(404, f"the model {name!r} is not here; there is {NAME!r}", "model", "model_not_found")
+            raise ApiError(
+                404, f"the model {name!r} does not exist; this server has {NAME!r}", "model", "model_not_found"
+            )
 
     def answer_of_error(http: Request, error: Exception) -> JSONResponse:
         if not isinstance(error, HTTPException):
-            error = ApiError(500, "an error inside the server; its log says which", code="internal")
+            error = ApiError(500, "internal server error; see the server's log", code="internal")
         elif not isinstance(error, ApiError):
             said = error.detail
             if error.status_code == 404:
@@ -238,7 +240,7 @@ def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[
     async def health():
         server.places.check_open()
         if server.thread.broken:
-            raise ApiError(503, "the device computes no more: start the server anew", code="broken")
+            raise ApiError(503, "the device has failed: restart the server", code="broken")
         engine = server.thread.engine
         return {"status": "ok", "running": engine.running, "waiting": server.places.taken - engine.running}
 

@@ -23,9 +23,9 @@ def check_address(base_url: str, api_key: str) -> None:
     except ValueError:
         right = False
     if not right:
-        raise UserError(f"{base_url!r} is not an address of an API, such as http://127.0.0.1:8998/v1")
+        raise UserError(f"{base_url!r} is not an API base URL, such as http://127.0.0.1:8998/v1")
     if not api_key.isascii():
-        raise UserError("the API key has other characters than ASCII, which no key has")
+        raise UserError("the API key contains non-ASCII characters")
 
 
 def is_this_machine(host: str) -> bool:
@@ -51,12 +51,12 @@ def proxy_variable(base_url: str) -> str | None:
 def of_environment(*names: str) -> str:
     """Those of these environment variables that are set, for a message."""
     there = ", ".join(name for name in os.environ if name.lower() in names)
-    return f"{there or 'the settings'} of the environment"
+    return f"{there or 'the settings'} in the environment"
 
 
 def certificates_error(error: OSError) -> UserError:
     """The error to raise when the certificates that the environment names cannot be read."""
-    return UserError(f"{of_environment('ssl_cert_file', 'ssl_cert_dir')}: {error}; mend or unset it")
+    return UserError(f"{of_environment('ssl_cert_file', 'ssl_cert_dir')}: {error}; fix or unset it")
 
 
 def open_client(base_url: str, api_key: str, asynchronous: bool = False, **settings):
@@ -89,7 +89,7 @@ def explain_failure(error: Exception, base_url: str) -> str:
     """What an `openai.APIError` says, why, and which proxy it came through."""
     text = f"{error} ({error.__cause__})" if str(error.__cause__ or "") else str(error)
     through = proxy_variable(base_url)
-    return f"{text}, asked through the proxy of {through}" if through else text
+    return f"{text}, through the proxy in {through}" if through else text
 
 
 def models_at(client) -> list[str]:
@@ -112,7 +112,7 @@ def models_at(client) -> list[str]:
                 f"mend or unset {through}, or add {host} to NO_PROXY"
             ) from None
         raise UserError(
-            f"nothing answers at {address}{why}: start scripts/serve_openai_api.py, or name another address"
+            f"nothing answers at {address}{why}: start scripts/serve_openai_api.py, or give another address"
         ) from None
     except openai.APIStatusError as error:
         through = f" (through the proxy of {name})" if (name := proxy_variable(address)) else ""

@@ -57,7 +57,7 @@ class ImageFetcher:
             try:
                 images.append(self._fetch(url, min(room, LARGEST_IMAGE), end_by))
             except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError, OverflowError, ValueError) as error:
-                raise _refusal(url, f"cannot be had: {error}") from error
+                raise _refusal(url, f"cannot be fetched: {error}") from error
             room -= len(images[-1])
         return images
 
@@ -71,12 +71,12 @@ class ImageFetcher:
                 at = at.join(reply.headers["location"])
             finally:
                 reply.close()
-        raise _refusal(url, f"cannot be had: it is moved on more than {MOST_REDIRECTIONS} times")
+        raise _refusal(url, f"cannot be fetched: more than {MOST_REDIRECTIONS} redirects")
 
     def _open(self, url: str, at: httpx.URL, end_by: float) -> httpx.Response:
         """The head of what is at an address, asked of the first of its machines that answers."""
         if at.scheme not in ("http", "https") or not at.raw_host:
-            raise _refusal(url, "cannot be had: it leads to no http(s) address")
+            raise _refusal(url, "cannot be fetched: it redirects to a non-http(s) URL")
         headers = {"Host": at.netloc.decode("ascii")}
         failure = None
         for address in self._machines(url, at):
@@ -105,7 +105,7 @@ class ImageFetcher:
         addresses = dict.fromkeys(place[0] for *_, place in found)
         allowed = [address for address in addresses if self.private or is_public(address)]
         if not allowed:
-            raise _refusal(url, "leads to this machine or a private network, where this server asks nothing")
+            raise _refusal(url, "points to this machine or a private network, where this server does not fetch")
         yield from allowed
 
 
@@ -123,7 +123,7 @@ def is_public(address: str) -> bool:
 
 def _read(url: str, reply: httpx.Response, room: int, end_by: float) -> bytes:
     if reply.status_code != 200:
-        raise _refusal(url, f"cannot be had: {reply.status_code} {reply.reason_phrase}")
+        raise _refusal(url, f"cannot be fetched: {reply.status_code} {reply.reason_phrase}")
     data = bytearray()
     for piece in reply.iter_raw():
         data += piece
@@ -139,7 +139,7 @@ def _left(url: str, end_by: float) -> float:
     """Seconds until then."""
     left = end_by - time.monotonic()
     if left <= 0:
-        raise _refusal(url, f"did not come within the {REQUEST_SECONDS} seconds that a request's images may take")
+        raise _refusal(url, f"did not arrive within the {REQUEST_SECONDS} seconds allowed for a request's images")
     return left
 
 

@@ -27,7 +27,7 @@ def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> 
     if urls and not sees:
         raise ApiError(400, "this model reads text only: image parts need a vision-language model", "messages")
     if len(urls) > MOST_IMAGES:
-        raise ApiError(400, f"{len(urls)} images: this server takes {MOST_IMAGES} a request", "messages")
+        raise ApiError(400, f"{len(urls)} images: this server takes {MOST_IMAGES} per request", "messages")
     images = iter(read_images(urls, fetch))
     return [
         {
@@ -57,7 +57,7 @@ def read_images(urls: Sequence[str], fetch: Fetch | None) -> list[bytes]:
     images = {place: read_base64(url) for place, url in enumerate(urls) if not _is_remote(url)}
     remote = [place for place in range(len(urls)) if place not in images]
     if remote and fetch is None:
-        raise ApiError(400, "this server fetches no addresses: send the image as a data: URL", "messages")
+        raise ApiError(400, "this server does not fetch URLs: send the image as a data: URL", "messages")
     if remote:
         images |= zip(remote, fetch([urls[place].strip() for place in remote]), strict=True)
     return [images[place] for place in range(len(urls))]
@@ -79,7 +79,7 @@ def read_base64(url: str) -> bytes:
     if given[:5].lower() == "data:":
         header, comma, data = given.partition(",")
         if not comma or "base64" not in [word.strip().lower() for word in header.split(";")[1:]]:
-            raise ApiError(400, "an image's data: URL must be of the form data:image/png;base64,…", "messages")
+            raise ApiError(400, "an image's data: URL must have the form data:image/png;base64,…", "messages")
     elif re.fullmatch(r"[\w+/%=\s-]*", given[: 2 * SHORTEST], re.ASCII) and len(given) >= SHORTEST:
         data = given
     else:
@@ -88,4 +88,4 @@ def read_base64(url: str) -> bytes:
     try:
         return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError):
-        raise ApiError(400, "the base64 of an image is damaged", "messages") from None
+        raise ApiError(400, "an image's base64 data is invalid", "messages") from None

@@ -67,19 +67,19 @@ WORDS = {
         "top_p": "Top-p",
         "penalty": "Repetition penalty",
         "longest": "Longest answer (tokens)",
-        "history": "Earlier turns remembered",
+        "history": "Earlier turns in the prompt",
         "seed": "Seed",
         "seed_help": "empty: different each time",
         "new": "New chat",
         "ask": "Say something…",
-        "hello": "Hello! What shall we talk about?",
+        "hello": "Hello! What would you like to talk about?",
         "samples": (
             "Who are you?",
             "What is the capital of France?",
             "What is the chemical symbol of gold?",
             "12 + 30 = ?",
         ),
-        "attach": "Add one picture or several with the clip in the input field, and ask about them.",
+        "attach": "Attach one or more pictures with the paper clip in the input field, and ask about them.",
         "describe": "Describe the picture.",
         "thinking": "Thinking",
         "stop": "Stop",
@@ -165,7 +165,7 @@ def choose_local(words: dict, args, vision: bool):
             words["adapter"],
             [None, *adapters],
             format_func=lambda path: path.stem if path else "—",
-            key=f"adapter of {chosen}",
+            key=f"adapter for {chosen}",
         )
     changed = tuple(path.stat().st_mtime for path in (chosen, adapter) if path)
     with st.spinner(words["loading"]):
@@ -337,7 +337,7 @@ def page(vision: bool = False) -> None:
     """
     if not st.runtime.exists():
         script = "web_demo_vlm.py" if vision else "web_demo.py"
-        raise UserError(f"the page is drawn by Streamlit: type {sys.executable} -m streamlit run scripts/{script}")
+        raise UserError(f"this page needs Streamlit: run {sys.executable} -m streamlit run scripts/{script}")
     args = get_args()
     st.set_page_config(page_title="MiniMind", page_icon=":material/forum:")
     state = st.session_state

@@ -122,7 +122,7 @@ class LocalModel:
         finally:
             self._thread.cancel(answer)
         if ended == "error":
-            raise RuntimeError("the engine failed; the terminal says why")
+            raise RuntimeError("the engine failed; see the terminal")
 
     def _prompt(self, system: list[dict], turns: list[dict], room: int):
         """Ids, and for pictures in them the embeddings, else None."""

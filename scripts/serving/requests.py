@@ -20,8 +20,8 @@ from scripts.serving.image_parts import Fetch
 from scripts.serving.schema import ApiError
 
 FAILURES = {  # status, message, param, code of answers that did not come to their end
-    "error": (500, "the engine failed at this answer; the server's log says why", None, "failed"),
-    "cancelled": (503, "the server shut down before the answer ended", None, "shutting_down"),
+    "error": (500, "the engine failed on this answer; see the server's log", None, "failed"),
+    "cancelled": (503, "the server shut down before the answer was complete", None, "shutting_down"),
 }
 
 

@@ -56,24 +56,22 @@ class StreamOptions(Form):
 class Sampling(Form):
     """What chats and completions have in common."""
 
-    model: str | None = Field(None, description="a name that /v1/models lists; the served model where absent")
+    model: str | None = Field(None, description="a name from /v1/models; default: the served model")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: NoLimit | Annotated[int, Field(ge=0)] | None = Field(
-        None, description="-1: as many as there is room for"
-    )
+    max_tokens: NoLimit | Annotated[int, Field(ge=0)] | None = Field(None, description="-1: as many as fit")
     temperature: Temperature | None = None
     top_p: Probability | None = None
     top_k: NoLimit | Annotated[int, Field(ge=0)] | None = Field(
-        None, description="beyond OpenAI's own: 0 or -1 = no limit"
+        None, description="extension of OpenAI's API: 0 or -1 = no limit"
     )
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
-    ignore_eos: bool | None = Field(None, description="beyond OpenAI's own: write on until max_tokens")
+    ignore_eos: bool | None = Field(None, description="extension of OpenAI's API: generate until max_tokens")
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: int | None = Field(None, description="-1: another answer each time, as without one")
+    seed: int | None = Field(None, description="-1: a different answer each time, like no seed")
 
     @field_validator("*", mode="before")
     @classmethod
@@ -89,7 +87,7 @@ class TextPart(Form):
 
 
 class ImageURL(Form):
-    url: str = Field(description="data:image/…;base64,…, or http(s) where the server was told to fetch")
+    url: str = Field(description="data:image/…;base64,…, or http(s) if the server has --fetch_images")
 
 
 class ImagePart(Form):
@@ -119,9 +117,7 @@ class Message(Form):
 
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1, fail_fast=True)
-    max_completion_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(
-        None, description="-1: as many as there is room for"
-    )
+    max_completion_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(None, description="-1: as many as fit")
     max_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(
         None, description="older name of max_completion_tokens"
     )

@@ -26,7 +26,7 @@ class Undone(NamedTuple):
     harmless: tuple = NOTHING
 
 
-NO_FORMAT = "an answer is free text here: no form can be forced on it"
+NO_FORMAT = "structured output is not supported: answers are free text"
 NO_TOOLS = "tool calls are not supported"
 NO_TEMPLATE = "a chat is always laid out as the model has learned it"
 NO_SAMPLER = "this way to sample is not supported"

@@ -107,7 +107,7 @@ def test_one_that_vanishes_before_it_is_loaded_is_made_again(source, root, capsy
     (line,) = capsys.readouterr().err.splitlines()
     assert str(folder) in line
     assert "gone" in line
-    assert "it is made again" in line
+    assert "rebuilding it" in line
 
 
 def test_a_damaged_one_is_made_again_once(source, root, capsys):
@@ -121,7 +121,7 @@ def test_a_damaged_one_is_made_again_once(source, root, capsys):
 def test_a_damaged_one_in_use_is_not_removed_but_told(source, root):
     used = open_cache(source, STATE, NAME, Value, build)
     (used.folder / "value").write_text("half of it")
-    with pytest.raises(DataError, match="cannot be read, nor replaced while it is in use"):
+    with pytest.raises(DataError, match="cannot be read, and cannot be replaced while in use"):
         open_cache(source, STATE, NAME, Value, build)
     assert used.folder.is_dir()
     assert find_cache(source, STATE, NAME, Value) is None
@@ -257,7 +257,8 @@ class TestPlaces:
             open_cache(source, OTHER_STATE, NAME, Value, build)
 
     @pytest.mark.parametrize(
-        ("number", "ends"), [(errno.ENOSPC, "; make room there"), (errno.EDQUOT, "; make room there"), (errno.EIO, "")]
+        ("number", "ends"),
+        [(errno.ENOSPC, "; free some space there"), (errno.EDQUOT, "; free some space there"), (errno.EIO, "")],
     )
     def test_a_full_disk_is_called_full_and_nothing_else_is(self, source, root, number, ends):
         def fail(folder):

@@ -93,7 +93,7 @@ class TestLimit:
         limit_caches([tmp_path / "data" / "a"], 2 * one + 20)
         assert sources(tmp_path / "data" / ".cache") == ["a", "c"]
         (line,) = capsys.readouterr().err.splitlines()
-        assert "(--cache_limit): 2 not used for longest, 2" in line
+        assert "(--cache_limit): removed the 2 least recently used, 2" in line
         assert str(tmp_path / "data" / "b") in line
 
     def test_one_in_use_stays_and_the_next_goes(self, make, tmp_path):

@@ -120,7 +120,7 @@ def test_a_pair_of_which_one_side_is_cut_before_its_answer_is_dropped(pairs, tin
     other = {"chosen": "rejected", "rejected": "chosen"}[side]
     late = [*turns("Q"), answer("A b, c! " * 50, weight=0), *turns("Q"), answer("A")]
     data = pairs({side: late, other: turns("Q", "B")}, pair("Q", "C", "D"), max_seq_len=100)
-    assert "1 dropped with nothing to learn" in data.summary
+    assert "1 dropped without targets" in data.summary
     assert [targets(tiny_tokenizer, row) for row in data] == [["C</s>", "D</s>"]]
 
 
@@ -152,10 +152,10 @@ def test_cut_dropped_and_counted(pairs, tiny_tokenizer):
     data = pairs(*records, max_seq_len=100, packing=False)
     assert "2 pairs" in data.summary
     assert "1 cut at 100 tokens" in data.summary
-    assert "3 dropped with nothing to learn" in data.summary
+    assert "3 dropped without targets" in data.summary
     assert [len(samples(row)) for row in data] == [2, 2]
     assert len(samples(data[1])[0][0]) == 100
-    with pytest.raises(DataError, match="no sample has anything to learn within 100 tokens"):
+    with pytest.raises(DataError, match="no sample has a target within 100 tokens"):
         pairs(*records[2:], max_seq_len=100)
 
 
@@ -185,7 +185,7 @@ def test_a_reference_comes_with_its_tokens(pairs):
         ({"chosen": turns("Q", "A"), "rejected": 3}, '"rejected" is not a list'),
         (
             {"chosen": turns("Q", "A"), "rejected": "B"},
-            '"rejected" is a text, and there is no "prompt" that it answers',
+            '"rejected" is a text without a "prompt" that it answers',
         ),
         (
             {"prompt": "P", "chosen": turns("Q", "A"), "rejected": "B"},
@@ -195,10 +195,10 @@ def test_a_reference_comes_with_its_tokens(pairs):
             {"prompt": "P", "chosen": "A", "rejected": [{"content": "B"}]},
             'turn 1 of "rejected": the key "role" is missing',
         ),
-        ({"prompt": turns("P", "A"), "chosen": "A", "rejected": "B"}, '"prompt" does not end with a turn of the user'),
+        ({"prompt": turns("P", "A"), "chosen": "A", "rejected": "B"}, '"prompt" does not end with a user turn'),
         ({"prompt": " ", "chosen": "A", "rejected": "B"}, '"prompt" is empty'),
         ({"prompt": 3, "chosen": "A", "rejected": "B"}, '"prompt" is neither a string nor a list of turns'),
-        ({"prompt": "P", "chosen": "A", "rejected": " "}, 'turn 1 of "rejected": an empty answer would teach'),
+        ({"prompt": "P", "chosen": "A", "rejected": " "}, 'turn 1 of "rejected": an empty answer would train'),
         ({"prompt": turns("P", "", "Q"), "chosen": "A", "rejected": "B"}, 'turn 2 of "prompt": an empty answer'),
         (
             {"prompt": "P", "chosen": {"role": "assistant", "content": "A"}, "rejected": "B"},
@@ -210,14 +210,17 @@ def test_a_reference_comes_with_its_tokens(pairs):
         ),
         (
             {"chosen": [*turns("Q", "A", "R"), answer("B", weight=0)], "rejected": turns("Q", "A", "R", "C")},
-            '"chosen" has no answer to learn from after the two part',
+            '"chosen" has no answer to train on after the two diverge',
         ),
-        ({"conversations": turns("Q"), "chosen": "A", "rejected": "B"}, 'what both answer is named "prompt"'),
-        ({"chosen": turns("Q", "A"), "rejected": turns("Q")}, '"rejected" has no answer of the assistant'),
-        ({"chosen": turns("Q", "A"), "rejected": turns("R", "B")}, "no two answers to one prompt: they part at turn 1"),
-        ({"chosen": turns("Q", "A"), "rejected": turns("Q", "A", "R", "B")}, "they part at turn 3"),
-        ({"chosen": turns("Q", "A", system="S"), "rejected": turns("Q", "B")}, "they part at turn 1"),
-        ({"chosen": turns("Q", "A", "R", "B"), "rejected": turns("Q", "A", "S", "C")}, "they part at turn 3"),
+        ({"conversations": turns("Q"), "chosen": "A", "rejected": "B"}, 'the key for what both answer is "prompt"'),
+        ({"chosen": turns("Q", "A"), "rejected": turns("Q")}, '"rejected" has no assistant turn'),
+        (
+            {"chosen": turns("Q", "A"), "rejected": turns("R", "B")},
+            "not two answers to one prompt: they diverge at turn 1",
+        ),
+        ({"chosen": turns("Q", "A"), "rejected": turns("Q", "A", "R", "B")}, "they diverge at turn 3"),
+        ({"chosen": turns("Q", "A", system="S"), "rejected": turns("Q", "B")}, "they diverge at turn 1"),
+        ({"chosen": turns("Q", "A", "R", "B"), "rejected": turns("Q", "A", "S", "C")}, "they diverge at turn 3"),
         ({"chosen": [], "rejected": turns("Q", "B")}, '"chosen" is empty'),
         ([], "not a JSON object"),
     ],

@@ -162,7 +162,7 @@ def test_a_chat_is_cut_at_the_row_length_and_dropped_when_no_answer_is_left(tmp_
 
     for length in range(2, n + 3):
         if length <= targets[0]:
-            with pytest.raises(DataError, match=f"no sample has anything to learn within {length} tokens"):
+            with pytest.raises(DataError, match=f"no sample has a target within {length} tokens"):
                 SFTDataset(path, tokenizer, length)
             continue
         dataset = SFTDataset(path, tokenizer, length)
@@ -187,9 +187,8 @@ def test_dropped_cut_and_skipped_samples_are_counted(tmp_path, tiny_tokenizer, p
     dataset = SFTDataset(path, tiny_tokenizer, 40, packing, skip_bad_lines=True)
 
     assert dataset.summary.startswith(f"{path}: 4 samples, ")
-    assert (
-        ", 2 cut at 40 tokens, 1 dropped with nothing to learn, 2 bad lines skipped, the first: line 6: not valid"
-        in (dataset.summary)
+    assert ", 2 cut at 40 tokens, 1 dropped without targets, 2 bad lines skipped, the first: line 6: not valid" in (
+        dataset.summary
     )
     assert f"{len(dataset)} rows" in dataset.summary
 
@@ -250,7 +249,7 @@ def test_long_texts_are_split_and_nothing_is_lost(tmp_path, tiny_tokenizer, pack
     assert targets == Counter(token for ids in expected for token in ids[1:])
     assert bigrams == Counter(pair for ids in expected for pair in itertools.pairwise(ids))
     n_split = sum(len(ids) > max_seq_len for ids in expected)
-    assert (f" {n_split} split over rows" in dataset.summary) == (n_split > 0)
+    assert (f" {n_split} split across rows" in dataset.summary) == (n_split > 0)
 
 
 @pytest.mark.parametrize("max_seq_len", [24, 48])
@@ -289,7 +288,7 @@ def test_every_row_has_something_to_learn(tmp_path, tiny_tokenizer, packing, max
 
     chats = [turns(SENTENCES[n][: 3 * n], SENTENCES[n - 1], system="s") for n in range(8)]
     if max_seq_len < 10:  # the prompt alone is longer
-        with pytest.raises(DataError, match="no sample has anything to learn"):
+        with pytest.raises(DataError, match="no sample has a target"):
             open_chats(tmp_path, tiny_tokenizer, *chats, packing=packing, max_seq_len=max_seq_len)
     else:
         rows = open_chats(tmp_path, tiny_tokenizer, *chats, packing=packing, max_seq_len=max_seq_len)
@@ -410,7 +409,7 @@ def test_a_line_of_50_mb_simply_works(shipped, tmp_path):
     process.join()
 
     assert "2 samples" in summary
-    assert "1 split over rows" in summary
+    assert "1 split across rows" in summary
     a_line = len(shipped.encode(words, add_special_tokens=False))
     assert abs(tokens - (50_000_000 // len(words) + 1) * a_line) < 0.01 * tokens
     assert rows >= tokens // 512

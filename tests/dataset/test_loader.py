@@ -136,7 +136,7 @@ def test_fetching_does_not_touch_the_random_state_of_the_run():
 
 @pytest.mark.parametrize("fault", [{"batch_size": 0}, {"accumulation_steps": 0}, {"epochs": 0}])
 def test_settings_below_one_are_refused(fault):
-    with pytest.raises(ValueError, match=r"each at least 1"):
+    with pytest.raises(ValueError, match=r"each must be at least 1"):
         loader(**fault)
 
 

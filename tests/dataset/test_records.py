@@ -52,7 +52,7 @@ def test_keys_of_turns_are_counted_apart():
     assert read(parse_pair, pair)[1] == {"name (turn)": 2, "id (turn)": 1}
 
 
-TOOLS = "the use of tools is not learned here"
+TOOLS = "tool use is not supported"
 
 
 @pytest.mark.parametrize(
@@ -61,12 +61,12 @@ TOOLS = "the use of tools is not learned here"
         ("tools", TOOLS),
         ("functions", TOOLS),
         ("messages", "a second chat in one line"),
-        ("weight", "a turn has it, not a line"),
-        ("reasoning_content", "a turn has it, not a line"),
-        ("system_prompt", 'a system prompt is named "system"'),
-        ("history", "what was said before are turns of the chat"),
-        ("image", "only train_pretrain_vlm.py and train_sft_vlm.py learn from pictures"),
-        ("audio", "text and pictures are all that is learned here"),
+        ("weight", "it belongs in a turn, not in the line"),
+        ("reasoning_content", "it belongs in a turn, not in the line"),
+        ("system_prompt", 'the key for a system prompt is "system"'),
+        ("history", "earlier turns belong in the chat"),
+        ("image", "only train_pretrain_vlm.py and train_sft_vlm.py train on pictures"),
+        ("audio", "only text and pictures are supported"),
     ],
 )
 @pytest.mark.parametrize(
@@ -83,30 +83,30 @@ def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason
     [
         ({"tool_calls": "[]"}, f'the key "tool_calls" is refused: {TOOLS}'),
         ({"function_call": {"name": "f"}}, f'the key "function_call" is refused: {TOOLS}'),
-        ({"reasoning": "t"}, 'the key "reasoning" is refused: a thought is named "reasoning_content"'),
-        ({"cot": "t"}, 'the key "cot" is refused: a thought is named "reasoning_content"'),
-        ({"loss_mask": 0}, 'the key "loss_mask" is refused: whether a turn is learned is told by "weight" or "train"'),
-        ({"loss": False}, 'the key "loss" is refused: whether a turn is learned is told by "weight" or "train"'),
-        ({"value": "v"}, 'the key "value" is refused: what is said is named "content"'),
-        ({"weight": 0.5}, '"weight" is 0.5, and can only be 0 or 1'),
-        ({"weight": "1"}, "\"weight\" is '1', and can only be 0 or 1"),
-        ({"weight": True}, '"weight" is True, and can only be 0 or 1'),
-        ({"weight": [0]}, '"weight" is [0], and can only be 0 or 1'),
-        ({"train": 0}, '"train" is 0, and can only be true or false'),
-        ({"train": "false"}, "\"train\" is 'false', and can only be true or false"),
+        ({"reasoning": "t"}, 'the key "reasoning" is refused: the key for thoughts is "reasoning_content"'),
+        ({"cot": "t"}, 'the key "cot" is refused: the key for thoughts is "reasoning_content"'),
+        ({"loss_mask": 0}, 'the key "loss_mask" is refused: use "weight" or "train" to mask a turn'),
+        ({"loss": False}, 'the key "loss" is refused: use "weight" or "train" to mask a turn'),
+        ({"value": "v"}, 'the key "value" is refused: the key for a turn\'s text is "content"'),
+        ({"weight": 0.5}, '"weight" is 0.5, but must be 0 or 1'),
+        ({"weight": "1"}, "\"weight\" is '1', but must be 0 or 1"),
+        ({"weight": True}, '"weight" is True, but must be 0 or 1'),
+        ({"weight": [0]}, '"weight" is [0], but must be 0 or 1'),
+        ({"train": 0}, '"train" is 0, but must be true or false'),
+        ({"train": "false"}, "\"train\" is 'false', but must be true or false"),
         ({"weight": 1, "train": False}, '"weight" and "train" contradict each other'),
         ({"reasoning_content": ["t"]}, '"reasoning_content" is not a string'),
         ({"reasoning_content": "a </think> b"}, "the thought holds the tag </think>"),
         ({"reasoning_content": "t", "content": "<answer>a"}, "the answer holds the tag <answer>"),
-        ({"reasoning_content": "t", "content": ""}, "an empty answer would teach to end at once"),
-        ({"reasoning_content": "\ud83d"}, '"reasoning_content" holds half a character'),
-        ({"content": " \n"}, "an empty answer would teach to end at once"),
+        ({"reasoning_content": "t", "content": ""}, "an empty answer would train the model to stop at once"),
+        ({"reasoning_content": "\ud83d"}, '"reasoning_content" contains a lone surrogate (half a character)'),
+        ({"content": " \n"}, "an empty answer would train the model to stop at once"),
         ({"content": None}, '"content" is not a string but null'),
         ({"content": [{"type": "text", "text": "a"}]}, '"content" is not a string but a list of parts: join'),
         ({"role": "tool"}, f"unknown role 'tool': {TOOLS}"),
-        ({"role": "gpt"}, "unknown role 'gpt': here it is named \"assistant\""),
-        ({"role": "Assistant"}, "unknown role 'Assistant': here it is named \"assistant\""),
-        ({"role": "judge"}, "unknown role 'judge': a turn is one of system, user, assistant"),
+        ({"role": "gpt"}, "unknown role 'gpt': use \"assistant\""),
+        ({"role": "Assistant"}, "unknown role 'Assistant': use \"assistant\""),
+        ({"role": "judge"}, "unknown role 'judge': use system, user, assistant"),
         ({"role": "system"}, "a system turn can only come first"),
     ],
 )
@@ -131,9 +131,9 @@ def test_turns_without_a_role_are_the_users_and_the_assistants_in_turn():
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"weight": 1}, "a turn of the user cannot be learned: only the assistant's can"),
-        ({"train": True}, "a turn of the user cannot be learned: only the assistant's can"),
-        ({"weight": 2}, '"weight" is 2, and can only be 0 or 1'),
+        ({"weight": 1}, "only the assistant's turns can be trained on, not a user turn"),
+        ({"train": True}, "only the assistant's turns can be trained on, not a user turn"),
+        ({"weight": 2}, '"weight" is 2, but must be 0 or 1'),
         ({"reasoning_content": "t"}, 'only the assistant\'s turns can have "reasoning_content"'),
         ({"images": ["a.jpg"]}, 'the key "images" is refused: only train_pretrain_vlm.py'),
     ],
@@ -148,7 +148,7 @@ def test_a_weight_of_0_leaves_an_answer_out_of_what_is_learned():
         assert chat == [Q, A | {"weight": 0}, Q, A]
         assert not ignored
         told = refusal(parse_chat, {"conversations": [Q, A | said]})
-        assert told == '"conversations" has no answer of the assistant to learn from: each has "weight" 0'
+        assert told == '"conversations" has no assistant turn to train on: each has "weight" 0'
     for said in ({"weight": 1}, {"train": True}, {"weight": 1.0, "train": True}, {"weight": None}):
         assert read(parse_chat, {"conversations": [Q, A | said]}) == ([Q, A], {})
     assert read(parse_chat, {"conversations": [Q, A | {"content": "", "weight": 0}, A]})[0][1]["content"] == ""
@@ -185,7 +185,7 @@ def test_the_system_prompt_of_a_line_is_its_system_turn(parse):
     assert chat({"system": "", "conversations": turns}) == [SYSTEM | {"content": ""}, *turns]
     assert chat({"system": None, "conversations": turns}) == turns
     other = {"system": "t", "conversations": [SYSTEM, *turns]}
-    assert refusal(parse, other) == '"system" is not the system turn that the chat begins with'
+    assert refusal(parse, other) == '"system" differs from the chat system turn'
     assert refusal(parse, {"system": ["s"], "conversations": turns}) == '"system" is not a string'
 
 
@@ -207,18 +207,18 @@ def test_what_is_asked_of_a_chat_ends_with_its_last_question():
     assert refusal(parse_question, {"conversations": [Q, A | {"content": ""}, Q]}).startswith(
         'turn 2 of "conversations"'
     )
-    assert refusal(parse_question, {"conversations": [A]}) == "there is no question in it"
+    assert refusal(parse_question, {"conversations": [A]}) == "it contains no question"
 
 
 def test_pictures_are_named_by_image_alone():
     record = {"image": "a.jpg", "conversations": [Q | {"content": "<image>"}, A]}
     assert read(parse_image_chat, record)[0][0] == ["a.jpg"]
-    assert refusal(parse_image_chat, record | {"images": ["b.jpg"]}).endswith('the pictures are named by "image"')
+    assert refusal(parse_image_chat, record | {"images": ["b.jpg"]}).endswith('the key for pictures is "image"')
     for name in ("img", "image_path", "picture"):
         other = {name: "a.jpg", "conversations": record["conversations"]}
-        assert refusal(parse_image_chat, other) == f'the key "{name}" is refused: the pictures are named by "image"'
+        assert refusal(parse_image_chat, other) == f'the key "{name}" is refused: the key for pictures is "image"'
     for nothing in (False, 0, {}):
-        assert refusal(parse_image_chat, {"image": nothing} | CHAT).startswith('"image" is not a name, names with')
+        assert refusal(parse_image_chat, {"image": nothing} | CHAT).startswith('"image" must be a name')
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_letter_case_and_underscores_do_not_hide_a_key_of_a_turn():
         ({"Weight": 0}, 'its name here is "weight"'),
         ({"reasoningContent": "t"}, 'its name here is "reasoning_content"'),
         ({"toolCalls": [1]}, TOOLS),
-        ({"lossMask": 0}, 'whether a turn is learned is told by "weight" or "train"'),
+        ({"lossMask": 0}, 'use "weight" or "train" to mask a turn'),
     ):
         (key,) = more
         told = refusal(parse_chat, {"conversations": [Q, A | more]})
@@ -252,7 +252,7 @@ def test_letter_case_and_underscores_do_not_hide_a_key_of_a_turn():
 def test_answers_whose_prompt_has_another_name_do_not_lose_it(name):
     b = A | {"content": "b"}
     told = refusal(parse_pair, {name: "q", "chosen": [A], "rejected": [b]})
-    assert told == f'the key "{name}" is refused: what both answer is named "prompt"'
+    assert told == f'the key "{name}" is refused: the key for what both answer is "prompt"'
     assert read(parse_pair, {name: "q", "chosen": [Q, A], "rejected": [Q, b]})[1] == {name: 1}
     assert read(parse_pair, {name: "q", "prompt": "q", "chosen": [A], "rejected": [b]})[1] == {name: 1}
 
@@ -261,14 +261,14 @@ def test_a_text_is_learned_whole():
     for more in ({"weight": 0}, {"weight": 0.3}, {"train": False}):
         (key,) = more
         told = refusal(parse_text, {"text": "t"} | more)
-        assert told == f'the key "{key}" is refused: a text is learned, or its line left out'
+        assert told == f'the key "{key}" is refused: a text cannot be masked: leave its line out'
 
 
 @pytest.mark.parametrize("key", ["from", "speaker", "author"])
 def test_who_speaks_is_not_guessed_where_it_is_told_under_another_name(key):
     turns = [{key: "gpt", "content": "a"}, {key: "human", "content": "q"}]
     told = refusal(parse_chat, {"conversations": turns})
-    assert told == f'turn 1 of "conversations": who speaks is told by "role", not by "{key}"'
+    assert told == f'turn 1 of "conversations": the key for the speaker is "role", not "{key}"'
     assert read(parse_chat, {"conversations": [Q | {key: "Ann"}, A]})[1] == {f"{key} (turn)": 1}
 
 

@@ -27,21 +27,21 @@ def parquet(path):
 
 
 CONTAINERS = {
-    "compressed by gzip: unpack it first (gunzip)": lambda path: path.write_bytes(gzip.compress(LINE.encode())),
-    "compressed by xz: unpack it first (xz -d)": lambda path: path.write_bytes(lzma.compress(LINE.encode())),
-    "compressed by bzip2: unpack it first (bunzip2)": lambda path: path.write_bytes(bz2.compress(LINE.encode())),
-    "compressed by zstd: unpack it first (zstd -d)": lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd\x04\x00"),
+    "gzip-compressed: unpack it first (gunzip)": lambda path: path.write_bytes(gzip.compress(LINE.encode())),
+    "xz-compressed: unpack it first (xz -d)": lambda path: path.write_bytes(lzma.compress(LINE.encode())),
+    "bzip2-compressed: unpack it first (bunzip2)": lambda path: path.write_bytes(bz2.compress(LINE.encode())),
+    "zstd-compressed: unpack it first (zstd -d)": lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd\x04\x00"),
     "a zip archive (or an Excel file): unpack it first": zipped,
-    "a parquet file: write it as jsonl first": parquet,
-    "an Arrow file: write it as jsonl first": lambda path: path.write_bytes(b"ARROW1\x00\x00"),
+    "a parquet file: convert it to jsonl first": parquet,
+    "an Arrow file: convert it to jsonl first": lambda path: path.write_bytes(b"ARROW1\x00\x00"),
     "UTF-16 text: save it as UTF-8": lambda path: path.write_text(LINE, encoding="utf-16"),
     "UTF-16 text: save it as UTF-8 ": lambda path: path.write_text(LINE, encoding="utf-16-be"),
     "UTF-16 text: save it as UTF-8 (": lambda path: path.write_text(LINE, encoding="utf-16-le"),
-    "one JSON array: write one JSON object a line instead": lambda path: path.write_text(json.dumps([CHAT])),
+    "one JSON array: write one JSON object per line instead": lambda path: path.write_text(json.dumps([CHAT])),
     "one JSON array: write": lambda path: path.write_text(json.dumps([CHAT, CHAT], indent=2)),
     "one JSON array": lambda path: path.write_text(f"\ufeff[\r\n{LINE},\r\n{LINE}\r\n]", encoding="utf-8"),
     "a web page: download the file itself": lambda path: path.write_text("\n<!DOCTYPE html><html>"),
-    "only a pointer to the file, which git-lfs left": lambda path: path.write_text(LFS),
+    "only a Git LFS pointer": lambda path: path.write_text(LFS),
 }
 
 
@@ -56,7 +56,7 @@ def test_a_file_that_has_no_lines_is_told_whether_or_not_bad_lines_are_skipped(t
 
 
 FIRST_LINES = [
-    ("data.jsonl", json.dumps(CHAT, indent=2), "JSON spread over several lines; write one object a line"),
+    ("data.jsonl", json.dumps(CHAT, indent=2), "JSON spread over several lines; write one object per line"),
     ("data.csv", "Frage; Antwort\n1; 2", "a csv table; write each row as a JSON object"),
     ("data.jsonl", "question,right answer\n1,2", "a csv table; write each row as a JSON object"),
     ("data.jsonl", "question\tanswer\n1\t2", "a tsv table; write each row as a JSON object"),
@@ -72,7 +72,7 @@ def test_what_the_first_line_shows_of_a_file_is_told(tmp_path, name, content, sh
         list(JsonlReader(path, parse_text, skip))
     assert "line 1: not valid JSON (" in str(error.value)
     assert f"; the file seems to be {shape}" in str(error.value)
-    assert ("has no good line; " in str(error.value)) == skip
+    assert ("has no valid line; " in str(error.value)) == skip
 
 
 def test_a_first_line_that_is_bad_can_be_skipped(tmp_path):
@@ -83,24 +83,24 @@ def test_a_first_line_that_is_bad_can_be_skipped(tmp_path):
         assert reader.bad_lines == 1
 
 
-SHAREGPT = 'ShareGPT\'s form: name "from" "role" (human: user, gpt: assistant) and "value" "content"'
+SHAREGPT = 'ShareGPT format: rename "from" to "role" (human: user, gpt: assistant) and "value" to "content"'
 FOREIGN = [
-    (parse_chat, {"messages": CHAT["conversations"]}, 'OpenAI\'s form: name "messages" "conversations"'),
+    (parse_chat, {"messages": CHAT["conversations"]}, 'OpenAI format: rename "messages" to "conversations"'),
     (parse_chat, {"conversations": [{"from": "human", "value": "Hi"}]}, SHAREGPT),
     (parse_chat, {"messages": [{"from": "human", "value": "Hi"}]}, SHAREGPT),
-    (parse_chat, {"instruction": "Add", "input": "2 2", "output": "4"}, "Alpaca's form: make instruction and input a"),
-    (parse_chat, {"conversation": CHAT["conversations"]}, 'name "conversation" "conversations"'),
-    (parse_chat, {"prompt": "p", "completion": "c"}, "a prompt with its answer: make them a user's and"),
-    (parse_chat, {"question": "p", "answer": "c"}, "a question with its answer: make them a user's and"),
+    (parse_chat, {"instruction": "Add", "input": "2 2", "output": "4"}, "Alpaca format: make instruction and input a"),
+    (parse_chat, {"conversation": CHAT["conversations"]}, 'rename "conversation" to "conversations"'),
+    (parse_chat, {"prompt": "p", "completion": "c"}, "a prompt with its answer: make them a user and"),
+    (parse_chat, {"question": "p", "answer": "c"}, "a question with its answer: make them a user and"),
     (parse_chat, {"instruction": "p", "context": "", "response": "c"}, "an instruction with its answer: make them"),
     (parse_chat, {"input": "p", "output": "c"}, "an input with its answer: make them"),
-    (parse_chat, {"prompt": "p", "completion": "c", "label": False}, "KTO's form, judged answers, which no stage"),
-    (parse_chat, {"prompt": "p", "chosen": "c", "rejected": "r"}, "preferences, which train_dpo.py learns"),
-    (parse_chat, {"text": "t"}, "a plain text, which train_pretrain.py learns"),
-    (parse_text, CHAT, "a chat, which train_full_sft.py learns"),
-    (parse_text, {"instruction": "Add", "output": "4"}, "Alpaca's form"),
-    (parse_pair, CHAT, "a chat, which train_full_sft.py learns"),
-    (parse_question, {"messages": CHAT["conversations"]}, "OpenAI's form"),
+    (parse_chat, {"prompt": "p", "completion": "c", "label": False}, "KTO format, which no stage"),
+    (parse_chat, {"prompt": "p", "chosen": "c", "rejected": "r"}, "a preference pair, for train_dpo.py"),
+    (parse_chat, {"text": "t"}, "plain text, for train_pretrain.py"),
+    (parse_text, CHAT, "a chat, for train_full_sft.py"),
+    (parse_text, {"instruction": "Add", "output": "4"}, "Alpaca format"),
+    (parse_pair, CHAT, "a chat, for train_full_sft.py"),
+    (parse_question, {"messages": CHAT["conversations"]}, "OpenAI format"),
     (parse_text, {"body": "t"}, None),
 ]
 

@@ -107,7 +107,7 @@ def test_masks_and_large_ids_of_any_length_come_back(data, vocabulary):
 
 def test_lines_may_give_any_number_of_samples_even_none(data, open_it):
     assert len(open_it(encode=lambda texts: [([1, 5, 2], None)])) == 1
-    with pytest.raises(DataError, match="no good line"):
+    with pytest.raises(DataError, match="no valid line"):
         open_it(kind="nothing", encode=lambda texts: [])
 
 
@@ -181,14 +181,14 @@ def test_an_edit_that_no_sample_shows_is_read_anew(large, open_it, capsys):
     assert fingerprint_file(large) == state
     second = open_it(encode=few)
     assert second.data_sha256 == hashlib.sha256(large.read_bytes()).hexdigest() != first
-    assert "was edited, with its size and time as before" in capsys.readouterr().err
+    assert "was edited without changing its size and time" in capsys.readouterr().err
     assert len(caches(large)) == 1
 
 
 def test_an_edit_that_no_sample_shows_is_told_while_a_run_uses_the_cache(large, open_it):
     used = open_it(encode=few)
     between_blocks(large)
-    with pytest.raises(DataError, match="cannot be read, nor replaced while it is in use"):
+    with pytest.raises(DataError, match="cannot be read, and cannot be replaced while in use"):
         open_it(encode=few)
     assert len(used) == 4000
 
@@ -209,7 +209,7 @@ def test_a_cache_of_other_data_in_its_place_is_not_what_a_worker_opens(data, ope
     pickled, folder = pickle.dumps(cache), cache.folder
     info = json.loads((folder / "info.json").read_text())
     (folder / "info.json").write_text(json.dumps(info | {"data_sha256": "0" * 64}))
-    with pytest.raises(ValueError, match="was made anew from other data"):
+    with pytest.raises(ValueError, match="was rebuilt from other data"):
         pickle.loads(pickled)
 
 
@@ -228,7 +228,7 @@ def test_a_damaged_cache_is_made_again(open_it, capsys, name, change):
     assert [(samples_in(cache)[n], cache.targets(n, 0, 3).tolist(), cache.note(n)) for n in range(len(cache))] == before
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{name}.bin" in line
-    assert "it is made again" in line
+    assert "rebuilding it" in line
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"data_sha256": 1}'])
@@ -349,7 +349,7 @@ def test_a_file_that_changes_while_it_is_read_is_told(data, open_it, tiny_tokeni
         rewrite_longer(data)
         return real(tiny_tokenizer)(texts)
 
-    with pytest.raises(DataError, match=r"texts\.jsonl changed while it was being read: start again"):
+    with pytest.raises(DataError, match=r"texts\.jsonl changed while it was being read: run again"):
         open_it(encode=encode)
     assert caches(data) == []
 
@@ -393,7 +393,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing(data, open_it):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     assert str(error.value).startswith(f"the cache of {data} cannot be written in {data.parent / '.cache'}")
-    assert str(error.value).endswith("File too large; make room there")
+    assert str(error.value).endswith("File too large; free some space there")
     assert caches(data) == []
     assert len(open_it()) == 200
 
@@ -417,8 +417,8 @@ def test_bad_lines_stop_the_run_or_are_counted_with_one_cache_for_both(data, ope
 @pytest.mark.parametrize(
     ("content", "skip", "reason"),
     [
-        ("\n \n", False, "has no good line; all are blank"),
-        ("{\n[]\n", True, "has no good line; 2 bad, the first: line 1: not valid JSON"),
+        ("\n \n", False, "has no valid line; all are blank"),
+        ("{\n[]\n", True, "has no valid line; 2 bad, the first: line 1: not valid JSON"),
     ],
 )
 def test_a_file_without_a_good_line_is_told(data, open_it, content, skip, reason):

@@ -199,8 +199,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("record", "reason"),
         [
-            (line("no marker", "Red.", "red.png"), "images: 1, but <image> markers to show them at: 0"),
-            (line("<image> one", "Red.", "red.png,blue.jpg"), "images: 2, but <image> markers to show them at: 1"),
+            (line("no marker", "Red.", "red.png"), "1 images, but only 0 <image> markers"),
+            (line("<image> one", "Red.", "red.png,blue.jpg"), "2 images, but only 1 <image> markers"),
             (line("<image>", "Red.", "gone.png"), r"gone\.png does not exist"),
             (line("<image>", "Red.", "A" * 5000), "AAA… does not exist"),  # an image's content, say, for its name
             (line("<image>", "Red.", 7), '"image" is not a name'),
@@ -237,8 +237,8 @@ class TestRefused:
         assert fits[0]["image_mask"].sum() == TOKENS
         cut = open_lines([late, short], packing=False, max_seq_len=end - 1)
         assert len(cut) == 1
-        assert f"1 dropped with an image that does not fit {end - 1} tokens" in cut.summary
-        with pytest.raises(DataError, match="no sample has anything to learn"):
+        assert f"1 dropped because an image does not fit in {end - 1} tokens" in cut.summary
+        with pytest.raises(DataError, match="no sample has a target"):
             open_lines([late], packing=False, max_seq_len=end - 1)
 
     @pytest.mark.parametrize("num_workers", [0, 1])
@@ -287,8 +287,8 @@ class TestImagesThatBreakAndAreMended:
         assert len(mended) == 3
         change = mended.changed_since(before.identity)
         assert change == (
-            f"the image {images / 'blue.jpg'} is whole now, and the saved run began without its lines: "
-            "move it away to go on without them"
+            f"the image {images / 'blue.jpg'} is valid now, but the saved run began without its lines: "
+            "move it away to continue without them"
         )
         (images / "blue.jpg").unlink()  # as the line says
         assert open_three(skip_bad_lines=True).changed_since(before.identity) is None
@@ -299,7 +299,7 @@ class TestImagesThatBreakAndAreMended:
         before = open_three().identity
         (images / "blue.jpg").write_bytes(broken)
         change = open_three(skip_bad_lines=True).changed_since(before)
-        assert change == f"the image {images / 'blue.jpg'} was whole when the saved run began: mend it"
+        assert change == f"the image {images / 'blue.jpg'} was valid when the saved run began: repair it"
 
     def test_the_bytes_count_not_the_place_or_the_time(self, open_lines, images_path, tmp_path):
         before = open_lines([*self.LINES], packing=False).identity
@@ -309,12 +309,12 @@ class TestImagesThatBreakAndAreMended:
         assert dataset.identity == before
         Image.new("RGB", (40, 32), (250, 0, 0)).save(copied / "red.png")
         other = open_lines(None, images=copied, packing=False)
-        assert other.changed_since(before) == f"the images in {copied} are not those that the saved run began with"
+        assert other.changed_since(before) == f"the images in {copied} have changed since the saved run began"
 
     def test_an_edited_line_comes_before_all_else(self, open_lines):
         before = open_lines([*self.LINES], packing=False).identity
         other = open_lines([self.LINES[0]], packing=False)
-        assert "lines.jsonl does not hold what it held" in other.changed_since(before)
+        assert "lines.jsonl has changed since" in other.changed_since(before)
 
     def test_what_was_saved_by_an_earlier_version_is_gone_on_with(self, open_three):
         assert open_three(skip_bad_lines=True).changed_since({}) is None

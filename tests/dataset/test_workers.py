@@ -42,5 +42,7 @@ def test_no_room_in_shared_memory(monkeypatch, rows, collate):
         collate_fn=partial(collate_to_send, collate=collate),
         multiprocessing_context="fork",
     )
-    with pytest.raises(DataError, match=r"^a batch that .* /dev/shm \(No space left on device \(28\)\): .*--shm-size"):
+    with pytest.raises(
+        DataError, match=r"^a --num_workers batch .* /dev/shm \(No space left on device \(28\)\): .*--shm-size"
+    ):
         list(unwrap_worker_errors(loader))

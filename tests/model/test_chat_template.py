@@ -164,7 +164,7 @@ def test_no_messages_are_the_default_system_prompt():
 @pytest.mark.parametrize(
     ("turn", "said"),
     [
-        ({"role": "critic", "content": "x"}, "unknown role 'critic': system, developer, user, assistant and tool"),
+        ({"role": "critic", "content": "x"}, "unknown role 'critic': use system, developer, user, assistant or tool"),
         ({"content": "x"}, "unknown role ''"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "not parts of type 'image_url'"),
         ({"role": "user", "content": [{"type": "text", "text": None}]}, "not parts of type 'text'"),

@@ -234,7 +234,7 @@ def test_a_file_brings_its_alpha_and_knows_its_base(tmp_path):
             lambda: tiny_model(dim=64),
             r"another base: its .*wo.lora.A.weight is \(4, 32\), but this model takes \(4, 64\)",
         ),
-        (lambda: tiny_model(n_layers=3), r"its layers.2.attention.wo.lora.A.weight is absent"),
+        (lambda: tiny_model(n_layers=3), r"its layers.2.attention.wo.lora.A.weight is missing"),
         (lambda: tiny_model(n_layers=1), r"its layers.1.attention.wo.lora.A.weight is \(4, 32\), .* takes none"),
         (lambda: adapted(rank=2), "rank 4, alpha 8 on wq, wo, but the model was prepared for rank 2"),
         (lambda: adapted(targets=["wq"]), "on wq, wo, but the model was prepared for rank 4, alpha 8 on wq"),
@@ -254,7 +254,7 @@ def test_what_is_no_adapter_is_told_so():
     half = {key: value for key, value in lora_state_dict(adapted()).items() if "A" in key}
     mixed = lora_state_dict(adapted()) | {"layers.1.attention.wo.lora.B.weight": torch.zeros(32, 5)}
     for state, told in (
-        ({}, "has nothing"),
+        ({}, "has no tensors"),
         (model.state_dict(), "no LoRA adapter"),
         (half, "absent"),
         (mixed, "32, 5"),

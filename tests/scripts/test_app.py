@@ -227,7 +227,7 @@ def test_fetching_is_off_unless_switched_on(serve, vlm):
     part = {"type": "image_url", "image_url": {"url": "http://pictures.example/red"}}
     reply = chat(client, [{"role": "user", "content": [part]}])
     assert reply.status_code == 400
-    assert "fetches no addresses" in reply.json()["error"]["message"]
+    assert "does not fetch URLs" in reply.json()["error"]["message"]
 
 
 def test_half_a_character_in_an_address_is_quoted_in_a_refusal(serve, vlm):
@@ -336,7 +336,7 @@ def test_an_error_of_our_own_is_an_object_too(serve, model, monkeypatch):
     reply = chat(client)
     assert reply.status_code == 500
     assert reply.json()["error"] == {
-        "message": "an error inside the server; its log says which",
+        "message": "internal server error; see the server's log",
         "type": "server_error",
         "param": None,
         "code": "internal",

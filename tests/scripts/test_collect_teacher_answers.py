@@ -155,7 +155,7 @@ def test_a_question_is_what_its_line_says(endpoint, tmp_path, capsys, tiny_token
     assert asked == [[{"role": "system", "content": "own"}, user | {"content": "one"}], [user, answer, user]]
     said = capsys.readouterr().err
     assert f"{questions}: ignored keys: id 2, answer 1, turns after the question 1\n" in said
-    assert f"{questions}: 1 bad lines skipped, the first: line 3: there is no question in it" in said
+    assert f"{questions}: 1 bad lines skipped, the first: line 3: it contains no question" in said
     written = [json.loads(line)["conversations"] for line in out.read_text(encoding="utf-8").splitlines()]
     assert written[1] == [user, answer | {"weight": 0}, user, {"role": "assistant", "content": "about hi"}]
     assert "ignored keys: model 2, thinking 2" in SFTDataset(out, tiny_tokenizer).summary
@@ -205,7 +205,7 @@ def test_no_reply_whatever_its_shape_stops_a_worker(endpoint, questions, tmp_pat
     errors = capsys.readouterr().err
     assert [question for question, _ in replies(tmp_path / "a.jsonl")] == [f"question {n}?" for n in range(8, 24)]
     for word in (
-        "sent no JSON",
+        "did not send JSON",
         "sent no choices",
         "it is not text but",
         "half a character",
@@ -269,7 +269,7 @@ def test_thinking_is_kept_in_tags(endpoint, tmp_path, capsys):
     answer = "<think>\nsix\ntimes seven\n</think>\n<answer>\n42\n</answer>"
     assert replies(tmp_path / "a.jsonl") == [("0", answer), ("1", tagged)]
     errors = capsys.readouterr().err
-    assert "no reasoning_content came with it" in errors
+    assert "it has no reasoning_content" in errors
     assert "the thought holds the tag </think>" in errors
 
 
@@ -295,7 +295,7 @@ def test_ctrl_c_loses_no_answer(endpoint, questions, tmp_path):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        assert "finishing the questions that are being asked" in process.stderr.readline()
+        assert "finishing the requests in progress" in process.stderr.readline()
         release.set()
         assert process.wait(PATIENCE) == 130
     asked = [body["messages"][-1]["content"] for body in endpoint.asked]
@@ -317,7 +317,7 @@ def test_it_gives_up_where_asking_on_is_useless(endpoint, questions, tmp_path, c
     endpoint.server_close()
     endpoint.shutdown()
     collect(endpoint, questions, tmp_path / "a.jsonl", "--retries", "0", exit_code=2)
-    assert "the same command goes on from here" in capsys.readouterr().err
+    assert "run the same command to continue" in capsys.readouterr().err
 
 
 def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
@@ -351,8 +351,8 @@ def test_a_place_that_cannot_be_written_and_an_address_that_is_none(endpoint, qu
     for out, flags, told in (
         (tmp_path, (), "cannot write"),
         (tmp_path / "file" / "a.jsonl", (), "cannot write"),
-        (tmp_path / "a.jsonl", ("--base_url", "http://[::1"), "not an address of an API"),
-        (tmp_path / "a.jsonl", ("--base_url", "localhost:1"), "not an address of an API"),
+        (tmp_path / "a.jsonl", ("--base_url", "http://[::1"), "not an API base URL"),
+        (tmp_path / "a.jsonl", ("--base_url", "localhost:1"), "not an API base URL"),
     ):
         collect(endpoint, questions, out, *flags, exit_code=2)
         assert told in capsys.readouterr().err

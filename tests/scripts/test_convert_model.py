@@ -193,7 +193,7 @@ def test_a_folder_or_weights_that_are_there_stay(convert, tokenizer_dir, weights
     (folder / "mine.txt").write_text("mine")
     convert("to-transformers", weights, folder, "--tokenizer", tokenizer_dir)
     assert (folder / "mine.txt").read_text() == "mine"
-    with pytest.raises(UserError, match="holds a model already"):
+    with pytest.raises(UserError, match="already contains a model"):
         convert("to-transformers", weights, folder, "--tokenizer", tokenizer_dir)
     other = tmp_path / "tokenizer"
     other.mkdir()

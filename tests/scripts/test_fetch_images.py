@@ -88,7 +88,7 @@ def test_images_are_fetched_where_they_are(site):
     for url, said in (
         (f"{site.address}/none", "404"),
         (f"{site.address}/empty", "204"),
-        (f"{site.address}/round", "moved on more than 5 times"),
+        (f"{site.address}/round", "more than 5 redirects"),
         (f"{site.address}/flood", "larger than 20 MiB"),
         (f"http://127.0.0.1:{free_port()}/", "cannot be had"),
         ("http://127.0.0.1:99999/", "cannot be had"),
@@ -113,7 +113,7 @@ def test_all_images_of_a_request_share_its_bytes_and_its_seconds(site, monkeypat
     monkeypatch.setattr(fetch_images, "time", clock)
     assert fetch([red]) == [RED]
     site.asked.clear()
-    with pytest.raises(ApiError, match="did not come within the 20 seconds"):
+    with pytest.raises(ApiError, match="did not arrive within the 20 seconds"):
         fetch([red, red])
 
 
@@ -125,7 +125,7 @@ def test_all_images_of_a_request_share_its_bytes_and_its_seconds(site, monkeypat
     ],
 )
 def test_this_machine_is_not_asked_unless_the_operator_allows_it(host, site):
-    with pytest.raises(ApiError, match=r"leads to this machine|cannot be had") as caught:
+    with pytest.raises(ApiError, match=r"points to this machine|cannot be fetched") as caught:
         ImageFetcher()([f"http://{host}:{site.port}/red"])
     assert caught.value.status_code == 400
     assert site.asked == []
@@ -135,7 +135,7 @@ def test_a_redirection_leads_to_no_private_address(site, names):
     names["pictures.example"] = ["127.0.0.1"]
     names["inside.example"] = ["127.0.0.2"]
     site.leads_to = f"http://inside.example:{site.port}/red"
-    with pytest.raises(ApiError, match="leads to this machine or a private network"):
+    with pytest.raises(ApiError, match="points to this machine or a private network"):
         ImageFetcher()([f"http://pictures.example:{site.port}/elsewhere"])
     assert site.asked == [(f"pictures.example:{site.port}", "/elsewhere")]
 

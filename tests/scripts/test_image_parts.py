@@ -50,9 +50,9 @@ def test_every_form_of_base64_is_read(url):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        (f"data:image/png,{CODE}", "must be of the form"),
-        (f"data:image/png;base65,{CODE}", "must be of the form"),
-        ("data:image/png;base64", "must be of the form"),
+        (f"data:image/png,{CODE}", "must have the form"),
+        (f"data:image/png;base65,{CODE}", "must have the form"),
+        ("data:image/png;base64", "must have the form"),
         ("data:image/png;base64,abcde", "damaged"),
         (f"data:image/png;base64,{CODE[:-4]}=abc", "damaged"),
         (f"data:image/png;base64,{CODE[:-8]}é", "damaged"),

@@ -101,7 +101,7 @@ def test_a_stage_that_is_named_decides(inspect):
     assert "as --stage lora has it (SFTDataset)" in printed
     assert "ignored keys: text 1" in printed
     _, error = inspect([chat("q", "a")], "--stage", "dpo", exit_code=2)
-    assert 'the key "chosen" is missing (this is a chat, which train_full_sft.py learns)' in error
+    assert 'the key "chosen" is missing (this is a chat, for train_full_sft.py)' in error
 
 
 def test_what_is_cut_and_dropped_is_counted(inspect):
@@ -110,9 +110,9 @@ def test_what_is_cut_and_dropped_is_counted(inspect):
     printed, _ = inspect(lines, "--max_seq_len", "80")
     assert "lost by" not in whole
     (before, after) = (int(re.search(r"learned: (\d+) of", text)[1]) for text in (whole, printed))
-    lost = int(re.search(r"lost by cutting and dropping: (\d+) tokens to learn", printed)[1])
+    lost = int(re.search(r"lost by cutting and dropping: (\d+) target tokens", printed)[1])
     assert before == after + lost
-    assert "1 cut at 80 tokens, 1 dropped with nothing to learn" in printed
+    assert "1 cut at 80 tokens, 1 dropped without targets" in printed
     assert re.search(r"--- sample 1: 80 of \d+ tokens, \d+ learned\n", printed)
     assert "--- sample 2: " in printed
     assert "--- sample 3: " not in printed
@@ -132,10 +132,10 @@ def test_bad_lines_are_listed_and_an_error_unless_they_may_be_skipped(inspect):
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ('{"instruction": "Add", "output": "4"}', "no stage learns from such lines (this is Alpaca's form"),
+        ('{"instruction": "Add", "output": "4"}', "no stage takes such lines (this is Alpaca format"),
         ('[{"text": "a"}]', "is one JSON array"),
-        ("a,b\n1,2", "has no good line; 2 bad, the first: line 1: not valid JSON"),
-        ('{"body": "a"}', "no stage learns from such lines\n"),
+        ("a,b\n1,2", "has no valid line; 2 bad, the first: line 1: not valid JSON"),
+        ('{"body": "a"}', "no stage takes such lines\n"),
     ],
 )
 def test_what_is_no_data_of_ours_ends_in_one_line(inspect, lines, reason):

@@ -113,7 +113,7 @@ def test_an_adapter_on_a_shared_expert_works_here_and_comes_back(tiny_tokenizer,
 
 def test_what_the_other_side_cannot_say_is_refused(tiny_tokenizer, tmp_path):
     model, settings = adapted(len(tiny_tokenizer), ["w1"], use_moe=True)
-    with pytest.raises(UserError, match=r"experts.0.w1: a Qwen2-MoE holds all its experts in one tensor"):
+    with pytest.raises(UserError, match=r"experts.0.w1: a Qwen2-MoE keeps all experts in one tensor"):
         write_folder(lora_state_dict(model), settings, model.config, True, "base", tmp_path / "moe")
     assert not (tmp_path / "moe").exists()
 
@@ -134,7 +134,7 @@ def test_what_the_other_side_cannot_say_is_refused(tiny_tokenizer, tmp_path):
             read_folder(folder, model.config)
     (folder / "adapter_config.json").write_text(json.dumps(about))
     save_file(load_file(weights) | {"base_model.model.model.norm.weight": torch.ones(2)}, weights)
-    with pytest.raises(UserError, match=r"norm.weight is no A or B of a plain LoRA"):
+    with pytest.raises(UserError, match=r"norm.weight is not an A or B of a plain LoRA"):
         read_folder(folder, model.config)
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match="cannot be read"):
@@ -153,7 +153,7 @@ def test_there_and_back_by_the_command_line(tiny_tokenizer, tokenizer_dir, tmp_p
 
     convert("to-peft", "base_64.pth", "me_64.pth", "peft")
     refused = convert("to-peft", "base_64.pth", "me_64.pth", "peft", exit_code=2)
-    assert "holds an adapter already" in one_error_line(refused)
+    assert "already contains an adapter" in one_error_line(refused)
     convert("from-peft", "peft", "base_64.pth", "back_64.pth")
     fresh = make_model(len(tiny_tokenizer))
     fresh.load_state_dict(torch.load(tmp_path / "base_64.pth", weights_only=True))

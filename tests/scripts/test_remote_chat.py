@@ -139,9 +139,7 @@ def test_why_there_is_no_answer(monkeypatch):
     assert explain_failure(failed, ELSEWHERE) == "Connection error. (nobody there)"
     assert explain_failure(RuntimeError("no"), ELSEWHERE) == "no"
     monkeypatch.setenv("http_proxy", "http://a:1")
-    assert (
-        explain_failure(failed, ELSEWHERE) == "Connection error. (nobody there), asked through the proxy of http_proxy"
-    )
+    assert explain_failure(failed, ELSEWHERE) == "Connection error. (nobody there), through the proxy in http_proxy"
 
 
 def test_collecting_names_the_proxy(tmp_path, monkeypatch, capsys):
@@ -151,7 +149,7 @@ def test_collecting_names_the_proxy(tmp_path, monkeypatch, capsys):
     call_script("scripts/collect_teacher_answers.py", tmp_path / "q.jsonl", tmp_path / "a.jsonl", *flags, exit_code=2)
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "asked through the proxy of http_proxy" in errors[0]
+    assert "through the proxy in http_proxy" in errors[0]
 
 
 def test_the_chat_names_the_proxy(monkeypatch, capsys):
@@ -160,12 +158,12 @@ def test_the_chat_names_the_proxy(monkeypatch, capsys):
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0)
     call_script("scripts/chat_openai_api.py", "--base_url", ELSEWHERE, "--model", "m")
-    assert "asked through the proxy of http_proxy" in capsys.readouterr().err
+    assert "through the proxy in http_proxy" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("address", "ftp://a/v1 http:///v1 http://a:0/v1 http://a:99999/v1 a/v1 http://[/v1".split())
 def test_what_is_no_address(address):
-    with pytest.raises(UserError, match="is not an address of an API"):
+    with pytest.raises(UserError, match="is not an API base URL"):
         check_address(address, "none")
     check_address("http://a:1/v1", "none")
 

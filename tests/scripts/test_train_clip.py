@@ -134,7 +134,7 @@ def test_a_run_makes_a_clip_folder(small_demo, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["clip"]
     for other in (tmp_path, tmp_path / "clip" / "config.json"):  # the folder above it; a file
         refused = run_script("scripts/train_clip.py", *flags, "--out_dir", other, "--overwrite", exit_code=2)
-        assert "no tower made by this script" in one_error_line(refused)
+        assert "was not written by this script" in one_error_line(refused)
     assert (tmp_path / "clip" / "model.safetensors").is_file()
 
 
@@ -152,7 +152,7 @@ def test_a_broken_picture_is_named_with_its_line_or_skipped_and_counted(small_de
     nothing = tmp_path / "nothing.jsonl"
     nothing.write_text(json.dumps({"image": first, "captions": ["it"]}) + "\n")
     call_script("scripts/train_clip.py", *flags, "--skip_bad_lines", "--overwrite", "--data_path", nothing, exit_code=2)
-    assert "nothing.jsonl has no good line; 1 bad, the first: line 1: the image" in capsys.readouterr().err
+    assert "nothing.jsonl has no valid line; 1 bad, the first: line 1: the image" in capsys.readouterr().err
 
 
 class TestLoop:

@@ -89,7 +89,7 @@ def test_a_tokenizer_that_is_there_is_not_overwritten_and_can_be_measured(traine
     common = ("--data_path", *sorted(data.glob("*.jsonl")), "--out_dir", folder)
 
     refused = run_script("scripts/train_tokenizer.py", *common, exit_code=2)
-    assert f"{folder} has a tokenizer already" in one_error_line(refused)
+    assert f"{folder} already has a tokenizer" in one_error_line(refused)
     assert "--overwrite" in one_error_line(refused)
 
     measured = run_script("scripts/train_tokenizer.py", *common, "--only_measure")
@@ -110,7 +110,7 @@ def test_the_least_vocabulary_is_of_the_bytes_and_the_tags_alone(data, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--vocab_size", "263"], "--vocab_size 263 has no room for the 256 bytes and 8 tags"),
+        (["--vocab_size", "263"], "--vocab_size 263 is too small for the 256 bytes and 8 tags"),
         (["--holdout", "1"], "--holdout must be from 0 to below 1"),
         (["--data_path", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--data_path", "bad.jsonl"], 'line 2: neither "text" nor "conversations"'),
@@ -215,7 +215,7 @@ def broken_round_trip():
 def broken_template():
     tokenizer = train_tokenizer(["<unk>", "<s>", "</s>"])
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    return tokenizer, "its chat template lays a chat out in another way"
+    return tokenizer, "its chat template renders a chat differently"
 
 
 @pytest.mark.parametrize("breaking", [broken_ids, broken_bytes, broken_alphabet, broken_round_trip, broken_template])

@@ -154,7 +154,7 @@ def test_an_address_says_which_models_it_has_or_what_is_wrong():
     with pytest.raises(UserError, match="nothing answers at"):
         connect(double.address, "")
     for address, key in (("http://[::1", ""), ("127.0.0.1:8998", ""), ("ftp://a/v1", ""), ("http://a:99999", "")):
-        with pytest.raises(UserError, match="not an address of an API"):
+        with pytest.raises(UserError, match="not an API base URL"):
             connect(address, key)
     with pytest.raises(UserError, match="ASCII"):
         connect("http://127.0.0.1:9/v1", "ключ")

@@ -148,7 +148,7 @@ def test_weights_that_do_not_load_are_named_and_the_page_goes_on(open_page, tiny
 @pytest.mark.parametrize("script", ["web_demo.py", "web_demo_vlm.py"])
 def test_without_streamlit_it_says_what_to_type(script, capsys):
     call_script(f"scripts/{script}", exit_code=2)
-    told = f"error: the page is drawn by Streamlit: type {sys.executable} -m streamlit run scripts/{script}"
+    told = f"error: this page needs Streamlit: run {sys.executable} -m streamlit run scripts/{script}"
     assert told in capsys.readouterr().err.splitlines()
 
 

@@ -71,7 +71,7 @@ def test_data_without_anything_to_learn(pretrain, sft, tmp_path):
     assert "is empty" in one_error_line(pretrain(tmp_path, "--data_path", empty, exit_code=2))
     chat = [{"role": "user", "content": "long " * 200}, {"role": "assistant", "content": "short"}]
     long = write_jsonl(tmp_path / "long.jsonl", [{"conversations": chat}])
-    assert "anything to learn within 128 tokens" in one_error_line(sft(tmp_path, "--data_path", long, exit_code=2))
+    assert "a target within 128 tokens" in one_error_line(sft(tmp_path, "--data_path", long, exit_code=2))
     assert "is not a file" in one_error_line(pretrain(tmp_path, "--data_path", tmp_path, exit_code=2))
 
 
@@ -81,7 +81,7 @@ def test_a_bom_crlf_and_a_very_long_line_simply_work(pretrain, tmp_path):
     data.write_bytes("\ufeff".encode() + "\r\n".join([*LINES, long, *LINES, ""]).encode())
     done = pretrain(tmp_path, "--data_path", data, "--max_steps", "1")
     assert "7 samples" in done.stdout
-    assert "1 split over rows" in done.stdout
+    assert "1 split across rows" in done.stdout
 
 
 @pytest.mark.parametrize("place", ["below a file", "read-only", "a folder in the way"])
@@ -189,7 +189,7 @@ def test_a_downloaded_file_says_which_tokenizer_is_assumed(sft, tiny_out, tokeni
     assert about(tmp_path, "full_sft_32")["step"] == 1
 
 
-@pytest.mark.parametrize(("size", "told"), [("64k", "a batch that --num_workers prepared"), ("4k", "cannot be set up")])
+@pytest.mark.parametrize(("size", "told"), [("64k", "a --num_workers batch"), ("4k", "cannot use shared memory")])
 def test_a_small_shared_memory(pretrain, tmp_path, size, told):
     """It used to wait forever for the batch that had found no room."""
     before = ("tests/stages/small_shm.py", size)

@@ -232,7 +232,7 @@ class TestData:
         data.write_bytes(content.replace(b"robot", b"ROBOT", 1))
         os.utime(data, ns=(times.st_atime_ns, times.st_mtime_ns))
         line = one_error_line(train(data, "--max_steps", "2", "--resume", exit_code=2))
-        assert f"--resume: {data} does not hold what it held when the saved run began" in line
+        assert f"--resume: {data} has changed since the saved run began" in line
         data.write_bytes(content)
         assert "resumed at step 1" in train(data, "--max_steps", "2", "--resume").stdout
 
@@ -241,7 +241,7 @@ class TestData:
         with data.open("a") as file:
             file.write('{"text": "one more"}\n')
         line = one_error_line(train(data, "--max_steps", "2", "--resume", exit_code=2))
-        assert "does not hold what it held" in line
+        assert "has changed since" in line
 
     def test_it_may_be_moved_linked_and_copied(self, train, data, tmp_path):
         train(data, "--max_steps", "1")

@@ -233,7 +233,7 @@ def test_dense_unpacked_bf16_normalized_with_held_out_pairs(out, train, pairs_fi
     [
         (("--beta", "0"), "--beta: must be a number above 0, not 0"),
         (("--from_weight", "nothing"), "nothing_32.pth is missing"),
-        (("--max_seq_len", "8"), "no sample has anything to learn within 8 tokens"),
+        (("--max_seq_len", "8"), "no sample has a target within 8 tokens"),
     ],
 )
 def test_flags_that_cannot_work(out, train, flags, told):

@@ -169,7 +169,7 @@ class TestErrors:
             (("--images_path", "nowhere"), "line 1: the image nowhere/red.png does not exist"),
             (("--from_weight", "reason"), "reason_32.pth is missing: train_distill_reason.py makes it"),
             (("--unfreeze_last", "3"), "--unfreeze_last 3: the model has 2 blocks"),
-            (("--max_seq_len", "20"), "no sample has anything to learn within 20 tokens"),
+            (("--max_seq_len", "20"), "no sample has a target within 20 tokens"),
         ],
     )
     def test_a_wrong_flag(self, refused, out, flags, message):
@@ -200,7 +200,7 @@ class TestErrors:
         stage("pretrain_vlm", out, *given, "--max_steps", "1")
         shutil.copy(pictures / "images" / "blue.png", blue)
         error = refused("pretrain_vlm", out, *given, "--max_steps", "2", "--resume")
-        assert f"--resume: the image {blue} is whole now, and the saved run began without its lines" in error
+        assert f"--resume: the image {blue} is valid now, but the saved run began without its lines" in error
 
     def test_another_tower_than_it_was_trained_with(self, stage, refused, out, clip_dir, tmp_path):
         stage("pretrain_vlm", out, "--max_steps", "1")
