@@ -70,7 +70,7 @@ def get_args():
 
 
 def reply(engine, ids: list[int], args, by_hand: bool) -> str:
-    """Write an answer to a prompt; show it, and how fast it came."""
+    """Generate an answer to a prompt; show it and its speed."""
     from model.inference.request import Request
     from model.reasoning import majority
 

@@ -49,12 +49,12 @@ def get_args():
 
 
 def tag_weights(labels: Tensor, tags: list[list[int]], weight: float) -> Tensor:
-    """What each label counts: `weight` inside a tag, 1 in the rest of an answer, 0 where nothing is learned.
+    """The loss weight of each label: `weight` inside a tag, 1 in the rest of an answer, 0 outside the loss.
 
-    A tag is found where its whole sequence of ids stands, so a piece of it that occurs in another word counts 1.
+    A tag matches only as a whole sequence of ids, so a piece of it inside another word has weight 1.
 
     Args:
-        labels: (batch, n) int64, -100 = not learned.
+        labels: (batch, n) int64, -100 = ignored.
         tags: the ids of each tag, see `tag_sequences`.
 
     Returns:
@@ -71,14 +71,14 @@ def tag_weights(labels: Tensor, tags: list[list[int]], weight: float) -> Tensor:
 
 
 def weighted_next_token_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """sum_t w_t * -log p(label_t), in nats: cross-entropy in which each token counts as much as its weight says.
+    """sum_t w_t * -log p(label_t), in nats: weighted cross-entropy.
 
     The loop divides it by the number of target tokens, not by the sum of their weights: a tag's weight takes nothing
     away from the others.
 
     Args:
-        logits: (learned, vocab) at `target_mask(labels)`, any float dtype; the softmax is taken in fp32.
-        labels: (batch, n) int64, not shifted; -100 is not learned.
+        logits: (target tokens, vocab) at `target_mask(labels)`, any float dtype; the softmax is taken in fp32.
+        labels: (batch, n) int64, not shifted; -100 is ignored.
         weights: (batch, n) fp32.
 
     Returns:

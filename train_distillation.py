@@ -64,7 +64,7 @@ def distillation_loss(student: Tensor, teacher: Tensor, targets: Tensor, alpha: 
 
     Args:
         student, teacher: (tokens, vocab) logits, any float dtype; the softmaxes are taken in fp32.
-        targets: (tokens,) int64, the token that came.
+        targets: (tokens,) int64, the tokens that followed.
 
     Returns:
         fp32 scalar.

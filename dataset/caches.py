@@ -1,4 +1,4 @@
-"""All caches that lie in some places: listed, and the least recently used removed beyond a limit."""
+"""Listing caches, and removing the least recently used beyond a size limit."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What preference learning reads: pairs of answers to one prompt, the better and the worse side by side in a row."""
+"""Data for preference learning: pairs of answers to one prompt, the better and the worse side by side in a row."""
 
 import numpy as np
 import torch
@@ -12,10 +12,10 @@ from model.chat import render_chats
 
 
 class DPODataset(RowDataset):
-    """`{"chosen": […], "rejected": […]}` lines: of each chat, what the assistant says after the two part is learned.
+    """`{"chosen": […], "rejected": […]}` lines: in each chat, assistant turns after the two diverge are the targets.
 
     A row holds whole pairs, as many as fit 2 * max_seq_len tokens; its samples are chosen, rejected, chosen, rejected …
-    A chat longer than max_seq_len is cut. A pair that then has nothing to learn on one side, or the same on both, is
+    A chat longer than max_seq_len is truncated. A pair then without targets on a side, or equal on both, is
     dropped.
 
     Attributes:

@@ -24,7 +24,7 @@ class DataError(ValueError):
 
 
 class BadRecord(ValueError):
-    """A JSON object is not what the stage learns from; the message is the reason."""
+    """A JSON object is not valid data for the stage; the message is the reason."""
 
 
 def unwrap_worker_errors(items: Iterable) -> Iterator:

@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning read: rows of tokens, with labels, and positions that restart at every sample."""
+"""Data for pretraining and fine-tuning: rows of tokens, with labels, and positions that restart at every sample."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ class RowDataset(Dataset):
     """Rows of tokens over a token cache; a subclass says what a line is and what becomes of a long sample.
 
     An item is one row: a dict of `input_ids`, `labels`, `position_ids`, int64 (n,), 2 <= n <= max_seq_len.
-    `labels[t]` is `input_ids[t]` where that token is learned, else -100 (the model does the shift); the first token
+    `labels[t]` is `input_ids[t]` if that token is a target, else -100 (the model does the shift); the first token
     of a sample never is. `position_ids` restart at 0 where a sample starts.
 
     Args:
@@ -44,7 +44,7 @@ class RowDataset(Dataset):
             and which keys of the lines were ignored.
 
     Raises:
-        DataError: the file is missing, empty or has a bad line; nothing is left to learn ("eval" is empty then).
+        DataError: the file is missing, empty or has a bad line; no targets are left ("eval" is empty then).
         ValueError: max_seq_len below 2.
     """
 
@@ -159,7 +159,7 @@ class RowDataset(Dataset):
 
 
 class PretrainDataset(RowDataset):
-    """`{"text": …}` lines: every token after a sample's first is learned, and what is longer than a row is split."""
+    """`{"text": …}` lines: every token but a sample's first is a target; samples longer than a row are split."""
 
     kind = "text"
     parse = staticmethod(parse_text)
@@ -173,7 +173,7 @@ class PretrainDataset(RowDataset):
 
 
 class SFTDataset(RowDataset):
-    """`{"conversations": […]}` lines: what the assistant says is learned, and what does not fit a row is cut off."""
+    """`{"conversations": […]}` lines: assistant turns are the targets; samples longer than a row are truncated."""
 
     kind = "chat"
     parse = staticmethod(parse_chat)

@@ -22,7 +22,7 @@ def collate(items: list[Batch], max_seq_len: int | None = None) -> Batch:
     """Stack rows, padded on the right to the longest of them (at least 2), or to `max_seq_len`.
 
     Padding has input 0, label -100 and positions from 0, as a sample of its own: what it holds is never attended to
-    from outside and never learned.
+    from outside and never in the loss.
 
     Args:
         items: rows of a dataset, dicts of `input_ids`, `labels`, `position_ids`, each int64 (n,); of a VLMDataset also
@@ -61,7 +61,7 @@ def _padded(rows: list[torch.Tensor], width: int, value: int) -> torch.Tensor:
 class StepLoader:
     """The micro-batches of one rank, optimizer step by optimizer step.
 
-    Each epoch shuffles the rows anew, by (seed, epoch) alone. A step takes the next batch_size * accumulation_steps *
+    Each epoch reshuffles the rows, by (seed, epoch) only. A step takes the next batch_size * accumulation_steps *
     world_size of them (the last of an epoch what is left) and deals them out in micro-batches of batch_size rows: first
     to rank 0, then to rank 1, and so on, round after round. Every rank gets equally many micro-batches, so
     collective operations match; one without rows is padding only, and no row is seen twice.

@@ -40,11 +40,11 @@ def split_long(lengths: np.ndarray, max_len: int) -> Pieces:
 
 
 def cut_long(lengths: np.ndarray, first_target: np.ndarray, max_len: int) -> Pieces:
-    """One piece a sample, cut after `max_len` tokens; samples with nothing left to learn are dropped.
+    """One piece a sample, cut after `max_len` tokens; samples without targets are dropped.
 
     Args:
         lengths: tokens of each sample, int64 (samples,).
-        first_target: place of the first token to learn in each sample, its length when there is none, int64 (samples,).
+        first_target: index of the first target token in each sample, its length when there is none, int64 (samples,).
         max_len: at least 2.
     """
     kept = np.minimum(lengths, max_len)

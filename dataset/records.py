@@ -1,7 +1,7 @@
 """What a line of a data file must hold: each function takes the line's JSON object, checks it, returns its content.
 
 No key of a line is passed over in silence. A function says which keys of an object it uses and which it refuses, since
-leaving them out would change what is learned; the others, which mean nothing here (an id, a source, a score), it counts
+leaving them out would change the training; the others, which mean nothing here (an id, a source, a score), it counts
 by name in `ignored`. A refused key that is null or empty says nothing, and is counted, too. Keys that differ from ours
 in letter case or underscores alone ("System", "toolCalls") mean the same, and are refused.
 """
@@ -20,7 +20,7 @@ ROLES = ("system", "user", "assistant")
 OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 TOOL_ROLES = ("tool", "function", "observation", "ipython")
 
-Turn = dict[str, Any]  # "role", "content", and "weight": 0 where the assistant's content is not learned
+Turn = dict[str, Any]  # "role", "content", and "weight": 0 if the assistant's content is not trained on
 Turns = list[Turn]
 Pair = tuple[Turns, Turns]  # chosen, rejected
 
@@ -158,7 +158,7 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
     "image" is "a.jpg", or "a.jpg,b.jpg", or a list of names; absent, null or empty for text alone.
 
     Raises:
-        BadRecord: as of `parse_chat`; "image" is something else, or the chat has fewer `<image>` markers than images.
+        BadRecord: as in `parse_chat`; "image" is something else, or the chat has fewer `<image>` markers than images.
     """
     names = record.get("image")
     if names is None or names == "":
@@ -177,12 +177,12 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
 def parse_pair(record: dict, ignored: Ignored) -> Pair:
     """The two chats of a preference record `{"chosen": …, "rejected": …}`.
 
-    Both go the same way up to a turn that the assistant answers differently; answers before it are not learned, they
+    Both go the same way up to a turn that the assistant answers differently; answers before it are not targets, they
     have "weight" 0. With a "prompt", a list of turns or a user's text, which comes in front of both, the two may be
     lists of turns that go on from it, or that repeat it, or texts of the assistant.
 
     Raises:
-        BadRecord: as of `parse_chat`; or they part before an answer does, and so do not answer one prompt.
+        BadRecord: as in `parse_chat`; or they part before an answer does, and so do not answer one prompt.
     """
     PAIR.check(record, ignored)
     prompt = _prompt(record, ignored)

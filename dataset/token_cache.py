@@ -3,9 +3,9 @@
 A cache is a folder, written under another name and renamed when it is whole:
 
     tokens.bin        the tokens of all samples end to end, uint16 (uint32 for a vocabulary beyond 65,536)
-    mask.bin          one bit a token, whether it is learned; empty where every token is
+    mask.bin          one bit per token, whether it is a target; empty if every token is
     offsets.bin       int64 (samples + 1,): sample i is tokens[offsets[i]:offsets[i + 1]]
-    first_target.bin  int64 (samples,): place of the first token to learn in the sample, its length if there is none
+    first_target.bin  int64 (samples,): index of the first target token in the sample, its length if there is none
     notes.bin         what else belongs to a sample, JSON, end to end; empty where nothing does
     note_offsets.bin  int64 (samples + 1,): as offsets.bin, in bytes
     info.json         counts, the first bad lines that were skipped, the keys that mean nothing here, and the
@@ -35,7 +35,7 @@ from dataset.jsonl import DataError, Ignored, JsonlReader, require_data_file
 from model.tokenizer import tokenizer_hash
 
 Ids, Learned = Sequence[int], Sequence[bool] | None
-Sample = tuple[Ids, Learned] | tuple[Ids, Learned, Any]  # ids, which of them are learned (None: all), a JSON value
+Sample = tuple[Ids, Learned] | tuple[Ids, Learned, Any]  # ids, which of them are targets (None: all), a JSON value
 
 FORMAT = 4  # to be raised when the files above, or the way text becomes tokens, change
 BATCH_RECORDS = 1024  # given to the tokenizer at once, which spreads them over its threads…
@@ -47,7 +47,7 @@ class TokenCache:
 
     Attributes:
         lengths: tokens of each sample, int64 (samples,).
-        first_target: place of the first token to learn in each sample, its length when there is none, int64 (samples,).
+        first_target: index of the first target token in each sample, its length when there is none, int64 (samples,).
         bad_lines, told, ignored: what `JsonlReader` says of bad lines, and of keys that mean nothing here.
         data_sha256: the hash of all bytes of the data file, hex.
 
@@ -102,8 +102,8 @@ class TokenCache:
         return self._tokens[begin : begin + length].astype(np.int64)
 
     def targets(self, sample: int, start: int, length: int) -> np.ndarray:
-        """Whether each of these tokens is learned, bool (length,)."""
-        if self._mask is None:  # none was kept: every token is learned, as in plain text
+        """Whether each of these tokens is a target, bool (length,)."""
+        if self._mask is None:  # no mask stored: every token is a target, as in plain text
             return np.ones(length, dtype=bool)
         begin = self._offsets[sample] + start
         bits = np.unpackbits(self._mask[begin // 8 : (begin + length + 7) // 8])
@@ -131,7 +131,7 @@ def open_token_cache(
         data_path: a jsonl file. The cache lies in `.cache/` beside it, or in `~/.cache` if that is read-only.
         tokenizer: its hash is part of the cache's name, as are the file's size, time and sampled content.
         kind: names what `parse` and `encode` make of a line.
-        parse: as of `JsonlReader`: JSON object of a line -> record.
+        parse: as in `JsonlReader`: JSON object of a line -> record.
         encode: list of records -> list of samples, any number of them a record.
         skip_bad_lines: leave bad lines out and count them.
 

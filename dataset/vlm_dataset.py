@@ -1,4 +1,4 @@
-"""What a vision-language model reads: chats with images, as rows of tokens with the images' places among them."""
+"""Data for a vision-language model: chats with images, as rows of tokens with the images' places among them."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -27,10 +27,10 @@ Record = tuple[list[str], Turns]  # names of images, chat
 class VLMDataset(SFTDataset):
     """`{"image": …, "conversations": […]}` lines: text-only, one-image and many-image samples side by side.
 
-    Each `<image>` marker in a chat takes the next image; further markers stay text. What the assistant says is learned.
+    Each `<image>` marker in a chat takes the next image; further markers stay text. Assistant turns are the targets.
     An answer that does not fit a row is cut, but a sample that would lose a part of an image is dropped and counted.
 
-    An item is a row as of `SFTDataset`, with `image_mask` bool (n,), True at the images' places, and the row's
+    An item is a row as in `SFTDataset`, with `image_mask` bool (n,), True at the images' places, and the row's
     images in order: `pixel_values` (images, 3, H, W) fp32 or, once `features` is set, `image_features`
     (images, image_tokens, vision_dim).
 
@@ -44,7 +44,7 @@ class VLMDataset(SFTDataset):
         features: what the tower made of the images; None = rows hold pixels.
 
     Raises:
-        DataError: as of `SFTDataset`; an image that a line names is missing, truncated, or has no marker.
+        DataError: as in `SFTDataset`; an image named in a line is missing, truncated, or has no marker.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class VLMDataset(SFTDataset):
 
     @property
     def identity(self) -> dict:
-        """As of `RowDataset`; and of the images, what they hold, and the names of those that have a fault."""
+        """As in `RowDataset`; and of the images, what they hold, and the names of those that have a fault."""
         faulty = {"left_out": short_hash(self._faulty), "first_left_out": self._faulty[:LISTED]}
         return super().identity | {"images": self._whole} | faulty
 
@@ -151,7 +151,7 @@ def parse_image_record(record: dict, ignored: Ignored, images_path: Path, faults
         faults: what is wrong with an image, by its name.
 
     Raises:
-        BadRecord: as of `parse_image_chat`, or an image has a fault.
+        BadRecord: as in `parse_image_chat`, or an image has a fault.
     """
     names, chat = parse_image_chat(record, ignored)
     refuse_faulty(names, images_path, faults)

@@ -80,7 +80,7 @@ def tower_output(tower: VisionTower) -> tuple[int, int]:
 
 
 class MiniMindVLM(MiniMindLM):
-    """The language model with eyes.
+    """The language model with a vision tower.
 
     The tower is held beside the model's modules, not among them: `parameters()`, `state_dict()`, `train()`, DDP and
     DeepSpeed do not see it, so it is never trained, never saved and always in eval mode; `.to(…)` moves it.
@@ -190,7 +190,7 @@ class MiniMindVLM(MiniMindLM):
         image_features: Images | None = None,
         **kwargs,
     ) -> MiniMindOutput:
-        """One pass, as of `MiniMindLM`, over a prompt whose image places hold images.
+        """One pass, as in `MiniMindLM`, over a prompt whose image places hold images.
 
         With `past_key_values` the new tokens are text unless images are given with them.
 
@@ -223,7 +223,7 @@ def find_image_places(
 
     Args:
         input_ids: (batch, n) int64.
-        images, item_dims: as of `flatten_images`.
+        images, item_dims: as in `flatten_images`.
 
     Returns:
         bool (batch, n).

@@ -60,7 +60,7 @@ def text(value: str) -> str:
 
 
 def positive_int(text: str) -> int:
-    """An integer from 1 on."""
+    """An integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
@@ -68,7 +68,7 @@ def positive_int(text: str) -> int:
 
 
 def non_negative_int(text: str) -> int:
-    """An integer from 0 on."""
+    """An integer of at least 0."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be 0 or more, not {number}")
@@ -92,7 +92,7 @@ def positive_float(text: str) -> float:
 
 
 def non_negative_float(text: str) -> float:
-    """A finite number from 0 on."""
+    """A finite number of at least 0."""
     number = float(text)
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of 0 or more, not {text}")
@@ -135,7 +135,7 @@ def add_device_argument(parser) -> None:
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how a model writes; `sampling_settings` reads them."""
+    """The sampling flags; `sampling_settings` reads them."""
     group = parser.add_argument_group("writing")
     group.add_argument("--max_new_tokens", type=positive_int, help="maximum answer length in tokens")
     group.add_argument("--temperature", type=non_negative_float, help="sampling temperature; 0: greedy")
@@ -163,7 +163,7 @@ def add_tower_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_vision_arguments(parser: argparse.ArgumentParser, images_path: str | None) -> None:
-    """The flags of a stage that learns from images."""
+    """The flags of a stage that trains on images."""
     group = parser.add_argument_group("vision")
     add_tower_argument(group)
     group.add_argument(
@@ -260,7 +260,7 @@ def training_parser(description: str, **defaults) -> Parser:
 
 
 def check_training_arguments(args: argparse.Namespace) -> None:
-    """Refuse settings that cannot work, before anything heavy starts.
+    """Reject invalid settings before anything expensive starts.
 
     Raises:
         UserError: which flag, and what it takes.

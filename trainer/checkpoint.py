@@ -55,7 +55,7 @@ SKIPPED_LIMIT = 10  # steps in a row; float16's scaler needs a few of them to fi
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run is: optimizer steps, non-padding tokens seen, seconds of training, steps skipped as not finite."""
+    """Progress of a run: optimizer steps, non-padding tokens seen, seconds of training, steps skipped as not finite."""
 
     step: int = 0
     tokens: int = 0
@@ -67,7 +67,7 @@ class Progress:
         self._skipped_in_a_row = 0
 
     def advance(self, totals: Totals, skipped: bool) -> None:
-        """Count the step just taken, or `skipped`, as its loss or its gradient was not finite.
+        """Count the step just taken, or `skipped` because its loss or gradient was not finite.
 
         Raises:
             UserError: after several in a row that were skipped.
@@ -92,9 +92,9 @@ class Progress:
 class Checkpoint:
     """A stage's weights `out/NAME_D.pth`, their json, and `out/NAME_D.resume/`, which only one run at a time may write.
 
-    A save writes a new folder in `resume/` with all that is needed to go on, moves the pointer `resume/latest` to it,
-    and copies its weights and their json to where people look for them: a crash at any instant leaves a whole state,
-    and a run that goes on from it mends the copies.
+    A save writes a new folder in `resume/` with all that is needed to resume, moves the pointer `resume/latest` to it,
+    and copies its weights and their json to their usual place: a crash at any moment leaves a complete state,
+    and a run that resumes from it repairs the copies.
 
     Args:
         keep: which of the model's keys are saved (an adapter's, say); the others are as the stage loaded them.
@@ -156,7 +156,7 @@ class Checkpoint:
         """Write everything; all ranks must call it.
 
         Raises:
-            UserError: it could not be written; what was saved before is whole.
+            UserError: it could not be written; the previous checkpoint is intact.
         """
         run = self.runtime
         weights = full_state_dict(model, run, self.keep)
@@ -189,7 +189,7 @@ class Checkpoint:
         """Tell in the json what was measured of the weights after they were saved; nothing when this step saved none.
 
         Raises:
-            UserError: it could not be written; the json is as it was.
+            UserError: it could not be written; the json is unchanged.
         """
         if not self.runtime.is_main or self._saved_step != progress.step:
             return
@@ -235,7 +235,7 @@ class Checkpoint:
                 left.unlink()
 
     def _publish(self, folder: Path) -> None:
-        """Copy weights and json to where people look for them."""
+        """Copy weights and json to their usual place."""
         for name, path in (("model.pth", self.path), ("model.json", self.path.with_suffix(".json"))):
             with replacing(path) as temporary:
                 shutil.copyfile(folder / name, temporary)
@@ -246,7 +246,7 @@ class Checkpoint:
         All ranks must call it: rank 0 decides. From here on Ctrl-C and its like save first.
 
         Args:
-            dataset: what the run learns from; it must hold what it held.
+            dataset: the training data; it must be unchanged.
 
         Raises:
             UserError: the saved run had other settings or data, so that it cannot be continued exactly; or it is
@@ -280,7 +280,7 @@ class Checkpoint:
         return progress
 
     def _saved_last(self) -> str | None:
-        """The name of the folder to go on from; None to start."""
+        """The name of the folder to resume from; None to start."""
         if self.resuming and self.runtime.is_main and self.pointer.is_file():
             return last_saved(self.pointer)
         return None

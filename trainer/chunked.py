@@ -23,7 +23,7 @@ def sum_over_rows(
         loss_of: from some rows' logits, their part of the batch and their labels to a scalar, a sum over target tokens.
         logits: (target tokens, vocab), those at `target_mask(labels)`.
         batch: (batch, n) each.
-        labels: (batch, n) int64, not shifted; -100 is not learned.
+        labels: (batch, n) int64, not shifted; -100 is ignored.
 
     Returns:
         fp32 scalar; its backward reaches `logits` and nothing else.

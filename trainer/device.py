@@ -12,7 +12,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """The device asked for, or this rank's share of the accelerator there is, or the CPU. An accelerator becomes the
+    """The requested device, or this rank's accelerator, or the CPU. An accelerator becomes the
     current one, ready for any lengths.
 
     Raises:

@@ -17,11 +17,11 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer")
 
 
 class UserError(Exception):
-    """Something the user can mend; the message says what is wrong and what to do, in one line."""
+    """Something the user can fix; the message says what is wrong and what to do, in one line."""
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's `main`; an error that the user can mend becomes one line on stderr and exit code 2.
+    """Run a script's `main`; an error that the user can fix becomes one line on stderr and exit code 2.
 
     Of several ranks one speaks: rank 0 at once, another that fails alone a little later, and those last that fail
     because one is gone; the launcher ends the rest as soon as it can.

@@ -26,7 +26,7 @@ def evaluate(model: nn.Module, held_out: Dataset, tokenizer, runtime: Runtime, b
         compares models with different tokenizers.
 
     Raises:
-        EvaluationError: as of `sum_over_ranks`.
+        EvaluationError: see `sum_over_ranks`.
     """
 
     def measure() -> list[float]:

@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def real_place(path: Path) -> Path:
-    """Where a file or folder lies, through all symbolic links."""
+    """Where a file or folder is, with all symbolic links resolved."""
     return Path(os.path.realpath(path))
 
 
@@ -86,7 +86,7 @@ def write_error(path: Path, error: OSError) -> UserError:
 
 
 def save_tensors(content, path: Path) -> str:
-    """`torch.save`, whole or not at all; returns the file's SHA-256."""
+    """`torch.save`, atomically; returns the file's SHA-256."""
     with replacing(path) as temporary, writing_tensors(), open(temporary, "wb") as file:
         hashing = _Hashing(file)
         torch.save(content, hashing)
@@ -120,7 +120,7 @@ def writing_tensors() -> Iterator[None]:
 
 
 def save_json(content: dict, path: Path) -> str:
-    """A dict as JSON that people can read, whole or not at all; returns the file's SHA-256."""
+    """Write a dict as readable JSON, atomically; returns the file's SHA-256."""
     text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     data = text.encode(errors="backslashreplace")  # a file's name that is not UTF-8 in JSON's own escapes
     with replacing(path) as temporary:
@@ -143,7 +143,7 @@ def check_hash(path: Path, beside: Path, about: dict) -> None:
     Nor is the same file in another format, which shares the json.
 
     Raises:
-        UserError: the file is not what was written.
+        UserError: the file does not match.
     """
     if path.suffix == ".pth" and "sha256" in about and file_hash(path) != about["sha256"]:
         raise UserError(
@@ -157,7 +157,7 @@ def load_tensors(path: Path) -> dict:
     """`torch.load` of tensors and plain values, nothing that could run code.
 
     Raises:
-        UserError: missing, not such a file, or not a whole one.
+        UserError: missing, truncated, or another kind of file.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")

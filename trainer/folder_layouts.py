@@ -90,7 +90,7 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
         state: its parameters; shared experts that are zero in every layer are none.
 
     Raises:
-        KeyError: a field is not there.
+        KeyError: a field is missing.
         UserError: an architecture that MiniMind is not; the message names the field.
     """
     kind = theirs.get("model_type")

@@ -32,7 +32,7 @@ def load_for_inference(
     lora: str | os.PathLike | None = None,
     **sizes,
 ) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
-    """A model to ask, and its tokenizer; loaded strictly.
+    """A model for inference and its tokenizer; loaded strictly.
 
     Args:
         path: a file (.pth, .safetensors), or a folder of `transformers`, of type llama, qwen2_moe or minimind. What a
@@ -71,13 +71,13 @@ def load_vlm_for_inference(
     Args:
         path: a file, or a folder that `MiniMindVLM.save_pretrained` wrote.
         vision_model: the folder of the CLIP whose vision tower it looks through.
-        tokenizer: as of `load_for_inference`.
+        tokenizer: as in `load_for_inference`.
 
     Returns:
-        model and tokenizer as of `load_for_inference`, and the image processor.
+        model and tokenizer as in `load_for_inference`, and the image processor.
 
     Raises:
-        UserError: as of `load_for_inference`; the weights were trained with another tower.
+        UserError: as in `load_for_inference`; the weights were trained with another tower.
     """
     path, tokenizer = _open(path, tokenizer)
     vision = open_vision(str(vision_model))

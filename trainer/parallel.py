@@ -30,7 +30,7 @@ def wrap_model(
         the model, the optimizer and the scaler that the loop is to use.
 
     Raises:
-        UserError: the ranks begin with different weights.
+        UserError: the ranks start with different weights.
     """
     require_same_weights(model, runtime)
     if compile_blocks:
@@ -80,7 +80,7 @@ def require_same_weights(model: nn.Module, runtime: Runtime) -> None:
     """All ranks must call it, before a step is taken together: it would mix what they have.
 
     Raises:
-        UserError: a rank has other weights than rank 0.
+        UserError: a rank's weights differ from rank 0's.
     """
     plain = plain_model(model)
     parted = any(hasattr(parameter, "ds_numel") for parameter in plain.parameters())  # ZeRO-3: each has a share
@@ -106,11 +106,11 @@ def _gathered(plain: nn.Module, runtime: Runtime) -> contextlib.AbstractContextM
 
 
 def should_compile(args, runtime: Runtime, steps: int) -> bool:
-    """Whether to use torch.compile: as --compile says, else where it works and the run is long enough to earn it back
-    (unpacked rows have all lengths, and each would be compiled anew; ZeRO-3's hooks compile over and over).
+    """Whether to use torch.compile: as --compile says, else where it works and the run is long enough to pay off
+    (unpacked rows vary in length, and each length would be recompiled; ZeRO-3's hooks compile over and over).
 
     Raises:
-        UserError: --compile was asked for and does not work here.
+        UserError: --compile was given but does not work here.
     """
     if args.compile is None:
         tokens = steps * args.batch_size * args.accumulation_steps * args.max_seq_len

@@ -26,7 +26,7 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: those at `target_mask(labels)`, (target tokens, vocab), any float dtype; the softmax is taken in fp32.
-        labels: (batch, n) int64, not shifted; -100 is not learned.
+        labels: (batch, n) int64, not shifted; -100 is ignored.
 
     Returns:
         (target tokens,) fp32.
@@ -36,10 +36,10 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sum_per_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """Sum a number of each target token over the answer that it belongs to.
+    """Sum one value per target token over the answer that it belongs to.
 
     Args:
-        values: (target tokens,) fp32, as of `token_log_probs`.
+        values: (target tokens,) fp32, as from `token_log_probs`.
         batch: rows of a DPODataset: whole pairs, chosen and rejected in turn.
 
     Returns:
@@ -66,7 +66,7 @@ def reference_token_log_probs(
     """What the reference gives each target token, in nats, (target tokens,) fp32.
 
     Args:
-        cached: the batch's column `reference`, (batch, n) fp32; where it has none, `frozen` is asked.
+        cached: the batch's column `reference`, (batch, n) fp32; without it, `frozen` is run.
     """
     if cached is not None:
         return cached[:, 1:][labels[:, 1:] != IGNORE_INDEX]
@@ -108,7 +108,7 @@ def attach_reference_log_probs(
 
 @torch.no_grad()
 def _all_log_probs(dataset: DPODataset, model: nn.Module, run: Runtime, batch_size: int) -> np.ndarray:
-    """fp32 (tokens of the dataset's cache,), 0 where nothing is learned."""
+    """fp32 (tokens of the dataset's cache,), 0 outside the loss."""
     values = np.zeros(dataset.cache.lengths.sum(), dtype=np.float32)
     training = model.training
     model.eval()
@@ -140,7 +140,7 @@ def dpo_metrics(
 ) -> Tensor:
     """DPO_METRICS of a batch, each summed over its pairs, (7,) fp32.
 
-    reward_accuracy: 1 where the margin is above 0. accuracy: 1 where the chosen answer is the more probable. kl: half
+    reward_accuracy: 1 where the margin is above 0. accuracy: 1 where the chosen answer is more probable. kl: half
     the square by which a token's log-probability has moved, on average over a pair's tokens: an estimate of the KL
     divergence (Schulman, joschu.net/blog/kl-approx.html, 2020), here on given answers.
 
@@ -176,7 +176,7 @@ def evaluate_pairs(
             and margin, (pairs,) each.
 
     Raises:
-        EvaluationError: as of `sum_over_ranks`.
+        EvaluationError: see `sum_over_ranks`.
     """
 
     def sums_of_share() -> list[float]:

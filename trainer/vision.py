@@ -70,7 +70,7 @@ def load_vlm(
     """A vision-language model with the weights in a file or folder and this tower; see `load_weights`.
 
     Raises:
-        UserError: as of `load_weights`; the weights were trained with another tower.
+        UserError: as in `load_weights`; the weights were trained with another tower.
     """
     about = read_json(path / "config.json") if path.is_dir() else read_settings(path) or {}
     trained_with = about.get("vision_tower", vision.hash)

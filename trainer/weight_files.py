@@ -52,7 +52,7 @@ def read_weights(path: Path, n_heads: int = 8, n_kv_heads: int = 2) -> Recognise
         n_heads, n_kv_heads: of the model they are for (default: MiniMind2's).
 
     Raises:
-        UserError: as of `read_content`; or what the file holds is none of a MiniMind, or only a part of one.
+        UserError: as in `read_content`; or the file is not a MiniMind, or only a part of one.
     """
     if re.search(r"-\d{5}-of-\d{5}$", path.stem) or (path.stem in WHOLE and (path.parent / "config.json").is_file()):
         raise UserError(

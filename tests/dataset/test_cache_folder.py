@@ -221,7 +221,7 @@ class TestWithoutLocks:
     def test_it_works_on_and_says_so_in_one_line(self, source, root, no_locks, capsys):
         assert open_cache(source, STATE, NAME, Value, build).text == "whole"
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"{root} lies on a file system without locks (No locks available)" in line
+        assert f"{root} is on a file system without locks (No locks available)" in line
         assert "room" not in line
         assert open_cache(source, STATE, NAME, Value, must_not_build).text == "whole"
 

@@ -203,10 +203,10 @@ class TestRefused:
             (line("<image> one", "Red.", "red.png,blue.jpg"), "2 images, but only 1 <image> markers"),
             (line("<image>", "Red.", "gone.png"), r"gone\.png does not exist"),
             (line("<image>", "Red.", "A" * 5000), "AAA… does not exist"),  # an image's content, say, for its name
-            (line("<image>", "Red.", 7), '"image" is not a name'),
-            (line("<image>", "Red.", ["red.png", None]), '"image" is not a name'),
-            (line("<image>", "Red.", "red.png,"), '"image" is not a name'),
-            (line("<image>", "Red.", {"file": "red.png"}), '"image" is not a name'),
+            (line("<image>", "Red.", 7), '"image" must be a name'),
+            (line("<image>", "Red.", ["red.png", None]), '"image" must be a name'),
+            (line("<image>", "Red.", "red.png,"), '"image" must be a name'),
+            (line("<image>", "Red.", {"file": "red.png"}), '"image" must be a name'),
             ({"image": "red.png"}, '"conversations" is missing'),
         ],
     )

@@ -255,7 +255,7 @@ def test_what_is_no_adapter_is_told_so():
     mixed = lora_state_dict(adapted()) | {"layers.1.attention.wo.lora.B.weight": torch.zeros(32, 5)}
     for state, told in (
         ({}, "has no tensors"),
-        (model.state_dict(), "no LoRA adapter"),
+        (model.state_dict(), "not a LoRA adapter"),
         (half, "absent"),
         (mixed, "32, 5"),
     ):
