@@ -256,13 +256,13 @@ def test_what_is_no_adapter_is_told_so():
     for state, told in (
         ({}, "has no tensors"),
         (model.state_dict(), "not a LoRA adapter"),
-        (half, "absent"),
+        (half, "is missing"),
         (mixed, "32, 5"),
     ):
         with pytest.raises(ValueError, match=told):
             attach_lora(model, state, {})
     for wrong, told in (
-        ({"rank": 0}, "rank from 1"),
+        ({"rank": 0}, "rank of at least 1"),
         ({"alpha": 0}, "alpha above 0"),
         ({"targets": ["wq", "q_proj"]}, "named q_proj; use wq, wk, wv, wo, w1, w2, w3"),
     ):

@@ -198,7 +198,7 @@ def test_a_typed_image_marker_is_text(seeing, tiny_tokenizer):
     [
         ("data:image/png;base64,%%%", "base64"),
         ("data:image/png;base64,", "image"),
-        ("data:image/png;base64,aGVsbG8=", "not an image of a format"),
+        ("data:image/png;base64,aGVsbG8=", "not an image in a supported format"),
         ("data:text/plain,hello", "data:image/png;base64"),
         ("data:", "data:image/png;base64"),
         ("ftp://x/y", "data: URL"),

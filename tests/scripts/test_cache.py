@@ -51,7 +51,7 @@ def test_the_table(cache, data):
     assert old.split()[2:] == ["40.0", "tokens", "(text)", str(data / "old.jsonl")]
     assert "in use" in used
     assert used.endswith(str(data / "used.jsonl"))
-    assert total.endswith("in all")
+    assert total.endswith("total")
     assert float(total.split()[0]) == pytest.approx(sum(float(line.split()[0]) for line in (old, used)), abs=0.11)
     assert len(cache("list", data, "--name", "used").splitlines()) == 3
     assert left(data) == {"old.jsonl", "used.jsonl"}

@@ -335,14 +335,14 @@ def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
         out.write_bytes(mine + line)
         collect(endpoint, questions, out, exit_code=2)
         assert (
-            "line 25 is not an answer of big to one of these questions: nothing was changed" in capsys.readouterr().err
+            "line 25 is not an answer by big to one of these questions: nothing was changed" in capsys.readouterr().err
         )
         assert out.read_bytes() == mine + line
     out.write_bytes(mine)
     collect(endpoint, questions, out, "--model", "other", exit_code=2)
     assert "line 1 is not an answer of other" in capsys.readouterr().err
     collect(endpoint, questions, out, "--thinking", exit_code=2)
-    assert "and the --model, --system, --thinking it was made by" in capsys.readouterr().err
+    assert "and the --model, --system, --thinking it was made with" in capsys.readouterr().err
     assert out.read_bytes() == mine
 
 

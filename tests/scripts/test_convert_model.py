@@ -213,7 +213,7 @@ def test_a_folder_or_weights_that_are_there_stay(convert, tokenizer_dir, weights
 def test_wrong_input_is_named(convert, tokenizer_dir, small_tokenizer_dir, weights, shared, tmp_path):
     vlm = shared / "fixtures/minimind2_v.pth"
     for message, arguments in (
-        ("train_full_sft.py makes it", (tmp_path / "full_sft_999.pth", "--tokenizer", tokenizer_dir)),
+        ("run train_full_sft.py", (tmp_path / "full_sft_999.pth", "--tokenizer", tokenizer_dir)),
         ("was trained with tokenizer", (weights,)),
         ("n_layers 3", (weights, "--tokenizer", tokenizer_dir, "--n_layers", "3")),
         ("vocab_size 320", (shared / "fixtures/minimind2_moe.pth", "--tokenizer", tokenizer_dir)),

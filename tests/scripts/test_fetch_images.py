@@ -90,11 +90,11 @@ def test_images_are_fetched_where_they_are(site):
         (f"{site.address}/empty", "204"),
         (f"{site.address}/round", "more than 5 redirects"),
         (f"{site.address}/flood", "larger than 20 MiB"),
-        (f"http://127.0.0.1:{free_port()}/", "cannot be had"),
-        ("http://127.0.0.1:99999/", "cannot be had"),
-        ("http://", "cannot be had"),
-        ("http://[", "cannot be had"),
-        (f"http://{'a' * 300}/", "cannot be had"),
+        (f"http://127.0.0.1:{free_port()}/", "cannot be fetched"),
+        ("http://127.0.0.1:99999/", "cannot be fetched"),
+        ("http://", "cannot be fetched"),
+        ("http://[", "cannot be fetched"),
+        (f"http://{'a' * 300}/", "cannot be fetched"),
     ):
         with pytest.raises(ApiError, match=said) as caught:
             fetch([url])
@@ -144,7 +144,7 @@ def test_a_redirection_leads_to_no_private_address(site, names):
 def test_a_redirection_leads_to_http_only(place, site, names):
     names["pictures.example"] = ["127.0.0.1"]
     site.leads_to = place
-    with pytest.raises(ApiError, match="cannot be had"):
+    with pytest.raises(ApiError, match="cannot be fetched"):
         ImageFetcher()([f"http://pictures.example:{site.port}/elsewhere"])
 
 

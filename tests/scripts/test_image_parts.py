@@ -53,11 +53,11 @@ def test_every_form_of_base64_is_read(url):
         (f"data:image/png,{CODE}", "must have the form"),
         (f"data:image/png;base65,{CODE}", "must have the form"),
         ("data:image/png;base64", "must have the form"),
-        ("data:image/png;base64,abcde", "damaged"),
-        (f"data:image/png;base64,{CODE[:-4]}=abc", "damaged"),
-        (f"data:image/png;base64,{CODE[:-8]}é", "damaged"),
-        (f"data:image/png;base64,{CODE[:8]}!{CODE[8:]}", "damaged"),
-        (CODE[:80] + "!" + CODE[80:], "damaged"),
+        ("data:image/png;base64,abcde", "base64 data is invalid"),
+        (f"data:image/png;base64,{CODE[:-4]}=abc", "base64 data is invalid"),
+        (f"data:image/png;base64,{CODE[:-8]}é", "base64 data is invalid"),
+        (f"data:image/png;base64,{CODE[:8]}!{CODE[8:]}", "base64 data is invalid"),
+        (CODE[:80] + "!" + CODE[80:], "base64 data is invalid"),
         ("file:///etc/passwd", "must be a data: URL"),
         ("/home/somebody/pictures/a/cat.png/or/so", "must be a data: URL"),
         ("a" * 31, "must be a data: URL"),
@@ -100,7 +100,7 @@ def test_images_keep_their_places_wherever_they_come_from():
     urls = ["http://a/1", CODE, " HTTPS://b/2"]
     assert read_images(urls, fetch) == [b"http://a/1", DATA, b"HTTPS://b/2"]
     assert asked == [["http://a/1", "HTTPS://b/2"]]
-    with pytest.raises(ApiError, match="damaged"):
+    with pytest.raises(ApiError, match="base64 data is invalid"):
         read_images(["http://a/1", CODE + "!"], fetch)
     assert len(asked) == 1, "nothing is fetched for a request that is refused anyway"
     assert read_images([CODE], lambda urls: pytest.fail("nothing to fetch")) == [DATA]
@@ -113,7 +113,7 @@ def test_a_request_has_at_most_sixteen_images_of_any_kind():
     assert first["content"] == second["content"] == [DATA] * 8
     remote = message({"type": "image_url", "image_url": "http://a/1"})
     for more in (message(part), remote):
-        with pytest.raises(ApiError, match="17 images: this server takes 16 a request"):
+        with pytest.raises(ApiError, match="17 images: this server takes 16 per request"):
             read_turns([eight, more, eight], sees=True, fetch=lambda urls: pytest.fail("fetched"))
 
 

@@ -50,7 +50,7 @@ def test_a_chat_is_shown_as_it_is_learned(inspect):
     assert DEFAULT + "<s>user\nSay \\</s></s>\n<s>assistant\n⟦An \\x1b[31m\\⟦answer\\⟧</s>⟧\n\n" in printed
     assert "not shown" not in printed
     assert "ignored keys: id 2\nlines: 3\n" in printed
-    shown = [tuple(map(int, found)) for found in re.findall(r"--- sample \d: (\d+) tokens, (\d+) learned", printed)]
+    shown = [tuple(map(int, found)) for found in re.findall(r"--- sample \d: (\d+) tokens, (\d+) targets", printed)]
     assert len(shown) == 2
     assert "lost by" not in printed
 
@@ -58,7 +58,7 @@ def test_a_chat_is_shown_as_it_is_learned(inspect):
 def test_pairs_are_shown_side_by_side(inspect):
     printed, _ = inspect([{"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}])
     for side, answer in (("chosen", "Hello"), ("rejected", "Go away")):
-        assert re.search(rf"--- pair 1, {side}: \d+ tokens, \d+ learned\n", printed)
+        assert re.search(rf"--- pair 1, {side}: \d+ tokens, \d+ targets\n", printed)
         assert DEFAULT + f"<s>user\nHi</s>\n<s>assistant\n⟦{answer}</s>⟧\n" in printed
     assert "as --stage dpo has it (DPODataset)" in printed
 
@@ -109,11 +109,11 @@ def test_what_is_cut_and_dropped_is_counted(inspect):
     whole, _ = inspect(lines)
     printed, _ = inspect(lines, "--max_seq_len", "80")
     assert "lost by" not in whole
-    (before, after) = (int(re.search(r"learned: (\d+) of", text)[1]) for text in (whole, printed))
+    (before, after) = (int(re.search(r"target tokens: (\d+) of", text)[1]) for text in (whole, printed))
     lost = int(re.search(r"lost by cutting and dropping: (\d+) target tokens", printed)[1])
     assert before == after + lost
     assert "1 cut at 80 tokens, 1 dropped without targets" in printed
-    assert re.search(r"--- sample 1: 80 of \d+ tokens, \d+ learned\n", printed)
+    assert re.search(r"--- sample 1: 80 of \d+ tokens, \d+ targets\n", printed)
     assert "--- sample 2: " in printed
     assert "--- sample 3: " not in printed
 

@@ -125,7 +125,7 @@ def test_what_the_other_side_cannot_say_is_refused(tiny_tokenizer, tmp_path):
     about, weights = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_model.safetensors"
     for changed, told in (
         (about | {"use_dora": True}, "made with use_dora"),
-        (about | {"peft_type": "IA3"}, "holds a IA3"),
+        (about | {"peft_type": "IA3"}, "is a IA3 adapter"),
         (about | {"lora_alpha": None}, "lora_alpha is None"),
         ([about], "not a JSON object"),
     ):

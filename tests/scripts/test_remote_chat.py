@@ -79,7 +79,7 @@ def test_an_asynchronous_client_asks_this_machine_directly_too(monkeypatch):
 )
 def test_a_proxy_that_no_client_can_use_is_named(proxy, asynchronous, monkeypatch):
     monkeypatch.setenv("ALL_PROXY", proxy)
-    with pytest.raises(UserError, match=r"^ALL_PROXY of the environment: .*; unset it, or give it an http:// address$"):
+    with pytest.raises(UserError, match=r"^ALL_PROXY in the environment: .*; unset it, or give it an http:// address$"):
         open_client(ELSEWHERE, "none", asynchronous)
 
 
@@ -88,9 +88,9 @@ def test_certificates_that_no_client_can_use_are_named(content, monkeypatch, tmp
     monkeypatch.setenv("SSL_CERT_FILE", str(path := tmp_path / "ca.pem"))
     if content:
         path.write_text(content)
-    with pytest.raises(UserError, match=r"^SSL_CERT_FILE of the environment: .*; mend or unset it$"):
+    with pytest.raises(UserError, match=r"^SSL_CERT_FILE in the environment: .*; fix or unset it$"):
         open_client(ELSEWHERE, "none")
-    with pytest.raises(UserError, match=r"^SSL_CERT_FILE of the environment: "):
+    with pytest.raises(UserError, match=r"^SSL_CERT_FILE in the environment: "):
         ImageFetcher()
     open_client("http://127.0.0.1:1/v1", "none")  # which no certificate is needed for
 

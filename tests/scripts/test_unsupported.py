@@ -221,11 +221,11 @@ def test_no_logprobs_are_no_logprobs():
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        (b"", "no JSON"),
-        (b"{", "no JSON"),
-        (b"\xff{}", "no JSON"),
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff{}", "not JSON"),
         (b"[" * 99_999, "nested too deeply"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "no JSON"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[]", "must be a JSON object"),
         (b"null", "must be a JSON object"),
     ],

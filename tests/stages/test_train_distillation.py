@@ -85,7 +85,7 @@ def test_alpha_one_is_fine_tuning(tiny_out, tiny_data, tokenizer_dir, tmp_path):
     [
         (("--alpha", "1.5"), "--alpha 1.5 must be from 0"),
         (("--temperature", "0"), "argument --temperature: must be a number above 0, not 0"),
-        (("--teacher_weight", "full_sft_768"), "full_sft_768.pth is missing: train_full_sft.py makes it"),
+        (("--teacher_weight", "full_sft_768"), "full_sft_768.pth is missing: run train_full_sft.py"),
         (("--from_weight", "nothing"), "nothing_32.pth is missing"),
     ],
 )

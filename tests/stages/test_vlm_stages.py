@@ -167,7 +167,7 @@ class TestErrors:
         [
             (("--vision_model", "nowhere"), "--vision_model nowhere is missing: download"),
             (("--images_path", "nowhere"), "line 1: the image nowhere/red.png does not exist"),
-            (("--from_weight", "reason"), "reason_32.pth is missing: train_distill_reason.py makes it"),
+            (("--from_weight", "reason"), "reason_32.pth is missing: run train_distill_reason.py"),
             (("--unfreeze_last", "3"), "--unfreeze_last 3: the model has 2 blocks"),
             (("--max_seq_len", "20"), "no sample has a target within 20 tokens"),
         ],

@@ -168,7 +168,7 @@ def test_a_name_is_looked_for_in_out_dir_before_it_is_a_folder(tmp_path, monkeyp
     args = SimpleNamespace(out_dir=str(tmp_path / "out"), dim=512, use_moe=True)
     for folder in ("out", "pretrain", "teacher_768"):
         (tmp_path / folder).mkdir()
-    with pytest.raises(UserError, match=r"pretrain_512_moe\.pth is missing: train_pretrain\.py makes it$"):
+    with pytest.raises(UserError, match=r"pretrain_512_moe\.pth is missing: run train_pretrain\.py$"):
         find_weights("pretrain", args)
     for folder in ("pretrain", "teacher_768"):
         (tmp_path / folder / "config.json").write_text("{}")
@@ -195,16 +195,16 @@ def test_what_is_missing_says_what_is_there(tiny_tokenizer, tmp_path):
 
     for dim, use_moe, name in ((512, False, "full_sft_512.pth"), (256, True, "full_sft_256_moe.pth")):
         args = SimpleNamespace(out_dir=str(tmp_path), dim=dim, use_moe=use_moe)
-        error = f"{tmp_path / name} is missing: train_full_sft.py makes it; there is "
+        error = f"{tmp_path / name} is missing: run train_full_sft.py; there is "
         assert told(find_weights, "full_sft", args) == error + there
         assert told(find_weights, str(tmp_path / name), args) == error + without_flags
         assert told(load_weights, tmp_path / name, None, tiny_tokenizer) == error + without_flags
-    error = f"{tmp_path / 'full_sft_768.pth'} is missing: train_full_sft.py makes it; there is {without_flags}"
+    error = f"{tmp_path / 'full_sft_768.pth'} is missing: run train_full_sft.py; there is {without_flags}"
     assert told(find_weights, "full_sft_768", by_flags) == error
     adapter = f"there is {tmp_path / 'lora' / 'me_256.pth'}"
     assert told(find_adapter, "me", by_flags).endswith(f"--lora_name NAME makes it; {adapter} (--dim 256)")
     assert told(find_adapter, str(tmp_path / "lora" / "me_512.pth"), by_flags).endswith(adapter)
-    assert told(find_weights, "rlhf", by_flags) == f"{tmp_path / 'rlhf_512.pth'} is missing: train_dpo.py makes it"
+    assert told(find_weights, "rlhf", by_flags) == f"{tmp_path / 'rlhf_512.pth'} is missing: run train_dpo.py"
     (tmp_path / "folder").mkdir()
     assert "config.json is missing" in told(find_weights, str(tmp_path / "folder"), by_flags)
 
