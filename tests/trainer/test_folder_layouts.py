@@ -65,7 +65,7 @@ def test_a_minimind_folder_of_april_2025_is_read(tiny_tokenizer, tmp_path, use_m
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
         ({"head_dim": 32}, "head_dim 32"),
         ({"num_hidden_layers": 3}, "has n_layers 2 according to its tensors, but its config.json asks for n_layers 3"),
-        ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"hidden_size": None}, "has no 'hidden_size'"),
         ({"hidden_size": "64"}, "config.json is damaged"),
     ],
 )

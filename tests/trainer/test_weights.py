@@ -53,7 +53,7 @@ def test_only_what_is_named_may_lack(tiny_out, tiny_tokenizer, tmp_path):
     state = torch.load(tiny_out / "full_sft_32.pth", weights_only=True)
     del state["norm.weight"]
     torch.save(state, path)
-    with pytest.raises(UserError, match=r"lacks norm\.weight"):
+    with pytest.raises(UserError, match=r"missing: norm\.weight"):
         load_weights(path, None, tiny_tokenizer, missing=("layers.",))
     assert load_weights(path, None, tiny_tokenizer, missing=("norm",)).norm.weight.eq(1).all()
 
@@ -202,7 +202,7 @@ def test_what_is_missing_says_what_is_there(tiny_tokenizer, tmp_path):
     error = f"{tmp_path / 'full_sft_768.pth'} is missing: run train_full_sft.py; there is {without_flags}"
     assert told(find_weights, "full_sft_768", by_flags) == error
     adapter = f"there is {tmp_path / 'lora' / 'me_256.pth'}"
-    assert told(find_adapter, "me", by_flags).endswith(f"--lora_name NAME makes it; {adapter} (--dim 256)")
+    assert told(find_adapter, "me", by_flags).endswith(f"--lora_name NAME; {adapter} (--dim 256)")
     assert told(find_adapter, str(tmp_path / "lora" / "me_512.pth"), by_flags).endswith(adapter)
     assert told(find_weights, "rlhf", by_flags) == f"{tmp_path / 'rlhf_512.pth'} is missing: run train_dpo.py"
     (tmp_path / "folder").mkdir()
