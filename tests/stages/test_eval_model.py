@@ -228,7 +228,7 @@ def test_a_talk_at_a_terminal(common):
 
 def test_a_question_that_does_not_fit_does_not_end_the_talk(common):
     screen = Terminal("eval_model.py", *common, "--max_new_tokens", "8100")
-    screen.see("by hand: ")
+    screen.see("type your own: ")
     screen.type("1\n")
     screen.see("\n> ")
     screen.type("long " * 100 + "\n")
@@ -265,7 +265,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(common, tiny_tokenizer, tmp_path
     script.write_text(ENDLESS.replace("ROOT", repr(str(ROOT))))
     letter = tiny_tokenizer.decode([70])
     screen = Terminal(script, *common, "--max_new_tokens", "8000")
-    screen.see("by hand: ")
+    screen.see("type your own: ")
     screen.type("1\n")
     for _ in range(2):
         screen.see("\n> ")
@@ -281,7 +281,7 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(common, tiny_tokenizer, tmp_path
 
 def test_samples_at_a_terminal(common):
     screen = Terminal("eval_model.py", *common, "--max_new_tokens", "2")
-    screen.see("by hand: ")
+    screen.see("type your own: ")
     screen.type("0\n")
     assert screen.end() == 0
     for question in eval_model.SAMPLE_QUESTIONS:

@@ -121,7 +121,7 @@ def test_eval_model_puts_the_adapter_on(out, train, tokenizer_dir):
         (("--lora_name", "a/b"), "--lora_name 'a/b' must be letters"),
         (("--lora_name", "me.pth"), "--lora_name 'me.pth' must be letters"),
         (("--target_modules", "wq,q_proj"), "no Linear of the model's blocks is named q_proj; use wq"),
-        (("--target_modules", ""), "no Linear of the model's blocks is named ; there are"),
+        (("--target_modules", ""), "no Linear of the model's blocks is named ; use"),
         (("--alpha", "-1"), "alpha above 0"),
         (("--from_weight", "nothing"), "nothing_32.pth is missing"),
         (("--data_path", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
