@@ -340,7 +340,7 @@ def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
         assert out.read_bytes() == mine + line
     out.write_bytes(mine)
     collect(endpoint, questions, out, "--model", "other", exit_code=2)
-    assert "line 1 is not an answer of other" in capsys.readouterr().err
+    assert "line 1 is not an answer by other" in capsys.readouterr().err
     collect(endpoint, questions, out, "--thinking", exit_code=2)
     assert "and the --model, --system, --thinking it was made with" in capsys.readouterr().err
     assert out.read_bytes() == mine

@@ -213,7 +213,7 @@ class TestErrors:
 
     def test_a_language_model_is_no_vision_model(self, refused, out):
         error = refused("sft_vlm", out, "--from_weight", "full_sft")
-        assert "it lacks vision_proj.vision_proj.0.weight" in error
+        assert "missing: vision_proj.vision_proj.0.weight" in error
 
 
 class TestEval:
