@@ -50,16 +50,8 @@ class Keys(NamedTuple):
             ignored[key + where] += 1
 
     def _why_refused(self, key: str) -> str | None:
-        for known, why in self.refused.items():
-            if _alike(key, known):
-                return why
-        meant = next((known for known in (*self.needed, *self.used) if _alike(key, known)), None)
-        return f'its name here is "{meant}"' if meant else None
-
-
-def _alike(key: str, other: str) -> bool:
-    """Whether two keys are one word, whatever their letter case, and with underscores or without."""
-    return key == other or _letters(key) == _letters(other)
+        ours = {name: f'its name here is "{name}"' for name in (*self.needed, *self.used)}
+        return next((why for name, why in (ours | self.refused).items() if _letters(name) == _letters(key)), None)
 
 
 @lru_cache(1000)
@@ -86,19 +78,12 @@ OTHER_PICTURES = dict.fromkeys(
 )
 OTHER_PROMPTS = ("question", "instruction", "query", "input", "context")  # of pairs: for us, it is "prompt"
 SECOND_CHAT = dict.fromkeys(("messages", "conversation"), "a second chat in one line")
-ELSEWHERE = {
-    "history": "what was said before are turns of the chat",
-    "reasoning_content": "a turn has it, not a line",
-}
+ELSEWHERE = {"history": "what was said before are turns of the chat", "reasoning_content": "a turn has it, not a line"}
 
 TEXT = Keys(("text",), (), dict.fromkeys(NO_WEIGHT, "a text is learned, or its line left out"))
 CHAT_REFUSED = {**NO_TOOLS, **NO_WEIGHT, **NO_MEDIA, **SECOND_CHAT, **OTHER_SYSTEM, **ELSEWHERE}
 CHAT = Keys(("conversations",), ("system", "prompt"), {**CHAT_REFUSED, **NO_PICTURES})
-PICTURES = Keys(
-    ("conversations",),
-    ("system", "prompt", "image"),
-    {**CHAT_REFUSED, **OTHER_PICTURES},
-)
+PICTURES = Keys(("conversations",), ("system", "prompt", "image"), {**CHAT_REFUSED, **OTHER_PICTURES})
 PAIR = Keys(
     ("chosen", "rejected"),
     ("prompt", "system"),
@@ -161,10 +146,8 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
         BadRecord: as of `parse_chat`; "image" is something else, or the chat has fewer `<image>` markers than images.
     """
     names = record.get("image")
-    if names is None or names == "":
-        names = []
-    if isinstance(names, str):
-        names = names.split(",")
+    if names is None or isinstance(names, str):
+        names = names.split(",") if names else []
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise BadRecord('"image" is not a name, names with commas between them, or a list of names')
     chat = _chat(record, PICTURES, ignored)
