@@ -173,11 +173,10 @@ def test_the_demo_tells_its_minutes_and_keeps_its_shares(tmp_path, monkeypatch, 
     monkeypatch.setattr(first_model, "OUT", tmp_path)
     monkeypatch.setattr(first_model, "make_model", lambda: None)
     monkeypatch.setattr(first_model, "show_examination", lambda weights: {"facts/en/all": 0.5})
-    for name, seconds in (("pretrain", 90), ("full_sft", 30)):
-        (tmp_path / f"{name}_256.pth").touch()
-        (tmp_path / f"{name}_256.json").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+    for name in ("pretrain_256", "full_sft_256"):
+        save(tmp_path, name, 1)
     first_model.run_demo()
-    assert "training took 2.0 minutes, this call 0.0" in capsys.readouterr().out
+    assert "training took 3.0 minutes, this call " in capsys.readouterr().out
     assert json.loads((tmp_path / "accuracy.json").read_text()) == {"facts/en/all": 0.5}
 
 
