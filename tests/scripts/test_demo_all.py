@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from dataset import collate
 from model import LMConfig, MiniMindLM
 from model.tokenizer import tokenizer_hash
 from scripts import demo_all
@@ -14,7 +15,9 @@ from scripts.demo.measures import solve
 from scripts.demo.settings import DATA, STUDENT
 from scripts.demo_all import STAGES, Stage, table
 from scripts.make_demo_data import as_jsonl, build, write
+from tests.conftest import write_jsonl
 from tests.running import run_script
+from trainer.preference import DPO_METRICS, sum_per_answer
 from trainer.weights import architecture, load_tokenizer
 
 
@@ -153,20 +156,24 @@ def test_every_command_trains_and_every_measure_measures(data, tmp_path, monkeyp
             assert "%" in stage.detail(demo_all.opened(ends[stage.start], "full_sft_32"), end)
 
 
-def test_a_pair_is_preferred_by_the_log_probability_of_its_whole_answers(tmp_path, monkeypatch):
-    """Not of a token of them: to a model that knows nothing the shorter answer is the likelier one."""
-    long, short = "yes " * 20, "no"
-    prefers = {}
-    for better, worse in ((long, short), (short, long)):
-        monkeypatch.setattr(demo_measures, "DATA", tmp_path / better[:2])
-        (tmp_path / better[:2]).mkdir()
-        pair = {"prompt": "Is it?", "chosen": better, "rejected": worse}
-        (tmp_path / better[:2] / "eval_dpo.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
-        tokenizer = load_tokenizer()
-        torch.manual_seed(0)
-        model = MiniMindLM(LMConfig(dim=16, n_layers=1, n_heads=2, vocab_size=len(tokenizer))).eval()
-        prefers[better] = demo_measures.prefers_the_better(model, tokenizer)
-    assert prefers == {long: 0.0, short: 1.0}
+@pytest.mark.parametrize(("chosen", "rejected", "prefers"), [("yes " * 20, "no", 0.0), ("no", "yes " * 20, 1.0)])
+def test_a_pair_is_preferred_by_the_probability_of_whole_answers(tmp_path, monkeypatch, chosen, rejected, prefers):
+    """Not of a token of them, by which the longer answer here is the likelier one."""
+
+    def evaluate(model, frozen, pairs, run, batch_size, measure):
+        batch = collate([pairs[0]], pairs.max_seq_len)
+        labels = batch.pop("labels")
+        learned = torch.ones(int((labels[:, 1:] >= 0).sum()))
+        ((first, second),) = sum_per_answer(learned, batch, labels).int().tolist()
+        each = [-1.0] * first + [-2.0] * second if first > second else [-2.0] * first + [-1.0] * second
+        measured = measure(torch.tensor(each), torch.tensor(each), batch, labels)
+        return {f"eval_{name}": value for name, value in zip(DPO_METRICS, measured.tolist(), strict=True)}
+
+    monkeypatch.setattr(demo_measures, "DATA", tmp_path)
+    monkeypatch.setattr(demo_measures, "evaluate_pairs", evaluate)
+    write_jsonl(tmp_path / "eval_dpo.jsonl", [{"prompt": "Is it?", "chosen": chosen, "rejected": rejected}])
+    model = MiniMindLM(LMConfig(dim=16, n_layers=1, n_heads=2))
+    assert demo_measures.prefers_the_better(model, load_tokenizer()) == prefers
 
 
 def test_the_demo_tells_its_minutes_and_keeps_its_shares(tmp_path, monkeypatch, capsys):
