@@ -354,6 +354,11 @@ def test_leaving_a_stream_early_frees_its_slot(engine):
     assert engine.running == 0
 
 
+def test_what_has_no_seed_is_another_each_time(engine):
+    asked = [Request(prompt=prompt_of(5), max_new_tokens=20, temperature=2.0, eos_token_id=()) for _ in range(3)]
+    assert len({tuple(ids(answer)) for answer in engine.run(asked)}) == 3
+
+
 def test_a_deadline_ends_what_is_written_and_what_waits(engine, monkeypatch):
     now = 100.0
     monkeypatch.setattr("model.inference.scheduler.time.monotonic", lambda: now)
