@@ -11,12 +11,14 @@ from model.tokenizer import tokenizer_hash
 from scripts import demo_all
 from scripts.demo import first_model
 from scripts.demo import measures as demo_measures
+from scripts.demo.exam import run as run_by_demo
 from scripts.demo.measures import solve
 from scripts.demo.settings import DATA, STUDENT
 from scripts.demo_all import STAGES, Stage, table
 from scripts.make_demo_data import as_jsonl, build, write
 from tests.conftest import write_jsonl
 from tests.running import run_script
+from trainer.errors import UserError
 from trainer.preference import DPO_METRICS, sum_per_answer
 from trainer.weights import architecture, load_tokenizer
 
@@ -83,6 +85,23 @@ def test_a_second_call_measures_nothing_again_and_a_new_base_trains_anew(out, ra
     demo_all.main()
     assert ran == ["--resume", "--resume", "--overwrite"]
     assert measured == [1, 1, 1, 1, 1, 7, 7, 1]
+
+
+def test_a_stage_is_measured_at_its_start_and_at_its_end(out):
+    save(out, "end", 5)
+    stage = Stage("one", (), "base", "end", "how far", lambda model, _: float(model.norm.weight[0]), answers=False)
+    known = demo_all.examined(stage, {"begins_from": "x"})
+    assert (known["start"], known["end"], known["minutes"], known["begins_from"]) == (1.0, 5.0, 1.5, "x")
+
+
+@pytest.mark.parametrize("ending", ["sys.exit(3)", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_a_script_that_fails_or_is_killed_ends_the_demo(tmp_path, ending):
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, signal, sys\n{ending}\n")
+    with pytest.raises(UserError, match="ended with exit code"):
+        run_by_demo(str(script))
+    script.write_text("")
+    run_by_demo(str(script))
 
 
 def test_a_training_that_fails_is_gone_on_with(out, ran, monkeypatch):
