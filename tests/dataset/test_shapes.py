@@ -91,6 +91,7 @@ FOREIGN = [
     (parse_chat, {"instruction": "Add", "input": "2 2", "output": "4"}, "Alpaca's form: make instruction and input a"),
     (parse_chat, {"conversation": CHAT["conversations"]}, 'name "conversation" "conversations"'),
     (parse_chat, {"prompt": "p", "completion": "c"}, "a prompt with its answer: make them a user's and"),
+    (parse_chat, {"prompt": "p", "response": "c"}, "a prompt with its answer: make them a user's and"),
     (parse_chat, {"question": "p", "answer": "c"}, "a question with its answer: make them a user's and"),
     (parse_chat, {"prompt": "p", "chosen": "c", "rejected": "r"}, "preferences, which train_dpo.py learns"),
     (parse_chat, {"text": "t"}, "a plain text, which train_pretrain.py learns"),
