@@ -127,6 +127,8 @@ def test_what_the_other_side_cannot_say_is_refused(tiny_tokenizer, tmp_path):
         (about | {"use_dora": True}, "made with use_dora"),
         (about | {"peft_type": "IA3"}, "holds a IA3"),
         (about | {"lora_alpha": None}, "lora_alpha is None"),
+        (about | {"lora_alpha": 0}, "lora_alpha is 0"),
+        (about | {"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ([about], "no JSON object"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(changed))

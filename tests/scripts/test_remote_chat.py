@@ -184,3 +184,13 @@ def test_wishes_of_zero_are_sent_and_those_left_to_the_server_are_not():
 def test_what_would_steer_a_terminal_is_not_printed(capsys):
     show(iter([("answer", "a\x1b[2J\x00\x7f\x9bb\n\tc")]), hide_thinking=False)
     assert capsys.readouterr().out == "a[2Jb\n\tc\n"
+
+
+def test_nor_is_it_in_an_error(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    with openai_double() as double:
+        double.reply = lambda body: {"message": "no\x1b[2J\x9b way", "type": "invalid_request_error"}
+        call_script("scripts/chat_openai_api.py", "--base_url", double.address, "--model", "m")
+    error = capsys.readouterr().err
+    assert "no[2J way" in error
+    assert error.replace("\n", "").isprintable()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trainer import vision
+from trainer.errors import UserError
 from trainer.runtime import Runtime
 from trainer.vision import Vision, cache_features, open_vision
 
@@ -39,6 +40,13 @@ def asked(monkeypatch):
         return calls[-1]
 
     return ask
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (48, 32), (48, 48)])
+def test_a_processor_of_other_sides_than_the_towers_is_refused(clip_dir, monkeypatch, height, width):
+    monkeypatch.setattr(vision, "to_pixels", lambda processor, images: torch.zeros(0, 3, height, width))
+    with pytest.raises(UserError, match=f"makes images of {width} x {height} pixels, and its tower takes 32 x 32"):
+        open_vision(str(clip_dir))
 
 
 def test_whatever_decides_a_feature_is_part_of_the_name(asked, opened):
