@@ -105,7 +105,9 @@ class MiniMindHarness(HFLM):
             kwargs = normalize_gen_kwargs(settings, self.max_gen_toks)
             until, room = handle_stop_sequences(kwargs.get("until"), eos=eos), kwargs["max_gen_toks"]
             if room >= self.max_length:
-                raise UserError(f"an answer of {room} tokens is asked for, and the model takes {self.max_length} in all")
+                raise UserError(
+                    f"an answer of {room} tokens is asked for, and the model takes {self.max_length} in all"
+                )
             prompt = self.tok_encode(context, left_truncate_len=self.max_length - room)
             answers[number] = engine.submit(
                 Request(

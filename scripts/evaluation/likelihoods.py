@@ -162,8 +162,7 @@ def runs(contexts: Sequence[list[int]]) -> Iterator[tuple[int, int, int]]:
     """
     n = len(contexts)
     shared = [
-        min(common_prefix_length(a, b), len(a) - 1, len(b) - 1)
-        for a, b in zip(contexts, contexts[1:], strict=False)
+        min(common_prefix_length(a, b), len(a) - 1, len(b) - 1) for a, b in zip(contexts, contexts[1:], strict=False)
     ]
     first = 0
     while first < n:
