@@ -1,6 +1,6 @@
 """Speed of an examination, side by side with the harness's own `hf` model: CMMLU, few-shot, fp32, the same batch size.
 
-    python -m benchmarks.eval_speed --data_dir DIR                 26M, 5-shot, 16 questions of each subject in DIR/cmmlu
+    python -m benchmarks.eval_speed --data_dir DIR              26M, 5-shot, 16 questions of each subject in DIR/cmmlu
     python -m benchmarks.eval_speed --data_dir DIR --use_moe --limit 8
 
 Weights are random: what they say takes as long. The peer reads the same network as transformers' own class (Llama;
@@ -60,9 +60,8 @@ def main():
     requests = [request for question in asked for request in question.requests]
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else str(device)
-    print(
-        f"{size:.1f} M parameters on {where}, {len(asked)} questions of CMMLU, {args.num_fewshot}-shot, {args.rounds} rounds"
-    )
+    what = f"{len(asked)} questions of CMMLU, {args.num_fewshot}-shot, batches of {args.batch_size}"
+    print(f"{size:.1f} M parameters on {where}, {what}, {args.rounds} rounds")
 
     seconds, found = {name: [] for name in contenders}, {}
     for lm in contenders.values():  # a first time for what is made ready once

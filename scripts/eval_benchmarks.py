@@ -1,4 +1,4 @@
-"""How good a model is, on the field's own tests: C-Eval, CMMLU, OpenBookQA, ARC, HellaSwag, PIQA, SIQA, SciQ and others.
+"""How good a model is on the field's own tests: C-Eval, CMMLU, OpenBookQA, ARC, HellaSwag, PIQA, SIQA, SciQ and others.
 
     python scripts/eval_benchmarks.py --tasks cmmlu --data_dir DIR --num_fewshot 5 --weights out/full_sft_512.pth
     python scripts/eval_benchmarks.py --tasks ceval openbookqa --weights out/full_sft_512.pth SmolLM2-135M-Instruct

@@ -33,8 +33,8 @@ EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_
 class Span:
     """Tokens that one pass reads into a slot, behind the `start` ones it holds.
 
-    `embeddings` (tokens, dim) stand in for those of the tokens: a prompt with images. `branches` follow the tokens, each
-    as if it alone did: the options of a question. They lie in the slot one behind the other.
+    `embeddings` (tokens, dim) stand in for those of the tokens: a prompt with images. `branches` follow the tokens,
+    each as if it alone did: the options of a question. They lie in the slot one behind the other.
     """
 
     slot: int

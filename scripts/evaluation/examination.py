@@ -1,4 +1,4 @@
-"""Asking: each question of an exam as the harness words it, each option's log-likelihood, and what follows from them."""
+"""Asking: each question as the harness words it, each option's log-likelihood, and what follows from them."""
 
 import hashlib
 import json

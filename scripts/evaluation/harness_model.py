@@ -96,7 +96,7 @@ class MiniMindHarness(HFLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, greedy or sampled as each request says, cut before its first stop text; several are written at once."""
+        """Answers, greedy or sampled as each request says, cut before its first stop text; several at once."""
         engine = Engine(self.model, self.tokenizer, slots=self.batch_size)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         answers = {}

@@ -1,5 +1,6 @@
 """Log-likelihoods of many continuations of many texts; what several have in common at their beginning is read once."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -161,9 +162,7 @@ def runs(contexts: Sequence[list[int]]) -> Iterator[tuple[int, int, int]]:
         (first, one past the last, tokens that all of these begin with; never a whole context, 0 where it does not pay).
     """
     n = len(contexts)
-    shared = [
-        min(common_prefix_length(a, b), len(a) - 1, len(b) - 1) for a, b in zip(contexts, contexts[1:], strict=False)
-    ]
+    shared = [min(common_prefix_length(a, b), len(a) - 1, len(b) - 1) for a, b in itertools.pairwise(contexts)]
     first = 0
     while first < n:
         last, common = first + 1, len(contexts[first]) - 1

@@ -1,4 +1,4 @@
-"""From answers to results: a score for each benchmark, group and subject, and two models compared question by question."""
+"""From answers to results: a score for each benchmark, group and subject, and two models compared on each question."""
 
 import hashlib
 import itertools
@@ -54,7 +54,7 @@ def positions_of(exams: Sequence[Exam], answers: Sequence[Answer]) -> dict[str, 
 
 
 def right_answers(answers: Iterable[Answer]) -> dict[str, dict]:
-    """What `compare` needs: for each exam which questions were answered rightly, "0110…", and a hash of the questions."""
+    """What `compare` needs: for each exam which questions were answered rightly, "0110…", and their hash."""
     found = {}
     for name, these in itertools.groupby(answers, key=lambda answer: answer.exam):
         these = list(these)
