@@ -1,4 +1,4 @@
-"""Files as the publishers of each benchmark lay them out, a few questions each. The right option begins with "right"."""
+"""Files as the publishers of each benchmark lay them out, a few questions each; right options begin with "right"."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ N = 8
 
 
 def letters(path: Path, header: list[str], n: int = N, answered: bool = True) -> None:
-    """A CSV of CMMLU (header with a leading empty name) or C-Eval; options that a table reader would take for numbers."""
+    """A CSV of CMMLU (whose header begins with nothing) or C-Eval; some options look like numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -49,7 +49,11 @@ def write_all(folder: Path) -> Path:
     for name in ("piqa", "siqa", "hellaswag", "sciq"):
         (folder / name).mkdir()
     solutions = [
-        {"goal": f"Goal {i}", "sol1": f"{'wrong' if i % 2 else 'right'} {i}", "sol2": f"{'right' if i % 2 else 'wrong'} {i}"}
+        {
+            "goal": f"Goal {i}",
+            "sol1": f"{'wrong' if i % 2 else 'right'} {i}",
+            "sol2": f"{'right' if i % 2 else 'wrong'} {i}",
+        }
         for i in range(N)
     ]
     write_jsonl(folder / "piqa/valid.jsonl", solutions)

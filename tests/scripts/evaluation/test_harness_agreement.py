@@ -18,7 +18,7 @@ from tests.scripts.conversion import make_model, save_model
 from tests.scripts.test_serve_openai_api import Started
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
-LIMIT = 3  # questions of each of the 7 subjects in ../shared
+LIMIT = 2  # questions of each of the 7 subjects in ../shared
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,15 @@ def test_every_question_of_cmmlu_is_answered_alike(both, shared, shots, chat):
     ours, theirs = both
     answers = ask(worded(open_exams(["cmmlu"], shared / "data", shots, 7), ours, chat, LIMIT), ours)
     exams = list(open_exams(["cmmlu"], shared / "data", shots, 7))
-    harness = lm_eval.simple_evaluate(
-        model=theirs,
-        tasks=[exam.task for exam in exams],
-        num_fewshot=shots,
-        apply_chat_template=chat,
-        fewshot_random_seed=7,
+    for exam in exams:
+        exam.task.set_fewshot_seed(exam.seed)
+    harness = lm_eval.evaluate(  # not simple_evaluate, which asks the machine for all its packages first
+        theirs,
+        {"tasks": {exam.task.config.task: exam.task for exam in exams}},
         limit=LIMIT,
         bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )
     samples = [sample for exam in exams for sample in harness["samples"][exam.task.config.task]]
     assert len(answers) == len(samples) == 7 * LIMIT
@@ -74,7 +75,9 @@ def test_every_question_of_cmmlu_is_answered_alike(both, shared, shots, chat):
 
 
 def test_a_text_without_a_context_and_one_with_spaces_at_its_end_are_read_alike(both):
-    asked = requests("loglikelihood", [("", "你好"), ("", "<s>你好"), ("The sea ", "is"), ("<s>user\n", "你好"), ("a", " b")])
+    asked = requests(
+        "loglikelihood", [("", "你好"), ("", "<s>你好"), ("The sea ", "is"), ("<s>user\n", "你好"), ("a", " b")]
+    )
     assert_alike(*(lm.loglikelihood(asked, disable_tqdm=True) for lm in both))
 
 
@@ -111,8 +114,8 @@ def test_our_server_chooses_alike_through_local_completions(tokenizer, shared, t
     save_model(model, tokenizer, tmp_path / "full_sft_64.pth")
     folder = shutil.copytree(SHIPPED_TOKENIZER, tmp_path / "tokenizer")
     ours = MiniMindHarness(model, tokenizer, batch_size=4)
-    exams = list(open_exams(["cmmlu"], shared / "data", 0, 0))
-    answers = ask(worded(exams, ours, limit=2), ours)
+    exams = list(open_exams(["cmmlu"], shared / "data", 0, 0))[:2]
+    answers = ask(worded(exams, ours, limit=3), ours)
     server = Started("--out_dir", tmp_path, "--dim", "64", "--n_layers", "2", "--device", "cpu")
     try:
         remote = LocalCompletionsAPI(
@@ -122,7 +125,7 @@ def test_our_server_chooses_alike_through_local_completions(tokenizer, shared, t
             tokenizer_backend="huggingface",
             max_length=2048,
         )
-        theirs = ask(worded(exams, ours, limit=2), remote)
+        theirs = ask(worded(exams, ours, limit=3), remote)
     finally:
         server.stop()
     assert [answer.chosen for answer in answers] == [answer.chosen for answer in theirs]
@@ -145,7 +148,8 @@ def test_an_adapter_is_merged_and_a_vlm_is_asked_by_its_language_half(tokenizer,
     for model in (vlm, adapted):
         found = MiniMindHarness(model, tokenizer).loglikelihood(asked, disable_tqdm=True)
         for (logprob, _), request in zip(found, asked, strict=True):
-            context, whole = (tokenizer.encode(text, add_special_tokens=False) for text in (request.args[0], "".join(request.args)))
+            texts = (request.args[0], "".join(request.args))
+            context, whole = (tokenizer.encode(text, add_special_tokens=False) for text in texts)
             with torch.no_grad():
                 logprobs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             places = range(len(context), len(whole))

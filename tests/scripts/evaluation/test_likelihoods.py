@@ -86,7 +86,9 @@ def test_what_is_shared_is_read_once(monkeypatch):
     asked = [Question(examples[i % 2] + ids(draw, 10), [ids(draw, 3) for _ in range(4)]) for i in range(20)]
     read, counted = Decoder.read, []
     monkeypatch.setattr(
-        Decoder, "read", lambda self, spans: counted.append(sum(len(s.all_tokens()) for s in spans)) or read(self, spans)
+        Decoder,
+        "read",
+        lambda self, spans: counted.append(sum(len(s.all_tokens()) for s in spans)) or read(self, spans),
     )
     list(Likelihoods(model, 4).of(asked))
     assert sum(counted) == 2 * 80 + 20 * (10 + 4 * 2)
