@@ -11,7 +11,7 @@ $(VENV)/.core: requirements-core.txt
 	$(PIP) -r requirements-core.txt
 	touch $@
 
-$(VENV)/.dev: requirements.txt requirements-dev.txt $(VENV)/.core
+$(VENV)/.dev: requirements.txt requirements-dev.txt requirements-eval.txt $(VENV)/.core
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
