@@ -6,19 +6,31 @@ from pathlib import Path
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-import eval_model
 from model import MiniMindLM
 from model.fingerprint import hash_weights
 from model.model_lora import merge_lora
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import tokenizer_hash
 from scripts.evaluation.harness_model import MiniMindHarness
-from scripts.formats.transformers_folder import read_folder
-from trainer import weights
 from trainer.device import pick_device
 from trainer.errors import UserError, print_notice
+from trainer.folder_layouts import check_config
+from trainer.loading import STAGES, load_by_flags, load_for_inference
 from trainer.weight_files import read_weights
+from trainer.weights import (
+    architecture,
+    existing,
+    find_adapter,
+    load_adapter,
+    load_tokenizer,
+    load_weights,
+    weights_name,
+)
+
+PROJECTION = "vision_proj.vision_proj.0.weight"  # what a vision-language model has and no other
 
 
 def open_models(args) -> Iterator[tuple[str, Callable[[], TemplateLM]]]:
@@ -29,40 +41,49 @@ def open_models(args) -> Iterator[tuple[str, Callable[[], TemplateLM]]]:
     """
     device = pick_device(args.device)
     if not args.weights:
-        stage = f"{weights.weights_name(eval_model.STAGES[args.model_mode], args.dim, args.use_moe)}"
-        name = args.out_dir if args.load == 1 else stage
+        name = args.out_dir if args.load == 1 else weights_name(STAGES[args.model_mode], args.dim, args.use_moe)
         name = name if args.lora_name in (None, "None") else f"{name}+{args.lora_name}"
-        yield name, lambda: MiniMindHarness(*eval_model.load_model(args), args.batch_size)
+        yield name, lambda: _harness(*load_by_flags(args), args, device)
     for path in args.weights:
         yield path, lambda path=Path(path): _open(path, args, device)
 
 
+def _harness(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, args, device: torch.device) -> MiniMindHarness:
+    return MiniMindHarness(model.to(device), tokenizer, args.batch_size)
+
+
 def _open(path: Path, args, device: torch.device) -> TemplateLM:
+    path = path if path.is_dir() else existing(path)
+    adapter = None if args.lora_name in (None, "None") else find_adapter(args.lora_name, args)
     if path.is_dir():
         try:
-            model, tokenizer = read_folder(path, args.tokenizer)
+            check_config(path)
         except UserError as reason:
             return _open_other(path, args, device, reason)
-    else:
-        model, tokenizer = _load(path, args.tokenizer)
-    if args.lora_name not in (None, "None"):
-        weights.load_adapter(args.lora_name, args, model)
-        merge_lora(model)
-    return MiniMindHarness(model.to(device).eval(), tokenizer, args.batch_size)
+    elif PROJECTION in (state := read_weights(path).state):
+        return _harness(*_language_half(path, state[PROJECTION], args.tokenizer, adapter), args, device)
+    return _harness(*load_for_inference(path, args.tokenizer, adapter), args, device)
 
 
-def _load(path: Path, tokenizer_folder: str | None) -> tuple[MiniMindLM, object]:
-    """The model in a file of weights; of a vision-language model the language half is asked."""
-    tokenizer = weights.load_tokenizer(tokenizer_folder)
-    path = weights.existing(path, by_flags=False)
-    projection = read_weights(path).state.get("vision_proj.vision_proj.0.weight")
+def _language_half(
+    path: Path, projection: Tensor, tokenizer_folder: str | None, adapter: Path | None
+) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
+    """A vision-language model that is given no picture, so it needs no tower.
 
-    def with_projection(config) -> MiniMindVLM:
-        fields = weights.architecture(config) | {"max_seq_len": config.max_seq_len}
+    Args:
+        projection: its weight (dim, vision_dim), by which its tower's width is known.
+    """
+    tokenizer = load_tokenizer(tokenizer_folder)
+
+    def build(config) -> MiniMindVLM:
+        fields = architecture(config) | {"max_seq_len": config.max_seq_len}
         return MiniMindVLM(VLMConfig(**fields, vision_dim=projection.size(1)))
 
-    build = MiniMindLM if projection is None else with_projection
-    return weights.load_weights(path, None, tokenizer, build=build), tokenizer
+    model = load_weights(path, None, tokenizer, build=build)
+    if adapter is not None:
+        load_adapter(adapter, model)
+        merge_lora(model)
+    return model.eval(), tokenizer
 
 
 def _open_other(path: Path, args, device: torch.device, reason: UserError) -> HFLM:
