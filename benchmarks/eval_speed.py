@@ -15,14 +15,10 @@ import time
 from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
-import datasets
 import torch
-from lm_eval.models.huggingface import HFLM
 
 from model import LMConfig, MiniMindLM
-from scripts.evaluation.examination import worded
-from scripts.evaluation.harness_model import MiniMindHarness
-from scripts.evaluation.tasks import open_exams
+from scripts.evaluation import require_harness
 from scripts.formats.transformers_folder import write_folder
 from trainer.arguments import BooleanFlag, Parser, add_device_argument, non_negative_int, positive_int
 from trainer.device import pick_device
@@ -42,6 +38,14 @@ def main():
     parser.add_argument("--rounds", type=positive_int, default=3)
     add_device_argument(parser)
     args = parser.parse_args()
+    require_harness()
+    import datasets  # after the arguments: --help need not wait for these
+    from lm_eval.models.huggingface import HFLM
+
+    from scripts.evaluation.examination import worded
+    from scripts.evaluation.harness_model import MiniMindHarness
+    from scripts.evaluation.tasks import open_exams
+
     device = pick_device(args.device)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()

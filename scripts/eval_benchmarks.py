@@ -11,7 +11,6 @@ error, what chance alone would give, and whether the two can be told apart. With
 questions; with it they are read from the publishers' own files, DIR/NAME/….
 """
 
-import importlib.util
 import itertools
 import json
 import logging
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/eval_benchmarks.py` find the packages)
 
+from scripts.evaluation import require_harness
 from trainer.arguments import (
     BooleanFlag,
     Parser,
@@ -67,8 +67,7 @@ def get_args():
 
 def check(args) -> None:
     """Refuse what cannot be done, or would replace something, before anything is loaded."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm_eval, the harness, is not installed: python -m pip install -r requirements-eval.txt")
+    require_harness()
     if args.compare:
         return
     if not args.tasks and not args.ppl:
