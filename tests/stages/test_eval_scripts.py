@@ -87,8 +87,9 @@ def test_which_images_belong_to_one_question(tmp_path):
 @pytest.mark.parametrize("script", [eval_model, eval_vlm])
 def test_an_answer_as_long_as_the_context_leaves_no_room_to_ask(script, monkeypatch, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=64))
-    monkeypatch.setattr(script, "load_model", lambda args: (model, None, None)[: 2 if script is eval_model else 3])
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=64), to=lambda device: None)
+    monkeypatch.setattr("trainer.loading.load_by_flags", lambda args: (model, None))
+    monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, None, None))
     monkeypatch.setattr("model.inference.scheduler.Engine", lambda *_, **settings: None)
     asked = ["--prompt", "q", "--max_new_tokens", "64"]
     asked += ["--image", str(tmp_path / "a.png")] if script is eval_vlm else []
