@@ -780,7 +780,7 @@ def test_images_are_placed_where_they_fit(mode, monkeypatch):
     assert place(turns(4, 15)) == ([0] * 15, "embeddings")
     assert place(turns(0, 16)) == ([0] * 16, None)
     assert prompts == [sys.maxsize] * 2
-    with pytest.raises(ValueError, match="^5 images of 4 tokens are too many for the model's context of 16$"):
+    with pytest.raises(ValueError, match=r"^5 images of 4 tokens are too many for the model's context of 16$"):
         place(turns(5, 1))
 
 
