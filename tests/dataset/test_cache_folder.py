@@ -333,7 +333,7 @@ def test_sixteen_digits_tell_one_list_from_another():
     assert short_hash([1, "a"]) == "4a72386a027702c1"  # of sha256sum: caches of old are found by it
 
 
-@pytest.mark.parametrize("place", [0, 65_535, 500_000, 999_999])
+@pytest.mark.parametrize("place", [0, 65_535, 66_000, 500_000, 999_999])
 def test_a_changed_byte_in_a_block_that_is_read_is_another_state(tmp_path, place):
     """Blocks of 64 KiB, sixteen of them, are all of a file of 1 MB."""
     path = tmp_path / "lines"
