@@ -192,7 +192,7 @@ def _reading(beside: Path) -> Iterator[None]:
     """What goes wrong in here tells the user that the json is damaged."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{beside} is damaged ({error!r:.200}): restore it, or delete it to go by the flags") from None
 
 

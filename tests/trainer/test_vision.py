@@ -80,3 +80,28 @@ def test_features_are_computed_in_the_run_s_precision(asked, opened, dtype):
 def test_without_images_there_is_nothing_to_compute(monkeypatch):
     monkeypatch.setattr(vision, "open_feature_cache", None)
     cache_features(None, [SimpleNamespace(image_names=list)], None, None, None)
+
+
+def test_a_tower_that_is_missing_says_where_to_get_one(tmp_path):
+    with pytest.raises(UserError, match=r"^--vision_model .*gone is missing: download openai/clip-vit-base-patch16"):
+        open_vision(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="cannot be used: "):
+        open_vision(str(tmp_path))
+
+
+def test_every_data_set_gets_the_features_of_all_names_and_caches_are_limited(monkeypatch, opened, capsys):
+    asked, limited = [], []
+    monkeypatch.setattr(
+        vision, "open_feature_cache", lambda names, *rest, **more: asked.append((names, rest[0])) or Features(names)
+    )
+    monkeypatch.setattr(vision, "limit_caches", lambda *given: limited.append(given))
+    first, second = (
+        SimpleNamespace(image_names=lambda names=names: names, images_path="pictures", load_pixels=None)
+        for names in (["b.png", "a.png"], ["c.png", "a.png"])
+    )
+    args = SimpleNamespace(num_workers=0, data_path="lines", images_path="pictures", cache_limit=7)
+    cache_features(None, [first, None, second], args, opened, Runtime(torch.device("cpu"), torch.float32))
+    assert asked == [(["a.png", "b.png", "c.png"], "pictures")]
+    assert first.features is second.features
+    assert limited == [(["lines", "pictures"], 7)]
+    assert capsys.readouterr().out == "features of 3 images: there\n"
