@@ -8,7 +8,6 @@ python eval_model.py --model_mode 3 --votes 8             a reasoning model's mo
 
 import sys
 import time
-from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
@@ -26,7 +25,6 @@ from trainer.arguments import (
 from trainer.errors import UserError, run_main
 from trainer.talk import questions, read_line, report_speed, show, stream_texts
 
-STAGES = ("pretrain", "full_sft", "rlhf", "reason")
 SAMPLE_QUESTIONS = (
     "你是谁？",
     "中国的首都是哪里？",
@@ -69,28 +67,6 @@ def get_args():
     return parser.parse_args()
 
 
-def load_model(args):
-    """Model and tokenizer that the flags name."""
-    from model.model_lora import merge_lora
-    from trainer import weights
-    from trainer.device import pick_device
-
-    device = pick_device(args.device)
-    if args.load == 1:
-        from scripts.formats.transformers_folder import read_folder
-
-        model, tokenizer = read_folder(Path(args.out_dir), args.tokenizer)
-    else:
-        tokenizer = weights.load_tokenizer(args.tokenizer)
-        path = weights.weights_path(args, STAGES[args.model_mode])
-        config = None if weights.read_settings(path) else weights.build_config(args, tokenizer)
-        model = weights.load_weights(path, config, tokenizer)
-    if args.lora_name not in (None, "None"):
-        weights.load_adapter(args.lora_name, args, model)
-        merge_lora(model)  # as fast as without it
-    return model.to(device).eval(), tokenizer
-
-
 def reply(engine, ids: list[int], args, by_hand: bool) -> str:
     """Write an answer to a prompt; show it, and how fast it came."""
     from model.inference.request import Request
@@ -126,8 +102,12 @@ def main():
         raise UserError(f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise it")
     from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
     from model.inference.scheduler import Engine
+    from trainer.device import pick_device
+    from trainer.loading import load_by_flags
 
-    model, tokenizer = load_model(args)
+    device = pick_device(args.device)
+    model, tokenizer = load_by_flags(args)
+    model.to(device)
     room = model.config.max_seq_len - args.max_new_tokens
     if room < 1:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: the model takes {model.config.max_seq_len} in all")

@@ -24,7 +24,6 @@ from trainer.arguments import (
 from trainer.errors import UserError, run_main
 from trainer.talk import report_speed, show, stream_texts
 
-STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 PROMPTS = {1: "请描述这张图片。", 2: "请比较这两张图片。"}  # by how many images
 
@@ -94,35 +93,18 @@ def whole_images(images: list[Path], skip: bool | None = None) -> list[Path]:
     return [image for image, fault in zip(images, faults, strict=True) if not fault]
 
 
-def load_model(args):
-    """Model, tokenizer and image processor that the flags name."""
-    from model.model_vlm import MiniMindVLM
-    from trainer.device import pick_device
-    from trainer.vision import load_vlm, open_vision
-    from trainer.weights import load_folder, load_tokenizer, weights_path
-
-    device = pick_device(args.device)
-    tokenizer = load_tokenizer(args.tokenizer or (args.out_dir if args.load == 1 else None))
-    vision = open_vision(args.vision_model)
-    if args.load == 1:
-        model = load_folder(args.out_dir, MiniMindVLM)
-        try:
-            model.set_tower(vision.tower)
-        except ValueError as error:
-            raise UserError(f"--vision_model {args.vision_model}: {error}") from None
-    else:
-        model = load_vlm(weights_path(args, STAGES[args.model_mode]), None, tokenizer, vision)
-    return model.to(device).eval(), tokenizer, vision.processor
-
-
 def main():
     args = get_args()
     groups = groups_of_images(args)
     from model.images import prepare_chat, prompt_embeddings
     from model.inference.request import Request
     from model.inference.scheduler import Engine
+    from trainer.device import pick_device
+    from trainer.loading import load_vlm_by_flags
 
-    model, tokenizer, processor = load_model(args)
+    device = pick_device(args.device)
+    model, tokenizer, processor = load_vlm_by_flags(args)
+    model.to(device)
     engine = Engine(model, tokenizer, slots=1)
     room = model.config.max_seq_len - args.max_new_tokens
     system = [{"role": "system", "content": args.system}] if args.system else []

@@ -26,10 +26,10 @@ from trainer.data import count_steps, open_data
 from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
-from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
+from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
 def get_args():
@@ -41,7 +41,7 @@ def get_args():
         learning_rate=3e-4,
         warmup_iters=20,
     )
-    parser.add_argument("--from_weight", default="rlhf", help="stage (or .pth file) to start from")
+    parser.add_argument("--from_weight", default="rlhf", help="stage, .pth or folder to start from")
     parser.add_argument("--tag_weight", type=float, default=10.0, help="what a token of a tag counts, in tokens")
     return parser.parse_args()
 
@@ -98,7 +98,7 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
     checkpoint = Checkpoint(args, "reason", config, tokenizer, run, tag_weight=args.tag_weight)
-    model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
+    model = load_weights(find_weights(args.from_weight, args), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
     tags = tag_sequences(tokenizer)
 
@@ -108,53 +108,48 @@ def main():
 
     # Optimizer
     optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
-    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    model, optimizer, scaler = wrap_model(model, optimizer, scaler, run, should_compile(args, run, total_steps))
 
     # Resume
     progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
-    # Loop: an optimizer step is a list of micro-batches
+    # Loop: an optimizer step is a list of micro-batches, (rows, n) each
     model.train()
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)
+        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
         step_loss = torch.zeros((), device=run.device)
         for batch in batches:
-            last = batch is batches[-1]
+            sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")
-            with run.gradients_synced(model, last):
-                with run.autocast():
-                    out = model(**batch, logits_to_keep=target_mask(labels))
-                    weights = tag_weights(labels, tags, args.tag_weight)
-                    loss = weighted_next_token_loss(out.logits, labels, weights) / totals.target_tokens
-                    loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
-                step_loss += loss.detach()
-                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
-                if args.deepspeed:
-                    deepspeed_backward(model, loss, scaler, last)
-                else:
-                    scaler.scale(loss).backward()
-        (loss,) = run.sum(step_loss)
-        if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
-            norm = deepspeed_step(model, scaler)
-            run.is_finite(norm, loss)
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            with run.autocast():
+                out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
+                weights = tag_weights(labels, tags, args.tag_weight)
+                loss = weighted_next_token_loss(out.logits, labels, weights) / totals.target_tokens
+                rows = batch["attention_mask"].any(1).sum()  # the last batch of an epoch is filled up with empty ones
+                loss = loss + out.aux_loss * rows / totals.rows  # MoE's load balance, 0 in a dense model
+            step_loss += loss.detach()
+            scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
+        loss = run.sum(step_loss)
+        if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+            norm = scaler.clip_and_step()
         else:
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            if run.is_finite(norm, loss):
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+            if math.isfinite(loss + norm):
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
         # Log, save, evaluate: what is learned is safe before it is measured
-        progress.advance(totals, run.non_finite)
-        stopping = run.asked_to_stop
+        progress.advance(totals, skipped=not math.isfinite(loss + norm))
+        stopping = run.stop_requested()
         if metrics.due(args.log_interval, stopping):
-            metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
+            metrics.log(loss=loss, lr=lr, grad_norm=norm)
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
         if held_out and metrics.due(args.eval_interval):

@@ -11,7 +11,7 @@ starts from out/full_sft_D.pth, writes out/full_dist_D.pth.
 Black-box distillation needs no stage of its own: scripts/collect_teacher_answers.py, then train_full_sft.py.
 """
 
-from functools import partial
+import math
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
@@ -23,15 +23,16 @@ from model.fingerprint import hash_weights
 from model.loss import target_mask
 from trainer.arguments import ROOT, check_training_arguments, positive_float, training_parser
 from trainer.checkpoint import Checkpoint
+from trainer.chunked import sum_over_rows
 from trainer.data import count_steps, open_data
 from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
-from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
+from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.teacher import chunked_distillation_loss, load_teacher
-from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
+from trainer.teacher import load_teacher, teacher_logits
+from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
 def get_args():
@@ -42,8 +43,8 @@ def get_args():
         learning_rate=3e-4,
         warmup_iters=20,
     )
-    parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) the student starts from")
-    parser.add_argument("--teacher_weight", default="full_sft_768", help="weights in --out_dir, a .pth, or a folder")
+    parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder the student starts from")
+    parser.add_argument("--teacher_weight", default="full_sft_768", help="stage, name in --out_dir, .pth or folder")
     parser.add_argument("--alpha", type=float, default=0.0, help="share of the plain loss; the rest is the teacher's")
     parser.add_argument(
         "--temperature", type=positive_float, default=1.0, help="above 1 what the teacher holds less likely counts more"
@@ -81,14 +82,18 @@ def main():
     # Student and teacher
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
-    teacher = load_teacher(args.teacher_weight, args.out_dir, tokenizer, args.max_seq_len)
+    teacher = load_teacher(find_weights(args.teacher_weight, args), tokenizer, args.max_seq_len)
     facts = {name: getattr(args, name) for name in ("teacher_weight", "alpha", "temperature")}
     facts["teacher_hash"] = hash_weights(teacher.state_dict())
     checkpoint = Checkpoint(args, "full_dist", config, tokenizer, run, **facts)
-    model = load_weights(weights_path(args, args.from_weight), config, tokenizer).to(run.device)
+    model = load_weights(find_weights(args.from_weight, args), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
     teacher.to(run.device)
-    loss_of = partial(distillation_loss, alpha=args.alpha, temperature=args.temperature)
+
+    def loss_of(logits: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+        learned = target_mask(labels)
+        taught = teacher_logits(teacher, batch, learned, logits.size(-1))  # (target tokens, vocab), as the student's
+        return distillation_loss(logits, taught, labels[:, 1:][learned[:, :-1]], args.alpha, args.temperature)
 
     # Data
     loader, held_out = open_data(SFTDataset, args, tokenizer, run)
@@ -96,52 +101,48 @@ def main():
 
     # Optimizer
     optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
-    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    model, optimizer, scaler = wrap_model(model, optimizer, scaler, run, should_compile(args, run, total_steps))
 
     # Resume
     progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
-    # Loop: an optimizer step is a list of micro-batches
+    # Loop: an optimizer step is a list of micro-batches, (rows, n) each
     model.train()
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)
+        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
         step_loss = torch.zeros((), device=run.device)
         for batch in batches:
-            last = batch is batches[-1]
+            sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")
-            with run.gradients_synced(model, last):
-                with run.autocast():
-                    out = model(**batch, logits_to_keep=target_mask(labels))
-                    loss = chunked_distillation_loss(loss_of, out.logits, labels, batch, teacher) / totals.target_tokens
-                    loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
-                step_loss += loss.detach()
-                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
-                if args.deepspeed:
-                    deepspeed_backward(model, loss, scaler, last)
-                else:
-                    scaler.scale(loss).backward()
-        (loss,) = run.sum(step_loss)
-        if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
-            norm = deepspeed_step(model, scaler)
-            run.is_finite(norm, loss)
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            with run.autocast():
+                out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
+                # loss_of(out.logits, batch, labels), a few rows at a time: 287 MiB at the peak instead of 549
+                loss = sum_over_rows(loss_of, out.logits, batch, labels) / totals.target_tokens
+                rows = batch["attention_mask"].any(1).sum()  # the last batch of an epoch is filled up with empty ones
+                loss = loss + out.aux_loss * rows / totals.rows  # MoE's load balance, 0 in a dense model
+            step_loss += loss.detach()
+            scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
+        loss = run.sum(step_loss)
+        if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+            norm = scaler.clip_and_step()
         else:
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            if run.is_finite(norm, loss):
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+            if math.isfinite(loss + norm):
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
         # Log, save, evaluate: what is learned is safe before it is measured
-        progress.advance(totals, run.non_finite)
-        stopping = run.asked_to_stop
+        progress.advance(totals, skipped=not math.isfinite(loss + norm))
+        stopping = run.stop_requested()
         if metrics.due(args.log_interval, stopping):
-            metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
+            metrics.log(loss=loss, lr=lr, grad_norm=norm)
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
         if held_out and metrics.due(args.eval_interval):

@@ -9,7 +9,7 @@ as the frozen reference, writes out/rlhf_D.pth.
 """
 
 import copy
-from functools import partial
+import math
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
@@ -20,24 +20,26 @@ from dataset import DPODataset
 from dataset.caches import limit_caches
 from model.fingerprint import hash_weights
 from model.loss import target_mask
-from trainer.arguments import ROOT, BooleanFlag, check_training_arguments, training_parser
+from trainer.arguments import ROOT, BooleanFlag, check_training_arguments, positive_float, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.errors import UserError, run_main
+from trainer.errors import run_main
 from trainer.metrics import Metrics
-from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
+from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.preference import (
     DPO_METRICS,
     attach_reference_log_probs,
     count_pairs,
     dpo_metrics,
     evaluate_pairs,
-    reference_log_probs,
+    mean_per_answer,
+    reference_token_log_probs,
+    sum_per_answer,
     token_log_probs,
 )
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import build_config, load_tokenizer, load_weights, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
 def get_args():
@@ -50,9 +52,11 @@ def get_args():
         learning_rate=1e-5,
         warmup_iters=20,
     )
-    parser.add_argument("--from_weight", default="full_sft", help="stage (or .pth file) to start from, and reference")
+    parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder to start from, and reference")
     dpo = parser.add_argument_group("dpo")
-    dpo.add_argument("--beta", type=float, default=0.1, help="strength of the pull towards the reference model")
+    dpo.add_argument(
+        "--beta", type=positive_float, default=0.1, help="strength of the pull towards the reference model"
+    )
     dpo.add_argument("--length_normalize", action=BooleanFlag, help="mean log-probability of an answer, not its sum")
     dpo.add_argument(
         "--cache_reference",
@@ -84,14 +88,12 @@ def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Te
 def main():
     args = get_args()
     check_training_arguments(args)
-    if not args.beta > 0:
-        raise UserError(f"--beta {args.beta:g} must be above 0")
     run = start_runtime(args)
 
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
-    start = weights_path(args, args.from_weight)
+    start = find_weights(args.from_weight, args)
     model = load_weights(start, config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
     start_hash = hash_weights(model.state_dict())
@@ -101,67 +103,68 @@ def main():
     loader, held_out = open_data(DPODataset, args, tokenizer, run)
     total_steps = count_steps(loader, args)
     frozen = None if args.cache_reference else copy.deepcopy(model).eval().requires_grad_(False)
-    for pairs in filter(None, (loader.dataset, held_out)) if args.cache_reference else ():
-        attach_reference_log_probs(pairs, model, start_hash, run, args.batch_size)
-    limit_caches([args.data_path], args.cache_limit)
-    measure = partial(
-        dpo_metrics, loss_function=partial(dpo_loss, beta=args.beta), length_normalize=args.length_normalize
-    )
+    if args.cache_reference:  # each batch then brings the reference's log-probabilities along
+        for dataset in filter(None, (loader.dataset, held_out)):
+            attach_reference_log_probs(dataset, model, start_hash, run, args.batch_size)
+    limit_caches([args.data_path], args.cache_limit)  # delete those that nobody has used for the longest time
+    per_answer = mean_per_answer if args.length_normalize else sum_per_answer
 
     # Optimizer
     optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
-    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    model, optimizer, scaler = wrap_model(model, optimizer, scaler, run, should_compile(args, run, total_steps))
 
     # Resume
     progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
-    # Loop: an optimizer step is a list of micro-batches
+    # Loop: an optimizer step is a list of micro-batches, (rows, n) each
     model.train()
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)
-        (pairs,) = run.sum(count_pairs(batches))
-        measured = torch.zeros(len(DPO_METRICS), device=run.device)
+        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
+        pairs = run.sum(count_pairs(batches))  # a row holds whole pairs: chosen, rejected, chosen, rejected, …
+        step_metrics = torch.zeros(len(DPO_METRICS), device=run.device)
         for batch in batches:
-            last = batch is batches[-1]
+            sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")
-            with run.gradients_synced(model, last):
-                with run.autocast():
-                    reference = reference_log_probs(batch, labels, frozen)
-                    out = model(**batch, logits_to_keep=target_mask(labels))
-                    values = measure(token_log_probs(out.logits, labels), reference, batch, labels) / pairs
-                    loss = values[0] + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
-                measured += values.detach()
-                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
-                if args.deepspeed:
-                    deepspeed_backward(model, loss, scaler, last)
-                else:
-                    scaler.scale(loss).backward()
-        measured = dict(zip(DPO_METRICS, run.sum(*measured.tolist()), strict=True))
-        if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
-            norm = deepspeed_step(model, scaler)
-            run.is_finite(norm, measured["loss"])
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            cached = batch.pop("reference", None)  # log-probabilities, where they were computed beforehand
+            with run.autocast():
+                out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
+                log_probs = token_log_probs(out.logits, labels)  # (target tokens,)
+                reference_log_probs = reference_token_log_probs(cached, frozen, batch, labels)  # as many; no gradient
+                policy = per_answer(log_probs, batch, labels)  # (pairs, 2): chosen, rejected
+                reference = per_answer(reference_log_probs, batch, labels)  # (pairs, 2)
+                losses, margins = dpo_loss(policy, reference, args.beta)  # (pairs,)
+                loss = losses.sum() / pairs
+                rows = batch["attention_mask"].any(1).sum()  # the last batch of an epoch is filled up with empty ones
+                loss = loss + out.aux_loss * rows / totals.rows  # MoE's load balance, 0 in a dense model
+            step_metrics += dpo_metrics(losses, margins, policy, log_probs - reference_log_probs, batch, labels) / pairs
+            scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
+        values = dict(zip(DPO_METRICS, run.sums(*step_metrics.tolist()), strict=True))
+        if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+            norm = scaler.clip_and_step()
         else:
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            if run.is_finite(norm, measured["loss"]):
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+            if math.isfinite(values["loss"] + norm):
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
         # Log, save, evaluate: what is learned is safe before it is measured
-        progress.advance(totals, run.non_finite)
-        stopping = run.asked_to_stop
+        progress.advance(totals, skipped=not math.isfinite(values["loss"] + norm))
+        stopping = run.stop_requested()
         if metrics.due(args.log_interval, stopping):
-            metrics.log(**measured, lr=lr, grad_norm=float(norm))
+            metrics.log(**values, lr=lr, grad_norm=norm)
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
         if held_out and metrics.due(args.eval_interval):
-            metrics.log_evaluation(lambda: evaluate_pairs(model, frozen, held_out, run, args.batch_size, measure))
+            metrics.log_evaluation(
+                lambda: evaluate_pairs(model, frozen, held_out, run, args.batch_size, per_answer, dpo_loss, args.beta)
+            )
             checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break

@@ -9,6 +9,8 @@ does not. With --multi, several images a line: sft_vlm_data_multi.jsonl, sft_mul
     deepspeed --num_gpus 2 train_sft_vlm.py --deepspeed            DeepSpeed, ZeRO stage 2
 """
 
+import math
+
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
@@ -19,11 +21,11 @@ from trainer.data import count_steps, open_data
 from trainer.errors import run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
-from trainer.parallel import deepspeed_backward, deepspeed_step, should_compile, wrap_model
+from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.vision import cache_features, image_data, load_vlm, open_vision
-from trainer.weights import build_config, load_tokenizer, weights_path
+from trainer.weights import build_config, find_weights, load_tokenizer
 
 
 def get_args():
@@ -37,7 +39,7 @@ def get_args():
         max_seq_len=1536,
     )
     add_vision_arguments(parser, images_path=None)
-    parser.add_argument("--from_weight", default="pretrain_vlm", help="stage (or .pth file) to start from")
+    parser.add_argument("--from_weight", default="pretrain_vlm", help="stage, .pth or folder to start from")
     parser.add_argument("--multi", action=BooleanFlag, help="several images a line: other data, other weights")
     args = parser.parse_args()
     data, images = (
@@ -59,7 +61,7 @@ def main():
     vision = open_vision(args.vision_model)
     stage = "sft_vlm_multi" if args.multi else "sft_vlm"
     checkpoint = Checkpoint(args, stage, config, tokenizer, run, vision_tower=vision.hash)
-    model = load_vlm(weights_path(args, args.from_weight), config, tokenizer, vision).to(run.device)
+    model = load_vlm(find_weights(args.from_weight, args), config, tokenizer, vision).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
 
     # Data
@@ -70,52 +72,47 @@ def main():
 
     # Optimizer
     optimizer = make_optimizer(model, args)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=args.dtype == "float16")
-    model, optimizer = wrap_model(model, optimizer, run, should_compile(args, run, total_steps))
+    scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
+    model, optimizer, scaler = wrap_model(model, optimizer, scaler, run, should_compile(args, run, total_steps))
 
     # Resume
     progress = checkpoint.load(model, optimizer, scaler, loader.dataset)
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
-    # Loop: an optimizer step is a list of micro-batches
+    # Loop: an optimizer step is a list of micro-batches, (rows, n) each
     model.train()
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)
+        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
         step_loss = torch.zeros((), device=run.device)
         for batch in batches:
-            last = batch is batches[-1]
+            sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")
-            with run.gradients_synced(model, last):
-                with run.autocast():
-                    out = model(**batch, logits_to_keep=target_mask(labels))
-                    loss = next_token_loss(out.logits, labels) / totals.target_tokens
-                    loss = loss + out.aux_loss * batch["attention_mask"].any(1).sum() / totals.rows
-                step_loss += loss.detach()
-                loss = loss * run.world_size  # the ranks' gradients are averaged, and the step wants their sum
-                if args.deepspeed:
-                    deepspeed_backward(model, loss, scaler, last)
-                else:
-                    scaler.scale(loss).backward()
-        (loss,) = run.sum(step_loss)
-        if args.deepspeed:  # clips, steps and zeroes by itself, and skips what is not finite
-            norm = deepspeed_step(model, scaler)
-            run.is_finite(norm, loss)
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            with run.autocast():
+                out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
+                loss = next_token_loss(out.logits, labels) / totals.target_tokens  # a sum over the tokens
+                rows = batch["attention_mask"].any(1).sum()  # the last batch of an epoch is filled up with empty ones
+                loss = loss + out.aux_loss * rows / totals.rows  # MoE's load balance, 0 in a dense model
+            step_loss += loss.detach()
+            scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
+        loss = run.sum(step_loss)
+        if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+            norm = scaler.clip_and_step()
         else:
             scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-            if run.is_finite(norm, loss):
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).item()
+            if math.isfinite(loss + norm):
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
         # Log, save, evaluate: what is learned is safe before it is measured
-        progress.advance(totals, run.non_finite)
-        stopping = run.asked_to_stop
+        progress.advance(totals, skipped=not math.isfinite(loss + norm))
+        stopping = run.stop_requested()
         if metrics.due(args.log_interval, stopping):
-            metrics.log(loss=loss, lr=lr, grad_norm=float(norm))
+            metrics.log(loss=loss, lr=lr, grad_norm=norm)
         if metrics.due(args.save_interval, stopping):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
         if held_out and metrics.due(args.eval_interval):

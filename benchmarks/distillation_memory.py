@@ -22,9 +22,10 @@ from model import LMConfig, MiniMindLM
 from model.loss import target_mask
 from train_distillation import distillation_loss
 from trainer.arguments import Parser, positive_int
+from trainer.chunked import sum_over_rows
 from trainer.device import DTYPES, pick_device
 from trainer.errors import run_main
-from trainer.teacher import chunked_distillation_loss, teacher_logits
+from trainer.teacher import teacher_logits
 
 SIZES = {"student": {"dim": 512, "n_layers": 8}, "teacher": {"dim": 768, "n_layers": 16}}
 
@@ -46,7 +47,12 @@ def learned_logits(student: MiniMindLM, teacher: MiniMindLM, batch: dict, labels
 
 def in_parts(student: MiniMindLM, teacher: MiniMindLM, batch: dict, labels: Tensor, loss_of) -> Tensor:
     logits = student(**batch, logits_to_keep=target_mask(labels)).logits
-    return chunked_distillation_loss(loss_of, logits, labels, batch, teacher)
+
+    def loss_of_rows(logits: Tensor, batch: dict, labels: Tensor) -> Tensor:
+        learned = target_mask(labels)
+        return loss_of(logits, teacher_logits(teacher, batch, learned, logits.size(-1)), labels[:, 1:][learned[:, :-1]])
+
+    return sum_over_rows(loss_of_rows, logits, batch, labels)
 
 
 class PeakMemory:

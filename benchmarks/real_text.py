@@ -6,7 +6,6 @@ Learns from pretrain_hq, sft_mini_512, lora_medical, dpo and r1_mix_1024 (.jsonl
 are held out. The model and the split files lie in out/real_text; a second call trains nothing that is there.
 """
 
-from functools import partial
 from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
@@ -21,7 +20,7 @@ from train_dpo import dpo_loss
 from trainer.arguments import ROOT, Parser, positive_int
 from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
-from trainer.preference import dpo_metrics, evaluate_pairs
+from trainer.preference import evaluate_pairs, sum_per_answer
 from trainer.runtime import Runtime
 
 HELD_OUT_LINES = 200  # lines of each file
@@ -87,8 +86,8 @@ def main():
         return evaluate(model, rows, tokenizer, here, 8)["eval_loss"]
 
     def accuracy(model) -> float:
-        measure = partial(dpo_metrics, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
-        return evaluate_pairs(model, model, DPODataset(kept["dpo"], tokenizer, 1024), here, 8, measure)["eval_accuracy"]
+        pairs = DPODataset(kept["dpo"], tokenizer, 1024)
+        return evaluate_pairs(model, model, pairs, here, 8, sum_per_answer, dpo_loss, beta=0.1)["eval_accuracy"]
 
     def form(model) -> str:
         questions = [line["conversations"][0]["content"] for line in read_lines(kept["r1_mix_1024"])]

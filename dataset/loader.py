@@ -1,5 +1,6 @@
 """From rows to optimizer steps: shuffled by seed and epoch, shared among ranks, resumable at any step."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -105,7 +106,7 @@ class StepLoader:
         self.num_workers = num_workers
         self._round_rows = batch_size * world_size  # one micro-batch on every rank
         self._step_rows = self._round_rows * accumulation_steps
-        self.steps_per_epoch = -(-len(dataset) // self._step_rows)
+        self.steps_per_epoch = math.ceil(len(dataset) / self._step_rows)
         self.total_steps = epochs * self.steps_per_epoch
 
     def steps(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list[Batch]]:
@@ -147,7 +148,7 @@ class StepLoader:
         """Micro-batches that each rank has in a step."""
         begin = step % self.steps_per_epoch * self._step_rows
         rows = min(self._step_rows, len(self.dataset) - begin)
-        return -(-rows // self._round_rows)
+        return math.ceil(rows / self._round_rows)
 
     def _collate_fn(self):
         if self.dataset.packing:

@@ -1,4 +1,8 @@
-"""Which tokens share a row: long samples are split or cut, and the pieces are packed into rows with little waste."""
+"""Which tokens share a row: long samples are split or cut, and the pieces are packed into rows with little waste.
+
+A sample is what a line of the data gives; a piece is a stretch of one sample, no longer than a row; a row is what the
+model reads, one or several pieces. Arrays here have one number for each of them: (samples,), (pieces,), (rows,).
+"""
 
 from typing import NamedTuple
 
@@ -20,17 +24,17 @@ class Pieces(NamedTuple):
 def split_long(lengths: np.ndarray, max_len: int) -> Pieces:
     """Split samples into pieces of at most `max_len` tokens, losing nothing.
 
-    A piece starts with the last token of the piece before it, which is context there and not learned again, so that
-    every token of a sample but its first is learned exactly once.
+    A piece starts with the last token of the piece before it, which is context there and not a target again, so that
+    every token of a sample but its first is a target exactly once.
 
     Args:
         lengths: tokens of each sample, int64 (samples,).
         max_len: at least 2.
     """
     stride = max_len - 1
-    counts = np.maximum(1, -(-(lengths - 1) // stride))
-    sample = np.repeat(np.arange(len(lengths)), counts)
-    nth = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
+    counts = np.maximum(1, np.ceil((lengths - 1) / stride).astype(np.int64))  # (samples,), pieces of each
+    sample = np.repeat(np.arange(len(lengths)), counts)  # (pieces,)
+    nth = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)  # (pieces,), which of its sample's
     start = nth * stride
     return Pieces(sample, start, np.minimum(lengths[sample] - start, max_len))
 

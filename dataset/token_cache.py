@@ -19,6 +19,7 @@ what no edit leaves as it was (see `fingerprint`), else by hashing the file agai
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -66,7 +67,7 @@ class TokenCache:
         self.ignored: dict[str, int] = info["ignored"]
         samples, tokens, note_bytes = (info[name] for name in ("samples", "tokens", "note_bytes"))
         self._tokens = self._map("tokens", info["dtype"], tokens)
-        self._mask = self._map("mask", np.uint8, -(-tokens // 8)) if info["masked"] else None
+        self._mask = self._map("mask", np.uint8, math.ceil(tokens / 8)) if info["masked"] else None
         self._offsets = self._map("offsets", np.int64, samples + 1)
         self.first_target = self._map("first_target", np.int64, samples)
         self._notes = self._map("notes", np.uint8, note_bytes) if note_bytes else None

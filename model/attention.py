@@ -22,14 +22,14 @@ def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tens
     Returns:
         Two fp32 tensors (batch, n, 1, head_dim / 2).
     """
-    pair = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
-    angles = position_ids[:, :, None, None].float() * theta ** (-pair / head_dim)
+    pair = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)  # (head_dim / 2,)
+    angles = position_ids[:, :, None, None].float() * theta ** (-pair / head_dim)  # (batch, n, 1, head_dim / 2)
     return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (2i, 2i+1) of x (batch, n, heads, head_dim) by its angle, in fp32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (batch, n, heads, head_dim / 2) each
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
@@ -50,7 +50,7 @@ def attention_by_hand(
     """
     if is_causal:
         attn_mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))
+    scores = (q @ k.transpose(-2, -1)).float() / math.sqrt(q.size(-1))  # (batch, heads, n, length)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     weights = F.dropout(scores.softmax(-1), dropout_p)
@@ -99,13 +99,14 @@ class Attention(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Segments | None, cache: KVCache | None
     ) -> Tensor:
         batch, n, _ = x.shape
-        q = apply_rope(self.wq(x).view(batch, n, -1, self.head_dim), *rope).transpose(1, 2)
-        k = apply_rope(self.wk(x).view(batch, n, -1, self.head_dim), *rope).transpose(1, 2)
-        v = self.wv(x).view(batch, n, -1, self.head_dim).transpose(1, 2)
+        q = apply_rope(self.wq(x).view(batch, n, -1, self.head_dim), *rope)  # (batch, n, n_heads, head_dim)
+        k = apply_rope(self.wk(x).view(batch, n, -1, self.head_dim), *rope)  # (batch, n, n_kv_heads, head_dim)
+        v = self.wv(x).view(batch, n, -1, self.head_dim)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, heads, n, head_dim)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+            k, v = cache.append(self.layer, k, v)  # (batch, n_kv_heads, length, head_dim)
         attend = self._attend_by_segment if isinstance(mask, Segments) else self._attend
-        out = attend(q, k, v, mask)
+        out = attend(q, k, v, mask)  # (batch, n_heads, n, head_dim)
         return self.wo(out.transpose(1, 2).reshape(batch, n, -1))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -115,7 +116,7 @@ class Attention(nn.Module):
         """
         dropout = self.dropout if self.training else 0.0
         if q.size(2) == 1:  # the queries that share a key head stand side by side: no copy of the cache for each
-            grouped = q.view(q.size(0), k.size(1), -1, self.head_dim)
+            grouped = q.view(q.size(0), k.size(1), -1, self.head_dim)  # (batch, n_kv_heads, group, head_dim)
             return self.attend(grouped, k, v, attn_mask=mask, dropout_p=dropout).reshape(q.shape)
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
@@ -126,8 +127,10 @@ class Attention(nn.Module):
         """`_attend`, causal, for one sample after the other; in fp32, in which short ones take a CPU half the time."""
         rows, groups = (q.size(0), q.size(2)), q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        parts = (t.transpose(0, 1).flatten(1, 2)[None].float().split(samples.lengths, dim=2) for t in (q, k, v))
+        one_row = (t.transpose(0, 1).flatten(1, 2)[None].float() for t in (q, k, v))  # (1, heads, batch * n, head_dim)
+        parts = (t.split(samples.lengths, dim=2) for t in one_row)
         dropout = self.dropout if self.training else 0.0
         with torch.autocast(q.device.type, enabled=False):
             outs = [self.attend(*qkv, dropout_p=dropout, is_causal=True) for qkv in zip(*parts, strict=True)]
-        return torch.cat(outs, dim=2)[0].unflatten(1, rows).transpose(0, 1).type_as(q)
+        out = torch.cat(outs, dim=2)[0]  # (n_heads, batch * n, head_dim)
+        return out.unflatten(1, rows).transpose(0, 1).type_as(q)

@@ -1,5 +1,7 @@
 """The shape of a MiniMind: every number that decides its parameters and its maths."""
 
+import math
+
 from transformers import PretrainedConfig
 
 
@@ -66,7 +68,7 @@ class LMConfig(PretrainedConfig):
         **kwargs,
     ):
         if hidden_dim is None:
-            hidden_dim = multiple_of * -(-int(2 / 3 * 4 * dim) // multiple_of)
+            hidden_dim = multiple_of * math.ceil(int(2 / 3 * 4 * dim) / multiple_of)
         self.dim = dim
         self.n_layers = n_layers
         self.n_heads = n_heads

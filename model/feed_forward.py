@@ -44,17 +44,19 @@ def load_balancing_loss(probabilities: Tensor, chosen: Tensor, non_padding: Tens
     Args:
         probabilities: (batch, n, experts) fp32.
         chosen: (batch, n, k) int64, the experts each token went to.
-        real: (batch, n) bool, False = padding, which does not count.
-        per_row: balance each row by itself and average over rows with a real token, else the batch as one.
+        non_padding: (batch, n) bool; padding does not count.
+        per_row: balance each row by itself and average over those that are not all padding, else the batch as one.
 
     Returns:
-        fp32 scalar; 0 when nothing is real.
+        fp32 scalar; 0 when all is padding.
     """
     experts = probabilities.size(-1)
-    non_padding = non_padding[..., None].float()
+    non_padding = non_padding[..., None].float()  # (batch, n, 1)
     assigned = F.one_hot(chosen, experts).sum(-2)  # (batch, n, experts)
     # written as products and sums: a matrix product would run in the half precision of autocast, which cannot count
-    counts, mass, tokens = (non_padding * assigned).sum(1), (non_padding * probabilities).sum(1), non_padding.sum(1)
+    counts = (non_padding * assigned).sum(1)  # (batch, experts)
+    mass = (non_padding * probabilities).sum(1)  # (batch, experts)
+    tokens = non_padding.sum(1)  # (batch, 1)
     if not per_row:
         counts, mass, tokens = counts.sum(0, keepdim=True), mass.sum(0, keepdim=True), tokens.sum(0, keepdim=True)
     some = tokens.clamp(min=1)
@@ -76,12 +78,12 @@ class MoEFeedForward(nn.Module):
         self.shared_experts = FeedForward(config) if config.n_shared_experts else None
 
     def forward(self, x: Tensor, non_padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x (batch, n, dim), real (batch, n) bool or None for all -> same shape, and the weighted auxiliary loss
+        """x (batch, n, dim), non_padding (batch, n) bool or None for all -> same shape, and the weighted auxiliary loss
         (in training; else None)."""
         batch, n, dim = x.shape
-        tokens = x.reshape(-1, dim)
-        probabilities = self.gate(tokens)
-        weights, chosen = probabilities.topk(self.k, dim=-1)
+        tokens = x.reshape(-1, dim)  # (tokens, dim), tokens = batch * n
+        probabilities = self.gate(tokens)  # (tokens, experts)
+        weights, chosen = probabilities.topk(self.k, dim=-1)  # (tokens, k) each
         if self.norm_topk_prob and self.k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
         out = self._routed(tokens, weights, chosen).view(batch, n, dim)
@@ -106,6 +108,6 @@ class MoEFeedForward(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         batches = x[order // self.k].split(counts)
-        outs = torch.cat([expert(tokens)[0] for expert, tokens in zip(self.experts, batches, strict=True)])
+        outs = torch.cat([expert(tokens)[0] for expert, tokens in zip(self.experts, batches, strict=True)])  # by expert
         back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         return (outs[back].view(-1, self.k, x.size(1)) * weights[..., None].type_as(outs)).sum(1)

@@ -1,6 +1,7 @@
 """From image bytes and a chat to what the model reads: pixels for its tower, and a prompt with places for them."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,7 @@ def _fit(image: Image.Image, name: str) -> None:
     """
     width, height = image.size
     if width * height > MOST_PIXELS and not image.info.get("progressive"):  # such a JPEG is decoded whole first
-        shrink = next((s for s in (2, 4, 8) if -(-width // s) * -(-height // s) <= MOST_PIXELS), 8)
+        shrink = next((s for s in (2, 4, 8) if math.ceil(width / s) * math.ceil(height / s) <= MOST_PIXELS), 8)
         image.draft(None, (width // shrink, height // shrink))  # formats other than JPEG stay as they are
     if image.width * image.height > MOST_PIXELS:
         raise ImageError(f"{name} has {width} x {height} pixels: at most {MOST_PIXELS // 10**6} million are read")

@@ -77,7 +77,7 @@ def build_attention_mask(segment_ids: Tensor, n_new: int) -> Tensor:
 
     Args:
         segment_ids: (batch, length) of all positions, the new ones last; 0 = padding. A padding token sees padding
-            only, itself at least, so that its softmax has something to sum over; nothing real ever sees it.
+            only, itself at least, so that its softmax has something to sum over; no other token ever sees it.
         n_new: how many of them are queries.
 
     Returns:

@@ -15,7 +15,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy of each target token given the logits one place before it, in nats.
 
     Args:
-        logits: (batch, n, vocab), or those at `target_mask(labels)` alone, (learned, vocab); any float dtype, the
+        logits: (batch, n, vocab), or those at `target_mask(labels)` alone, (target tokens, vocab); any float dtype, the
             softmax is taken in fp32.
         labels: (batch, n) int64, not shifted; -100 is not learned.
 

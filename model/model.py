@@ -1,4 +1,16 @@
-"""The MiniMind decoder: pre-norm, RoPE, grouped-query attention, SwiGLU; dense or a mixture of experts."""
+"""The MiniMind decoder: pre-norm, RoPE, grouped-query attention, SwiGLU; dense or a mixture of experts.
+
+Shapes, here and in attention.py, feed_forward.py and kv_cache.py:
+
+    batch      rows
+    n          tokens of a row that are new in this pass
+    length     tokens of a row that keys and values are held of: those in the cache, then the n new ones
+    dim        width of the residual stream, n_heads * head_dim
+    vocab      entries of the tokenizer
+
+A row may hold several samples (packing) and padding; `segments` numbers them: equal numbers are one sample, 0 is
+padding. A dense model's rows without padding need no such numbers, and then they are None.
+"""
 
 import math
 import re
@@ -141,7 +153,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         Args:
             attention_mask: (batch, n), or (batch, cached + n) as transformers has it; 0 = padding, on any side.
             position_ids: (batch, n) int64; a 0 begins a new sample, and attention stays within a sample. Default: each
-                row is one sample, counted from its first real token, or from where the cache ends.
+                row is one sample, counted from its first token after padding, or from where the cache ends.
             labels: (batch, n) int64, not shifted; -100 is not trained.
             past_key_values: what an earlier call returned; the new tokens follow it.
             use_cache: return `past_key_values`.
@@ -160,7 +172,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         n = input_ids.size(1)
         non_padding = self._non_padding(attention_mask, n, past)
         positions, segments, following = self._positions_and_segments(input_ids, position_ids, non_padding, past)
-        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)  # (batch or 1, n, 1, head_dim / 2)
         cache = None
         if use_cache or past is not None:
             cache = KVCache.extend(past, n, segments, following)
@@ -171,7 +183,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
             apart = cache is None and self.config.flash_attn and segments.device.type == "cpu"
             mask = (Segments.of(segments) if apart else None) or build_attention_mask(segments, n)
 
-        x = self.dropout(self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
+        x = self.dropout(self.tok_embeddings(input_ids) if inputs_embeds is None else inputs_embeds)  # (batch, n, dim)
         aux_loss = torch.zeros((), device=x.device)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
@@ -181,8 +193,8 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
             if aux is not None:
                 aux_loss = aux_loss + aux
         kept = x[logits_to_keep] if isinstance(logits_to_keep, Tensor) else x[:, -logits_to_keep:]
-        kept = self.norm(kept)
-        logits = self.output(kept)
+        kept = self.norm(kept)  # (positions, dim) or (batch, n kept, dim)
+        logits = self.output(kept)  # (positions, vocab) or (batch, n kept, vocab)
 
         loss = None
         if labels is not None:
@@ -190,7 +202,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         return MiniMindOutput(loss, logits, cache if use_cache else None, aux_loss, kept)
 
     def _non_padding(self, attention_mask: Tensor | None, n: int, past: KVCache | None) -> Tensor | None:
-        """(batch, n) bool of the new tokens, False = padding; None when all are real."""
+        """(batch, n) bool of the new tokens, False = padding; None when there is no padding."""
         if attention_mask is None:
             return None
         cached = 0 if past is None else past.length
@@ -228,10 +240,9 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
             positions = position_ids.expand(batch, n)
             segment = segment + ((positions == 0) & non_padding).cumsum(1)
         self._check_data_positions(positions)
-        last_real = (non_padding * torch.arange(1, n + 1, device=non_padding.device)).amax(
-            1, keepdim=True
-        ) - 1  # -1: none
-        following = torch.where(last_real < 0, start, positions.gather(1, last_real.clamp(min=0)) + 1)[:, 0]
+        places = torch.arange(n, device=non_padding.device).masked_fill(~non_padding, -1)
+        last = places.amax(1, keepdim=True)  # (batch, 1), each row's last token; -1 where it is all padding
+        following = torch.where(last < 0, start, positions.gather(1, last.clamp(min=0)) + 1)[:, 0]
         return positions, torch.cat((segments, non_padding * segment), dim=1), following
 
     @torch.compiler.disable  # what stands in a tensor is data, which no compiled graph can decide on

@@ -6,6 +6,7 @@ Questions are drawn at random from the examination's English ones (no font that 
 and wrong answers as they come.
 """
 
+import math
 import random
 import textwrap
 from pathlib import Path
@@ -29,7 +30,7 @@ def draw_sheet(exam: list[dict], replies: list[str], images_path: Path, columns:
     """Write a PNG: a question a cell, its picture or pictures above."""
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
 
-    rows = -(-len(exam) // columns)
+    rows = math.ceil(len(exam) / columns)
     figure = Figure(figsize=(2.1 * columns, 2.7 * rows), dpi=110, layout="constrained")
     cells = figure.subplots(rows, columns, squeeze=False).flat
     for cell in cells:

@@ -58,46 +58,22 @@ def get_args():
     return parser.parse_args()
 
 
-def load(args):
-    """Model and tokenizer that the command line names, with the adapter merged where there is one."""
-    from trainer.weight_files import read_weights
-    from trainer.weights import config_from_sizes, existing, infer_sizes, load_tokenizer, load_weights, read_settings
+def load(args, lora: Path | None = None):
+    """Model and tokenizer that the command line names, with an adapter merged where there is one."""
+    from trainer.loading import load_for_inference
 
-    weights = existing(args.weights, by_flags=False)
-    tokenizer = load_tokenizer(args.tokenizer)
-    asked = ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
-    asked = {name: getattr(args, name) for name in asked if getattr(args, name) is not None}
-    config = None  # as load_weights finds it
-    if settings := read_settings(weights):
-        found = settings["config"]
-    else:
-        state = read_weights(weights, **{name: value for name, value in asked.items() if "heads" in name}).state
-        if any(name.startswith("vision_proj.") for name in state):
-            raise UserError(f"{weights} is a vision-language model, which none of these formats can hold")
-        found = infer_sizes(state)
-    if asked:
-        config = config_from_sizes(found | asked, tokenizer)
-    model = load_weights(weights, config, tokenizer).eval()
-    return model, tokenizer
+    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
+    sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if lora is not None:
+        check_adapter_name(lora)
+    return load_for_inference(args.weights, args.tokenizer, lora, **sizes)
 
 
-def put_on(model, adapter: Path, args):
-    """Give the model an adapter; returns its settings."""
+def check_adapter_name(adapter: Path) -> None:
     from trainer.weight_files import is_file_name
-    from trainer.weights import load_adapter
 
     if not is_file_name(adapter.name):
         raise UserError(f"{adapter}: an adapter is a .pth file, in out/lora/")
-    return load_adapter(str(adapter), args, model)
-
-
-def merge(model, adapter: Path, args) -> None:
-    """Add an adapter to the model's weights."""
-    from model.model_lora import merge_lora, remove_lora
-
-    put_on(model, adapter, args)
-    merge_lora(model)
-    remove_lora(model)
 
 
 def save(model, tokenizer, out: Path, about: dict) -> None:
@@ -128,9 +104,7 @@ def to_transformers(args) -> None:
         raise UserError(f"{args.folder} is a file, and to-transformers writes a folder")
     if (args.folder / "config.json").exists() and not args.overwrite:
         raise UserError(f"{args.folder} holds a model already: choose another name, or --overwrite replaces it")
-    model, tokenizer = load(args)
-    if args.lora:
-        merge(model, args.lora, args)
+    model, tokenizer = load(args, args.lora)
     place = real_place(args.folder)  # where a link leads to: files are moved within a disk only
     new = place.with_name(f".{place.name}.new")
     try:
@@ -151,10 +125,12 @@ def to_transformers(args) -> None:
 
 
 def from_transformers(args) -> None:
-    from scripts.formats.transformers_folder import check_equal, read_folder
+    from scripts.formats.transformers_folder import check_equal
+    from trainer.folder_layouts import require_folder
+    from trainer.loading import load_for_inference
 
     check_targets(args, ".pth", ".json")
-    model, tokenizer = read_folder(args.folder, args.tokenizer)
+    model, tokenizer = load_for_inference(require_folder(args.folder), args.tokenizer)
     difference = check_equal(model, args.folder)
     save(model, tokenizer, args.out, {"stage": "converted", "data_path": str(args.folder)})
     size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
@@ -180,8 +156,7 @@ def merge_adapter(args) -> None:
     from trainer.weights import read_settings
 
     check_targets(args, ".pth", ".json")
-    model, tokenizer = load(args)
-    merge(model, args.adapter, args)
+    model, tokenizer = load(args, args.adapter)
     base = {k: v for k, v in (read_settings(args.weights) or {}).items() if k not in ("config", "tokenizer")}
     save(model, tokenizer, args.out, base | {"merged": str(args.adapter)})
     print(f"{args.out}: {args.weights} with {args.adapter} in its weights")
@@ -190,11 +165,13 @@ def merge_adapter(args) -> None:
 def to_peft(args) -> None:
     from model.model_lora import lora_state_dict
     from scripts.formats.peft_folder import SETTINGS, write_folder
+    from trainer.weights import load_adapter
 
     if (args.folder / SETTINGS).exists() and not args.overwrite:
         raise UserError(f"{args.folder} holds an adapter already: choose another name, or --overwrite replaces it")
+    check_adapter_name(args.adapter)
     model, _ = load(args)
-    settings = put_on(model, args.adapter, args)
+    settings = load_adapter(args.adapter, model)
     as_llama = args.layout == "llama"
     write_folder(lora_state_dict(model), settings, model.config, as_llama, args.weights.name, args.folder)
     base = "to-transformers makes" if as_llama else "save_pretrained writes"

@@ -15,7 +15,7 @@ import time
 import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the packages)
 
 from model import MiniMindLM
-from scripts.demo.exam import answer, read_lines, run
+from scripts.demo.exam import answer, open_model, read_lines, run
 from scripts.demo.first_model import EXAMS
 from scripts.demo.scoring import tally
 from scripts.demo.settings import DATA, OUT
@@ -25,8 +25,9 @@ from trainer.arguments import Parser
 from trainer.device import pick_device
 from trainer.errors import run_main
 from trainer.files import save_json
-from trainer.vision import load_vlm, open_vision
-from trainer.weights import load_tokenizer, load_weights, read_settings
+from trainer.loading import load_vlm_for_inference
+from trainer.vision import open_vision
+from trainer.weights import read_settings
 
 SIZE = ("--dim", "256", "--n_layers", "8")
 PICTURES = TOWER = ()  # each script's own defaults are the demo's
@@ -57,11 +58,11 @@ def text_ability(model: MiniMindLM, tokenizer) -> dict[str, float]:
 
 def show_examination() -> dict:
     """Ask everything, print what a person wants to see, return the figures."""
-    tokenizer, device, vision = load_tokenizer(), pick_device(None), open_vision(str(OUT / "clip"))
-    model = load_vlm(OUT / f"sft_vlm_{SIZE[1]}.pth", None, tokenizer, vision).to(device).eval()
+    model, tokenizer, processor = load_vlm_for_inference(OUT / f"sft_vlm_{SIZE[1]}.pth", OUT / "clip")
+    model.to(pick_device(None))
     exam = read_lines(DATA / "eval_vlm.jsonl")
-    replies = look(model, tokenizer, vision.processor, DATA / "images", exam)
-    blind = look(model, tokenizer, vision.processor, DATA / "images", shuffled(exam))
+    replies = look(model, tokenizer, processor, DATA / "images", exam)
+    blind = look(model, tokenizer, processor, DATA / "images", shuffled(exam))
     table = shares(exam, replies, blind)
     print("\nPictures of things whose colour and shape were never seen together (greedy, exact match):")
     print(f"{'lang':<6}{'kind':<16}{'asked':>6}{'right':>9}{'bar':>7}{'majority':>10}{'shuffled':>10}")
@@ -72,7 +73,7 @@ def show_examination() -> dict:
         shown = f"{row['right']:>9.1%}{bar:>7}{row['majority']:>10.1%}{row['shuffled']:>10.1%}"
         print(f"{lang:<6}{kind:<16}{row['asked']:>6}{shown}{missed}{guessed}")
 
-    before = text_ability(load_weights(OUT / f"full_sft_{SIZE[1]}.pth", None, tokenizer).to(device).eval(), tokenizer)
+    before = text_ability(*open_model(OUT / f"full_sft_{SIZE[1]}.pth"))
     after = text_ability(model, tokenizer)
     print("\nQuestions without a picture, before and after it learned to see (may lose 3 points):")
     for lang in before:

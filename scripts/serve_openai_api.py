@@ -88,18 +88,20 @@ def load(args):
     """What the flags name: model, tokenizer, and what places images in a prompt, or None."""
     if args.fetch_private and not args.fetch_images:
         raise UserError("--fetch_private needs --fetch_images")
-    if not args.vlm:
-        if args.fetch_images:
-            raise UserError("--fetch_images needs --vlm")
-        from eval_model import load_model
-
-        return *load_model(args), None
-    if args.lora_name or args.model_mode > 2:
+    if args.fetch_images and not args.vlm:
+        raise UserError("--fetch_images needs --vlm")
+    if args.vlm and (args.lora_name or args.model_mode > 2):
         raise UserError("--vlm takes no --lora_name, and --model_mode 0, 1 or 2")
-    from eval_vlm import load_model
     from model.images import prepare_chat, prompt_embeddings
+    from trainer.device import pick_device
+    from trainer.loading import load_by_flags, load_vlm_by_flags
 
-    model, tokenizer, processor = load_model(args)
+    device = pick_device(args.device)
+    if not args.vlm:
+        model, tokenizer = load_by_flags(args)
+        return model.to(device), tokenizer, None
+    model, tokenizer, processor = load_vlm_by_flags(args)
+    model.to(device)
     image_tokens, room = model.config.image_tokens, model.config.max_seq_len
 
     def place_images(turns):

@@ -186,4 +186,4 @@ def test_help_names_what_each_script_is_for():
 def test_the_packages_import_without_the_heavy_packages():
     code = "import sys, model, dataset, trainer.runtime, trainer.weights; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert not {"deepspeed", "wandb", "streamlit", "trl", "peft"} & set(loaded.split())
+    assert not {"deepspeed", "wandb", "swanlab", "tensorboard", "streamlit", "trl", "peft"} & set(loaded.split())

@@ -7,12 +7,19 @@ import re
 from pathlib import Path
 
 from trainer.errors import UserError, print_notice
+from trainer.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
 FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
 )
+# How an answer is written where nobody says otherwise: by eval_*.py, the server, the page, exported folders and GGUFs,
+# the demo's examinations. At OpenAI's own temperature of 1 a small model rambles. These differ, and mean to:
+# - the server's chats end where the model's context does, its completions after OpenAI's 16 tokens;
+# - scripts/chat_openai_api.py leaves everything to the server it talks to;
+# - `model.generate` and the engine's `Request`, which programs call, are greedy.
+SAMPLING = {"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 0, "repetition_penalty": 1.0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,22 +139,18 @@ def add_device_argument(parser) -> None:
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say how a model writes; `sampling_settings` reads them."""
     group = parser.add_argument_group("writing")
-    group.add_argument("--max_new_tokens", type=positive_int, default=512, help="longest answer")
-    group.add_argument("--temperature", type=non_negative_float, default=0.85, help="0: always the likeliest token")
-    group.add_argument(
-        "--top_p", type=probability, default=0.85, help="likeliest tokens that reach this share together"
-    )
-    group.add_argument(
-        "--top_k", type=non_negative_int, default=0, help="likeliest tokens to choose among; 0: no limit"
-    )
-    group.add_argument("--repetition_penalty", type=positive_float, default=1.0, help="1: none")
+    group.add_argument("--max_new_tokens", type=positive_int, help="longest answer")
+    group.add_argument("--temperature", type=non_negative_float, help="0: always the likeliest token")
+    group.add_argument("--top_p", type=probability, help="likeliest tokens that reach this share together")
+    group.add_argument("--top_k", type=non_negative_int, help="likeliest tokens to choose among; 0: no limit")
+    group.add_argument("--repetition_penalty", type=positive_float, help="1: none")
     group.add_argument("--seed", type=seed, default=None, help="makes sampling repeatable")
+    parser.set_defaults(**SAMPLING)
 
 
 def sampling_settings(args: argparse.Namespace) -> dict:
     """What `model.generate` and `model.stream` take, from the flags of `add_sampling_arguments`."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in (*SAMPLING, "seed")}
 
 
 def add_tower_argument(parser: argparse.ArgumentParser) -> None:
@@ -230,8 +233,9 @@ def training_parser(description: str, **defaults) -> Parser:
         "--resume", action=BooleanFlag, help="continue where the last run stopped, or start if there is none"
     )
     saving.add_argument("--overwrite", action=BooleanFlag, help="replace the weights of an earlier run")
-    saving.add_argument("--use_wandb", action=BooleanFlag, help="also log to Weights & Biases")
-    saving.add_argument("--wandb_project", type=text, default="MiniMind")
+    saving.add_argument("--tracker", choices=TRACKERS, help="also report to Weights & Biases, SwanLab or TensorBoard")
+    saving.add_argument("--use_wandb", action=BooleanFlag, help="short for --tracker wandb")
+    saving.add_argument("--wandb_project", type=text, default="MiniMind", help="project of the tracker")
     parser.set_defaults(**defaults)
     return parser
 
@@ -246,6 +250,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError("--max_seq_len must be 2 or more: a row needs a token to read and one to predict")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: choose one")
+    if args.use_wandb and args.tracker not in (None, "wandb"):
+        raise UserError(f"--use_wandb is --tracker wandb, and --tracker {args.tracker} is another: choose one")
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO cuts up: use --optimizer adamw")
 

@@ -38,7 +38,7 @@ from trainer.weights import architecture, weights_path
 # A run that goes on must have every setting that it had, except these that change no number…
 MAY_CHANGE = (
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
-    *("overwrite", "compile", "gradient_checkpointing", "use_wandb", "wandb_project", "local_rank", "ddp"),
+    *("overwrite", "compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
     *("data_path", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
     *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
 )
@@ -50,6 +50,7 @@ MAY_CHANGE_WITH_NOTICE = (
     "grad_clip",
     "dtype",
 )  # …and these, when it is said
+SKIPPED_LIMIT = 10  # steps in a row; float16's scaler needs a few of them to find its scale
 
 
 @dataclasses.dataclass
@@ -63,15 +64,29 @@ class Progress:
 
     def __post_init__(self):
         self._counted_at = time.monotonic()
+        self._skipped_in_a_row = 0
 
-    def advance(self, totals: Totals, skipped: int) -> None:
-        """Count the step just taken."""
+    def advance(self, totals: Totals, skipped: bool) -> None:
+        """Count the step just taken, or `skipped`, as its loss or its gradient was not finite.
+
+        Raises:
+            UserError: after several in a row that were skipped.
+        """
         now = time.monotonic()
         self.step += 1
         self.tokens += int(totals.non_padding_tokens)
         self.seconds += now - self._counted_at
-        self.skipped = skipped
         self._counted_at = now
+        if not skipped:
+            self._skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= SKIPPED_LIMIT:
+            raise UserError(
+                f"loss or gradient was not finite {SKIPPED_LIMIT} times in a row; what was saved last is whole: "
+                "go on from it with --resume and a lower --learning_rate, or another --dtype"
+            )
 
 
 class Checkpoint:
@@ -116,6 +131,7 @@ class Checkpoint:
             **facts,
         }
         self.settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
+            "dtype": runtime.dtype_name,
             "deepspeed": bool(args.deepspeed),
             "zero_stage": (runtime.deepspeed_config or {}).get("zero_optimization", {}).get("stage", 0),
             "world_size": runtime.world_size,
@@ -258,7 +274,6 @@ class Checkpoint:
                     f"{folder} cannot be continued ({type(error).__name__}: {reason}): --overwrite starts anew"
                 ) from error
             require_same_weights(model, run)
-            run.non_finite = progress.skipped
             run.print(f"resumed at step {progress.step} from {folder}")
         run.catch_signals()
         return progress

@@ -5,6 +5,39 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from model.loss import target_mask
+
+TOKENS_AT_ONCE = 2048  # in whole rows
+
+
+def sum_over_rows(
+    loss_of: Callable[[Tensor, dict[str, Tensor], Tensor], Tensor],
+    logits: Tensor,
+    batch: dict[str, Tensor],
+    labels: Tensor,
+) -> Tensor:
+    """`loss_of(logits, batch, labels)`, worked out for a few rows at a time: what it needs on its way never exists for
+    the whole batch.
+
+    Args:
+        loss_of: from some rows' logits, their part of the batch and their labels to a scalar, a sum over target tokens.
+        logits: (target tokens, vocab), those at `target_mask(labels)`.
+        batch: (batch, n) each.
+        labels: (batch, n) int64, not shifted; -100 is not learned.
+
+    Returns:
+        fp32 scalar; its backward reaches `logits` and nothing else.
+    """
+    rows_at_once = max(1, TOKENS_AT_ONCE // labels.size(1))
+    parts = [slice(first, first + rows_at_once) for first in range(0, len(labels), rows_at_once)]
+
+    def loss_of_part(part_logits: Tensor, number: int) -> Tensor:
+        rows = parts[number]
+        return loss_of(part_logits, {name: tensor[rows] for name, tensor in batch.items()}, labels[rows])
+
+    learned = target_mask(labels)
+    return sum_in_chunks(loss_of_part, logits, [int(learned[rows].sum()) for rows in parts])
+
 
 def sum_in_chunks(loss_of: Callable[[Tensor, int], Tensor], logits: Tensor, sizes: Iterable[int]) -> Tensor:
     """The sum of `loss_of` over parts of `logits`, each differentiated before the next one starts.

@@ -72,7 +72,7 @@ def sum_over_ranks(measure: Callable[[], list[float]], count: int, model: nn.Mod
         cause = error
     finally:
         model.train(training)
-    failed, *sums = runtime.sum(cause is not None, *sums)
+    failed, *sums = runtime.sums(cause is not None, *sums)
     if failed:
         raise EvaluationError("an evaluation failed") from cause
     return sums

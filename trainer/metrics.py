@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar or log lines, a metrics file, a loss curve, Weights & Biases."""
+"""What a person sees of a run: a progress bar or log lines, a metrics file, a loss curve, a tracker."""
 
 import json
 import math
@@ -17,6 +17,7 @@ from trainer.evaluation import EvaluationError
 from trainer.files import replacing, write_error
 from trainer.runtime import Runtime
 from trainer.signals import terminal_may_go
+from trainer.trackers import start_tracker
 
 EVERY_STAGE = ("loss", "lr", "grad_norm")  # what each logs of a step; the others' names are shown with their values
 
@@ -44,18 +45,19 @@ class Metrics:
         self._started_at = progress.step
         self._wrote = False
         self._since, self._since_tokens = time.monotonic(), progress.tokens
-        self._bar = self._wandb = None
+        self._bar = self._tracker = None
         if not self.on:
             return
         millions = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) / 1e6  # ZeRO-3 keeps a share
         runtime.print(
             f"{path.stem}: {millions:.2f} M parameters, {total_steps} steps on {runtime.device}, "
-            f"{args.dtype}, {runtime.engine}"
+            f"{runtime.dtype_name}, {runtime.engine}"
         )
         if sys.stdout.isatty():
             self._bar = tqdm(total=total_steps, initial=progress.step, file=sys.stdout, unit="step", dynamic_ncols=True)
-        if args.use_wandb:
-            self._wandb = _start_wandb(args, path.stem)
+        if kind := "wandb" if args.use_wandb else args.tracker:
+            settings = vars(args) | {"dtype": runtime.dtype_name}
+            self._tracker = start_tracker(kind, args.wandb_project, path, settings, progress.step)
 
     def due(self, interval: int, stopping: bool = False) -> bool:
         """Whether something done every `interval` steps, and at the end, is to be done now."""
@@ -108,8 +110,8 @@ class Metrics:
         if self._bar is not None:
             with terminal_may_go():
                 self._bar.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._tracker is not None:
+            self._tracker.finish()
         draw_curve(self.path)
 
     def _report(self, values: dict[str, float]) -> None:
@@ -127,8 +129,8 @@ class Metrics:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise write_error(self.path, error) from error
-        if self._wandb is not None:
-            self._wandb.log(values, step=progress.step)
+        if self._tracker is not None:
+            self._tracker.log(values, step=progress.step)
 
     def _drop_from(self, step: int) -> None:
         kept = [line for line in read_metrics(self.path) if line["step"] <= step] if step else []
@@ -138,16 +140,6 @@ class Metrics:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _start_wandb(args, name: str):
-    import wandb
-
-    try:
-        settings = {key: shown(value) if isinstance(value, str) else value for key, value in vars(args).items()}
-        return wandb.init(project=args.wandb_project, name=shown(name), config=settings)
-    except wandb.Error as error:
-        raise UserError(f"--use_wandb: {error} (WANDB_MODE=offline needs no account)") from error
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -6,10 +6,12 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from model.fingerprint import hash_weights
 from trainer.device import index_of
@@ -19,11 +21,13 @@ from trainer.runtime import Runtime
 COMPILE_PAYS_FROM = 2_000_000  # tokens; compiling takes about as long as a few hundred thousand of them on a CPU
 
 
-def wrap_model(model: nn.Module, optimizer, runtime: Runtime, compile_blocks: bool):
+def wrap_model(
+    model: nn.Module, optimizer, scaler: torch.amp.GradScaler, runtime: Runtime, compile_blocks: bool
+) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
     """Compile the blocks, then hand the model to DeepSpeed or DDP where there are several processes.
 
     Returns:
-        (what the loop calls and takes steps with, its optimizer).
+        the model, the optimizer and the scaler that the loop is to use.
 
     Raises:
         UserError: the ranks begin with different weights.
@@ -35,11 +39,20 @@ def wrap_model(model: nn.Module, optimizer, runtime: Runtime, compile_blocks: bo
     runtime.engine = "compiled" if compile_blocks else "eager"
     if runtime.deepspeed_config:
         model, optimizer = _deepspeed_engine(model, optimizer, runtime)
+        scaler = DeepSpeedScaler(model, scaler)
         runtime.engine += f", DeepSpeed ZeRO-{model.zero_optimization_stage()} on {runtime.world_size} processes"
     elif runtime.world_size > 1:
         model = DistributedDataParallel(model, device_ids=index_of(runtime.device))
         runtime.engine += f", DDP on {runtime.world_size} processes"
-    return model, optimizer
+    return model, optimizer, scaler
+
+
+def sync_gradients(model: nn.Module, last: bool) -> None:
+    """Let the next backward add up the ranks' gradients, or not: only that of a step's `last` micro-batch has to."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last
+    elif hasattr(model, "set_gradient_accumulation_boundary"):  # DeepSpeed's
+        model.set_gradient_accumulation_boundary(last)
 
 
 def plain_model(model: nn.Module) -> nn.Module:
@@ -142,39 +155,64 @@ def _deepspeed_engine(model: nn.Module, optimizer, runtime: Runtime):
     return engine, optimizer
 
 
-def deepspeed_backward(engine, loss: Tensor, scaler: torch.amp.GradScaler, last: bool) -> None:
-    """Backward of a micro-batch; in the last one of a step the ranks' gradients are averaged."""
-    engine.set_gradient_accumulation_boundary(last)
-    if engine.zero_optimization_stage() == 0:
-        loss = scaler.scale(loss)
-    elif scaler.is_enabled():  # ZeRO unscales by itself, and has to be told the scale
-        engine.optimizer.override_loss_scale(scaler.get_scale())
-    engine.backward(loss)
+class DeepSpeedScaler(torch.amp.GradScaler):
+    """What the loop calls as its GradScaler where a DeepSpeed engine holds the gradients.
 
+    `scaler.scale(loss).backward()` is as ever; all that follows a backward is `clip_and_step`.
 
-def deepspeed_step(engine, scaler: torch.amp.GradScaler) -> float:
-    """Clip, take the step unless the gradient is not finite, and zero it.
-
-    Returns:
-        the gradient's norm before clipping, inf when the step was skipped.
+    Args:
+        scaler: the one that it replaces, switched on or off alike.
     """
-    if engine.zero_optimization_stage() == 0:  # the engine clips but does not say the norm, nor skip anything
-        scaler.unscale_(engine.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
+
+    def __init__(self, engine, scaler: torch.amp.GradScaler):
+        super().__init__(engine.device.type, enabled=scaler.is_enabled())
+        self.engine = engine
+        self.is_zero = engine.zero_optimization_stage() > 0
+
+    def scale(self, loss: Tensor) -> "_EngineLoss":
+        if not self.is_zero:
+            return _EngineLoss(self.engine, super().scale(loss))
+        if self.is_enabled():  # ZeRO scales and unscales by itself, and has to be told the scale
+            self.engine.optimizer.override_loss_scale(self.get_scale())
+        return _EngineLoss(self.engine, loss)
+
+    def clip_and_step(self) -> float:
+        """Clip, take the step unless the gradient is not finite, and zero it.
+
+        Returns:
+            the gradient's norm before clipping, not finite when the step was skipped.
+        """
+        return self._step_by_zero() if self.is_zero else self._step_by_hand()
+
+    def _step_by_hand(self) -> float:
+        """Without ZeRO the engine clips but does not say the norm, nor skip anything."""
+        self.unscale_(self.engine.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.engine.gradient_clipping())
         if torch.isfinite(norm):
-            engine.step()
+            self.engine.step()
         else:
-            engine.zero_grad()
-        scaler.update()
+            self.engine.zero_grad()
+        self.update()
         return float(norm)
-    engine.step()
-    norm = float(engine.get_global_grad_norm())
-    if scaler.is_enabled():  # GradScaler's rule, by hand, as it has not seen the gradients
-        scale = scaler.get_scale()
-        if norm == float("inf"):
-            scale *= scaler.get_backoff_factor()
-        elif engine.global_steps % scaler.get_growth_interval() == 0:
-            scale *= scaler.get_growth_factor()
-        scaler.scale(torch.zeros((), device=engine.device))  # it keeps no scale before its first use
-        scaler.update(scale)
-    return norm
+
+    def _step_by_zero(self) -> float:
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        if self.is_enabled():  # GradScaler's rule, by hand, as it has not seen the gradients
+            scale = self.get_scale()
+            if norm == float("inf"):
+                scale *= self.get_backoff_factor()
+            elif self.engine.global_steps % self.get_growth_interval() == 0:
+                scale *= self.get_growth_factor()
+            super().scale(torch.zeros((), device=self.engine.device))  # it keeps no scale before its first use
+            self.update(scale)
+        return norm
+
+
+@dataclass
+class _EngineLoss:
+    engine: object
+    loss: Tensor
+
+    def backward(self) -> None:
+        self.engine.backward(self.loss)

@@ -25,11 +25,11 @@ def token_log_probs(logits: Tensor, labels: Tensor) -> Tensor:
     """log p of each target token, in nats.
 
     Args:
-        logits: those at `target_mask(labels)`, (learned, vocab), any float dtype; the softmax is taken in fp32.
+        logits: those at `target_mask(labels)`, (target tokens, vocab), any float dtype; the softmax is taken in fp32.
         labels: (batch, n) int64, not shifted; -100 is not learned.
 
     Returns:
-        (learned,) fp32.
+        (target tokens,) fp32.
     """
     targets = labels[:, 1:]
     return -F.cross_entropy(logits.float(), targets[targets != IGNORE_INDEX], reduction="none")
@@ -39,7 +39,7 @@ def sum_per_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> 
     """Sum a number of each target token over the answer that it belongs to.
 
     Args:
-        values: (learned,) fp32, as of `token_log_probs`.
+        values: (target tokens,) fp32, as of `token_log_probs`.
         batch: rows of a DPODataset: whole pairs, chosen and rejected in turn.
 
     Returns:
@@ -51,18 +51,24 @@ def sum_per_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> 
     return sums.view(-1, 2)
 
 
+def mean_per_answer(values: Tensor, batch: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """As `sum_per_answer`, divided by the number of the answer's target tokens."""
+    return sum_per_answer(values, batch, labels) / sum_per_answer(torch.ones_like(values), batch, labels)
+
+
 def count_pairs(batches: list[dict[str, Tensor]]) -> int:
     return sum(int(((batch["position_ids"] == 0) & batch["attention_mask"]).sum()) // 2 for batch in batches)
 
 
-def reference_log_probs(batch: dict[str, Tensor], labels: Tensor, frozen: nn.Module | None) -> Tensor:
-    """What the reference gives each target token, (learned,) fp32; `batch` loses its column `reference`.
+def reference_token_log_probs(
+    cached: Tensor | None, frozen: nn.Module | None, batch: dict[str, Tensor], labels: Tensor
+) -> Tensor:
+    """What the reference gives each target token, in nats, (target tokens,) fp32.
 
     Args:
-        frozen: the model to ask, None where the batch brings the answer from the cache.
+        cached: the batch's column `reference`, (batch, n) fp32; where it has none, `frozen` is asked.
     """
-    cached = batch.pop("reference", None)
-    if frozen is None:
+    if cached is not None:
         return cached[:, 1:][labels[:, 1:] != IGNORE_INDEX]
     with torch.no_grad():
         return token_log_probs(frozen(**batch, logits_to_keep=target_mask(labels)).logits, labels)
@@ -93,8 +99,7 @@ def attach_reference_log_probs(
         np.save(folder / "log_probs.npy", values)
 
     reference = find_cache(*place, load)
-    (missing,) = run.sum(reference is None)  # somewhere: machines have disks of their own
-    if missing:
+    if run.sum(reference is None):  # somewhere: machines have disks of their own
         values = _all_log_probs(dataset, model, run, batch_size)
         with run.main_first():
             reference = open_cache(*place, load, build)
@@ -129,36 +134,25 @@ def _all_log_probs(dataset: DPODataset, model: nn.Module, run: Runtime, batch_si
 # --------------------------------------------------------------------------------------------------------- measures
 
 
+@torch.no_grad()
 def dpo_metrics(
-    policy: Tensor,
-    reference: Tensor,
-    batch: dict[str, Tensor],
-    labels: Tensor,
-    loss_function: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    length_normalize: bool,
+    losses: Tensor, margins: Tensor, policy: Tensor, log_ratios: Tensor, batch: dict[str, Tensor], labels: Tensor
 ) -> Tensor:
-    """FIGURES of a batch, each summed over its pairs; the first one, the loss, can be differentiated.
+    """DPO_METRICS of a batch, each summed over its pairs, (7,) fp32.
 
-    loss, margin: as of `loss_function`. reward_accuracy: 1 where the margin is above 0. accuracy: 1 where the chosen
-    answer is the more probable. chosen, rejected: log-probability of the answers, summed, or averaged when
-    `length_normalize`. kl: half the square by which a token's log-probability has moved, on average over a pair's
-    tokens: an estimate of the KL divergence (Schulman, joschu.net/blog/kl-approx.html, 2020), here on given answers.
+    reward_accuracy: 1 where the margin is above 0. accuracy: 1 where the chosen answer is the more probable. kl: half
+    the square by which a token's log-probability has moved, on average over a pair's tokens: an estimate of the KL
+    divergence (Schulman, joschu.net/blog/kl-approx.html, 2020), here on given answers.
 
     Args:
-        policy, reference: log-probability of each target token, (learned,) fp32.
-        loss_function: from (pairs, 2) log-probabilities of policy and reference to each pair's loss and margin.
-
-    Returns:
-        (7,) fp32.
+        losses, margins: of each pair, (pairs,).
+        policy: log-probabilities of the answers, chosen and rejected, (pairs, 2).
+        log_ratios: log pi / pi_ref of each target token, (target tokens,).
     """
-    lengths = sum_per_answer(torch.ones_like(policy), batch, labels)
-    divisor = lengths if length_normalize else 1
-    ours, theirs = (sum_per_answer(values, batch, labels) / divisor for values in (policy, reference))
-    losses, margins = loss_function(ours, theirs)
-    ours, margins = ours.detach(), margins.detach()
-    moved = sum_per_answer((policy.detach() - reference).square() / 2, batch, labels)
-    kl = moved.sum(1) / lengths.sum(1)
-    each = (losses, margins > 0, ours[:, 0] > ours[:, 1], margins, ours[:, 0], ours[:, 1], kl)
+    lengths = sum_per_answer(torch.ones_like(log_ratios), batch, labels)
+    kl = sum_per_answer(log_ratios.square() / 2, batch, labels).sum(1) / lengths.sum(1)
+    chosen, rejected = policy.unbind(1)
+    each = (losses, margins > 0, chosen > rejected, margins, chosen, rejected, kl)
     return torch.stack([values.sum().float() for values in each])
 
 
@@ -169,30 +163,36 @@ def evaluate_pairs(
     held_out: DPODataset,
     run: Runtime,
     batch_size: int,
-    measure: Callable[[Tensor, Tensor, dict[str, Tensor], Tensor], Tensor],
+    per_answer: Callable[[Tensor, dict[str, Tensor], Tensor], Tensor],
+    loss_function: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]],
+    beta: float,
 ) -> dict[str, float]:
-    """FIGURES of the held-out pairs, means over all of them on all ranks, each by its name with "eval_" before it.
+    """DPO_METRICS of the held-out pairs, means over all of them on all ranks, each by its name with "eval_" before it.
 
     Args:
-        frozen: as of `reference_log_probs`.
-        measure: `dpo_metrics` with the stage's settings.
+        frozen: the reference, None where `held_out` has its log-probabilities.
+        per_answer: `sum_per_answer` or `mean_per_answer`.
+        loss_function: from log-probabilities of policy and reference, (pairs, 2) each, and `beta` to each pair's loss
+            and margin, (pairs,) each.
 
     Raises:
         EvaluationError: as of `sum_over_ranks`.
     """
 
     def sums_of_share() -> list[float]:
-        measured = torch.zeros(len(DPO_METRICS), device=run.device)
+        sums = torch.zeros(len(DPO_METRICS), device=run.device)
         pairs = 0
         for (batch,) in held_out_loader(held_out, batch_size, run).steps():
             pairs += count_pairs([batch])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")
+            labels, cached = batch.pop("labels"), batch.pop("reference", None)
             with run.autocast():
-                reference = reference_log_probs(batch, labels, frozen)
-                policy = token_log_probs(model(**batch, logits_to_keep=target_mask(labels)).logits, labels)
-            measured += measure(policy, reference, batch, labels)
-        return [pairs, *measured.tolist()]
+                log_probs = token_log_probs(model(**batch, logits_to_keep=target_mask(labels)).logits, labels)
+                reference_log_probs = reference_token_log_probs(cached, frozen, batch, labels)
+            policy = per_answer(log_probs, batch, labels)
+            losses, margins = loss_function(policy, per_answer(reference_log_probs, batch, labels), beta)
+            sums += dpo_metrics(losses, margins, policy, log_probs - reference_log_probs, batch, labels)
+        return [pairs, *sums.tolist()]
 
     pairs, *sums = sum_over_ranks(sums_of_share, 1 + len(DPO_METRICS), model, run)
     return {f"eval_{name}": value / pairs for name, value in zip(DPO_METRICS, sums, strict=True)}

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from model.loss import target_mask
 from trainer.arguments import deepspeed_config
@@ -19,8 +18,6 @@ from trainer.device import DTYPES, default_dtype, moved, pick_device
 from trainer.errors import UserError
 from trainer.launcher import place_of
 from trainer.signals import StopSignals, terminal_may_go
-
-NON_FINITE_LIMIT = 10  # in a row; float16's scaler needs a few of them to find its scale
 
 
 @dataclass
@@ -42,9 +39,6 @@ class Runtime:
     world_size: int = 1
     deepspeed_config: dict | None = None
     engine: str = "eager"  # what `wrap_model` made of the model, for people to read
-    non_finite: int = 0  # steps skipped so far
-    asked_to_stop: bool = False  # by a signal, on any rank: the loop saves and ends
-    _non_finite_in_a_row: int = 0
     _signals: StopSignals = field(default_factory=StopSignals)
     _preparation: dist.ProcessGroup | None = None
 
@@ -52,65 +46,51 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def dtype_name(self) -> str:
+        """As --dtype has it: "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: moved(tensor, self.device) for name, tensor in batch.items()}
 
-    def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value summed over all ranks, who also tell each other here whether one of them was asked to stop."""
-        tensor = torch.tensor([*values, len(self._signals)], dtype=torch.float64)
+    def sum(self, value: float | Tensor) -> float:
+        """A number summed over all ranks; all ranks must call it."""
+        return self.sums(value)[0]
+
+    def sums(self, *values: float | Tensor) -> list[float]:
+        """Each of some numbers summed over all ranks; all ranks must call it."""
+        tensor = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             tensor = tensor.to(self.device)  # where the ranks meet; not all devices have float64 (mps)
             dist.all_reduce(tensor)
-        *sums, signals = tensor.tolist()
-        self.asked_to_stop = signals > 0
-        return sums
+        return tensor.tolist()
 
     def totals(self, batches: list[dict[str, Tensor]]) -> Totals:
         """Count a step's micro-batches over all ranks, so that each token of it weighs the same wherever it lies."""
         target_tokens = sum(int(target_mask(batch["labels"]).sum()) for batch in batches)
         rows = sum(int(batch["attention_mask"].any(1).sum()) for batch in batches)
         non_padding_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        return Totals(*self.sum(target_tokens, rows, non_padding_tokens))
-
-    def gradients_synced(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
-        """DDP adds the ranks' gradients up in the last backward of a step only."""
-        if last or not isinstance(model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return model.no_sync()
-
-    def is_finite(self, norm: float | Tensor, loss: float) -> bool:
-        """Whether the step may be taken, by the gradient's norm and the loss (the same on all ranks); one that may not
-        is counted.
-
-        Raises:
-            UserError: after several in a row.
-        """
-        if torch.isfinite(torch.as_tensor(norm)) and torch.isfinite(torch.tensor(loss)):
-            self._non_finite_in_a_row = 0
-            return True
-        self.non_finite += 1
-        self._non_finite_in_a_row += 1
-        if self._non_finite_in_a_row >= NON_FINITE_LIMIT:
-            raise UserError(
-                f"loss or gradient was not finite {NON_FINITE_LIMIT} times in a row; what was saved last is whole: "
-                "go on from it with --resume and a lower --learning_rate, or another --dtype"
-            )
-        return False
+        return Totals(*self.sums(target_tokens, rows, non_padding_tokens))
 
     def catch_signals(self) -> None:
         """From now on Ctrl-C and its like let the current step end and be saved; a second Ctrl-C ends at once."""
         self._signals.catch(speak=self.is_main)
 
+    def stop_requested(self) -> bool:
+        """Whether a signal has asked any rank to stop; all ranks must call it."""
+        return self.sum(len(self._signals)) > 0
+
     def finish(self, finished: bool) -> None:
-        """The end of a stage; a run that was asked to stop and is not `finished` ends with the signal's exit code."""
+        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code."""
         if dist.is_initialized():
             # Once the model is gone. Were DDP's reducer the last to hold a group, it would wait for gloo's threads and
             # keep the GIL meanwhile, for which one of them may be waiting: a run that never ends.
             atexit.register(dist.destroy_process_group)
-        if self.asked_to_stop and not finished:
+        if not finished:
             sys.exit(128 + self._signals.first)
 
     def gather(self, value) -> list:
@@ -151,8 +131,6 @@ class Runtime:
 def start_runtime(args) -> Runtime:
     """Set up this process from the training arguments and the launcher's environment; seeds torch.
 
-    Sets `args.dtype` where the user has not.
-
     Raises:
         UserError: no such device, or another rank's; --deepspeed without a launcher; half a launcher's environment;
             the processes do not find each other.
@@ -169,13 +147,12 @@ def start_runtime(args) -> Runtime:
                 f"--device {args.device}: a launcher gives each process a GPU of its own; leave it out, and let "
                 "CUDA_VISIBLE_DEVICES choose among them"
             )
-    args.dtype = args.dtype or default_dtype(device)
     config = None
     if args.deepspeed:
         if not place.launched:
             raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node N, or deepspeed --num_gpus N")
         config = deepspeed_config(args)
-    runtime = Runtime(device, DTYPES[args.dtype], place.rank, place.world_size, config)
+    runtime = Runtime(device, DTYPES[args.dtype or default_dtype(device)], place.rank, place.world_size, config)
     if place.launched:
         _meet(dist.get_default_backend_for_device(device))  # nccl for cuda, gloo for the CPU
     if place.world_size > 1:

@@ -1,42 +1,34 @@
 """The frozen model a student learns from: loading it, making sure it reads the same tokens, and asking it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from model import MiniMindLM
 from model.kv_cache import build_attention_mask
-from model.loss import target_mask
 from model.tokenizer import tokenizer_hash
-from trainer.chunked import sum_in_chunks
 from trainer.errors import UserError
-from trainer.weight_files import is_file_name
-from trainer.weights import existing, load_folder, load_weights, read_tokenizer
-
-TOKENS_AT_ONCE = 2048  # that a teacher reads, in whole rows
+from trainer.folder_layouts import require_folder
+from trainer.weights import load_weights, read_tokenizer
 
 
-def load_teacher(name: str, out_dir: str, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> nn.Module:
+def load_teacher(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: int) -> nn.Module:
     """The model that --teacher_weight names, frozen, fp32, in eval mode.
 
     Args:
-        name: the weights' name in `out_dir` ("full_sft_768"), the path of a .pth, or a `transformers` folder.
+        path: a file with a MiniMind's weights, or a `transformers` folder of any architecture; see `find_weights`.
 
     Raises:
         UserError: it is missing, cannot be read, reads other tokens than the student, or fewer than `max_seq_len`.
     """
-    if Path(name).is_dir():
-        teacher = _from_folder(Path(name), tokenizer)
-    else:
-        path = Path(name) if is_file_name(name) else Path(out_dir) / f"{name}.pth"
-        teacher = load_weights(existing(path, by_flags=False), None, tokenizer)
+    teacher = _from_folder(path, tokenizer) if path.is_dir() else load_weights(path, None, tokenizer)
     longest = getattr(teacher.config, "max_position_embeddings", None)  # None: no limit that it tells of
     if longest is not None and longest < max_seq_len:
-        raise UserError(f"--teacher_weight {name} reads at most {longest} tokens: lower --max_seq_len {max_seq_len}")
+        raise UserError(f"--teacher_weight {path} reads at most {longest} tokens: lower --max_seq_len {max_seq_len}")
     return teacher.requires_grad_(False).eval()
 
 
@@ -46,7 +38,14 @@ def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
     difference = first_difference(tokenizer, read_tokenizer(folder))
     if difference:
         raise UserError(f"--teacher_weight {folder} reads other tokens than the student: {difference}")
-    teacher = load_folder(folder, PreTrainedModel, torch.float32)
+    try:
+        teacher, report = AutoModelForCausalLM.from_pretrained(
+            str(require_folder(folder)), local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if lacking := sorted(report["missing_keys"]):  # which transformers fills with random numbers
+        raise UserError(f"{folder} lacks {', '.join(lacking[:3])} of what its config.json describes")
     columns = teacher.get_output_embeddings().weight.size(0)
     if columns < len(tokenizer):
         raise UserError(f"--teacher_weight {folder} knows {columns} tokens, and the tokenizer has {len(tokenizer)}")
@@ -90,34 +89,3 @@ def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor], kept: Tensor, v
     mask = torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, float("-inf"))
     out = teacher(batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False)
     return out.logits[kept][:, :vocab_size]
-
-
-def chunked_distillation_loss(
-    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
-    logits: Tensor,
-    labels: Tensor,
-    batch: dict[str, Tensor],
-    teacher: nn.Module,
-) -> Tensor:
-    """The sum of a loss over the target tokens of a batch, the teacher asked for a few rows at a time: its logits,
-    and what the loss makes of them, never exist for the whole batch.
-
-    Args:
-        loss_of: (student's logits, teacher's logits, targets), (tokens, vocab) twice and (tokens,) -> scalar, a sum.
-        logits: (learned, vocab), the student's at `target_mask(labels)`.
-        labels: (batch, n) int64, not shifted; -100 is not learned.
-        batch: what the student has read, as for `teacher_logits`.
-
-    Returns:
-        fp32 scalar.
-    """
-    step = max(1, TOKENS_AT_ONCE // labels.size(1))
-    rows = [slice(first, first + step) for first in range(0, len(labels), step)]
-    learned = target_mask(labels)
-
-    def part_of(student: Tensor, part: int) -> Tensor:
-        some = {name: tensor[rows[part]] for name, tensor in batch.items()}
-        taught = teacher_logits(teacher, some, learned[rows[part]], student.size(-1))
-        return loss_of(student, taught, labels[rows[part], 1:][learned[rows[part], :-1]])
-
-    return sum_in_chunks(part_of, logits, [int(learned[part].sum()) for part in rows])

@@ -15,9 +15,10 @@ from dataset.feature_cache import open_feature_cache
 from model import LMConfig
 from model.fingerprint import hash_weights
 from model.images import image_processor, image_token_id, to_pixels
-from model.model_vlm import MiniMindVLM, VisionTower, VLMConfig, load_tower
+from model.model_vlm import MiniMindVLM, VisionTower, VLMConfig, load_tower, tower_output
 from model.tokenizer import special_ids
 from trainer.errors import UserError
+from trainer.folder_layouts import read_json
 from trainer.runtime import Runtime
 from trainer.weights import architecture, load_weights, read_settings
 
@@ -61,22 +62,25 @@ def open_vision(folder: str) -> Vision:
 
 def load_vlm(
     path: Path,
-    config: LMConfig | None,
+    wanted: LMConfig | None,
     tokenizer: PreTrainedTokenizerBase,
     vision: Vision,
     missing: tuple[str, ...] = (),
 ) -> MiniMindVLM:
-    """A vision-language model with the weights in `path` and this tower; see `load_weights`.
+    """A vision-language model with the weights in a file or folder and this tower; see `load_weights`.
 
     Raises:
         UserError: as of `load_weights`; the weights were trained with another tower.
     """
-    settings = read_settings(path) if path.is_file() else None
-    trained_with = (settings or {}).get("vision_tower", vision.hash)
+    about = read_json(path / "config.json") if path.is_dir() else read_settings(path) or {}
+    trained_with = about.get("vision_tower", vision.hash)
     if trained_with != vision.hash:
         raise UserError(f"{path} was trained with vision tower {trained_with}, and --vision_model is {vision.hash}")
+    for name, given in zip(("image_tokens", "vision_dim"), tower_output(vision.tower), strict=True):
+        if about.get(name, given) != given:
+            raise UserError(f"{path} has {name} {about[name]}, and --vision_model gives {given}")
     try:
-        place = image_token_id(tokenizer)
+        place = about.get("image_token_id") or image_token_id(tokenizer)
     except ValueError as error:
         raise UserError(f"--tokenizer {tokenizer.name_or_path}: {error}") from None
 
@@ -84,12 +88,12 @@ def load_vlm(
         fields = architecture(config) | special_ids(tokenizer) | {"max_seq_len": config.max_seq_len}
         return MiniMindVLM(VLMConfig(image_token_id=place, **fields), vision.tower)
 
-    return load_weights(path, config, tokenizer, missing, build)
+    return load_weights(path, wanted, tokenizer, missing, build)
 
 
 def image_data(args, vision: Vision) -> Callable[..., VLMDataset]:
     """`VLMDataset` for `open_data`, with what the vision flags decide."""
-    image_tokens = (vision.tower.config.image_size // vision.tower.config.patch_size) ** 2
+    image_tokens, _ = tower_output(vision.tower)
     return partial(VLMDataset, images_path=args.images_path, image_tokens=image_tokens, processor=vision.processor)
 
 
@@ -111,7 +115,7 @@ def cache_features(
             return model.encode_images(pixels.to(run.device))
 
     computed_by = [getattr(vision.tower.config, name) for name in TOWER_SETTINGS]
-    how = short_hash([vision.hash, computed_by, vision.processor.to_json_string(), args.dtype])
+    how = short_hash([vision.hash, computed_by, vision.processor.to_json_string(), run.dtype_name])
     with run.main_first():
         features = open_feature_cache(
             names, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers

@@ -56,8 +56,8 @@ def read_weights(path: Path, n_heads: int = 8, n_kv_heads: int = 2) -> Recognise
     """
     if re.search(r"-\d{5}-of-\d{5}$", path.stem) or (path.stem in WHOLE and (path.parent / "config.json").is_file()):
         raise UserError(
-            f"{path} belongs to a folder of transformers, whose config.json tells its sizes: "
-            f"convert_model.py from-transformers {path.parent} out/NAME.pth reads them together"
+            f"{path} belongs to a folder of transformers, whose config.json tells its sizes: name the folder, "
+            f"{path.parent}, or make a .pth of it with convert_model.py from-transformers {path.parent} out/NAME.pth"
         )
     try:
         return recognise(read_content(path), n_heads, n_kv_heads)

@@ -1,16 +1,15 @@
 """Weights and tokenizers on disk: their names, the json beside them, and strict loading."""
 
 import contextlib
+import copy
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from model import LMConfig, MiniMindLM
 from model.model_lora import LoRASettings, attach_lora, is_lora
@@ -19,6 +18,7 @@ from model.tokenizer_check import check_tokenizer
 from trainer.arguments import ROOT
 from trainer.errors import UserError, print_notice
 from trainer.files import check_hash
+from trainer.folder_layouts import read_folder, require_folder
 from trainer.weight_files import is_file_name, read_weights
 
 SHIPPED_TOKENIZER = ROOT / "model" / "minimind_tokenizer"
@@ -37,6 +37,7 @@ ARCHITECTURE = (
     *("num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob"),  # these of MoE only
 )
 DELIMITERS = ("bos_token_id", "eos_token_id")  # that begin and end a text, as the tokenizer has them
+SIZE_IN_NAME = re.compile(r"(?P<stage>.+?)_(?P<dim>\d+)(?P<moe>_moe)?")  # of a file's stem: full_sft_640_moe
 NEWER_BOS = "<|im_start|>"  # of the tokenizer that goes with MiniMind's names of April 2025
 
 
@@ -78,10 +79,74 @@ def weights_name(stage: str, dim: int, use_moe: bool) -> str:
 
 
 def weights_path(args, stage: str) -> Path:
-    """Where a stage's weights lie; `stage` may be the path of a file itself."""
-    if is_file_name(stage):
-        return Path(stage)
+    """Where the weights of a stage lie that has the flags' size."""
     return Path(args.out_dir) / f"{weights_name(stage, args.dim, args.use_moe)}.pth"
+
+
+def find_weights(name: str, args) -> Path:
+    """The file or folder that a WEIGHTS flag names (--from_weight, --teacher_weight, …).
+
+    Args:
+        name: a stage, whose size --dim and --use_moe say ("full_sft"); weights in --out_dir by their whole name
+            ("full_sft_768"); or a path: of a .pth or .safetensors, or of a folder of `transformers`. Of a plain
+            word, what lies in --out_dir comes before a folder in the working directory.
+
+    Raises:
+        UserError: nothing is there; the message says what is.
+    """
+    path = Path(name)
+    if is_file_name(name) or (path.is_dir() and os.path.dirname(name)):
+        return existing(path)
+    by_stage, by_name = weights_path(args, name), Path(args.out_dir) / f"{name}.pth"
+    if found := _present(by_stage) or _present(by_name):
+        return found
+    if (path / "config.json").is_file():  # any other folder that has a stage's name is the user's own
+        return path
+    return existing(by_name) if SIZE_IN_NAME.fullmatch(name) else existing(by_stage, by_flags=True)
+
+
+def find_adapter(name: str, args) -> Path:
+    """The LoRA adapter that --lora_name names: `out/lora/NAME_D.pth`, or the path of a .pth itself.
+
+    Raises:
+        UserError: it is not there; the message says what is.
+    """
+    if is_file_name(name):
+        return existing(Path(name), adapter=True)
+    return existing(weights_path(args, f"lora/{name}"), by_flags=True, adapter=True)
+
+
+def _present(path: Path) -> Path | None:
+    """A file of weights, or where only that is there, the .safetensors by the same name."""
+    return next(filter(Path.is_file, (path, path.with_suffix(".safetensors"))), None)
+
+
+def existing(path: Path, by_flags: bool = False, adapter: bool = False) -> Path:
+    """The path of weights, or where only that is there, of the .safetensors by the same name; or a folder's.
+
+    Args:
+        by_flags: the path was made of --dim and --use_moe, and not given by the user.
+        adapter: it is a LoRA adapter's.
+
+    Raises:
+        UserError: nothing is there, and the message says what is; a folder that is not a model's.
+    """
+    if path.is_dir() and not adapter:
+        return require_folder(path)
+    if found := _present(path):
+        return found
+    asked = SIZE_IN_NAME.fullmatch(path.stem)
+    stage = asked["stage"] if asked else path.stem
+    maker = "train_lora.py --lora_name NAME" if adapter else SCRIPT_OF_STAGE.get(stage)
+    found = []
+    for file in sorted(path.parent.glob("*")):
+        size = SIZE_IN_NAME.fullmatch(file.stem)
+        if size and is_file_name(file.name) and (adapter or size["stage"] == stage):
+            flags = f" (--dim {size['dim']}{' --use_moe' if size['moe'] else ''})" if by_flags else ""
+            found.append(f"{file}{flags}")
+    advice = f"{maker} makes it" if maker else "check --out_dir and the flags"
+    there = f"; there is {', '.join(found)}" if found else ""
+    raise UserError(f"{path} is missing: {advice}{there}")
 
 
 def build_config(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
@@ -143,122 +208,99 @@ def architecture(config: LMConfig) -> dict:
     return {name: getattr(config, name) for name in (*names, *DELIMITERS)}
 
 
-def existing(path: Path, by_flags: bool = True, adapter: bool = False) -> Path:
-    """The path of weights, or where only that is there, of the .safetensors by the same name.
-
-    Args:
-        by_flags: the path was made of --dim and --use_moe, and not given by the user.
-        adapter: it is a LoRA adapter's.
-
-    Raises:
-        UserError: neither is there; the message says what is.
-    """
-    if path.is_file():
-        return path
-    if (other := path.with_suffix(".safetensors")).is_file():
-        return other
-    any_size = re.compile(r"(?P<stage>.+?)_(?P<dim>\d+)(?P<moe>_moe)?")
-    asked = any_size.fullmatch(path.stem)
-    stage = asked["stage"] if asked else path.stem
-    maker = "train_lora.py --lora_name NAME" if adapter else SCRIPT_OF_STAGE.get(stage)
-    found = []
-    for file in sorted(path.parent.glob("*")):
-        size = any_size.fullmatch(file.stem)
-        if size and is_file_name(file.name) and (adapter or size["stage"] == stage):
-            flags = f" (--dim {size['dim']}{' --use_moe' if size['moe'] else ''})" if by_flags else ""
-            found.append(f"{file}{flags}")
-    advice = f"{maker} makes it" if maker else "check --out_dir and the flags"
-    there = f"; there is {', '.join(found)}" if found else ""
-    raise UserError(f"{path} is missing: {advice}{there}")
-
-
 def load_weights(
     path: Path,
-    config: LMConfig | None,
+    wanted: LMConfig | dict | None,
     tokenizer: PreTrainedTokenizerBase,
     missing: tuple[str, ...] = (),
     build: Callable[[LMConfig], MiniMindLM] = MiniMindLM,
 ) -> MiniMindLM:
-    """A model with the weights in `path`, loaded strictly.
+    """A model with the weights in a file, or in a folder of `transformers`, loaded strictly: fp32, on the CPU.
 
     Args:
-        config: what the flags ask for; None takes the json beside the weights, and for a downloaded file, which has
-            none, the sizes its tensors tell (with the heads, experts per token and rope of MiniMind2).
-        tokenizer: must be the one the weights were trained with, by the json.
-        missing: prefixes of parameters that the file may lack.
+        wanted: the configuration that the flags ask for, or some of its fields. What is not said is told by the json
+            beside the file or the folder's config.json; and for a downloaded file, which has none, by the shapes of its
+            tensors (with the heads, experts per token and rope of MiniMind2).
+        tokenizer: must be the one the weights were trained with, by the json or the tokenizer in the folder.
+        missing: prefixes of parameters that the weights may lack.
         build: makes the model that the weights go into.
 
     Raises:
         UserError: missing, damaged, of another shape or another tokenizer; the message names both sides.
     """
     path = existing(path)
-    asking = "the flags ask"
-    settings = read_settings(path)
-    if settings is not None:
-        _compare_tokenizer(path, settings, tokenizer)
+    config = wanted if isinstance(wanted, LMConfig) else None
+    sizes = {} if config else wanted or {}
+    asking, settings, state, saved = "the flags ask", None, None, None
+    if path.is_dir():
+        state, saved = read_folder(path)
+        told_by = "its config.json"
+        _compare_tokenizer_in(path, saved, tokenizer)
+    elif settings := read_settings(path):
         saved = saved_config(settings)
-        saved.update(special_ids(tokenizer))  # an older json has none
+        told_by = "its json"
+        _compare_tokenizer(path, settings, tokenizer)
+    if saved is not None:
+        saved.update(special_ids(tokenizer))  # an older json has none, and a folder may have others
         if config is None:
-            config, asking = saved, "its json asks"
-        _compare(path, architecture(saved), "by its json", architecture(config), asking)
-    state, done, newer = read_weights(path, *((config.n_heads, config.n_kv_heads) if config else ()))
+            config = copy.deepcopy(saved)
+            config.update(sizes)
+            asking = asking if sizes else f"{told_by} asks"
+        _compare(path, architecture(saved), f"by {told_by}", architecture(config), asking)
+    if state is None:
+        state = _read_file(path, config or sizes, tokenizer, downloaded=settings is None)
+    found = infer_sizes(state)
+    if config is None:
+        config = config_from_sizes(found | sizes, tokenizer)
+    _compare(path, found, "by its tensors", architecture(config), asking)
+    model = build(config)
+    _fill(model, state, path, missing)
+    check_hash(path, path.with_suffix(".json"), settings or {})
+    return model
+
+
+def _read_file(
+    path: Path, known: LMConfig | dict, tokenizer: PreTrainedTokenizerBase, downloaded: bool
+) -> dict[str, Tensor]:
+    """The parameters in a file, and a line on stderr about what had to be done or assumed."""
+    known = known if isinstance(known, dict) else architecture(known)
+    heads = {name: known[name] for name in ("n_heads", "n_kv_heads") if name in known}
+    state, done, newer = read_weights(path, **heads)
     if done:
         print_notice(f"{path}: {done}")
-    if settings is None:
+    if downloaded:
         assumed = f"{path} has no json beside it; assumed is the tokenizer {tokenizer.name_or_path}"
         warning = f", and MiniMind's of April 2025 began a turn with {NEWER_BOS}: name its folder with --tokenizer"
         print_notice(assumed + (warning if newer and tokenizer.bos_token != NEWER_BOS else ""))
     if adapter := next(filter(is_lora, state), None):
         raise UserError(f"{path} is a LoRA adapter (it has {adapter}): name its base here, and it with --lora_name")
-    if config is None:
-        config = config_from_sizes(infer_sizes(state), tokenizer)
-    _compare(path, infer_sizes(state), "by its tensors", architecture(config), asking)
-    model = build(config)
+    return state
+
+
+def _fill(model: MiniMindLM, state: dict[str, Tensor], path: Path, missing: tuple[str, ...]) -> None:
+    """Put a state dict into a model; only what begins with `missing` may lack."""
     wanted = model.state_dict()
     lacking = [key for key in wanted if key not in state and not key.startswith(missing)]
     surplus = [key for key in state if key not in wanted]
     if lacking or surplus:
-        raise UserError(f"{path} does not fit the model: it lacks {_few(lacking)} and has {_few(surplus)} too much")
+        what = " (it is a vision-language model)" if any(key.startswith("vision_proj.") for key in surplus) else ""
+        raise UserError(
+            f"{path} does not fit the model: it lacks {_few(lacking)} and has {_few(surplus)} too much{what}"
+        )
     reshaped = [key for key in state if state[key].shape != wanted[key].shape]
     if reshaped:
         key = reshaped[0]
         raise UserError(f"{path} does not fit the model: {key} is {[*state[key].shape]}, not {[*wanted[key].shape]}")
-    check_hash(path, path.with_suffix(".json"), settings or {})
     model.load_state_dict(state, strict=not missing)
-    return model
 
 
-def load_folder(
-    folder: str | os.PathLike, kind: type[PreTrainedModel] = MiniMindLM, dtype: str | torch.dtype = "auto"
-) -> PreTrainedModel:
-    """A model from a folder that `save_pretrained` wrote, in the dtype it was saved in or another.
-
-    Raises:
-        UserError: no such folder, one that lacks a parameter, or another kind of model.
-    """
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(f"{folder} holds no config.json: it is not a folder that save_pretrained wrote")
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder), local_files_only=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(model, kind):
-        raise UserError(f"{folder} holds a {type(model).__name__}, not a {kind.__name__}")
-    if report["missing_keys"]:  # which transformers fills with random numbers
-        raise UserError(f"{folder} lacks {_few(sorted(report['missing_keys']))} of what its config.json describes")
-    return model
-
-
-def load_adapter(name: str, args, model: MiniMindLM) -> LoRASettings:
-    """Give the model the LoRA adapter of a name, `out/lora/NAME_D.pth`; the name may be the path of a .pth itself.
+def load_adapter(path: Path, model: MiniMindLM) -> LoRASettings:
+    """Give the model the LoRA adapter in a file, which stays apart from its weights; `merge_lora` adds it to them.
 
     Raises:
         UserError: missing, damaged, or made for another base; the message names both sides.
     """
-    by_file = is_file_name(name)
-    path = existing(weights_path(args, name if by_file else f"lora/{name}"), not by_file, adapter=True)
+    path = existing(path, adapter=True)
     state = read_weights(path, model.config.n_heads, model.config.n_kv_heads).state
     about, beside = {}, path.with_suffix(".json")
     if beside.is_file():
@@ -284,6 +326,21 @@ def _compare_tokenizer(path: Path, settings: dict, tokenizer: PreTrainedTokenize
         theirs = settings["config"].get(name, ours)
         if name in DELIMITERS and theirs != ours:
             raise UserError(f"{named} {name} {theirs}, and {tokenizer.name_or_path} has {ours}: mend its settings")
+
+
+def _compare_tokenizer_in(folder: Path, saved: LMConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        print_notice(f"{folder} has no tokenizer.json in it; assumed is the tokenizer {tokenizer.name_or_path}")
+    elif (theirs := tokenizer_hash(read_tokenizer(folder))) != tokenizer_hash(tokenizer):
+        raise UserError(
+            f"{folder} has a tokenizer of its own, {theirs}, and {tokenizer.name_or_path} is "
+            f"{tokenizer_hash(tokenizer)}: name the right folder with --tokenizer"
+        )
+    if len(tokenizer) > saved.vocab_size:
+        raise UserError(
+            f"{folder} knows {saved.vocab_size} tokens, and {tokenizer.name_or_path} has {len(tokenizer)}: "
+            "name the right folder with --tokenizer"
+        )
 
 
 def _compare(path: Path, ours: dict, by: str, theirs: dict, asking: str) -> None:

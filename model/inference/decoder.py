@@ -1,9 +1,12 @@
-"""The decoder once more, laid out for writing: what `MiniMindLM.forward` computes, over slots of a preallocated cache.
+"""The decoder laid out for inference: what `MiniMindLM.forward` computes, over the slots of a preallocated cache.
 
-A step of writing reads every weight for one token a request, so it is as fast as memory allows if nothing else takes
+A decode step reads every weight for one token per request, so it is as fast as memory allows if nothing else takes
 time. Hence: q, k, v in one matrix, w1 and w3 in another, matrices packed once as the CPU's kernels like them, rotary
 angles from a table, keys and values of all requests in one block of memory that never grows or moves, and few and
 cheap operations between the matrices.
+
+Shapes: `tokens` counts those of all spans of a pass, one after another, without padding. The cache is
+(n_layers, slots, slot_len, 2, n_kv_heads, head_dim); the 2 are keys and values.
 """
 
 import copy
@@ -104,7 +107,7 @@ class Decoder:
         Raises:
             ValueError: a model of another architecture; nothing is changed then.
         """
-        for name in SHAPE + EXPERTS * self.config.use_moe:
+        for name in (*SHAPE, *EXPERTS) if self.config.use_moe else SHAPE:
             ours, theirs = getattr(self.config, name), getattr(model.config, name)
             if ours != theirs:
                 raise ValueError(f"the decoder was made for a model with {name} {ours}, and this one has {theirs}")
@@ -194,10 +197,10 @@ class Decoder:
         rows = [first + i for first, tokens in zip(firsts, read, strict=True) for i in range(len(tokens))]
         sizes = [len(tokens) for tokens in read]
         tokens = torch.tensor([*itertools.chain.from_iterable(read)], device=self.device)
-        rope = self._rope[torch.tensor(positions, device=self.device)]
+        rope = self._rope[torch.tensor(positions, device=self.device)]  # (tokens, 1, head_dim / 2) complex
         rows = torch.tensor(rows, device=self.device)
 
-        x = self._embeddings[tokens].float()
+        x = self._embeddings[tokens].float()  # (tokens, dim)
         at = 0
         for span, size in zip(spans, sizes, strict=True):
             if span.embeddings is not None:
@@ -208,9 +211,10 @@ class Decoder:
         q_width = self.config.n_heads * self.config.head_dim
         rotated = q_width + self.config.n_kv_heads * self.config.head_dim
         pairs = (len(tokens), -1, self.config.head_dim // 2, 2)
+        # for each layer (slots * slot_len, 2 * n_kv_heads * head_dim): a row is a token's keys, then its values
         stores = self._kv.view(self.config.n_layers, self.slots * self.slot_len, -1).unbind(0)
         for layer, (attention_norm, wqkv, wo, ffn_norm, feed_forward) in enumerate(self._layers):
-            qkv = linear(self._normed(x, attention_norm), wqkv).float()
+            qkv = linear(self._normed(x, attention_norm), wqkv).float()  # (tokens, q, k and v side by side)
             torch.view_as_complex(qkv[:, :rotated].view(pairs)).mul_(rope)  # a rotation is a product of complex numbers
             qkv = qkv.to(self._kv.dtype)
             stores[layer].index_copy_(0, rows, qkv[:, q_width:])
@@ -230,12 +234,14 @@ class Decoder:
 
     def _attention(self, spans: Sequence[Span], sizes: list[int]) -> Callable[[Tensor, int], Tensor]:
         """What attends for the tokens of these spans: (queries (tokens, n_heads * head_dim), layer) -> as many."""
-        writers = next((i for i, size in enumerate(sizes) if size > 1), len(spans))
-        parts = [self._decode_attention(spans[:writers])] if writers else []
-        parts += [self._prefill_attention(span) for span in spans[writers:]]
+        decodes = next((i for i, size in enumerate(sizes) if size > 1), len(spans))
+        parts = [self._prefill_attention(span) for span in spans[decodes:]]
+        sizes = sizes[decodes:]
+        if decodes:
+            parts.insert(0, self._decode_attention(spans[:decodes]))
+            sizes.insert(0, decodes)
         if len(parts) == 1:
             return parts[0]
-        sizes = [writers] * (writers > 0) + sizes[writers:]
 
         def attend(q: Tensor, layer: int) -> Tensor:
             return torch.cat([part(rows, layer) for part, rows in zip(parts, q.split(sizes), strict=True)])
@@ -251,7 +257,9 @@ class Decoder:
         first = min(span.slot for span in spans)
         rows = [span.slot - first for span in spans]
         count, longest = max(rows) + 1, max(span.start for span in spans) + 1
-        k, v = (kv.unbind(0) for kv in self._kv[:, first : first + count, :longest].permute(3, 0, 1, 4, 2, 5))
+        held = self._kv[:, first : first + count, :longest]
+        by_kind = held.permute(3, 0, 1, 4, 2, 5)  # (2, n_layers, count, n_kv_heads, longest, head_dim)
+        k, v = (kv.unbind(0) for kv in by_kind)
         lengths = [1] * count
         for row, span in zip(rows, spans, strict=True):
             lengths[row] = span.start + 1
@@ -268,7 +276,7 @@ class Decoder:
             if scattered is not None:
                 q = q.new_zeros(count, q.size(1)).index_copy_(0, scattered, q)
             out = F.scaled_dot_product_attention(q.view(shape), k[layer], v[layer], attn_mask=mask).reshape(count, -1)
-            return out if scattered is None else out[scattered]
+            return out if scattered is None else out[scattered]  # (spans, n_heads * head_dim)
 
         return attend
 
@@ -292,7 +300,7 @@ class Decoder:
                 first += len(branch)
 
         def attend(q: Tensor, layer: int) -> Tensor:
-            q = q.view(n, heads, groups, head_dim).permute(1, 2, 0, 3)
+            q = q.view(n, heads, groups, head_dim).permute(1, 2, 0, 3)  # (n_kv_heads, group, n, head_dim)
             out = F.scaled_dot_product_attention(q, k[layer], v[layer], attn_mask=mask, is_causal=mask is None)
             return out.permute(2, 0, 1, 3).reshape(n, -1)
 

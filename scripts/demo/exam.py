@@ -16,7 +16,7 @@ from model.chat import render_chats
 from trainer.arguments import ROOT
 from trainer.device import pick_device
 from trainer.errors import UserError
-from trainer.weights import load_tokenizer, load_weights
+from trainer.loading import load_for_inference
 
 
 def run(script: str, *arguments: str) -> None:
@@ -45,8 +45,8 @@ def state_of(weights: Path) -> str:
 
 def open_model(weights: Path) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
     """A model and its tokenizer, to be asked, on a GPU where there is one."""
-    tokenizer = load_tokenizer()
-    return load_weights(weights, None, tokenizer).to(pick_device(None)).eval(), tokenizer
+    model, tokenizer = load_for_inference(weights)
+    return model.to(pick_device(None)), tokenizer
 
 
 def left_padded(rows: Sequence[Sequence[int]]) -> Tensor:

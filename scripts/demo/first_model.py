@@ -1,6 +1,7 @@
 """The first model of the demo: making it, and examining it with held-out questions."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def show_nearest(questions: Sequence[dict], replies: Sequence[str], count: int =
         if turn["role"] == "user"
     ]
     print(f"\n{count} of them, with the nearest question the model was trained on:")
-    for i in range(0, len(questions), -(-len(questions) // count)):
+    for i in range(0, len(questions), math.ceil(len(questions) / count)):
         question = questions[i]["question"]
         mark = "right" if is_right(replies[i], questions[i]["answers"]) else "WRONG"
         print(f"  {question}  ->  {replies[i]}  ({mark})\n      nearest: {nearest_line(question, trained)}")

@@ -13,13 +13,13 @@ from scripts.demo.exam import answer, read_lines
 from scripts.demo.scoring import is_right
 from scripts.demo.settings import DATA
 from train_dpo import dpo_loss
+from trainer.arguments import SAMPLING
 from trainer.evaluation import evaluate
-from trainer.preference import dpo_metrics, evaluate_pairs
+from trainer.preference import evaluate_pairs, sum_per_answer
 from trainer.runtime import Runtime
 
 Opened = tuple[MiniMindLM, PreTrainedTokenizerBase]
 VOTES = 8
-SAMPLING = {"temperature": 0.85, "top_p": 0.85}  # as eval_model.py does
 
 
 def share_right(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, exam: str, max_new_tokens: int = 48) -> float:
@@ -37,8 +37,7 @@ def count_right(lines: list[dict], replies: list[str]) -> int:
 def prefers_the_better(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
     """The share of held-out pairs whose better answer is the more probable."""
     pairs = DPODataset(DATA / "eval_dpo.jsonl", tokenizer, 128)
-    measure = partial(dpo_metrics, loss_function=partial(dpo_loss, beta=0.1), length_normalize=False)
-    return evaluate_pairs(model, model, pairs, here(model), 32, measure)["eval_accuracy"]
+    return evaluate_pairs(model, model, pairs, here(model), 32, sum_per_answer, dpo_loss, beta=0.1)["eval_accuracy"]
 
 
 def held_out_loss(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
@@ -104,7 +103,7 @@ def solve(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> Solved:
     greedy, _ = answer(model, tokenizer, questions, max_new_tokens=96)
     torch.manual_seed(0)
     asked = [question for question in questions for _ in range(VOTES)]
-    many, _ = answer(model, tokenizer, asked, 256, max_new_tokens=96, **SAMPLING)
+    many, _ = answer(model, tokenizer, asked, 256, **SAMPLING | {"max_new_tokens": 96})
     elected = [majority(many[first : first + VOTES])[0] for first in range(0, len(many), VOTES)]
     form = sum(map(is_well_formed, greedy))
     return Solved(len(lines), form, count_right(lines, greedy), count_right(lines, elected))

@@ -15,6 +15,7 @@ from model import MiniMindLM
 from model.chat import DEFAULT_SYSTEM_PROMPT
 from model.chat_template import CHAT_TEMPLATE, without_generation_marks
 from model.tokenizer import special_ids
+from trainer.arguments import SAMPLING
 from trainer.errors import UserError
 
 DTYPES = {  # of matrices, by the name on the command line: how a tensor is stored, and what the file calls itself
@@ -154,7 +155,7 @@ TEMPLATE """{{{{ range .Messages }}}}{bos}{{{{ .Role }}}}
 SYSTEM """{DEFAULT_SYSTEM_PROMPT}"""
 PARAMETER stop "{eos}"
 PARAMETER num_ctx {context}
-PARAMETER temperature 0.85
-PARAMETER top_p 0.85
-PARAMETER repeat_penalty 1.0
+PARAMETER temperature {SAMPLING["temperature"]}
+PARAMETER top_p {SAMPLING["top_p"]}
+PARAMETER repeat_penalty {SAMPLING["repetition_penalty"]}
 '''

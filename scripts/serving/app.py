@@ -30,9 +30,9 @@ from scripts.serving.responses import (
     whole_completion,
 )
 from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
+from trainer.arguments import SAMPLING
 
 NAME = "minimind"
-TEMPERATURE = TOP_P = 0.85  # where a request names none, as in eval_model.py: at OpenAI's 1.0 a small model rambles
 COMPLETION_TOKENS = 16  # where a completion names no max_tokens; OpenAI's
 NO_LIMIT = ANY_SEED = -1
 SCHEMAS = "#/components/schemas/{model}"  # where the OpenAPI document has them
@@ -45,8 +45,8 @@ def sampling(body: schema.Sampling) -> dict:
     """A request's settings for the engine, without what is particular to chats or completions."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     given = {
-        "temperature": TEMPERATURE if body.temperature is None else body.temperature,
-        "top_p": TOP_P if body.top_p is None else body.top_p,
+        "temperature": SAMPLING["temperature"] if body.temperature is None else body.temperature,
+        "top_p": SAMPLING["top_p"] if body.top_p is None else body.top_p,
         "top_k": 0 if body.top_k == NO_LIMIT else body.top_k,
         "repetition_penalty": body.repetition_penalty,
         "frequency_penalty": body.frequency_penalty,

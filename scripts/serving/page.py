@@ -13,7 +13,7 @@ from pathlib import Path
 import streamlit as st
 
 from scripts.serving.page_models import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
-from trainer.arguments import ROOT, add_device_argument
+from trainer.arguments import ROOT, SAMPLING, add_device_argument
 from trainer.errors import UserError
 
 SOURCES = ("out/", "OpenAI API")  # alike in both languages: a selection whose words change loses its mark
@@ -197,10 +197,13 @@ def side_bar(words: dict, args, vision: bool) -> Settings:
     if system:
         settings.system = [{"role": "system", "content": system}]
     with st.expander(words["parameters"]):
-        temperature = st.slider(words["temperature"], 0.0, 2.0, 0.85, 0.05, help=words["temperature_help"], key="t")
-        top_p = st.slider(words["top_p"], 0.05, 1.0, 0.85, 0.05, key="top_p")
-        penalty = st.slider(words["penalty"], 1.0, 2.0, 1.0, 0.05, disabled=remote, key="penalty")
-        longest = st.slider(words["longest"], 16, 4096, 512, 16, key="longest")
+        usual, hint = SAMPLING, words["temperature_help"]
+        temperature = st.slider(words["temperature"], 0.0, 2.0, usual["temperature"], 0.05, help=hint, key="t")
+        top_p = st.slider(words["top_p"], 0.05, 1.0, usual["top_p"], 0.05, key="top_p")
+        penalty = st.slider(
+            words["penalty"], 1.0, 2.0, usual["repetition_penalty"], 0.05, disabled=remote, key="penalty"
+        )
+        longest = st.slider(words["longest"], 16, 4096, usual["max_new_tokens"], 16, key="longest")
         seed = st.number_input(words["seed"], 0, 2**31 - 1, None, 1, help=words["seed_help"], key="seed")
         settings.history = st.slider(words["history"], 0, 20, 3, key="history")
     settings.sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}

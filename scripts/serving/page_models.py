@@ -204,23 +204,16 @@ def load_local(
     Raises:
         UserError: one of them does not load.
     """
-    from model.model_lora import merge_lora
     from trainer.device import pick_device
-    from trainer.weights import load_adapter, load_tokenizer, load_weights
+    from trainer.loading import load_for_inference, load_vlm_for_inference
 
-    tokenizer, processor = load_tokenizer(tokenizer_folder), None
+    processor = None
     if vision_model is None:
-        model = load_weights(weights, None, tokenizer)
+        model, tokenizer = load_for_inference(weights, tokenizer_folder, adapter)
     else:
-        from trainer.vision import load_vlm, open_vision
-
-        vision = open_vision(vision_model)
-        model, processor = load_vlm(weights, None, tokenizer, vision), vision.processor
-    if adapter is not None:
-        load_adapter(str(adapter), None, model)
-        merge_lora(model)
+        model, tokenizer, processor = load_vlm_for_inference(weights, vision_model, tokenizer_folder)
     pretrained = vision_model is None and weights.stem.startswith("pretrain_")
-    return LocalModel(model.to(pick_device(device)).eval(), tokenizer, processor, pretrained)
+    return LocalModel(model.to(pick_device(device)), tokenizer, processor, pretrained)
 
 
 def connect(base_url: str, api_key: str) -> tuple[object, list[str]]:

@@ -1,5 +1,6 @@
 """Models and greedy answers that the tests of both formats start from."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -41,3 +42,12 @@ def prompts(tokenizer) -> list[list[int]]:
 def greedy(model: MiniMindLM, ids: list[int], n: int = 24) -> list[int]:
     """The model's likeliest next `n` tokens, fewer where it stops."""
     return model.generate(torch.tensor([ids]), max_new_tokens=n)[0, len(ids) :].tolist()
+
+
+def copy_folder(folder, target, change: dict) -> None:
+    """The folder's files, with some settings changed; None takes one away."""
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text()) | change
+    config = {key: value for key, value in config.items() if value is not None}
+    (target / "config.json").write_text(json.dumps(config))

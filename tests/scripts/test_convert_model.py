@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model.model_lora import apply_lora, lora_layers, merge_lora, save_lora
 from model.tokenizer import tokenizer_hash
-from scripts.formats.transformers_folder import read_folder
 from tests.conftest import SPECIAL, train_tokenizer
 from tests.model.test_weight_layouts import in_april_2025
 from tests.running import ROOT, one_error_line, run_script
 from tests.scripts.conversion import make_model, save_model
 from trainer.errors import UserError
 from trainer.files import file_hash
+from trainer.loading import load_for_inference
 from trainer.weights import load_weights
 
 
@@ -94,7 +94,7 @@ def test_the_heads_of_a_file_without_json_order_its_rows(convert, tokenizer_dir,
     torch.save(in_april_2025(model.state_dict(), heads=(4, 2)), tmp_path / "new.pth")
     flags = ("--tokenizer", tokenizer_dir, "--n_heads", "4", "--n_kv_heads", "2", "--max_seq_len", "256")
     convert("to-transformers", tmp_path / "new.pth", tmp_path / "out", *flags)
-    back, _ = read_folder(tmp_path / "out")
+    back, _ = load_for_inference(tmp_path / "out")
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
 
 

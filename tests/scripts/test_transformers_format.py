@@ -5,24 +5,18 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from model import LMConfig, MiniMindLM
 from model.chat import render_chat
 from model.chat_template import CHAT_TEMPLATE
-from scripts.formats.transformers_folder import (
-    check_equal,
-    read_folder,
-    to_our_config,
-    to_our_state,
-    to_their_config,
-    write_folder,
-)
+from scripts.formats.transformers_folder import check_equal, to_their_config, write_folder
 from tests.conftest import SENTENCES
-from tests.model.test_weight_layouts import in_april_2025
-from tests.scripts.conversion import QUESTIONS, greedy, make_model, prompts
+from tests.scripts.conversion import QUESTIONS, copy_folder, greedy, make_model, prompts
 from trainer.errors import UserError
+from trainer.folder_layouts import to_our_config, to_our_state
+from trainer.loading import load_for_inference
 
 SHAPES = {
     "dense": {},
@@ -66,7 +60,7 @@ def test_transformers_computes_the_same_logits_and_writes_the_same_text(written,
 
 def test_weights_and_sizes_come_back_bit_for_bit(written, tiny_tokenizer):
     model, folder = written
-    back, tokenizer = read_folder(folder)
+    back, tokenizer = load_for_inference(folder)
     state = back.state_dict()
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -185,7 +179,7 @@ def train_a_step(folder, tmp_path, **changes) -> str:
 def test_trl_trains_a_llama_on_and_it_comes_back(llama, tmp_path):
     model, folder = llama
     trained = train_a_step(folder, tmp_path)
-    back, _ = read_folder(trained)
+    back, _ = load_for_inference(trained)
     assert check_equal(back, trained) < 1e-4
     assert not torch.allclose(back.norm.weight, model.norm.weight)
 
@@ -208,12 +202,12 @@ def test_a_moe_that_transformers_saved_comes_back_and_one_whose_gate_was_trained
     write_folder(model, tiny_tokenizer, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     theirs.save_pretrained(tmp_path)
-    back, _ = read_folder(tmp_path)
+    back, _ = load_for_inference(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True))
     torch.nn.init.constant_(theirs.model.layers[1].mlp.shared_expert_gate.weight, 0.1)
     theirs.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="shared_expert_gate where"):
-        read_folder(tmp_path)
+        load_for_inference(tmp_path)
 
 
 def test_peft_puts_an_adapter_on_the_folder(llama, tmp_path):
@@ -226,90 +220,9 @@ def test_peft_puts_an_adapter_on_the_folder(llama, tmp_path):
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "merged")
-    back, _ = read_folder(tmp_path / "merged")
+    back, _ = load_for_inference(tmp_path / "merged")
     assert not torch.equal(back.layers[0].attention.wq.weight, model.layers[0].attention.wq.weight)
     assert torch.equal(back.layers[0].attention.wk.weight, model.layers[0].attention.wk.weight)
-
-
-def test_our_own_save_pretrained_folder_and_old_bin_files_are_read(tiny_tokenizer, tmp_path):
-    model = make_model(len(tiny_tokenizer), use_moe=True)
-    model.save_pretrained(tmp_path / "minimind")
-    tiny_tokenizer.save_pretrained(tmp_path / "minimind")
-    (tmp_path / "bin").mkdir()
-    write_folder(model, tiny_tokenizer, tmp_path / "bin")
-    state = load_file(tmp_path / "bin" / "model.safetensors")
-    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    torch.save(state, tmp_path / "bin" / "pytorch_model.bin")
-    (tmp_path / "bin" / "model.safetensors").unlink()
-    for name in ("minimind", "bin"):
-        back, _ = read_folder(tmp_path / name)
-        assert all(torch.equal(a, b) for a, b in zip(back.parameters(), model.parameters(), strict=True)), name
-
-
-@pytest.mark.parametrize("use_moe", [False, True])
-def test_a_minimind_folder_of_april_2025_is_read(tiny_tokenizer, tmp_path, use_moe):
-    """model_type "minimind", with transformers' names for its sizes and, all but the shared expert's, its tensors."""
-    model = make_model(len(tiny_tokenizer), use_moe=use_moe, hidden_dim=96, rope_theta=1e4, norm_eps=1e-6)
-    config = {theirs: getattr(model.config, ours) for theirs, ours in LMConfig.attribute_map.items()}
-    config |= {name: getattr(model.config, name) for name in ("vocab_size", "rope_theta", "use_moe", "norm_topk_prob")}
-    config |= {"model_type": "minimind", "rms_norm_eps": 1e-6, "n_shared_experts": 1, "bos_token_id": 1}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    state = {name: value.clone() for name, value in in_april_2025(model.state_dict(), heads=(4, 2)).items()}
-    save_file(state, tmp_path / "model.safetensors")
-    tiny_tokenizer.save_pretrained(tmp_path)
-    back, _ = read_folder(tmp_path)
-    assert all(torch.equal(value, back.state_dict()[name]) for name, value in model.state_dict().items())
-    assert back.config.to_dict() == model.config.to_dict()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type 'llama3'"),
-        ({"head_dim": 32}, "head_dim 32"),
-        ({"num_hidden_layers": 3}, "does not fit its config.json"),
-        ({"hidden_size": None}, "lacks 'hidden_size'"),
-        ({"hidden_size": "64"}, "config.json is damaged"),
-    ],
-)
-def test_what_a_minimind_is_not_is_refused_by_name(llama, tmp_path, change, message):
-    _, folder = llama
-    copy_folder(folder, tmp_path, change)
-    with pytest.raises(UserError, match=message):
-        read_folder(tmp_path)
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        read_folder(tmp_path)
-
-
-def test_tensors_without_a_place_are_refused_by_name(llama, tmp_path):
-    _, folder = llama
-    copy_folder(folder, tmp_path, {})
-    state = load_file(folder / "model.safetensors")
-    for message, value in (
-        ("lm_head.weight differs", state["model.embed_tokens.weight"] + 1),
-        ("model.layers.0.self_attn.q_proj.bias is not zero", torch.ones(64)),
-    ):
-        save_file(state | {message.split()[0]: value}, tmp_path / "model.safetensors")
-        with pytest.raises(UserError, match=message):
-            read_folder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:5000])
-    with pytest.raises(UserError, match="truncated"):
-        read_folder(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match=r"config\.json is missing"):
-        read_folder(tmp_path)
-
-
-def copy_folder(folder, target, change: dict) -> None:
-    """The folder's files, with some settings changed; None takes one away."""
-    for file in folder.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | change
-    config = {key: value for key, value in config.items() if value is not None}
-    (target / "config.json").write_text(json.dumps(config))
 
 
 def test_a_folder_that_computes_something_else_is_noticed(llama, tmp_path):

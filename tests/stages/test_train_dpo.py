@@ -14,7 +14,7 @@ from tests.conftest import write_jsonl
 from tests.dataset.test_dpo_dataset import pair, samples
 from tests.running import TINY_TRAINING, one_error_line, run_script
 from train_dpo import dpo_loss
-from trainer.preference import DPO_METRICS, dpo_metrics, token_log_probs
+from trainer.preference import DPO_METRICS, dpo_metrics, mean_per_answer, sum_per_answer, token_log_probs
 from trainer.weights import read_settings
 
 STEPS = ("--max_steps", "4", "--epochs", "9", "--learning_rate", "1e-2", "--max_seq_len", "96")  # two of them warm up
@@ -101,11 +101,12 @@ def test_loss_and_gradient_are_those_of_trl(length_normalize, pairs_file, tiny_t
     values = [
         token_log_probs(each(**batch, logits_to_keep=target_mask(labels)).logits, labels) for each in (model, reference)
     ]
-    ours = dpo_metrics(
-        values[0], values[1].detach(), batch, labels, lambda *answers: dpo_loss(*answers, beta=0.3), length_normalize
-    )
+    per_answer = mean_per_answer if length_normalize else sum_per_answer
+    policy, theirs = (per_answer(each, batch, labels) for each in values)
+    losses, margins = dpo_loss(policy, theirs.detach(), beta=0.3)
     examples = [example for row in rows for example in trl_examples(row)]
-    (ours[0] / len(examples)).backward()
+    ours = losses.sum() / len(examples)
+    ours.backward()
     gradients = {key: value.grad for key, value in model.named_parameters()}
     model.zero_grad()
 
@@ -116,14 +117,16 @@ def test_loss_and_gradient_are_those_of_trl(length_normalize, pairs_file, tiny_t
     lines = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     trainer = DPOTrainer(model, reference, args=settings, train_dataset=lines, processing_class=tiny_tokenizer)
     theirs = trainer.compute_loss(model, DataCollatorForPreference(pad_token_id=0)(examples))
-    assert (ours[0] / len(examples)).item() == pytest.approx(theirs.item(), abs=1e-5)
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
     assert abs(theirs.item() - math.log(2)) > 1e-3  # the two models differ
     theirs.backward()
     for key, value in model.named_parameters():
         torch.testing.assert_close(gradients[key], value.grad, atol=1e-5, rtol=1e-3)
 
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    measured = dict(zip(DPO_METRICS, (ours / len(examples)).tolist(), strict=True))
+    sums = dpo_metrics(losses, margins, policy, values[0] - values[1], batch, labels)
+    measured = dict(zip(DPO_METRICS, (sums / len(examples)).tolist(), strict=True))
+    assert measured["loss"] == pytest.approx(ours.item())
     if not length_normalize:  # trl reports sums either way
         assert measured["chosen"] == pytest.approx(logged["logps/chosen"], rel=1e-5)
         assert measured["rejected"] == pytest.approx(logged["logps/rejected"], rel=1e-5)
@@ -157,9 +160,10 @@ def test_the_figures_by_hand():
     policy, reference = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([-1.0, -4.0, -3.0])
 
     def measured(length_normalize):
-        result = dpo_metrics(
-            policy, reference, batch, labels, lambda *sums: dpo_loss(*sums, beta=1.0), length_normalize
-        )
+        per_answer = mean_per_answer if length_normalize else sum_per_answer
+        answers = per_answer(policy, batch, labels)
+        losses, margins = dpo_loss(answers, per_answer(reference, batch, labels), beta=1.0)
+        result = dpo_metrics(losses, margins, answers, policy - reference, batch, labels)
         return dict(zip(DPO_METRICS, result.tolist(), strict=True))
 
     summed, mean = measured(False), measured(True)
@@ -227,7 +231,7 @@ def test_dense_unpacked_bf16_normalized_with_held_out_pairs(out, train, pairs_fi
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--beta", "0"), "--beta 0 must be above 0"),
+        (("--beta", "0"), "--beta: must be a number above 0, not 0"),
         (("--from_weight", "nothing"), "nothing_32.pth is missing"),
         (("--max_seq_len", "8"), "no sample has anything to learn within 8 tokens"),
     ],

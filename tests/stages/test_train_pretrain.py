@@ -175,6 +175,25 @@ def test_weights_and_biases_offline(pretrain, tmp_path):
         assert word in content
 
 
+def test_swanlab_offline(pretrain, tmp_path):
+    env = {"SWANLAB_MODE": "offline", "SWANLAB_LOG_DIR": str(tmp_path / "swanlog"), "HOME": str(tmp_path)}
+    pretrain(tmp_path / "out", "--max_steps", "2", "--tracker", "swanlab", "--wandb_project", "tiny", env=env)
+    (record,) = tmp_path.glob("swanlog/run-*/run-*.swanlab")
+    content = record.read_bytes()
+    for word in (b"tokens_per_second", b"pretrain_32", b"tiny"):
+        assert word in content
+    assert "accumulation_steps" in (record.parent / "files" / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_tensorboard(pretrain, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretrain(tmp_path, "--max_steps", "2", "--tracker", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "pretrain_32.tensorboard"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(tmp_path))
+
+
 def test_weights_and_biases_without_an_account(pretrain, tmp_path):
     env = {"WANDB_MODE": "online", "WANDB_DIR": str(tmp_path), "HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": ""}
     done = pretrain(tmp_path / "out", "--max_steps", "2", "--use_wandb", env=env, exit_code=2)

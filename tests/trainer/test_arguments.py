@@ -2,14 +2,20 @@
 
 import argparse
 import importlib
+import inspect
 import json
 
 import pytest
 
 import train_full_sft
 import train_pretrain
+from model.generation import TextGeneration
+from model.inference.request import Request
 from trainer.arguments import (
+    SAMPLING,
     BooleanFlag,
+    Parser,
+    add_sampling_arguments,
     byte_size,
     check_training_arguments,
     deepspeed_config,
@@ -18,6 +24,7 @@ from trainer.arguments import (
     positive_float,
     positive_int,
     probability,
+    sampling_settings,
     seed,
     text,
     training_parser,
@@ -205,3 +212,13 @@ def test_what_is_no_size(text):
 def test_caches_are_limited_unless_it_is_said():
     assert training_parser("").parse_args([]).cache_limit == 50_000_000_000
     assert training_parser("").parse_args(["--cache_limit", "1MB"]).cache_limit == 1_000_000
+
+
+def test_how_a_model_writes_is_said_once_and_programs_get_the_plain_distribution():
+    parser = Parser("A front-end.")
+    add_sampling_arguments(parser)
+    assert sampling_settings(parser.parse_args([])) == SAMPLING | {"seed": None}
+    assert sampling_settings(parser.parse_args(["--top_k", "7"])) == SAMPLING | {"seed": None, "top_k": 7}
+    off = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    for call in (TextGeneration.stream, Request):
+        assert {name: inspect.signature(call).parameters[name].default for name in off} == off

@@ -15,7 +15,7 @@ import trainer.run_lock
 from dataset.locks import NoLocksError
 from model import LMConfig, MiniMindLM
 from trainer.arguments import training_parser
-from trainer.checkpoint import Checkpoint, Progress
+from trainer.checkpoint import SKIPPED_LIMIT, Checkpoint, Progress
 from trainer.errors import UserError
 from trainer.files import file_hash
 from trainer.runtime import Runtime, Totals
@@ -51,7 +51,7 @@ def test_random_state_goes_on_where_it_was(open_checkpoint):
     torch.manual_seed(5)
     torch.rand(3)
     progress = Progress()
-    progress.advance(Totals(1, 1, 1), skipped=0)
+    progress.advance(Totals(1, 1, 1), skipped=False)
     checkpoint.save(*parts, progress, {})
     expected = torch.rand(4)
     del checkpoint  # and its lock
@@ -64,9 +64,21 @@ def test_progress_adds_up_steps_tokens_and_time(monkeypatch):
     clock = iter([100.0, 103.0, 105.0])
     monkeypatch.setattr(trainer.checkpoint.time, "monotonic", lambda: next(clock))
     progress = Progress(step=7, tokens=50, seconds=20.0)
-    for skipped in (0, 1):
+    for skipped in (False, True):
         progress.advance(Totals(4, 2, 6), skipped)
     assert vars(progress).items() >= {"step": 9, "tokens": 62, "seconds": 25.0, "skipped": 1}.items()
+
+
+def test_steps_that_are_not_finite_are_counted_until_there_are_too_many_in_a_row():
+    progress = Progress(step=20, skipped=3)
+    for _ in range(SKIPPED_LIMIT - 1):
+        progress.advance(Totals(1, 1, 1), skipped=True)
+    progress.advance(Totals(1, 1, 1), skipped=False)
+    for _ in range(SKIPPED_LIMIT - 1):
+        progress.advance(Totals(1, 1, 1), skipped=True)
+    with pytest.raises(UserError, match=f"not finite {SKIPPED_LIMIT} times in a row; what was saved last is whole"):
+        progress.advance(Totals(1, 1, 1), skipped=True)
+    assert progress.skipped == 3 + 2 * SKIPPED_LIMIT - 1
 
 
 def test_only_the_keys_to_keep_are_saved_and_the_others_stay_as_they_are(open_checkpoint, tmp_path):
@@ -246,7 +258,7 @@ CHANGES = {  # what changes the numbers, and something else to give
 MAY_CHANGE = {
     *("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype"),
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_path", "resume", "overwrite"),
-    *("compile", "gradient_checkpointing", "use_wandb", "wandb_project", "local_rank", "ddp"),
+    *("compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
     *("dim", "n_layers", "use_moe", "tokenizer"),  # by the architecture and the tokenizer's hash
     *("data_path", "cache_limit"),  # the data by what it holds
 }

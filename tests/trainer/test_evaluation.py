@@ -49,7 +49,7 @@ class OneOfTwo(Runtime):
 
     others: tuple = ()
 
-    def sum(self, *values):
+    def sums(self, *values):
         self.found = values
         return [ours + theirs for ours, theirs in zip(values, self.others or [0.0] * len(values), strict=True)]
 

@@ -12,11 +12,10 @@ from torch import nn
 
 from dataset import DataError
 from tests.running import call_script
-from trainer.arguments import training_parser
 from trainer.checkpoint import Progress
 from trainer.errors import UserError
 from trainer.evaluation import EvaluationError
-from trainer.metrics import Metrics, _start_wandb, draw_curve, read_metrics
+from trainer.metrics import Metrics, draw_curve, read_metrics
 from trainer.runtime import Runtime
 
 NOT_UTF8 = b"a\xff".decode("utf-8", "surrogateescape")
@@ -28,7 +27,7 @@ def metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
 
     def make(progress: Progress, rank: int = 0) -> Metrics:
-        args = SimpleNamespace(dtype="float32", use_wandb=False)
+        args = SimpleNamespace(dtype="float32", use_wandb=False, tracker=None)
         run = Runtime(torch.device("cpu"), torch.float32, rank=rank)
         return Metrics(args, tmp_path / "stage_32.pth", nn.Linear(2000, 5), 10, progress, run)
 
@@ -161,17 +160,6 @@ def test_a_name_that_is_not_utf8_has_a_curve(tmp_path):
     path = tmp_path / f"{NOT_UTF8}.metrics.jsonl"
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n', encoding="utf-8")
     assert draw_curve(path).read_bytes().startswith(b"\x89PNG")
-
-
-def test_weights_and_biases_gets_whole_characters(monkeypatch):
-    got = {}
-    wandb = SimpleNamespace(init=lambda **given: got.update(given), Error=RuntimeError)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    args = training_parser("A stage.", batch_size=4).parse_args(["--data_path", NOT_UTF8])
-    _start_wandb(args, NOT_UTF8)
-    assert json.dumps(got, ensure_ascii=False).encode()
-    assert got["config"]["data_path"] == got["name"] == "a\\udcff"
-    assert got["config"]["batch_size"] == 4
 
 
 def test_a_run_and_a_talk_in_folders_that_are_not_utf8(tmp_path, tiny_data, tokenizer_dir, capsys):

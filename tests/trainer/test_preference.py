@@ -20,7 +20,8 @@ from trainer.preference import (
     attach_reference_log_probs,
     count_pairs,
     evaluate_pairs,
-    reference_log_probs,
+    mean_per_answer,
+    reference_token_log_probs,
     sum_per_answer,
     token_log_probs,
 )
@@ -65,6 +66,8 @@ def test_log_probabilities_of_packed_answers(pairs, tiny_tokenizer):
     torch.testing.assert_close(values.double(), one_by_one, atol=1e-5, rtol=0)
     expected = torch.tensor([sum(tokens) for tokens in each], dtype=torch.float64).view(-1, 2)
     torch.testing.assert_close(sum_per_answer(values, batch, labels).double(), expected, atol=1e-4, rtol=0)
+    lengths = torch.tensor([len(tokens) for tokens in each]).view(-1, 2)
+    torch.testing.assert_close(mean_per_answer(values, batch, labels).double(), expected / lengths, atol=1e-5, rtol=0)
 
 
 def test_a_batch_of_padding_has_no_pairs_but_a_gradient(pairs, tiny_tokenizer):
@@ -83,10 +86,9 @@ def test_the_cached_reference_is_what_the_model_says(pairs, tiny_tokenizer, pack
     attach_reference_log_probs(data, model, "start", RUN, batch_size=4)
     assert model.training
     for (batch,) in StepLoader(data, 3, 1, 1, seed=0).steps():
-        labels = batch.pop("labels")
-        cached = reference_log_probs(dict(batch), labels, None)
-        asked = reference_log_probs(batch, labels, model.eval())
-        assert "reference" not in batch
+        labels, column = batch.pop("labels"), batch.pop("reference")
+        cached = reference_token_log_probs(column, None, batch, labels)
+        asked = reference_token_log_probs(None, model.eval(), batch, labels)
         torch.testing.assert_close(cached, asked, atol=1e-5, rtol=0)
         assert len(cached) == int((labels[:, 1:] >= 0).sum()) > 0
 
@@ -166,24 +168,30 @@ def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(p
     data, model = pairs(), tiny_model(len(tiny_tokenizer)).train()
     attach_reference_log_probs(data, model, "start", RUN, 4)
 
-    def measure(policy, reference, batch, labels):
-        assert not model.training
-        assert len(policy) == len(reference) == int((labels[:, 1:] >= 0).sum())
-        return torch.arange(7.0) * count_pairs([batch])
+    seen = []
 
-    alone = evaluate_pairs(model, None, data, RUN, 2, measure)
+    def loss_function(policy, reference, beta):
+        assert not model.training
+        assert (policy.shape, beta) == (reference.shape, 0.3)
+        torch.testing.assert_close(policy, reference, atol=1e-4, rtol=0)  # it is its own reference
+        seen.append(len(policy))
+        return policy[:, 0] * 0 + 2.0, policy[:, 0] * 0 + 5.0
+
+    alone = evaluate_pairs(model, None, data, RUN, 2, sum_per_answer, loss_function, 0.3)
     assert model.training
-    assert alone == {f"eval_{name}": pytest.approx(number) for number, name in enumerate(DPO_METRICS)}
+    assert alone.keys() == {f"eval_{name}" for name in DPO_METRICS}
+    assert (alone["eval_loss"], alone["eval_margin"], alone["eval_reward_accuracy"]) == (2.0, 5.0, 1.0)
     total = sum(len(samples(row)) // 2 for row in data)
+    assert sum(seen) == total
 
     # Another rank has measured as many pairs, with 1 more of everything
-    def sum_with_another(self, failed, pairs, *sums):
+    def sums_with_another(self, failed, pairs, *sums):
         return [failed, 2 * pairs, *(2 * value + 1 for value in sums)]
 
-    monkeypatch.setattr(Runtime, "sum", sum_with_another)
-    both = evaluate_pairs(model.eval(), None, data, RUN, 2, measure)
+    monkeypatch.setattr(Runtime, "sums", sums_with_another)
+    both = evaluate_pairs(model.eval(), None, data, RUN, 2, sum_per_answer, loss_function, 0.3)
     assert not model.training
-    assert both == {f"eval_{name}": pytest.approx(number + 0.5 / total) for number, name in enumerate(DPO_METRICS)}
+    assert both == {name: pytest.approx(value + 0.5 / total) for name, value in alone.items()}
 
 
 def test_the_hash_of_weights_tells_every_number_and_name():
@@ -198,11 +206,11 @@ def test_the_hash_of_weights_tells_every_number_and_name():
 
 
 class OneOfTwo(Runtime):
-    """A rank of two; `sum` adds what the other one has found."""
+    """A rank of two; `sums` adds what the other one has found."""
 
     others: tuple = ()
 
-    def sum(self, *values):
+    def sums(self, *values):
         self.found = values
         return [ours + theirs for ours, theirs in zip(values, self.others or [0.0] * len(values), strict=True)]
 
@@ -212,15 +220,21 @@ def test_pairs_are_evaluated_without_dropout_and_the_model_is_then_as_it_was(pai
     data, model = pairs(), tiny_model(len(tiny_tokenizer), dropout=0.5)
     frozen = tiny_model(len(tiny_tokenizer), seed=1)
 
-    def measure(policy, reference, batch, labels):
-        wins, losses = sum_per_answer(policy - reference, batch, labels).view(-1, 2).T
-        return torch.stack([(wins - losses).sum()] * len(DPO_METRICS))
+    def loss_function(policy, reference, beta):
+        margins = (policy - reference) @ torch.tensor([1.0, -1.0])
+        return margins.square(), margins
 
-    values = [evaluate_pairs(model.train(training), frozen, data, RUN, 4, measure) for _ in range(2)]
+    def evaluate(run, batch_size):
+        return evaluate_pairs(model, frozen, data, run, batch_size, sum_per_answer, loss_function, 1.0)
+
+    values = []
+    for _ in range(2):
+        model.train(training)
+        values.append(evaluate(RUN, 4))
     assert model.training == training
     assert values[0] == values[1]
     assert values[0].keys() == {f"eval_{name}" for name in DPO_METRICS}
     second, first = (OneOfTwo(RUN.device, RUN.dtype, rank, world_size=2) for rank in (1, 0))
-    evaluate_pairs(model, frozen, data, second, 2, measure)
+    evaluate(second, 2)
     first.others = second.found
-    assert evaluate_pairs(model, frozen, data, first, 2, measure) == pytest.approx(values[0], rel=1e-4)
+    assert evaluate(first, 2) == pytest.approx(values[0], rel=1e-4)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +15,11 @@ from tests.families import family
 from tests.model.test_weight_layouts import in_april_2025
 from trainer.errors import UserError
 from trainer.files import save_json, save_tensors
-from trainer.teacher import load_teacher
 from trainer.weights import (
+    find_adapter,
+    find_weights,
     infer_sizes,
     load_adapter,
-    load_folder,
     load_tokenizer,
     load_weights,
     read_settings,
@@ -32,7 +33,6 @@ def test_names():
     assert weights_name("full_sft", 640, True) == "full_sft_640_moe"
     args = SimpleNamespace(out_dir="out", dim=512, use_moe=False)
     assert str(weights_path(args, "rlhf")) == "out/rlhf_512.pth"
-    assert str(weights_path(args, "some/where/a.pth")) == "some/where/a.pth"
 
 
 def test_a_downloaded_file_loads_by_the_sizes_of_its_tensors(tiny_out, tiny_tokenizer, tmp_path, capsys):
@@ -91,13 +91,13 @@ def test_a_flipped_bit_in_an_adapter(tiny_out, tiny_tokenizer, tmp_path):
     about = settings._asdict() | {"sha256": save_tensors(lora_state_dict(model), path)}
     save_json(about, path.with_suffix(".json"))
     model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
-    load_adapter(str(path), SimpleNamespace(), model)
+    load_adapter(path, model)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
     with pytest.raises(UserError, match=r"mine_32\.pth is not what was written"):
-        load_adapter(str(path), SimpleNamespace(), model)
+        load_adapter(path, model)
 
 
 def same_weights(model, state) -> bool:
@@ -138,30 +138,14 @@ def make_model_for(tokenizer):
     return MiniMindLM(LMConfig(dim=32, n_layers=1, vocab_size=len(tokenizer)))
 
 
-def test_a_folder_that_lacks_a_parameter_is_not_filled_with_random_numbers(tiny_out, tiny_tokenizer, tmp_path):
-    """As a MiniMind folder of April 2025, whose names transformers does not know for this kind of model."""
-    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
-    model.save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    assert same_weights(load_folder(tmp_path), model.state_dict())
-    for state in (
-        {name: value for name, value in model.state_dict().items() if name not in ("norm.weight", "output.weight")},
-        {name: value.clone() for name, value in in_april_2025(model.state_dict(), heads=(8, 2)).items()},
-    ):
-        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(UserError, match=r"lacks .* of what its config\.json describes"):
-            load_folder(tmp_path)
-        with pytest.raises(UserError, match=r"lacks .* of what its config\.json describes"):
-            load_teacher(str(tmp_path), "out", tiny_tokenizer, 64)
-
-
 def test_a_safetensors_by_the_name_of_the_weights_stands_for_them(tiny_out, tiny_tokenizer, tmp_path):
     state = torch.load(tiny_out / "full_sft_32.pth", weights_only=True)
     save_file({name: value for name, value in state.items() if name != "output.weight"}, tmp_path / "a_32.safetensors")
     shutil.copy(tiny_out / "full_sft_32.json", tmp_path / "a_32.json")
     assert same_weights(load_weights(tmp_path / "a_32.pth", None, tiny_tokenizer), state)
-    args = SimpleNamespace(out_dir="out", dim=32, use_moe=False)
-    assert str(weights_path(args, "x/a_32.safetensors")) == "x/a_32.safetensors"
+    args = SimpleNamespace(out_dir=str(tmp_path), dim=32, use_moe=False)
+    for name in ("a", "a_32", str(tmp_path / "a_32.pth"), str(tmp_path / "a_32.safetensors")):
+        assert find_weights(name, args) == tmp_path / "a_32.safetensors"
 
 
 def test_an_adapter_by_another_tool_is_put_on(tiny_out, tiny_tokenizer, tmp_path):
@@ -170,10 +154,28 @@ def test_an_adapter_by_another_tool_is_put_on(tiny_out, tiny_tokenizer, tmp_path
     state = {name: torch.randn_like(value) for name, value in lora_state_dict(model).items()}
     torch.save({"model": {f"module.{name}": value.double() for name, value in state.items()}}, tmp_path / "a.pt")
     fresh = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
-    load_adapter(str(tmp_path / "a.pt"), None, fresh)
+    load_adapter(tmp_path / "a.pt", fresh)
     assert all(torch.equal(value, state[name]) for name, value in lora_state_dict(fresh).items())
     with pytest.raises(UserError, match="is a LoRA adapter"):
         load_weights(tmp_path / "a.pt", None, tiny_tokenizer)
+
+
+def test_a_name_is_looked_for_in_out_dir_before_it_is_a_folder(tmp_path, monkeypatch):
+    """A user's own folder `pretrain` in the working directory must not stand for the stage."""
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(out_dir=str(tmp_path / "out"), dim=512, use_moe=True)
+    for folder in ("out", "pretrain", "teacher_768"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(UserError, match=r"pretrain_512_moe\.pth is missing: train_pretrain\.py makes it$"):
+        find_weights("pretrain", args)
+    for folder in ("pretrain", "teacher_768"):
+        (tmp_path / folder / "config.json").write_text("{}")
+        assert find_weights(folder, args) == Path(folder)
+    for file, name in (("pretrain_512_moe", "pretrain"), ("teacher_768", "teacher_768")):
+        (tmp_path / "out" / f"{file}.pth").touch()
+        assert find_weights(name, args) == tmp_path / "out" / f"{file}.pth"
+    assert find_weights("./pretrain", args) == Path("pretrain")
+    assert find_weights("out/teacher_768.pth", args) == Path("out/teacher_768.pth")
 
 
 def test_what_is_missing_says_what_is_there(tiny_tokenizer, tmp_path):
@@ -181,20 +183,28 @@ def test_what_is_missing_says_what_is_there(tiny_tokenizer, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     there = f"{tmp_path / 'full_sft_256.pth'} (--dim 256), {tmp_path / 'full_sft_640_moe.pth'} (--dim 640 --use_moe)"
-    for path in (tmp_path / "full_sft_512.pth", tmp_path / "full_sft_256_moe.pth"):
+    by_flags = SimpleNamespace(out_dir=str(tmp_path), dim=512, use_moe=False)
+    without_flags = there.replace(" (--dim 256)", "").replace(" (--dim 640 --use_moe)", "")
+
+    def told(find, *arguments) -> str:
         with pytest.raises(UserError) as error:
-            load_weights(path, None, tiny_tokenizer)
-        assert str(error.value) == f"{path} is missing: train_full_sft.py makes it; there is {there}"
-    with pytest.raises(UserError) as error:
-        load_teacher("full_sft_768", str(tmp_path), tiny_tokenizer, 64)
-    assert str(error.value).endswith(there.replace(" (--dim 256)", "").replace(" (--dim 640 --use_moe)", ""))
-    args = SimpleNamespace(out_dir=str(tmp_path), dim=512, use_moe=False)
-    with pytest.raises(UserError) as error:
-        load_adapter("me", args, None)
-    assert str(error.value).endswith(f"there is {tmp_path / 'lora' / 'me_256.pth'} (--dim 256)")
-    with pytest.raises(UserError) as error:
-        load_weights(tmp_path / "rlhf_512.pth", None, tiny_tokenizer)
-    assert str(error.value) == f"{tmp_path / 'rlhf_512.pth'} is missing: train_dpo.py makes it"
+            find(*arguments)
+        return str(error.value)
+
+    for dim, use_moe, name in ((512, False, "full_sft_512.pth"), (256, True, "full_sft_256_moe.pth")):
+        args = SimpleNamespace(out_dir=str(tmp_path), dim=dim, use_moe=use_moe)
+        error = f"{tmp_path / name} is missing: train_full_sft.py makes it; there is "
+        assert told(find_weights, "full_sft", args) == error + there
+        assert told(find_weights, str(tmp_path / name), args) == error + without_flags
+        assert told(load_weights, tmp_path / name, None, tiny_tokenizer) == error + without_flags
+    error = f"{tmp_path / 'full_sft_768.pth'} is missing: train_full_sft.py makes it; there is {without_flags}"
+    assert told(find_weights, "full_sft_768", by_flags) == error
+    adapter = f"there is {tmp_path / 'lora' / 'me_256.pth'}"
+    assert told(find_adapter, "me", by_flags).endswith(f"--lora_name NAME makes it; {adapter} (--dim 256)")
+    assert told(find_adapter, str(tmp_path / "lora" / "me_512.pth"), by_flags).endswith(adapter)
+    assert told(find_weights, "rlhf", by_flags) == f"{tmp_path / 'rlhf_512.pth'} is missing: train_dpo.py makes it"
+    (tmp_path / "folder").mkdir()
+    assert "config.json is missing" in told(find_weights, str(tmp_path / "folder"), by_flags)
 
 
 def test_another_depth_says_which_flag(tiny_out, tiny_tokenizer):

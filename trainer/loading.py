@@ -1,0 +1,124 @@
+"""Loading a model to ask it: the one way for everything that generates, scores, serves, examines or converts."""
+
+import inspect
+import os
+from pathlib import Path
+
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
+
+from model import LMConfig, MiniMindLM
+from model.model_lora import merge_lora, remove_lora
+from model.model_vlm import MiniMindVLM
+from trainer.folder_layouts import check_config, require_folder
+from trainer.vision import load_vlm, open_vision
+from trainer.weights import (
+    existing,
+    find_adapter,
+    find_weights,
+    load_adapter,
+    load_tokenizer,
+    load_weights,
+    read_settings,
+)
+
+STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
+VLM_STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")  # likewise
+SIZES = inspect.signature(LMConfig).parameters.keys()
+
+
+def load_for_inference(
+    path: str | os.PathLike,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+    lora: str | os.PathLike | None = None,
+    **sizes,
+) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
+    """A model to ask, and its tokenizer; loaded strictly.
+
+    Args:
+        path: a file (.pth, .safetensors), or a folder of `transformers`, of type llama, qwen2_moe or minimind. What a
+            flag names, as "full_sft", `find_weights` makes a path of.
+        tokenizer: its folder, or itself; None: the one in the folder of `path`, else the shipped one. It must be the
+            one that the weights were trained with, as far as a json or the folder tells.
+        lora: the file of a LoRA adapter, to be merged into the weights.
+        sizes: fields of LMConfig (dim, n_layers, n_heads, use_moe, …), for a downloaded file: what no json beside it
+            and no shape of its tensors tells is otherwise as MiniMind2 had it. They are compared with what is told.
+
+    Returns:
+        the model in eval mode, fp32, on the CPU (`.to(device)` moves it), without an adapter's layers; the tokenizer.
+
+    Raises:
+        UserError: something is missing, damaged, or does not fit the rest; in one line that names both sides.
+        TypeError: LMConfig has no such field.
+    """
+    if unknown := sizes.keys() - SIZES:
+        raise TypeError(f"load_for_inference: LMConfig has no {', '.join(sorted(unknown))}")
+    path, tokenizer = _open(path, tokenizer)
+    model = load_weights(path, sizes, tokenizer)
+    if lora is not None:
+        load_adapter(Path(lora), model)
+        merge_lora(model)
+        remove_lora(model)
+    return model.eval(), tokenizer
+
+
+def load_vlm_for_inference(
+    path: str | os.PathLike,
+    vision_model: str | os.PathLike,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
+    """The same for a vision-language model, with what prepares images for it.
+
+    Args:
+        path: a file, or a folder that `MiniMindVLM.save_pretrained` wrote.
+        vision_model: the folder of the CLIP whose vision tower it looks through.
+        tokenizer: as of `load_for_inference`.
+
+    Returns:
+        model and tokenizer as of `load_for_inference`, and the image processor.
+
+    Raises:
+        UserError: as of `load_for_inference`; the weights were trained with another tower.
+    """
+    path, tokenizer = _open(path, tokenizer)
+    vision = open_vision(str(vision_model))
+    return load_vlm(path, None, tokenizer, vision).eval(), tokenizer, vision.processor
+
+
+def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
+    """What --model_mode, --load, --lora_name and the model flags name, by `load_for_inference`.
+
+    --dim, --n_layers and --use_moe always have a value: it is the model's only where no json tells better.
+    """
+    path, tokenizer = _find_by_flags(args, STAGES)
+    named = args.lora_name not in (None, "None")  # as old commands have it
+    sizes = {}
+    if path.is_file() and read_settings(path) is None:
+        sizes = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
+    return load_for_inference(path, tokenizer, find_adapter(args.lora_name, args) if named else None, **sizes)
+
+
+def load_vlm_by_flags(args) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
+    """What --model_mode, --load, --vision_model and the model flags name, by `load_vlm_for_inference`."""
+    path, tokenizer = _find_by_flags(args, VLM_STAGES)
+    return load_vlm_for_inference(path, args.vision_model, tokenizer)
+
+
+def _open(
+    path: str | os.PathLike, tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None
+) -> tuple[Path, PreTrainedTokenizerBase]:
+    """The weights' path, which is there, and the tokenizer that goes with them."""
+    path = existing(Path(path))
+    if path.is_dir():
+        check_config(path)
+        tokenizer = path if tokenizer is None else tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        tokenizer = load_tokenizer(tokenizer)
+    return path, tokenizer
+
+
+def _find_by_flags(args, stages: tuple[str, ...]) -> tuple[Path, PreTrainedTokenizerBase | None]:
+    """The weights' path, and the tokenizer that is named, if one is: a wrong one is told first of all."""
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    if args.load == 1:
+        return require_folder(Path(args.out_dir)), tokenizer
+    return find_weights(stages[args.model_mode], args), tokenizer
