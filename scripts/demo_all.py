@@ -28,6 +28,7 @@ from scripts.demo.measures import (
     sft_loss_change,
 )
 from scripts.demo.settings import DATA, FROM_TEACHER, OUT, PRETRAIN, REASON, SFT, SIZE, STUDENT, TRAINING
+from scripts.report_card.making import make_report
 from trainer.arguments import Parser
 from trainer.errors import run_main
 from trainer.files import save_json
@@ -189,6 +190,7 @@ def main():
         if stage.detail:
             print(f"\n{results[stage.name]['detail']}")
     print(f"\n{table(STAGES, results)}")
+    print(f"\nreport: {make_report(OUT)}")
 
 
 if __name__ == "__main__":
