@@ -57,7 +57,7 @@ def sections(
     """
     yield training(stages, results)
     if drawn:
-        yield Section("Losses", "The line is the loss in training, a point that on held-out lines.", picture=True)
+        yield Section("Losses", "Lines: in training. Points: held out.", picture=True)
     if predicted := {name: found["held out"] for name, found in results.items() if "held out" in found}:
         yield predicted_text(predicted, held_out)
     if any(part.startswith("exam ") for found in results.values() for part in found):
@@ -112,8 +112,8 @@ def predicted_text(found: Mapping[str, dict], title: str | None) -> Section:
         for name, of in predicted.items()
     ]
     one = next(iter(predicted.values()))
-    note = f"{title}: {one.texts:,} texts, {one.bytes:,} bytes. Bits per byte compare models with any tokenizers."
-    return Section("A text none has seen", note, ("", "bits per byte", "nats per token"), rows)
+    note = f"{title}: {one.texts:,} texts, {one.bytes:,} bytes. They compare models with different tokenizers, too."
+    return Section("Bits per byte", note, ("", "bits per byte", "nats per token"), rows)
 
 
 def exams(results: Mapping[str, dict]) -> Section:

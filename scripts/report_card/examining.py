@@ -1,6 +1,7 @@
 """What a report finds out about each model: parts that are asked one by one, and each only once."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -145,6 +146,7 @@ class Benchmarks:
             raise UserError(
                 "--data_dir: lm_eval, the harness, is not installed: python -m pip install -r requirements-eval.txt"
             ) from None
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # which tells of each prompt and sampler
         names = [name for name in BENCHMARKS if name not in FETCHED_ONLY]
         if not data_dir.is_dir():
             raise UserError(f"--data_dir {data_dir} is no folder")

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,7 @@ def draw_losses(curves: Mapping[str, tuple[Curve, Curve]], png: Path) -> str:
     """
     import matplotlib
 
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained", facecolor="none")
+    figure = Figure(figsize=(5, 3.6), layout="constrained", facecolor="none")
     axes = figure.subplots()
     axes.set_facecolor("none")
     drawn = {name: both for name, both in curves.items() if any(both)}
@@ -53,11 +54,11 @@ def draw_losses(curves: Mapping[str, tuple[Curve, Curve]], png: Path) -> str:
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.label.set_color(INK)
     axes.yaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(_if_few(min(losses), max(losses))))
-    axes.set(xlabel="optimizer step", ylabel="loss; ● held out")
+    axes.set(xlabel="optimizer step", ylabel="loss")
     axes.spines[:].set_color(INK)
     axes.grid(color=INK, alpha=0.2)
     labels = [shown(name).lstrip("_").replace("$", r"\$") for name in drawn]  # $ would begin a formula
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
 
     written = io.StringIO()
     no_dates = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -75,6 +76,7 @@ def _columns(curve: Curve) -> tuple[list, list]:
 
 
 def _if_few(least: float, most: float):
-    """Numbers at the minor ticks of a logarithmic axis, where it spans too little to have many major ones."""
-    few = least > 0 and most / least < 30
-    return lambda value, _: f"{value:,.3g}" if few and f"{value:e}"[0] in "235" else ""
+    """Numbers at the minor ticks of a logarithmic axis: the more, the less it spans."""
+    span = most / least if least > 0 else math.inf
+    digits = "23456789" if span < 3 else "235" if span < 100 else ""
+    return lambda value, _: f"{value:,.3g}" if f"{value:e}"[0] in digits else ""
