@@ -1,6 +1,7 @@
 """What a report finds out about each model: parts that are asked one by one, and each only once."""
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -138,14 +139,12 @@ class Benchmarks:
     """
 
     def __init__(self, data_dir: Path, num_fewshot: int, limit: int | None):
-        try:
-            from scripts.evaluation.tasks import BENCHMARKS, FETCHED_ONLY
-        except ModuleNotFoundError as error:
-            if error.name != "lm_eval":
-                raise
+        if importlib.util.find_spec("lm_eval") is None:
             raise UserError(
                 "--data_dir: lm_eval, the harness, is not installed: python -m pip install -r requirements-eval.txt"
-            ) from None
+            )
+        from scripts.evaluation.tasks import BENCHMARKS, FETCHED_ONLY
+
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # which tells of each prompt and sampler
         names = [name for name in BENCHMARKS if name not in FETCHED_ONLY]
         if not data_dir.is_dir():

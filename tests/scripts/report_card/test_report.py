@@ -1,16 +1,21 @@
 """scripts/report.py on weights that the real scripts trained: a first call, a second, one that was cut short, and what
 else may lie in the folder."""
 
+import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
+from scripts.evaluation.harness_model import MiniMindHarness
 from scripts.evaluation.perplexity import perplexity
 from scripts.report_card import examining, making, stages_found
 from scripts.report_card.examining import predict
 from tests.conftest import SENTENCES
-from tests.running import call_script, one_error_line, run_script
+from tests.running import ROOT, TINY_TRAINING, call_script, one_error_line, run_script
+from trainer.errors import UserError
 from trainer.loading import load_for_inference
 
 
@@ -113,8 +118,6 @@ def test_a_damaged_result_is_made_again(out, flags):
 
 
 def test_an_adapter_is_asked_on_its_base(out, flags, tokenizer_dir, tiny_data):
-    from tests.running import TINY_TRAINING
-
     run_script(
         *("train_lora.py", *TINY_TRAINING, "--out_dir", out, "--tokenizer", tokenizer_dir, "--lora_name", "x"),
         *("--data_path", tiny_data / "sft_mini_512.jsonl", "--max_steps", "2", "--learning_rate", "1"),
@@ -173,9 +176,15 @@ def test_benchmarks_are_asked_once(out, flags, tmp_path, monkeypatch):
     call_script("scripts/report.py", *flags)
 
 
-def test_bits_per_byte_are_those_of_eval_benchmarks(out, tokenizer_dir, monkeypatch):
-    from scripts.evaluation.harness_model import MiniMindHarness
+def test_without_the_harness_there_are_no_benchmarks_and_all_else(tmp_path, monkeypatch):
+    code = "import sys; sys.modules |= {'lm_eval': None, 'datasets': None}; import scripts.report_card.making"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="lm_eval, the harness, is not installed"):
+        examining.Benchmarks(tmp_path, 0, None)
 
+
+def test_bits_per_byte_are_those_of_eval_benchmarks(out, tokenizer_dir, monkeypatch):
     model, tokenizer = load_for_inference(out / "pretrain_32.pth", tokenizer_dir)
     monkeypatch.setattr(examining, "WINDOW", 16)
     ours, theirs = predict(SENTENCES, model, tokenizer), perplexity(MiniMindHarness(model, tokenizer), SENTENCES, 16)
