@@ -22,7 +22,7 @@ from scripts.demo.settings import DATA
 from scripts.evaluation.likelihoods import Likelihoods, Question
 from scripts.evaluation.perplexity import Predicted, read_texts, windows
 from scripts.report_card.kept import Kept
-from scripts.report_card.stages_found import Found
+from scripts.report_card.stages_found import Found, found_at
 from trainer.device import pick_device
 from trainer.errors import UserError, print_notice
 from trainer.files import file_hash
@@ -53,7 +53,12 @@ class DemoExam(NamedTuple):
         lines = read_lines(DATA / name)
         replies, _ = answer(model, tokenizer, [line["question"] for line in lines], max_new_tokens=self.max_new_tokens)
         counts = tally(lines, [split_reasoning(reply)[1] for reply in replies])
-        return {lang: [*count] for (lang, kind), count in sorted(counts.items()) if kind == "all"}
+        return by_language(counts)
+
+
+def by_language(counts: dict[tuple[str, str], tuple[int, int]]) -> dict[str, list[int]]:
+    """{language: [right, asked]} of a tally."""
+    return {lang: [*count] for (lang, kind), count in sorted(counts.items()) if kind == "all"}
 
 
 DEMO_EXAMS = {
@@ -199,10 +204,33 @@ def parts_of(found: Found, held_out: HeldOut | None, benchmarks: Benchmarks | No
         )
     for name, exam in DEMO_EXAMS.items() if demo and found.chats else ():
         if exam.of_stage in (None, found.stage) and (DATA / name).is_file():
-            asked = [file_hash(DATA / name), exam.max_new_tokens]
-            yield Part(f"exam {name}", asked, functools.partial(exam.ask, name))
+            yield Part(f"exam {name}", exam_asked(name), functools.partial(exam.ask, name))
     for name in benchmarks.names if benchmarks else ():
         yield Part(f"benchmark {name}", benchmarks.asked(name), functools.partial(benchmarks.ask, name))
+
+
+def kept_of(found: Found, out_dir: Path, tokenizer: str | None = None) -> Kept:
+    """What is known of a model in a folder.
+
+    Raises:
+        UserError: as of `Found.hash`.
+    """
+    return Kept(out_dir / "report" / f"{found.name}.json", f"{found.hash()} {tokenizer or ''}".strip())
+
+
+def remember_exam(out_dir: Path, model: str, name: str, counts: dict[str, list[int]]) -> None:
+    """Keep what the demo has found out by itself, so that its report need not ask once more.
+
+    Args:
+        name: of a file in `DEMO_EXAMS`; counts: as of `DemoExam.ask`.
+    """
+    kept = kept_of(found_at(out_dir / f"{model}.pth", model), out_dir)
+    kept.put(f"exam {name}", exam_asked(name), counts)
+
+
+def exam_asked(name: str) -> list:
+    """What tells one asking of an exam of the demo from another."""
+    return [file_hash(DATA / name), DEMO_EXAMS[name].max_new_tokens]
 
 
 def examine(found: Found, parts: Iterable[Part], kept: Kept, tokenizer: str | None, device: str | None) -> dict:

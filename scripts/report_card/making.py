@@ -4,8 +4,7 @@ import datetime
 from pathlib import Path
 
 from scripts.report_card.contents import sections
-from scripts.report_card.examining import Benchmarks, examine, held_out_text, parts_of
-from scripts.report_card.kept import Kept
+from scripts.report_card.examining import Benchmarks, examine, held_out_text, kept_of, parts_of
 from scripts.report_card.loss_curves import draw_losses, read_curves
 from scripts.report_card.rendering import MARK, as_html, as_markdown
 from scripts.report_card.stages_found import find_stages
@@ -53,7 +52,7 @@ def make_report(
         try:
             if found.problem:
                 raise UserError(found.problem)
-            kept = Kept(out_dir / "report" / f"{found.name}.json", f"{found.hash()} {tokenizer or ''}".strip())
+            kept = kept_of(found, out_dir, tokenizer)
             results[found.name] = examine(found, parts_of(found, held_out, benchmarks), kept, tokenizer, device)
         except UserError as error:
             print_notice(f"{found.name} is not examined: {error}")

@@ -93,10 +93,11 @@ def find_stages(out_dir: Path) -> list[Found]:
                 files.setdefault(path.relative_to(out_dir).with_suffix("").as_posix(), path)
     if not files:
         raise UserError(f"{out_dir} holds no weights (*.pth): train a stage, or name another folder with --out_dir")
-    return sorted((_found(name, path) for name, path in files.items()), key=_place)
+    return sorted((found_at(path, name) for name, path in files.items()), key=_place)
 
 
-def _found(name: str, path: Path) -> Found:
+def found_at(path: Path, name: str) -> Found:
+    """The file, with what the json beside it says."""
     try:
         return Found(name, path, read_settings(path) or {})
     except UserError as error:

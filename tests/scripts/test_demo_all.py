@@ -30,7 +30,7 @@ def out(tmp_path, monkeypatch, ran):
     monkeypatch.setattr("sys.argv", ["demo_all.py"])
     monkeypatch.setattr(demo_all, "OUT", tmp_path)
     monkeypatch.setattr(demo_all, "make_model", lambda: None)
-    monkeypatch.setattr(demo_all, "facts", lambda model, tokenizer: 0.5)
+    monkeypatch.setattr(demo_all, "facts_known", lambda name: 0.5)
     monkeypatch.setattr(demo_all, "make_report", lambda out: out / "report.html")
 
     def run(script, *flags):

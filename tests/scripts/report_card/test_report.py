@@ -201,8 +201,14 @@ def test_the_demos_exams_are_asked_of_the_demos_models(out, flags, tmp_path, mon
     for module in (examining, stages_found):
         monkeypatch.setattr(module, "DATA", data)
     monkeypatch.setattr(stages_found, "OUT", out)
-    making.make_report(out, tokenizer=flags[3], device="cpu")
+    monkeypatch.setattr(examining, "load_for_inference", lambda path, _, lora: load_for_inference(path, flags[3], lora))
+    making.make_report(out, device="cpu")
     assert kept(out, "full_sft_32")["exam eval_facts.jsonl"]["found"] == {"en": [0, 1]}
+    examining.remember_exam(out, "full_sft_32", "eval_facts.jsonl", {"en": [1, 1]})  # as the demo does
+    monkeypatch.setattr(examining, "load_for_inference", None)
     assert "exam eval_facts.jsonl" not in kept(out, "pretrain_32")
     assert kept(out, "pretrain_32")["held out"]["found"]["texts"] == 2
-    assert "facts, en (1)" in (out / "report.md").read_text(encoding="utf-8")
+    making.make_report(out, device="cpu")
+    page = (out / "report.md").read_text(encoding="utf-8")
+    assert "facts, en (1)" in page
+    assert "100.0%" in page
