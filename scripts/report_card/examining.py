@@ -66,7 +66,7 @@ DEMO_EXAMS = {
     "eval_identity.jsonl": DemoExam("who it is"),
     "eval_lora_identity.jsonl": DemoExam("who it is now", of_stage="lora"),
     "eval_arithmetic.jsonl": DemoExam("sums"),
-    "eval_reason.jsonl": DemoExam("problems", 96),
+    "eval_reason.jsonl": DemoExam("problems", 96, of_stage="reason"),
 }
 
 
@@ -106,7 +106,7 @@ def held_out_text(file: Path | None, stages: Iterable[Found]) -> HeldOut | None:
     if not any(found.is_of_the_demo for found in stages) or not file.is_file():
         return None
     texts = list(read_texts(file))
-    return HeldOut(f"what pretraining holds out of {file.name}", [texts[i] for i in split_samples("eval", len(texts))])
+    return HeldOut(f"Held out of {file.name} in pretraining", [texts[i] for i in split_samples("eval", len(texts))])
 
 
 def predict(texts: list[str], model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> Predicted:

@@ -53,6 +53,7 @@ def draw_losses(curves: Mapping[str, tuple[Curve, Curve]], png: Path) -> str:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.label.set_color(INK)
+    axes.xaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda *_: ""))
     axes.yaxis.set_minor_formatter(matplotlib.ticker.FuncFormatter(_if_few(min(losses), max(losses))))
     axes.set(xlabel="optimizer step", ylabel="loss")
     axes.spines[:].set_color(INK)
