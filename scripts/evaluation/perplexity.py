@@ -4,12 +4,13 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from lm_eval.api.model import TemplateLM
+from typing import TYPE_CHECKING, NamedTuple
 
 from dataset.jsonl import BadRecord, JsonlReader
 from trainer.errors import UserError
+
+if TYPE_CHECKING:  # scripts/report.py predicts texts without the harness
+    from lm_eval.api.model import TemplateLM
 
 TEXTS_AT_ONCE = 64
 
@@ -49,7 +50,7 @@ def windows(ids: Sequence[int], begin: int, window: int, stride: int) -> Iterato
         at = end
 
 
-def perplexity(lm: TemplateLM, texts: Iterable[str], window: int) -> Predicted:
+def perplexity(lm: "TemplateLM", texts: Iterable[str], window: int) -> Predicted:
     """Predict each text from its beginning on, in windows that overlap by half.
 
     Args:

@@ -35,7 +35,8 @@ def out(tmp_path, monkeypatch, ran):
     monkeypatch.setattr("sys.argv", ["demo_all.py"])
     monkeypatch.setattr(demo_all, "OUT", tmp_path)
     monkeypatch.setattr(demo_all, "make_model", lambda: None)
-    monkeypatch.setattr(demo_all, "facts", lambda model, tokenizer: 0.5)
+    monkeypatch.setattr(demo_all, "facts_known", lambda name: 0.5)
+    monkeypatch.setattr(demo_all, "make_report", lambda out: out / "report.html")
 
     def run(script, *flags):
         ran.append(flags[-1])
@@ -74,6 +75,7 @@ def test_a_second_call_measures_nothing_again_and_a_new_base_trains_anew(out, ra
     assert measured == [1, 1, 1, 1]
     shown = capsys.readouterr().out
     assert "in detail" in shown
+    assert shown.endswith(f"\nreport: {out / 'report.html'}\n")
     assert "second             1.5  how far                                10.0%   10.0%   50.0%" in shown
 
     demo_all.main()
