@@ -79,8 +79,8 @@ def load_vlm_for_inference(
     Raises:
         UserError: as of `load_for_inference`; the weights were trained with another tower.
     """
-    path, tokenizer = _open(path, tokenizer)
     vision = open_vision(str(vision_model))
+    path, tokenizer = _open(path, tokenizer)
     return load_vlm(path, None, tokenizer, vision).eval(), tokenizer, vision.processor
 
 

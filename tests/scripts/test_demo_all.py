@@ -19,7 +19,7 @@ from scripts.make_demo_data import as_jsonl, build, write
 from tests.conftest import write_jsonl
 from tests.running import run_script
 from trainer.errors import UserError
-from trainer.preference import DPO_METRICS, sum_per_answer
+from trainer.preference import DPO_METRICS, dpo_metrics, sum_per_answer
 from trainer.weights import architecture, load_tokenizer
 
 
@@ -181,13 +181,15 @@ def test_every_command_trains_and_every_measure_measures(data, tmp_path, monkeyp
 def test_a_pair_is_preferred_by_the_probability_of_whole_answers(tmp_path, monkeypatch, chosen, rejected, prefers):
     """Not of a token of them, by which the longer answer here is the likelier one."""
 
-    def evaluate(model, frozen, pairs, run, batch_size, measure):
+    def evaluate(model, frozen, pairs, run, batch_size, per_answer, loss_function, beta):
         batch = collate([pairs[0]], pairs.max_seq_len)
         labels = batch.pop("labels")
         learned = torch.ones(int((labels[:, 1:] >= 0).sum()))
         ((first, second),) = sum_per_answer(learned, batch, labels).int().tolist()
         each = [-1.0] * first + [-2.0] * second if first > second else [-2.0] * first + [-1.0] * second
-        measured = measure(torch.tensor(each), torch.tensor(each), batch, labels)
+        policy = per_answer(torch.tensor(each), batch, labels)
+        losses, margins = loss_function(policy, policy, beta)
+        measured = dpo_metrics(losses, margins, policy, torch.zeros(len(each)), batch, labels)
         return {f"eval_{name}": value for name, value in zip(DPO_METRICS, measured.tolist(), strict=True)}
 
     monkeypatch.setattr(demo_measures, "DATA", tmp_path)

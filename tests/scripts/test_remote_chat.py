@@ -248,7 +248,7 @@ def test_parts_of_an_answer(stream, said, parts):
         ("/system  be kind ", True, "system prompt: be kind", "be kind", True),
         ("/system -", True, "system prompt: the server decides", None, True),
         ("/help", True, HELP, "old", False),
-        ("/resett", True, "/resett is not a command; /help lists them", "old", False),
+        ("/restart", True, "/restart is not a command; /help lists them", "old", False),
         ("/etc/hosts", False, "", "old", False),
         ("/word and more", False, "", "old", False),
         ("/", False, "", "old", False),
