@@ -10,7 +10,7 @@ from model import LMConfig, MiniMindLM
 from model.model_lora import merge_lora, remove_lora
 from model.model_vlm import MiniMindVLM
 from trainer.folder_layouts import check_config, require_folder
-from trainer.vision import load_vlm, open_vision
+from trainer.vision import Vision, load_vlm, open_vision
 from trainer.weights import (
     existing,
     find_adapter,
@@ -79,9 +79,7 @@ def load_vlm_for_inference(
     Raises:
         UserError: as of `load_for_inference`; the weights were trained with another tower.
     """
-    vision = open_vision(str(vision_model))
-    path, tokenizer = _open(path, tokenizer)
-    return load_vlm(path, None, tokenizer, vision).eval(), tokenizer, vision.processor
+    return _load_vlm(open_vision(str(vision_model)), path, tokenizer)
 
 
 def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
@@ -99,8 +97,15 @@ def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
 
 def load_vlm_by_flags(args) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
     """What --model_mode, --load, --vision_model and the model flags name, by `load_vlm_for_inference`."""
-    path, tokenizer = _find_by_flags(args, VLM_STAGES)
-    return load_vlm_for_inference(path, args.vision_model, tokenizer)
+    vision = open_vision(str(args.vision_model))
+    return _load_vlm(vision, *_find_by_flags(args, VLM_STAGES))
+
+
+def _load_vlm(
+    vision: Vision, path: str | os.PathLike, tokenizer
+) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
+    path, tokenizer = _open(path, tokenizer)
+    return load_vlm(path, None, tokenizer, vision).eval(), tokenizer, vision.processor
 
 
 def _open(
