@@ -8,7 +8,6 @@ Qwen2-MoE for a mixture of experts). Both take turns, round after round; a figur
 ratio the median of each round's own. Only answering is timed: from the texts of all questions to their log-likelihoods.
 """
 
-import logging
 import statistics
 import tempfile
 import time
@@ -47,7 +46,6 @@ def main():
     from scripts.evaluation.tasks import open_exams
 
     device = pick_device(args.device)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
 
     tokenizer = load_tokenizer()

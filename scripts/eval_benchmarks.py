@@ -13,7 +13,6 @@ questions; with it they are read from the publishers' own files, DIR/NAME/….
 
 import itertools
 import json
-import logging
 from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/eval_benchmarks.py` find the packages)
@@ -165,7 +164,6 @@ def compare_files(paths: list[Path]) -> None:
 def main():
     args = get_args()
     check(args)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # which tells of each prompt and sampler
     if args.compare:
         compare_files(args.compare)
         return

@@ -55,10 +55,19 @@ def load_for_inference(
     path, tokenizer = _open(path, tokenizer)
     model = load_weights(path, sizes, tokenizer)
     if lora is not None:
-        load_adapter(Path(lora), model)
-        merge_lora(model)
-        remove_lora(model)
+        merge_adapter(Path(lora), model)
     return model.eval(), tokenizer
+
+
+def merge_adapter(path: Path, model: MiniMindLM) -> None:
+    """Add a LoRA adapter to the model's weights; its layers are not kept.
+
+    Raises:
+        UserError: as in `load_adapter`.
+    """
+    load_adapter(path, model)
+    merge_lora(model)
+    remove_lora(model)
 
 
 def load_vlm_for_inference(
@@ -88,11 +97,10 @@ def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
     --dim, --n_layers and --use_moe always have a value: it is the model's only where no json tells better.
     """
     path, tokenizer = _find_by_flags(args, STAGES)
-    named = args.lora_name not in (None, "None")  # as old commands have it
     sizes = {}
     if path.is_file() and read_settings(path) is None:
         sizes = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
-    return load_for_inference(path, tokenizer, find_adapter(args.lora_name, args) if named else None, **sizes)
+    return load_for_inference(path, tokenizer, find_adapter(args.lora_name, args), **sizes)
 
 
 def load_vlm_by_flags(args) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:

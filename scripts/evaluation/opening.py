@@ -11,20 +11,18 @@ from transformers import PreTrainedTokenizerBase
 
 from model import MiniMindLM
 from model.fingerprint import hash_weights
-from model.model_lora import merge_lora
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import tokenizer_hash
 from scripts.evaluation.harness_model import MiniMindHarness
 from trainer.device import pick_device
 from trainer.errors import UserError, print_notice
 from trainer.folder_layouts import check_config
-from trainer.loading import STAGES, load_by_flags, load_for_inference
+from trainer.loading import STAGES, load_by_flags, load_for_inference, merge_adapter
 from trainer.weight_files import read_weights
 from trainer.weights import (
     architecture,
     existing,
     find_adapter,
-    load_adapter,
     load_tokenizer,
     load_weights,
     weights_name,
@@ -54,7 +52,7 @@ def _harness(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, args, device
 
 def _open(path: Path, args, device: torch.device) -> TemplateLM:
     path = path if path.is_dir() else existing(path)
-    adapter = None if args.lora_name in (None, "None") else find_adapter(args.lora_name, args)
+    adapter = find_adapter(args.lora_name, args)
     if path.is_dir():
         try:
             check_config(path)
@@ -81,8 +79,7 @@ def _language_half(
 
     model = load_weights(path, None, tokenizer, build=build)
     if adapter is not None:
-        load_adapter(adapter, model)
-        merge_lora(model)
+        merge_adapter(adapter, model)
     return model.eval(), tokenizer
 
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,23 +60,45 @@ def perplexity(lm: "TemplateLM", texts: Iterable[str], window: int) -> Predicted
     Raises:
         UserError: there is no text.
     """
-    window = min(window, lm.max_length)
+
+    def encode(some: list[str]) -> list[list[int]]:
+        return [lm.tok_encode(text, add_special_tokens=False) for text in some]
+
+    def log_probs(parts: list[tuple[list[int], list[int]]]) -> Iterator[float]:
+        for logprob, _ in lm._loglikelihood_tokens([(None, *part) for part in parts], disable_tqdm=True):
+            yield logprob
+
+    found = predict_texts(texts, min(window, lm.max_length), lm.prefix_token_id, encode, log_probs)
+    if not found.bytes:
+        raise UserError("--ppl: there is no text to predict")
+    return found
+
+
+def predict_texts(
+    texts: Iterable[str],
+    window: int,
+    begin: int,
+    encode: Callable[[list[str]], list[list[int]]],
+    log_probs: Callable[[list[tuple[list[int], list[int]]]], Iterable[float]],
+) -> Predicted:
+    """Predict each text from its beginning on, in windows that overlap by half.
+
+    Args:
+        window, begin: as in `windows`.
+        encode: texts -> the tokens of each, without special ones.
+        log_probs: (context, predicted) of some windows -> the log-likelihood of each, in nats, in any order.
+    """
     total = Predicted(0, 0, 0, 0.0)
     texts = iter(texts)
     while some := [*itertools.islice(texts, TEXTS_AT_ONCE)]:
-        encoded = [lm.tok_encode(text, add_special_tokens=False) for text in some]
-        parts = [
-            (None, *part) for ids in encoded for part in windows(ids, lm.prefix_token_id, window, max(1, window // 2))
-        ]
-        nats = -sum(logprob for logprob, _ in lm._loglikelihood_tokens(parts, disable_tqdm=True))
+        encoded = encode(some)
+        parts = [part for ids in encoded for part in windows(ids, begin, window, max(1, window // 2))]
         total = Predicted(
             total.texts + len(some),
             total.tokens + sum(map(len, encoded)),
             total.bytes + sum(len(text.encode()) for text in some),
-            total.nats + nats,
+            total.nats - sum(log_probs(parts)),
         )
-    if not total.bytes:
-        raise UserError("--ppl: there is no text to predict")
     return total
 
 

@@ -1,8 +1,6 @@
 """What a report finds out about each model: parts that are asked one by one, and each only once."""
 
 import functools
-import importlib.util
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +17,9 @@ from model.reasoning import split_reasoning
 from scripts.demo.exam import answer, read_lines
 from scripts.demo.scoring import tally
 from scripts.demo.settings import DATA
+from scripts.evaluation import require_harness
 from scripts.evaluation.likelihoods import Likelihoods, Question
-from scripts.evaluation.perplexity import Predicted, read_texts, windows
+from scripts.evaluation.perplexity import Predicted, predict_texts, read_texts
 from scripts.report_card.kept import Kept
 from scripts.report_card.stages_found import Found, found_at
 from trainer.device import pick_device
@@ -111,13 +110,17 @@ def held_out_text(file: Path | None, stages: Iterable[Found]) -> HeldOut | None:
 
 def predict(texts: list[str], model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> Predicted:
     """As `scripts/eval_benchmarks.py --ppl`, without the harness."""
+    likelihoods = Likelihoods(model, 16)
+
+    def encode(some: list[str]) -> list[list[int]]:
+        return [ids[1:-1] for ids in render_text(tokenizer, some)]
+
+    def log_probs(parts: list[tuple[list[int], list[int]]]) -> Iterator[float]:
+        for _, (found,) in likelihoods.of([Question(context, [predicted]) for context, predicted in parts]):
+            yield found.logprob
+
     window = min(WINDOW, model.config.max_seq_len)
-    encoded = [ids[1:-1] for ids in render_text(tokenizer, texts)]
-    parts = [part for ids in encoded for part in windows(ids, tokenizer.bos_token_id, window, max(1, window // 2))]
-    likelihoods = Likelihoods(model, 16).of([Question(context, [predicted]) for context, predicted in parts])
-    nats = -sum(found.logprob for _, (found,) in likelihoods)
-    tokens, text_bytes = sum(map(len, encoded)), sum(len(text.encode()) for text in texts)
-    return Predicted(len(texts), tokens, text_bytes, nats)
+    return predict_texts(texts, window, tokenizer.bos_token_id, encode, log_probs)
 
 
 def write_answers(
@@ -144,13 +147,12 @@ class Benchmarks:
     """
 
     def __init__(self, data_dir: Path, num_fewshot: int, limit: int | None):
-        if importlib.util.find_spec("lm_eval") is None:
-            raise UserError(
-                "--data_dir: lm_eval, the harness, is not installed: python -m pip install -r requirements-eval.txt"
-            )
+        try:
+            require_harness()
+        except UserError as error:
+            raise UserError(f"--data_dir: {error}") from None
         from scripts.evaluation.tasks import BENCHMARKS, FETCHED_ONLY
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # which tells of each prompt and sampler
         names = [name for name in BENCHMARKS if name not in FETCHED_ONLY]
         if not data_dir.is_dir():
             raise UserError(f"--data_dir {data_dir} is no folder")
