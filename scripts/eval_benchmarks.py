@@ -39,7 +39,7 @@ def get_args():
     what.add_argument("--limit", type=positive_int, help="ask only the first so many of each subject or task")
     what.add_argument("--prompt", nargs="+", choices=("raw", "chat"), default=["raw"], help="as text, as a chat, both")
     what.add_argument("--control", choices=("shuffle",), help="shuffle: each question's options under another question")
-    what.add_argument("--seed", type=seed, default=1234, help="of what is drawn: examples, and --control's order")
+    what.add_argument("--seed", type=seed, default=1234, help="random seed of the examples, and of --control")
     what.add_argument("--ppl", nargs="+", type=Path, default=[], metavar="FILE", help="predict these .jsonl or .txt")
     what.add_argument(
         "--window", type=positive_int, default=512, help="tokens read at once for --ppl; they overlap by half"
@@ -70,11 +70,11 @@ def check(args) -> None:
     if args.compare:
         return
     if not args.tasks and not args.ppl:
-        raise UserError("nothing is asked: --tasks NAME, --ppl FILE or --compare JSON")
+        raise UserError("nothing to ask: give --tasks NAME, --ppl FILE or --compare JSON")
     if args.submission and (args.tasks != ["ceval"] or len(args.weights) > 1 or len(args.prompt) > 1):
         raise UserError("--submission is for --tasks ceval alone, and one model with one --prompt")
     if args.resume and (not args.output or args.overwrite):
-        raise UserError("--resume goes on with the run of an --output, and --overwrite begins it anew: choose")
+        raise UserError("--resume goes on with the run of an --output, and --overwrite replaces it: choose one")
     chart = args.output and args.output.with_suffix(".png")
     for path in filter(None, (args.output, chart, args.log_samples, args.submission)):
         if path.exists() and not args.overwrite:
@@ -83,7 +83,7 @@ def check(args) -> None:
         if args.overwrite:
             partial_of(args.output).unlink()
         elif not args.resume:
-            raise UserError(f"{args.output}: a run was cut short; --resume goes on with it, --overwrite begins anew")
+            raise UserError(f"{args.output}: a run was cut short; --resume goes on with it, --overwrite replaces it")
 
 
 def partial_of(output: Path) -> Path:

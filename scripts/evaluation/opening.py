@@ -87,7 +87,7 @@ def _open_other(path: Path, args, device: torch.device, reason: UserError) -> HF
     """Any causal language model that `transformers` reads, in fp32.
 
     Args:
-        reason: why it is no MiniMind.
+        reason: why it is not a MiniMind.
     """
     if not (path / "config.json").is_file():
         raise UserError(f"{path} holds no config.json: it is not a folder of a transformers model")
@@ -97,7 +97,7 @@ def _open_other(path: Path, args, device: torch.device, reason: UserError) -> HF
         raise UserError(
             f"{path}: {reason}; nor does transformers read it: {' '.join(str(error).split())[:160]}"
         ) from None
-    print_notice(f"{path} is asked through transformers, as it is no MiniMind ({reason})")
+    print_notice(f"{path} is asked through transformers, as it is not a MiniMind ({reason})")
     return lm
 
 

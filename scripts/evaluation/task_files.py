@@ -55,7 +55,7 @@ def folder_of(benchmark: str, data_dir: Path) -> Path:
         UserError: no folder there.
     """
     if not data_dir.is_dir():
-        raise UserError(f"--data_dir {data_dir} is no folder")
+        raise UserError(f"--data_dir {data_dir} is not a folder")
     return data_dir / benchmark if (data_dir / benchmark).is_dir() else data_dir
 
 

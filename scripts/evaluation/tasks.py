@@ -116,7 +116,7 @@ def open_exams(
             yield _opened(Exam(path.stem, None, ("question",)), config, {"test": read_own(path)}, num_fewshot, seed)
             continue
         if name not in BENCHMARKS:
-            raise UserError(f"--tasks {name}: it is one of {', '.join(BENCHMARKS)}, or a .jsonl of your own questions")
+            raise UserError(f"--tasks {name}: choose from {', '.join(BENCHMARKS)}, or give your own .jsonl")
         benchmark = BENCHMARKS[name]
         scored = split or benchmark.scored
         if data_dir is not None and name in FETCHED_ONLY:

@@ -155,7 +155,7 @@ class Benchmarks:
 
         names = [name for name in BENCHMARKS if name not in FETCHED_ONLY]
         if not data_dir.is_dir():
-            raise UserError(f"--data_dir {data_dir} is no folder")
+            raise UserError(f"--data_dir {data_dir} is not a folder")
         self.names = [name for name in names if (data_dir / name).is_dir()]
         if not self.names:
             raise UserError(f"--data_dir {data_dir} has no folder by the name of a benchmark: {', '.join(names)}")

@@ -85,7 +85,7 @@ def find_stages(out_dir: Path) -> list[Found]:
     """
     out_dir = out_dir.resolve()
     if not out_dir.is_dir():
-        raise UserError(f"--out_dir {out_dir} is no folder")
+        raise UserError(f"--out_dir {out_dir} is not a folder")
     files = {}
     for suffix in SUFFIXES:
         for path in [*out_dir.glob(f"*{suffix}"), *out_dir.glob(f"lora/*{suffix}")]:

@@ -62,7 +62,7 @@ def test_models_of_every_kind_stand_side_by_side(weights, common, tmp_path, caps
     flags = ("--tasks", "cmmlu", "piqa", "--num_fewshot", "0", "--output", out, "--log_samples", samples)
     call_script(SCRIPT, *flags, *common, "--weights", *these)
     shown = capsys.readouterr()
-    assert "gpt2 is asked through transformers, as it is no MiniMind" in shown.err
+    assert "gpt2 is asked through transformers, as it is not a MiniMind" in shown.err
     for words in ("cmmlu", "  China-specific", "  agronomy", "piqa", "chance", "share of answers by place"):
         assert words in shown.out
     models = read(out)["models"]
@@ -176,8 +176,8 @@ def test_c_evals_test_split_is_written_for_its_site(weights, common, tmp_path, c
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ((), "nothing is asked: --tasks NAME, --ppl FILE or --compare JSON"),
-        (("--tasks", "mmlu"), "--tasks mmlu: it is one of ceval"),
+        ((), "nothing to ask: give --tasks NAME, --ppl FILE or --compare JSON"),
+        (("--tasks", "mmlu"), "--tasks mmlu: choose from ceval"),
         (("--tasks", "piqa", "--resume"), "--resume goes on with the run of an --output"),
         (("--tasks", "piqa", "--submission", "x.json"), "--submission is for --tasks ceval alone"),
         (("--tasks", "piqa", "--weights", "nowhere.pth"), "nowhere.pth is missing"),

@@ -129,7 +129,7 @@ def test_labels_that_do_not_fit_are_named(tmp_path, labels, told):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"--data_dir .*nowhere is no folder"):
+    with pytest.raises(UserError, match=r"--data_dir .*nowhere is not a folder"):
         read_splits("piqa", tmp_path / "nowhere", "validation")
     with pytest.raises(UserError, match=r"piqa: no valid.jsonl or dev.jsonl in"):
         read_splits("piqa", tmp_path, "validation")

@@ -68,7 +68,7 @@ def test_examples_come_from_dev_and_are_the_same_for_every_model(files):
 @pytest.mark.parametrize(
     ("names", "shots", "told"),
     [
-        (["mmlu"], 0, "--tasks mmlu: it is one of ceval, cmmlu"),
+        (["mmlu"], 0, "--tasks mmlu: choose from ceval, cmmlu"),
         (["lambada"], 0, "--tasks lambada: the harness fetches it"),
         (["cmmlu"], 9, "--num_fewshot 9: cmmlu/agronomy has 8 examples beside its questions"),
         (["piqa"], 1, "--num_fewshot 1: piqa has 0 examples"),

@@ -141,12 +141,12 @@ def test_what_a_model_says_never_becomes_markup(out, flags, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda out: ("--out_dir", out / "none"), "is no folder"),
+        (lambda out: ("--out_dir", out / "none"), "is not a folder"),
         (lambda out: ("--out_dir", out / "pretrain_32.resume"), "holds no weights"),
         (lambda out: ("--ppl", out / "none.txt"), "is missing"),
         (lambda out: ("--ppl", out / "pretrain_32.pth"), "is not UTF-8"),
         (lambda out: ("--data_dir", out), "has no folder by the name of a benchmark"),
-        (lambda out: ("--data_dir", out / "none"), "is no folder"),
+        (lambda out: ("--data_dir", out / "none"), "is not a folder"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(out, flags, change, said):
