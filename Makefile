@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-all demo-vlm test quick lint bench clean
+.PHONY: demo demo-all demo-vlm report test quick lint bench clean
 
 $(VENV)/.core: requirements-core.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -r requirements-core.txt
 	touch $@
 
-$(VENV)/.dev: requirements.txt requirements-dev.txt $(VENV)/.core
+$(VENV)/.dev: requirements.txt requirements-dev.txt requirements-eval.txt $(VENV)/.core
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
@@ -23,6 +23,9 @@ demo-all: $(VENV)/.core  ## on from there: DPO, LoRA, distillation, reasoning, e
 
 demo-vlm: $(VENV)/.core  ## the demo's model learns to see
 	$(BIN)/python scripts/demo_vlm.py
+
+report: $(VENV)/.core  ## how good the models in out/ are, on a page: report.html beside them
+	$(BIN)/python scripts/report.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2

@@ -50,16 +50,8 @@ class Keys(NamedTuple):
             ignored[key + where] += 1
 
     def _why_refused(self, key: str) -> str | None:
-        for known, why in self.refused.items():
-            if _alike(key, known):
-                return why
-        meant = next((known for known in (*self.needed, *self.used) if _alike(key, known)), None)
-        return f'its name here is "{meant}"' if meant else None
-
-
-def _alike(key: str, other: str) -> bool:
-    """Whether two keys are one word, whatever their letter case, and with underscores or without."""
-    return key == other or _letters(key) == _letters(other)
+        ours = {name: f'its name here is "{name}"' for name in (*self.needed, *self.used)}
+        return next((why for name, why in (ours | self.refused).items() if _letters(name) == _letters(key)), None)
 
 
 @lru_cache(1000)
@@ -94,11 +86,7 @@ ELSEWHERE = {
 TEXT = Keys(("text",), (), dict.fromkeys(NO_WEIGHT, "a text cannot be masked: leave its line out"))
 CHAT_REFUSED = {**NO_TOOLS, **NO_WEIGHT, **NO_MEDIA, **SECOND_CHAT, **OTHER_SYSTEM, **ELSEWHERE}
 CHAT = Keys(("conversations",), ("system", "prompt"), {**CHAT_REFUSED, **NO_PICTURES})
-PICTURES = Keys(
-    ("conversations",),
-    ("system", "prompt", "image"),
-    {**CHAT_REFUSED, **OTHER_PICTURES},
-)
+PICTURES = Keys(("conversations",), ("system", "prompt", "image"), {**CHAT_REFUSED, **OTHER_PICTURES})
 PAIR = Keys(
     ("chosen", "rejected"),
     ("prompt", "system"),
@@ -161,10 +149,8 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
         BadRecord: as in `parse_chat`; "image" is something else, or the chat has fewer `<image>` markers than images.
     """
     names = record.get("image")
-    if names is None or names == "":
-        names = []
-    if isinstance(names, str):
-        names = names.split(",")
+    if names is None or isinstance(names, str):
+        names = names.split(",") if names else []
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise BadRecord('"image" must be a name, comma-separated names, or a list of names')
     chat = _chat(record, PICTURES, ignored)

@@ -112,17 +112,16 @@ class AnswerFile:
 
     def _locked(self):
         """What keeps a second run away as long as it lives; None on a file system that has no locks."""
-        from filelock import FileLock, Timeout
+        from dataset.locks import lock
 
         place = self.path.resolve()  # by whatever name the file is opened
-        lock = FileLock(place.with_name(f".{place.name}.lock"))
         try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise UserError(f"{self.path}: another run is writing to it") from None
+            held = lock(place.with_name(f".{place.name}.lock"), wait=False)
         except (OSError, NotImplementedError):
             return None
-        return lock
+        if held is None:
+            raise UserError(f"{self.path}: another run is writing to it")
+        return held
 
     def _lines(self) -> Iterator[tuple[bytes, bytes, bool]]:
         """The key and the bytes of each line, and whether it was made as ours are; no key where it is none of ours."""

@@ -7,6 +7,8 @@ training goes on where it stopped.
 import _repo  # noqa: F401  (lets `python scripts/demo.py` find the packages)
 
 from scripts.demo.first_model import run_demo
+from scripts.demo.settings import OUT
+from scripts.report_card.making import make_report
 from trainer.arguments import Parser
 from trainer.errors import run_main
 
@@ -14,6 +16,7 @@ from trainer.errors import run_main
 def main():
     Parser(__doc__).parse_args()
     run_demo()
+    print(f"report:      {make_report(OUT)}")
 
 
 if __name__ == "__main__":

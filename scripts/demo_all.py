@@ -28,6 +28,8 @@ from scripts.demo.measures import (
     sft_loss_change,
 )
 from scripts.demo.settings import DATA, FROM_TEACHER, OUT, PRETRAIN, REASON, SFT, SIZE, STUDENT, TRAINING
+from scripts.report_card.examining import DEMO_EXAMS, remember_exam
+from scripts.report_card.making import make_report
 from trainer.arguments import Parser
 from trainer.errors import run_main
 from trainer.files import save_json
@@ -138,6 +140,15 @@ def opened(weights: str | None, like: str) -> tuple[MiniMindLM, PreTrainedTokeni
     return model, tokenizer
 
 
+def facts_known(name: str) -> float:
+    """The share of the demo's facts that a model knows; kept for the report, too."""
+    exam = "eval_facts.jsonl"
+    counts = DEMO_EXAMS[exam].ask(exam, *opened(name, name))
+    remember_exam(OUT, name, exam, counts)
+    right, asked = map(sum, zip(*counts.values(), strict=True))
+    return right / asked
+
+
 def examined(stage: Stage, known: dict) -> dict:
     """What is known of a stage, its start and its end examined if they have not been."""
     now = stage.state()
@@ -147,7 +158,7 @@ def examined(stage: Stage, known: dict) -> dict:
     start, end = (stage.measure(*opened(weights, stage.end)) for weights in (stage.start, stage.end))
     found = {"minutes": read_settings(OUT / f"{stage.end}.pth")["seconds"] / 60, "start": start, "end": end}
     if stage.answers:
-        found["facts"] = facts(*opened(stage.end, stage.end))
+        found["facts"] = facts_known(stage.end)
     if stage.detail:
         found["detail"] = stage.detail(opened(stage.start, stage.end), opened(stage.end, stage.end))
     return known | now | found
@@ -189,6 +200,7 @@ def main():
         if stage.detail:
             print(f"\n{results[stage.name]['detail']}")
     print(f"\n{table(STAGES, results)}")
+    print(f"\nreport: {make_report(OUT)}")
 
 
 if __name__ == "__main__":

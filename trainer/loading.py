@@ -10,7 +10,7 @@ from model import LMConfig, MiniMindLM
 from model.model_lora import merge_lora, remove_lora
 from model.model_vlm import MiniMindVLM
 from trainer.folder_layouts import check_config, require_folder
-from trainer.vision import load_vlm, open_vision
+from trainer.vision import Vision, load_vlm, open_vision
 from trainer.weights import (
     existing,
     find_adapter,
@@ -55,10 +55,19 @@ def load_for_inference(
     path, tokenizer = _open(path, tokenizer)
     model = load_weights(path, sizes, tokenizer)
     if lora is not None:
-        load_adapter(Path(lora), model)
-        merge_lora(model)
-        remove_lora(model)
+        merge_adapter(Path(lora), model)
     return model.eval(), tokenizer
+
+
+def merge_adapter(path: Path, model: MiniMindLM) -> None:
+    """Add a LoRA adapter to the model's weights; its layers are not kept.
+
+    Raises:
+        UserError: as in `load_adapter`.
+    """
+    load_adapter(path, model)
+    merge_lora(model)
+    remove_lora(model)
 
 
 def load_vlm_for_inference(
@@ -79,9 +88,7 @@ def load_vlm_for_inference(
     Raises:
         UserError: as in `load_for_inference`; the weights were trained with another tower.
     """
-    path, tokenizer = _open(path, tokenizer)
-    vision = open_vision(str(vision_model))
-    return load_vlm(path, None, tokenizer, vision).eval(), tokenizer, vision.processor
+    return _load_vlm(open_vision(str(vision_model)), path, tokenizer)
 
 
 def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
@@ -90,17 +97,23 @@ def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
     --dim, --n_layers and --use_moe always have a value: it is the model's only where no json tells better.
     """
     path, tokenizer = _find_by_flags(args, STAGES)
-    named = args.lora_name not in (None, "None")  # as old commands have it
     sizes = {}
     if path.is_file() and read_settings(path) is None:
         sizes = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
-    return load_for_inference(path, tokenizer, find_adapter(args.lora_name, args) if named else None, **sizes)
+    return load_for_inference(path, tokenizer, find_adapter(args.lora_name, args), **sizes)
 
 
 def load_vlm_by_flags(args) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
     """What --model_mode, --load, --vision_model and the model flags name, by `load_vlm_for_inference`."""
-    path, tokenizer = _find_by_flags(args, VLM_STAGES)
-    return load_vlm_for_inference(path, args.vision_model, tokenizer)
+    vision = open_vision(str(args.vision_model))
+    return _load_vlm(vision, *_find_by_flags(args, VLM_STAGES))
+
+
+def _load_vlm(
+    vision: Vision, path: str | os.PathLike, tokenizer
+) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
+    path, tokenizer = _open(path, tokenizer)
+    return load_vlm(path, None, tokenizer, vision).eval(), tokenizer, vision.processor
 
 
 def _open(

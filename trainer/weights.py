@@ -105,12 +105,17 @@ def find_weights(name: str, args) -> Path:
     return existing(by_name) if SIZE_IN_NAME.fullmatch(name) else existing(by_stage, by_flags=True)
 
 
-def find_adapter(name: str, args) -> Path:
+def find_adapter(name: str | None, args) -> Path | None:
     """The LoRA adapter that --lora_name names: `out/lora/NAME_D.pth`, or the path of a .pth itself.
+
+    Returns:
+        None where none is named, which old commands say by the word "None".
 
     Raises:
         UserError: it is not there; the message says what is.
     """
+    if name in (None, "None"):
+        return None
     if is_file_name(name):
         return existing(Path(name), adapter=True)
     return existing(weights_path(args, f"lora/{name}"), by_flags=True, adapter=True)
@@ -192,7 +197,7 @@ def _reading(beside: Path) -> Iterator[None]:
     """What goes wrong in here tells the user that the json is damaged."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{beside} is damaged ({error!r:.200}): restore it, or delete it to use the flags") from None
 
 

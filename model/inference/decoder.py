@@ -36,13 +36,26 @@ EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_
 class Span:
     """Tokens that one pass reads into a slot, behind the `start` ones it holds.
 
-    `embeddings` (tokens, dim) stand in for those of the tokens: a prompt with images.
+    `embeddings` (tokens, dim) stand in for those of the tokens: a prompt with images. `branches` follow the tokens,
+    each as if it alone did: the options of a question. They lie in the slot one behind the other.
     """
 
     slot: int
     start: int
     tokens: list[int]
     embeddings: Tensor | None = None
+    branches: Sequence[list[int]] = ()
+
+    def all_tokens(self) -> list[int]:
+        """What is read, branches included."""
+        return [*self.tokens, *itertools.chain.from_iterable(self.branches)]
+
+    def positions(self) -> Iterator[int]:
+        """Where each of `all_tokens` stands in its text; a branch begins where the tokens end."""
+        end = self.start + len(self.tokens)
+        yield from range(self.start, end)
+        for branch in self.branches:
+            yield from range(end, end + len(branch))
 
 
 class Decoder:
@@ -178,21 +191,23 @@ class Decoder:
         Returns:
             (tokens of all spans, dim), the normed hidden state after each, for `logits`.
         """
-        starts = [span.start for span in spans]
-        positions = [start + i for start, span in zip(starts, spans, strict=True) for i in range(len(span.tokens))]
-        rows = [span.slot * self.slot_len + span.start + i for span in spans for i in range(len(span.tokens))]
-        tokens = torch.tensor([token for span in spans for token in span.tokens], device=self.device)
+        read = [span.all_tokens() for span in spans]
+        positions = [position for span in spans for position in span.positions()]
+        firsts = [span.slot * self.slot_len + span.start for span in spans]
+        rows = [first + i for first, tokens in zip(firsts, read, strict=True) for i in range(len(tokens))]
+        sizes = [len(tokens) for tokens in read]
+        tokens = torch.tensor([*itertools.chain.from_iterable(read)], device=self.device)
         rope = self._rope[torch.tensor(positions, device=self.device)]  # (tokens, 1, head_dim / 2) complex
         rows = torch.tensor(rows, device=self.device)
 
         x = self._embeddings[tokens].float()  # (tokens, dim)
         at = 0
-        for span in spans:
+        for span, size in zip(spans, sizes, strict=True):
             if span.embeddings is not None:
                 x[at : at + len(span.tokens)] = span.embeddings
-            at += len(span.tokens)
+            at += size
 
-        linear, attend = self._linear, self._attention(spans)
+        linear, attend = self._linear, self._attention(spans, sizes)
         q_width = self.config.n_heads * self.config.head_dim
         rotated = q_width + self.config.n_kv_heads * self.config.head_dim
         pairs = (len(tokens), -1, self.config.head_dim // 2, 2)
@@ -217,11 +232,11 @@ class Decoder:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x / torch.hypot(length, self._eps)).mul_(weight).to(self.dtype)
 
-    def _attention(self, spans: Sequence[Span]) -> Callable[[Tensor, int], Tensor]:
+    def _attention(self, spans: Sequence[Span], sizes: list[int]) -> Callable[[Tensor, int], Tensor]:
         """What attends for the tokens of these spans: (queries (tokens, n_heads * head_dim), layer) -> as many."""
-        decodes = next((i for i, span in enumerate(spans) if len(span.tokens) > 1), len(spans))
+        decodes = next((i for i, size in enumerate(sizes) if size > 1), len(spans))
         parts = [self._prefill_attention(span) for span in spans[decodes:]]
-        sizes = [len(span.tokens) for span in spans[decodes:]]
+        sizes = sizes[decodes:]
         if decodes:
             parts.insert(0, self._decode_attention(spans[:decodes]))
             sizes.insert(0, decodes)
@@ -266,18 +281,23 @@ class Decoder:
         return attend
 
     def _prefill_attention(self, span: Span) -> Callable[[Tensor, int], Tensor]:
-        """Queries of consecutive tokens in one slot.
+        """Queries of consecutive tokens in one slot, and of the branches behind them.
 
         Key heads make the batch and the queries that share one its heads, so that none is copied for each.
         """
-        n, end = len(span.tokens), span.start + len(span.tokens)
+        n = len(span.tokens) + sum(map(len, span.branches))
+        end = span.start + n
         heads, head_dim = self.config.n_kv_heads, self.config.head_dim
         groups = self.config.n_heads // heads
         kv = self._kv[:, span.slot, :end].permute(2, 0, 3, 1, 4)[:, :, :, None].expand(-1, -1, -1, groups, -1, -1)
         k, v = (layers.unbind(0) for layers in kv)
         mask = None
-        if span.start:
+        if span.start or len(span.branches) > 1:
             mask = torch.ones(n, end, dtype=torch.bool, device=self.device).tril(span.start)
+            first = len(span.tokens)
+            for branch in span.branches:  # it sees what all see, and itself
+                mask[first : first + len(branch), span.start + len(span.tokens) : span.start + first] = False
+                first += len(branch)
 
         def attend(q: Tensor, layer: int) -> Tensor:
             q = q.view(n, heads, groups, head_dim).permute(1, 2, 0, 3)  # (n_kv_heads, group, n, head_dim)

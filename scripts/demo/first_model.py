@@ -9,6 +9,7 @@ from pathlib import Path
 from scripts.demo.exam import answer, open_model, read_lines, run
 from scripts.demo.scoring import format_table, is_right, nearest_line, tally
 from scripts.demo.settings import DATA, OUT, PRETRAIN, SFT, SIZE, TRAINING
+from scripts.report_card.examining import by_language, remember_exam
 from trainer.weights import read_settings
 
 EXAMS = {
@@ -33,6 +34,7 @@ def show_examination(weights: Path) -> dict[str, float]:
         replies, whole = answer(model, tokenizer, [question["question"] for question in questions])
         counts = tally(questions, replies)
         print(f"\n{EXAMS[exam]} (greedy, exact match):\n{format_table(counts)}")
+        remember_exam(weights.parent, weights.stem, f"eval_{exam}.jsonl", by_language(counts))
         shares |= {f"{exam}/{lang}/{kind}": right / of for (lang, kind), (right, of) in counts.items()}
         asked, ended = asked + len(questions), ended + whole
         if exam == "facts":

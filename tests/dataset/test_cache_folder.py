@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 from dataset import cache_folder, locks
-from dataset.cache_folder import cache_roots, find_cache, hold, in_use, open_cache, remove_cache, short_hash
+from dataset.cache_folder import (
+    LEFT_OVER,
+    cache_roots,
+    find_cache,
+    fingerprint_file,
+    hold,
+    home_caches,
+    in_use,
+    is_cache,
+    open_cache,
+    remove_cache,
+    short_hash,
+)
 from dataset.jsonl import DataError
 from tests.running import PATIENCE
 
@@ -280,3 +292,79 @@ class TestPlaces:
 def test_imports_nothing_that_only_unix_has():
     for module in (cache_folder, locks):
         assert "fcntl" not in Path(module.__file__).read_text(encoding="utf-8")
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("name", "ours"),
+        [
+            (f"{'0a' * 8}-text-{'1f' * 8}", True),
+            (f"features-{'0a' * 8}-{'1f' * 8}", True),
+            (f"{'0a' * 8}-with-several-parts-{'1f' * 8}", True),
+            (f"{'0a' * 7}-text-{'1f' * 8}", False),
+            (f"{'0A' * 8}-text-{'1f' * 8}", False),
+            (f"{'0a' * 8}-text-{'1f' * 8}x", False),
+            (f"x{'0a' * 8}-text-{'1f' * 8}", False),
+            (f"{'0a' * 8}-{'1f' * 8}", False),
+            ("in_use", False),
+        ],
+    )
+    def test_of_caches(self, tmp_path, name, ours):
+        (tmp_path / name).mkdir()
+        assert is_cache(tmp_path / name) is ours
+        (tmp_path / name).rmdir()
+        (tmp_path / name).touch()
+        assert not is_cache(tmp_path / name)
+
+    @pytest.mark.parametrize(
+        ("name", "ours"),
+        [
+            *(("partial", True), ("partial-12-0123abcd", True), ("removed-0123abcd", True)),
+            *(("partial-0123abcd", False), ("removed", False), ("removed-0123abcd-mine", False), ("partially", False)),
+        ],
+    )
+    def test_of_what_is_left_over(self, name, ours):
+        assert bool(LEFT_OVER.fullmatch(name)) is ours
+
+
+def test_sixteen_digits_tell_one_list_from_another():
+    names = {short_hash(parts) for parts in ([], [1], ["1"], [1, 2], [2, 1], [[1], 2], [None])}
+    assert len(names) == 7
+    assert all(len(name) == 16 and set(name) <= set("0123456789abcdef") for name in names)
+    assert short_hash([1, "a"]) == "4a72386a027702c1"  # of sha256sum: caches of old are found by it
+
+
+@pytest.mark.parametrize("place", [0, 65_535, 66_000, 500_000, 999_999])
+def test_a_changed_byte_in_a_block_that_is_read_is_another_state(tmp_path, place):
+    """Blocks of 64 KiB, sixteen of them, are all of a file of 1 MB."""
+    path = tmp_path / "lines"
+    path.write_bytes(bytes(1_000_000))
+    os.utime(path, ns=(5, 5))
+    before = fingerprint_file(path)
+    assert fingerprint_file(path) == before
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(b"x")
+    os.utime(path, ns=(5, 5))
+    assert fingerprint_file(path) != before
+
+
+def test_another_size_or_time_is_another_state(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    states = set()
+    for content, time in ((b"", 5), (b"", 6), (bytes(1), 5), (bytes(2), 5), (bytes(70_000), 5), (bytes(70_001), 5)):
+        (tmp_path / "a").write_bytes(content)
+        os.utime(tmp_path / "a", ns=(time, time))
+        states.add(fingerprint_file(tmp_path / "a"))
+    assert len(states) == 6
+
+
+def test_where_caches_may_lie(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    source = tmp_path / "data" / ("x" * 60)
+    beside, home = cache_roots(source)
+    assert beside == tmp_path / "data" / ".cache" / ("x" * 60)
+    assert home == tmp_path / "home" / "minimind" / f"{short_hash([str(tmp_path / 'data')])}-{'x' * 40}"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "me")
+    assert home_caches() == tmp_path / "me" / ".cache" / "minimind"

@@ -153,7 +153,37 @@ def test_places_of_a_folder_and_of_those_in_it(tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "shown"),
-    [(0, "0.0 kB"), (1500, "1.5 kB"), (999_960, "1.0 MB"), (47_100_000_000, "47.1 GB"), (2.5e15, "2,500.0 TB")],
+    [
+        (0, "0.0 kB"),
+        (1500, "1.5 kB"),
+        (999_960, "1.0 MB"),
+        (47_100_000_000, "47.1 GB"),
+        (2.5e15, "2,500.0 TB"),
+        (49, "0.0 kB"),
+        (51, "0.1 kB"),
+        (999_949, "999.9 kB"),
+        (999_949_000, "999.9 MB"),
+        (999_960_000, "1.0 GB"),
+        (999_949_000_000, "999.9 GB"),
+        (999_960_000_000, "1.0 TB"),
+    ],
 )
 def test_sizes_as_people_read_them(count, shown):
     assert human_size(count) == shown
+
+
+def test_caches_that_take_just_the_limit_stay(make, tmp_path, capsys):
+    make("a", 1)
+    make("b", 2)
+    total = sum(cache.bytes for cache in caches_in([tmp_path / "data" / ".cache"]))
+    limit_caches([tmp_path / "data" / "a"], total)
+    assert sources(tmp_path / "data" / ".cache") == ["a", "b"]
+    limit_caches([tmp_path / "data" / "a"], total - 1)
+    assert sources(tmp_path / "data" / ".cache") == ["b"]
+    assert "caches took more than 2." in capsys.readouterr().err
+
+
+def test_of_two_used_at_the_same_time_the_first_by_name_goes_first(make, tmp_path):
+    make("b", 5)
+    make("a", 5)
+    assert sources(tmp_path / "data" / ".cache") == ["a", "b"]

@@ -91,6 +91,7 @@ FOREIGN = [
     (parse_chat, {"instruction": "Add", "input": "2 2", "output": "4"}, "Alpaca format: make instruction and input a"),
     (parse_chat, {"conversation": CHAT["conversations"]}, 'rename "conversation" to "conversations"'),
     (parse_chat, {"prompt": "p", "completion": "c"}, "a prompt with its answer: make them a user and"),
+    (parse_chat, {"prompt": "p", "response": "c"}, "a prompt with its answer: make them a user and"),
     (parse_chat, {"question": "p", "answer": "c"}, "a question with its answer: make them a user and"),
     (parse_chat, {"instruction": "p", "context": "", "response": "c"}, "an instruction with its answer: make them"),
     (parse_chat, {"input": "p", "output": "c"}, "an input with its answer: make them"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from dataset import workers
 from dataset.jsonl import DataError, unwrap_worker_errors
-from dataset.workers import collate_to_send
+from dataset.workers import collate_to_send, require_room_for
 
 ROWS = [torch.full((3,), float(n)) for n in range(6)]
 NAMED = [{"a": row} for row in ROWS]
@@ -46,3 +47,29 @@ def test_no_room_in_shared_memory(monkeypatch, rows, collate):
         DataError, match=r"^a --num_workers batch .* /dev/shm \(No space left on device \(28\)\): .*--shm-size"
     ):
         list(unwrap_worker_errors(loader))
+
+
+@pytest.mark.parametrize(("num_workers", "queues"), [(0, 0), (1, 2), (4, 5)])
+def test_as_many_queues_are_tried_as_a_loader_has(monkeypatch, num_workers, queues):
+    """One for each worker's orders, and one for what all of them made."""
+    tried = []
+
+    class Queue:
+        def close(self):
+            tried.append("closed")
+
+    monkeypatch.setattr(workers.multiprocessing, "Queue", Queue)
+    require_room_for(num_workers)
+    assert tried == ["closed"] * queues
+
+
+def test_no_room_for_a_lock_is_told(monkeypatch):
+    def refuse():
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workers.multiprocessing, "Queue", refuse)
+    with pytest.raises(
+        DataError, match=r"^--num_workers cannot be .*/dev/shm \(No space left on device\): .*--shm-size"
+    ):
+        require_room_for(1)
+    require_room_for(0)

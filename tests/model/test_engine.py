@@ -354,6 +354,27 @@ def test_leaving_a_stream_early_frees_its_slot(engine):
     assert engine.running == 0
 
 
+@pytest.mark.parametrize(("name", "grows"), [("frequency_penalty", True), ("presence_penalty", False)])
+def test_a_frequency_penalty_grows_with_each_time_a_token_is_written(engine, monkeypatch, name, grows):
+    row = torch.zeros(1, engine.decoder.config.vocab_size)
+    row[0, 2:5] = torch.tensor([10.0, 9.0, 8.0])
+    monkeypatch.setattr(engine.decoder, "logits", lambda hidden: row.repeat(len(hidden), 1))
+    settings = {"temperature": 0, "max_new_tokens": 12, "eos_token_id": (), name: 0.3}
+    (answer,) = engine.run([Request(prompt=prompt_of(5), **settings)])
+    scores, expected = [10.0, 9.0, 8.0], []
+    for _ in range(12):
+        best = scores.index(max(scores))
+        if grows or best + 2 not in expected:
+            scores[best] -= 0.3
+        expected.append(best + 2)
+    assert ids(answer) == expected
+
+
+def test_what_has_no_seed_is_another_each_time(engine):
+    asked = [Request(prompt=prompt_of(5), max_new_tokens=20, temperature=2.0, eos_token_id=()) for _ in range(3)]
+    assert len({tuple(ids(answer)) for answer in engine.run(asked)}) == 3
+
+
 def test_a_deadline_ends_what_is_written_and_what_waits(engine, monkeypatch):
     now = 100.0
     monkeypatch.setattr("model.inference.scheduler.time.monotonic", lambda: now)

@@ -254,3 +254,58 @@ def test_prompts_that_cannot_be_continued_are_refused():
         model.stream(random_ids(2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]))
     with pytest.raises(ValueError, match="attention_mask"):
         model.stream(random_ids(2, 3), torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(("p", "kept"), [(0.2, 1), (0.25, 1), (0.26, 2), (0.5, 2), (0.51, 3), (0.75, 3), (0.76, 4)])
+def test_of_equally_likely_tokens_the_first_are_kept(p, kept):
+    assert (keep_top_p(torch.zeros(2, 4), p) == 0).tolist() == [[place < kept for place in range(4)]] * 2
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "p", "kept"), [(512, 0.5, 256), (256, 0.5, 128), (256, 0.51, 131), (64, 0.5, 32)]
+)
+def test_a_nucleus_of_more_tokens_than_are_looked_at_first(vocabulary, p, kept):
+    """All alike, each probability a power of 2: their sums are exact."""
+    logits = torch.zeros(1, vocabulary)
+    assert (keep_top_p(logits, p) == 0).sum() == kept
+    assert (keep_top_p(logits, p) == 0)[0, :kept].all()
+
+
+def test_a_token_is_the_first_whose_share_reaches_beyond_the_number_drawn(monkeypatch):
+    numbers = [0.0, 0.2499, 0.25, 0.4999, 0.5, 0.9999]
+    monkeypatch.setattr(torch, "rand", lambda rows, _, device, generator: torch.tensor(numbers)[:, None])
+    probabilities = torch.tensor([[0.25, 0.25, 0.5]])
+    assert sample_from(probabilities.repeat(6, 1), None).tolist() == [0, 0, 1, 1, 2, 2]
+    assert sample_from(4 * probabilities.repeat(6, 1), None).tolist() == [0, 0, 1, 1, 2, 2]  # of no whole
+    impossible_first = torch.tensor([[0.0, 0.5, 0.5]])
+    assert sample_from(impossible_first.repeat(6, 1), None).tolist() == [1, 1, 1, 1, 2, 2]
+
+
+def test_every_row_may_have_a_generator_of_its_own():
+    probabilities = torch.full((3, 50), 0.02)
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+
+    together = sample_from(probabilities, generators())
+    assert together.tolist() == [sample_from(probabilities[:1], one).item() for one in generators()]
+    assert sample_from(probabilities, generators()[0])[0] == together[0]
+
+
+@pytest.mark.parametrize(("temperature", "drawn"), [(0.0, {0}), (9e-6, {0}), (1e-5, {0, 1})])
+def test_below_a_tiny_temperature_the_best_token_is_taken(temperature, drawn):
+    """Of two alike: the first, or by chance."""
+    draws = sample_token(torch.zeros(64, 2), temperature, 0, 1.0, torch.Generator().manual_seed(0))
+    assert set(draws.tolist()) == drawn
+
+
+def test_settings_at_their_bounds_are_taken():
+    model = network(max_seq_len=8)
+    for settings in ({"max_new_tokens": 1}, {"temperature": 0}, {"top_k": 0}, {"top_p": 1.0}, {"top_p": 1e-9}):
+        assert model.generate(random_ids(1, 7), **{"temperature": 1.0} | settings).shape == (1, 8)
+    assert model.generate(random_ids(1, 1), repetition_penalty=1e-3, eos_token_id=()).shape == (1, 8)
+
+
+def test_an_answer_has_512_tokens_at_most_where_nothing_is_said():
+    model = network(max_seq_len=600)
+    assert model.generate(random_ids(1, 3), eos_token_id=()).shape == (1, 515)

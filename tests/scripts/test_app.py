@@ -5,6 +5,7 @@ import io
 import json
 import random
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from model.images import image_processor, prepare_chat
+from model.inference.request import Token
 from model.inference.scheduler import Engine
 from model.inference.thread import EngineThread
 from model.model_vlm import MiniMindVLM, VLMConfig
@@ -19,9 +21,10 @@ from model.reasoning import split_reasoning
 from model.tokenizer import tokenizer_hash
 from scripts import serve_openai_api
 from scripts.serving import schema as schema
-from scripts.serving.app import make_app
+from scripts.serving.app import choices, completion_requests, make_app, new_tokens, sampling, texts_or_ids
 from scripts.serving.fetch_images import ImageFetcher
-from scripts.serving.requests import ServerState
+from scripts.serving.requests import FAILURES, ServerState
+from scripts.serving.responses import CompletionPrompt, completion_logprobs, event, finite, usage
 from tests.model.networks import network
 from tests.scripts.malformed import bodies_by_schema, malformed_bodies
 
@@ -410,3 +413,168 @@ def test_random_bytes_and_random_paths(serve, model):
         assert 400 <= reply.status_code < 500, (method, path, reply.status_code)
         if method != "HEAD":
             schema.ErrorBody.model_validate_json(reply.content, strict=True)
+
+
+# --------------------------------------------------------------------------------------- from a body to the engine
+
+
+def asked(**fields) -> schema.CompletionRequest:
+    return schema.CompletionRequest.model_validate(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings"),
+    [
+        ({}, {"temperature": 0.85, "top_p": 0.85, "stop": []}),
+        ({"temperature": 0, "top_p": 1}, {"temperature": 0, "top_p": 1, "stop": []}),
+        ({"top_k": -1}, {"temperature": 0.85, "top_p": 0.85, "stop": [], "top_k": 0}),
+        ({"top_k": 5}, {"temperature": 0.85, "top_p": 0.85, "stop": [], "top_k": 5}),
+        ({"stop": "a"}, {"temperature": 0.85, "top_p": 0.85, "stop": ["a"]}),
+        ({"stop": ["a", "b"]}, {"temperature": 0.85, "top_p": 0.85, "stop": ["a", "b"]}),
+        ({"ignore_eos": True}, {"temperature": 0.85, "top_p": 0.85, "stop": [], "eos_token_id": ()}),
+        ({"ignore_eos": False}, {"temperature": 0.85, "top_p": 0.85, "stop": []}),
+        (
+            {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "presence_penalty": -0.5},
+            {
+                **{"temperature": 0.85, "top_p": 0.85, "stop": [], "repetition_penalty": 1.5},
+                **{"frequency_penalty": 0.5, "presence_penalty": -0.5},
+            },
+        ),
+    ],
+)
+def test_settings_of_a_body_for_the_engine(fields, settings):
+    assert sampling(asked(**fields)) == settings
+
+
+@pytest.mark.parametrize(
+    ("fields", "seeds"),
+    [
+        ({}, [None]),
+        ({"n": 2}, [None, None]),
+        ({"seed": 0}, [0]),
+        ({"seed": 7, "n": 3}, [7, 8, 9]),
+        ({"seed": -1, "n": 2}, [None, None]),
+        ({"seed": -2}, [-2]),
+    ],
+)
+def test_seeds_of_several_choices(fields, seeds):
+    assert [request.seed for request in choices(asked(**fields), prompt=[1])] == seeds
+
+
+@pytest.mark.parametrize(
+    ("given", "usual", "limit"),
+    [(None, None, None), (None, 16, 16), (0, 16, 0), (5, 16, 5), (-1, 16, None), (-1, None, None)],
+)
+def test_how_long_an_answer_may_be(given, usual, limit):
+    assert new_tokens(given, usual) == limit
+
+
+@pytest.mark.parametrize(
+    ("prompt", "several"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_prompts_of_every_form(prompt, several):
+    assert texts_or_ids(asked(prompt=prompt)) == several
+
+
+@pytest.mark.parametrize(
+    ("fields", "logprobs", "of_prompt"),
+    [
+        ({}, None, False),
+        ({"echo": True}, None, False),
+        ({"logprobs": 0}, 0, False),
+        ({"echo": True, "logprobs": 0}, 0, True),
+        ({"echo": False, "logprobs": 2}, 2, False),
+    ],
+)
+def test_a_prompt_is_scored_where_it_is_echoed_with_log_probabilities(fields, logprobs, of_prompt):
+    (request,) = completion_requests(asked(**fields), [CompletionPrompt([1, 2], "ab", 0)])
+    assert (request.logprobs, request.prompt_logprobs, request.max_new_tokens) == (logprobs, of_prompt, 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "limit"),
+    [
+        ({}, None),
+        ({"max_tokens": 3}, 3),
+        ({"max_completion_tokens": 4}, 4),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, 4),
+        ({"max_tokens": -1}, None),
+    ],
+)
+def test_the_newer_name_of_a_chats_limit_counts_and_without_one_there_is_room(fields, limit, serve, model, monkeypatch):
+    client = serve(model)
+    engine, seen = client.app.state.engine, []
+    prepare = engine.prepare
+    monkeypatch.setattr(engine, "prepare", lambda request: seen.append(request) or prepare(request))
+    body = {"messages": QUESTION, "temperature": 0, "stop": ["e", " ", "a", "o"]} | fields
+    assert client.post("/v1/chat/completions", json=body).status_code == 200
+    assert [request.max_new_tokens for request in seen] == [limit]
+
+
+# ------------------------------------------------------------------------------------------ from the engine to a body
+
+
+def test_a_prompt_with_several_choices_is_counted_once():
+    answers = [SimpleNamespace(count=count, reused=reused) for count, reused in ((1, 10), (2, 20), (4, 40), (8, 80))]
+    assert usage(answers, [[0] * 100, [0] * 1000]) == {
+        **{"prompt_tokens": 1100, "completion_tokens": 15, "total_tokens": 1115},
+        "prompt_tokens_details": {"cached_tokens": 50},  # of each prompt's first
+    }
+    assert usage(answers, [[0] * 100])["prompt_tokens_details"] == {"cached_tokens": 10}
+
+
+def test_a_log_probability_that_json_cannot_say_has_openais_stand_in():
+    assert [finite(value) for value in (float("-inf"), -10_000.0, -9998.5, 0.0)] == [-9999.0, -9999.0, -9998.5, 0.0]
+
+
+def test_an_event_to_the_letter():
+    assert event("[DONE]") == "data: [DONE]\n\n"
+    assert event({"a": "你", "b": None}) == 'data: {"a": "你", "b": null}\n\n'
+
+
+def test_the_scores_of_a_completion_by_hand(serve, model, tiny_tokenizer):
+    server = SimpleNamespace(
+        thread=SimpleNamespace(engine=serve(model).app.state.engine), spelling=lambda token: (f"<{token}>", [])
+    )
+    a, b = (tiny_tokenizer.encode(text, add_special_tokens=False)[0] for text in ("a", "b"))
+    tokens = [Token(a), Token(b, -1.5, ((b, -1.5), (a, float("-inf")))), Token(a, float("-inf"))]
+    assert completion_logprobs(server, tokens, 7) == {
+        "tokens": [f"<{a}>", f"<{b}>", f"<{a}>"],
+        "token_logprobs": [None, -1.5, -9999.0],
+        "top_logprobs": [None, {f"<{b}>": -1.5, f"<{a}>": -9999.0}, {}],
+        "text_offset": [7, 8, 9],
+    }
+
+
+def test_how_a_token_is_spelled(serve, model, tiny_tokenizer):
+    state = ServerState(SimpleNamespace(engine=serve(model).app.state.engine), tiny_tokenizer)
+    (a,) = tiny_tokenizer.encode("a", add_special_tokens=False)
+    half = tiny_tokenizer.convert_tokens_to_ids("\u00e4")  # the byte 0xe4, which begins many a Chinese character
+    assert state.spelling(a) == ("a", [97])
+    assert state.spelling(half) == ("bytes:\\xe4", [0xE4])
+    assert state.spelling(tiny_tokenizer.eos_token_id)[0] == "</s>"
+    assert (state.capacity, state.reasoning, state.fetch, state.place_images) == (80, False, None, None)
+
+
+def test_the_statuses_of_answers_that_did_not_end():
+    assert {reason: (status, code) for reason, (status, _, _, code) in FAILURES.items()} == {
+        "error": (500, "failed"),
+        "cancelled": (503, "shutting_down"),
+    }
+
+
+@pytest.mark.parametrize(("length", "new", "fits"), [(15, 1, True), (16, 1, False), (16, 0, True), (17, 0, False)])
+def test_a_prompt_as_long_as_the_context(length, new, fits, serve, model):
+    client = serve(model, slot_len=16)
+    body = {"prompt": [1] * length, "max_tokens": new, "echo": True, "logprobs": 0}
+    reply = client.post("/v1/completions", json=body)
+    assert reply.status_code == (200 if fits else 400), reply.text
+    if not fits:
+        error = reply.json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")

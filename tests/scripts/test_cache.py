@@ -3,12 +3,15 @@
 import json
 import os
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dataset import PretrainDataset
 from dataset.cache_folder import home_caches
-from scripts.cache import places
+from dataset.caches import Cache
+from scripts.cache import format_line, is_chosen, places
 from tests.conftest import SENTENCES, write_jsonl
 from tests.running import call_script
 
@@ -95,3 +98,39 @@ def test_without_a_folder_it_looks_beside_the_data_and_in_the_home(cache, data, 
 def test_folders_that_are_named_are_all_that_is_looked_at(data):
     assert home_caches() not in places([data])
     assert places([])[-1] == home_caches()
+
+
+DAY = 86_400.0
+
+
+@pytest.mark.parametrize(
+    ("older_than", "name", "chosen"),
+    [
+        (None, None, True),
+        (10, None, True),  # just as old
+        (10.001, None, False),
+        (0, None, True),
+        (None, "line", True),
+        (None, "data", False),
+        (10, "line", True),
+        (10, "data", False),
+        (11, "line", False),
+        (None, "", True),
+    ],
+)
+def test_which_caches_are_meant(older_than, name, chosen):
+    cache = Cache(Path("c"), "/data/lines.jsonl", "tokens (text)", 1_500_000, 5 * DAY)
+    assert is_chosen(cache, SimpleNamespace(older_than=older_than, name=name), 15 * DAY) is chosen
+
+
+def test_a_line_to_the_letter():
+    cache = Cache(Path("c"), "/data/lines.jsonl", "tokens (text)", 1_500_000, 5 * DAY)
+    line = format_line(cache, "in use", 17.5 * DAY)
+    assert line == "    1.5 MB    12.5  in use      tokens (text)       /data/lines.jsonl"
+
+
+def test_what_was_in_use_is_not_counted_as_freed(cache, data):
+    listed, freed = cache("list", data).splitlines(), cache("free", data, "--all").splitlines()
+    assert [line.split()[3] for line in freed[1:3]] == ["freed", "in"]
+    assert freed[-1].split() == [*freed[1].split()[:2], "freed"]
+    assert listed[-1].split()[2:] == ["in", "all"]

@@ -422,7 +422,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, error)
     def acquire(*_, **__):
         raise error
 
-    monkeypatch.setattr("filelock.FileLock.acquire", acquire)
+    monkeypatch.setattr("dataset.locks.lock_descriptor", acquire)
     chat = [{"role": "user", "content": "x"}]
     answers = AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter([chat_key(chat)]))
     answers.add(chat, "y")

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -241,3 +242,71 @@ def test_a_json_beside_the_target_is_not_replaced_either(tmp_path):
     args = SimpleNamespace(out=tmp_path / "mine.pth", overwrite=False, command="from-transformers")
     with pytest.raises(UserError, match=r"mine\.json already exists"):
         check_targets(args, ".pth", ".json")
+
+
+def test_what_every_conversion_says_and_leaves(convert, tiny_tokenizer, tokenizer_dir, weights, tmp_path):
+    flags = ("--tokenizer", tokenizer_dir)
+    said = convert("to-transformers", weights, tmp_path / "llama", *flags).splitlines()
+    assert re.fullmatch(
+        rf"{tmp_path}/llama: transformers loads it, its logits within \d\.\de-\d\d of MiniMind's", said[0]
+    )
+    assert said[1:] == [f"vllm serve {tmp_path}/llama --max-model-len 256"]
+    said = convert("from-transformers", tmp_path / "llama", tmp_path / "back.pth")
+    assert re.fullmatch(
+        rf"{tmp_path}/back\.pth: 0\.1 M parameters, logits within \d\.\de-\d\d of transformers'\n", said
+    )
+    about = json.loads((tmp_path / "back.json").read_text())
+    assert (about["stage"], about["data_path"]) == ("converted", str(tmp_path / "llama"))
+    assert about["config"]["max_seq_len"] == 256
+    said = convert("to-gguf", weights, tmp_path / "tiny.gguf", *flags).splitlines()
+    megabytes = (tmp_path / "tiny.gguf").stat().st_size / 1e6
+    assert said[0] == f"{tmp_path}/tiny.gguf: {megabytes:.1f} MB, for llama.cpp"
+    kinds = {tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors}
+    assert kinds == {gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.F32}
+    model = load_weights(weights, None, tiny_tokenizer)
+    apply_lora(model, rank=4, alpha=8, targets=["wq", "w2"])
+    save_lora(model, tmp_path / "me.pth")
+    for layout, base in (("llama", "to-transformers makes"), ("minimind", "save_pretrained writes")):
+        said = convert("to-peft", weights, tmp_path / "me.pth", tmp_path / layout / "peft", "--layout", layout, *flags)
+        assert said == f"{tmp_path / layout / 'peft'}: for peft, on the model that {base}\n"
+        with pytest.raises(UserError, match="holds an adapter already"):
+            convert("to-peft", weights, tmp_path / "me.pth", tmp_path / layout / "peft", *flags)
+        back = tmp_path / f"{layout}.pth"
+        said = convert("from-peft", tmp_path / layout / "peft", weights, back, *flags)
+        assert said == f"{back}: rank 4 on wq, w2, for {weights}\n"
+        about = json.loads(back.with_suffix(".json").read_text())
+        assert (about["rank"], about["alpha"], about["base"]) == (4, 8, weights.name)
+        assert about["data_path"] == str(tmp_path / layout / "peft")
+        assert about["sha256"] == file_hash(back)
+
+
+def test_a_server_is_told_a_context_of_8192_at_most(convert, tiny_tokenizer, tokenizer_dir, tmp_path):
+    long = save_model(make_model(len(tiny_tokenizer), max_seq_len=8193), tiny_tokenizer, tmp_path / "long_64.pth")
+    said = convert("to-transformers", long, tmp_path / "llama", "--tokenizer", tokenizer_dir)
+    assert said.endswith("--max-model-len 8192\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "overwrite", "told"),
+    [
+        ("a.pth", (), False, None),
+        ("a.pth", ("a.pth",), True, None),
+        ("a.pth", ("a.json",), True, None),
+        ("a.pth", ("a.pth",), False, r"a\.pth is there already"),
+        ("a.pth", ("a.json",), False, r"a\.json is there already"),
+        ("a.pth", ("a.gguf",), False, None),
+        ("a.pt", (), True, r"a\.pt: merge-lora writes a \.pth file"),
+        ("pth", (), True, r"pth: merge-lora writes a \.pth file"),
+    ],
+)
+def test_what_may_be_written_where(tmp_path, name, there, overwrite, told):
+    from scripts.convert_model import check_targets
+
+    for file in there:
+        (tmp_path / file).touch()
+    args = SimpleNamespace(out=tmp_path / name, overwrite=overwrite, command="merge-lora")
+    if told is None:
+        check_targets(args, ".pth", ".json")
+    else:
+        with pytest.raises(UserError, match=told):
+            check_targets(args, ".pth", ".json")

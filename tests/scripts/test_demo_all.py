@@ -5,16 +5,21 @@ import json
 import pytest
 import torch
 
+from dataset import collate
 from model import LMConfig, MiniMindLM
 from model.tokenizer import tokenizer_hash
 from scripts import demo_all
 from scripts.demo import first_model
 from scripts.demo import measures as demo_measures
+from scripts.demo.exam import run as run_by_demo
 from scripts.demo.measures import solve
 from scripts.demo.settings import DATA, STUDENT
 from scripts.demo_all import STAGES, Stage, table
 from scripts.make_demo_data import as_jsonl, build, write
+from tests.conftest import write_jsonl
 from tests.running import run_script
+from trainer.errors import UserError
+from trainer.preference import DPO_METRICS, dpo_metrics, sum_per_answer
 from trainer.weights import architecture, load_tokenizer
 
 
@@ -30,7 +35,8 @@ def out(tmp_path, monkeypatch, ran):
     monkeypatch.setattr("sys.argv", ["demo_all.py"])
     monkeypatch.setattr(demo_all, "OUT", tmp_path)
     monkeypatch.setattr(demo_all, "make_model", lambda: None)
-    monkeypatch.setattr(demo_all, "facts", lambda model, tokenizer: 0.5)
+    monkeypatch.setattr(demo_all, "facts_known", lambda name: 0.5)
+    monkeypatch.setattr(demo_all, "make_report", lambda out: out / "report.html")
 
     def run(script, *flags):
         ran.append(flags[-1])
@@ -69,6 +75,7 @@ def test_a_second_call_measures_nothing_again_and_a_new_base_trains_anew(out, ra
     assert measured == [1, 1, 1, 1]
     shown = capsys.readouterr().out
     assert "in detail" in shown
+    assert shown.endswith(f"\nreport: {out / 'report.html'}\n")
     assert "second             1.5  how far                                10.0%   10.0%   50.0%" in shown
 
     demo_all.main()
@@ -80,6 +87,23 @@ def test_a_second_call_measures_nothing_again_and_a_new_base_trains_anew(out, ra
     demo_all.main()
     assert ran == ["--resume", "--resume", "--overwrite"]
     assert measured == [1, 1, 1, 1, 1, 7, 7, 1]
+
+
+def test_a_stage_is_measured_at_its_start_and_at_its_end(out):
+    save(out, "end", 5)
+    stage = Stage("one", (), "base", "end", "how far", lambda model, _: float(model.norm.weight[0]), answers=False)
+    known = demo_all.examined(stage, {"begins_from": "x"})
+    assert (known["start"], known["end"], known["minutes"], known["begins_from"]) == (1.0, 5.0, 1.5, "x")
+
+
+@pytest.mark.parametrize("ending", ["sys.exit(3)", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_a_script_that_fails_or_is_killed_ends_the_demo(tmp_path, ending):
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, signal, sys\n{ending}\n")
+    with pytest.raises(UserError, match="ended with exit code"):
+        run_by_demo(str(script))
+    script.write_text("")
+    run_by_demo(str(script))
 
 
 def test_a_training_that_fails_is_gone_on_with(out, ran, monkeypatch):
@@ -153,31 +177,36 @@ def test_every_command_trains_and_every_measure_measures(data, tmp_path, monkeyp
             assert "%" in stage.detail(demo_all.opened(ends[stage.start], "full_sft_32"), end)
 
 
-def test_a_pair_is_preferred_by_the_log_probability_of_its_whole_answers(tmp_path, monkeypatch):
-    """Not of a token of them: to a model that knows nothing the shorter answer is the likelier one."""
-    long, short = "yes " * 20, "no"
-    prefers = {}
-    for better, worse in ((long, short), (short, long)):
-        monkeypatch.setattr(demo_measures, "DATA", tmp_path / better[:2])
-        (tmp_path / better[:2]).mkdir()
-        pair = {"prompt": "Is it?", "chosen": better, "rejected": worse}
-        (tmp_path / better[:2] / "eval_dpo.jsonl").write_text(json.dumps(pair) + "\n", encoding="utf-8")
-        tokenizer = load_tokenizer()
-        torch.manual_seed(0)
-        model = MiniMindLM(LMConfig(dim=16, n_layers=1, n_heads=2, vocab_size=len(tokenizer))).eval()
-        prefers[better] = demo_measures.prefers_the_better(model, tokenizer)
-    assert prefers == {long: 0.0, short: 1.0}
+@pytest.mark.parametrize(("chosen", "rejected", "prefers"), [("yes " * 20, "no", 0.0), ("no", "yes " * 20, 1.0)])
+def test_a_pair_is_preferred_by_the_probability_of_whole_answers(tmp_path, monkeypatch, chosen, rejected, prefers):
+    """Not of a token of them, by which the longer answer here is the likelier one."""
+
+    def evaluate(model, frozen, pairs, run, batch_size, per_answer, loss_function, beta):
+        batch = collate([pairs[0]], pairs.max_seq_len)
+        labels = batch.pop("labels")
+        learned = torch.ones(int((labels[:, 1:] >= 0).sum()))
+        ((first, second),) = sum_per_answer(learned, batch, labels).int().tolist()
+        each = [-1.0] * first + [-2.0] * second if first > second else [-2.0] * first + [-1.0] * second
+        policy = per_answer(torch.tensor(each), batch, labels)
+        losses, margins = loss_function(policy, policy, beta)
+        measured = dpo_metrics(losses, margins, policy, torch.zeros(len(each)), batch, labels)
+        return {f"eval_{name}": value for name, value in zip(DPO_METRICS, measured.tolist(), strict=True)}
+
+    monkeypatch.setattr(demo_measures, "DATA", tmp_path)
+    monkeypatch.setattr(demo_measures, "evaluate_pairs", evaluate)
+    write_jsonl(tmp_path / "eval_dpo.jsonl", [{"prompt": "Is it?", "chosen": chosen, "rejected": rejected}])
+    model = MiniMindLM(LMConfig(dim=16, n_layers=1, n_heads=2))
+    assert demo_measures.prefers_the_better(model, load_tokenizer()) == prefers
 
 
 def test_the_demo_tells_its_minutes_and_keeps_its_shares(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(first_model, "OUT", tmp_path)
     monkeypatch.setattr(first_model, "make_model", lambda: None)
     monkeypatch.setattr(first_model, "show_examination", lambda weights: {"facts/en/all": 0.5})
-    for name, seconds in (("pretrain", 90), ("full_sft", 30)):
-        (tmp_path / f"{name}_256.pth").touch()
-        (tmp_path / f"{name}_256.json").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
+    for name in ("pretrain_256", "full_sft_256"):
+        save(tmp_path, name, 1)
     first_model.run_demo()
-    assert "training took 2.0 minutes, this call 0.0" in capsys.readouterr().out
+    assert "training took 3.0 minutes, this call " in capsys.readouterr().out
     assert json.loads((tmp_path / "accuracy.json").read_text()) == {"facts/en/all": 0.5}
 
 

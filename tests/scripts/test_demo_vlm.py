@@ -106,6 +106,18 @@ def test_a_sheet_of_more_questions_than_there_are_shows_all_english_ones(tmp_pat
     assert sorted(question["question"] for question in shown) == ["en0", "en1", "en2"]
 
 
+@pytest.mark.parametrize("asked", [1, 3, 4, 5])
+def test_a_sheet_draws_every_question_though_the_last_row_is_not_full(tmp_path, monkeypatch, asked):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    exam = [{"question": f"{n}?", "answers": ["yes"], "image": ["a.png"] * (1 + n % 2)} for n in range(asked)]
+    drawn = []
+    monkeypatch.setattr(contact_sheet, "is_right", lambda reply, answers: drawn.append(reply) or True)
+    contact_sheet.draw_sheet(exam, [str(n) for n in range(asked)], tmp_path, 3, tmp_path / "sheet.png")
+    assert drawn == [str(n) for n in range(asked)]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > sheet.width / 3 * -(-asked // 3)
+
+
 class TestExamination:
     EXAM = tuple(
         {"image": [f"{n}.png"], "question": f"{kind}{n}", "answers": [f"{kind} {n % 3}."], "kind": kind, "lang": lang}

@@ -6,6 +6,7 @@ import socket
 import threading
 from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from scripts.serving import fetch_images
@@ -204,3 +205,50 @@ def test_addresses_that_are_not_the_internets(address):
 @pytest.mark.parametrize("address", ["8.8.8.8", "1.1.1.1", "::ffff:8.8.8.8", "2002:808:808::", "2606:4700:4700::1111"])
 def test_addresses_that_are(address):
     assert is_public(address)
+
+
+def test_how_much_and_how_long_a_request_may_be():
+    limits = (fetch_images.LARGEST_IMAGE, fetch_images.LARGEST_REQUEST, fetch_images.REQUEST_SECONDS)
+    assert (*limits, fetch_images.MOST_REDIRECTIONS) == (20_971_520, 33_554_432, 20, 5)
+
+
+@pytest.mark.parametrize(("room", "fits"), [(4, True), (3, False)])
+def test_an_image_may_take_all_the_room_there_is(room, fits, monkeypatch):
+    monkeypatch.setattr(fetch_images, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    reply = SimpleNamespace(status_code=200, iter_raw=lambda: iter([b"12", b"34"]))
+    if fits:
+        assert fetch_images._read("u", reply, room, 1.0) == b"1234"
+    else:
+        with pytest.raises(ApiError, match="is larger than 20 MiB, or all are than 32 MiB"):
+            fetch_images._read("u", reply, room, 1.0)
+
+
+@pytest.mark.parametrize(("now", "left"), [(9.0, 1.0), (10.0, None), (11.0, None)])
+def test_the_last_moment(now, left, monkeypatch):
+    monkeypatch.setattr(fetch_images, "time", SimpleNamespace(monotonic=lambda: now))
+    if left:
+        assert fetch_images._left("u", 10.0) == left
+    else:
+        with pytest.raises(ApiError, match="did not come within the 20 seconds"):
+            fetch_images._left("u", 10.0)
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [
+        ("http://a.example/x", 80),
+        ("https://a.example/x", 443),
+        ("https://a.example:81/x", 81),
+        ("http://a.example:443", 443),
+    ],
+)
+def test_the_port_of_an_address(url, port, monkeypatch):
+    asked = []
+
+    def look_up(host, at, type):
+        asked.append((host, at))
+        return [(2, 1, 6, "", ("8.8.8.8", at)), (2, 1, 6, "", ("8.8.8.8", at)), (2, 1, 6, "", ("1.1.1.1", at))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    assert list(ImageFetcher()._machines(url, httpx.URL(url))) == ["8.8.8.8", "1.1.1.1"]
+    assert asked == [("a.example", port)]

@@ -191,3 +191,31 @@ def test_llama_cpp_cuts_text_as_we_do(llama_cpp, which, plain_tokenizer, tmp_pat
     for text in (*TEXTS, *noise, *mixed, *lines):
         ours = tokenizer.encode(text, add_special_tokens=False)
         assert llama.tokenize(text.encode(), add_bos=False, special=False) == ours, repr(text)
+
+
+@pytest.mark.parametrize(("dtype", "number"), [("f32", 0), ("f16", 1), ("bf16", 32), ("q8_0", 7)])
+def test_what_a_file_calls_itself(model, tiny_tokenizer, tmp_path, dtype, number):
+    """llama.cpp's numbers of file types, see llama_ftype in its llama.h."""
+    reader = gguf.GGUFReader(write(model, tiny_tokenizer, tmp_path / "x.gguf", dtype))
+    assert reader.get_field("general.file_type").contents() == number
+    assert reader.get_field("general.name").contents() == "tiny"
+    assert reader.get_field("general.architecture").contents() == "llama"
+    assert reader.get_field("tokenizer.ggml.model").contents() == "gpt2"
+    norms = [tensor.tensor_type for tensor in reader.tensors if "norm" in tensor.name]
+    assert set(norms) == {gguf.GGMLQuantizationType.F32}
+
+
+@pytest.mark.parametrize("sizes", [{"dim": 48}, {"hidden_dim": 80}])
+def test_blocks_of_32_divide_width_and_hidden_width(sizes, tiny_tokenizer, tmp_path):
+    uneven = make_model(len(tiny_tokenizer), **sizes)
+    with pytest.raises(UserError, match="blocks of 32"):
+        write(uneven, tiny_tokenizer, tmp_path / "x.gguf", "q8_0")
+    write(uneven, tiny_tokenizer, tmp_path / "x.gguf", "f16")
+
+
+def test_how_ollama_is_told_to_write(tmp_path, tiny_tokenizer):
+    lines = modelfile(tmp_path / "tiny.gguf", tiny_tokenizer, 256).splitlines()
+    assert [line for line in lines if line.startswith("PARAMETER")] == [
+        *('PARAMETER stop "</s>"', "PARAMETER num_ctx 256", "PARAMETER temperature 0.85", "PARAMETER top_p 0.85"),
+        "PARAMETER repeat_penalty 1.0",
+    ]

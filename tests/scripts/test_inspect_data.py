@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from model.chat import DEFAULT_SYSTEM_PROMPT
-from scripts.inspect_data import BRACKETS, COLOURS, Spelling
+from scripts.inspect_data import BRACKETS, COLOURS, STAGES, Spelling, guess_stage
 from tests.conftest import SENTENCES, write_jsonl
 from tests.running import call_script
 
@@ -165,3 +165,56 @@ def test_at_a_terminal_what_is_learned_is_green_and_control_tokens_are_dim(tiny_
     assert Spelling(tiny_tokenizer, BRACKETS).write(*given) == "<s>a⟦a</s>⟧"
     given = [a, a, a, a], [False] * 4, {1: ("a.png", 2)}
     assert Spelling(tiny_tokenizer, COLOURS).write(*given) == "a\033[2m<image a.png: 2 places>\033[0ma"
+
+
+def test_what_is_counted_by_hand(inspect):
+    """A text of one letter is <s>, the letter and </s>, and all but the first of them is learned."""
+    printed, _ = inspect([{"text": "a"}, {"text": "a"}, {"text": "aaa bbb"}], "--samples", "1")
+    assert "\nlines: 3\n" in printed
+    longest = int(re.search(r"tokens of a sample: median 3, longest (\d+)\n", printed)[1])
+    tokens = 6 + longest
+    assert f"\nlearned: {tokens - 3} of {tokens} tokens ({(tokens - 3) / tokens:.1%})\n" in printed
+    assert "--- sample 1: 3 tokens, 2 learned\n<s>⟦a</s>⟧\n\n" in printed
+    assert "bad lines" not in printed
+
+
+@pytest.mark.parametrize(
+    ("record", "stage"),
+    [
+        ({"chosen": "a", "prompt": "q"}, "dpo"),
+        ({"rejected": "a", "prompt": "q"}, "dpo"),
+        ({"text": "a", "chosen": "b"}, "pretrain"),
+        ({"image": "a.png"}, "vlm"),
+        ({"conversations": []}, "sft"),
+        ({"conversations": ["<think>"]}, "reason"),
+        ({"conversations": [{"reasoning_content": ""}]}, "reason"),
+    ],
+)
+def test_the_stage_of_a_line(tmp_path, record, stage):
+    assert guess_stage(write_jsonl(tmp_path / "a.jsonl", [record])) == stage
+
+
+def test_the_usual_length_of_every_stage():
+    assert {name: (stage.dataset, stage.max_seq_len) for name, stage in STAGES.items()} == {
+        **{"pretrain": ("PretrainDataset", 512), "sft": ("SFTDataset", 512), "lora": ("SFTDataset", 512)},
+        **{"distill": ("SFTDataset", 512), "reason": ("SFTDataset", 1024), "dpo": ("DPODataset", 1024)},
+        "vlm": ("VLMDataset", 640),
+    }
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_colour", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
+def test_colours_are_for_a_terminal_that_wants_them(inspect, monkeypatch, terminal, no_colour, coloured):
+    monkeypatch.setenv("NO_COLOR", no_colour)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    printed, _ = inspect([{"text": "a"}])
+    assert ("\033[32m" in printed) is coloured
+    assert ("⟦" in printed) is not coloured
+
+
+def test_a_row_needs_two_tokens_and_no_sample_need_be_shown(inspect):
+    assert "--max_seq_len must be 2 or more" in inspect([{"text": "a"}], "--max_seq_len", "1", exit_code=2)[1]
+    printed, _ = inspect([{"text": "a"}], "--max_seq_len", "2", "--samples", "0")
+    assert "--- sample" not in printed
+    assert "\nlearned: 2 of 4 tokens (50.0%)\n" in printed  # split over rows of 2

@@ -127,6 +127,8 @@ def test_what_the_other_side_cannot_say_is_refused(tiny_tokenizer, tmp_path):
         (about | {"use_dora": True}, "made with use_dora"),
         (about | {"peft_type": "IA3"}, "is a IA3 adapter"),
         (about | {"lora_alpha": None}, "lora_alpha is None"),
+        (about | {"lora_alpha": 0}, "lora_alpha is 0"),
+        (about | {"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ([about], "not a JSON object"),
     ):
         (folder / "adapter_config.json").write_text(json.dumps(changed))
@@ -161,3 +163,47 @@ def test_there_and_back_by_the_command_line(tiny_tokenizer, tokenizer_dir, tmp_p
     assert torch.equal(logits(fresh), logits(model))
     refused = convert("from-peft", "x", "base_64.pth", "y.pth", exit_code=2)
     assert "not an adapter that peft saved" in one_error_line(refused)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        *(({name: True}, f"made with {name}") for name in ("use_dora", "use_rslora", "fan_in_fan_out")),
+        *(({name: {"x": 2}}, f"made with {name}") for name in ("rank_pattern", "alpha_pattern")),
+        ({"lora_alpha": -1}, "lora_alpha is -1, not a number above 0"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'"),
+        ({"peft_type": None}, "holds a None"),
+    ],
+)
+def test_every_setting_that_an_adapter_here_has_not_is_named(tmp_path, change, told):
+    model, settings = adapted(50, ["wq"])
+    write_folder(lora_state_dict(model), settings, model.config, True, "base", tmp_path)
+    about = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(about | change))
+    with pytest.raises(UserError, match=told):
+        read_folder(tmp_path, model.config)
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_half_a_folder_is_none(tmp_path, missing):
+    model, settings = adapted(50, ["wq"])
+    write_folder(lora_state_dict(model), settings, model.config, True, "base", tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(UserError, match="not an adapter that peft saved"):
+        read_folder(tmp_path, model.config)
+
+
+@pytest.mark.parametrize(("as_llama", "targets"), [(True, {"q_proj", "down_proj"}), (False, {"wq", "w2"})])
+def test_what_peft_is_told_of_an_adapter(tmp_path, as_llama, targets):
+    model, settings = adapted(50, ["wq", "w2"])
+    write_folder(lora_state_dict(model), settings, model.config, as_llama, "base.pth", tmp_path / "a" / "b")
+    about = json.loads((tmp_path / "a" / "b" / "adapter_config.json").read_text())
+    assert set(about.pop("target_modules")) == targets
+    assert (
+        about.items()
+        >= {
+            **{"r": 4, "lora_alpha": 6, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"},
+            **{"base_model_name_or_path": "base.pth", "inference_mode": True, "peft_type": "LORA"},
+        }.items()
+    )
+    assert read_folder(tmp_path / "a" / "b", model.config)[1] == {"alpha": 6}

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts.chat_openai_api import show
+from scripts.chat_openai_api import HELP, Chat, obey, show
 from scripts.serving.client import (
     answer_parts,
     check_address,
@@ -182,3 +182,121 @@ def test_wishes_of_zero_are_sent_and_those_left_to_the_server_are_not():
 def test_what_would_steer_a_terminal_is_not_printed(capsys):
     show(iter([("answer", "a\x1b[2J\x00\x7f\x9bb\n\tc")]), hide_thinking=False)
     assert capsys.readouterr().out == "a[2Jb\n\tc\n"
+
+
+def test_nor_is_it_in_an_error(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+    with openai_double() as double:
+        double.reply = lambda body: {"message": "no\x1b[2J\x9b way", "type": "invalid_request_error"}
+        call_script("scripts/chat_openai_api.py", "--base_url", double.address, "--model", "m")
+    error = capsys.readouterr().err
+    assert "no[2J way" in error
+    assert error.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("address", "http://a https://a/v1 http://a:65535/v1 http://[::1]:1/v1".split())
+def test_what_is_an_address(address):
+    check_address(address, "sk-~")
+
+
+def test_a_key_is_ascii():
+    with pytest.raises(UserError, match="the API key has other characters than ASCII"):
+        check_address("http://a/v1", "schl\u00fcssel")
+
+
+@pytest.mark.parametrize(
+    ("stream", "said", "parts"),
+    [
+        (True, {"reasoning_content": "hm", "content": "x"}, [("thinking", "hm"), ("answer", "x")]),
+        (False, {"reasoning_content": "hm", "content": "x"}, [("thinking", "hm"), ("answer", "x")]),
+        (True, {"content": "x"}, [("answer", "x")]),  # most servers know no other part
+        (True, {"reasoning_content": "", "content": None}, []),
+        (False, {"reasoning_content": None, "content": ""}, []),
+    ],
+)
+def test_parts_of_an_answer(stream, said, parts):
+    choice = SimpleNamespace(**{"delta" if stream else "message": SimpleNamespace(**said)})
+    whole = SimpleNamespace(choices=[choice])
+
+    class Stream(list):
+        closed = False
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.closed = True
+
+    reply = Stream([SimpleNamespace(choices=[]), whole, SimpleNamespace(choices=None)]) if stream else whole
+    client = SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=lambda **_: reply)))
+    assert list(answer_parts(client, "m", [], stream)) == parts
+    if stream:
+        assert reply.closed
+        reply[:] = [SimpleNamespace(choices=[])]
+        with pytest.raises(UserError, match="the server sent no answer"):
+            list(answer_parts(client, "m", []))
+
+
+@pytest.mark.parametrize(
+    ("line", "obeyed", "said", "system", "forgotten"),
+    [
+        ("/reset", True, "forgotten", "old", True),
+        ("/system", True, "system prompt: old", "old", False),
+        ("/system   ", True, "system prompt: old", "old", False),
+        ("/system  be kind ", True, "system prompt: be kind", "be kind", True),
+        ("/system -", True, "system prompt: the server decides", None, True),
+        ("/help", True, HELP, "old", False),
+        ("/restart", True, "/restart is not a command; /help lists them", "old", False),
+        ("/etc/hosts", False, "", "old", False),
+        ("/word and more", False, "", "old", False),
+        ("/", False, "", "old", False),
+        ("/1", False, "", "old", False),
+    ],
+)
+def test_what_a_line_with_a_slash_does(line, obeyed, said, system, forgotten, capsys):
+    chat = Chat(None, SimpleNamespace(model="m", system="old"))
+    chat.turns.append({"role": "user", "content": "q"})
+    assert obey(line, chat) is obeyed
+    assert capsys.readouterr().out == (f"{said}\n" if said else "")
+    assert chat.system == system
+    assert (chat.turns == []) is forgotten
+
+
+@pytest.mark.parametrize(
+    ("parts", "hide", "plain", "coloured"),
+    [
+        ("A", False, "a\n", "a\n"),
+        ("TTA", False, "[thinking]\ntt\n[answer]\na\n", "\033[2mtt\n\033[0ma\n"),
+        ("TT", False, "[thinking]\ntt\n", "\033[2mtt\033[0m\n"),  # stopped while it was thinking
+        ("TTA", True, "a\n", "a\n"),
+        ("", False, "\n", "\n"),
+    ],
+)
+@pytest.mark.parametrize("terminal", [True, False])
+def test_thinking_is_dim_on_a_terminal_and_under_a_heading_elsewhere(
+    parts, hide, plain, coloured, terminal, monkeypatch
+):
+    out = io.StringIO()
+    out.isatty = lambda: terminal
+    monkeypatch.setattr("sys.stdout", out)
+    show(iter([("answer" if part == "A" else "thinking", part.lower()) for part in parts]), hide)
+    assert out.getvalue() == (coloured if terminal else plain)
+
+
+@pytest.mark.parametrize("system", [None, "", "be kind"])
+def test_only_an_answer_that_came_joins_the_history(system, monkeypatch):
+    asked, replies = [], iter([[("thinking", "hm")], [("thinking", "hm"), ("answer", "a"), ("answer", "b")], []])
+
+    def parts(client, model, messages, stream, **wishes):
+        asked.append((model, [(turn["role"], turn["content"]) for turn in messages], stream, wishes))
+        yield from next(replies)
+
+    monkeypatch.setattr("scripts.chat_openai_api.answer_parts", parts)
+    wishes = {"max_tokens": 3, "temperature": 0.0, "top_p": None, "seed": 0}
+    chat = Chat(None, SimpleNamespace(model="m", system=system, history_cnt=None, stream=False, **wishes))
+    for question in "pqr":
+        list(chat.ask(question))
+    first = [("system", system)] if system else []
+    assert asked[0] == ("m", [*first, ("user", "p")], False, wishes)
+    assert asked[2][1] == [*first, ("user", "q"), ("assistant", "ab"), ("user", "r")]
+    assert len(chat.turns) == 2

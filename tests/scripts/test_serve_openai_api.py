@@ -1,5 +1,6 @@
 """scripts/serve_openai_api.py: a really started server, and OpenAI's own client."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -22,6 +24,7 @@ from model.tokenizer import tokenizer_hash
 from scripts import serve_openai_api
 from tests.model.networks import network
 from tests.running import PATIENCE, RunningScript, call_script
+from trainer.errors import UserError
 
 KEY = "sk-secret"
 CONTEXT = 65_536  # tokens; room for answers that no machine writes to their end while a test looks at them
@@ -652,3 +655,161 @@ def test_a_port_that_is_taken(server, out_dir, tokenizer_dir, capsys):
     arguments = (*server_arguments(out_dir, tokenizer_dir), "--port", port)
     call_script("scripts/serve_openai_api.py", *arguments, exit_code=2)
     assert f"--port {port}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ what the flags come to
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Runs main with these flags, and nothing heavy; what it would have served, and how."""
+
+    def run(*flags, environment: str | None = None) -> dict:
+        got = {}
+        if environment is None:
+            monkeypatch.delenv("MINIMIND_API_KEY", raising=False)
+        else:
+            monkeypatch.setenv("MINIMIND_API_KEY", environment)
+        monkeypatch.setattr(sys, "argv", ["serve_openai_api.py", *flags])
+        monkeypatch.setattr(serve_openai_api, "listen", lambda *at: got.update(at=at))
+        monkeypatch.setattr(serve_openai_api, "load", lambda args: ("model", "tokenizer", None))
+        monkeypatch.setattr("model.inference.scheduler.Engine", lambda *given, **how: got.update(engine=(given, how)))
+        thread = SimpleNamespace(close=lambda: got.update(closed=True))
+        monkeypatch.setattr("model.inference.thread.EngineThread", lambda engine: thread)
+        monkeypatch.setattr(
+            "scripts.serving.app.make_app", lambda served, key, origins: got.update(key=key, origins=origins)
+        )
+        monkeypatch.setattr("scripts.serving.fetch_images.ImageFetcher", lambda private: ("fetches", private))
+        monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: got.update(switch=seconds))
+        monkeypatch.setattr(
+            serve_openai_api,
+            "serve",
+            lambda app, served, sock, *seconds: got.update(served=served, seconds=seconds),
+        )
+        serve_openai_api.main()
+        return got
+
+    return run
+
+
+def test_what_is_served_where_nothing_is_said(started, capsys):
+    got = started()
+    served = got.pop("served")
+    assert got == {
+        **{"at": ("127.0.0.1", 8998), "key": None, "origins": (), "seconds": (30, 75), "switch": 0.001},
+        **{"engine": (("model", "tokenizer"), {"slots": 16, "dtype": torch.float32}), "closed": True},
+    }
+    assert (served.capacity, served.reasoning, served.fetch) == (128, False, None)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "key"),
+    [
+        ((), "secret", "secret"),
+        (("--api_key", "mine"), "secret", "mine"),
+        (("--api_key", "mine"), None, "mine"),
+        (("--api_key", ""), "", None),
+    ],
+)
+def test_the_key_of_a_flag_comes_before_the_environments(started, flags, environment, key):
+    assert started(*flags, environment=environment)["key"] == key
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "warned"),
+    [
+        *(("127.0.0.1", (), False), ("localhost", (), False), ("::1", (), False)),
+        *(("0.0.0.0", (), True), ("192.168.1.9", (), True), ("0.0.0.0", ("--api_key", "k"), False)),
+    ],
+)
+def test_an_open_server_without_a_key_is_told(started, capsys, host, key, warned):
+    started("--host", host, *key)
+    assert (f"--host {host} without a key: whoever reaches this machine" in capsys.readouterr().err) is warned
+
+
+def test_other_flags_reach_what_they_are_for(started):
+    flags = ("--max_concurrency", "3", "--max_queue", "0", "--dtype", "bfloat16", "--cors", "a", "--cors", "b")
+    got = started(*flags, "--drain_seconds", "1.5", "--keep_alive", "9", "--model_mode", "3")
+    assert got["served"].capacity == 3
+    assert got["engine"][1] == {"slots": 3, "dtype": torch.bfloat16}
+    assert (got["origins"], got["seconds"], got["served"].reasoning) == (["a", "b"], (1.5, 9), True)
+    assert not started("--model_mode", "2")["served"].reasoning
+    assert started("--vlm", "--fetch_images")["served"].fetch == ("fetches", False)
+    assert started("--vlm", "--fetch_images", "--fetch_private")["served"].fetch == ("fetches", True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"fetch_private": True}, "--fetch_private needs --fetch_images"),
+        ({"fetch_private": True, "vlm": True}, "--fetch_private needs --fetch_images"),
+        ({"fetch_images": True}, "--fetch_images needs --vlm"),
+        ({"vlm": True, "lora_name": "x"}, "--vlm takes no --lora_name, and --model_mode 0, 1 or 2"),
+        ({"vlm": True, "model_mode": 3}, "--vlm takes no --lora_name, and --model_mode 0, 1 or 2"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, said):
+    usual = {"fetch_private": False, "fetch_images": False, "vlm": False, "lora_name": None, "model_mode": 1}
+    with pytest.raises(UserError, match=f"^{said}$"):
+        serve_openai_api.load(SimpleNamespace(**usual | flags))
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_images_are_placed_where_they_fit(mode, monkeypatch):
+    """A context of 16 tokens and images of 4: four of them are looked at, and a prompt of 15 tokens."""
+    config = SimpleNamespace(image_tokens=4, max_seq_len=16)
+    model, prompts = SimpleNamespace(config=config, to=lambda device: None), []
+    monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, "tokenizer", "processor"))
+    monkeypatch.setattr(
+        "model.images.prepare_chat",
+        lambda tokenizer, turns, config, processor, room: (
+            prompts.append(room) or SimpleNamespace(input_ids=torch.zeros(1, turns[0]["length"], dtype=torch.long))
+        ),
+    )
+    monkeypatch.setattr("model.images.prompt_embeddings", lambda model, prompt: "embeddings")
+    args = SimpleNamespace(
+        **{"fetch_private": False, "fetch_images": True, "vlm": True, "lora_name": None},
+        **{"model_mode": mode, "device": "cpu"},
+    )
+    _, _, place = serve_openai_api.load(args)
+
+    def turns(images: int, length: int) -> list[dict]:
+        return [{"content": "text", "length": length}, {"content": [b"image"] * images + ["text"]}]
+
+    assert place(turns(4, 15)) == ([0] * 15, "embeddings")
+    assert place(turns(0, 16)) == ([0] * 16, None)
+    assert prompts == [sys.maxsize] * 2
+    with pytest.raises(ValueError, match=r"^5 images of 4 tokens are too many for the model's context of 16$"):
+        place(turns(5, 1))
+
+
+def test_a_second_signal_ends_at_once_and_a_first_one_waits_for_what_is_written(monkeypatch, capsys):
+    servers, now = [], 100.0
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: servers.append(self))
+    monkeypatch.setattr(serve_openai_api.time, "monotonic", lambda: now)
+    closed = []
+    served = SimpleNamespace(places=SimpleNamespace(draining=False, taken=2), close=lambda: closed.append(True))
+    serve_openai_api.serve(lambda *_: None, served, None, drain_seconds=5, keep_alive=9)
+    (server,) = servers
+    assert server.config.timeout_graceful_shutdown == 5
+
+    def tick() -> bool:
+        asyncio.run(server.on_tick(1))
+        return server.should_exit
+
+    assert not tick()
+    server.handle_exit(signal.SIGTERM, None)
+    assert capsys.readouterr().err == "SIGTERM: finishing 2 answers (again: end at once)\n"
+    assert served.places.draining
+    now = 105.0  # just as long as it may take
+    assert not tick()
+    assert closed == []
+    now = 105.1
+    assert tick()
+    assert closed == [True]
+    server.should_exit, now, served.places.taken = False, 101.0, 0  # all is written
+    assert tick()
+    assert not server.force_exit
+    server.handle_exit(signal.SIGINT, None)
+    assert server.force_exit

@@ -12,7 +12,16 @@ from dataset.jsonl import BadRecord
 from model.chat import render_chat
 from model.tokenizer import StreamDecoder, token_bytes
 from model.tokenizer_check import PROBES
-from scripts.train_tokenizer import detect_kind, is_held_out_text, stream_texts, verify
+from scripts.train_tokenizer import (
+    characters_per_token,
+    detect_kind,
+    is_held_out_text,
+    save,
+    stream_texts,
+    texts_in,
+    train,
+    verify,
+)
 from tests.conftest import SENTENCES, train_tokenizer, write_jsonl
 from tests.running import ROOT, call_script, one_error_line, run_script
 from trainer.errors import UserError
@@ -277,3 +286,80 @@ def test_the_shipped_tokenizer_packs_text_kept_aside_as_well_as_the_references(s
     assert figures["Chinese"] >= 1.268
     assert figures["English"] >= 2.661
     assert figures["Chinese medical"] >= 1.063
+
+
+# --------------------------------------------------------------------------------------------------- small helpers
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, False), (0.791, False), (0.792, True), (1.0, True)])
+def test_the_hash_of_a_text_says_on_which_side_it_is(share, kept):
+    """sha256 of "a" begins with ca978112, which is 0.79138 of 2^32."""
+    assert is_held_out_text("a", share) is kept
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("水水水aaaaaaa", None),  # three tenths: not more
+        ("水水水水aaaaaa", "Chinese"),
+        ("\u4e00", "Chinese"),
+        ("\u9fff", "Chinese"),
+        ("\u4dff", None),
+        ("\ua000", None),
+        ("", "English"),
+    ],
+)
+def test_where_a_kind_of_text_begins(tmp_path, text, kind):
+    assert detect_kind(tmp_path / "a.jsonl", text) == kind
+
+
+def test_characters_per_token_by_hand(tmp_path):
+    class Halves:
+        def encode(self, text, add_special_tokens):
+            assert not add_special_tokens
+            return text[::2]
+
+    texts = [
+        ("a.jsonl", "abcd"),
+        ("a.jsonl", "abc"),
+        ("medical.jsonl", "水水水"),
+        ("a.jsonl", "naïve"),
+        ("a.jsonl", "水"),
+    ]
+    found = characters_per_token(Halves(), ((tmp_path / name, text) for name, text in texts))
+    assert list(found.items()) == [("Chinese", 1.0), ("Chinese medical", 1.5), ("English", 7 / 4)]
+
+
+def test_every_text_is_on_one_side_and_ignored_keys_are_told_with_the_one_kept_aside(data, capsys):
+    paths = [data / "texts.jsonl", data / "pairs.jsonl"]
+    training = list(texts_in(paths, 0.5, kept_aside=False))
+    assert capsys.readouterr().err == ""
+    kept = list(texts_in(paths, 0.5, kept_aside=True))
+    assert capsys.readouterr().err == f"{data / 'pairs.jsonl'}: ignored keys: id 1\n"
+    assert len(training) + len(kept) == 300 + 6
+    assert not {text for _, text in training} & {text for _, text in kept}
+    assert {path for path, _ in training + kept} == set(paths)
+
+
+def test_a_saved_tokenizer_says_how_long_texts_may_be_and_cleans_nothing_up(tmp_path):
+    save(train(iter(SENTENCES), 300), tmp_path / "new")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "new", local_files_only=True)
+    assert (tokenizer.model_max_length, tokenizer.clean_up_tokenization_spaces) == (8192, False)
+    assert tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<answer>", "</answer>", "<image>"]) == [
+        *range(len(tokenizer) - 5, len(tokenizer))
+    ]
+
+
+@pytest.mark.parametrize(("share", "taken"), [("-0.01", False), ("0", True), ("0.999", True), ("1", False)])
+def test_the_share_that_is_kept_aside(tmp_path, capsys, share, taken):
+    """With a vocabulary that has no room: the next thing that is asked."""
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    flags = ("--data_path", data, "--out_dir", tmp_path / "out", "--vocab_size", "263", f"--holdout={share}")
+    call_script("scripts/train_tokenizer.py", *flags, exit_code=2)
+    assert ("--vocab_size 263" if taken else "--holdout must be") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", [{"chosen": CHATS[0]}, {"rejected": CHATS[0]}])
+def test_half_a_pair_is_none(record):
+    with pytest.raises(BadRecord, match=r'^neither "text" nor "conversations" nor "chosen" and "rejected"'):
+        stream_texts(record, Counter())

@@ -242,3 +242,33 @@ def test_configurations_map_one_to_one():
         for place in ("rope_theta", "rope_parameters"):  # transformers 4 saves the one, transformers 5 the other
             without = {key: value for key, value in theirs.items() if key != place}
             assert to_our_config(without, shared).rope_theta == config.rope_theta
+
+
+def test_all_that_a_config_says():
+    """By hand: what transformers' Llama and Qwen2-MoE take, so that they compute what a MiniMind does."""
+    shape = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "n_layers": 3, "max_seq_len": 200}
+    common = {
+        **{"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu", "max_position_embeddings": 200},
+        **{"rms_norm_eps": 1e-6, "rope_theta": 1e4, "initializer_range": 0.02, "tie_word_embeddings": True},
+        **{"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "attention_dropout": 0.0},
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"},
+    }
+    dense = make_model(50, **shape, rope_theta=1e4, norm_eps=1e-6).config
+    assert to_their_config(dense) == common | {
+        **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False}
+    }
+    experts = {"n_routed_experts": 5, "num_experts_per_tok": 2, "aux_loss_alpha": 0.03}
+    moe = make_model(50, **shape, rope_theta=1e4, norm_eps=1e-6, use_moe=True, **experts).config
+    assert to_their_config(moe) == common | {
+        **{"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "moe_intermediate_size": 96},
+        **{"shared_expert_intermediate_size": 96, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True},
+        **{"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.03, "qkv_bias": True},
+        **{"output_router_logits": False, "use_sliding_window": False, "sliding_window": None, "max_window_layers": 3},
+    }
+
+
+@pytest.mark.parametrize(("norm", "each", "theirs"), [(True, 1, False), (True, 2, True), (False, 2, False)])
+def test_a_single_experts_weight_stays_as_it_is(norm, each, theirs):
+    config = make_model(50, use_moe=True, n_routed_experts=3, num_experts_per_tok=each, norm_topk_prob=norm).config
+    assert to_their_config(config)["norm_topk_prob"] is theirs

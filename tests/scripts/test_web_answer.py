@@ -203,3 +203,86 @@ def test_a_server_gets_pictures_as_data_addresses():
             {"type": "image_url", "image_url": {"url": "data:image;base64,iVBORw=="}},
             {"type": "text", "text": "What?"},
         ]
+
+
+class Said(Exception):
+    message = "what the server says"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ValueError("lost"), "lost"), (ValueError(), "ValueError"), (Said("longer"), "what the server says")],
+)
+def test_what_is_told_of_an_error(error, told):
+    def broken():
+        yield "answer", "half"
+        raise error
+
+    assert wait(Answer(broken())).error == told
+
+
+def test_seconds_are_those_until_the_last_piece(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(web_answer.time, "monotonic", lambda: now[0])
+
+    def parts():
+        for second in (3.0, 7.0):
+            now[0] = 100.0 + second
+            yield "token", "x"
+        now[0] = 119.0
+
+    answer = Answer(parts())
+    assert answer._ended.wait(PATIENCE)
+    assert (answer.seconds, answer.tokens, answer.stopped) == (7.0, 2, False)
+
+
+@pytest.mark.parametrize(("late", "kept"), [(20.0, "xy"), (20.1, "x")])
+def test_an_answer_is_worth_writing_on_for_twenty_seconds(late, kept, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(web_answer.time, "monotonic", lambda: now[0])
+
+    def parts():
+        yield "answer", "x"
+        now[0] = 100.0 + late
+        yield "answer", "y"
+
+    answer = Answer(parts())
+    assert answer._ended.wait(PATIENCE)
+    assert (answer.text, answer.stopped) == (kept, kept == "x")
+
+
+def test_what_has_ended_is_not_stopped():
+    answer = wait(Answer(iter_closing([("answer", "x")])))
+    answer.stop()
+    assert not answer.stopped
+
+
+def test_every_kind_has_its_place_in_the_list(tmp_path):
+    kinds = ["full_sft", "rlhf", "full_dist", "reason", "pretrain"]
+    for kind in ("mine", *kinds):
+        (tmp_path / f"{kind}_512.pth").touch()
+    (tmp_path / "full_sft_512.pth.resume").mkdir()
+    (tmp_path / "full_sft_512.pth.resume" / "full_sft_9.pth").touch()
+    names = [path.name.removesuffix("_512.pth") for path in weights_in(tmp_path, vision=False)]
+    assert names == ["mine", *kinds]
+
+
+def test_an_engine_writes_four_answers_at_a_time(tiny_out, tokenizer_dir, monkeypatch):
+    slots = []
+    monkeypatch.setattr("model.inference.scheduler.Engine", lambda *given, **how: slots.append(how))
+
+    class Thread:
+        def close(self):
+            pass
+
+    monkeypatch.setattr("model.inference.thread.EngineThread", lambda engine: Thread())
+    chats = load_local(tiny_out / "full_sft_32.pth", None, str(tokenizer_dir), "cpu", None)
+    continues = load_local(tiny_out / "pretrain_32.pth", None, str(tokenizer_dir), "cpu", None)
+    assert slots == [{"slots": 4}] * 2
+    assert (chats.pretrained, continues.pretrained, chats.processor) == (False, True, None)
+
+
+def test_a_server_is_waited_for_ten_minutes_and_its_door_for_five_seconds():
+    with openai_double() as double:
+        client, _ = connect(double.address, "")
+    assert (client.timeout.read, client.timeout.connect, client.max_retries, client.api_key) == (600, 5, 0, "none")

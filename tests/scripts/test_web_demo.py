@@ -165,3 +165,38 @@ def test_the_key_of_the_environment_goes_to_no_address_that_somebody_typed(addre
     monkeypatch.setattr(web_page, "st", page)
     web_page.choose_remote(web_page.WORDS["English"], SimpleNamespace(base_url="http://own/v1"))
     assert asked == [(address, sent)]
+
+
+def test_the_parameters_of_a_page_where_nobody_moves_them(open_page, tmp_path):
+    app = open_page("--out_dir", tmp_path)
+    sliders = {slider.key: (slider.min, slider.max, slider.value, slider.step) for slider in app.slider}
+    assert sliders == {
+        "t": (0.0, 2.0, 0.85, 0.05),
+        "top_p": (0.05, 1.0, 0.85, 0.05),
+        "penalty": (1.0, 2.0, 1.0, 0.05),
+        "longest": (16, 4096, 512, 16),
+        "history": (0, 20, 3, 1),
+    }
+    seed = app.number_input(key="seed")
+    assert (seed.min, seed.max, seed.value) == (0, 2**31 - 1, None)
+    assert not app.slider(key="penalty").disabled
+    assert app.radio(key="source").value == "out/"
+    app.radio(key="source").set_value("OpenAI API").run()
+    assert app.slider(key="penalty").disabled  # no part of OpenAI's API
+
+
+def test_the_words_of_both_languages_are_for_the_same_things():
+    chinese, english = web_page.WORDS["中文"], web_page.WORDS["English"]
+    assert chinese.keys() == english.keys()
+    for key in chinese:
+        assert str(chinese[key]).count("{") == str(english[key]).count("{"), key
+    assert len(chinese["samples"]) == len(english["samples"]) == 4
+    assert english["speed"].format(7, 3.6) == "7 tokens · 4 tokens/s"
+
+
+def test_a_question_without_an_answer_is_no_part_of_a_later_history():
+    answered = web_page.Turn(1, "q", [], SimpleNamespace(raw="a"))
+    assert answered.messages() == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert web_page.Turn(1, "q", []).messages() == []
+    assert web_page.Turn(1, "q", [], SimpleNamespace(raw="")).messages() == []
+    assert web_page.Turn(1, "q", [b"1", b"2"]).asked() == {"role": "user", "content": [b"1", b"2", "q"]}

@@ -87,11 +87,135 @@ def test_which_images_belong_to_one_question(tmp_path):
 @pytest.mark.parametrize("script", [eval_model, eval_vlm])
 def test_an_answer_as_long_as_the_context_leaves_no_room_to_ask(script, monkeypatch, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=64))
-    monkeypatch.setattr(script, "load_model", lambda args: (model, None, None)[: 2 if script is eval_model else 3])
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=64), to=lambda device: None)
+    monkeypatch.setattr("trainer.loading.load_by_flags", lambda args: (model, None))
+    monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, None, None))
     monkeypatch.setattr("model.inference.scheduler.Engine", lambda *_, **settings: None)
     asked = ["--prompt", "q", "--max_new_tokens", "64"]
     asked += ["--image", str(tmp_path / "a.png")] if script is eval_vlm else []
     monkeypatch.setattr(sys, "argv", ["script", *asked])
     with pytest.raises(UserError, match=r"^--max_new_tokens 64: the model takes 64 in all$"):
         script.main()
+
+
+class Engine:
+    """Writes "w" and a number for each request, and takes note of all it is told."""
+
+    def __init__(self):
+        self.asked, self.slots = [], None
+
+    def stream(self, request):
+        self.asked.append(request)
+        yield SimpleNamespace(text=f"w{len(self.asked)}", tokens=[1])
+
+
+@pytest.fixture
+def evaluate(monkeypatch):
+    """Runs eval_model.py on a model that is none; the engine, and what it was asked."""
+
+    def run(*flags, context: int = 600) -> Engine:
+        engine = Engine()
+        model = SimpleNamespace(config=SimpleNamespace(max_seq_len=context), to=lambda device: None)
+        monkeypatch.setattr("trainer.loading.load_by_flags", lambda args: (model, "tokenizer"))
+        monkeypatch.setattr(
+            "model.inference.scheduler.Engine",
+            lambda *_, slots: setattr(engine, "slots", slots) or engine,
+        )
+        monkeypatch.setattr("model.chat.render_text", lambda tokenizer, texts: [[1] * len(texts[0]) + [2]])
+        monkeypatch.setattr(
+            "model.chat.fit_history",
+            lambda tokenizer, system, turns, room: ([turn["content"] for turn in [*system, *turns]], turns),
+        )
+        monkeypatch.setattr(sys, "argv", ["eval_model.py", "--device", "cpu", *flags])
+        eval_model.main()
+        return engine
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "last"),
+    [
+        ((), ["c"]),
+        (("--history_cnt", "1"), ["b", "w2", "c"]),
+        (("--history_cnt", "2"), ["a", "w1", "b", "w2", "c"]),
+        (("--history_cnt", "9", "--system", "s"), ["s", "a", "w1", "b", "w2", "c"]),
+        (("--system", ""), ["c"]),
+    ],
+)
+def test_earlier_questions_with_their_answers(evaluate, capsys, flags, last):
+    engine = evaluate("--prompt", "a", "--prompt", "b", "--prompt", "c", *flags)
+    assert engine.asked[-1].prompt == last
+    assert capsys.readouterr().out == "> a\nw1\n\n> b\nw2\n\n> c\nw3\n"
+    assert engine.slots == 1
+    assert (engine.asked[0].max_new_tokens, engine.asked[0].temperature, engine.asked[0].seed) == (512, 0.85, None)
+
+
+@pytest.mark.parametrize("stream", ["1", "0"])
+def test_a_pretrained_model_may_be_given_all_the_room_that_is_left(evaluate, stream):
+    flags = ("--model_mode", "0", "--max_new_tokens", "90", "--stream", stream)
+    assert evaluate(*flags, "--prompt", "x" * 10, context=100).asked[0].prompt == [1] * 10
+    with pytest.raises(UserError, match=r"^'xxxxxxxxxxx': a text of 11 tokens: 10 are left for it$"):
+        evaluate(*flags, "--prompt", "x" * 11, context=100)
+
+
+@pytest.mark.parametrize(
+    ("votes", "temperature", "refused"), [("2", "0", True), ("1", "0", False), ("2", "0.001", False)]
+)
+def test_votes_need_some_chance(votes, temperature, refused, evaluate, monkeypatch):
+    monkeypatch.setattr(eval_model, "reply", lambda *given: "x")
+    flags = ("--votes", votes, "--temperature", temperature, "--prompt", "a")
+    if refused:
+        with pytest.raises(UserError, match="--votes 2 at --temperature 0 is 2 times the same answer"):
+            evaluate(*flags)
+    else:
+        assert evaluate(*flags).slots == int(votes)
+
+
+def test_ctrl_c_ends_an_answer_by_hand_and_else_everything(capsys):
+    class Interrupted(Engine):
+        abandoned = 0
+
+        def stream(self, request):
+            yield SimpleNamespace(text="half", tokens=[1, 2])
+            raise KeyboardInterrupt
+
+        def abandon(self):
+            self.abandoned += 1
+
+    sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    args = SimpleNamespace(**sampling, seed=None, votes=1, model_mode=1, stream=True, hide_thinking=False)
+    engine = Interrupted()
+    assert eval_model.reply(engine, [1], args, by_hand=True) == "half"
+    assert engine.abandoned == 1
+    told = capsys.readouterr()
+    assert told.out == "half [stopped]\n"
+    assert told.err.startswith("[2 tokens, ")
+    with pytest.raises(KeyboardInterrupt):
+        eval_model.reply(engine, [1], args, by_hand=False)
+
+
+@pytest.mark.parametrize(
+    ("images", "asked"),
+    [(1, "请描述这张图片。"), (2, "请比较这两张图片。"), (3, "请比较这两张图片。")],
+)
+def test_what_is_asked_about_pictures_where_nobody_asks(images, asked, monkeypatch, tmp_path, capsys):
+    names = [f"{n}.png" for n in range(images)]
+    for name in names:
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    engine, chats = Engine(), []
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=600), to=lambda device: None)
+    prompt = SimpleNamespace(input_ids=[SimpleNamespace(tolist=lambda: [7, 8])])
+    monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, "tokenizer", "processor"))
+    monkeypatch.setattr("model.inference.scheduler.Engine", lambda *_, slots: setattr(engine, "slots", slots) or engine)
+    monkeypatch.setattr(
+        "model.images.prepare_chat", lambda tokenizer, chat, *rest: chats.append((chat, rest[-1])) or prompt
+    )
+    monkeypatch.setattr("model.images.prompt_embeddings", lambda model, prompt: "seen")
+    flags = [flag for name in names for flag in ("--image", str(tmp_path / name))]
+    monkeypatch.setattr(sys, "argv", ["eval_vlm.py", "--device", "cpu", "--system", "s", *flags])
+    eval_vlm.main()
+    paths = [tmp_path / name for name in names]
+    assert chats == [([{"role": "system", "content": "s"}, {"role": "user", "content": [*paths, asked]}], 88)]
+    assert (engine.slots, engine.asked[0].embeddings, engine.asked[0].prompt) == (1, "seen", [7, 8])
+    assert capsys.readouterr().out == f"\n{', '.join(names)}\n> {asked}\nw1\n"

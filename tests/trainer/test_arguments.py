@@ -234,3 +234,61 @@ def test_every_sampling_flag_reaches_the_model():
     assert settings.keys() == flags
     assert (settings["repetition_penalty"], settings["seed"]) == (1.5, 7)
     assert flags <= inspect.signature(MiniMindLM.stream).parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("word", "on"),
+    [
+        *(("1", True), ("true", True), ("TRUE", True), ("yes", True), ("on", True)),
+        *(("0", False), ("false", False), ("no", False), ("off", False)),
+    ],
+)
+def test_every_word_of_a_switch(word, on):
+    assert parse("--use_moe", word).use_moe is on
+    assert parse("--no-use_moe", word).use_moe is not on
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("", "--max_seq_len 2", "--resume", "--overwrite", "--deepspeed", "--optimizer muon", "--use_wandb"),
+        *("--tracker swanlab", "--use_wandb --tracker wandb", "--deepspeed --optimizer adamw"),
+    ],
+)
+def test_settings_that_work_together(arguments):
+    check_training_arguments(parse(*arguments.split()))
+
+
+def test_all_that_deepspeed_is_told_without_a_file():
+    assert deepspeed_config(parse("--deepspeed")) == {
+        "zero_optimization": {"stage": 2},
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,  # whatever ours are: the loop adds batches up
+        "gradient_clipping": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    assert deepspeed_config(parse("--deepspeed", "--accumulation_steps", "7"))["gradient_accumulation_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    """
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping
+    optimizer scheduler fp16 bf16 torch_autocast
+    """.split(),
+)
+def test_what_a_deepspeed_file_says_of_our_flags_is_left_out_and_told(name, tmp_path, capsys):
+    (own := tmp_path / "ds.json").write_text(json.dumps({name: "theirs", "steps_per_print": 5}))
+    config = deepspeed_config(parse("--deepspeed", str(own)))
+    assert config.get(name) != "theirs"
+    assert config["steps_per_print"] == 5
+    assert capsys.readouterr().err.strip() == f"{own}: the flags decide instead of {name}"
+
+
+def test_numbers_just_beyond_their_bounds():
+    for kind, number in ((probability, "1.0000001"), (positive_float, "-1e-9"), (non_negative_float, "-1e-9")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            kind(number)
+    assert (probability("1e-9"), positive_float("1e-9"), non_negative_float("0")) == (1e-9, 1e-9, 0.0)
+    assert (positive_int("1"), non_negative_int("0"), seed("9223372036854775807")) == (1, 0, 2**63 - 1)

@@ -289,17 +289,22 @@ def test_a_file_system_without_locks_is_told_and_the_run_goes_on(open_checkpoint
 def test_a_worker_does_not_keep_the_lock_of_a_run_that_is_gone(open_checkpoint):
     checkpoint, _ = open_checkpoint(resume=False)
     go_on, ended = os.pipe()
+    started, begun = os.pipe()
     pid = os.fork()
     if pid == 0:  # as a DataLoader's worker does, it lives on for a while
+        os.write(begun, b".")  # what is done at a fork has been done in here
         os.close(ended)
         os.read(go_on, 1)
         os._exit(0)
+    os.read(started, 1)
     with pytest.raises(UserError, match=f"process {os.getpid()} on "):
         open_checkpoint(resume=False)
     del checkpoint
     open_checkpoint(resume=False)
     os.close(ended)
     os.waitpid(pid, 0)
+    for end in (go_on, started, begun):
+        os.close(end)
 
 
 # ------------------------------------------------------------------------------- what may change when a run goes on

@@ -87,7 +87,7 @@ def test_a_cpu_trains_in_bfloat16_where_it_computes_in_it(able, dtype, monkeypat
 
 @pytest.mark.parametrize(("able", "dtype"), [(True, "bfloat16"), (False, "float16")])
 def test_a_gpu_trains_in_bfloat16_where_it_computes_in_it(able, dtype, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: able or including_emulation)
     assert default_dtype(torch.device("cuda")) == dtype
 
 
@@ -176,3 +176,23 @@ def test_a_training_step_needs_no_float64(use_moe, optimizer):
 
 def test_every_dtype_of_the_flag_is_known():
     assert set(devices.DTYPES) == {"float32", "bfloat16", "float16"}
+
+
+def test_only_an_accelerator_that_is_really_there_is_taken(monkeypatch):
+    """PyTorch built for CUDA names it also on a machine without."""
+    monkeypatch.setattr(
+        torch.accelerator,
+        "current_accelerator",
+        lambda check_available=False: None if check_available else torch.device("cuda"),
+    )
+    assert pick_device(None) == CPU
+
+
+@pytest.mark.parametrize(("count", "index", "there"), [(1, 0, True), (1, 1, False), (4, 3, True), (4, 4, False)])
+def test_devices_are_counted_from_0(count, index, there, monkeypatch):
+    pretend(monkeypatch, "xpu", count)
+    if there:
+        assert pick_device(f"xpu:{index}") == pick_device(None, local_rank=index) == torch.device("xpu", index)
+    else:
+        with pytest.raises(UserError, match="counted from 0"):
+            pick_device(f"xpu:{index}")

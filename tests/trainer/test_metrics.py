@@ -15,7 +15,7 @@ from tests.running import call_script
 from trainer.checkpoint import Progress
 from trainer.errors import UserError
 from trainer.evaluation import EvaluationError
-from trainer.metrics import Metrics, draw_curve, read_metrics
+from trainer.metrics import Metrics, _clock, draw_curve, read_metrics
 from trainer.runtime import Runtime
 
 NOT_UTF8 = b"a\xff".decode("utf-8", "surrogateescape")
@@ -177,3 +177,73 @@ def test_a_run_and_a_talk_in_folders_that_are_not_utf8(tmp_path, tiny_data, toke
     capsys.readouterr()
     call_script("eval_model.py", *model, *talk, NOT_UTF8, exit_code=2)
     assert capsys.readouterr().err == "error: argument --prompt: it is not UTF-8 (--help lists the flags)\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00"), (59.9, "0:59"), (60, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (90_061, "25:01:01")],
+)
+def test_time_left_as_a_clock_shows_it(seconds, shown):
+    assert _clock(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ({"use_wandb": True, "tracker": None}, "wandb"),
+        ({"use_wandb": False, "tracker": "swanlab"}, "swanlab"),
+        ({"use_wandb": False, "tracker": None}, None),
+    ],
+)
+def test_a_tracker_hears_what_the_file_is_told(flags, kind, tmp_path, monkeypatch):
+    started, told = [], []
+    tracker = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
+    monkeypatch.setattr("trainer.metrics.start_tracker", lambda *given: started.append(given) or tracker)
+    args = SimpleNamespace(wandb_project="tiny", dtype=None, **flags)
+    run = Runtime(torch.device("cpu"), torch.bfloat16)
+    path = tmp_path / "stage_32.pth"
+    measured = Metrics(args, path, nn.Linear(2, 2), 10, Progress(step=3, tokens=5, seconds=1.0), run)
+    measured.log_evaluation(lambda: {"eval_loss": math.nan})
+    measured.close()
+    if kind is None:
+        assert (started, told) == ([], [])
+    else:
+        assert started == [(kind, "tiny", path, vars(args) | {"dtype": "bfloat16"}, 3)]
+        assert told == [(3, {"eval_loss": None}), "end"]
+
+
+def test_the_lines_of_a_curve(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *to, **how: drawn.append(self) or save(self, *to, **how))
+    lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"step": 2, "eval_loss": 0.0}, {"step": 3, "loss": 0}]
+    path = tmp_path / "stage_32.metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_curve(path)
+    (axes,) = drawn[0].axes
+    assert {line.get_label(): line.get_xydata().tolist() for line in axes.lines} == {
+        "training": [[1, 3], [3, 0]],
+        "held out": [[2, 0]],
+    }
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("stage_32", "optimizer step", "loss (nats)")
+    path.write_text('{"step": 1, "loss": 3.0}\n')
+    draw_curve(path)
+    assert [line.get_label() for line in drawn[1].axes[0].lines] == ["training"]
+
+
+def test_a_file_that_cannot_be_written_to_is_named(metrics, tmp_path):
+    measured = metrics(Progress(step=3))
+    measured.log_evaluation(lambda: {"eval_loss": 1.0})
+    (tmp_path / "stage_32.metrics.jsonl").unlink()
+    (tmp_path / "stage_32.metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"stage_32\.metrics\.jsonl"):
+        measured.log_evaluation(lambda: {"eval_loss": 1.0})
+
+
+def test_the_reason_of_a_failed_evaluation_is_cut(metrics, capsys):
+    def evaluate():
+        raise EvaluationError from DataError("x" * 400)
+
+    metrics(Progress(step=3)).log_evaluation(evaluate)
+    assert f"({'x' * 300})" in capsys.readouterr().err

@@ -152,3 +152,36 @@ def test_muon_decays_what_it_moves():
     model = MiniMindLM(LMConfig(**TINY))
     muon = make_optimizer(model, settings(optimizer="muon")).optimizers[0]
     assert {group["weight_decay"] for group in muon.param_groups} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "warmup", "rate"),
+    [
+        (0, 10, 0, 1.0),
+        (0, 10, 1, 1.0),
+        (0, 10, 4, 0.25),
+        (3, 10, 4, 1.0),
+        (4, 10, 4, 1.0),
+        (9, 10, 4, 0.1),
+        (5, 11, 0, 0.55),  # half-way
+        (40, 11, 0, 0.1),  # beyond its end it stays at its foot
+    ],
+)
+def test_rates_by_hand(step, total, warmup, rate):
+    assert cosine_schedule(step, total, warmup, 1.0) == pytest.approx(rate)
+    assert cosine_schedule(step, total, warmup, 3e-4) == pytest.approx(3e-4 * rate)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_model_with_nothing_for_muon_has_one_optimizer(kind):
+    model = MiniMindLM(LMConfig(**TINY))
+    for key, p in model.named_parameters():
+        p.requires_grad_(key == "norm.weight")
+    assert isinstance(make_optimizer(model, settings(optimizer=kind)), torch.optim.AdamW)
+
+
+def test_a_model_with_all_for_muon_has_one_optimizer():
+    model = MiniMindLM(LMConfig(**TINY))
+    for key, p in model.named_parameters():
+        p.requires_grad_(key.endswith("wq.weight"))
+    assert isinstance(make_optimizer(model, settings(optimizer="muon")), torch.optim.Muon)

@@ -3,6 +3,7 @@
 import ast
 import io
 import sys
+import time
 
 import pytest
 
@@ -11,7 +12,7 @@ from scripts.chat_openai_api import lines
 from tests.running import ROOT
 from trainer.arguments import Parser, text
 from trainer.errors import UserError
-from trainer.talk import piped_lines, questions, read_line, stream_texts
+from trainer.talk import piped_lines, questions, read_line, report_speed, room_for_prompt, show, stream_texts
 
 LATIN = "caf\u00e9?".encode("latin-1")
 
@@ -80,3 +81,54 @@ def test_nothing_reads_stdin_but_what_says_so():
             name = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else None
             assert name != "input", path
             assert not (isinstance(node, ast.Attribute) and node.attr == "stdin" and node not in asked), path
+
+
+def test_the_longest_answer_leaves_room_for_a_token_at_least():
+    assert room_for_prompt(64, 63) == 1
+    assert room_for_prompt(64, 1) == 63
+    for asked in (64, 65):
+        with pytest.raises(UserError, match=f"^--max_new_tokens {asked}: the model takes 64 in all$"):
+            room_for_prompt(64, asked)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_samples_are_for_a_terminal_alone(pipe, monkeypatch, terminal):
+    pipe(b"piped\n")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: terminal)
+    assert list(questions(None, ["sample"], by_hand=False)) == (["sample"] if terminal else ["piped"])
+    assert list(questions([], ["sample"], by_hand=False)) == (["sample"] if terminal else [])
+
+
+def test_a_person_is_asked_anew_until_there_is_nothing(monkeypatch, capsys):
+    typed, asked = iter(["a", "b"]), []
+
+    def read(prompt: str) -> str:
+        asked.append(prompt)
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert list(questions(["given"], ["sample"], by_hand=True)) == ["a", "b"]
+    assert asked == ["\n> "] * 3
+    assert capsys.readouterr().out == "\n"  # Ctrl-D leaves the line
+
+
+def test_the_speed_of_two_pieces(monkeypatch, capsys):
+    monkeypatch.setattr(time, "monotonic", lambda: 14.0)
+    report_speed([Piece("a", (1, 2)), Piece("b", (3,))], started=12.0)
+    assert capsys.readouterr() == ("", "[3 tokens, 1.5 tokens/s]\n")
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "hide", "shown"),
+    [
+        (False, False, "<think>\na\n</think>\n<answer>\nb\n</answer>\n"),
+        (True, False, "[thinking]\na\n[answer]\nb\n"),
+        (True, True, "b\n"),
+    ],
+)
+def test_what_is_shown_to_the_letter(reasoning, hide, shown, capsys):
+    show(["<think>\na\n</think>\n", "<answer>\nb\n</answer>"], reasoning, hide)
+    assert capsys.readouterr().out == shown

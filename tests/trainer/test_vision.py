@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trainer import vision
+from trainer.errors import UserError
 from trainer.runtime import Runtime
 from trainer.vision import Vision, cache_features, open_vision
 
@@ -41,6 +42,13 @@ def asked(monkeypatch):
     return ask
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (48, 32), (48, 48)])
+def test_a_processor_of_other_sides_than_the_towers_is_refused(clip_dir, monkeypatch, height, width):
+    monkeypatch.setattr(vision, "to_pixels", lambda processor, images: torch.zeros(0, 3, height, width))
+    with pytest.raises(UserError, match=f"makes images of {width} x {height} pixels, and its tower takes 32 x 32"):
+        open_vision(str(clip_dir))
+
+
 def test_whatever_decides_a_feature_is_part_of_the_name(asked, opened):
     names = [asked(opened)[0], asked(opened, "bfloat16")[0], asked(opened._replace(hash="other"))[0]]
     assert asked(opened)[0] == names[0]
@@ -72,3 +80,28 @@ def test_features_are_computed_in_the_run_s_precision(asked, opened, dtype):
 def test_without_images_there_is_nothing_to_compute(monkeypatch):
     monkeypatch.setattr(vision, "open_feature_cache", None)
     cache_features(None, [SimpleNamespace(image_names=list)], None, None, None)
+
+
+def test_a_tower_that_is_missing_says_where_to_get_one(tmp_path):
+    with pytest.raises(UserError, match=r"^--vision_model .*gone is missing: download openai/clip-vit-base-patch16"):
+        open_vision(str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="cannot be used: "):
+        open_vision(str(tmp_path))
+
+
+def test_every_data_set_gets_the_features_of_all_names_and_caches_are_limited(monkeypatch, opened, capsys):
+    asked, limited = [], []
+    monkeypatch.setattr(
+        vision, "open_feature_cache", lambda names, *rest, **more: asked.append((names, rest[0])) or Features(names)
+    )
+    monkeypatch.setattr(vision, "limit_caches", lambda *given: limited.append(given))
+    first, second = (
+        SimpleNamespace(image_names=lambda names=names: names, images_path="pictures", load_pixels=None)
+        for names in (["b.png", "a.png"], ["c.png", "a.png"])
+    )
+    args = SimpleNamespace(num_workers=0, data_path="lines", images_path="pictures", cache_limit=7)
+    cache_features(None, [first, None, second], args, opened, Runtime(torch.device("cpu"), torch.float32))
+    assert asked == [(["a.png", "b.png", "c.png"], "pictures")]
+    assert first.features is second.features
+    assert limited == [(["lines", "pictures"], 7)]
+    assert capsys.readouterr().out == "features of 3 images: there\n"

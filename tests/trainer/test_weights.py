@@ -14,9 +14,12 @@ from model.model_lora import apply_lora, lora_state_dict
 from model.tokenizer import special_ids, tokenizer_hash
 from tests.families import family
 from tests.model.test_weight_layouts import in_april_2025
+from tests.running import ROOT
 from trainer.errors import UserError
 from trainer.files import save_json, save_tensors
 from trainer.weights import (
+    SCRIPT_OF_STAGE,
+    _few,
     architecture,
     find_adapter,
     find_weights,
@@ -257,3 +260,96 @@ def test_the_tensors_tell_whether_there_are_shared_experts(shared):
     config = LMConfig(dim=32, n_layers=2, vocab_size=64, use_moe=True, n_routed_experts=3, n_shared_experts=shared)
     sizes = infer_sizes(MiniMindLM(config).state_dict())
     assert (sizes["use_moe"], sizes["n_routed_experts"], sizes["n_shared_experts"]) == (True, 3, shared)
+
+
+def test_every_stage_is_made_by_the_script_that_is_named():
+    assert SCRIPT_OF_STAGE == {
+        **{"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py", "rlhf": "train_dpo.py"},
+        **{"full_dist": "train_distillation.py", "reason": "train_distill_reason.py"},
+        **{"pretrain_vlm": "train_pretrain_vlm.py", "sft_vlm": "train_sft_vlm.py"},
+        "sft_vlm_multi": "train_sft_vlm.py --multi",
+    }
+    for stage, script in SCRIPT_OF_STAGE.items():
+        assert f'"{stage}"' in (ROOT / script.split()[0]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [("", "nothing"), ("a", "a"), ("abc", "a, b, c"), ("abcd", "a, b, c and 1 more"), ("abcdef", "a, b, c and 3 more")],
+)
+def test_a_long_list_of_names_is_cut(keys, told):
+    assert _few(list(keys)) == told
+
+
+@pytest.mark.parametrize(("name", "ours"), [("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", None)])
+def test_what_begins_and_ends_a_turn_is_as_it_was_in_training(name, ours, tiny_out, tiny_tokenizer, tmp_path):
+    """What fills a row is known by its place, and may be another."""
+    path = tmp_path / "full_sft_32.pth"
+    shutil.copy(tiny_out / path.name, path)
+    settings = json.loads((tiny_out / "full_sft_32.json").read_text())
+    settings["config"][name] = 5
+    path.with_suffix(".json").write_text(json.dumps(settings))
+    if ours is None:
+        config = load_weights(path, None, tiny_tokenizer).config
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
+    else:
+        with pytest.raises(UserError, match=f"was trained with {name} 5, and .* has {ours}: mend its settings"):
+            load_weights(path, None, tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokenizer": 3}, {"tokenizer": None}, {"config": None}, {"config": {"dim": 0}}, {"config": {"dim": "x"}}],
+)
+def test_a_json_of_other_things_is_damaged(change, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"tokenizer": "t", "config": {"dim": 32}} | change))
+    with pytest.raises(UserError, match=r"a\.json is damaged .*: restore it, or delete it to go by the flags"):
+        read_settings(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(("alpha", "fits"), [(0.001, True), (0, False), (-1, False), (None, True)])
+def test_the_alpha_of_an_adapter_is_above_0(alpha, fits, tiny_out, tiny_tokenizer, tmp_path):
+    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    apply_lora(model, rank=2)
+    save_tensors(lora_state_dict(model), tmp_path / "a.pth")
+    (tmp_path / "a.json").write_text(json.dumps({} if alpha is None else {"alpha": alpha}))
+    model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer)
+    if fits:
+        load_adapter(tmp_path / "a.pth", model)
+    else:
+        with pytest.raises(UserError, match=r"a\.json is damaged .*alpha is not above 0"):
+            load_adapter(tmp_path / "a.pth", model)
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [
+        ({"dim": 64}, ": give --dim 32"),
+        ({"dim": 64, "n_layers": 3}, ": give --dim 32 --n_layers 2"),
+        ({"use_moe": True}, ": give --no-use_moe"),
+        ({"n_heads": 16}, ""),
+    ],
+)
+def test_the_flags_to_give_are_told(asked, hint, tiny_out, tiny_tokenizer):
+    with pytest.raises(UserError) as error:
+        load_weights(tiny_out / "full_sft_32.pth", asked, tiny_tokenizer)
+    assert "by its json, but the flags ask for " in str(error.value)
+    assert "".join(str(error.value).partition(": give ")[1:]) == hint
+
+
+def test_what_the_tensors_of_nothing_tell():
+    assert infer_sizes({}) == {"n_layers": 0, "use_moe": False}
+    sizes = infer_sizes(
+        {"tok_embeddings.weight": torch.ones(7, 5), "layers.0.feed_forward.w1.weight": torch.ones(9, 5)}
+    )
+    assert sizes == {"n_layers": 1, "use_moe": False, "vocab_size": 7, "dim": 5, "hidden_dim": 9}
+
+
+def test_the_fields_of_experts_are_told_of_a_mixture_alone():
+    of_experts = {"num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob"}
+    dense, moe = (set(architecture(LMConfig(dim=32, n_layers=1, vocab_size=9, use_moe=moe))) for moe in (False, True))
+    assert moe - dense == of_experts
+    assert dense == {
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe"),
+        *("bos_token_id", "eos_token_id"),
+    }

@@ -1,0 +1,44 @@
+"""What a score is made of: how much of it is there without the question, and how much is a liking for a letter."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from trainer.errors import UserError
+
+
+def shuffle_stems(name: str, rows: Sequence[dict], stem: Sequence[str], seed: int) -> list[dict]:
+    """Every row with another one's stem and its own options: what is left of a score then is prior.
+
+    Args:
+        name: of the exam.
+        stem: the fields of a row that are the question, without its options.
+        seed: of the order, in which each takes the next one's.
+
+    Raises:
+        UserError: the stem cannot be parted from the options, or there is no other one.
+    """
+    if not stem:
+        raise UserError(f"--control shuffle: {name} has no stem apart from its options")
+    if len(rows) < 2:
+        raise UserError(f"--control shuffle: {name} has a single question")
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    next_of = dict(zip(order, [*order[1:], order[0]], strict=True))
+    return [row | {field: rows[next_of[i]][field] for field in stem} for i, row in enumerate(rows)]
+
+
+class Position(NamedTuple):
+    """How often an option's place was chosen, and how often it was the right one; shares of all questions."""
+
+    chosen: float
+    right: float
+
+
+def position_bias(chosen: Iterable[int], targets: Iterable[int]) -> dict[str, Position]:
+    """By letter, A for the first option: what a model that likes a place shows in the first number alone."""
+    chosen, targets = Counter(chosen), Counter(targets)
+    n = sum(targets.values())
+    places = range(max([*chosen, *targets]) + 1)
+    return {chr(ord("A") + place): Position(chosen[place] / n, targets[place] / n) for place in places}

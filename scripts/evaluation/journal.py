@@ -1,0 +1,77 @@
+"""What a model has answered already, in a file beside the results: a run that was cut short goes on from there."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from trainer.errors import UserError
+
+
+class Journal:
+    """A file of JSON lines, one a request, written as each is answered; the harness's cache hook.
+
+    Args:
+        path: the file; what it holds is known, except a last line that a kill cut short.
+        model: tells the weights and the tokenizer from others; a request's key hashes it with the texts.
+    """
+
+    def __init__(self, path: Path, model: str):
+        self.path = path
+        self.model = model
+        self.known: dict[str, list] = {}
+        lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                self.known[entry["key"]] = entry["value"]
+            except (ValueError, LookupError, TypeError):
+                continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        if lines[-1]:
+            self._file.write("\n")
+
+    def key(self, method: str, arguments: Sequence) -> str:
+        content = json.dumps([self.model, method, [*arguments]], sort_keys=True)
+        return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:32]
+
+    def add_partial(self, method: str, arguments: Sequence, value: Sequence) -> None:
+        """An answer, from the model; on its way to the disk when this returns."""
+        entry = {"key": self.key(method, arguments), "value": [*value]}
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Resumed:
+    """A model of the harness that is asked only what its journal does not know.
+
+    Args:
+        told: called with how many of how many requests are known.
+    """
+
+    def __init__(self, lm: LM, journal: Journal, told: Callable[[int, int], None]):
+        self.lm = lm
+        self.journal = journal
+        self.told = told
+        lm.set_cache_hook(journal)
+
+    def __getattr__(self, name: str):
+        return getattr(self.lm, name)
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        keys = [self.journal.key("loglikelihood", request.args) for request in requests]
+        new = [number for number, key in enumerate(keys) if key not in self.journal.known]
+        if len(new) < len(keys):
+            self.told(len(keys) - len(new), len(keys))
+        found = dict(zip(new, self.lm.loglikelihood([requests[i] for i in new]) if new else (), strict=True))
+        return [found[i] if i in found else tuple(self.journal.known[key]) for i, key in enumerate(keys)]

@@ -1,0 +1,215 @@
+"""What every script does where nothing is said: each default, as the documentation and old commands have it.
+
+The numbers are written out here once more on purpose. Whoever changes one changes what a user's command does.
+"""
+
+import importlib
+
+import pytest
+
+from tests.running import ROOT
+from trainer.errors import UserError
+
+MODEL = {"dim": 512, "n_layers": 8, "use_moe": False, "tokenizer": None, "out_dir": "out"}
+TOWER = {"vision_model": "model/vision_model/clip-vit-base-patch16"}
+WRITING = {
+    **{"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 0, "repetition_penalty": 1.0, "seed": None}
+}
+TRAINING = MODEL | {
+    **{"eval_path": None, "max_seq_len": 512, "packing": True, "skip_bad_lines": False, "num_workers": 0},
+    **{"cache_limit": 50_000_000_000, "epochs": 1, "max_steps": 0, "accumulation_steps": 1, "optimizer": "adamw"},
+    **{"grad_clip": 1.0, "seed": 42, "device": None, "dtype": None, "compile": None, "gradient_checkpointing": False},
+    **{"deepspeed": None, "zero_stage": 2, "local_rank": None, "ddp": False, "save_interval": 100},
+    **{"eval_interval": 100, "log_interval": 10, "resume": False, "overwrite": False, "tracker": None},
+    **{"use_wandb": False, "wandb_project": "MiniMind"},
+}
+
+
+def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, **own) -> dict:
+    """A stage's defaults: what all have, and its own."""
+    first = {"data_path": f"dataset/{data}.jsonl", "batch_size": batch_size, "learning_rate": learning_rate}
+    return TRAINING | first | {"warmup_iters": warmup_iters} | own
+
+
+LOOKING = TOWER | {"cache_features": False}
+ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
+DEFAULTS = {
+    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2),
+    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain"),
+    "train_dpo": stage(
+        *("dpo", 4, 1e-5, 20),
+        **{"max_seq_len": 1024, "epochs": 2, "from_weight": "full_sft"},
+        **{"beta": 0.1, "length_normalize": False, "cache_reference": True},
+    ),
+    "train_lora": stage(
+        *("lora_identity", 16, 1e-3, 10),
+        **{"epochs": 10, "from_weight": "full_sft", "lora_name": "identity"},
+        **{"rank": 16, "alpha": None, "target_modules": None},
+    ),
+    "train_distillation": stage(
+        *("sft_1024", 16, 3e-4, 20),
+        **{"from_weight": "full_sft", "teacher_weight": "full_sft_768", "alpha": 0.0, "temperature": 1.0},
+    ),
+    "train_distill_reason": stage("r1_mix_1024", 8, 3e-4, 20, max_seq_len=1024, from_weight="rlhf", tag_weight=10.0),
+    "train_pretrain_vlm": stage(
+        *("pretrain_vlm_data", 16, 4e-4, 0),
+        **{"max_seq_len": 640, "epochs": 4, "images_path": "dataset/pretrain_images"} | LOOKING,
+        **{"from_weight": "full_sft", "unfreeze_last": 0},
+    ),
+    "train_sft_vlm": stage(
+        *("sft_vlm_data", 8, 1e-4, 20),
+        **{"max_seq_len": 1536, "epochs": 6, "images_path": "dataset/sft_images"} | LOOKING,
+        **{"from_weight": "pretrain_vlm", "multi": False},
+    ),
+    "eval_model": {
+        **MODEL | WRITING | ENGINE,
+        **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
+    },
+    "eval_vlm": {
+        **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
+        **{"image_dir": "dataset/eval_images", "skip_bad_images": False, "system": None, "stream": True},
+    },
+    "scripts.chat_openai_api": {
+        **{"base_url": "http://127.0.0.1:8998/v1", "api_key": None, "model": None, "system": None},
+        **{"history_cnt": None, "max_tokens": None, "temperature": None, "top_p": None, "seed": None},
+        **{"stream": True, "hide_thinking": False},
+    },
+    "scripts.serve_openai_api": {
+        **MODEL | ENGINE | TOWER | {"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
+        **{"max_concurrency": 16, "max_queue": 112, "host": "127.0.0.1", "port": 8998, "api_key": None, "cors": None},
+        **{"keep_alive": 75, "drain_seconds": 30},
+    },
+    "scripts.train_clip": {
+        **{"data_path": "dataset/demo/clip_captions.jsonl", "eval_path": "dataset/demo/eval_clip.jsonl"},
+        **{"images_path": "dataset/demo/images", "skip_bad_lines": False, "out_dir": "out/demo/clip"},
+        **{"overwrite": False, "image_size": 64, "patch_size": 16, "width": 192, "layers": 4, "steps": 1000},
+        **{"batch_size": 256, "learning_rate": 1.5e-3, "warmup_iters": 50, "log_interval": 50},
+        **{"device": None, "dtype": None, "seed": 42},
+    },
+    "scripts.serving.page": TOWER
+    | {
+        **{"out_dir": "out", "tokenizer": None, "device": None, "base_url": "http://127.0.0.1:8998/v1"},
+    },
+    "scripts.inspect_data FILE": TOWER
+    | {
+        **{"data_path": "FILE", "stage": None, "tokenizer": None, "max_seq_len": None, "samples": 3, "seed": None},
+        **{"skip_bad_lines": False, "images_path": "dataset"},
+    },
+    "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
+}
+SIZES = dict.fromkeys(
+    ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
+)
+CONVERSIONS = {
+    "to-transformers weights folder": SIZES | {"lora": None},
+    "from-transformers folder out": {},
+    "to-gguf weights out": SIZES | {"dtype": "f16"},
+    "merge-lora weights adapter out": SIZES,
+    "to-peft weights adapter folder": SIZES | {"layout": "llama"},
+    "from-peft folder weights out": SIZES,
+}
+for line, own in CONVERSIONS.items():
+    command, *paths = line.split()
+    DEFAULTS[f"scripts.convert_model {line}"] = {
+        **own,
+        **{"command": command, "tokenizer": None, "overwrite": False},
+        **{path: path for path in paths},
+    }
+
+
+def arguments(line: str, monkeypatch) -> dict:
+    """What a script takes from a command line; paths as text, those in the repository from its root on."""
+    module, *_ = typed = line.split()
+    monkeypatch.setattr("sys.argv", typed)
+    args = vars(importlib.import_module(module).get_args())
+    inside = {name: str(value).removeprefix(f"{ROOT}/") for name, value in args.items() if _is_path(value)}
+    return args | inside
+
+
+def _is_path(value) -> bool:
+    return hasattr(value, "suffix") or (isinstance(value, str) and value.startswith(f"{ROOT}/"))
+
+
+@pytest.mark.parametrize("line", DEFAULTS)
+def test_what_a_script_does_where_nothing_is_said(line, monkeypatch):
+    assert arguments(line, monkeypatch) == DEFAULTS[line]
+
+
+INTEGERS_FROM_1 = """
+    dim n_layers max_seq_len epochs batch_size accumulation_steps save_interval log_interval
+""".split()
+INTEGERS_FROM_0 = "num_workers max_steps warmup_iters eval_interval seed".split()
+ABOVE_0 = "learning_rate grad_clip".split()
+LEAST = {
+    "train_full_sft": dict.fromkeys(INTEGERS_FROM_1, 1) | dict.fromkeys(INTEGERS_FROM_0, 0) | dict.fromkeys(ABOVE_0),
+    "train_dpo": {"beta": None},
+    "train_lora": {"rank": 1},
+    "train_distillation": {"temperature": None},
+    "train_pretrain_vlm": {"unfreeze_last": 0},
+    "eval_model": {
+        **{"max_new_tokens": 1, "temperature": 0, "top_p": None, "top_k": 0, "repetition_penalty": None, "seed": 0},
+        **{"history_cnt": 0, "votes": 1},
+    },
+    "scripts.chat_openai_api": {"history_cnt": 0, "max_tokens": 1, "seed": 0},
+    "scripts.serve_openai_api": {"max_concurrency": 1, "max_queue": 0, "port": 0, "keep_alive": 1, "drain_seconds": 0},
+    "scripts.inspect_data FILE": {"max_seq_len": 1, "samples": 0, "seed": 0},
+    "scripts.cache list": {"older_than": 0},
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "flag", "least"), [(line, flag, least) for line, flags in LEAST.items() for flag, least in flags.items()]
+)
+def test_the_least_that_a_flag_takes(line, flag, least, monkeypatch):
+    """None: whatever is above 0."""
+    taken, refused = (0.001, 0) if least is None else (least, least - 1)
+    assert arguments(f"{line} --{flag}={taken}", monkeypatch)[flag] == taken
+    with pytest.raises(UserError, match=f"--{flag}"):
+        arguments(f"{line} --{flag}={refused}", monkeypatch)
+
+
+CHOICES = {
+    "train_full_sft": {
+        "dtype": ["float32", "bfloat16", "float16"],
+        "optimizer": ["adamw", "muon"],
+        "zero_stage": [0, 1, 2, 3],
+        "tracker": ["wandb", "swanlab", "tensorboard"],
+    },
+    "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1]},
+    "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
+    "scripts.serve_openai_api": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16"]},
+    "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
+    "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0"]},
+    "scripts.convert_model to-peft a b c": {"layout": ["llama", "minimind"]},
+}
+
+
+@pytest.mark.parametrize(("line", "flag"), [(line, flag) for line, flags in CHOICES.items() for flag in flags])
+def test_what_a_flag_chooses_among(line, flag, monkeypatch):
+    several = CHOICES[line][flag]
+    for one in several:
+        assert arguments(f"{line} --{flag} {one}", monkeypatch)[flag] == one
+    for other in ("other", -1, len(several)):
+        with pytest.raises(UserError, match=f"--{flag}"):
+            arguments(f"{line} --{flag}={other}", monkeypatch)
+
+
+def test_what_may_be_said_more_than_once(monkeypatch):
+    for line in ("eval_model --prompt a --prompt b", "eval_vlm --prompt a --prompt b"):
+        assert arguments(line, monkeypatch)["prompt"] == ["a", "b"]
+    assert arguments("eval_vlm --image a --image b", monkeypatch)["image"] == ["a", "b"]
+    assert arguments("scripts.serve_openai_api --cors a --cors b", monkeypatch)["cors"] == ["a", "b"]
+
+
+def test_deepspeed_goes_with_a_file_or_without_one(monkeypatch):
+    assert arguments("train_pretrain --deepspeed", monkeypatch)["deepspeed"] is True
+    assert arguments("train_pretrain --deepspeed ds.json", monkeypatch)["deepspeed"] == "ds.json"
+
+
+def test_a_script_that_is_to_free_caches_is_told_which(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"^free what\? --all, --older_than DAYS or --name TEXT$"):
+        arguments("scripts.cache free", monkeypatch)
+    for which in ("--all", "--older_than=0", "--name=a"):
+        assert arguments(f"scripts.cache free {which}", monkeypatch)["action"] == "free"
+    with pytest.raises(UserError, match="nowhere is not a folder"):
+        arguments(f"scripts.cache list {tmp_path}/nowhere", monkeypatch)
