@@ -180,7 +180,7 @@ def test_caches_that_take_just_the_limit_stay(make, tmp_path, capsys):
     assert sources(tmp_path / "data" / ".cache") == ["a", "b"]
     limit_caches([tmp_path / "data" / "a"], total - 1)
     assert sources(tmp_path / "data" / ".cache") == ["b"]
-    assert "caches took more than 2." in capsys.readouterr().err
+    assert "caches exceeded 2." in capsys.readouterr().err
 
 
 def test_of_two_used_at_the_same_time_the_first_by_name_goes_first(make, tmp_path):

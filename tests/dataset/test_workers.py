@@ -69,7 +69,7 @@ def test_no_room_for_a_lock_is_told(monkeypatch):
 
     monkeypatch.setattr(workers.multiprocessing, "Queue", refuse)
     with pytest.raises(
-        DataError, match=r"^--num_workers cannot be .*/dev/shm \(No space left on device\): .*--shm-size"
+        DataError, match=r"^--num_workers cannot use shared memory, /dev/shm \(No space left on device\): .*--shm-size"
     ):
         require_room_for(1)
     require_room_for(0)

@@ -133,4 +133,4 @@ def test_what_was_in_use_is_not_counted_as_freed(cache, data):
     listed, freed = cache("list", data).splitlines(), cache("free", data, "--all").splitlines()
     assert [line.split()[3] for line in freed[1:3]] == ["freed", "in"]
     assert freed[-1].split() == [*freed[1].split()[:2], "freed"]
-    assert listed[-1].split()[2:] == ["in", "all"]
+    assert listed[-1].split()[2:] == ["total"]

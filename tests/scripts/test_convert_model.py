@@ -269,7 +269,7 @@ def test_what_every_conversion_says_and_leaves(convert, tiny_tokenizer, tokenize
     for layout, base in (("llama", "to-transformers makes"), ("minimind", "save_pretrained writes")):
         said = convert("to-peft", weights, tmp_path / "me.pth", tmp_path / layout / "peft", "--layout", layout, *flags)
         assert said == f"{tmp_path / layout / 'peft'}: for peft, on the model that {base}\n"
-        with pytest.raises(UserError, match="holds an adapter already"):
+        with pytest.raises(UserError, match="already contains an adapter"):
             convert("to-peft", weights, tmp_path / "me.pth", tmp_path / layout / "peft", *flags)
         back = tmp_path / f"{layout}.pth"
         said = convert("from-peft", tmp_path / layout / "peft", weights, back, *flags)
@@ -292,8 +292,8 @@ def test_a_server_is_told_a_context_of_8192_at_most(convert, tiny_tokenizer, tok
         ("a.pth", (), False, None),
         ("a.pth", ("a.pth",), True, None),
         ("a.pth", ("a.json",), True, None),
-        ("a.pth", ("a.pth",), False, r"a\.pth is there already"),
-        ("a.pth", ("a.json",), False, r"a\.json is there already"),
+        ("a.pth", ("a.pth",), False, r"a\.pth already exists"),
+        ("a.pth", ("a.json",), False, r"a\.json already exists"),
         ("a.pth", ("a.gguf",), False, None),
         ("a.pt", (), True, r"a\.pt: merge-lora writes a \.pth file"),
         ("pth", (), True, r"pth: merge-lora writes a \.pth file"),

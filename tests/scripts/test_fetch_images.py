@@ -229,7 +229,7 @@ def test_the_last_moment(now, left, monkeypatch):
     if left:
         assert fetch_images._left("u", 10.0) == left
     else:
-        with pytest.raises(ApiError, match="did not come within the 20 seconds"):
+        with pytest.raises(ApiError, match="did not arrive within the 20 seconds"):
             fetch_images._left("u", 10.0)
 
 

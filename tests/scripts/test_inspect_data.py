@@ -171,9 +171,9 @@ def test_what_is_counted_by_hand(inspect):
     """A text of one letter is <s>, the letter and </s>, and all but the first of them is learned."""
     printed, _ = inspect([{"text": "a"}, {"text": "a"}, {"text": "aaa bbb"}], "--samples", "1")
     assert "\nlines: 3\n" in printed
-    longest = int(re.search(r"tokens of a sample: median 3, longest (\d+)\n", printed)[1])
+    longest = int(re.search(r"tokens per sample: median 3, longest (\d+)\n", printed)[1])
     tokens = 6 + longest
-    assert f"\nlearned: {tokens - 3} of {tokens} tokens ({(tokens - 3) / tokens:.1%})\n" in printed
+    assert f"\ntarget tokens: {tokens - 3} of {tokens} ({(tokens - 3) / tokens:.1%})\n" in printed
     assert "--- sample 1: 3 tokens, 2 learned\n<s>⟦a</s>⟧\n\n" in printed
     assert "bad lines" not in printed
 
@@ -217,4 +217,4 @@ def test_a_row_needs_two_tokens_and_no_sample_need_be_shown(inspect):
     assert "--max_seq_len must be 2 or more" in inspect([{"text": "a"}], "--max_seq_len", "1", exit_code=2)[1]
     printed, _ = inspect([{"text": "a"}], "--max_seq_len", "2", "--samples", "0")
     assert "--- sample" not in printed
-    assert "\nlearned: 2 of 4 tokens (50.0%)\n" in printed  # split over rows of 2
+    assert "\ntarget tokens: 2 of 4 (50.0%)\n" in printed  # split over rows of 2

@@ -200,7 +200,7 @@ def test_what_is_an_address(address):
 
 
 def test_a_key_is_ascii():
-    with pytest.raises(UserError, match="the API key has other characters than ASCII"):
+    with pytest.raises(UserError, match="the API key contains non-ASCII characters"):
         check_address("http://a/v1", "schl\u00fcssel")
 
 
@@ -244,7 +244,7 @@ def test_parts_of_an_answer(stream, said, parts):
         ("/system", True, "system prompt: old", "old", False),
         ("/system   ", True, "system prompt: old", "old", False),
         ("/system  be kind ", True, "system prompt: be kind", "be kind", True),
-        ("/system -", True, "system prompt: the server decides", None, True),
+        ("/system -", True, "system prompt: default of the server", None, True),
         ("/help", True, HELP, "old", False),
         ("/restart", True, "/restart is not a command; /help lists them", "old", False),
         ("/etc/hosts", False, "", "old", False),

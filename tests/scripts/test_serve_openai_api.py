@@ -725,7 +725,7 @@ def test_the_key_of_a_flag_comes_before_the_environments(started, flags, environ
 )
 def test_an_open_server_without_a_key_is_told(started, capsys, host, key, warned):
     started("--host", host, *key)
-    assert (f"--host {host} without a key: whoever reaches this machine" in capsys.readouterr().err) is warned
+    assert (f"--host {host} without a key: anyone who can reach this machine" in capsys.readouterr().err) is warned
 
 
 def test_other_flags_reach_what_they_are_for(started):

@@ -94,7 +94,7 @@ def test_a_person_attaches_a_picture_and_asks_about_it(browser, tiny_tokenizer, 
         page.attach(tmp_path / "broken.png")
         page.say("And this?")
         page.wait_to_see("I see.", 3)
-        assert "not an image of a format" in page.messages()[2]
+        assert "not an image in a supported format" in page.messages()[2]
         sent = double.requests[0]["messages"]
         assert base64.b64decode(sent[0]["content"][0]["image_url"]["url"].partition(",")[2]) == picture("red")
         assert sent[2]["content"][1] == {"type": "text", "text": "And this?"}

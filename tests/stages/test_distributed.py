@@ -106,7 +106,7 @@ def test_machines_that_share_no_out_dir(pretrain, tmp_path):
     story = json.loads(state.read_text())
     state.write_text(json.dumps(story))  # the same, written otherwise
     done = pretrain(tmp_path, *TWENTY_STEPS, "--resume", **machines, exit_code=2)
-    assert "rank 1 has another " in one_error_line(done)
+    assert "rank 1 has a different " in one_error_line(done)
     shutil.rmtree(there)
     shutil.copytree(here, there)
     pretrain(tmp_path, *TWENTY_STEPS, "--resume", **machines)
@@ -122,7 +122,7 @@ def test_ranks_that_begin_with_other_weights(sft, tiny_out, tmp_path):
     torch.save(state, other)
     each = [(), ("--from_weight", other)]
     line = one_error_line(sft(tmp_path, *FOUR_STEPS, processes=2, each=each, exit_code=2))
-    assert "rank 1 has other weights than rank 0" in line
+    assert "rank 1 has different weights from rank 0" in line
 
 
 def test_ranks_with_other_settings(pretrain, tmp_path):

@@ -148,7 +148,7 @@ def test_the_same_entries_with_another_end_are_not_the_same_tokenizer(tmp_path, 
     call_script(*train, "--tokenizer", tmp_path / "qwen with bos")
     sft = ("train_full_sft.py", *common, "--data_path", data, "--max_seq_len", "128")
     call_script(*sft, "--tokenizer", tmp_path / "changed", exit_code=2)
-    assert "was trained with eos_token_id 402, and" in capsys.readouterr().err
+    assert "was trained with eos_token_id 402, but" in capsys.readouterr().err
     call_script(*train, "--tokenizer", tmp_path / "changed", "--resume", exit_code=2)
     assert "eos_token_id 402, this one has 400" in capsys.readouterr().err
     path = tmp_path / "out" / "pretrain_32.json"  # of a run before the ids were told

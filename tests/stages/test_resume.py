@@ -281,15 +281,15 @@ def test_every_stage_compares_its_data(script):
 def test_resume_with_another_rate_says_so(pretrain, tmp_path, whole):
     shutil.copytree(whole, tmp_path / "out")
     done = pretrain(tmp_path / "out", "--max_steps", "9", "--epochs", "2", "--learning_rate", "2e-3", "--resume")
-    assert "--resume: learning_rate was 0.001 and is 0.002 from now on" in done.stdout
-    assert "--resume: max_steps was 8 and is 9 from now on" in done.stdout
+    assert "--resume: learning_rate was 0.001 and is now 0.002" in done.stdout
+    assert "--resume: max_steps was 8 and is now 9" in done.stdout
     assert about(tmp_path / "out")["step"] == 9
 
 
 def test_resume_in_float16_begins_with_a_scale_of_its_own(pretrain, tmp_path, whole):
     shutil.copytree(whole, tmp_path / "out")
     flags = ("--max_steps", "9", "--epochs", "2", "--dtype", "float16", "--resume")
-    assert "dtype was float32 and is float16 from now on" in pretrain(tmp_path / "out", *flags).stdout
+    assert "dtype was float32 and is now float16" in pretrain(tmp_path / "out", *flags).stdout
     assert about(tmp_path / "out")["step"] == 9
 
 

@@ -153,7 +153,7 @@ def test_steps_with_infinite_loss_are_skipped_and_counted_and_many_in_a_row_stop
     far = ("--epochs", "9", "--resume", "--save_interval", "100", "--learning_rate", "1e30")
     done = pretrain(tmp_path, *far, exit_code=2)
     assert "10 times in a row" in one_error_line(done)
-    assert "learning_rate was 0.001 and is 1e+30" in done.stdout
+    assert "learning_rate was 0.001 and is now 1e+30" in done.stdout
     assert distance(weights(tmp_path), before) == 0
     skipped = [line for line in reports(tmp_path) if line["skipped"]]
     assert [line["skipped"] for line in skipped] == list(range(1, 10))

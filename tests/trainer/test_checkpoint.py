@@ -388,7 +388,7 @@ def test_so_is_another_model_or_number_of_processes(resumed_with, run, monkeypat
 )
 def test_what_does_not_is_taken(resumed_with, capsys, name, value):
     assert resumed_with(**{name: value}) == 1
-    assert (f"--resume: {name} was 0.001 and is 0.002" in capsys.readouterr().out) == (name == "learning_rate")
+    assert (f"--resume: {name} was 0.001 and is now 0.002" in capsys.readouterr().out) == (name == "learning_rate")
 
 
 @pytest.mark.parametrize("theirs", [{"grad_clip": 2.0}, {"teacher_hash": "abc"}])

@@ -91,7 +91,7 @@ def test_ranks_with_other_weights_are_named(monkeypatch):
     run = Runtime(torch.device("cpu"), torch.float32, world_size=3)
     model = torch.nn.Linear(2, 2)
     monkeypatch.setattr(run, "gather", lambda value: [value, value, "another"], raising=False)
-    with pytest.raises(UserError, match="rank 2 has other weights than rank 0"):
+    with pytest.raises(UserError, match="rank 2 has different weights from rank 0"):
         wrap_model(model, None, None, run, compile_blocks=False)
     monkeypatch.setattr(run, "gather", lambda value: [value, value, value], raising=False)
     require_same_weights(model, run)
