@@ -37,6 +37,7 @@ from trainer.arguments import ROOT, BooleanFlag, Parser, add_device_argument, po
 from trainer.device import DTYPES, default_dtype, pick_device
 from trainer.errors import UserError, print_notice, run_main
 from trainer.files import real_place, save_json
+from trainer.muon import Muon
 from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
 DEMO = ROOT / "dataset" / "demo"
@@ -262,7 +263,7 @@ def main():
     hidden = [p for key, p in clip.named_parameters() if ".layers." in key and p.dim() == 2]
     others = [p for key, p in clip.named_parameters() if not (".layers." in key and p.dim() == 2)]
     optimizer = OptimizerPair(
-        torch.optim.Muon(hidden, lr=args.learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(hidden, args.learning_rate),
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     )
     millions = [sum(p.numel() for p in half.parameters()) / 1e6 for half in (clip.vision_model, clip.text_model)]

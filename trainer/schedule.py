@@ -5,6 +5,8 @@ import math
 import torch
 from torch import nn
 
+from trainer.muon import Muon
+
 
 def cosine_schedule(step: int, total_steps: int, warmup: int, peak: float) -> float:
     """The learning rate of optimizer step `step` (0-based).
@@ -54,8 +56,7 @@ def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
     """The optimizer of all trainable parameters, as --optimizer and --learning_rate say.
 
     AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, decays matrices only. --optimizer muon hands the
-    matrices between embedding and output to Muon (Jordan et al. 2024; Liu et al. 2025, arXiv:2502.16982), whose update
-    is scaled to the size AdamW's would have, so that one learning rate serves both.
+    matrices between embedding and output to Muon, whose update is scaled so that one learning rate serves both.
     """
     muon = args.optimizer == "muon"
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -71,8 +72,7 @@ def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
     ]
     optimizers = []
     if muon and hidden:
-        rms_of_adamw = {"lr": args.learning_rate, "weight_decay": weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(hidden, **rms_of_adamw))
+        optimizers.append(Muon(hidden, args.learning_rate, weight_decay=weight_decay))
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True))
     return optimizers[0] if len(optimizers) == 1 else OptimizerPair(*optimizers)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from model import LMConfig, MiniMindLM
+from trainer.muon import Muon
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 
 TINY = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64}
@@ -53,7 +54,7 @@ def test_what_is_frozen_is_left_alone():
 def test_muon_takes_the_hidden_matrices_and_nothing_else():
     model = MiniMindLM(LMConfig(**TINY, use_moe=True))
     muon, adamw = make_optimizer(model, settings(optimizer="muon")).optimizers
-    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(muon, Muon)
     names = {id(p): name for name, p in model.named_parameters()}
     hidden = [names[id(p)] for p in muon.param_groups[0]["params"]]
     others = [names[id(p)] for group in adamw.param_groups for p in group["params"]]
@@ -184,4 +185,4 @@ def test_a_model_with_all_for_muon_has_one_optimizer():
     model = MiniMindLM(LMConfig(**TINY))
     for key, p in model.named_parameters():
         p.requires_grad_(key.endswith("wq.weight"))
-    assert isinstance(make_optimizer(model, settings(optimizer="muon")), torch.optim.Muon)
+    assert isinstance(make_optimizer(model, settings(optimizer="muon")), Muon)
