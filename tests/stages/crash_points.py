@@ -56,7 +56,7 @@ def at_call(owner, name: str):
 
 
 def at_file(number: signal.Signals, nth: int) -> None:
-    save, counts = Checkpoint.save, {"saves": 0, "files": 0}
+    write, counts = Checkpoint._write, {"saves": 0, "files": 0}
 
     def counting(function):
         def counted(*arguments, **settings):
@@ -69,9 +69,9 @@ def at_file(number: signal.Signals, nth: int) -> None:
 
     def watched(self, *arguments):
         counts["saves"] += 1
-        save(self, *arguments)
+        write(self, *arguments)
 
-    Checkpoint.save = watched
+    Checkpoint._write = watched
     os.replace, shutil.rmtree = counting(os.replace), counting(shutil.rmtree)
 
 
