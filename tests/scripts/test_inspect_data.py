@@ -174,7 +174,7 @@ def test_what_is_counted_by_hand(inspect):
     longest = int(re.search(r"tokens per sample: median 3, longest (\d+)\n", printed)[1])
     tokens = 6 + longest
     assert f"\ntarget tokens: {tokens - 3} of {tokens} ({(tokens - 3) / tokens:.1%})\n" in printed
-    assert "--- sample 1: 3 tokens, 2 learned\n<s>⟦a</s>⟧\n\n" in printed
+    assert "--- sample 1: 3 tokens, 2 targets\n<s>⟦a</s>⟧\n\n" in printed
     assert "bad lines" not in printed
 
 

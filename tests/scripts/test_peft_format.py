@@ -172,7 +172,7 @@ def test_there_and_back_by_the_command_line(tiny_tokenizer, tokenizer_dir, tmp_p
         *(({name: {"x": 2}}, f"made with {name}") for name in ("rank_pattern", "alpha_pattern")),
         ({"lora_alpha": -1}, "lora_alpha is -1, not a number above 0"),
         ({"lora_alpha": "8"}, "lora_alpha is '8'"),
-        ({"peft_type": None}, "a PEFT type of None"),
+        ({"peft_type": None}, "is a None adapter"),
     ],
 )
 def test_every_setting_that_an_adapter_here_has_not_is_named(tmp_path, change, told):

@@ -283,7 +283,7 @@ def test_what_a_deepspeed_file_says_of_our_flags_is_left_out_and_told(name, tmp_
     config = deepspeed_config(parse("--deepspeed", str(own)))
     assert config.get(name) != "theirs"
     assert config["steps_per_print"] == 5
-    assert capsys.readouterr().err.strip() == f"{own}: the flags decide instead of {name}"
+    assert capsys.readouterr().err.strip() == f"{own}: {name} ignored in favour of the flags"
 
 
 def test_numbers_just_beyond_their_bounds():

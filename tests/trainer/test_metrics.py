@@ -176,7 +176,7 @@ def test_a_run_and_a_talk_in_folders_that_are_not_utf8(tmp_path, tiny_data, toke
     call_script("eval_model.py", *model, *talk, "The")
     capsys.readouterr()
     call_script("eval_model.py", *model, *talk, NOT_UTF8, exit_code=2)
-    assert capsys.readouterr().err == "error: argument --prompt: it is not UTF-8 (--help lists the flags)\n"
+    assert capsys.readouterr().err == "error: argument --prompt: not valid UTF-8 (--help lists the flags)\n"
 
 
 @pytest.mark.parametrize(

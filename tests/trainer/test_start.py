@@ -69,7 +69,7 @@ def test_what_is_not_installed_is_named(monkeypatch):
 def test_an_old_python_is_named(monkeypatch):
     assert start.why_not() is None
     monkeypatch.setattr(start.sys, "version_info", (3, 9, 18))
-    assert start.why_not() == f"MiniMind needs Python 3.10 or newer, and {sys.executable} is 3.9"
+    assert start.why_not() == f"MiniMind needs Python 3.10 or newer, but {sys.executable} is 3.9"
     monkeypatch.setattr(start.sys, "version_info", (3, 10, 0))
     assert start.why_not() is None
 

@@ -35,7 +35,7 @@ def test_a_pipe_is_utf8_or_is_told_not_to_be(pipe, read, locale):
     pipe(b"good\n" + LATIN, *locale)
     asked = iter(read())
     assert next(asked) == "good"
-    with pytest.raises(UserError, match=r"what is piped in is not UTF-8 \(line 2: .* at byte 4\)"):
+    with pytest.raises(UserError, match=r"the piped input is not UTF-8 \(line 2: .* at byte 4\)"):
         next(asked)
 
 
@@ -57,7 +57,7 @@ def test_words_of_the_command_line_are_utf8():
     parser = Parser("")
     parser.add_argument("--prompt", type=text)
     assert parser.parse_args(["--prompt", "你好"]).prompt == "你好"
-    with pytest.raises(UserError, match="argument --prompt: it is not UTF-8"):
+    with pytest.raises(UserError, match="argument --prompt: not valid UTF-8"):
         parser.parse_args(["--prompt", LATIN.decode("utf-8", "surrogateescape")])
 
 
@@ -87,7 +87,7 @@ def test_the_longest_answer_leaves_room_for_a_token_at_least():
     assert room_for_prompt(64, 63) == 1
     assert room_for_prompt(64, 1) == 63
     for asked in (64, 65):
-        with pytest.raises(UserError, match=f"^--max_new_tokens {asked}: the model takes 64 in all$"):
+        with pytest.raises(UserError, match=f"^--max_new_tokens {asked}: the model's context is 64$"):
             room_for_prompt(64, asked)
 
 

@@ -45,7 +45,7 @@ def asked(monkeypatch):
 @pytest.mark.parametrize(("height", "width"), [(32, 48), (48, 32), (48, 48)])
 def test_a_processor_of_other_sides_than_the_towers_is_refused(clip_dir, monkeypatch, height, width):
     monkeypatch.setattr(vision, "to_pixels", lambda processor, images: torch.zeros(0, 3, height, width))
-    with pytest.raises(UserError, match=f"makes images of {width} x {height} pixels, and its tower takes 32 x 32"):
+    with pytest.raises(UserError, match=f"gives {width} x {height} pixels, but its tower takes 32 x 32"):
         open_vision(str(clip_dir))
 
 

@@ -275,7 +275,7 @@ def test_every_stage_is_made_by_the_script_that_is_named():
 
 @pytest.mark.parametrize(
     ("keys", "told"),
-    [("", "nothing"), ("a", "a"), ("abc", "a, b, c"), ("abcd", "a, b, c and 1 more"), ("abcdef", "a, b, c and 3 more")],
+    [("", "none"), ("a", "a"), ("abc", "a, b, c"), ("abcd", "a, b, c and 1 more"), ("abcdef", "a, b, c and 3 more")],
 )
 def test_a_long_list_of_names_is_cut(keys, told):
     assert _few(list(keys)) == told
@@ -293,7 +293,7 @@ def test_what_begins_and_ends_a_turn_is_as_it_was_in_training(name, ours, tiny_o
         config = load_weights(path, None, tiny_tokenizer).config
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 2, 0)
     else:
-        with pytest.raises(UserError, match=f"was trained with {name} 5, and .* has {ours}: mend its settings"):
+        with pytest.raises(UserError, match=f"was trained with {name} 5, but .* has {ours}: correct its settings"):
             load_weights(path, None, tiny_tokenizer)
 
 
@@ -303,7 +303,7 @@ def test_what_begins_and_ends_a_turn_is_as_it_was_in_training(name, ours, tiny_o
 )
 def test_a_json_of_other_things_is_damaged(change, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"tokenizer": "t", "config": {"dim": 32}} | change))
-    with pytest.raises(UserError, match=r"a\.json is damaged .*: restore it, or delete it to go by the flags"):
+    with pytest.raises(UserError, match=r"a\.json is damaged .*: restore it, or delete it to use the flags"):
         read_settings(tmp_path / "a.pth")
 
 
@@ -333,7 +333,7 @@ def test_the_alpha_of_an_adapter_is_above_0(alpha, fits, tiny_out, tiny_tokenize
 def test_the_flags_to_give_are_told(asked, hint, tiny_out, tiny_tokenizer):
     with pytest.raises(UserError) as error:
         load_weights(tiny_out / "full_sft_32.pth", asked, tiny_tokenizer)
-    assert "by its json, but the flags ask for " in str(error.value)
+    assert "according to its json, but the flags ask for " in str(error.value)
     assert "".join(str(error.value).partition(": give ")[1:]) == hint
 
 
