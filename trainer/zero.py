@@ -117,6 +117,7 @@ class ShardedOptimizer:
         """As `torch.optim.AdamW.state_dict` gives it, on the CPU. All ranks must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link_states()
         states, groups = {}, []
         for shard, parameters in zip(self._adamw.param_groups, self.groups, strict=True):
             numbers = list(range(len(states), len(states) + len(parameters)))
@@ -140,8 +141,7 @@ class ShardedOptimizer:
             for flat in shard["params"] if states else ():
                 step = max(each["step"] for each in states).clone()
                 self._adamw.state[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
-        if hasattr(self.sharded, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2
-            self.sharded._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         for parameters, saved in zip(self.groups, state["param_groups"], strict=True):
             for parameter, number in zip(parameters, saved["params"], strict=True):
                 for name in MOMENTS if number in state["state"] else ():
@@ -160,6 +160,14 @@ class ShardedOptimizer:
             with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
             safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+
+    def _link_states(self) -> None:
+        """Let parameters find their moments in the shards. Stages 1 and 2 link them once, after the step of the first
+        group, when the other groups have none yet."""
+        link = getattr(self.sharded, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None and self._adamw.state:
+            self.sharded._hp_optimizer_states_linked = False
+            link()
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
