@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from trainer.runtime import Runtime
@@ -118,57 +119,86 @@ class ShardedOptimizer:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_states()
-        states, groups = {}, []
-        for shard, parameters in zip(self._adamw.param_groups, self.groups, strict=True):
-            numbers = list(range(len(states), len(states) + len(parameters)))
-            groups.append({name: value for name, value in shard.items() if name != "params"} | {"params": numbers})
-            taken = [state["step"] for state in map(self._adamw.state.get, shard["params"]) if state]
-            for number, parameter in zip(numbers, parameters, strict=True):
-                states[number] = {"step": taken[0].clone()} if taken else {}
-                for name in MOMENTS if taken else ():
-                    states[number][name] = safe_get_full_optimizer_state(parameter, name).cpu()
-        return {"state": {number: state for number, state in states.items() if state}, "param_groups": groups}
+        states, groups, number = {}, [], 0
+        for group, parameters, shards in zip(self.param_groups, self.groups, self._shards(), strict=True):
+            numbers = list(range(number, number + len(parameters)))
+            number += len(parameters)
+            groups.append({name: value for name, value in group.items() if name != "params"} | {"params": numbers})
+            steps = [self._adamw.state[shard]["step"] for shard in shards if self._adamw.state.get(shard)]
+            if not steps:
+                continue
+            for mine, parameter in zip(numbers, parameters, strict=True):
+                moments = {name: safe_get_full_optimizer_state(parameter, name).cpu() for name in MOMENTS}
+                states[mine] = {"step": steps[0].clone(), **moments}
+        return {"state": states, "param_groups": groups}
 
     def load_state_dict(self, state: dict) -> None:
         """Take over the state of an AdamW of the same parameters. All ranks must call it.
 
-        Each shard holds many parameters and counts one number of steps: the largest of theirs.
+        A shard holds many parameters and counts one number of steps: the largest of theirs.
         """
-        from deepspeed.utils import safe_set_full_optimizer_state
-
-        for shard, saved in zip(self._adamw.param_groups, state["param_groups"], strict=True):
-            states = [state["state"][number] for number in saved["params"] if number in state["state"]]
-            for flat in shard["params"] if states else ():
-                step = max(each["step"] for each in states).clone()
-                self._adamw.state[flat] = {"step": step, **{name: torch.zeros_like(flat) for name in MOMENTS}}
-        self._link_states()
-        for parameters, saved in zip(self.groups, state["param_groups"], strict=True):
-            for parameter, number in zip(parameters, saved["params"], strict=True):
-                for name in MOMENTS if number in state["state"] else ():
-                    value = state["state"][number][name].to(parameter.device)
-                    safe_set_full_optimizer_state(parameter, value, name)
+        for parameters, shards, saved in zip(self.groups, self._shards(), state["param_groups"], strict=True):
+            states = [state["state"].get(number) for number in saved["params"]]
+            if not any(states):
+                continue
+            step = max(each["step"] for each in states if each)
+            for shard in shards:
+                moments = {name: torch.zeros_like(shard) for name in MOMENTS}
+                self._adamw.state[shard] = {"step": step.clone(), **moments}
+            self._link_states()
+            for parameter, each in zip(parameters, states, strict=True):
+                for name in MOMENTS if each else ():
+                    self._set(parameter, each[name], name)
 
     def load_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
-        """Set parameters to `weights`, whole tensors by the engine's parameter: its own and the fp32 copy in shards.
+        """Set parameters, whole tensors by the engine's parameter: its own, and the fp32 copies in the shards.
 
         All ranks must call it.
         """
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
 
         for parameter, value in weights.items():
             with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
-            safe_set_full_fp32_param(parameter, value.to(parameter.device, torch.float32))
+            self._set(parameter, value.float(), None)
 
-    def _link_states(self) -> None:
-        """Let parameters find their moments in the shards. Stages 1 and 2 link them once, after the step of the first
-        group, when the other groups have none yet."""
-        link = getattr(self.sharded, "_lazy_init_hp_params_optimizer_state", None)
-        if link is not None and self._adamw.state:
-            self.sharded._hp_optimizer_states_linked = False
-            link()
+    def _set(self, parameter: nn.Parameter, value: Tensor, name: str | None) -> None:
+        """Fill in a parameter's part of the shards: of the moment `name`, or of the weights."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        value = value.to(parameter.device)
+        if self._stage_3:
+            width = parameter.ds_tensor.ds_numel  # of this rank's part; the last one is filled up
+            parts = torch.nn.functional.pad(value.flatten(), (0, width * dist.get_world_size() - value.numel()))
+            value = parts[dist.get_rank() * width :][:width]
+        if name is None:
+            (safe_set_local_fp32_param if self._stage_3 else safe_set_full_fp32_param)(parameter, value)
+        else:
+            (safe_set_local_optimizer_state if self._stage_3 else safe_set_full_optimizer_state)(parameter, value, name)
+
+    @property
+    def _stage_3(self) -> bool:
+        return hasattr(self.sharded, "fp32_partitioned_groups_flat")
 
     @property
     def _adamw(self) -> torch.optim.AdamW:
         return self.sharded.optimizer
+
+    def _shards(self) -> list[list[Tensor]]:
+        """The flat fp32 tensors that the AdamW steps, of each of its groups."""
+        if not self._stage_3:
+            return [[shard] for shard in self.sharded.single_partition_of_fp32_groups]
+        flat, group_of = self.sharded.fp32_partitioned_groups_flat, self.sharded.sub_group_to_group_id
+        return [[shard for i, shard in enumerate(flat) if group_of[i] == group] for group in range(len(self.groups))]
+
+    def _link_states(self) -> None:
+        """Let parameters find their moments in the shards. Stages 1 and 2 link them once, after the step of the first
+        group, when the other groups have none yet."""
+        if not self._stage_3 and self._adamw.state:
+            self.sharded._hp_optimizer_states_linked = False
+            self.sharded._lazy_init_hp_params_optimizer_state()

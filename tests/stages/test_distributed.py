@@ -113,10 +113,9 @@ def test_a_run_goes_on_with_other_processes_and_engines(pretrain, ddp, tmp_path,
     def flags(processes: int) -> tuple[str, ...]:
         return (*TWENTY_STEPS, "--batch_size", str(2 // processes))
 
-    stop = ("--max_steps", "10")
-    pretrain(tmp_path, *flags(before), *first, *stop, processes=before)
-    done = pretrain(tmp_path, *flags(after), *second, "--max_steps", "20", "--resume", processes=after)
-    assert "resumed at step 10" in done.stdout
+    pretrain.interrupted(tmp_path, "SIGTERM", "log", 10, *flags(before), *first, processes=before, exit_code=143)
+    done = pretrain(tmp_path, *flags(after), *second, "--resume", processes=after)
+    assert "resumed at step 1" in done.stdout
     assert "added up in another order" in done.stdout
     assert [line["tokens"] for line in reports(tmp_path)] == [line["tokens"] for line in reports(ddp)]
     assert losses(tmp_path) == pytest.approx(losses(ddp), abs=1e-4)

@@ -158,11 +158,11 @@ def test_a_signal_that_asks_to_save_lets_the_run_go_on(caught):
 
 
 def test_the_clock_asks_to_save_and_to_stop(run, monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(runtime.time, "monotonic", lambda: now)
+    now = [1000.0]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
     run._clock = runtime.Clock(stop_after=100, save_every=30)
     asked = []
-    for now in (1000, 1029, 1030, 1059, 1060, 1070, 1099, 1100):
+    for now[0] in (1000, 1029, 1030, 1059, 1060, 1070, 1099, 1100):
         asked.append(run.requests())
     no, save, stop = (False, False), (False, True), (True, True)
     assert asked == [no, no, save, no, save, no, save, stop]
