@@ -106,6 +106,12 @@ class RowDataset(Dataset):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
+    @property
+    def row_tokens(self) -> np.ndarray:
+        """Tokens of each row, int64 (rows,)."""
+        ends = np.concatenate([[0], np.cumsum(self.pieces.length[self._order])])[self._bounds]
+        return np.diff(ends)
+
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         pieces = [self.piece(number) for number in self._pieces_in(row)]
         names = ("input_ids", "labels", "position_ids")
