@@ -9,6 +9,7 @@ Everything between the steps lies in files; what is in memory does not grow with
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -227,7 +228,7 @@ def _pack(one: np.ndarray, other: np.ndarray, lengths: np.ndarray) -> np.ndarray
     return loser.astype(np.uint64) << np.uint64(NUMBER_BITS) | winner.astype(np.uint64)
 
 
-# ------------------------------------------------------------------------------------------------------ pairs that count
+# ----------------------------------------------------------------------------------------------------- pairs that count
 
 
 def _check_all(search: _Search, pool: Executor | None, files: list[Path]) -> np.ndarray:
@@ -236,7 +237,7 @@ def _check_all(search: _Search, pool: Executor | None, files: list[Path]) -> np.
     total = sum(len(np.load(file, mmap_mode="r")) for file in files)
     portions = max(1, min(search.starts[-1], total // (PAIRS_AT_ONCE // 8)))
     limits = np.linspace(0, search.starts[-1], portions + 1).astype(np.int64).tolist()
-    found = _run(pool, functools.partial(_check, search, files), list(zip(limits[:-1], limits[1:], strict=True)))
+    found = _run(pool, functools.partial(_check, search, files), list(itertools.pairwise(limits)))
     return np.concatenate(found)
 
 
