@@ -2,11 +2,10 @@
 
     python scripts/prepare_data.py wiki/ books/*.txt.gz --stage pretrain --out dataset/pretrain_hq.jsonl
     python scripts/prepare_data.py chats.json alpaca.parquet --stage sft --out dataset/sft_mini_512.jsonl
-    python scripts/prepare_data.py pairs.csv --stage dpo --out dataset/dpo.jsonl --map "user=q chosen=good rejected=bad"
-    python scripts/prepare_data.py --mix zh.jsonl:0.7 en.jsonl:0.3 --max_lines 1000000 --stage pretrain --out dataset/mix.jsonl
+    python scripts/prepare_data.py pairs.csv --map "user=q chosen=good rejected=bad" --stage dpo --out dataset/dpo.jsonl
+    python scripts/prepare_data.py --mix zh.jsonl:0.7 en.jsonl:0.3 --stage pretrain --out dataset/mixed.jsonl
 
-Reads json, jsonl, csv, tsv, parquet, txt and md, plain or packed (.gz, .zst, .xz, .bz2), in the shapes that people have:
-plain text, Alpaca, ShareGPT, OpenAI's messages, question and answer, preferences, reasoning, ours. Which one is found
+Reads json, jsonl, csv, tsv, parquet, txt and md, plain or packed (.gz, .zst, .xz, .bz2), in the usual shapes: plain text, Alpaca, ShareGPT, OpenAI's messages, question and answer, preferences, reasoning, ours. Which one is found
 out line by line; --map names the keys where it is not. A broken line costs that line, a broken archive the rest of that
 file; both are counted and named.
 

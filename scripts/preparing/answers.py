@@ -12,14 +12,16 @@ REFUSAL = re.compile(
     rf"|I(?:'m|’m| am) (?:(?:very|really|so) )?sorry,? (?:but )?(?:as an AI|I {CANNOT})"
     rf"|(?:sorry|my apologies|I apologi[sz]e)[,.] (?:but )?(?:as an AI|I {CANNOT})"
     r"|I (?:can(?:no|')t|cannot|am unable to|am not able to|won't) (?:assist|help|fulfill?|comply|provide|engage|answer)\b"
-    r"|(?:很|非常|十分|真的|实在)?(?:抱歉|对不起|遗憾)[，,。！!]?[^。！？\n]{0,25}?(?:无法|不能|没办法|没有办法|不可以|不支持|没有(?:足够|具体|能力))"
+    r"|(?:很|非常|十分|真的|实在)?(?:抱歉|对不起|遗憾)[，,。！!]?[^。！？\n]{0,25}?"
+    r"(?:无法|不能|没办法|没有办法|不可以|不支持|没有(?:足够|具体|能力))"
     r"|(?:作为|身为|我(?:只)?是)(?:一个|一名|一款|一种)?(?:人工智能|AI|ＡＩ|语言模型|大?语言模型|机器人|虚拟助手)"
     r"[^。！？\n]{0,25}?(?:无法|不能|没有(?:个人|情感|感情|能力|自己)|不具备|不会)"
     r"|(?:我)(?:无法|不能)(?:回答|提供|完成|执行|满足|协助|帮助)(?:你|您|这|该|此|任何)"
     r")",
     re.IGNORECASE,
 )
-REFUSAL_SIGNS = re.compile(r"抱歉|对不起|遗憾|作为|身为|我是|我只是|我无法|我不能|\b[Aa]s an? |\b[Ss]orry\b|apolog|\bI (?:can|am|won)")
+CHINESE_SIGNS = ("抱歉", "对不起", "遗憾", "作为", "身为", "我是", "我只是", "我无法", "我不能")
+ENGLISH_SIGNS = ("orry", "As a", "as a", "I can", "I am", "I won", "apolog", "As A")
 ENDS = ".!?。！？…\"'”’）)]}】》」』`*~>|;；%￥$"
 UNFINISHED = ("，", "、", ",", "（", "(", "“", "[", "：“", "——", " and", " the", " of", " to", " a", " with")
 CUT_CHARS = 100  # an answer this short may be a list, a name or a title
@@ -28,7 +30,8 @@ CUT_CHARS = 100  # an answer this short may be a list, a name or a title
 def is_refusal(text: str) -> bool:
     """Whether a text says, at the beginning of a sentence of its first 300 characters, that it will not answer."""
     text = text[:300]
-    return REFUSAL_SIGNS.search(text) is not None and REFUSAL.search(text) is not None
+    chinese = ("无" in text or "不" in text or "没" in text) and any(sign in text for sign in CHINESE_SIGNS)
+    return (chinese or any(sign in text for sign in ENGLISH_SIGNS)) and REFUSAL.search(text) is not None
 
 
 def is_cut_off(answer: str) -> bool:
@@ -72,7 +75,9 @@ def turns_fault(turns: list[dict]) -> str | None:
         said = [turn["content"] for turn in body]
         if any(said[n] == said[n + 2] and len(said[n]) > 20 for n in range(len(said) - 2)):
             return "a turn said again"
-    if any(body[n]["content"] == body[n + 1]["content"] and len(body[n]["content"]) > 20 for n in range(0, len(body), 2)):
+    if any(
+        body[n]["content"] == body[n + 1]["content"] and len(body[n]["content"]) > 20 for n in range(0, len(body), 2)
+    ):
         return "an answer that only repeats the question"
     return None
 

@@ -92,23 +92,30 @@ class Counts(NamedTuple):
         """Characters of these kinds together, int64 (n,)."""
         return self.kinds[:, [KIND[name] for name in names]].sum(axis=1)
 
+    def with_texts(self, numbers: list[int], others: "Counts") -> "Counts":
+        """The counts where texts with these numbers have changed, by those of the new ones."""
+        changed = Counts(*(array.copy() for array in self))
+        for array, new in zip(changed, others, strict=True):
+            array[numbers] = new
+        return changed
 
-def count(texts: list[str], repetition: bool = True) -> Counts:
-    """Count a batch of texts; without `repetition`, `repeated` and `runs` are zero."""
+
+def count(texts: list[str]) -> Counts:
+    """Count a batch of texts."""
     parts, begin, size = [], 0, 0
     for end, text in enumerate(texts, 1):
         size += len(text)
         if size >= SLICE_CHARS or end == len(texts):
-            parts.append(_count(texts[begin:end], repetition))
+            parts.append(_count(texts[begin:end]))
             begin, size = end, 0
     if len(parts) == 1:
         return parts[0]
     if not parts:
-        return _count([], repetition)
+        return _count([])
     return Counts(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _count(texts: list[str], repetition: bool) -> Counts:
+def _count(texts: list[str]) -> Counts:
     n = len(texts)
     chars = np.fromiter(map(len, texts), np.int64, n)
     points = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -119,7 +126,7 @@ def _count(texts: list[str], repetition: bool) -> Counts:
     untidy = np.bincount(owner[(marks & UNTIDY) != 0], minlength=n) > 0
     odd = np.bincount(owner[(marks & ODD) != 0], minlength=n)
     counts = Counts(chars, kinds, untidy, odd, np.zeros(n), np.zeros(n))
-    if repetition and len(points):
+    if len(points):
         solid = np.maximum(1, chars - kinds[:, KIND["space"]])
         counts = counts._replace(
             repeated=_repeated(points, chars, counts.of("han", "kana") * 3 > counts.of("latin", "accented")),

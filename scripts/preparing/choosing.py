@@ -9,7 +9,10 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def draw(seed: int, purpose: str, numbers: np.ndarray) -> np.ndarray:
-    """A random number of 64 bits for each line, uint64 (n,), the same whoever asks (SplitMix64: Steele et al., 2014)."""
+    """A random number of 64 bits for each line, uint64 (n,), the same whoever asks.
+
+    By SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
     salt = seed
     for char in purpose:
         salt = (salt * 0x100000001B3 + ord(char)) % (1 << 64)

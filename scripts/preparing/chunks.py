@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from scripts.preparing.json_values import LONGEST, BrokenValues, cut_values
-from scripts.preparing.sources import BrokenArchive, Source, parse_table, read_blocks
+from scripts.preparing.sources import BrokenArchive, Source, parse_table, read_blocks, sniff
 from trainer.errors import shown
 
 CHUNK_BYTES = 4 << 20

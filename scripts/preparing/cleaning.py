@@ -8,8 +8,8 @@ import numpy as np
 import orjson
 
 from scripts.preparing import filters, personal
-from scripts.preparing.chunks import Chunk, Fault, Row, read_rows
 from scripts.preparing.characters import Counts, count
+from scripts.preparing.chunks import Chunk, Fault, Row, read_rows
 from scripts.preparing.field_map import mapped
 from scripts.preparing.normalising import looks_untidy, normalise
 from scripts.preparing.options import PERSONAL, Settings
@@ -108,14 +108,13 @@ def _clean_batch(rows, records, settings: Settings, found: Findings, lines, abou
         return
     whole = ["\n".join(texts(record)) for record in records]
     found.counts["lines"]["characters read"] += sum(map(len, whole))
-    counts = count(whole, repetition=not settings.normalise)
+    counts = count(whole)
     broken = filters.count_broken(whole, counts)
-    if settings.normalise:
-        changed = _normalise(records, whole, counts)
+    if settings.normalise and (changed := _normalise(records, whole, counts)):
         found.counts["lines"]["normalised"] += len(changed)
         for number in changed:
             whole[number] = "\n".join(texts(records[number]))
-        counts = count(whole)
+        counts = counts.with_texts(changed, count([whole[number] for number in changed]))
     tokens = None
     if settings.needs_tokens:
         from scripts.preparing.token_counts import count_tokens
@@ -149,7 +148,9 @@ def line_hashes(lines: list[str]) -> list[int]:
         if len(line) < LINE_CHARS:
             found.append(0)
         else:
-            found.append(int.from_bytes(hashlib.blake2b(line.encode("utf-8", "replace"), digest_size=8).digest(), "little"))
+            found.append(
+                int.from_bytes(hashlib.blake2b(line.encode("utf-8", "replace"), digest_size=8).digest(), "little")
+            )
     return found
 
 

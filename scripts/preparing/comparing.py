@@ -1,5 +1,6 @@
 """The second pass, chunk by chunk: lines that many documents share are removed, and what is compared is prepared."""
 
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,7 +8,6 @@ import numpy as np
 import orjson
 
 from scripts.preparing.cleaning import excerpt, line_hashes
-from scripts.preparing.contamination import Evaluation
 from scripts.preparing.exact_duplicates import exact_keys
 from scripts.preparing.options import Settings
 from scripts.preparing.shingles import signatures
@@ -79,13 +79,12 @@ def prepare(job: Comparison, name: str) -> str:
     return name
 
 
-_EVALUATIONS: dict[tuple[str, ...], Evaluation] = {}  # read once by each process
+@cache
+def _evaluation(files: tuple[str, ...]):
+    """The questions of the evaluation files, read once by each process."""
+    from scripts.preparing.contamination import Evaluation  # here, since it brings PyTorch
 
-
-def _evaluation(files: tuple[str, ...]) -> Evaluation:
-    if files not in _EVALUATIONS:
-        _EVALUATIONS[files] = Evaluation([Path(file) for file in files])
-    return _EVALUATIONS[files]
+    return Evaluation([Path(file) for file in files])
 
 
 def _without_boilerplate(job: Comparison, name: str, summary: dict) -> list[dict]:

@@ -17,7 +17,9 @@ def parse_map(spec: str) -> dict[str, tuple[str, ...]]:
     for word in spec.split():
         target, sign, keys = word.partition("=")
         if not sign or target not in TARGETS or not all(keys.split("+")):
-            raise UserError(f'--map: {word!r} is not PART=KEY, with PART one of {", ".join(TARGETS)} ("user=q assistant=a")')
+            raise UserError(
+                f'--map: {word!r} is not PART=KEY, with PART one of {", ".join(TARGETS)} ("user=q assistant=a")'
+            )
         found[target] = tuple(keys.split("+"))
     if not any(parts <= found.keys() for parts in WHOLE):
         wanted = "; ".join(" and ".join(sorted(parts)) for parts in WHOLE)

@@ -1,6 +1,7 @@
 """The filters: each looks at a batch of lines and says which it removes."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -39,11 +40,13 @@ class Batch:
         broken: of each how many characters were decoded wrongly or are controls, before normalising.
         counts, languages: of its characters, after it.
         tokens: of each line, or None.
+        answers: of each line.
     """
 
     def __init__(self, records: list[dict], texts: list[str], broken: np.ndarray, counts: Counts, tokens=None):
         self.records, self.texts, self.broken, self.counts, self.tokens = records, texts, broken, counts, tokens
         self.languages = languages.weights(texts, counts)
+        self.answers = list(map(answers, records))
 
 
 def count_broken(texts: list[str], counts: Counts) -> np.ndarray:
@@ -68,11 +71,19 @@ def removed(batch: Batch, settings: Settings) -> np.ndarray:
 Hits = np.ndarray | None  # bool (n,), of the lines that are left at least; None: the filter is off
 
 
-def _each(batch: Batch, left: np.ndarray, fault: Callable[[dict], object]) -> np.ndarray:
-    hits = np.zeros(len(batch.records), bool)
-    for number in left:
-        hits[number] = bool(fault(batch.records[number]))
+def _each(items: list, left: np.ndarray, is_faulty: Callable[[Any], bool]) -> np.ndarray:
+    hits = np.zeros(len(items), bool)
+    hits[[number for number in left.tolist() if is_faulty(items[number])]] = True
     return hits
+
+
+def _any(is_faulty: Callable[[str], bool]) -> Callable[[list[str]], bool]:
+    """Whether one of several answers is faulty."""
+
+    def of_several(several: list[str]) -> bool:
+        return is_faulty(several[0]) if len(several) == 1 else any(map(is_faulty, several))
+
+    return of_several
 
 
 def _broken(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
@@ -81,13 +92,13 @@ def _broken(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
 
 def _empty(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
     nothing = batch.counts.chars == batch.counts.of("space", "joiner")
-    return nothing | _each(batch, left, lambda record: not all(map(str.strip, answers(record))))
+    return nothing | _each(batch.answers, left, _any(lambda answer: not answer or answer.isspace()))
 
 
 def _turns(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
     if not settings.check_turns:
         return None
-    return _each(batch, left, lambda record: any(map(turns_fault, chats(record))))
+    return _each(batch.records, left, lambda record: any(map(turns_fault, chats(record))))
 
 
 def chats(record: dict) -> Iterator[Sequence[dict]]:
@@ -101,7 +112,7 @@ def _thoughts(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
     if not settings.check_thoughts:
         return None
     required = settings.stage == "reason"
-    return _each(batch, left, lambda record: any(thought_fault(answer, required) for answer in answers(record)))
+    return _each(batch.answers, left, _any(lambda answer: thought_fault(answer, required)))
 
 
 def _length(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
@@ -145,17 +156,14 @@ def _refusals(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
     if not settings.drop_refusals:
         return None
     if settings.stage in ("pretrain", "tokenizer"):  # an answer may stand anywhere in a text
-        hits = np.zeros(len(batch.records), bool)
-        for number in left:
-            hits[number] = is_refusal(batch.texts[number])
-        return hits
-    return _each(batch, left, lambda record: any(map(is_refusal, answers(record))))
+        return _each(batch.texts, left, is_refusal)
+    return _each(batch.answers, left, _any(is_refusal))
 
 
 def _cut_off(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
     if not settings.drop_cut_off:
         return None
-    return _each(batch, left, lambda record: any(map(is_cut_off, answers(record))))
+    return _each(batch.answers, left, _any(is_cut_off))
 
 
 def _personal(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
@@ -166,7 +174,9 @@ def _personal(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
     digits = batch.counts.of("digit")
     for number in left:
         text = batch.texts[number]
-        hits[number] = any(kind in kinds and personal.find(text, kind) for kind in personal.may_hold(text, digits[number]))
+        hits[number] = any(
+            kind in kinds and personal.find(text, kind) for kind in personal.may_hold(text, digits[number])
+        )
     return hits
 
 

@@ -9,8 +9,8 @@ import unicodedata
 
 FENCED = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 CODE_LINE = re.compile(
-    r"[;{}]\s*$|^\s*(?:def|class|import|from|return|if|elif|else|for|while|print|var|let|const|public|private|#include|"
-    r"function|SELECT|INSERT|UPDATE)\b.*[:(){};=]|[=!<>]=|[-=]>|\w\(.*\)\s*[:;]?\s*$|^\s*</?[A-Za-z][^>]*>|^ {4,}\S|^\t+\S"
+    r"[;{}]\s*$|^\s*(?:def|class|import|from|return|if|elif|else|for|while|print|var|let|const|public|private|"
+    r"#include|function|SELECT|INSERT|UPDATE)\b.*[:(){};=]|[=!<>]=|[-=]>|\w\(.*\)\s*[:;]?\s*$|^\s*</?[A-Za-z][^>]*>|^ {4,}\S|^\t+\S"
 )
 TRAILING = re.compile(r"[ \t\u3000]+(?=\n)")
 BLANK_LINES = re.compile(r"\n{4,}")

@@ -134,7 +134,9 @@ def add_arguments(parser: argparse.ArgumentParser, cores: int) -> None:
     parser.add_argument("--seed", type=seed, default=42, help="decides the order, what is held out and what is sampled")
 
     reading = parser.add_argument_group("reading")
-    reading.add_argument("--map", metavar='"user=q assistant=a"', help="which keys hold what, where it is not recognised")
+    reading.add_argument(
+        "--map", metavar='"user=q assistant=a"', help="which keys hold what, where it is not recognised"
+    )
     reading.add_argument(
         "--text_unit",
         choices=("document", "paragraph", "line"),
@@ -174,7 +176,9 @@ def add_arguments(parser: argparse.ArgumentParser, cores: int) -> None:
     same.add_argument("--exact_dup", action=BooleanFlag, default=True, help="drop lines that repeat another")
     same.add_argument("--near_dup", type=share, help="drop lines that are so similar to another (0.8: a fifth differs)")
     same.add_argument("--near_dup_questions", type=share, help="the same of the questions alone")
-    same.add_argument("--against", nargs="+", default=[], metavar="FILE", help="evaluations whose questions are dropped")
+    same.add_argument(
+        "--against", nargs="+", default=[], metavar="FILE", help="evaluations whose questions are dropped"
+    )
 
     quality = parser.add_argument_group("quality, by a model")
     quality.add_argument("--ppl_model", metavar="WEIGHTS", help="a small model that reads every line")
@@ -199,7 +203,9 @@ def check(args: argparse.Namespace) -> Settings:
         UserError: which flag is wrong, and what it takes.
     """
     if bool(args.inputs) == bool(args.mix):
-        raise UserError("name what to read: IN…, or --mix IN:SHARE…, not both" if args.mix else "name what to read: IN…")
+        raise UserError(
+            "name what to read: IN…, or --mix IN:SHARE…, not both" if args.mix else "name what to read: IN…"
+        )
     check_mix(args.mix)
     if args.out.suffix != ".jsonl":
         raise UserError(f"--out {args.out}: its name must end with .jsonl")
@@ -222,5 +228,3 @@ def check(args: argparse.Namespace) -> Settings:
     }
     taken = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
     return Settings(**taken | values | own)
-
-

@@ -59,7 +59,9 @@ class Preparation:
         out: the file to write; its work folder lies beside it.
     """
 
-    def __init__(self, inputs: list[str], out: Path, settings: Settings, workers: int, device: str | None, overwrite: bool):
+    def __init__(
+        self, inputs: list[str], out: Path, settings: Settings, workers: int, device: str | None, overwrite: bool
+    ):
         self.settings, self.out, self.device = settings, out, device
         self.sources = all_sources(inputs, settings)
         self.name = out.name.removesuffix(".jsonl")
@@ -82,7 +84,11 @@ class Preparation:
             return
         settings = self.work_path / "settings.json"
         placing = self.work_path / "placing.json"
-        if placing.exists() and settings.exists() and orjson.loads(settings.read_bytes()) == orjson.loads(orjson.dumps(identity)):
+        if (
+            placing.exists()
+            and settings.exists()
+            and orjson.loads(settings.read_bytes()) == orjson.loads(orjson.dumps(identity))
+        ):
             return
         raise UserError(f"{there[0]} is there already: --overwrite replaces it, or choose another --out")
 
@@ -187,7 +193,12 @@ class Preparation:
         for number, file, line, shared, text in summary["contaminated"]:
             self.kept[start + number] = False
             self.found.dropped["contaminated"] += 1
-            self._example("dropped: contaminated", source.name, int(about["line"][number]), f"{text} ({file}, line {line}: {shared})")
+            self._example(
+                "dropped: contaminated",
+                source.name,
+                int(about["line"][number]),
+                f"{text} ({file}, line {line}: {shared})",
+            )
 
     def _example(self, kind: str, file: str, line: int, text: str) -> None:
         if len(self.found.examples[kind]) < EXAMPLES:
@@ -231,7 +242,9 @@ class Preparation:
         if not self.kept.any():
             raise UserError(self._nothing_left())
         chosen = choose(self.cleaned, groups, self.kept, self.settings)
-        self.found.dropped["not taken, by --mix or --max_lines"] += int(self.kept.sum() - (chosen.train | chosen.held_out).sum())
+        self.found.dropped["not taken, by --mix or --max_lines"] += int(
+            self.kept.sum() - (chosen.train | chosen.held_out).sum()
+        )
         folder = self.work.path / "out"
         folder.mkdir(exist_ok=True)
         for path in folder.iterdir():
@@ -250,7 +263,9 @@ class Preparation:
 
     def _nothing_left(self) -> str:
         read = self.found.total("lines")["read"]
-        reasons = self.found.total("bad") + self.found.total("unusable") + self.found.total("removed") + self.found.dropped
+        reasons = (
+            self.found.total("bad") + self.found.total("unusable") + self.found.total("removed") + self.found.dropped
+        )
         most = "; ".join(f"{name}: {count:,}" for name, count in reasons.most_common(4) if count)
         return f"of {read:,} lines nothing is left ({most or '; '.join(self.found.lost) or 'there were none'})"
 

@@ -3,7 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 
+NUMBER = re.compile(r"\d[\d ()-]{7,}\d", re.ASCII)  # as long as the shortest of those below
 URL = re.compile(r"(?:(?:https?|ftp)://|www\.)[^\s<>\"'`，。；：、！？（）()《》【】「」]{3,}", re.IGNORECASE)
 EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,6}[A-Za-z]{2,24}(?![\w-])", re.ASCII)
 PHONE = re.compile(
@@ -15,7 +17,9 @@ PHONE = re.compile(
     r")(?![\w*/=+-]|[.,]\d)",
     re.ASCII,
 )
-CHINESE_ID = re.compile(r"(?<!\w)[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?!\w)", re.ASCII)
+CHINESE_ID = re.compile(
+    r"(?<!\w)[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?!\w)", re.ASCII
+)
 SOCIAL_SECURITY = re.compile(r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])", re.ASCII)
 CARD = re.compile(r"(?<![\w.-])(?:\d{4}[ -]){3}\d{1,7}(?![\w-])|(?<![\w.-])\d{13,19}(?![\w.-])", re.ASCII)
 WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)  # of a Chinese ID's digits (GB 11643-1999)
@@ -50,7 +54,7 @@ def may_hold(text: str, digits: int) -> Iterator[str]:
         yield "urls"
     if "@" in text:
         yield "emails"
-    if digits >= 9:
+    if digits >= 9 and NUMBER.search(text):
         yield "ids"
         yield "phones"
 
@@ -64,12 +68,12 @@ def mask(text: str, kind: str, counts: Counter) -> str:
     """The text with what is of a kind replaced; counted by kind."""
     placeholder, patterns = PATTERNS[kind]
 
-    def replace(found: re.Match) -> str:
+    def replace(check: Callable[[str], bool], found: re.Match) -> str:
         if not check(found[0]):
             return found[0]
         counts[kind] += 1
         return placeholder
 
     for pattern, check in patterns:
-        text = pattern.sub(replace, text)
+        text = pattern.sub(partial(replace, check), text)
     return text

@@ -32,7 +32,8 @@ CHAT_KEYS = ("conversations", "conversation", "messages", "dialogue", "dialog", 
 ASKED_KEYS = ("prompt", "question", "query", "input", "inputs", "user", "human")
 ANSWERED_KEYS = ("response", "answer", "completion", "output", "outputs", "target", "targets", "assistant", "reply")
 THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thought", "think", "cot", "chain_of_thought")
-PICTURE_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+PICTURE_KEYS = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+TOOL_KEYS = frozenset(("tool_calls", "function_call", "tools"))
 NESTED_KEYS = ("data", "train", "rows", "examples", "items", "records")
 ROLES = {
     **{"system": "system", "developer": "system"},
@@ -51,12 +52,14 @@ def recognise(record: dict) -> Piece:
     Raises:
         Unusable: it has no shape that is known, or cannot be learned.
     """
-    if any(record.get(key) for key in PICTURE_KEYS):
+    if len(record) == 1 and isinstance(text := record.get("text"), str):
+        return Piece("text", text=clean(text))
+    if not PICTURE_KEYS.isdisjoint(record) and any(record.get(key) for key in PICTURE_KEYS):
         raise Unusable(PICTURES)
     if "chosen" in record and "rejected" in record:
         return _pair(record)
     for key in CHAT_KEYS:
-        if isinstance(record.get(key), list) and record[key]:
+        if key in record and isinstance(record[key], list) and record[key]:
             return _chat(record, key)
     if "instruction" in record and any(key in record for key in ANSWERED_KEYS):
         return _alpaca(record)
@@ -146,12 +149,14 @@ def read_turns(turns: list) -> tuple[list[Turn], str]:
             role, content = "assistant" if read and read[-1]["role"] == "user" else "user", turn["content"]
         else:
             role = next((turn[key] for key in ("role", "speaker", "author") if key in turn), None)
-            content = next((turn[key] for key in ("content", "value", "text", "message", "utterance") if key in turn), None)
+            content = next(
+                (turn[key] for key in ("content", "value", "text", "message", "utterance") if key in turn), None
+            )
             shape = "a chat with other names"
-        if turn.get("tool_calls") or turn.get("function_call") or turn.get("tools"):
-            if str(turn.get("tool_calls") or turn.get("function_call") or turn.get("tools")).strip() not in ("[]", "null"):
-                raise Unusable(TOOLS)
-        name = ROLES.get(role) or ROLES.get(str(role).strip().lower())
+        if len(turn) > 2 and any(str(turn.get(key) or "").strip() not in ("", "[]", "null") for key in TOOL_KEYS):
+            raise Unusable(TOOLS)
+        name = ROLES.get(role) if isinstance(role, str) else None
+        name = name or ROLES.get(str(role).strip().lower())
         if name is None:
             known = str(role).lower() in ("tool", "function", "observation", "function_call", "ipython", "environment")
             raise Unusable(TOOLS if known else "a role that is not known: name its keys with --map")
@@ -198,8 +203,12 @@ def _exchange(record: dict, asked: str, answer: str) -> list[Turn]:
     for exchange in record.get("history") or []:
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
             raise Unusable('a "history" that is not made of pairs')
-        turns += ({"role": role, "content": clean(text)} for role, text in zip(("user", "assistant"), exchange, strict=True))
-    thought = next((record[key] for key in THOUGHT_KEYS if isinstance(record.get(key), str) and record[key].strip()), None)
+        turns += (
+            {"role": role, "content": clean(text)} for role, text in zip(("user", "assistant"), exchange, strict=True)
+        )
+    thought = next(
+        (record[key] for key in THOUGHT_KEYS if isinstance(record.get(key), str) and record[key].strip()), None
+    )
     if thought:
         answer = think(clean(thought), answer)
     turns += ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
@@ -213,7 +222,9 @@ def _asked_and_answered(record: dict, asked: str, answered: str) -> Piece:
     answer = record[answered]
     if isinstance(record[asked], list) and record[asked] and isinstance(record[asked][0], dict):  # turns
         turns, _ = read_turns(record[asked])
-        answers = read_turns(answer)[0] if isinstance(answer, list) else [{"role": "assistant", "content": clean(answer)}]
+        answers = (
+            read_turns(answer)[0] if isinstance(answer, list) else [{"role": "assistant", "content": clean(answer)}]
+        )
         return Piece(shape, turns=_with_system(record, turns + answers))
     if isinstance(answer, dict):  # {"text": […]}, as SQuAD has it
         answer = answer.get("text") or answer.get("content")

@@ -2,19 +2,19 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from scripts.preparing.passes import Findings
-    from scripts.preparing.reporting import Figures
 
 KEPT, REMOVED = "#2a7f62", "#b5523b"
 
 
-def draw_chart(found: "Findings", figures: "Figures", path: Path) -> None:
-    """Three panels: lines by what became of them, tokens of a line, languages."""
+def draw_chart(found, figures, path: Path) -> None:
+    """Three panels: lines by what became of them, tokens of a line, languages.
+
+    Args:
+        found: the `Findings` of the passes.
+        figures: the `Figures` of the report.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.2), layout="constrained")

@@ -47,7 +47,9 @@ class Figures:
             numbers = np.flatnonzero(which[start:end])
             about = chunk.about()[numbers]
             self.chars += int(about["chars"].sum())
-            self.languages.update({languages.NAMES[n]: int(c) for n, c in enumerate(np.bincount(about["language"])) if c})
+            self.languages.update(
+                {languages.NAMES[n]: int(c) for n, c in enumerate(np.bincount(about["language"])) if c}
+            )
             self.bins.update((2 * np.log2(np.maximum(1, about["chars"]))).astype(int).tolist())
             if run.settings.needs_tokens:
                 tokens.append(about["tokens"])
@@ -118,7 +120,9 @@ def _named(counts: Counter) -> str:
     return ", ".join(shown) + (f", and {len(counts) - 12} more kinds" if len(counts) > 12 else "")
 
 
-def write_report(run: Preparation, figures: Figures, licences: dict[str, str], folder: Path, command: str) -> list[Path]:
+def write_report(
+    run: Preparation, figures: Figures, licences: dict[str, str], folder: Path, command: str
+) -> list[Path]:
     """OUT.report.md and OUT.report.png in the folder."""
     from scripts.preparing.report_chart import draw_chart
 
@@ -130,57 +134,80 @@ def write_report(run: Preparation, figures: Figures, licences: dict[str, str], f
 
 
 def _page(run: Preparation, figures: Figures, licences: dict[str, str], picture: str, command: str) -> list[str]:
-    found, settings = run.found, run.settings
-    lines = found.total("lines")
-    about = "about " if figures.sampled else ""
-    page = [f"# {run.name}.jsonl", "", f"For `--stage {settings.stage}`, seed {settings.seed}, made by", "", "```"]
-    page += [command, "```", "", f"![]({picture})", "", "## What is left", ""]
-    page += _table(("", ""), [
-        ("lines read", f"{lines['read']:,}"),
-        ("lines to train on", f"{figures.train:,}"),
-        ("lines held out", f"{figures.held_out:,}"),
-        ("characters", f"{figures.chars:,}"),
-        ("tokens", f"{about}{figures.all_tokens:,}" + (f" (from {len(figures.tokens):,} lines)" if figures.sampled else "")),
-        *((f"lines in {name}", f"{count:,} ({count / figures.lines:.1%})") for name, count in figures.languages.most_common()),
-    ])  # fmt: skip
-    page += ["", "Tokens of a line: median " + f"{int(np.median(figures.tokens)):,}, longest {int(figures.tokens.max()):,}.", ""]
-    page += _table(("--max_seq_len", "lines that are longer"), [(f"{n:,}", f"{figures.cut(n):.2%}") for n in ROW_LENGTHS])
-    page += ["", "## What came in", ""]
-    rows = []
-    for source in found.sources[:MOST_SHOWN]:
-        counts = found.by_source[source.number]
-        shapes = ", ".join(f"{shape} {count:,}" for shape, count in counts["shapes"].most_common(6))
-        taken = found.kept_by_source[source.number]
-        licence = licence_of(source.name, licences)
-        rows.append((source.name, f"{counts['lines']['read']:,}", shapes, f"{taken:,}", licence))
-    page += _table(("source", "lines", "shape", "taken", "licence"), rows)
-    if len(found.sources) > MOST_SHOWN:
-        page.append(f"\nAnd {len(found.sources) - MOST_SHOWN:,} more.")
-    if found.lost:
-        page += ["", "Not read to the end:", "", *(f"- {escape(line)}" for line in found.lost)]
-    page += ["", "## What was removed", ""]
-    rows = [(f"{WHAT[name]} (`{name}`)", f"{count:,}") for name, count in found.total("removed").most_common()]
-    rows += [(name, f"{count:,}") for name, count in found.dropped.most_common() if count]
-    rows += [(f"bad line: {name}", f"{count:,}") for name, count in found.total("bad").most_common(MOST_SHOWN)]
-    rows += [(f"not usable: {name}", f"{count:,}") for name, count in found.total("unusable").most_common(MOST_SHOWN)]
-    page += _table(("why", "lines"), rows) if rows else ["Nothing."]
-    changed = [("normalised", lines["normalised"]), ("lines of boilerplate taken out", found.boilerplate)]
-    changed += [(f"masked {name} in", count) for name, count in found.total("masked").most_common()]
-    if any(count for _, count in changed):
-        page += ["", "Changed:", "", *_table(("what", "lines"), [(name, f"{count:,}") for name, count in changed if count])]
-    if found.examples:
+    settings = run.settings
+    made_by = f"For `--stage {settings.stage}`, seed {settings.seed}, made by"
+    page = [f"# {run.name}.jsonl", "", made_by, "", "```", command, "```", "", f"![]({picture})", ""]
+    page += ["## What is left", "", *_what_is_left(run, figures), ""]
+    page += ["## What came in", "", *_what_came_in(run.found, licences), ""]
+    page += ["## What was removed", "", *_what_was_removed(run.found)]
+    if run.found.examples:
         page += ["", "## Examples", ""]
-        for kind, examples in sorted(found.examples.items()):
+        for kind, examples in sorted(run.found.examples.items()):
             page += [f"**{escape(kind)}**", ""]
             page += [f"- {escape(file)}, line {line:,}: {escape(text)}" for file, line, text in examples]
             page.append("")
     return page
 
 
+def _what_is_left(run: Preparation, figures: Figures) -> list[str]:
+    tokens = f"{figures.all_tokens:,}"
+    if figures.sampled:
+        tokens = f"about {tokens} (from {len(figures.tokens):,} lines)"
+    rows = [
+        ("lines read", f"{run.found.total('lines')['read']:,}"),
+        ("lines to train on", f"{figures.train:,}"),
+        ("lines held out", f"{figures.held_out:,}"),
+        ("characters", f"{figures.chars:,}"),
+        ("tokens", tokens),
+    ]
+    for name, count in figures.languages.most_common():
+        rows.append((f"lines in {name}", f"{count:,} ({count / figures.lines:.1%})"))
+    median, longest = int(np.median(figures.tokens)), int(figures.tokens.max())
+    cut = [(f"{length:,}", f"{figures.cut(length):.2%}") for length in ROW_LENGTHS]
+    said = ["", f"Tokens of a line: median {median:,}, longest {longest:,}.", ""]
+    return _table(("", ""), rows) + said + _table(("--max_seq_len", "lines that are longer"), cut)
+
+
+def _what_came_in(found: Findings, licences: dict[str, str]) -> list[str]:
+    rows = []
+    for source in found.sources[:MOST_SHOWN]:
+        counts = found.by_source[source.number]
+        shapes = ", ".join(f"{shape} {count:,}" for shape, count in counts["shapes"].most_common(6))
+        taken = found.kept_by_source[source.number]
+        rows.append(
+            (source.name, f"{counts['lines']['read']:,}", shapes, f"{taken:,}", licence_of(source.name, licences))
+        )
+    said = _table(("source", "lines", "shape", "taken", "licence"), rows)
+    if len(found.sources) > MOST_SHOWN:
+        said += ["", f"And {len(found.sources) - MOST_SHOWN:,} more."]
+    if found.lost:
+        said += ["", "Not read to the end:", "", *(f"- {escape(line)}" for line in found.lost)]
+    return said
+
+
+def _what_was_removed(found: Findings) -> list[str]:
+    rows = [(f"{WHAT[name]} (`{name}`)", count) for name, count in found.total("removed").most_common()]
+    rows += found.dropped.most_common()
+    rows += [(f"bad line: {name}", count) for name, count in found.total("bad").most_common(MOST_SHOWN)]
+    rows += [(f"not usable: {name}", count) for name, count in found.total("unusable").most_common(MOST_SHOWN)]
+    rows = [(name, f"{count:,}") for name, count in rows if count]
+    said = _table(("why", "lines"), rows) if rows else ["Nothing."]
+    changed = [("normalised", found.total("lines")["normalised"]), ("boilerplate taken out", found.boilerplate)]
+    changed += [(f"masked: {name}", count) for name, count in found.total("masked").most_common()]
+    if changed := [(name, f"{count:,}") for name, count in changed if count]:
+        said += ["", "Changed:", "", *_table(("what", "lines"), changed)]
+    return said
+
+
 def licence_of(name: str, licences: dict[str, str]) -> str:
     """What --source says of a source: by its whole name, or that of the file or a folder above it."""
     path = Path(name)
-    for called in (name, path.name, *(str(parent) for parent in path.parents), *(parent.name for parent in path.parents)):
+    for called in (
+        name,
+        path.name,
+        *(str(parent) for parent in path.parents),
+        *(parent.name for parent in path.parents),
+    ):
         if called in licences:
             return licences[called]
     return "not said"

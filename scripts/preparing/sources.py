@@ -80,11 +80,13 @@ def _files(name: str) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and _ending(file) in ENDINGS)
         if not files:
-            raise UserError(f"{name} has no file to read (of {', '.join(ENDINGS)}, plain or {', '.join(PACKED_ENDINGS)})")
+            raise UserError(
+                f"{name} has no file to read (of {', '.join(ENDINGS)}, plain or {', '.join(PACKED_ENDINGS)})"
+            )
         return files
     if path.exists():
         return [path]
-    files = sorted(Path(found) for found in glob.glob(name, recursive=True))  # noqa: PTH207 - a pattern may be absolute
+    files = sorted(Path(found) for found in glob.glob(name, recursive=True))
     files = [file for file in files if file.is_file()]
     if not files:
         raise UserError(f"{name} is not there" + (": no file has such a name" if glob.has_magic(name) else ""))
@@ -92,7 +94,7 @@ def _files(name: str) -> list[Path]:
 
 
 def _ending(path: Path) -> str:
-    """".jsonl" of a.jsonl and of a.jsonl.gz."""
+    """ ".jsonl" of a.jsonl and of a.jsonl.gz."""
     name = path.name.lower()
     for packed in PACKED_ENDINGS:
         name = name.removesuffix(packed)

@@ -24,7 +24,9 @@ def count_tokens(records: list[dict], stage: str, tokenizer: str | None) -> np.n
     if stage in ("pretrain", "tokenizer"):
         return np.array([len(ids) for ids in render_text(loaded, (record["text"] for record in records))], np.int64)
     if stage == "dpo":
-        sides = [[len(ids) for ids, _ in render_chats(loaded, [r[key] for r in records])] for key in ("chosen", "rejected")]
+        sides = [
+            [len(ids) for ids, _ in render_chats(loaded, [r[key] for r in records])] for key in ("chosen", "rejected")
+        ]
         return np.array(sides, np.int64).reshape(2, -1).max(axis=0)
     chats = [record["conversations"] for record in records]
     return np.array([len(ids) for ids, _ in render_chats(loaded, chats)], np.int64)

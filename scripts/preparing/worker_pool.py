@@ -60,8 +60,8 @@ class WorkerPool:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was ended from outside: out of memory? Run again, which goes on from here, with fewer "
-                "--workers"
+                "a worker process was ended from outside: out of memory? Run again, which goes on from here, with "
+                "fewer --workers"
             ) from None
 
 
