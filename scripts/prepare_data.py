@@ -5,8 +5,9 @@
     python scripts/prepare_data.py pairs.csv --map "user=q chosen=good rejected=bad" --stage dpo --out dataset/dpo.jsonl
     python scripts/prepare_data.py --mix zh.jsonl:0.7 en.jsonl:0.3 --stage pretrain --out dataset/mixed.jsonl
 
-Reads json, jsonl, csv, tsv, parquet, txt and md, plain or packed (.gz, .zst, .xz, .bz2), in the usual shapes: plain text, Alpaca, ShareGPT, OpenAI's messages, question and answer, preferences, reasoning, ours. Which one is found
-out line by line; --map names the keys where it is not. A broken line costs that line, a broken archive the rest of that
+Reads json, jsonl, csv, tsv, parquet, txt and md, plain or packed (.gz, .zst, .xz, .bz2), in the usual shapes: plain
+text, Alpaca, ShareGPT, OpenAI's messages, question and answer, preferences, reasoning, ours. Which one is found out
+line by line; --map names the keys where it is not. A broken line costs that line, a broken archive the rest of that
 file; both are counted and named.
 
 Writes OUT.jsonl, OUT.val.jsonl with the lines that are held out, and OUT.report.md with OUT.report.png: what came in,

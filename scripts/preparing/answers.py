@@ -6,17 +6,23 @@ from scripts.preparing.stage_records import TAG, WELL_FORMED
 
 # "As an AI…" alone is how some good answers begin; what makes a refusal is that it says what it cannot do.
 CANNOT = r"(?:can(?:no|')t|cannot|am (?:not|unable)|'m (?:not|unable)|do(?: no|n')t|won't|will not|must decline)"
+WITHIN = r"[^。！？\n]{0,25}?"
+DOING = "|".join(
+    "回答 提供 完成 生成 理解 帮助 协助 执行 满足 处理 给出 判断 确定 访问 创建 创作 "
+    "浏览 查看 播放 绘制 展示 识别 讨论 继续 为您 为你".split()
+)
+AI = "人工智能|AI|ＡＩ|语言模型|大?语言模型|机器人|虚拟助手"
+UNABLE = rf"(?:无法|不能|没办法|没有办法|不可以|不便){WITHIN}(?:{DOING})|不支持|没有足够|没有具体|没有能力|无法完成"
 REFUSAL = re.compile(
     r"(?:\A|\n|[.!?。！？] ?)\s*(?:"
     rf"as an? (?:AI|artificial intelligence|(?:large )?language model|virtual assistant)\b[^.!?\n]{{0,60}}?\bI {CANNOT}"
     rf"|I(?:'m|’m| am) (?:(?:very|really|so) )?sorry,? (?:but )?(?:as an AI|I {CANNOT})"
     rf"|(?:sorry|my apologies|I apologi[sz]e)[,.] (?:but )?(?:as an AI|I {CANNOT})"
     r"|I (?:can(?:no|')t|cannot|am unable to|am not able to|won't) (?:assist|help|fulfill?|comply|provide|engage|answer)\b"
-    r"|(?:很|非常|十分|真的|实在)?(?:抱歉|对不起|遗憾)[，,。！!]?[^。！？\n]{0,25}?"
-    r"(?:无法|不能|没办法|没有办法|不可以|不支持|没有(?:足够|具体|能力))"
-    r"|(?:作为|身为|我(?:只)?是)(?:一个|一名|一款|一种)?(?:人工智能|AI|ＡＩ|语言模型|大?语言模型|机器人|虚拟助手)"
-    r"[^。！？\n]{0,25}?(?:无法|不能|没有(?:个人|情感|感情|能力|自己)|不具备|不会)"
-    r"|(?:我)(?:无法|不能)(?:回答|提供|完成|执行|满足|协助|帮助)(?:你|您|这|该|此|任何)"
+    rf"|(?:很|非常|十分|真的|实在)?(?:抱歉|对不起|遗憾)[，,。！!]?{WITHIN}(?:{UNABLE})"
+    rf"|(?:作为|身为|我(?:只)?是)(?:一个|一名|一款|一种)?(?:{AI}){WITHIN}"
+    rf"(?:{UNABLE}|不能|无法|没有(?:个人|情感|感情|能力|自己)|不具备|不会)"
+    rf"|我(?:{UNABLE})"
     r")",
     re.IGNORECASE,
 )

@@ -78,7 +78,7 @@ class Counts(NamedTuple):
         untidy: whether normalising may change characters of it, bool (n,).
         odd: characters that are frequent in text decoded wrongly, int64 (n,).
         repeated: share of its n-grams that stand in it before, float (n,).
-        runs: share of its characters but white space that stand in a run of equal ones, float (n,).
+        runs: share of its characters but white space that are in a run of equal ones, no symbols, float (n,).
     """
 
     chars: np.ndarray
@@ -181,8 +181,14 @@ def _share_repeated(points: np.ndarray, chars: np.ndarray, is_han: np.ndarray, s
 
 
 def _in_runs(points: np.ndarray, owner: np.ndarray, marks: np.ndarray, n: int) -> np.ndarray:
-    """How many characters of each text, white space apart, stand in a run of at least `RUN` equal ones."""
-    same = (points[1:] == points[:-1]) & (owner[1:] == owner[:-1]) & ((marks[1:] & MASK) != KIND["space"])
+    """How many characters of each text, white space apart, stand in a run of at least `RUN` equal ones.
+
+    Symbols do not count: rules of tables and blanks to fill in are made of them.
+    """
+    kinds = marks[1:] & MASK
+    same = (
+        (points[1:] == points[:-1]) & (owner[1:] == owner[:-1]) & (kinds != KIND["space"]) & (kinds != KIND["symbol"])
+    )
     whole = same.copy()
     for shift in range(1, RUN - 1):
         whole[:-shift] &= same[shift:]

@@ -145,7 +145,7 @@ def line_hashes(lines: list[str]) -> list[int]:
     found = []
     for line in lines:
         line = line.strip()
-        if len(line) < LINE_CHARS:
+        if len(line) < LINE_CHARS or line[-1] in ":：":  # who speaks, or a heading
             found.append(0)
         else:
             found.append(

@@ -71,7 +71,7 @@ def prepare(job: Comparison, name: str) -> str:
     if job.settings.near_dup_questions:
         save_array(keys / f"{name}.questions.npy", signatures(list(map(questions, records))))
     if job.settings.against:
-        for number, match in enumerate(_evaluation(job.settings.against).find(whole)):
+        for number, match in enumerate(evaluation(job.settings.against).find(whole)):
             if match is not None:
                 shown = excerpt(whole[number])
                 summary["contaminated"].append([number, str(match.file), match.line, excerpt(match.shared), shown])
@@ -80,7 +80,7 @@ def prepare(job: Comparison, name: str) -> str:
 
 
 @cache
-def _evaluation(files: tuple[str, ...]):
+def evaluation(files: tuple[str, ...]):
     """The questions of the evaluation files, read once by each process."""
     from scripts.preparing.contamination import Evaluation  # here, since it brings PyTorch
 

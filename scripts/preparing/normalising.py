@@ -8,9 +8,12 @@ import re
 import unicodedata
 
 FENCED = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+KEYWORDS = "|".join(
+    "def class import from return if elif else for while print var let const public private #include function".split()
+)
 CODE_LINE = re.compile(
-    r"[;{}]\s*$|^\s*(?:def|class|import|from|return|if|elif|else|for|while|print|var|let|const|public|private|"
-    r"#include|function|SELECT|INSERT|UPDATE)\b.*[:(){};=]|[=!<>]=|[-=]>|\w\(.*\)\s*[:;]?\s*$|^\s*</?[A-Za-z][^>]*>|^ {4,}\S|^\t+\S"
+    rf"[;{{}}]\s*$|^\s*(?:{KEYWORDS})\b.*[:(){{}};=]"
+    r"|[=!<>]=|[-=]>|\w\(.*\)\s*[:;]?\s*$|^\s*</?[A-Za-z][^>]*>|^ {4,}\S|^\t+\S"
 )
 TRAILING = re.compile(r"[ \t\u3000]+(?=\n)")
 BLANK_LINES = re.compile(r"\n{4,}")

@@ -23,15 +23,15 @@ WHAT_TO_DO = ("keep", "mask", "drop")
 PERSONAL = ("urls", "emails", "phones", "ids")
 # What a filter does where nothing is said; 0 and False are off. Stages in the order of `STAGES`.
 DEFAULTS = {
-    "min_chars": (20, 2, 2, 2, 1),
+    "min_chars": (10, 2, 2, 2, 1),
     "max_chars": (0, 0, 0, 0, 0),
     "min_tokens": (0, 0, 0, 0, 0),
     "max_tokens": (0, 0, 0, 0, 0),
     "language_share": (0.5, 0.5, 0.5, 0.5, 0.0),
     "max_repeated": (0.5, 0.6, 0.0, 0.6, 0.5),
-    "max_runs": (0.3, 0.3, 0.0, 0.3, 0.3),
+    "max_runs": (0.4, 0.4, 0.0, 0.4, 0.4),
     "max_symbols": (0.4, 0.5, 0.0, 0.0, 0.5),
-    "max_digits": (0.5, 0.0, 0.0, 0.0, 0.5),
+    "max_digits": (0.7, 0.0, 0.0, 0.0, 0.7),
     "max_broken": (0.001, 0.001, 0.001, 0.001, 0.001),
     "boilerplate": (50, 0, 0, 0, 0),
     "drop_refusals": (True, True, False, True, False),
@@ -213,6 +213,8 @@ def check(args: argparse.Namespace) -> Settings:
         name, _, licence = one.rpartition(":")
         if not name or not licence:
             raise UserError(f"--source {one}: must be NAME:LICENCE, such as wiki.jsonl:CC-BY-SA-4.0")
+    if args.ppl_model and not Path(args.ppl_model).exists():
+        raise UserError(f"--ppl_model {args.ppl_model} is not there: name a file or folder of weights")
     place = STAGES.index(args.stage)
     values = {name: values[place] for name, values in DEFAULTS.items()}
     values |= {name: value for name in values if (value := getattr(args, name)) is not None}

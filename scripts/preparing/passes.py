@@ -67,6 +67,8 @@ class Preparation:
         self.name = out.name.removesuffix(".jsonl")
         self.found = Findings(self.sources)
         self.pool = WorkerPool(workers)
+        if settings.against:
+            comparing.evaluation(settings.against)  # what is wrong with these files is told now
         self.work_path = out.with_name(f"{self.name}.work")
         others = [*settings.against, *([settings.ppl_model] if settings.ppl_model else [])]
         identity = identify(self.sources, asdict(settings), [name for name in others if Path(name).is_file()])
@@ -132,8 +134,8 @@ class Preparation:
             counts[kind].update(found)
         counts["lines"]["cleaned"] += summary["kept"]
         for kind, examples in summary["examples"].items():
-            if len(self.found.examples[kind]) < EXAMPLES:  # from as many chunks as there are
-                self.found.examples[kind] += examples[: 1 if len(self.chunks) > EXAMPLES else EXAMPLES]
+            room = EXAMPLES - len(self.found.examples[kind])
+            self.found.examples[kind] += examples[: min(room, 1 if len(self.chunks) > EXAMPLES else room)]
 
     def compare(self) -> None:
         """Passes 2 to 4: shared lines are removed, then duplicates and contaminated lines are dropped."""

@@ -186,7 +186,7 @@ def _what_came_in(found: Findings, licences: dict[str, str]) -> list[str]:
 
 
 def _what_was_removed(found: Findings) -> list[str]:
-    rows = [(f"{WHAT[name]} (`{name}`)", count) for name, count in found.total("removed").most_common()]
+    rows = [(f"{name}: {WHAT[name]}", count) for name, count in found.total("removed").most_common()]
     rows += found.dropped.most_common()
     rows += [(f"bad line: {name}", count) for name, count in found.total("bad").most_common(MOST_SHOWN)]
     rows += [(f"not usable: {name}", count) for name, count in found.total("unusable").most_common(MOST_SHOWN)]
