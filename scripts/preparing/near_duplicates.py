@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from scripts.preparing.shingles import BINS, LINE_BITS, likeness, parts
+from scripts.preparing.shingles import BINS, LINE_BITS, likeness, parts, sorted_once
 from trainer.files import replacing
 
 ENTRIES_AT_ONCE = 1 << 22
@@ -163,7 +163,7 @@ def _propose(search: _Search, turn: int, share: int) -> bool:
             one, other = one[near], other[near]
             near = likeness(sketches[one], sketches[other]) >= LIKE
             proposed.append(_pack(one[near], other[near], lengths))
-    _save(search.pairs_file(turn, share), np.unique(np.concatenate(proposed)))
+    _save(search.pairs_file(turn, share), sorted_once(np.concatenate(proposed)))
     return any_large
 
 
@@ -247,10 +247,10 @@ def _check(search: _Search, files: list[Path], losers: tuple[int, int]) -> np.nd
     for file in files:
         pairs = np.load(file, mmap_mode="r")
         found.append(np.array(pairs[np.searchsorted(pairs, low) : np.searchsorted(pairs, high)]))
-    pairs = np.unique(np.concatenate(found))
+    pairs = sorted_once(np.concatenate(found))
     loser = (pairs >> np.uint64(NUMBER_BITS)).astype(np.int64)
     winner = (pairs & np.uint64((1 << NUMBER_BITS) - 1)).astype(np.int64)
-    numbers = np.unique(np.concatenate([loser, winner]))
+    numbers = sorted_once(np.concatenate([loser, winner]))
     texts = dict(zip(numbers.tolist(), search.texts.read(numbers.tolist()), strict=True))
     near = [
         is_near(texts[one], texts[other], search.threshold)
