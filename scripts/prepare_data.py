@@ -24,7 +24,7 @@ import _repo  # noqa: F401  (lets `python scripts/prepare_data.py` find the pack
 
 from scripts.preparing.options import add_arguments, check
 from trainer.arguments import Parser
-from trainer.errors import run_main
+from trainer.errors import UserError, run_main
 
 
 def get_args():
@@ -36,6 +36,17 @@ def get_args():
 def main():
     args = get_args()
     settings = check(args)
+    try:
+        prepare(args, settings)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(
+            f"stopped by the disk: {error.strerror or error}{where}; what is done is kept: make room, or mend that, "
+            "and run again"
+        ) from error
+
+
+def prepare(args, settings):
     from scripts.preparing.passes import Preparation  # after the arguments: --help need not wait for it
     from scripts.preparing.reporting import Figures, describe, write_report
 

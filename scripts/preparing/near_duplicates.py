@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from scripts.preparing.shingles import BINS, LINE_BITS, likeness, parts, sorted_once
-from trainer.files import replacing
+from scripts.preparing.work_folder import save_array
 
 ENTRIES_AT_ONCE = 1 << 22
 PAIRS_AT_ONCE = 1 << 19
@@ -78,7 +78,7 @@ def find_near_duplicates(
         the numbers of the lines to drop, ascending, and of the kept line that each is near to; both int64.
 
     Raises:
-        UserError: the folder cannot be written to.
+        OSError: the folder cannot be written to.
     """
     search, alive = _prepare(signature_files, texts, threshold, work)
     if dropped is not None:
@@ -86,7 +86,7 @@ def find_near_duplicates(
     at_first, edges = alive.copy(), np.empty((0, 2), np.int64)
     shares, winners = list(range(search.shares)), {}
     for turn in range(ROUNDS):
-        _save(work / "alive.npy", np.stack([at_first, alive]))
+        save_array(work / "alive.npy", np.stack([at_first, alive]))
         large = _run(pool, functools.partial(_propose, search, turn), shares)
         shares = [share for share, is_large in zip(shares, large, strict=True) if is_large]
         found = _check_all(search, pool, [search.pairs_file(turn, share) for share in range(search.shares)])
@@ -112,21 +112,16 @@ def _prepare(files: Sequence[Path], texts: TextStore, threshold: float, work: Pa
         entries += len(found)
     lines = starts[-1]
     all_lengths = np.zeros(lines, np.uint32)
-    with replacing(work / "sketches") as temporary, open(temporary, "wb") as out:
+    with open(work / "sketches", "wb") as out:
         for file, start in zip(files, starts, strict=False):
             lengths, sketches, _ = parts(np.load(file, mmap_mode="r"))
             all_lengths[start : start + len(lengths)] = lengths
             out.write(sketches.tobytes())
-    _save(work / "lengths.npy", all_lengths)
+    save_array(work / "lengths.npy", all_lengths)
     shares = 1 << max(4, -(-entries // ENTRIES_AT_ONCE).bit_length())
     line_bits = max(1, lines.bit_length())
     search = _Search(tuple(files), tuple(starts), texts, threshold, work, shares, line_bits)
     return search, np.ones(lines, bool)
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
 
 
 def _run(pool: Executor | None, job, items: Iterable) -> list:
@@ -163,7 +158,7 @@ def _propose(search: _Search, turn: int, share: int) -> bool:
             one, other = one[near], other[near]
             near = likeness(sketches[one], sketches[other]) >= LIKE
             proposed.append(_pack(one[near], other[near], lengths))
-    _save(search.pairs_file(turn, share), sorted_once(np.concatenate(proposed)))
+    save_array(search.pairs_file(turn, share), sorted_once(np.concatenate(proposed)))
     return any_large
 
 

@@ -12,7 +12,7 @@ import pytest
 from dataset.jsonl import JsonlReader
 from dataset.records import parse_chat, parse_pair, parse_text
 from tests.conftest import write_jsonl
-from tests.running import call_script, one_error_line, run_script
+from tests.running import call_script
 
 WORDS = (
     "river mountain harvest winter lantern market bridge garden teacher sailor window letter morning stranger village "
@@ -256,10 +256,10 @@ def test_lines_are_held_out_shuffled_and_cut_into_shards(prepare, tmp_path, thre
     assert len(order) == 199
     assert order == sorted(order)
     assert not (tmp_path / "out" / "data.val.jsonl").exists()
-    run_script(  # shards take the place of the file
+    call_script(  # shards take the place of the file
         "scripts/prepare_data.py",
         *(three_hundred, "--stage", "pretrain", "--out", tmp_path / "out" / "data.jsonl", "--shard_lines", "120"),
-        *("--overwrite", "--workers", "1", "--val_lines", "0"),
+        *("--overwrite", "--val_lines", "0", *FAST),
     )
     names = sorted(path.name for path in (tmp_path / "out").glob("*.jsonl"))
     assert names == ["data-00001.jsonl", "data-00002.jsonl", "data-00003.jsonl"]
@@ -319,7 +319,7 @@ def test_the_number_of_processes_and_a_kill_change_no_byte(tmp_path, monkeypatch
         return {path.name: path.read_bytes() for path in (tmp_path / folder).glob("*.jsonl")}
 
     call_script("scripts/prepare_data.py", *files, *flags, "--out", tmp_path / "one" / "x.jsonl", "--workers", "1")
-    run_script("scripts/prepare_data.py", *files, *flags, "--out", tmp_path / "two" / "x.jsonl", "--workers", "2")
+    call_script("scripts/prepare_data.py", *files, *flags, "--out", tmp_path / "two" / "x.jsonl", "--workers", "2")
     assert len(written("one")) == 2
     assert written("one") == written("two")
 
@@ -358,13 +358,15 @@ def test_another_setting_starts_anew(tmp_path, three_hundred, monkeypatch, capsy
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 5
 
 
-def test_a_folder_that_another_run_works_in_is_refused(tmp_path, three_hundred):
+def test_a_folder_that_another_run_works_in_is_refused(tmp_path, three_hundred, capsys):
     from dataset.locks import lock
 
     (tmp_path / "x.work").mkdir()
     held = lock(tmp_path / "x.work" / "lock", wait=False)
-    done = run_script(
-        "scripts/prepare_data.py", three_hundred, "--out", tmp_path / "x.jsonl", "--stage", "sft", exit_code=2
+    call_script(
+        "scripts/prepare_data.py",
+        *(three_hundred, "--out", tmp_path / "x.jsonl", "--stage", "sft", *FAST),
+        exit_code=2,
     )
     held.close()
-    assert "another run is preparing there" in one_error_line(done)
+    assert "another run is preparing there" in capsys.readouterr().err
