@@ -44,7 +44,7 @@ def get_args():
 def make_text(path: Path, megabytes: int, seed: int) -> None:
     """Lines of random sentences until there are so many bytes."""
     rng = random.Random(seed)
-    words = ["".join(rng.choices(SYLLABLES, k=rng.randint(1, 4))) for _ in range(20_000)]
+    words = ["".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))) for _ in range(20_000)]
     size = number = 0
     with open(path, "wb") as file:
         while size < megabytes * 1_000_000:
