@@ -15,7 +15,15 @@ from tests.running import ROOT, TINY, TINY_TRAINING, run_script
 
 # in the order in which their commands are run: each page may need what an earlier one has trained
 PAGES = (
-    *("README", "docs/training", "docs/reasoning_and_preferences", "docs/vision", "docs/results", "docs/serving"),
+    *(
+        "README",
+        "docs/data",
+        "docs/training",
+        "docs/reasoning_and_preferences",
+        "docs/vision",
+        "docs/results",
+        "docs/serving",
+    ),
     *("docs/benchmarks", "docs/formats", "docs/coming_from_minimind2", "docs/troubleshooting", "docs/glossary"),
 )
 DATA_OF = {
