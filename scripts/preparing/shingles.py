@@ -95,7 +95,9 @@ class _Block:
         self.lengths = np.fromiter(map(len, texts), np.int32, len(texts))
         ends = np.cumsum(self.lengths, dtype=np.int32)
         self.line = np.repeat(np.arange(len(texts), dtype=np.int32), self.lengths)
-        self.left = np.repeat(ends, self.lengths) - np.arange(len(codes), dtype=np.int32)  # characters to the line's end
+        self.left = np.repeat(ends, self.lengths) - np.arange(
+            len(codes), dtype=np.int32
+        )  # characters to the line's end
         self.chinese = codes >= CHINESE
         self.width = self.lengths + np.bincount(self.line[self.chinese], minlength=len(texts))
         self._hashes = {1: np.concatenate([codes, np.zeros(LONG[1], np.uint32)]).astype(np.uint64) + np.uint64(1)}
