@@ -15,6 +15,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from model.fast_bpe import encode_parts
+
 DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
 ROLES = ("system", "user", "assistant")
 TEXT_BEGIN, TEXT_END = "<s>", "</s>"  # as a pretraining text may spell them itself
@@ -149,9 +151,8 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[
     try:
         for call in _calls(texts):
             stretches = [stretch for _, stretch in call]
-            encodings = backend.encode_batch_fast(stretches, is_pretokenized=True, add_special_tokens=False)
-            for (text, _), encoding in zip(call, encodings, strict=True):
-                ids[text] += encoding.ids
+            for (text, _), found in zip(call, encode_parts(backend, stretches), strict=True):
+                ids[text] += found
     except TypeError as error:  # Rust strings are UTF-8, and this is all it says of one that cannot be
         raise ValueError("a text holds half a character (a lone surrogate), which UTF-8 cannot spell") from error
     return ids
