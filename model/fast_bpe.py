@@ -23,11 +23,6 @@ from tokenizers import Tokenizer
 
 from model.tokenizer import BYTE_OF
 
-try:
-    import tiktoken
-except ImportError:  # it comes with requirements.txt, but nothing depends on it
-    tiktoken = None
-
 PART_END, TEXT_END = "\ufdd0", "\ufdd1"  # noncharacters, which Unicode will never assign: no text has them
 LONG_CHARS = 1 << 16  # of text in one call, from which on the start of tiktoken pays
 SHARE_CHARS = 1 << 15  # of text for a thread, at least
@@ -58,6 +53,8 @@ class FastBPE:
     """
 
     def __init__(self, tokenizer: Tokenizer):
+        import tiktoken  # here: most of what renders text never needs it
+
         state = json.loads(tokenizer.to_str())
         added = {token["content"]: token["id"] for token in state["added_tokens"]}
         _check_added(state["added_tokens"])
@@ -120,13 +117,14 @@ def encode_parts(tokenizer: Tokenizer, texts: list[list[str]]) -> list[np.ndarra
 
 def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
     """A `FastBPE` with the ids of a tokenizer, None where there cannot be one; made once, in a fifth of a second."""
-    if tiktoken is None or tokenizer.encode_special_tokens:
+    if tokenizer.encode_special_tokens:  # it leaves tags in a text as text
         return None
-    return _make(tokenizer, repr(tokenizer))  # a tokenizer can be changed: it is then another
+    return _make(tokenizer, f"{tokenizer!r} {tokenizer.get_added_tokens_decoder()}")
 
 
 @lru_cache(2)
-def _make(tokenizer: Tokenizer, _: str) -> FastBPE | None:
+def _make(tokenizer: Tokenizer, state: str) -> FastBPE | None:
+    """`state` tells a tokenizer that has been changed from what it was."""
     try:
         return FastBPE(tokenizer)
     except ValueError:
