@@ -1,6 +1,6 @@
 """Speed of tokenising, by tiktoken and by the tokenizers library, from a jsonl file to its cache; and that both agree.
 
-    python -m benchmarks.tokenise_speed --data_dir DIR              pretrain_hq.jsonl, sft_mini_512.jsonl and dpo.jsonl in DIR
+    python -m benchmarks.tokenise_speed --data_dir DIR      pretrain_hq.jsonl, sft_mini_512.jsonl, dpo.jsonl in DIR
 
 Both take turns, round after round: a figure is the median of the rounds, a ratio the median of each round's own. What a
 first start of training waits for is timed: reading, checking, rendering, encoding and writing. Below each file: what of

@@ -81,14 +81,14 @@ HASHES = {
 
 
 def test_all_real_text_has_the_same_ids(shared):
-    """Every tenth text by both libraries, all of them by the hash of what the tokenizers library once made of them."""
+    """Some texts by both libraries, all of them by the hash of what the tokenizers library once made of them."""
     tokenizer = shipped()
     fast = fast_bpe(tokenizer)
     for path in (shared / "data").rglob("*.csv"):
         check(tokenizer, fast, path.read_text(encoding="utf-8").splitlines())
     texts = {path.name: texts_in(path) for path in (shared / "data").glob("*.jsonl")}
     for some in texts.values():
-        check(tokenizer, fast, some[::10])
+        check(tokenizer, fast, some[::40])
     found = {name: hash_of_ids(fast.encode, some) for name, some in texts.items()}
     assert found == HASHES
 
@@ -96,44 +96,12 @@ def test_all_real_text_has_the_same_ids(shared):
 def test_random_text_has_the_same_ids(both):
     tokenizer, fast = both
     draw = random.Random(0)
-    words = [
-        "'s",
-        "'ll",
-        "'",
-        "'LL",
-        " ",
-        "  ",
-        "\t",
-        "\r\n",
-        "\n\n",
-        "\u3000",
-        "\u00a0",
-        "a",
-        "Zé",
-        "中文",
-        "。",
-        "!?",
-    ]
-    words += [
-        "7",
-        "１",
-        "½",
-        "Ⅷ",
-        "²",
-        "😀",
-        "\u200d",
-        "\u0301",
-        "<",
-        "s>",
-        "<s",
-        "</",
-        ">",
-        "\x00",
-        "\u0378",
-        "\ufdd0",
-    ]
-    words += [token.content for token in tokenizer.get_added_tokens_decoder().values()] + SENTENCES
-    texts = ["".join(draw.choices(words, k=draw.randrange(40))) for _ in range(3000)]
+    words = ["'s", "'ll", "'", "'LL", " ", "  ", "\t", "\r\n", "\n\n", "\u3000", "\u00a0", "a", "Zé", "中文", "。"]
+    words += ["7", "１", "½", "Ⅷ", "²", "😀", "\u200d", "\u0301", "<", "s>", "<s", "</", ">", "\x00", "!?", *SENTENCES]
+    words += [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    texts = ["".join(draw.choices(words, k=draw.randrange(40))) for _ in range(2000)]
+    words += ["\u0378", "\ufdd0", "\ufdd1", "\U00011de0"]  # of no Unicode, or of a new one: not for tiktoken
+    texts += ["".join(draw.choices(words, k=draw.randrange(40))) for _ in range(500)]
     planes = [(0x20, 0x7F), (0x80, 0x600), (0x600, 0x3000), (0x3000, 0xD800), (0xE000, 0x20000), (0x20000, 0x110000)]
     for n in range(1000):
         span = draw.choice(planes)
