@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import jsonlines
 
-from dataset.shapes import HEAD_BYTES, foreign_file, foreign_first_line
+from dataset.shapes import HEAD_BYTES, file_advice, foreign_file, foreign_first_line, line_advice
 
 DATA_SETS = "https://huggingface.co/datasets/jingyaogong/minimind_dataset"
 EXCERPT_CHARS = 80
@@ -116,7 +116,7 @@ class JsonlReader:
                     yield record
         if not good:
             found = f"{self.bad_lines} bad, the first: {self.bad_reports[0]}" if self.bad_reports else "all are blank"
-            raise DataError(f"{self.path} has no good line; {found}")
+            raise DataError(f"{self.path} has no good line; {found}{line_advice(self.path, self._line)}")
 
     def _count(self, ignored: Ignored) -> None:
         for key, count in ignored.items():
@@ -143,7 +143,7 @@ class JsonlReader:
     def _read(self, file: BinaryIO) -> Iterator[bytes]:
         try:
             if shape := foreign_file(file.read(HEAD_BYTES)):
-                raise DataError(f"{self.path} is {shape}")
+                raise DataError(f"{self.path} is {shape}{file_advice(self.path, shape)}")
             file.seek(0)
             yield from file
         except OSError as error:
@@ -152,7 +152,7 @@ class JsonlReader:
     def _refuse(self, number: int, reason: str) -> None:
         bad = f"line {number}: {reason}" + (f": {excerpt(self._line)}" if self._line else "")
         if not self.skip_bad_lines:
-            raise DataError(f"{self.path}, {bad}")
+            raise DataError(f"{self.path}, {bad}{line_advice(self.path, self._line)}")
         self.bad_lines += 1
         if len(self.bad_reports) < MOST_REPORTED:
             self.bad_reports.append(bad)
