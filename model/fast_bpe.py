@@ -119,7 +119,7 @@ def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
     """A `FastBPE` with the ids of a tokenizer, None where there cannot be one; made once, in a fifth of a second."""
     if tokenizer.encode_special_tokens:  # it leaves tags in a text as text
         return None
-    return _make(tokenizer, f"{tokenizer!r} {tokenizer.get_added_tokens_decoder()}")
+    return _make(tokenizer, repr(tokenizer))
 
 
 @lru_cache(2)
