@@ -96,7 +96,17 @@ DEFAULTS = {
     "scripts.inspect_data FILE": TOWER
     | {
         **{"data_path": "FILE", "stage": None, "tokenizer": None, "max_seq_len": None, "samples": 3, "seed": None},
-        **{"skip_bad_lines": False, "images_path": "dataset"},
+        **{"skip_bad_lines": False, "images_path": "dataset", "plot": None},
+    },
+    "scripts.prepare_data FILE --stage=sft --out=x.jsonl --workers=3": {
+        **{"inputs": ["FILE"], "stage": "sft", "out": "x.jsonl", "overwrite": False, "workers": 3, "seed": 42},
+        **{"map": None, "text_unit": "document", "source": [], "languages": ("zh", "en"), "language_share": None},
+        **dict.fromkeys(("min_chars", "max_chars", "min_tokens", "max_tokens", "max_repeated", "max_runs")),
+        **dict.fromkeys(("max_symbols", "max_digits", "max_broken", "boilerplate", "drop_refusals", "drop_cut_off")),
+        **dict.fromkeys(("check_turns", "check_thoughts", "urls", "emails", "phones", "ids", "normalise")),
+        **{"exact_dup": True, "near_dup": None, "near_dup_questions": None, "against": [], "ppl_model": None},
+        **{"drop_worst": 0.1, "device": None, "mix": [], "max_lines": 0, "shuffle": True, "val_share": 0.01},
+        **{"val_lines": 2000, "shard_lines": 0, "tokenizer": None, "count_tokens": False},
     },
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
 }
@@ -156,6 +166,11 @@ LEAST = {
     "scripts.chat_openai_api": {"history_cnt": 0, "max_tokens": 1, "seed": 0},
     "scripts.serve_openai_api": {"max_concurrency": 1, "max_queue": 0, "port": 0, "keep_alive": 1, "drain_seconds": 0},
     "scripts.inspect_data FILE": {"max_seq_len": 1, "samples": 0, "seed": 0},
+    "scripts.prepare_data FILE --stage=sft --out=x.jsonl": {
+        **{"workers": 1, "seed": 0, "min_chars": 0, "max_chars": 0, "min_tokens": 0, "max_tokens": 0, "boilerplate": 0},
+        **{"language_share": 0, "max_repeated": 0, "max_runs": 0, "near_dup": 0, "drop_worst": 0, "max_lines": 0},
+        **{"val_share": 0, "val_lines": 0, "shard_lines": 0},
+    },
     "scripts.cache list": {"older_than": 0},
 }
 
