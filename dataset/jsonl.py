@@ -98,9 +98,9 @@ class JsonlReader:
 
     def __iter__(self) -> Iterator[Any]:
         number = good = 0
-        # json.loads is named because jsonlines otherwise takes orjson or ujson where it finds one, and what
+        # Python's json is named because jsonlines otherwise takes orjson or ujson where it finds one, and what
         # counts as a bad line must not depend on that.
-        with open(self.path, "rb") as file, jsonlines.Reader(self._lines(file), loads=_loads) as reader:
+        with open(self.path, "rb") as file, jsonlines.Reader(self._lines(file), loads=_decoder.decode) as reader:
             while True:
                 number += 1
                 ignored: Ignored = Counter()
@@ -178,10 +178,6 @@ class JsonlReader:
         return f"not valid JSON ({cause})" if cause else "not a JSON object"
 
 
-def _loads(line: str) -> Any:
-    return json.loads(line, object_pairs_hook=_object)
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a key that stands twice, json.loads itself would keep the last value and forget the first."""
     found = dict(pairs)
@@ -189,6 +185,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise BadRecord(f'the key "{twice:.40}" stands twice in one object')
     return found
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for every line
 
 
 def named_counts(ignored: Mapping[str, int]) -> str:

@@ -90,7 +90,7 @@ class MixedRows(Dataset):
             return None
         before = identity.get("files", [])
         if len(before) != len(self.files):
-            return f"the saved run did not learn from the {len(self.files)} files of this --mix"
+            return f"the saved run learned from another number of files than --mix names now, {len(self.files)}"
         changes = (file.changed_since(then) for file, then in zip(self.files, before, strict=True))
         return next(filter(None, changes), "the shares of --mix are not those of the saved run")
 

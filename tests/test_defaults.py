@@ -34,8 +34,8 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
-    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2),
-    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain"),
+    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None),
+    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
         **{"max_seq_len": 1024, "epochs": 2, "from_weight": "full_sft"},
@@ -43,14 +43,17 @@ DEFAULTS = {
     ),
     "train_lora": stage(
         *("lora_identity", 16, 1e-3, 10),
-        **{"epochs": 10, "from_weight": "full_sft", "lora_name": "identity"},
+        **{"epochs": 10, "from_weight": "full_sft", "mix": None, "lora_name": "identity"},
         **{"rank": 16, "alpha": None, "target_modules": None},
     ),
     "train_distillation": stage(
         *("sft_1024", 16, 3e-4, 20),
-        **{"from_weight": "full_sft", "teacher_weight": "full_sft_768", "alpha": 0.0, "temperature": 1.0},
+        **{"from_weight": "full_sft", "mix": None, "teacher_weight": "full_sft_768", "alpha": 0.0, "temperature": 1.0},
     ),
-    "train_distill_reason": stage("r1_mix_1024", 8, 3e-4, 20, max_seq_len=1024, from_weight="rlhf", tag_weight=10.0),
+    "train_distill_reason": stage(
+        *("r1_mix_1024", 8, 3e-4, 20),
+        **{"max_seq_len": 1024, "from_weight": "rlhf", "mix": None, "tag_weight": 10.0},
+    ),
     "train_pretrain_vlm": stage(
         *("pretrain_vlm_data", 16, 4e-4, 0),
         **{"max_seq_len": 640, "epochs": 4, "images_path": "dataset/pretrain_images"} | LOOKING,
@@ -210,6 +213,8 @@ def test_what_a_flag_chooses_among(line, flag, monkeypatch):
 
 
 def test_what_may_be_said_more_than_once(monkeypatch):
+    mix = arguments("train_pretrain --mix a.jsonl:0.7 C:\\b.jsonl:30", monkeypatch)["mix"]
+    assert mix == [("a.jsonl", 0.7), ("C:\\b.jsonl", 30)]
     for line in ("eval_model --prompt a --prompt b", "eval_vlm --prompt a --prompt b"):
         assert arguments(line, monkeypatch)["prompt"] == ["a", "b"]
     assert arguments("eval_vlm --image a --image b", monkeypatch)["image"] == ["a", "b"]
