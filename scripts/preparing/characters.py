@@ -183,12 +183,13 @@ def _share_repeated(points: np.ndarray, chars: np.ndarray, is_han: np.ndarray, s
 def _in_runs(points: np.ndarray, owner: np.ndarray, marks: np.ndarray, n: int) -> np.ndarray:
     """How many characters of each text, white space apart, stand in a run of at least `RUN` equal ones.
 
-    Symbols do not count: rules of tables and blanks to fill in are made of them.
+    Symbols and hyphens do not count: rules of tables and blanks to fill in are made of them.
     """
     kinds = marks[1:] & MASK
     same = (
         (points[1:] == points[:-1]) & (owner[1:] == owner[:-1]) & (kinds != KIND["space"]) & (kinds != KIND["symbol"])
     )
+    same &= points[1:] != ord("-")
     whole = same.copy()
     for shift in range(1, RUN - 1):
         whole[:-shift] &= same[shift:]

@@ -51,7 +51,9 @@ def normalise(text: str) -> str:
     else:
         text = _plain(text)
     begin = len(text) - len(text.lstrip())
-    begin = text.rfind("\n", 0, begin) + 1 if CODE_LINE.search(text[:200]) else begin  # code keeps its indentation
+    line = text.rfind("\n", 0, begin) + 1  # the first that is not blank
+    if CODE_LINE.search(text[line:].partition("\n")[0]):  # code keeps its indentation
+        begin = line
     return text[begin:].rstrip()
 
 
