@@ -34,8 +34,8 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
-    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2),
-    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain"),
+    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None),
+    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
         **{"max_seq_len": 1024, "epochs": 2, "from_weight": "full_sft"},
@@ -43,14 +43,17 @@ DEFAULTS = {
     ),
     "train_lora": stage(
         *("lora_identity", 16, 1e-3, 10),
-        **{"epochs": 10, "from_weight": "full_sft", "lora_name": "identity"},
+        **{"epochs": 10, "from_weight": "full_sft", "mix": None, "lora_name": "identity"},
         **{"rank": 16, "alpha": None, "target_modules": None},
     ),
     "train_distillation": stage(
         *("sft_1024", 16, 3e-4, 20),
-        **{"from_weight": "full_sft", "teacher_weight": "full_sft_768", "alpha": 0.0, "temperature": 1.0},
+        **{"from_weight": "full_sft", "mix": None, "teacher_weight": "full_sft_768", "alpha": 0.0, "temperature": 1.0},
     ),
-    "train_distill_reason": stage("r1_mix_1024", 8, 3e-4, 20, max_seq_len=1024, from_weight="rlhf", tag_weight=10.0),
+    "train_distill_reason": stage(
+        *("r1_mix_1024", 8, 3e-4, 20),
+        **{"max_seq_len": 1024, "from_weight": "rlhf", "mix": None, "tag_weight": 10.0},
+    ),
     "train_pretrain_vlm": stage(
         *("pretrain_vlm_data", 16, 4e-4, 0),
         **{"max_seq_len": 640, "epochs": 4, "images_path": "dataset/pretrain_images"} | LOOKING,
@@ -93,7 +96,17 @@ DEFAULTS = {
     "scripts.inspect_data FILE": TOWER
     | {
         **{"data_path": "FILE", "stage": None, "tokenizer": None, "max_seq_len": None, "samples": 3, "seed": None},
-        **{"skip_bad_lines": False, "images_path": "dataset"},
+        **{"skip_bad_lines": False, "images_path": "dataset", "plot": None},
+    },
+    "scripts.prepare_data FILE --stage=sft --out=x.jsonl --workers=3": {
+        **{"inputs": ["FILE"], "stage": "sft", "out": "x.jsonl", "overwrite": False, "workers": 3, "seed": 42},
+        **{"map": None, "text_unit": "document", "source": [], "languages": ("zh", "en"), "language_share": None},
+        **dict.fromkeys(("min_chars", "max_chars", "min_tokens", "max_tokens", "max_repeated", "max_runs")),
+        **dict.fromkeys(("max_symbols", "max_digits", "max_broken", "boilerplate", "drop_refusals", "drop_cut_off")),
+        **dict.fromkeys(("check_turns", "check_thoughts", "urls", "emails", "phones", "ids", "normalise")),
+        **{"exact_dup": True, "near_dup": None, "near_dup_questions": None, "against": [], "ppl_model": None},
+        **{"drop_worst": 0.1, "device": None, "mix": [], "max_lines": 0, "shuffle": True, "val_share": 0.01},
+        **{"val_lines": 2000, "shard_lines": 0, "tokenizer": None, "count_tokens": False},
     },
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
 }
@@ -153,6 +166,11 @@ LEAST = {
     "scripts.chat_openai_api": {"history_cnt": 0, "max_tokens": 1, "seed": 0},
     "scripts.serve_openai_api": {"max_concurrency": 1, "max_queue": 0, "port": 0, "keep_alive": 1, "drain_seconds": 0},
     "scripts.inspect_data FILE": {"max_seq_len": 1, "samples": 0, "seed": 0},
+    "scripts.prepare_data FILE --stage=sft --out=x.jsonl": {
+        **{"workers": 1, "seed": 0, "min_chars": 0, "max_chars": 0, "min_tokens": 0, "max_tokens": 0, "boilerplate": 0},
+        **{"language_share": 0, "max_repeated": 0, "max_runs": 0, "near_dup": 0, "drop_worst": 0, "max_lines": 0},
+        **{"val_share": 0, "val_lines": 0, "shard_lines": 0},
+    },
     "scripts.cache list": {"older_than": 0},
 }
 
@@ -195,6 +213,8 @@ def test_what_a_flag_chooses_among(line, flag, monkeypatch):
 
 
 def test_what_may_be_said_more_than_once(monkeypatch):
+    mix = arguments("train_pretrain --mix a.jsonl:0.7 C:\\b.jsonl:30", monkeypatch)["mix"]
+    assert mix == [("a.jsonl", 0.7), ("C:\\b.jsonl", 30)]
     for line in ("eval_model --prompt a --prompt b", "eval_vlm --prompt a --prompt b"):
         assert arguments(line, monkeypatch)["prompt"] == ["a", "b"]
     assert arguments("eval_vlm --image a --image b", monkeypatch)["image"] == ["a", "b"]

@@ -39,7 +39,7 @@ from trainer.weights import architecture, weights_path
 MAY_CHANGE = (
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
     *("overwrite", "compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
-    *("data_path", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
+    *("data_path", "mix", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
     *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
 )
 MAY_CHANGE_WITH_NOTICE = (
@@ -127,7 +127,7 @@ class Checkpoint:
             "config": architecture(config) | {"max_seq_len": config.max_seq_len},
             "stage": stage,
             "tokenizer": tokenizer_hash(tokenizer),
-            "data_path": str(args.data_path),
+            **_learned_from(args),
             **facts,
         }
         self.settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
@@ -344,6 +344,13 @@ class Checkpoint:
             plain.load_state_dict(given | load_tensors(folder / "model.pth"))
             optimizer.load_state_dict(state["optimizer"])
         set_random_state(self.runtime.device, load_tensors(folder / f"rank_{self.runtime.rank}.pt"))
+
+
+def _learned_from(args) -> dict:
+    """For the json: the data file, or the files of a mixture with their shares; and the weights it began with."""
+    mix, start = getattr(args, "mix", None), getattr(args, "from_weight", None)
+    learned = {"data_path": str(args.data_path)} if not mix else {"data_path": None, "mix": mix}
+    return learned | ({} if start in (None, "none") else {"from_weight": start})
 
 
 def _wait(runtime: Runtime) -> None:

@@ -20,6 +20,7 @@ from trainer.arguments import (
     byte_size,
     check_training_arguments,
     deepspeed_config,
+    mix_part,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -208,6 +209,21 @@ def test_sizes_as_people_write_them(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(argparse.ArgumentTypeError, match="such as 50GB"):
         byte_size(text)
+
+
+@pytest.mark.parametrize("text", ["", "a.jsonl", "a.jsonl:", ":0.5", "a.jsonl:0", "a.jsonl:-1", "a:x", "a:nan"])
+def test_what_is_no_part_of_a_mixture(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"such as a\.jsonl:0\.7"):
+        mix_part(text)
+
+
+def test_a_file_is_mixed_in_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = training_parser("", mix=[("a.jsonl", 0.5), ("b.jsonl", 0.2)]).parse_args([])
+    check_training_arguments(args)
+    args.mix.append((str(tmp_path / "a.jsonl"), 0.3))
+    with pytest.raises(UserError, match=r"--mix names .* twice"):
+        check_training_arguments(args)
 
 
 def test_caches_are_limited_unless_it_is_said():
