@@ -4,10 +4,13 @@ The numbers are written out here once more on purpose. Whoever changes one chang
 """
 
 import importlib
+import runpy
+from pathlib import Path
 
 import pytest
 
 from tests.running import ROOT
+from trainer import errors
 from trainer.errors import UserError
 
 MODEL = {"dim": 512, "n_layers": 8, "use_moe": False, "tokenizer": None, "out_dir": "out"}
@@ -109,6 +112,21 @@ DEFAULTS = {
         **{"val_lines": 2000, "shard_lines": 0, "tokenizer": None, "count_tokens": False},
     },
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
+    "scripts.eval_benchmarks --tasks cmmlu": {
+        **MODEL | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
+        **{"control": None, "seed": 1234, "ppl": [], "window": 512, "compare": None, "weights": [], "model_mode": 1},
+        **{"load": 0, "lora_name": None, "batch_size": 16, "device": None, "output": None, "log_samples": None},
+        **{"submission": None, "resume": False, "overwrite": False},
+    },
+    "scripts.report": {
+        **{"out_dir": None, "tokenizer": None, "ppl": None, "data_dir": None, "num_fewshot": 0, "limit": None},
+        **{"device": None},
+    },
+    "scripts.collect_teacher_answers FROM TO --model m": {
+        **{"questions": "FROM", "answers": "TO", "model": "m", "base_url": "https://api.openai.com/v1"},
+        **{"api_key": None, "system": None, "temperature": None, "max_tokens": None, "thinking": False},
+        **{"concurrency": 8, "retries": 6, "give_up_after": 10, "timeout": 300, "skip_bad_lines": False},
+    },
 }
 SIZES = dict.fromkeys(
     ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
@@ -145,7 +163,19 @@ def _is_path(value) -> bool:
 
 @pytest.mark.parametrize("line", DEFAULTS)
 def test_what_a_script_does_where_nothing_is_said(line, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert arguments(line, monkeypatch) == DEFAULTS[line]
+
+
+COMMANDS = [path for folder in (".", "scripts", "benchmarks") for path in sorted((ROOT / folder).glob("[a-z]*.py"))]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_a_command_begins_where_errors_are_told_in_one_line(path: Path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(errors, "run_main", begun.append)
+    main = runpy.run_path(str(path), run_name="__main__")["main"]
+    assert begun == [main]
 
 
 INTEGERS_FROM_1 = """
@@ -172,6 +202,11 @@ LEAST = {
         **{"val_share": 0, "val_lines": 0, "shard_lines": 0},
     },
     "scripts.cache list": {"older_than": 0},
+    "scripts.eval_benchmarks --tasks a": {"num_fewshot": 0, "limit": 1, "seed": 0, "window": 1, "batch_size": 1},
+    "scripts.report": {"num_fewshot": 0, "limit": 1},
+    "scripts.collect_teacher_answers a b --model m": {
+        **{"max_tokens": 1, "concurrency": 1, "retries": 0, "give_up_after": 1, "timeout": None}
+    },
 }
 
 
@@ -197,6 +232,7 @@ CHOICES = {
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
     "scripts.serve_openai_api": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16"]},
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
+    "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "control": ["shuffle"]},
     "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0"]},
     "scripts.convert_model to-peft a b c": {"layout": ["llama", "minimind"]},
 }

@@ -650,6 +650,22 @@ def test_what_is_sent_waits_for_no_receipt():
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+@pytest.mark.parametrize(
+    ("host", "family"),
+    [
+        *(("127.0.0.1", socket.AF_INET), ("0.0.0.0", socket.AF_INET), ("localhost", socket.AF_INET)),
+        *(("::1", socket.AF_INET6), ("::", socket.AF_INET6)),
+    ],
+)
+def test_an_address_is_of_its_own_family_and_many_may_call_at_once(host, family, monkeypatch):
+    """Asked of the call, as not every machine has both."""
+    asked = []
+    create = lambda *where, **how: asked.append((where, how)) or socket.socket()  # noqa: E731
+    monkeypatch.setattr(socket, "create_server", create)
+    with serve_openai_api.listen(host, 8000):
+        assert asked == [(((host, 8000),), {"family": family, "backlog": 2048})]
+
+
 def test_a_port_that_is_taken(server, out_dir, tokenizer_dir, capsys):
     port = server.address.rpartition(":")[2]
     arguments = (*server_arguments(out_dir, tokenizer_dir), "--port", port)

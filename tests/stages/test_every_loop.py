@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from model import MiniMindLM
 from tests.running import ROOT
 from tests.stages.every_script import SCRIPTS, Run, Script, World, make_world
 from tests.stages.failing import before_forward, failing_evaluation
 from tests.stages.test_resume import assert_equal, state_of
 from tests.stages.training import about, distance, reports, weights
+from trainer.runtime import Runtime
 
 EVALUATE = ("--eval_interval", "2", "--eval_path")
 
@@ -334,3 +336,29 @@ def test_the_loops_are_one_but_for_what_makes_the_stage_different(script):
     lines = list(difflib.ndiff(loop_of("train_pretrain.py"), loop_of(script.path)))
     lacking, added = ([line[2:].strip() for line in lines if line.startswith(sign)] for sign in "-+")
     assert (lacking, added) == DIFFERENCES.get(script.path, ([], []))
+
+
+def test_what_computes_has_been_put_on_the_device_and_so_has_what_it_is_given(world, script, tmp_path, monkeypatch):
+    """Which a CPU cannot tell: there everything lies at its place already."""
+    moved, given, asked = [], set(), []
+    to, call, to_device = MiniMindLM.to, MiniMindLM.__call__, Runtime.to_device
+
+    def moving(self, *where, **how):
+        moved.extend([self] * (torch.device("cpu") in where))
+        return to(self, *where, **how)
+
+    def giving(self, batch):
+        there = to_device(self, batch)
+        given.update(tensor.untyped_storage().data_ptr() for tensor in there.values())
+        return there
+
+    def asking(self, input_ids, *others, **named):
+        asked.append((any(self is model for model in moved), input_ids.untyped_storage().data_ptr() in given))
+        return call(self, input_ids, *others, **named)
+
+    monkeypatch.setattr(MiniMindLM, "to", moving)
+    monkeypatch.setattr(MiniMindLM, "__call__", asking)
+    monkeypatch.setattr(Runtime, "to_device", giving)
+    world.call(script, tmp_path, "--max_steps", "1", *EVALUATE, world.folder / script.data, "--eval_interval", "1")
+    assert len(asked) > 2
+    assert set(asked) == {(True, True)}
