@@ -29,6 +29,7 @@ GROUP = 16  # lines that each line of a group is compared with, those that are n
 NEIGHBOURS = 3  # that it is compared with besides in a large group, those that are most like it
 LIKE = 0.25  # the sketches' estimate from which a pair is read; a tenth of the characters changed leaves 0.5
 ROUNDS = 4
+KEPT = 4  # lines of a cluster that all its lines are compared with
 PIECE = 50_000  # characters that are compared at once
 NUMBER_BITS = 32  # of a line in a pair
 
@@ -82,26 +83,23 @@ def find_near_duplicates(
     Raises:
         OSError: the folder cannot be written to.
     """
-    search, alive = _prepare(signature_files, texts, threshold, work)
+    search, at_first = _prepare(signature_files, texts, threshold, work)
     if dropped is not None:
-        alive[dropped] = False
-    at_first, edges = alive.copy(), np.empty((0, 2), np.int64)
-    before, shares, winners = alive, list(range(search.shares)), {}
+        at_first[dropped] = False
+    before = alive = at_first
+    edges, shares = np.empty((0, 2), np.int64), list(range(search.shares))
+    keeper = np.full(len(alive), -1)
     for turn in range(ROUNDS):
         save_array(work / "alive.npy", np.stack([at_first, before, alive]))
         large = _run(pool, functools.partial(_propose, search, turn), shares)
+        found = _check_all(search, pool, [search.pairs_file(turn, share) for share in shares])
+        if not len(found):
+            break
+        edges, keeper = _settle(search, pool, np.concatenate([edges, found]))
+        before, alive = alive, at_first & (keeper < 0)
         shares = [share for share, is_large in zip(shares, large, strict=True) if is_large]
-        found = _check_all(search, pool, [search.pairs_file(turn, share) for share in range(search.shares)])
-        if len(found) == 0:
-            break
-        edges = np.concatenate([edges, found])
-        winners = _decide(edges, search.lengths())
-        before, alive = alive, at_first.copy()
-        alive[list(winners)] = False
-        if not shares:
-            break
-    lines = np.array(sorted(winners), np.int64)
-    return lines, np.array([winners[line] for line in lines.tolist()], np.int64)
+    lines = np.flatnonzero(keeper >= 0)
+    return lines, keeper[lines]
 
 
 def _prepare(files: Sequence[Path], texts: TextStore, threshold: float, work: Path) -> tuple[_Search, np.ndarray]:
@@ -173,13 +171,18 @@ def _propose(search: _Search, turn: int, share: int) -> bool:
 def _is_large(groups: np.ndarray, lengths: np.ndarray, threshold: float) -> np.ndarray:
     """Whether an entry's group is too large to compare all lines in it whose lengths allow it."""
     far = np.zeros(len(groups), bool)
-    far[: -GROUP or None] = (groups[GROUP:] == groups[:-GROUP]) & (lengths[:-GROUP] >= threshold * lengths[GROUP:])
+    far[:-GROUP] = (groups[GROUP:] == groups[:-GROUP]) & (lengths[:-GROUP] >= threshold * lengths[GROUP:])
     return _of_groups(groups, far)
 
 
 def _of_groups(groups: np.ndarray, some: np.ndarray) -> np.ndarray:
     """True for all entries of the groups in which it is true of one."""
-    return np.isin(groups, groups[some])
+    new = np.ones(len(groups), bool)
+    new[1:] = groups[1:] != groups[:-1]
+    group = np.cumsum(new)
+    found = np.zeros(len(groups) + 1, bool)
+    found[group[some]] = True
+    return found[group]
 
 
 def _groups(search: _Search, share: int, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -259,7 +262,6 @@ def _pack(one: np.ndarray, other: np.ndarray, of_one: np.ndarray, of_other: np.n
 
 def _check_all(search: _Search, pool: Executor | None, files: list[Path]) -> np.ndarray:
     """(n, 2): loser and winner of each proposed pair that counts."""
-    files = [file for file in files if file.exists()]
     total = sum(len(np.load(file, mmap_mode="r")) for file in files)
     portions = max(1, min(search.starts[-1], total // (PAIRS_AT_ONCE // 8)))
     limits = np.linspace(0, search.starts[-1], portions + 1).astype(np.int64).tolist()
@@ -284,15 +286,11 @@ def _check(search: _Search, files: list[Path], losers: tuple[int, int]) -> np.nd
 
 def near_pairs(ones: Sequence[str], others: Sequence[str], threshold: float) -> np.ndarray:
     """`is_near` of each text and the other one in its place: (n) bool."""
-    near = np.zeros(len(ones), bool)
-    short = [place for place in range(len(ones)) if max(len(ones[place]), len(others[place])) <= PIECE]
-    if short:
-        queries, choices = [ones[place] for place in short], [others[place] for place in short]
-        settings = {"scorer": Levenshtein.normalized_similarity, "score_cutoff": threshold, "dtype": np.float64}
-        near[short] = process.cpdist(queries, choices, **settings) >= threshold
-    for place in set(range(len(ones))).difference(short):
-        near[place] = is_near(ones[place], others[place], threshold)
-    return near
+    settings = {"scorer": Levenshtein.normalized_similarity, "score_cutoff": threshold, "dtype": np.float64}
+    lengths = np.maximum(*(np.fromiter(map(len, texts), np.int64, len(texts)) for texts in (ones, others)))
+    if len(ones) and lengths.max() <= PIECE:
+        return process.cpdist(ones, others, **settings) >= threshold
+    return np.array([is_near(*pair, threshold) for pair in zip(ones, others, strict=True)], bool)
 
 
 def is_near(one: str, other: str, threshold: float) -> bool:
@@ -313,15 +311,60 @@ def is_near(one: str, other: str, threshold: float) -> bool:
     return True
 
 
-def _decide(edges: np.ndarray, lengths: np.ndarray) -> dict[int, int]:
-    """{line to drop: the kept line that it is near to}, of (n, 2) losers and winners.
+def _settle(search: _Search, pool: Executor | None, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs that count, (n, 2) losers and winners, and some more; and of each line the one that it is dropped for.
+
+    In a cluster, whose lines are near to each other or have others between them, every line is compared with those for
+    which most of them were dropped: where one of these is dropped later, its lines have another.
+    """
+    lengths, file, tried = search.lengths(), search.work / "pairs-settle.npy", np.empty(0, np.uint64)
+    for _ in range(ROUNDS):
+        keeper = _decide(edges, lengths)
+        cluster = _clusters(edges, len(lengths))
+        losers = sorted_once(edges[:, 0])
+        kept, lines_dropped = np.unique(keeper[keeper >= 0], return_counts=True)
+        kept = kept[np.lexsort((kept, -lines_dropped, cluster[kept]))]
+        first = np.searchsorted(cluster[kept], cluster[losers])
+        proposed = [np.empty(0, np.uint64)]
+        for place in range(KEPT):
+            there = np.minimum(first + place, len(kept) - 1)
+            good = (cluster[kept[there]] == cluster[losers]) & (first + place < len(kept))
+            good &= (kept[there] != losers) & (kept[there] != keeper[losers])
+            one, other = losers[good], kept[there[good]]
+            proposed.append(_pack(one, other, lengths[one], lengths[other]))
+        pairs = np.setdiff1d(sorted_once(np.concatenate(proposed)), tried, assume_unique=True)
+        if not len(pairs):
+            break
+        tried = np.concatenate([tried, pairs])
+        _save(file, pairs)
+        edges = np.concatenate([edges, _check_all(search, pool, [file])])
+    return edges, _decide(edges, lengths)
+
+
+def _clusters(edges: np.ndarray, lines: int) -> np.ndarray:
+    """Of each line the least line that edges lead to, over any number of them: (lines) int64."""
+    least = np.arange(lines)
+    while True:
+        before = least.copy()
+        low = np.minimum(*least[edges.T])
+        np.minimum.at(least, edges[:, 0], low)
+        np.minimum.at(least, edges[:, 1], low)
+        least = least[least]
+        if np.array_equal(before, least):
+            return least
+
+
+def _decide(edges: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Of each line the kept one that it is dropped for, or -1.
 
     The longest lines are decided first: one is dropped if it is near to one that is kept, not to one that is dropped.
     """
     loser, winner = edges.T
     order = np.lexsort((winner, -lengths[winner].astype(np.int64), loser, -lengths[loser].astype(np.int64)))
-    found = {}
-    for one, other in edges[order].tolist():
-        if one not in found and other not in found:
-            found[one] = other
-    return found
+    keeper = np.full(len(lengths), -1)
+    kept_for = memoryview(keeper)  # faster than an array where one number at a time is read
+    for start in range(0, len(order), PAIRS_AT_ONCE):
+        for one, other in edges[order[start : start + PAIRS_AT_ONCE]].tolist():
+            if kept_for[one] < 0 and kept_for[other] < 0:
+                kept_for[one] = other
+    return keeper

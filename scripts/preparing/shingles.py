@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 SAMPLE = 40  # shingles of a line
-SHORT = (4, 6)  # characters of a shingle, if it begins with a Chinese (Japanese, Korean) character, or else
+SHORT = (4, 5)  # characters of a shingle, if it begins with a Chinese (Japanese, Korean) character, or else
 LONG = (6, 12)
 BLENDED = (2, 4)  # of the sketch
 SHORT_LINE = 200  # up to this width a line gives short shingles; a Chinese character is 2 wide
@@ -63,9 +63,15 @@ def parts(signature: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The Jaccard similarity of two lines' short shingles, estimated: (n) float32 of two times (n, 32) uint8."""
-    either = np.count_nonzero(one | other, axis=1)
-    same = np.count_nonzero((one == other) & (one != 0), axis=1)
+    either = _count_true((one | other) != 0)
+    same = _count_true((one == other) & (one != 0))
     return (same / np.maximum(either, 1)).astype(np.float32)
+
+
+def _count_true(flags: np.ndarray) -> np.ndarray:
+    """How many of each row of 32 are true, by sums of eight bytes at a time."""
+    eights = flags.view(np.uint64)
+    return (eights.sum(axis=1) * np.uint64(0x0101010101010101) >> np.uint64(56)).astype(np.int64)
 
 
 def sorted_once(values: np.ndarray) -> np.ndarray:
