@@ -18,6 +18,7 @@ PAGES = (
     *(
         "README",
         "dataset/README",
+        "docs/data",
         "docs/training",
         "docs/reasoning_and_preferences",
         "docs/vision",

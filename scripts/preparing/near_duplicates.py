@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from rapidfuzz import process
+from rapidfuzz.distance import Levenshtein
 
 from scripts.preparing.shingles import BINS, LINE_BITS, likeness, parts, sorted_once
 from scripts.preparing.work_folder import save_array
 
 ENTRIES_AT_ONCE = 1 << 22
 PAIRS_AT_ONCE = 1 << 19
-SMALL_GROUP = 32  # lines that are compared pair by pair
-NEIGHBOURS = 4  # of a line in a large group, in each of its orders
-ORDERS = 2
-LIKE = 0.2  # the sketches' estimate from which a pair is read; a tenth of the characters changed leaves 0.5
+PORTION = 1 << 17  # entries whose sketches are in memory
+GROUP = 16  # lines that each line of a group is compared with, those that are nearest in length
+NEIGHBOURS = 3  # that it is compared with besides in a large group, those that are most like it
+LIKE = 0.25  # the sketches' estimate from which a pair is read; a tenth of the characters changed leaves 0.5
 ROUNDS = 4
 PIECE = 50_000  # characters that are compared at once
 NUMBER_BITS = 32  # of a line in a pair
@@ -84,9 +86,9 @@ def find_near_duplicates(
     if dropped is not None:
         alive[dropped] = False
     at_first, edges = alive.copy(), np.empty((0, 2), np.int64)
-    shares, winners = list(range(search.shares)), {}
+    before, shares, winners = alive, list(range(search.shares)), {}
     for turn in range(ROUNDS):
-        save_array(work / "alive.npy", np.stack([at_first, alive]))
+        save_array(work / "alive.npy", np.stack([at_first, before, alive]))
         large = _run(pool, functools.partial(_propose, search, turn), shares)
         shares = [share for share, is_large in zip(shares, large, strict=True) if is_large]
         found = _check_all(search, pool, [search.pairs_file(turn, share) for share in range(search.shares)])
@@ -94,7 +96,7 @@ def find_near_duplicates(
             break
         edges = np.concatenate([edges, found])
         winners = _decide(edges, search.lengths())
-        alive = at_first.copy()
+        before, alive = alive, at_first.copy()
         alive[list(winners)] = False
         if not shares:
             break
@@ -112,7 +114,9 @@ def _prepare(files: Sequence[Path], texts: TextStore, threshold: float, work: Pa
         entries += len(found)
     lines = starts[-1]
     all_lengths = np.zeros(lines, np.uint32)
-    with open(work / "sketches", "wb") as out:
+    with open(work / "sketches.npy", "wb") as out:
+        shape = {"descr": "|u1", "fortran_order": False, "shape": (lines, BINS)}
+        np.lib.format.write_array_header_1_0(out, shape)
         for file, start in zip(files, starts, strict=False):
             lengths, sketches, _ = parts(np.load(file, mmap_mode="r"))
             all_lengths[start : start + len(lengths)] = lengths
@@ -134,32 +138,48 @@ def _run(pool: Executor | None, job, items: Iterable) -> list:
 def _propose(search: _Search, turn: int, share: int) -> bool:
     """Write the pairs of one share of the shingles, the loser's number first; says whether a group was large.
 
-    The first turn looks at all groups, the others at those that were large, without the lines dropped since.
+    The first turn looks at all groups, the others at the large ones of which a line has been dropped since.
     """
-    at_first, alive = np.load(search.work / "alive.npy", mmap_mode="r")
+    at_first, before, alive = np.load(search.work / "alive.npy", mmap_mode="r")
     groups, lines = _groups(search, share, at_first)
-    starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]]) if len(groups) else np.empty(0, np.int64)
-    sizes = np.diff(np.r_[starts, len(groups)])
-    large = np.repeat(sizes > SMALL_GROUP, sizes)
+    lengths = search.lengths()[lines]
+    sort = np.lexsort((lengths, groups))
+    groups, lines, lengths = groups[sort], lines[sort], lengths[sort]
+    large = _is_large(groups, lengths, search.threshold)
     any_large = bool(large.any())
     if turn:
-        still = large & alive[lines]
-        groups, lines, large = groups[still], lines[still], large[still]
-        _, index, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-        large = (sizes > SMALL_GROUP)[index]
-    lengths = search.lengths()
-    sketches = np.memmap(search.work / "sketches", np.uint8, "r", shape=(len(lengths), BINS)) if len(lengths) else None
-    proposed = [np.empty(0, np.uint64)]
-    for first, second in _all_pairs(search, groups, lines, large, sketches):
-        for start in range(0, len(first), PAIRS_AT_ONCE):
-            one, other = first[start : start + PAIRS_AT_ONCE], second[start : start + PAIRS_AT_ONCE]
-            long, short = np.maximum(lengths[one], lengths[other]), np.minimum(lengths[one], lengths[other])
-            near = (short >= search.threshold * long) & (one != other)
-            one, other = one[near], other[near]
-            near = likeness(sketches[one], sketches[other]) >= LIKE
-            proposed.append(_pack(one[near], other[near], lengths))
-    save_array(search.pairs_file(turn, share), sorted_once(np.concatenate(proposed)))
+        changed = _of_groups(groups, before[lines] & ~alive[lines])
+        again = large & changed & alive[lines]
+        groups, lines, lengths = groups[again], lines[again], lengths[again]
+        large = _is_large(groups, lengths, search.threshold)
+    sketches = np.load(search.work / "sketches.npy", mmap_mode="r")
+    proposed, done = [np.empty(0, np.uint64)], 0
+    while done < len(groups):
+        end = np.searchsorted(groups, groups[min(done + PORTION, len(groups)) - 1], "right")
+        here = slice(done, end)
+        found = _compare(groups[here], lengths[here], large[here], np.asarray(sketches[lines[here]]), search.threshold)
+        proposed += [
+            _pack(lines[here][one], lines[here][other], lengths[here][one], lengths[here][other])
+            for one, other in found
+        ]
+        done = end
+    proposed = sorted_once(np.concatenate(proposed))
+    if turn:
+        proposed = np.setdiff1d(proposed, np.load(search.pairs_file(turn - 1, share)), assume_unique=True)
+    save_array(search.pairs_file(turn, share), proposed)
     return any_large
+
+
+def _is_large(groups: np.ndarray, lengths: np.ndarray, threshold: float) -> np.ndarray:
+    """Whether an entry's group is too large to compare all lines in it whose lengths allow it."""
+    far = np.zeros(len(groups), bool)
+    far[: -GROUP or None] = (groups[GROUP:] == groups[:-GROUP]) & (lengths[:-GROUP] >= threshold * lengths[GROUP:])
+    return _of_groups(groups, far)
+
+
+def _of_groups(groups: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """True for all entries of the groups in which it is true of one."""
+    return np.isin(groups, groups[some])
 
 
 def _groups(search: _Search, share: int, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,41 +204,52 @@ def _groups(search: _Search, share: int, alive: np.ndarray) -> tuple[np.ndarray,
     return found >> bits, (found & np.uint64((1 << search.line_bits) - 1)).astype(np.int64)
 
 
-def _all_pairs(
-    search: _Search, groups: np.ndarray, lines: np.ndarray, large: np.ndarray, sketches: np.ndarray
+def _compare(
+    groups: np.ndarray, lengths: np.ndarray, large: np.ndarray, sketches: np.ndarray, threshold: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The lines to compare, in portions."""
-    yield from _neighbours(groups[~large], lines[~large], SMALL_GROUP - 1)
-    groups, lines = groups[large], lines[large]
-    if not len(groups):
+    """The places of two entries of one group that may be near-duplicates, by their lengths and sketches.
+
+    Args:
+        groups: ascending, and in each group the lengths.
+    """
+    for one, other in _neighbours(groups, lengths, GROUP, threshold):
+        like = likeness(sketches[one], sketches[other]) >= LIKE
+        yield one[like], other[like]
+    places = np.flatnonzero(large)
+    if not len(places):
         return
-    _, groups = np.unique(groups, return_inverse=True)
-    lengths = search.lengths()
-    for order in range(ORDERS):  # by some bytes of the sketch: which ones, depends on the group
-        column = (groups * 7 + order * BINS // ORDERS) % BINS
-        found = [sketches[lines, (column + i) % BINS] for i in range(4)]
-        sort = np.lexsort((lines, *reversed(found), groups))
-        yield from _neighbours(groups[sort], lines[sort], NEIGHBOURS)
-    sort = np.lexsort((lines, -lengths[lines].astype(np.int64), groups))
-    groups, lines = groups[sort], lines[sort]
-    longest = np.searchsorted(groups, groups)  # the first of the group
-    yield lines[longest], lines
+    groups, lengths, sketches = groups[places], lengths[places], sketches[places]
+    # some bytes of the sketch, by the group which ones: two near-duplicates have most large groups in common
+    column = (groups * np.uint64(7) % np.uint64(BINS)).astype(np.int64)
+    chosen = [sketches[np.arange(len(groups)), (column + i) % BINS] for i in range(4)]
+    sort = np.lexsort((*chosen, groups))
+    for one, other in _neighbours(groups[sort], None, NEIGHBOURS, threshold):
+        one, other = sort[one], sort[other]
+        like = np.minimum(lengths[one], lengths[other]) >= threshold * np.maximum(lengths[one], lengths[other])
+        one, other = one[like], other[like]
+        like = likeness(sketches[one], sketches[other]) >= LIKE
+        yield places[one[like]], places[other[like]]
 
 
-def _neighbours(groups: np.ndarray, lines: np.ndarray, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each line with the `most` that follow in its group."""
+def _neighbours(
+    groups: np.ndarray, lengths: np.ndarray | None, most: int, threshold: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each entry with the `most` that follow in its group, as long as the lengths, which ascend, allow it."""
     places = np.arange(len(groups))
     for distance in range(1, most + 1):
-        places = places[places < len(groups) - distance]
-        places = places[groups[places] == groups[places + distance]]
+        places = places[: np.searchsorted(places, len(groups) - distance)]
+        near = groups[places] == groups[places + distance]
+        if lengths is not None:
+            near &= lengths[places] >= threshold * lengths[places + distance]
+        places = places[near]
         if not len(places):
             return
-        yield lines[places], lines[places + distance]
+        yield places, places + distance
 
 
-def _pack(one: np.ndarray, other: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def _pack(one: np.ndarray, other: np.ndarray, of_one: np.ndarray, of_other: np.ndarray) -> np.ndarray:
     """A pair as one number, first the line that goes if the two are near: the shorter, or else the later one."""
-    first = (lengths[one] < lengths[other]) | ((lengths[one] == lengths[other]) & (one > other))
+    first = (of_one < of_other) | ((of_one == of_other) & (one > other))
     loser, winner = np.where(first, one, other), np.where(first, other, one)
     return loser.astype(np.uint64) << np.uint64(NUMBER_BITS) | winner.astype(np.uint64)
 
@@ -247,12 +278,21 @@ def _check(search: _Search, files: list[Path], losers: tuple[int, int]) -> np.nd
     winner = (pairs & np.uint64((1 << NUMBER_BITS) - 1)).astype(np.int64)
     numbers = sorted_once(np.concatenate([loser, winner]))
     texts = dict(zip(numbers.tolist(), search.texts.read(numbers.tolist()), strict=True))
-    near = [
-        is_near(texts[one], texts[other], search.threshold)
-        for one, other in zip(loser.tolist(), winner.tolist(), strict=True)
-    ]
-    near = np.array(near, bool)
+    near = near_pairs([texts[one] for one in loser.tolist()], [texts[one] for one in winner.tolist()], search.threshold)
     return np.stack([loser[near], winner[near]], axis=1)
+
+
+def near_pairs(ones: Sequence[str], others: Sequence[str], threshold: float) -> np.ndarray:
+    """`is_near` of each text and the other one in its place: (n) bool."""
+    near = np.zeros(len(ones), bool)
+    short = [place for place in range(len(ones)) if max(len(ones[place]), len(others[place])) <= PIECE]
+    if short:
+        queries, choices = [ones[place] for place in short], [others[place] for place in short]
+        settings = {"scorer": Levenshtein.normalized_similarity, "score_cutoff": threshold, "dtype": np.float64}
+        near[short] = process.cpdist(queries, choices, **settings) >= threshold
+    for place in set(range(len(ones))).difference(short):
+        near[place] = is_near(ones[place], others[place], threshold)
+    return near
 
 
 def is_near(one: str, other: str, threshold: float) -> bool:
@@ -261,8 +301,6 @@ def is_near(one: str, other: str, threshold: float) -> bool:
     Long texts are compared in as many pieces each, of at most 50,000 characters. The sum of the pieces' distances is
     no less than the distance of the whole, so no pair counts that should not.
     """
-    from rapidfuzz.distance import Levenshtein
-
     longer = max(len(one), len(other))
     if longer <= PIECE:
         return Levenshtein.normalized_similarity(one, other, score_cutoff=threshold) >= threshold
