@@ -122,7 +122,8 @@ def measure(name: str, source: Path, folder: Path, workers: int, *flags: str) ->
         sys.exit(f"{name}: exit code {process.returncode}\n{printed}")
     size = source.stat().st_size / 1e6
     print(
-        f"{name}: {size:,.0f} MB in {seconds:,.1f} s, {size / seconds:.1f} MB/s, peak memory {memory.peak / 2**20:,.0f} MiB"
+        f"{name}: {size:,.0f} MB in {seconds:,.1f} s, {size / seconds:.1f} MB/s, "
+        f"peak memory {memory.peak / 2**20:,.0f} MiB"
     )
     print("  " + printed.replace("\n", "\n  ").rstrip(), flush=True)
 
