@@ -708,6 +708,18 @@ def started(monkeypatch):
     return run
 
 
+@pytest.mark.parametrize("vlm", [False, True])
+def test_a_model_is_served_from_the_device(vlm, monkeypatch):
+    moved = []
+    model = SimpleNamespace(config=SimpleNamespace(image_tokens=4, max_seq_len=64))
+    model.to = lambda device: moved.append(device.type) or model
+    monkeypatch.setattr("trainer.loading.load_by_flags", lambda args: (model, "tokenizer"))
+    monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, "tokenizer", "processor"))
+    monkeypatch.setattr(sys, "argv", ["serve_openai_api.py", "--device", "cpu", "--vlm", str(int(vlm))])
+    served, tokenizer, place_images = serve_openai_api.load(serve_openai_api.get_args())
+    assert (served, tokenizer, place_images is not None, moved) == (model, "tokenizer", vlm, ["cpu"])
+
+
 def test_what_is_served_where_nothing_is_said(started, capsys):
     got = started()
     served = got.pop("served")
