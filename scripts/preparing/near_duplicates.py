@@ -25,7 +25,7 @@ from trainer.files import replacing
 ENTRIES_AT_ONCE = 1 << 22
 PAIRS_AT_ONCE = 1 << 19
 PORTION = 1 << 17  # entries whose sketches are in memory
-GROUP = 16  # lines that each line of a group is compared with, those that are nearest in length
+GROUP = 8  # lines that each line of a group is compared with, those that are nearest in length
 NEIGHBOURS = 3  # that it is compared with besides in a large group, those that are most like it
 LIKE = 0.25  # the sketches' estimate from which a pair is read; a tenth of the characters changed leaves 0.5
 ROUNDS = 4
