@@ -1,9 +1,9 @@
 """Lines that are nearly another one: pairs are proposed by shared shingles and count by their Levenshtein distance.
 
 All entries (a shingle and its line) are sorted, a share of the range of shingles at a time, so that equal ones come
-together. A group of lines with one shingle is compared pair by pair where it is small. In a large one (a phrase, a
-template) each line is compared with those most like it by their sketches, and with the longest: where most of them are
-near-duplicates of each other they are dropped at that, and those that are left are compared in another round.
+together. In a group of lines with one shingle, each is compared with those nearest to it in length; in a large one (a
+phrase, a template) with those most like it by their sketches, too. A pair is read and measured if the sketches are
+alike. Once lines have been dropped, those that are left of the large groups are compared in another round.
 
 Everything between the steps lies in files; what is in memory does not grow with the data, but for a few bytes a line.
 """
