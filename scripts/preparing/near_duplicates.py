@@ -1,9 +1,9 @@
 """Lines that are nearly another one: pairs are proposed by shared shingles and count by their Levenshtein distance.
 
 All entries (a shingle and its line) are sorted, a share of the range of shingles at a time, so that equal ones come
-together. A group of lines with one shingle is compared pair by pair where it is small. In a large one (a phrase, a
-template) each line is compared with those most like it by their sketches, and with the longest: where most of them are
-near-duplicates of each other they are dropped at that, and those that are left are compared in another round.
+together. In a group of lines with one shingle, each is compared with those nearest to it in length; in a large one (a
+phrase, a template) with those most like it by their sketches, too. A pair is read and measured if the sketches are
+alike. Once lines have been dropped, those that are left of the large groups are compared in another round.
 
 Everything between the steps lies in files; what is in memory does not grow with the data, but for a few bytes a line.
 """
@@ -25,7 +25,7 @@ from scripts.preparing.work_folder import save_array
 ENTRIES_AT_ONCE = 1 << 22
 PAIRS_AT_ONCE = 1 << 19
 PORTION = 1 << 17  # entries whose sketches are in memory
-GROUP = 16  # lines that each line of a group is compared with, those that are nearest in length
+GROUP = 8  # lines that each line of a group is compared with, those that are nearest in length
 NEIGHBOURS = 3  # that it is compared with besides in a large group, those that are most like it
 LIKE = 0.25  # the sketches' estimate from which a pair is read; a tenth of the characters changed leaves 0.5
 ROUNDS = 4

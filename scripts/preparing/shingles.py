@@ -4,7 +4,7 @@ Two lines are compared where both samples hold the same shingle. A sample is a b
 resemblance and containment of documents", 1997): the shingles with the k smallest hashes, so two lines choose alike
 without knowing of each other. One equal shingle is enough, so the shingles are long: a run of six Chinese or twelve
 Latin characters seldom stands in two lines by chance. Of a short line all shingles are taken, and shorter ones: where
-a tenth of 20 characters has been changed, a run of six is whole wherever the changes fall.
+a tenth of 20 characters has been changed, a run of five is whole wherever the changes fall.
 
 Beside it stands a sketch that estimates how much of two lines is the same (one-permutation hashing: Li, Owen, Zhang,
 NeurIPS 2012), so that few chance pairs are read and compared.
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-SAMPLE = 40  # shingles of a line
+SAMPLE = 24  # shingles of a line
 SHORT = (4, 5)  # characters of a shingle, if it begins with a Chinese (Japanese, Korean) character, or else
 LONG = (6, 12)
 BLENDED = (2, 4)  # of the sketch
