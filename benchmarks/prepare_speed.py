@@ -9,7 +9,6 @@ has something for a filter to find. MB are 10^6 bytes of input. Peak memory is t
 has for itself, and its share of what it has with others (PSS of Linux; elsewhere nothing is said).
 """
 
-import argparse
 import hashlib
 import os
 import random
@@ -22,6 +21,9 @@ import threading
 import time
 from pathlib import Path
 
+from trainer.arguments import Parser, positive_int, seed
+from trainer.errors import run_main
+
 ROOT = Path(__file__).resolve().parent.parent
 HAN = [chr(0x4E00 + number * 7) for number in range(2500)]
 SYLLABLES = "ba co di fen ga hol in ka lum mer no per qua rin sa tor un ver wes yo".split()
@@ -30,14 +32,14 @@ KILLS = 10
 
 
 def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=200, help="of input")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser = Parser(__doc__)
+    parser.add_argument("--megabytes", type=positive_int, default=200, help="size of the input")
+    parser.add_argument("--workers", type=positive_int, default=os.cpu_count())
     parser.add_argument(
-        "--only", choices=("clean", "near", "kill"), help="one of the measurements (default: the first two)"
+        "--only", choices=("clean", "near", "kill"), help="run one measurement only (default: the first two)"
     )
-    parser.add_argument("--folder", help="where to work (default: a temporary folder)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="working folder (default: a temporary one)")
+    parser.add_argument("--seed", type=seed, default=0)
     return parser.parse_args()
 
 
@@ -188,4 +190,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -336,7 +336,7 @@ def _settle(search: _Search, pool: Executor | None, edges: np.ndarray) -> tuple[
         if not len(pairs):
             break
         tried = np.concatenate([tried, pairs])
-        _save(file, pairs)
+        save_array(file, pairs)
         edges = np.concatenate([edges, _check_all(search, pool, [file])])
     return edges, _decide(edges, lengths)
 
