@@ -3,6 +3,7 @@
 The numbers are written out here once more on purpose. Whoever changes one changes what a user's command does.
 """
 
+import argparse
 import importlib
 import runpy
 from pathlib import Path
@@ -128,6 +129,35 @@ DEFAULTS = {
         **{"concurrency": 8, "retries": 6, "give_up_after": 10, "timeout": 300, "skip_bad_lines": False},
     },
 }
+MEASURED = {"dim": 512, "n_layers": 8, "use_moe": False, "device": None}
+DEFAULTS |= {
+    "scripts.make_demo_data": {"out_dir": "dataset/demo", "seed": 42},
+    "scripts.make_demo_images": {"out_dir": "dataset/demo", "seed": 42, "scale": 1.0, "eval_images": False},
+    "scripts.train_tokenizer --data_path FILE": {
+        **{"data_path": [Path("FILE")], "out_dir": "model/minimind_tokenizer", "vocab_size": 6400, "holdout": 0.1},
+        **{"overwrite": False, "only_measure": False},
+    },
+    "scripts.contact_sheet": {
+        **{"out": "out/demo/contact_sheet.png", "data_dir": "dataset/demo", "out_dir": "out/demo", "dim": 256},
+        **{"count": 24, "columns": 6, "seed": 1},
+    },
+    "benchmarks.generate": MEASURED | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5},
+    "benchmarks.train_throughput --data_path FILE": {
+        **MEASURED | {"data_path": "FILE", "batch_size": 8, "max_seq_len": 512, "rounds": 5, "seconds": 12},
+        **{"compile": True, "optimizer": "adamw"},
+    },
+    "benchmarks.serve_load": {
+        **MODEL | {"clients": 64, "seconds": 300, "max_concurrency": 16, "dtype": "float32", "random_weights": False},
+    },
+    "benchmarks.eval_speed --data_dir DIR": {
+        **MEASURED | {"data_dir": "DIR", "num_fewshot": 5, "limit": 16, "batch_size": 16, "rounds": 3},
+    },
+    "benchmarks.distillation_memory": {
+        **{"batch_size": 8, "max_seq_len": 512, "learned": 0.5, "dtype": "bfloat16", "device": None, "rounds": 3},
+    },
+    "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
+    "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
+}
 SIZES = dict.fromkeys(
     ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
 )
@@ -150,11 +180,29 @@ for line, own in CONVERSIONS.items():
 
 def arguments(line: str, monkeypatch) -> dict:
     """What a script takes from a command line; paths as text, those in the repository from its root on."""
-    module, *_ = typed = line.split()
+    name, *_ = typed = line.split()
     monkeypatch.setattr("sys.argv", typed)
-    args = vars(importlib.import_module(module).get_args())
+    module = importlib.import_module(name)
+    args = vars(module.get_args() if hasattr(module, "get_args") else _parsed_by(module.main, monkeypatch))
     inside = {name: str(value).removeprefix(f"{ROOT}/") for name, value in args.items() if _is_path(value)}
     return args | inside
+
+
+def _parsed_by(main, monkeypatch) -> argparse.Namespace:
+    """What a script whose `main` parses its arguments itself finds in them; it goes no further."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse(*given):
+        raise Parsed(parse_args(*given))
+
+    parse_args = argparse.ArgumentParser.parse_args
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_args", parse)
+        with pytest.raises(Parsed) as stopped:
+            main()
+    return stopped.value.args[0]
 
 
 def _is_path(value) -> bool:

@@ -152,3 +152,9 @@ def test_an_answer_is_joined_and_its_tokens_are_the_servers():
 def test_an_answer_that_breaks_off_is_told(lines, told):
     with pytest.raises(RuntimeError, match=told):
         asked_of(lines)
+
+
+def test_memory_is_what_the_system_says_in_kibibytes(monkeypatch, tmp_path):
+    (tmp_path / "status").write_text("Name:\tpython\nVmPeak:\t 999 kB\nVmRSS:\t 2048 kB\nRssAnon:\t 1 kB\n", "utf-8")
+    monkeypatch.setattr(serve_load, "Path", lambda path: tmp_path / path.removeprefix("/proc/7/"))
+    assert serve_load.resident(7) == 2 * 1024 * 1024

@@ -339,7 +339,8 @@ def test_the_loops_are_one_but_for_what_makes_the_stage_different(script):
 
 
 def test_what_computes_has_been_put_on_the_device_and_so_has_what_it_is_given(world, script, tmp_path, monkeypatch):
-    """Which a CPU cannot tell: there everything lies at its place already."""
+    """Which a CPU cannot tell: there everything lies at its place already. The run is the one step of an only epoch,
+    though --max_steps would let it go on."""
     moved, given, asked = [], set(), []
     to, call, to_device = MiniMindLM.to, MiniMindLM.__call__, Runtime.to_device
 
@@ -359,6 +360,8 @@ def test_what_computes_has_been_put_on_the_device_and_so_has_what_it_is_given(wo
     monkeypatch.setattr(MiniMindLM, "to", moving)
     monkeypatch.setattr(MiniMindLM, "__call__", asking)
     monkeypatch.setattr(Runtime, "to_device", giving)
-    world.call(script, tmp_path, "--max_steps", "1", *EVALUATE, world.folder / script.data, "--eval_interval", "1")
-    assert len(asked) > 2
+    steps = ("--epochs", "1", "--batch_size", "40", "--max_steps", "3")
+    run = world.call(script, tmp_path, *steps, *EVALUATE, world.folder / script.data, "--eval_interval", "1")
+    assert about(run.out, run.name)["step"] == 1
+    assert len(asked) > 1
     assert set(asked) == {(True, True)}

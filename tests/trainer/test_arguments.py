@@ -307,4 +307,6 @@ def test_numbers_just_beyond_their_bounds():
         with pytest.raises(argparse.ArgumentTypeError):
             kind(number)
     assert (probability("1e-9"), positive_float("1e-9"), non_negative_float("0")) == (1e-9, 1e-9, 0.0)
-    assert (positive_int("1"), non_negative_int("0"), seed("9223372036854775807")) == (1, 0, 2**63 - 1)
+    found = (positive_int("1"), non_negative_int("0"), seed("9223372036854775807"))
+    assert found == (1, 0, 2**63 - 1)
+    assert {type(number) for number in found} == {int}
