@@ -84,7 +84,7 @@ def test_a_run_that_replaces_what_it_began_with_and_is_stopped_goes_on_as_if_it_
     for out, name in itertools.product(outs, ("pretrain_32.pth", "pretrain_32.json")):
         out.mkdir(exist_ok=True)
         (out / name).write_bytes((tiny_out / name).read_bytes())
-    assert "is there already" in one_error_line(pretrain(outs[0], *flags, exit_code=2))
+    assert "already exists" in one_error_line(pretrain(outs[0], *flags, exit_code=2))
     pretrain(outs[0], *flags, "--overwrite")
     assert about(outs[0])["from_weight"] == "pretrain"
     pretrain.interrupted(outs[1], "SIGINT", "log", 3, *flags, "--overwrite", exit_code=130)
@@ -102,7 +102,7 @@ def test_a_mixture_that_has_changed_is_not_gone_on_with(pretrain, two_files, tmp
     for other, told in (
         (["--mix", mix[0], f"{folder}/old.jsonl:0.5"], "the shares of --mix"),
         (["--mix", mix[0]], "another number of files"),
-        (["--mix", mix[1], mix[0]], "old.jsonl does not hold"),
+        (["--mix", mix[1], mix[0]], "old.jsonl has changed since"),
         ([], "does not hold"),
     ):
         assert told in one_error_line(pretrain(tmp_path, *other, "--max_steps", "2", "--resume", exit_code=2))

@@ -242,7 +242,7 @@ def test_an_evaluation_that_fails_costs_an_evaluation(world, script, whole, tmp_
     with failing_evaluation(MemoryError("no room")), watching_forwards() as forwards:
         flags = (*EVALUATE, world.folder / script.data, "--save_interval", "3")
         run = world.call(script, tmp_path, *flags)
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no evaluation")]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation at")]
     assert told == [f"evaluation at step {n} failed (MemoryError: no room)" for n in (2, 4, 5)]
     assert evaluations(run) == []
     assert all(training for gradients, training in forwards if gradients)
@@ -264,7 +264,7 @@ def test_an_evaluation_that_fails_on_one_rank_keeps_no_other_waiting(world, scri
     """The second one of two; the last step is a batch of padding for it."""
     flags = (*EVALUATE, world.folder / script.data, "--batch_size", "4")
     done = world.start(script, tmp_path, *flags, by=("tests/stages/failing.py",), processes=2)
-    assert [line for line in done.stderr.splitlines() if line.startswith("no evaluation")] == [
+    assert [line for line in done.stderr.splitlines() if line.startswith("evaluation at")] == [
         f"evaluation at step {n} failed (RuntimeError: of rank 1)" for n in (2, 4, 5)
     ]
     run = Run(tmp_path, script.name + "_32")
