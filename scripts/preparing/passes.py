@@ -92,7 +92,7 @@ class Preparation:
             and orjson.loads(settings.read_bytes()) == orjson.loads(orjson.dumps(identity))
         ):
             return
-        raise UserError(f"{there[0]} is there already: --overwrite replaces it, or choose another --out")
+        raise UserError(f"{there[0]} already exists: use --overwrite to replace it, or choose another --out")
 
     def targets(self) -> list[Path]:
         """The files of this name that are there, or may be written."""

@@ -281,7 +281,7 @@ def test_what_is_there_is_kept_unless_it_may_go(prepare, tmp_path, three_hundred
     out.mkdir()
     (out / "data.jsonl").write_text("mine")
     _, _, error = prepare(three_hundred, exit_code=2)
-    assert "data.jsonl is there already: --overwrite replaces it" in error
+    assert "data.jsonl already exists: use --overwrite" in error
     assert (out / "data.jsonl").read_text() == "mine"
     assert [path.name for path in out.iterdir()] == ["data.jsonl"]
 
