@@ -93,7 +93,7 @@ class PeakMemory(threading.Thread):
 
 def _tree(pid: int) -> list[int]:
     try:
-        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()
     except OSError:
         return []
     return [pid, *(found for child in below for found in _tree(int(child)))]
@@ -101,7 +101,7 @@ def _tree(pid: int) -> list[int]:
 
 def _own_memory(pid: int) -> int:
     try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines():
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
     except OSError:
@@ -113,7 +113,7 @@ def measure(name: str, source: Path, folder: Path, workers: int, *flags: str) ->
     """One whole run: its time, speed and memory, as a line."""
     start = time.monotonic()
     process = subprocess.Popen(
-        command(source, folder / f"{name}.jsonl", workers, *flags), stdout=subprocess.PIPE, text=True
+        command(source, folder / f"{name}.jsonl", workers, *flags), stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
     memory = PeakMemory(process.pid)
     memory.start()
