@@ -1,12 +1,13 @@
 """OUT.work/: what is done of a run, chunk by chunk, so that one that was killed goes on from there."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import orjson
@@ -24,34 +25,30 @@ class WorkFolder:
     Attributes:
         path: where it lies.
         goes_on: whether a run with the same settings and inputs was there.
+        other: whether one with other settings or inputs was.
 
     Raises (on construction):
         UserError: another run is at work there, or it cannot be written.
     """
 
     def __init__(self, path: Path, identity: dict):
-        from dataset.locks import lock
+        from dataset.locks import NoLocksError, lock  # here: it brings torch, which no worker needs
 
         self.path = path
-        self.goes_on = False
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = lock(path / "lock", wait=False)
-        except NotImplementedError:
-            self._lock = True
+            if self._lock is None:
+                raise UserError(f"{path}: another run is preparing there; wait for it, or choose another --out")
+        except NoLocksError:
+            self._lock = None
         except OSError as error:
-            if path.is_dir() and os.access(path, os.W_OK):  # a file system without locks
-                self._lock = True
-            else:
-                raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-        if self._lock is None:
-            raise UserError(f"{path}: another run is preparing there; wait for it, or choose another --out")
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
         settings = path / "settings.json"
         text = json.dumps(identity, ensure_ascii=True, indent=1, sort_keys=True)
-        if settings.exists() and settings.read_text(encoding="utf-8") == text:
-            self.goes_on = True
-        else:
-            self.other = settings.exists()
+        self.goes_on = settings.exists() and settings.read_text(encoding="utf-8") == text
+        self.other = settings.exists() and not self.goes_on
+        if not self.goes_on:
             for entry in path.iterdir():
                 if entry.name != "lock":
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -69,23 +66,29 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Delete it with all that is in it."""
-        if hasattr(self._lock, "close"):
+        if self._lock is not None:
             self._lock.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """A file of the work folder, whole or not there; not flushed, as a lost one is only made again."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with _whole(path) as file:
+        file.write(data)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """A .npy file, likewise."""
+    with _whole(path) as file:
+        np.save(file, array)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """Not `trainer.files.replacing`, which flushes, and brings torch into every worker."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
-        np.save(file, array)
+        yield file
     os.replace(temporary, path)
 
 
