@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from dataset import SFTDataset
 from model.loss import IGNORE_INDEX, target_mask
 from model.reasoning import tag_sequences
-from trainer.arguments import ROOT, check_training_arguments, training_parser
+from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import UserError, run_main
@@ -42,6 +42,7 @@ def get_args():
         warmup_iters=20,
     )
     parser.add_argument("--from_weight", default="rlhf", help="stage, .pth or folder to start from")
+    add_mix_argument(parser)
     parser.add_argument(
         "--tag_weight", type=float, default=10.0, help="loss weight of a tag token (a plain token has 1)"
     )

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from dataset import SFTDataset
 from model.fingerprint import hash_weights
 from model.loss import target_mask
-from trainer.arguments import ROOT, check_training_arguments, positive_float, training_parser
+from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, positive_float, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.chunked import sum_over_rows
 from trainer.data import count_steps, open_data
@@ -44,6 +44,7 @@ def get_args():
         warmup_iters=20,
     )
     parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder the student starts from")
+    add_mix_argument(parser)
     parser.add_argument("--teacher_weight", default="full_sft_768", help="stage, name in --out_dir, .pth or folder")
     parser.add_argument(
         "--alpha", type=float, default=0.0, help="weight of the cross-entropy loss; the rest is the teacher's"

@@ -17,7 +17,7 @@ import torch
 from dataset import SFTDataset
 from model.loss import next_token_loss, target_mask
 from model.model_lora import apply_lora, base_hash, is_lora
-from trainer.arguments import ROOT, check_training_arguments, positive_int, training_parser
+from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, positive_int, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import UserError, run_main
@@ -39,6 +39,7 @@ def get_args():
         warmup_iters=10,
     )
     parser.add_argument("--from_weight", default="full_sft", help="stage, .pth or folder to start from")
+    add_mix_argument(parser)
     lora = parser.add_argument_group("lora")
     lora.add_argument("--lora_name", default="identity", help="adapter name: out/lora/NAME_512.pth")
     lora.add_argument("--rank", type=positive_int, default=16, help="rank of the update (alpha / rank) B A")

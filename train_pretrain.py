@@ -1,6 +1,7 @@
 """Pretraining: from nothing to a model that continues text, by predicting each next token.
 
-Learns from dataset/pretrain_hq.jsonl ({"text": ...} lines), writes out/pretrain_D.pth.
+Learns from dataset/pretrain_hq.jsonl ({"text": ...} lines), writes out/pretrain_D.pth. With --from_weight it goes on
+from weights that there are (continued pretraining), with --mix from several files at once.
 
     python train_pretrain.py                                       one GPU, or the CPU
     torchrun --nproc_per_node 2 train_pretrain.py                  several GPUs (or processes): DDP
@@ -15,7 +16,7 @@ import torch
 from dataset import PretrainDataset
 from model import MiniMindLM
 from model.loss import next_token_loss, target_mask
-from trainer.arguments import ROOT, check_training_arguments, training_parser
+from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import run_main
@@ -24,18 +25,21 @@ from trainer.metrics import Metrics
 from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
-from trainer.weights import build_config, load_tokenizer
+from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
 def get_args():
-    return training_parser(
+    parser = training_parser(
         __doc__,
         data_path=str(ROOT / "dataset" / "pretrain_hq.jsonl"),
         batch_size=32,
         accumulation_steps=2,  # 32k tokens a step on one device
         learning_rate=1e-3,
         warmup_iters=50,
-    ).parse_args()
+    )
+    parser.add_argument("--from_weight", default="none", help="stage, .pth or folder to go on from (none: nothing)")
+    add_mix_argument(parser)
+    return parser.parse_args()
 
 
 def main():
@@ -47,7 +51,11 @@ def main():
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
     checkpoint = Checkpoint(args, "pretrain", config, tokenizer, run)
-    model = MiniMindLM(config).to(run.device)
+    if args.from_weight == "none":
+        model = MiniMindLM(config)
+    else:
+        model = load_weights(find_weights(args.from_weight, args), config, tokenizer)
+    model.to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
 
     # Data

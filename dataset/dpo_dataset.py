@@ -8,7 +8,7 @@ from dataset.lm_dataset import RowDataset
 from dataset.packing import Pieces
 from dataset.records import Pair, parse_pair
 from dataset.token_cache import Sample
-from model.chat import render_chats
+from model.chat import render_chat_arrays
 
 
 class DPODataset(RowDataset):
@@ -30,7 +30,7 @@ class DPODataset(RowDataset):
 
     @staticmethod
     def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> list[Sample]:
-        return render_chats(tokenizer, [chat for pair in pairs for chat in pair])
+        return render_chat_arrays(tokenizer, [chat for pair in pairs for chat in pair])
 
     def make_pieces(self, samples: np.ndarray) -> Pieces:
         lengths = np.minimum(self.cache.lengths[samples], self.max_seq_len // self.group)

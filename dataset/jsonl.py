@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import jsonlines
 
-from dataset.shapes import HEAD_BYTES, foreign_file, foreign_first_line
+from dataset.shapes import HEAD_BYTES, file_advice, foreign_file, foreign_first_line, line_advice
 
 DATA_SETS = "https://huggingface.co/datasets/jingyaogong/minimind_dataset"
 EXCERPT_CHARS = 80
@@ -98,9 +98,9 @@ class JsonlReader:
 
     def __iter__(self) -> Iterator[Any]:
         number = good = 0
-        # json.loads is named because jsonlines otherwise takes orjson or ujson where it finds one, and what
+        # Python's json is named because jsonlines otherwise takes orjson or ujson where it finds one, and what
         # counts as a bad line must not depend on that.
-        with open(self.path, "rb") as file, jsonlines.Reader(self._lines(file), loads=_loads) as reader:
+        with open(self.path, "rb") as file, jsonlines.Reader(self._lines(file), loads=_decoder.decode) as reader:
             while True:
                 number += 1
                 ignored: Ignored = Counter()
@@ -116,7 +116,7 @@ class JsonlReader:
                     yield record
         if not good:
             found = f"{self.bad_lines} bad, the first: {self.bad_reports[0]}" if self.bad_reports else "all are blank"
-            raise DataError(f"{self.path} has no valid line; {found}")
+            raise DataError(f"{self.path} has no valid line; {found}{line_advice(self.path, self._line)}")
 
     def _count(self, ignored: Ignored) -> None:
         for key, count in ignored.items():
@@ -143,7 +143,7 @@ class JsonlReader:
     def _read(self, file: BinaryIO) -> Iterator[bytes]:
         try:
             if shape := foreign_file(file.read(HEAD_BYTES)):
-                raise DataError(f"{self.path} is {shape}")
+                raise DataError(f"{self.path} is {shape}{file_advice(self.path, shape)}")
             file.seek(0)
             yield from file
         except OSError as error:
@@ -152,7 +152,7 @@ class JsonlReader:
     def _refuse(self, number: int, reason: str) -> None:
         bad = f"line {number}: {reason}" + (f": {excerpt(self._line)}" if self._line else "")
         if not self.skip_bad_lines:
-            raise DataError(f"{self.path}, {bad}")
+            raise DataError(f"{self.path}, {bad}{line_advice(self.path, self._line)}")
         self.bad_lines += 1
         if len(self.bad_reports) < MOST_REPORTED:
             self.bad_reports.append(bad)
@@ -178,10 +178,6 @@ class JsonlReader:
         return f"not valid JSON ({cause})" if cause else "not a JSON object"
 
 
-def _loads(line: str) -> Any:
-    return json.loads(line, object_pairs_hook=_object)
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a key that stands twice, json.loads itself would keep the last value and forget the first."""
     found = dict(pairs)
@@ -189,6 +185,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise BadRecord(f'the key "{twice:.40}" appears twice in one object')
     return found
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make one for every line
 
 
 def named_counts(ignored: Mapping[str, int]) -> str:

@@ -13,7 +13,7 @@ from dataset.jsonl import DataError, Ignored, named_counts
 from dataset.packing import Pieces, cut_long, pack, split_long
 from dataset.records import parse_chat, parse_text
 from dataset.token_cache import Sample, open_token_cache
-from model.chat import render_chats, render_text
+from model.chat import render_chat_arrays, render_text_arrays
 from model.loss import IGNORE_INDEX
 
 MAX_EVAL_SAMPLES = 500
@@ -106,6 +106,12 @@ class RowDataset(Dataset):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
+    @property
+    def row_tokens(self) -> np.ndarray:
+        """Tokens of each row, int64 (rows,)."""
+        ends = np.concatenate([[0], np.cumsum(self.pieces.length[self._order])])[self._bounds]
+        return np.diff(ends)
+
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         pieces = [self.piece(number) for number in self._pieces_in(row)]
         names = ("input_ids", "labels", "position_ids")
@@ -166,7 +172,7 @@ class PretrainDataset(RowDataset):
 
     @staticmethod
     def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Sample]:
-        return [(ids, None) for ids in render_text(tokenizer, texts)]
+        return [(ids, None) for ids in render_text_arrays(tokenizer, texts)]
 
     def make_pieces(self, samples: np.ndarray) -> Pieces:
         return split_long(self.cache.lengths[samples], self.max_seq_len)
@@ -177,7 +183,7 @@ class SFTDataset(RowDataset):
 
     kind = "chat"
     parse = staticmethod(parse_chat)
-    encode = staticmethod(render_chats)
+    encode = staticmethod(render_chat_arrays)
 
     def make_pieces(self, samples: np.ndarray) -> Pieces:
         return cut_long(self.cache.lengths[samples], self.cache.first_target[samples], self.max_seq_len)

@@ -1,6 +1,7 @@
 """Locks on files, on any system: a lock ends with the process that holds it, so a crash leaves none behind."""
 
 import errno
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,7 +22,7 @@ def lock(path: Path, wait: bool = True) -> BinaryIO | None:
         None where another holds the lock and we do not `wait` for it.
 
     Raises:
-        NoLocksError: the file system has none.
+        NoLocksError: the file system, or the system, has none.
         OSError: the file cannot be opened for writing.
     """
     file = open(path, "ab")  # noqa: SIM115 - open as long as the lock is held
@@ -33,6 +34,9 @@ def lock(path: Path, wait: bool = True) -> BinaryIO | None:
         if error.errno in NO_LOCKS:
             raise NoLocksError(error.errno, error.strerror, str(path)) from error
         raise
+    except NotImplementedError as error:  # filelock's word for a system that has none
+        file.close()
+        raise NoLocksError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(path)) from error
     except BaseException:  # Ctrl-C while waiting
         file.close()
         raise

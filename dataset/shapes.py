@@ -1,5 +1,6 @@
 """What a file or a line is that we do not read, told by name, and what to do about it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -26,6 +27,7 @@ JSON_ARRAY = re.compile(rb"\[\s*(\{|$)")
 UNPACK_ARRAY = "write one JSON object per line instead (jq -c '.[]')"
 ASKED = ("instruction", "prompt", "question", "query", "input", "inputs")  # as other data sets name them
 ANSWERED = ("completion", "response", "answer", "output", "targets")
+READ_BY_PREPARING = ("compressed by", "a parquet file", "one JSON array", "UTF-16 text")
 COLUMN = re.compile(r'"?\w[\w .-]{0,39}"?')
 
 
@@ -95,3 +97,38 @@ def recognise_shape(record: dict) -> str | None:
         name = f"an {asked}" if asked[0] == "i" else f"a {asked}"
         return f'{name} with its answer: make them a user and an assistant turn of "conversations"'
     return None
+
+
+def prepare_command(path: Path, stage: str) -> str:
+    """What to type to have a file of another shape made into one of ours."""
+    out = path.with_name(f"{path.name.split('.')[0]}_ours.jsonl")
+    return f"python scripts/prepare_data.py {path} --stage {stage} --out {out}"
+
+
+def file_advice(path: Path, shape: str) -> str:
+    """To follow what `foreign_file` says of a file: the command that makes one of ours of it, where there is one."""
+    if not shape.startswith(READ_BY_PREPARING):
+        return ""
+    return f"; or have it read as it is: {prepare_command(path, 'pretrain|sft|dpo|reason')}"
+
+
+def line_advice(path: Path, line: bytes) -> str:
+    """The same of a line that a stage could not read: where it has a shape that is not ours, the command for it."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return ""
+    stage = raw_stage(record) if isinstance(record, dict) else None
+    return f"; {prepare_command(path, stage)} makes lines of ours of such" if stage else ""
+
+
+def raw_stage(record: dict) -> str | None:
+    """The stage that would learn from a record of a shape that is not ours, once it is prepared; None of ours."""
+    asked = any(key in record for key in ASKED)
+    if {"chosen", "rejected"} <= record.keys():
+        return "dpo" if "prompt" not in record and asked else None
+    turns = next((record[key] for key in ("conversations", "conversation", "messages") if key in record), None)
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+        ours = "conversations" in record and not foreign_turn(turns[0])
+        return None if ours else "sft"
+    return "sft" if asked and any(key in record for key in ANSWERED) else None

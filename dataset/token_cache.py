@@ -22,6 +22,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ Ids, Learned = Sequence[int], Sequence[bool] | None
 Sample = tuple[Ids, Learned] | tuple[Ids, Learned, Any]  # ids, which of them are targets (None: all), a JSON value
 
 FORMAT = 4  # to be raised when the files above, or the way text becomes tokens, change
-BATCH_RECORDS = 1024  # given to the tokenizer at once, which spreads them over its threads…
+BATCH_RECORDS = 8192  # given to the tokenizer at once, which spreads them over its threads…
 BATCH_BYTES = 1 << 21  # …but no more than this, as a token takes about 100 bytes on its way
 
 
@@ -214,8 +215,8 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
         disable=None,  # silent where stderr is no terminal
     )
     with progress, _Writer(folder, dtype) as writer:
-        for batch in _batches(reader):
-            writer.write(encode(batch))
+        for samples in _encoded(_batches(reader), encode):
+            writer.write(samples)
             progress.update(reader.bytes_read - progress.n)
     if not writer.samples:
         raise DataError(f"{reader.path} has no valid line that gives a sample")
@@ -244,6 +245,18 @@ def _batches(reader: JsonlReader) -> Iterator[list]:
             batch, begin = [], reader.bytes_read
     if batch:
         yield batch
+
+
+def _encoded(batches: Iterator[list], encode: Callable[[list], list[Sample]]) -> Iterator[list[Sample]]:
+    """The samples of each batch, encoded while the next one is read: the tokenizer leaves Python alone meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        encoding = None
+        for batch in batches:
+            before, encoding = encoding, thread.submit(encode, batch)
+            if before is not None:
+                yield before.result()
+        if encoding is not None:
+            yield encoding.result()
 
 
 class _Writer:

@@ -17,7 +17,7 @@ from dataset.packing import Pieces
 from dataset.pictures import check_pictures, refuse_faulty, shown
 from dataset.records import Turns, parse_image_chat
 from dataset.token_cache import Sample
-from model.chat import render_chats
+from model.chat import render_chat_arrays
 from model.images import IMAGE_MARKER, IMAGE_PLACE, ImageError, image_token_id, read_image, to_pixels
 
 LISTED = 20  # names kept of images that have a fault
@@ -165,11 +165,10 @@ def encode_image_chats(
     place = image_token_id(tokenizer)
     chats = [_placed(chat, len(names), image_tokens) for names, chat in records]
     samples = []
-    for (names, _), (ids, targets) in zip(records, render_chats(tokenizer, chats), strict=True):
-        ids = np.array(ids)
+    for (names, _), (ids, targets) in zip(records, render_chat_arrays(tokenizer, chats), strict=True):
         shown = ids == IMAGE_PLACE
         note = {"images": names, "starts": np.flatnonzero(shown)[::image_tokens].tolist()}
-        samples.append((np.where(shown, place, ids), np.array(targets) & ~shown, note))
+        samples.append((np.where(shown, place, ids), targets & ~shown, note))
     return samples
 
 

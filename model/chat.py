@@ -12,8 +12,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from model.fast_bpe import encode_parts
 
 DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
 ROLES = ("system", "user", "assistant")
@@ -30,7 +33,15 @@ Chat = Sequence[dict[str, Any]]  # turns {"role": str, "content": Content}, opti
 def render_chats(
     tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], add_generation_prompt: bool = False
 ) -> list[tuple[list[int], list[bool]]]:
-    """Render chats to token ids and loss masks; all text goes to the Rust tokenizer as one batch, for its threads.
+    """`render_chat_arrays`, as lists."""
+    arrays = render_chat_arrays(tokenizer, chats, add_generation_prompt)
+    return [(ids.tolist(), mask.tolist()) for ids, mask in arrays]
+
+
+def render_chat_arrays(
+    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], add_generation_prompt: bool = False
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Render chats to token ids and loss masks; all text goes to the tokenizer together, for its threads.
 
     Args:
         tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; not modified.
@@ -39,7 +50,7 @@ def render_chats(
         add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
 
     Returns:
-        for each chat (ids, loss_mask), of equal length; the mask is True exactly at the tokens of an assistant's
+        for each chat (ids int64, loss mask bool), both (n,); the mask is True exactly at the tokens of an assistant's
         content and at the `</s>` that closes it, where its turn is trained on.
 
     Raises:
@@ -52,25 +63,29 @@ def render_chats(
     encoded = iter(_encode(tokenizer, [*headers, ["\n"], [DEFAULT_SYSTEM_PROMPT], *contents]))
 
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    head = {role: bos + next(encoded) for role in ROLES}
-    tail = eos + next(encoded)
-    default_system = head["system"] + next(encoded) + tail
-    untrained = {role: [False] * len(ids) for role, ids in head.items()}
-    untrained_newline = [False] * (len(tail) - 1)
+    head = {role: np.concatenate([bos, next(encoded)]) for role in ROLES}
+    tail = np.concatenate([eos, next(encoded)])
+    default_system = np.concatenate([head["system"], next(encoded), tail])
 
     rendered = []
     for chat in chats:
-        ids = [] if chat and chat[0]["role"] == "system" else default_system.copy()
-        mask = [False] * len(ids)
+        parts = [] if chat and chat[0]["role"] == "system" else [default_system]
+        length, learned = sum(map(len, parts)), []
         for turn in chat:
             role = turn["role"]
-            content = [i for piece in _pieces(turn) for i in (next(encoded) if isinstance(piece, str) else piece)]
-            ids += head[role] + content + tail
-            is_target = role == "assistant" and turn.get("weight", 1) != 0
-            mask += untrained[role] + [is_target] * (len(content) + 1) + untrained_newline
+            content = [next(encoded) if isinstance(piece, str) else piece for piece in _pieces(turn)]
+            begin = length + len(head[role])
+            end = begin + sum(map(len, content))
+            if role == "assistant" and turn.get("weight", 1) != 0:
+                learned.append((begin, end + 1))  # with the </s>, and without the line break behind it
+            parts += [head[role], *content, tail]
+            length = end + len(tail)
         if add_generation_prompt:
-            ids += head["assistant"]
-            mask += untrained["assistant"]
+            parts.append(head["assistant"])
+        ids = np.concatenate(parts, dtype=np.int64)
+        mask = np.zeros(len(ids), dtype=bool)
+        for begin, end in learned:
+            mask[begin:end] = True
         rendered.append((ids, mask))
     return rendered
 
@@ -78,15 +93,23 @@ def render_chats(
 def render_chat(
     tokenizer: PreTrainedTokenizerFast, chat: Chat, add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
-    """Render one chat; see `render_chats`."""
+    """Render one chat; see `render_chat_arrays`."""
     return render_chats(tokenizer, [chat], add_generation_prompt)[0]
 
 
 def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[list[int]]:
+    """`render_text_arrays`, as lists."""
+    return [ids.tolist() for ids in render_text_arrays(tokenizer, texts)]
+
+
+def render_text_arrays(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[np.ndarray]:
     """Render pretraining samples, `<s>text</s>`.
 
     A literal `<s>` at the start and `</s>` at the end of a text (one published form of the data has them), or the
     tokenizer's own delimiters there, are not doubled; anywhere else they are plain text.
+
+    Returns:
+        the ids of each text, int64 (n,).
 
     Raises:
         ValueError: a text that cannot be encoded as UTF-8.
@@ -97,7 +120,8 @@ def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> lis
     for text in texts:
         text = text.removeprefix(bos if text.startswith(bos) else TEXT_BEGIN)
         bodies.append(_cut(text.removesuffix(eos if text.endswith(eos) else TEXT_END), guard))
-    return [[tokenizer.bos_token_id, *ids, tokenizer.eos_token_id] for ids in _encode(tokenizer, bodies)]
+    begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    return [np.concatenate([begin, ids, end]) for ids in _encode(tokenizer, bodies)]
 
 
 def _pieces(turn: dict[str, Any]) -> list[str | list[int]]:
@@ -138,23 +162,22 @@ def _cut(text: str, guard: re.Pattern) -> list[str]:
     return parts
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[list[int]]:
-    """The ids of each text, its parts encoded separately and joined."""
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[np.ndarray]:
+    """The ids of each text, int64 (n,), its parts encoded separately and joined."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation or backend.padding:  # left over from a call with truncation=True: not ours to change
         backend = Tokenizer.from_str(backend.to_str())
         backend.no_truncation()
         backend.no_padding()
-    ids: list[list[int]] = [[] for _ in texts]
+    ids: list[list[np.ndarray]] = [[] for _ in texts]
     try:
         for call in _calls(texts):
             stretches = [stretch for _, stretch in call]
-            encodings = backend.encode_batch_fast(stretches, is_pretokenized=True, add_special_tokens=False)
-            for (text, _), encoding in zip(call, encodings, strict=True):
-                ids[text] += encoding.ids
+            for (text, _), found in zip(call, encode_parts(backend, stretches), strict=True):
+                ids[text].append(found)
     except TypeError as error:  # all that the Rust side, whose strings are UTF-8, says of one that is not
         raise ValueError("a text contains a lone surrogate (half a character), which UTF-8 cannot encode") from error
-    return ids
+    return [found[0] if len(found) == 1 else np.concatenate(found) for found in ids]
 
 
 def _calls(texts: list[list[str]]) -> Iterator[list[tuple[int, list[str]]]]:

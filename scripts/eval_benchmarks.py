@@ -78,7 +78,7 @@ def check(args) -> None:
     chart = args.output and args.output.with_suffix(".png")
     for path in filter(None, (args.output, chart, args.log_samples, args.submission)):
         if path.exists() and not args.overwrite:
-            raise UserError(f"{path} is there already: choose another name, or --overwrite replaces it")
+            raise UserError(f"{path} already exists: choose another name, or use --overwrite to replace it")
     if args.output and partial_of(args.output).exists():
         if args.overwrite:
             partial_of(args.output).unlink()

@@ -2,10 +2,17 @@
 
     python scripts/inspect_data.py dataset/sft_mini_512.jsonl
     python scripts/inspect_data.py my.jsonl --stage dpo --max_seq_len 1024 --samples 10 --seed 1
+    python scripts/inspect_data.py export.json.gz
 
 The samples are those that training makes of the file, by the same code: with the system prompt, cut where a row ends.
 What is learned is green on a terminal and in ⟦brackets⟧ elsewhere. Control tokens and tags stand as they are; text that
 only spells one has a backslash before it.
+
+Then: how long the samples are (--plot draws it), what each --max_seq_len would cut or drop, how many repeat another,
+languages and roles.
+
+A file of another shape (json, csv, parquet, ShareGPT, Alpaca, whatever scripts/prepare_data.py reads) is shown as it is
+understood, with the command that makes a stage's file of it; the exit code is 2, as no stage learns from it so.
 
 Bad lines are listed. Where there are any the exit code is 2, as training would stop at the first; not with
 --skip_bad_lines, which leaves them out, as it does in training.
@@ -65,25 +72,31 @@ def get_args():
     parser.add_argument("--samples", type=non_negative_int, default=3, help="samples to show (pairs for preferences)")
     parser.add_argument("--seed", type=seed, default=None, help="show random samples instead of the first")
     parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="do not fail on bad lines")
+    parser.add_argument("--plot", type=Path, default=None, metavar="PNG", help="draw a histogram of sample lengths")
     parser.add_argument("--images_path", default=str(ROOT / "dataset"), metavar="DIR", help="image folder for a VLM")
     add_tower_argument(parser)
     return parser.parse_args()
 
 
-def guess_stage(path: Path) -> str:
-    """The stage that learns from such lines as the first good one.
+def guess_stage(path: Path) -> str | None:
+    """The stage that learns from such lines as the first good one; None where no stage does as it is.
 
     Raises:
-        DataError: no line is JSON.
-        UserError: none does.
+        DataError: the file is missing, empty, or nothing that can be read.
     """
-    from dataset.jsonl import JsonlReader
-    from dataset.shapes import recognise_shape
+    from dataset.jsonl import DataError, JsonlReader, require_data_file
+    from dataset.shapes import raw_stage
 
-    lines = iter(JsonlReader(path, lambda record, ignored: record, skip_bad_lines=True))
-    record = next(lines)
-    lines.close()
-    if "text" in record:
+    require_data_file(path)
+    try:
+        lines = iter(JsonlReader(path, lambda record, ignored: record, skip_bad_lines=True))
+        record = next(lines)
+        lines.close()
+    except DataError:
+        return None
+    if raw_stage(record) is not None:
+        return None
+    if isinstance(record.get("text"), str):
         return "pretrain"
     if "chosen" in record or "rejected" in record:
         return "dpo"
@@ -91,8 +104,32 @@ def guess_stage(path: Path) -> str:
         return "vlm"
     if "conversations" in record:
         return "reason" if any(sign in str(record) for sign in ("<think>", "reasoning_content")) else "sft"
-    shape = recognise_shape(record)
-    raise UserError(f"{path}: no stage takes such lines" + (f" (this is {shape})" if shape else ""))
+    return None
+
+
+def show_raw(path: Path, samples: int) -> None:
+    """Print what a file of another shape holds.
+
+    Raises:
+        UserError: always: which command makes a stage's file of it, or that nothing in it is known.
+    """
+    from dataset.shapes import foreign_file, prepare_command
+    from scripts.preparing.inspection import RawLook, show_piece
+
+    look = RawLook(path)
+    if not look.shapes:
+        with open(path, "rb") as file:
+            shape = foreign_file(file.read(512))
+        why = f"it is {shape}" if shape else "; ".join([*look.unusable, *look.faults[:1], *look.lost]) or "it is empty"
+        raise UserError(f"{path}: no stage learns from it: {why}")
+    for number, piece in enumerate(look.examples[:samples], 1):
+        print(f"--- record {number}, {piece.shape}\n{show_piece(piece)}\n")
+    if look.faults:
+        print(f"{look.bad:,} bad lines:", *(f"  {fault}" for fault in look.faults), sep="\n")
+    print(*look.describe(), *look.lost, sep="\n")
+    raise UserError(
+        f"{path}: no stage learns from it as it is, but from what this makes: {prepare_command(path, look.stage)}"
+    )
 
 
 def open_stage(stage: str, args, tokenizer):
@@ -186,9 +223,15 @@ def locate_pictures(data, sample: int) -> dict[int, tuple[str, int]]:
     return {start: (name, data.image_tokens) for start, name in zip(extra["starts"], extra["images"], strict=True)}
 
 
-def report(data) -> None:
-    """Print what training's start-up line says, what of it is learned, and the bad lines."""
+def report(data, is_text: bool) -> None:
+    """Print what training's start-up line says, what of it is learned, the bad lines, and how long the samples are.
+
+    Args:
+        is_text: of a stage that splits what is longer than a row.
+    """
     import numpy as np
+
+    from scripts.preparing.inspection import duplicates, histogram, what_rows_cut
 
     pieces, lengths = data.pieces, data.cache.lengths
     if data.cache.bad_lines:
@@ -205,6 +248,10 @@ def report(data) -> None:
     every = sum(int(data.cache.targets(sample, 0, n)[1:].sum()) for sample, n in enumerate(lengths))
     if learned < every:
         print(f"lost by cutting and dropping: {every - learned:,} target tokens ({1 - learned / every:.1%})")
+    if data.group == 1 and (repeated := duplicates(data.cache)):
+        print(f"samples that repeat another: {repeated:,}")
+    print("samples by tokens:", *histogram(lengths), sep="\n")
+    print("samples, by --max_seq_len:", *what_rows_cut(lengths, data.cache.first_target, is_text), sep="\n")
 
 
 def main():
@@ -214,12 +261,23 @@ def main():
     from trainer.weights import load_tokenizer  # after the arguments: --help need not wait for it
 
     stage = args.stage or guess_stage(args.data_path)
+    if stage is None:
+        show_raw(args.data_path, args.samples)
     tokenizer = load_tokenizer(args.tokenizer)
     data = open_stage(stage, args, tokenizer)
     print(f"{args.data_path} as --stage {stage} has it ({type(data).__name__})\n")
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     show_samples(data, Spelling(tokenizer, COLOURS if colours else BRACKETS), args.samples, args.seed)
-    report(data)
+    report(data, is_text=stage == "pretrain")
+    if stage != "vlm":
+        from scripts.preparing.inspection import RawLook
+
+        print(*RawLook(args.data_path).describe()[1:], sep="\n")
+    if args.plot:
+        from scripts.preparing.inspection import plot_lengths
+
+        plot_lengths(data.cache.lengths, data.max_seq_len, args.plot)
+        print(f"drawn: {args.plot}")
     if data.cache.bad_lines and not args.skip_bad_lines:
         raise UserError(
             f"{args.data_path}: {data.cache.bad_lines:,} bad lines, listed above: training stops at the first, "

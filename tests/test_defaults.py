@@ -3,11 +3,15 @@
 The numbers are written out here once more on purpose. Whoever changes one changes what a user's command does.
 """
 
+import argparse
 import importlib
+import runpy
+from pathlib import Path
 
 import pytest
 
 from tests.running import ROOT
+from trainer import errors
 from trainer.errors import UserError
 
 MODEL = {"dim": 512, "n_layers": 8, "use_moe": False, "tokenizer": None, "out_dir": "out"}
@@ -21,7 +25,8 @@ TRAINING = MODEL | {
     **{"grad_clip": 1.0, "seed": 42, "device": None, "dtype": None, "compile": None, "gradient_checkpointing": False},
     **{"deepspeed": None, "zero_stage": 2, "local_rank": None, "ddp": False, "save_interval": 100},
     **{"eval_interval": 100, "log_interval": 10, "resume": False, "overwrite": False, "tracker": None},
-    **{"use_wandb": False, "wandb_project": "MiniMind"},
+    **{"use_wandb": False, "wandb_project": "MiniMind", "save_minutes": 0, "keep_last": 2, "keep_every": 0},
+    **{"save_best": False, "stop_after": 0, "stall_timeout": 0},
 }
 
 
@@ -34,8 +39,8 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
-    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2),
-    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain"),
+    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None),
+    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
         **{"max_seq_len": 1024, "epochs": 2, "from_weight": "full_sft"},
@@ -43,14 +48,17 @@ DEFAULTS = {
     ),
     "train_lora": stage(
         *("lora_identity", 16, 1e-3, 10),
-        **{"epochs": 10, "from_weight": "full_sft", "lora_name": "identity"},
+        **{"epochs": 10, "from_weight": "full_sft", "mix": None, "lora_name": "identity"},
         **{"rank": 16, "alpha": None, "target_modules": None},
     ),
     "train_distillation": stage(
         *("sft_1024", 16, 3e-4, 20),
-        **{"from_weight": "full_sft", "teacher_weight": "full_sft_768", "alpha": 0.0, "temperature": 1.0},
+        **{"from_weight": "full_sft", "mix": None, "teacher_weight": "full_sft_768", "alpha": 0.0, "temperature": 1.0},
     ),
-    "train_distill_reason": stage("r1_mix_1024", 8, 3e-4, 20, max_seq_len=1024, from_weight="rlhf", tag_weight=10.0),
+    "train_distill_reason": stage(
+        *("r1_mix_1024", 8, 3e-4, 20),
+        **{"max_seq_len": 1024, "from_weight": "rlhf", "mix": None, "tag_weight": 10.0},
+    ),
     "train_pretrain_vlm": stage(
         *("pretrain_vlm_data", 16, 4e-4, 0),
         **{"max_seq_len": 640, "epochs": 4, "images_path": "dataset/pretrain_images"} | LOOKING,
@@ -93,9 +101,63 @@ DEFAULTS = {
     "scripts.inspect_data FILE": TOWER
     | {
         **{"data_path": "FILE", "stage": None, "tokenizer": None, "max_seq_len": None, "samples": 3, "seed": None},
-        **{"skip_bad_lines": False, "images_path": "dataset"},
+        **{"skip_bad_lines": False, "images_path": "dataset", "plot": None},
+    },
+    "scripts.prepare_data FILE --stage=sft --out=x.jsonl --workers=3": {
+        **{"inputs": ["FILE"], "stage": "sft", "out": "x.jsonl", "overwrite": False, "workers": 3, "seed": 42},
+        **{"map": None, "text_unit": "document", "source": [], "languages": ("zh", "en"), "language_share": None},
+        **dict.fromkeys(("min_chars", "max_chars", "min_tokens", "max_tokens", "max_repeated", "max_runs")),
+        **dict.fromkeys(("max_symbols", "max_digits", "max_broken", "boilerplate", "drop_refusals", "drop_cut_off")),
+        **dict.fromkeys(("check_turns", "check_thoughts", "urls", "emails", "phones", "ids", "normalise")),
+        **{"exact_dup": True, "near_dup": None, "near_dup_questions": None, "against": [], "ppl_model": None},
+        **{"drop_worst": 0.1, "device": None, "mix": [], "max_lines": 0, "shuffle": True, "val_share": 0.01},
+        **{"val_lines": 2000, "shard_lines": 0, "tokenizer": None, "count_tokens": False},
     },
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
+    "scripts.eval_benchmarks --tasks cmmlu": {
+        **MODEL | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
+        **{"control": None, "seed": 1234, "ppl": [], "window": 512, "compare": None, "weights": [], "model_mode": 1},
+        **{"load": 0, "lora_name": None, "batch_size": 16, "device": None, "output": None, "log_samples": None},
+        **{"submission": None, "resume": False, "overwrite": False},
+    },
+    "scripts.report": {
+        **{"out_dir": None, "tokenizer": None, "ppl": None, "data_dir": None, "num_fewshot": 0, "limit": None},
+        **{"device": None},
+    },
+    "scripts.collect_teacher_answers FROM TO --model m": {
+        **{"questions": "FROM", "answers": "TO", "model": "m", "base_url": "https://api.openai.com/v1"},
+        **{"api_key": None, "system": None, "temperature": None, "max_tokens": None, "thinking": False},
+        **{"concurrency": 8, "retries": 6, "give_up_after": 10, "timeout": 300, "skip_bad_lines": False},
+    },
+}
+MEASURED = {"dim": 512, "n_layers": 8, "use_moe": False, "device": None}
+DEFAULTS |= {
+    "scripts.make_demo_data": {"out_dir": "dataset/demo", "seed": 42},
+    "scripts.make_demo_images": {"out_dir": "dataset/demo", "seed": 42, "scale": 1.0, "eval_images": False},
+    "scripts.train_tokenizer --data_path FILE": {
+        **{"data_path": [Path("FILE")], "out_dir": "model/minimind_tokenizer", "vocab_size": 6400, "holdout": 0.1},
+        **{"overwrite": False, "only_measure": False},
+    },
+    "scripts.contact_sheet": {
+        **{"out": "out/demo/contact_sheet.png", "data_dir": "dataset/demo", "out_dir": "out/demo", "dim": 256},
+        **{"count": 24, "columns": 6, "seed": 1},
+    },
+    "benchmarks.generate": MEASURED | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5},
+    "benchmarks.train_throughput --data_path FILE": {
+        **MEASURED | {"data_path": "FILE", "batch_size": 8, "max_seq_len": 512, "rounds": 5, "seconds": 12},
+        **{"compile": True, "optimizer": "adamw"},
+    },
+    "benchmarks.serve_load": {
+        **MODEL | {"clients": 64, "seconds": 300, "max_concurrency": 16, "dtype": "float32", "random_weights": False},
+    },
+    "benchmarks.eval_speed --data_dir DIR": {
+        **MEASURED | {"data_dir": "DIR", "num_fewshot": 5, "limit": 16, "batch_size": 16, "rounds": 3},
+    },
+    "benchmarks.distillation_memory": {
+        **{"batch_size": 8, "max_seq_len": 512, "learned": 0.5, "dtype": "bfloat16", "device": None, "rounds": 3},
+    },
+    "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
+    "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(
     ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
@@ -119,11 +181,29 @@ for line, own in CONVERSIONS.items():
 
 def arguments(line: str, monkeypatch) -> dict:
     """What a script takes from a command line; paths as text, those in the repository from its root on."""
-    module, *_ = typed = line.split()
+    name, *_ = typed = line.split()
     monkeypatch.setattr("sys.argv", typed)
-    args = vars(importlib.import_module(module).get_args())
+    module = importlib.import_module(name)
+    args = vars(module.get_args() if hasattr(module, "get_args") else _parsed_by(module.main, monkeypatch))
     inside = {name: str(value).removeprefix(f"{ROOT}/") for name, value in args.items() if _is_path(value)}
     return args | inside
+
+
+def _parsed_by(main, monkeypatch) -> argparse.Namespace:
+    """What a script whose `main` parses its arguments itself finds in them; it goes no further."""
+
+    class Parsed(Exception):
+        pass
+
+    def parse(*given):
+        raise Parsed(parse_args(*given))
+
+    parse_args = argparse.ArgumentParser.parse_args
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_args", parse)
+        with pytest.raises(Parsed) as stopped:
+            main()
+    return stopped.value.args[0]
 
 
 def _is_path(value) -> bool:
@@ -132,16 +212,32 @@ def _is_path(value) -> bool:
 
 @pytest.mark.parametrize("line", DEFAULTS)
 def test_what_a_script_does_where_nothing_is_said(line, monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert arguments(line, monkeypatch) == DEFAULTS[line]
 
 
+COMMANDS = [path for folder in (".", "scripts", "benchmarks") for path in sorted((ROOT / folder).glob("[a-z]*.py"))]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_a_command_begins_where_errors_are_told_in_one_line(path: Path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(errors, "run_main", begun.append)
+    main = runpy.run_path(str(path), run_name="__main__")["main"]
+    assert begun == [main]
+
+
 INTEGERS_FROM_1 = """
-    dim n_layers max_seq_len epochs batch_size accumulation_steps save_interval log_interval
+    dim n_layers max_seq_len epochs batch_size accumulation_steps save_interval log_interval keep_last
 """.split()
-INTEGERS_FROM_0 = "num_workers max_steps warmup_iters eval_interval seed".split()
+INTEGERS_FROM_0 = "num_workers max_steps warmup_iters eval_interval seed keep_every".split()
+NUMBERS_FROM_0 = "save_minutes stop_after stall_timeout".split()
 ABOVE_0 = "learning_rate grad_clip".split()
 LEAST = {
-    "train_full_sft": dict.fromkeys(INTEGERS_FROM_1, 1) | dict.fromkeys(INTEGERS_FROM_0, 0) | dict.fromkeys(ABOVE_0),
+    "train_full_sft": {
+        **dict.fromkeys(INTEGERS_FROM_1, 1) | dict.fromkeys([*INTEGERS_FROM_0, *NUMBERS_FROM_0], 0),
+        **dict.fromkeys(ABOVE_0),
+    },
     "train_dpo": {"beta": None},
     "train_lora": {"rank": 1},
     "train_distillation": {"temperature": None},
@@ -153,7 +249,17 @@ LEAST = {
     "scripts.chat_openai_api": {"history_cnt": 0, "max_tokens": 1, "seed": 0},
     "scripts.serve_openai_api": {"max_concurrency": 1, "max_queue": 0, "port": 0, "keep_alive": 1, "drain_seconds": 0},
     "scripts.inspect_data FILE": {"max_seq_len": 1, "samples": 0, "seed": 0},
+    "scripts.prepare_data FILE --stage=sft --out=x.jsonl": {
+        **{"workers": 1, "seed": 0, "min_chars": 0, "max_chars": 0, "min_tokens": 0, "max_tokens": 0, "boilerplate": 0},
+        **{"language_share": 0, "max_repeated": 0, "max_runs": 0, "near_dup": 0, "drop_worst": 0, "max_lines": 0},
+        **{"val_share": 0, "val_lines": 0, "shard_lines": 0},
+    },
     "scripts.cache list": {"older_than": 0},
+    "scripts.eval_benchmarks --tasks a": {"num_fewshot": 0, "limit": 1, "seed": 0, "window": 1, "batch_size": 1},
+    "scripts.report": {"num_fewshot": 0, "limit": 1},
+    "scripts.collect_teacher_answers a b --model m": {
+        **{"max_tokens": 1, "concurrency": 1, "retries": 0, "give_up_after": 1, "timeout": None}
+    },
 }
 
 
@@ -179,6 +285,7 @@ CHOICES = {
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
     "scripts.serve_openai_api": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16"]},
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
+    "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "control": ["shuffle"]},
     "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0"]},
     "scripts.convert_model to-peft a b c": {"layout": ["llama", "minimind"]},
 }
@@ -195,6 +302,8 @@ def test_what_a_flag_chooses_among(line, flag, monkeypatch):
 
 
 def test_what_may_be_said_more_than_once(monkeypatch):
+    mix = arguments("train_pretrain --mix a.jsonl:0.7 C:\\b.jsonl:30", monkeypatch)["mix"]
+    assert mix == [("a.jsonl", 0.7), ("C:\\b.jsonl", 30)]
     for line in ("eval_model --prompt a --prompt b", "eval_vlm --prompt a --prompt b"):
         assert arguments(line, monkeypatch)["prompt"] == ["a", "b"]
     assert arguments("eval_vlm --image a --image b", monkeypatch)["image"] == ["a", "b"]

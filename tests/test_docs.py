@@ -15,7 +15,16 @@ from tests.running import ROOT, TINY, TINY_TRAINING, run_script
 
 # in the order in which their commands are run: each page may need what an earlier one has trained
 PAGES = (
-    *("README", "docs/training", "docs/reasoning_and_preferences", "docs/vision", "docs/results", "docs/serving"),
+    *(
+        "README",
+        "dataset/README",
+        "docs/data",
+        "docs/training",
+        "docs/reasoning_and_preferences",
+        "docs/vision",
+        "docs/results",
+        "docs/serving",
+    ),
     *("docs/benchmarks", "docs/formats", "docs/coming_from_minimind2", "docs/troubleshooting", "docs/glossary"),
 )
 DATA_OF = {
@@ -62,7 +71,7 @@ FORMS = sorted(  # each script, or each sub-command of one
 
 def test_every_page_is_listed_here():
     there = {path.relative_to(ROOT).with_suffix("").as_posix() for path in (ROOT / "docs").glob("*.md")}
-    assert there == {f"{page}{ending}" for page in PAGES if page != "README" for ending in ("", "_zh")}
+    assert there == {f"{page}{ending}" for page in PAGES if page.startswith("docs/") for ending in ("", "_zh")}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -149,6 +158,15 @@ def every_data(tiny_data, tmp_path_factory) -> Path:
     return folder
 
 
+def mixed(flags: list[str], data: Path) -> list[str]:
+    """The flags, with the files of --mix replaced by `data` and a copy of it."""
+    copy = data.with_name(f"copy_{data.name}")
+    files = iter([shutil.copy(data, copy), data])
+    return [
+        f"{next(files)}:{flag.rsplit(':', 1)[1]}" if re.fullmatch(r".*\.jsonl:[\d.]+", flag) else flag for flag in flags
+    ]
+
+
 def said(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
@@ -163,7 +181,7 @@ def test_the_commands_run_shrunken(every_data, tokenizer_dir, clip_dir, tmp_path
         if script == "eval_model.py" and "--prompt" in flags:
             shown = run_script(script, *flags, *TINY, *common, "--max_new_tokens", "8")
             assert f"> {flags[flags.index('--prompt') + 1]}" in shown.stdout
-        form = (script, command[0], "--use_moe" in flags, "--deepspeed" in flags)
+        form = (script, command[0], *(flag in flags for flag in ("--use_moe", "--deepspeed", "--mix", "--from_weight")))
         if script not in DATA_OF or "--nnodes" in command or command[0] == "deepspeed" or form in seen:
             continue  # several machines there are none here; the deepspeed launcher has a test of its own
         seen.add(form)
@@ -172,8 +190,11 @@ def test_the_commands_run_shrunken(every_data, tokenizer_dir, clip_dir, tmp_path
             shrunken += ["--teacher_weight", "full_sft_32"]
         if script.endswith("_vlm.py"):
             shrunken += ["--images_path", every_data, "--vision_model", clip_dir]
-        data = ("--data_path", every_data / DATA_OF[script])
-        run_script(script, *flags, *common, *shrunken, *data, processes=2 if command[0] == "torchrun" else 1)
+        data = every_data / DATA_OF[script]
+        flags = [re.sub(r"out/(\w+)_512\.pth", r"\1", flag) for flag in mixed(flags, data)]
+        run_script(
+            script, *flags, *common, *shrunken, "--data_path", data, processes=2 if command[0] == "torchrun" else 1
+        )
     assert {script for script, *_ in seen} == set(DATA_OF)
 
 

@@ -18,7 +18,7 @@ else:  # pytest brings it there
 OURS = {"model", "dataset", "trainer", "scripts", "benchmarks", "tests", "_repo", "tomli"} | {
     path.stem for path in ROOT.glob("*.py")
 }
-PACKAGE_OF = {"PIL": "pillow"}  # where a module's name is not its package's
+PACKAGE_OF = {"PIL": "pillow", "charset_normalizer": "charset-normalizer"}  # where a module's name is not its package's
 
 
 def group(name: str) -> list[str]:

@@ -116,6 +116,30 @@ def byte_size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
 
 
+def mix_part(text: str) -> tuple[str, float]:
+    """A data file and its share, of "FILE:SHARE"."""
+    file, _, share = text.rpartition(":")
+    try:
+        if not file:
+            raise ValueError
+        return file, positive_float(share)
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"must be FILE:SHARE with a share above 0, such as a.jsonl:0.7, not {text}"
+        ) from None
+
+
+def check_mix(mix: list[tuple[str, float]]) -> None:
+    """Refuse a --mix that names a file twice.
+
+    Raises:
+        UserError: which.
+    """
+    names = [str(Path(file).resolve()) for file, _ in mix]
+    if twice := next((file for (file, _), name in zip(mix, names, strict=True) if names.count(name) > 1), None):
+        raise UserError(f"--mix names {twice} twice: give its shares as one")
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a model: shared by training and by everything that loads its weights."""
     group = parser.add_argument_group("model")
@@ -283,6 +307,17 @@ def training_parser(description: str, **defaults) -> Parser:
     return parser
 
 
+def add_mix_argument(parser: argparse.ArgumentParser) -> None:
+    """--mix, of a stage that can learn from several files at once."""
+    parser.add_argument(
+        "--mix",
+        type=mix_part,
+        nargs="+",
+        metavar="FILE:SHARE",
+        help="learn from several files, each with its share of the tokens, in place of --data_path",
+    )
+
+
 def check_training_arguments(args: argparse.Namespace) -> None:
     """Reject invalid settings before anything expensive starts.
 
@@ -300,6 +335,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         )
     if args.use_wandb and args.tracker not in (None, "wandb"):
         raise UserError(f"--use_wandb means --tracker wandb, which contradicts --tracker {args.tracker}: choose one")
+    check_mix(getattr(args, "mix", None) or [])
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
 

@@ -72,7 +72,7 @@ class Checkpoint:
             "config": architecture(config) | {"max_seq_len": config.max_seq_len},
             "stage": stage,
             "tokenizer": tokenizer_hash(tokenizer),
-            "data_path": str(args.data_path),
+            **_learned_from(args),
             **facts,
         }
         self.settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE} | {
@@ -283,3 +283,10 @@ class Checkpoint:
         mine = folder / f"rank_{self.runtime.rank}.pt"
         if mine.is_file():  # a run that had fewer processes saved none for the others
             set_random_state(self.runtime.device, load_tensors(mine))
+
+
+def _learned_from(args) -> dict:
+    """For the json: the data file, or the files of a mixture with their shares; and the weights it began with."""
+    mix, start = getattr(args, "mix", None), getattr(args, "from_weight", None)
+    learned = {"data_path": str(args.data_path)} if not mix else {"data_path": None, "mix": mix}
+    return learned | ({} if start in (None, "none") else {"from_weight": start})

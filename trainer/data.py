@@ -7,14 +7,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset import StepLoader
 from dataset.caches import limit_caches
+from dataset.mixing import MixedRows
 from trainer.runtime import Runtime
 
 
 def open_data(
     dataset_class: type[Dataset], args, tokenizer: PreTrainedTokenizerBase, run: Runtime
 ) -> tuple[StepLoader, Dataset | None]:
-    """The training rows by steps, and the held-out rows: those of --eval_path, else some held out of --data_path;
-    None with --eval_interval 0, or when the data is too small to spare any.
+    """The training rows by steps, and the held-out rows: those of --eval_path, else some held out of --data_path, or of
+    each file of --mix; None with --eval_interval 0, or when the data is too small to spare any.
 
     Raises:
         DataError: see `dataset_class`.
@@ -25,15 +26,22 @@ def open_data(
             path, tokenizer, args.max_seq_len, args.packing, args.skip_bad_lines, seed=args.seed, part=part
         )
 
+    def learned_from(part: str) -> Dataset:
+        if not mix:
+            return rows(args.data_path, part)
+        files = [rows(path, part) for path, _ in mix]
+        return MixedRows(files, None if part == "eval" else [share for _, share in mix], args.seed)
+
+    mix = getattr(args, "mix", None)
     hold_out = bool(args.eval_interval) and not args.eval_path
     with run.main_first():
-        train = rows(args.data_path, "train" if hold_out else "all")
+        train = learned_from("train" if hold_out else "all")
         held_out = None
         if args.eval_interval:
-            held_out = rows(args.eval_path or args.data_path, "eval" if hold_out else "all")
+            held_out = learned_from("eval") if hold_out else rows(args.eval_path, "all")
         # A stage that opens more of them limits them all after that, lest it lose what it is about to open
         if not (getattr(args, "cache_features", False) or getattr(args, "cache_reference", False)):
-            limit_caches([args.data_path], args.cache_limit)
+            limit_caches([path for path, _ in mix] if mix else [args.data_path], args.cache_limit)
     run.print(train.summary)
     if held_out is not None:
         run.print(f"held out: {held_out.summary}")

@@ -80,7 +80,6 @@ def training(stages: Iterable[Found], results: Mapping[str, dict]) -> Section:
     for found in stages:
         about = found.about
         metrics = about.get("metrics") if isinstance(about.get("metrics"), dict) else {}
-        data = about.get("data_path")
         parameters = results.get(found.name, {}).get("parameters", {})
         rows.append(
             [
@@ -91,7 +90,7 @@ def training(stages: Iterable[Found], results: Mapping[str, dict]) -> Section:
                 Cell(_time(about.get("seconds"))),
                 Cell(_decimal(metrics.get("loss"))),
                 Cell(_decimal(metrics.get("eval_loss"))),
-                Cell(Path(data).name if isinstance(data, str) else NOTHING),
+                Cell(_data(about)),
             ]
         )
     columns = ("", "parameters", "steps", "tokens", "time", "loss", "held out", "learned from")
@@ -191,3 +190,11 @@ def _time(seconds: object) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
+def _data(about: Mapping[str, object]) -> str:
+    """The names of the files that a model has learned from: one, or those of a mixture."""
+    mix = about.get("mix")
+    files = [part[0] for part in mix if isinstance(part, list) and part] if isinstance(mix, list) else []
+    names = [Path(file).name for file in (files or [about.get("data_path")]) if isinstance(file, str)]
+    return ", ".join(names) or NOTHING

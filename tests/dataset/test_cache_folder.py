@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -133,7 +134,8 @@ def test_a_damaged_one_is_made_again_once(source, root, capsys):
 def test_a_damaged_one_in_use_is_not_removed_but_told(source, root):
     used = open_cache(source, STATE, NAME, Value, build)
     (used.folder / "value").write_text("half of it")
-    with pytest.raises(DataError, match="cannot be read, and cannot be replaced while in use"):
+    told = f"{re.escape(str(used.folder))} cannot be read, and cannot be replaced while in use"
+    with pytest.raises(DataError, match=told):
         open_cache(source, STATE, NAME, Value, build)
     assert used.folder.is_dir()
     assert find_cache(source, STATE, NAME, Value) is None

@@ -56,6 +56,15 @@ def test_a_file_system_without_locks_is_called_that(tmp_path, monkeypatch, numbe
         os.fstat(descriptors[0])
 
 
+def test_so_is_a_system_without_locks(tmp_path, monkeypatch):
+    def refuse(descriptor, blocking):
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr(locks, "lock_descriptor", refuse)
+    with pytest.raises(NoLocksError, match="lock"):
+        lock(tmp_path / "lock")
+
+
 @pytest.mark.parametrize("failure", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 def test_another_failure_stays_what_it_is_and_the_file_is_closed(tmp_path, monkeypatch, failure):
     descriptors = []

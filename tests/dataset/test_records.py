@@ -1,5 +1,6 @@
 """No key and no turn of a line is ignored in silence: it is used, counted by name, or refused with the reason."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -193,8 +194,11 @@ def test_a_prompt_beside_a_chat_may_only_repeat_its_beginning():
     chat = [SYSTEM, Q, A]
     for prompt in ("q", [Q], [SYSTEM, Q], None):
         assert read(parse_chat, {"prompt": prompt, "conversations": chat}) == (chat, {})
-    for prompt in ("p", [Q, A, Q], [SYSTEM | {"content": "t"}, Q]):
-        told = refusal(parse_chat, {"prompt": prompt, "conversations": chat})
+        assert read(parse_question, {"prompt": prompt, "conversations": chat[:2]}) == (chat[:2], {})
+    for parse, prompt in itertools.product(
+        (parse_chat, parse_question), ("p", [Q, A, Q], [SYSTEM | {"content": "t"}, Q])
+    ):
+        told = refusal(parse, {"prompt": prompt, "conversations": chat})
         assert told == 'the key "prompt" is refused: "conversations" does not begin with it'
 
 

@@ -1,6 +1,7 @@
 """The token cache: what is in it, what makes it anew, and that no crash, race or full disk leaves it wrong."""
 
 import copy
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -202,6 +203,21 @@ def test_a_file_that_was_only_linked_is_hashed_once_and_not_tokenised(data, open
     assert open_it(parse=must_not_run).data_sha256 == first.data_sha256
     assert hashed == [data]
     assert sorted(path.name for path in first.folder.iterdir() if path.name.startswith(".")) == []
+
+
+def test_where_nothing_can_be_written_a_linked_file_is_hashed_at_every_start(data, open_it, monkeypatch):
+    first = open_it()
+    os.link(data, data.with_name("link.jsonl"))
+    hashed = []
+    monkeypatch.setattr(token_cache, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
+
+    def refuse(content, path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(token_cache, "_write_json", refuse)
+    for _ in range(2):
+        assert open_it(parse=must_not_run).data_sha256 == first.data_sha256
+    assert hashed == [data, data]
 
 
 def test_a_cache_of_other_data_in_its_place_is_not_what_a_worker_opens(data, open_it):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -162,17 +163,23 @@ def test_what_is_written_is_known_by_its_own_hash(convert, tiny_tokenizer, token
     load_weights(out, None, tiny_tokenizer)
 
 
-def test_a_folder_and_files_under_links_are_written_where_they_lie(convert, tokenizer_dir, weights, tmp_path):
-    big, folder = tmp_path / "big", tmp_path / "folder"
-    big.mkdir()
+def test_a_folder_and_files_under_links_are_written_where_they_lie(
+    convert, tokenizer_dir, weights, tmp_path, monkeypatch
+):
+    """That is on one disk: no folder is moved to where the link itself lies, nor from there."""
+    folder, big = tmp_path / "folder", tmp_path / "disk" / "big"
+    big.mkdir(parents=True)
     folder.symlink_to(big)
+    moved_from = []
+    monkeypatch.setattr(shutil, "move", lambda file, to: moved_from.append(file.parent.parent) or shutil.copy(file, to))
     (big / "elsewhere").mkdir()
     (big / "model.safetensors").symlink_to(big / "elsewhere" / "weights")
     convert("to-transformers", weights, folder, "--tokenizer", tokenizer_dir, "--overwrite")
     assert folder.is_symlink()
     assert (big / "model.safetensors").is_symlink()
     assert (big / "elsewhere" / "weights").stat().st_size > 10_000
-    assert not list(tmp_path.glob(".*"))
+    assert set(moved_from) == {big.parent}
+    assert not [*tmp_path.glob(".*"), *big.parent.glob(".*")]
 
 
 def test_gguf_gets_a_modelfile_beside_it_and_nothing_is_replaced_unasked(convert, tokenizer_dir, weights, tmp_path):

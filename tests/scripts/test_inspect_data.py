@@ -130,20 +130,42 @@ def test_bad_lines_are_listed_and_an_error_unless_they_may_be_skipped(inspect):
 
 
 @pytest.mark.parametrize(
-    ("lines", "reason"),
+    ("lines", "shape", "stage"),
     [
-        ('{"instruction": "Add", "output": "4"}', "no stage takes such lines (this is Alpaca format"),
-        ('[{"text": "a"}]', "is one JSON array"),
-        ("a,b\n1,2", "has no valid line; 2 bad, the first: line 1: not valid JSON"),
-        ('{"body": "a"}', "no stage takes such lines\n"),
+        ('{"instruction": "Add", "output": "4"}', "Alpaca 1", "sft"),
+        ('[{"text": "a"}, {"text": "b"}]', "text 2", "pretrain"),
+        ("a,b\n1,2\n", None, None),
+        ('{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}', "ShareGPT 1", "sft"),
+        ('{"question": "q", "chosen": "a", "rejected": "b"}\n{"x"', "question, chosen, rejected 1", "dpo"),
+        ('{"unknown": "a"}', None, None),
     ],
 )
-def test_what_is_no_data_of_ours_ends_in_one_line(inspect, lines, reason):
+def test_another_shape_is_shown_with_the_command_for_it(inspect, tmp_path, lines, shape, stage):
     printed, error = inspect(lines, exit_code=2)
-    assert not printed
-    assert error.startswith("error: ")
-    assert reason in error
+    assert error.startswith(f"error: {tmp_path / 'data.jsonl'}: no stage learns from it")
     assert error.count("\n") == 1
+    if shape is None:
+        assert not printed
+    else:
+        assert f"shapes: {shape}\n" in printed
+        assert f"python scripts/prepare_data.py {tmp_path / 'data.jsonl'} --stage {stage} --out" in error
+    assert ("1 bad lines:\n  line 2: not valid JSON" in printed) == ('{"x"' in lines)
+
+
+def test_lengths_duplicates_languages_and_roles_are_told(inspect, tmp_path):
+    lines = [chat("Where are the seven old rivers?", "a" * n) for n in (1, 1, 300)]
+    printed, _ = inspect(lines, "--plot", tmp_path / "lengths.png")
+    assert "samples that repeat another: 1\n" in printed
+    assert "roles: user 3, assistant 3\n" in printed
+    assert "languages: en 3\n" in printed
+    assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    bars = re.search(r"samples by tokens:\n((?:  .*\n)+)", printed)[1]
+    assert sum(int(line.split()[3]) for line in bars.splitlines()) == 3
+    table = dict(re.findall(r"^ +(\d+): (.*)$", printed, re.MULTILINE))
+    longest = int(re.search(r"longest ([\d,]+)", printed)[1].replace(",", ""))
+    assert table["256"] == (
+        f"1 cut, 0 dropped, {longest - 256} tokens lost" if longest > 256 else "0 cut, 0 dropped, 0 tokens lost"
+    )
 
 
 def test_a_seed_draws_other_samples_than_the_first(inspect):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from scripts import chat_openai_api, collect_teacher_answers
 from scripts.chat_openai_api import HELP, Chat, obey, show
 from scripts.serving.client import (
     answer_parts,
@@ -300,3 +301,30 @@ def test_only_an_answer_that_came_joins_the_history(system, monkeypatch):
     assert asked[0] == ("m", [*first, ("user", "p")], False, wishes)
     assert asked[2][1] == [*first, ("user", "q"), ("assistant", "ab"), ("user", "r")]
     assert len(chat.turns) == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "key"),
+    [
+        *(("mine", "secret", "mine"), ("mine", None, "mine"), (None, "secret", "secret")),
+        *((None, None, "none"), ("", "", "none")),
+    ],
+)
+@pytest.mark.parametrize("script", [chat_openai_api, collect_teacher_answers])
+def test_a_key_that_is_named_comes_before_the_environments(script, flag, environment, key, monkeypatch):
+    asked = []
+
+    def refuse(address, key, **how):
+        asked.append((address, key))
+        raise UserError("enough")
+
+    monkeypatch.setattr(script, "open_client", refuse)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    if environment is not None:
+        monkeypatch.setenv("OPENAI_API_KEY", environment)
+    files = [] if script is chat_openai_api else ["a.jsonl", "b.jsonl", "--model", "m"]
+    flags = [] if flag is None else ["--api_key", flag]
+    monkeypatch.setattr("sys.argv", ["script", *files, "--base_url", "http://a/v1", *flags])
+    with pytest.raises(UserError, match="enough"):
+        script.main()
+    assert asked == [("http://a/v1", key)]

@@ -650,6 +650,22 @@ def test_what_is_sent_waits_for_no_receipt():
             assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
+@pytest.mark.parametrize(
+    ("host", "family"),
+    [
+        *(("127.0.0.1", socket.AF_INET), ("0.0.0.0", socket.AF_INET), ("localhost", socket.AF_INET)),
+        *(("::1", socket.AF_INET6), ("::", socket.AF_INET6)),
+    ],
+)
+def test_an_address_is_of_its_own_family_and_many_may_call_at_once(host, family, monkeypatch):
+    """Asked of the call, as not every machine has both."""
+    asked = []
+    create = lambda *where, **how: asked.append((where, how)) or socket.socket()  # noqa: E731
+    monkeypatch.setattr(socket, "create_server", create)
+    with serve_openai_api.listen(host, 8000):
+        assert asked == [(((host, 8000),), {"family": family, "backlog": 2048})]
+
+
 def test_a_port_that_is_taken(server, out_dir, tokenizer_dir, capsys):
     port = server.address.rpartition(":")[2]
     arguments = (*server_arguments(out_dir, tokenizer_dir), "--port", port)
@@ -690,6 +706,18 @@ def started(monkeypatch):
         return got
 
     return run
+
+
+@pytest.mark.parametrize("vlm", [False, True])
+def test_a_model_is_served_from_the_device(vlm, monkeypatch):
+    moved = []
+    model = SimpleNamespace(config=SimpleNamespace(image_tokens=4, max_seq_len=64))
+    model.to = lambda device: moved.append(device.type) or model
+    monkeypatch.setattr("trainer.loading.load_by_flags", lambda args: (model, "tokenizer"))
+    monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, "tokenizer", "processor"))
+    monkeypatch.setattr(sys, "argv", ["serve_openai_api.py", "--device", "cpu", "--vlm", str(int(vlm))])
+    served, tokenizer, place_images = serve_openai_api.load(serve_openai_api.get_args())
+    assert (served, tokenizer, place_images is not None, moved) == (model, "tokenizer", vlm, ["cpu"])
 
 
 def test_what_is_served_where_nothing_is_said(started, capsys):

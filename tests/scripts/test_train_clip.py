@@ -2,15 +2,18 @@
 
 import json
 import math
+import random
 import re
 import shutil
 from argparse import Namespace
+from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPModel
 
+from dataset.records import BadRecord
 from model.images import image_processor
 from model.model_vlm import load_tower
 from scripts import train_clip
@@ -103,6 +106,53 @@ def test_a_patch_knows_its_row_and_its_column_from_the_start():
     torch.testing.assert_close(places[0, 1] - places[0, 0], places[3, 1] - places[3, 0])
     torch.testing.assert_close(places[1, 0] - places[0, 0], places[1, 3] - places[0, 3])
     assert places[0, 0].dist(places[2, 3]) > 1
+
+
+def test_the_share_of_pictures_whose_caption_is_the_nearest(monkeypatch, clip_dir):
+    """By angles: picture i looks along i, caption n along n, each as long as it likes; more of both than are read at
+    once."""
+    draw, counts = random.Random(0), {}
+    exam = []
+    for i in range(300):
+        kind, lang, n = draw.choice(["what", "where"]), draw.choice(["en", "zh"]), draw.choice([2, 3])
+        choices, answer = draw.sample(range(2000), n), draw.randrange(n)
+        exam.append((kind, lang, [str(choice) for choice in choices], answer))
+        nearest = max(range(n), key=lambda place: math.cos(choices[place] - i))
+        counts.setdefault(f"{lang}: {kind}, one of {n}", []).append(nearest == answer)
+
+    def vectors(angles: torch.Tensor) -> torch.Tensor:
+        return torch.stack([angles.cos(), angles.sin()], 1) * (1 + angles[:, None] % 7)
+
+    monkeypatch.setattr(
+        train_clip, "caption_vectors", lambda clip, _, texts: vectors(torch.tensor([float(text) for text in texts]))
+    )
+    monkeypatch.setattr(train_clip, "picture_vectors", lambda clip, pixels: (vectors(pixels[:, 0, 0, 0]), None))
+    pixels = torch.arange(300).half().view(300, 1, 1, 1)  # fp16 has all integers up to 2048
+    found = train_clip.zero_shot(CLIPModel.from_pretrained(clip_dir), None, pixels, exam)
+    assert len(counts) == 8
+    assert found == {name: sum(right) / len(right) for name, right in sorted(counts.items())}
+    assert list(found) == sorted(found)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"image": 5}, {"captions": "one"}, {"captions": [5]}, {"captions": [""]}, {"captions": []}],
+    ids=lambda wrong: str(wrong),
+)
+def test_a_line_of_captions_is_a_name_and_texts(wrong):
+    right = {"image": "a.png", "captions": ["one", "two"]}
+    assert train_clip.caption_record(right, Counter()) == ("a.png", ["one", "two"])
+    with pytest.raises(BadRecord, match="captions"):
+        train_clip.caption_record(right | wrong, Counter())
+
+
+def test_a_line_of_choices_is_taken_apart():
+    line = {"image": "a.png", "kind": "what", "lang": "en", "choices": ["one", "two"], "answer": 1}
+    ignored = Counter()
+    assert train_clip.choice_record(line | {"more": 1}, ignored) == ("a.png", "what", "en", ["one", "two"], 1)
+    assert ignored == {"more": 1}
+    with pytest.raises(BadRecord, match="image"):
+        train_clip.choice_record(line | {"image": None}, ignored)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def test_an_answer_nobody_watches_ends(monkeypatch):
         assert time.monotonic() < end
         time.sleep(0.01)
     assert answer.stopped
+
+
+def test_a_process_that_ends_waits_for_no_answer():
+    def told():
+        yield "answer", f"daemon: {threading.current_thread().daemon}"
+
+    assert wait(Answer(told())).text == "daemon: True"
 
 
 def test_an_error_is_kept_with_what_came_before():

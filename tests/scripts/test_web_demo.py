@@ -185,6 +185,41 @@ def test_the_parameters_of_a_page_where_nobody_moves_them(open_page, tmp_path):
     assert app.slider(key="penalty").disabled  # no part of OpenAI's API
 
 
+@pytest.fixture
+def talking(monkeypatch):
+    """Three turns of a page's talk: the first answer is there, the second on its way, the third not begun."""
+
+    class State(dict):
+        __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+    stopped = []
+    answers = [SimpleNamespace(stop=lambda name=name: stopped.append(name)) for name in (1, 2)]
+    turns = [web_page.Turn(number, "q", [], answer) for number, answer in enumerate((*answers, None), 1)]
+    state = State(turns=list(turns), asked=3)
+    monkeypatch.setattr(web_page, "st", SimpleNamespace(session_state=state))
+    return state, turns, stopped
+
+
+def test_a_new_talk_has_nothing_of_the_old_one_and_no_answer_goes_on(talking):
+    state, _, stopped = talking
+    web_page.forget_all()
+    assert (state.turns, stopped) == ([], [1, 2])
+
+
+def test_what_is_said_comes_last_and_ends_what_is_still_being_written(talking):
+    state, turns, stopped = talking
+    web_page.say("more", [b"1"])
+    *earlier, new = state.turns
+    assert (earlier, vars(new)) == (turns, {"number": 4, "question": "more", "pictures": [b"1"], "answer": None})
+    assert stopped == [1, 2]
+
+
+def test_a_turn_that_is_deleted_is_gone_alone(talking):
+    state, turns, stopped = talking
+    web_page.forget(turns[1])
+    assert (state.turns, stopped) == ([turns[0], turns[2]], [2])
+
+
 def test_the_words_of_both_languages_are_for_the_same_things():
     chinese, english = web_page.WORDS["中文"], web_page.WORDS["English"]
     assert chinese.keys() == english.keys()

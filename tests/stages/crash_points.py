@@ -88,6 +88,10 @@ if __name__ == "__main__":
         **{"save": at_call(Checkpoint, "save"), "close": at_call(Metrics, "close")},
         "evaluate": at_call(trainer.evaluation, "evaluate"),
     }
+    if name == "SIGHUP":
+        signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        )  # under nohup the tests' own processes ignore it, and so would this
     arrange[place](signal.Signals[name], int(nth))
     script = str(Path(__file__).parents[2] / script)
     sys.argv = [script, *arguments]

@@ -87,15 +87,17 @@ def test_which_images_belong_to_one_question(tmp_path):
 @pytest.mark.parametrize("script", [eval_model, eval_vlm])
 def test_an_answer_as_long_as_the_context_leaves_no_room_to_ask(script, monkeypatch, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=64), to=lambda device: None)
+    done = []
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=64), to=lambda device: done.append(device.type))
     monkeypatch.setattr("trainer.loading.load_by_flags", lambda args: (model, None))
     monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, None, None))
-    monkeypatch.setattr("model.inference.scheduler.Engine", lambda *_, **settings: None)
-    asked = ["--prompt", "q", "--max_new_tokens", "64"]
+    monkeypatch.setattr("model.inference.scheduler.Engine", lambda given, *_, **settings: done.append(given))
+    asked = ["--prompt", "q", "--max_new_tokens", "64", "--device", "cpu"]
     asked += ["--image", str(tmp_path / "a.png")] if script is eval_vlm else []
     monkeypatch.setattr(sys, "argv", ["script", *asked])
-    with pytest.raises(UserError, match=r"^--max_new_tokens 64: the model takes 64 in all$"):
+    with pytest.raises(UserError, match=r"^--max_new_tokens 64: the model's context is 64$"):
         script.main()
+    assert done[0] == "cpu"  # before any engine is made for it
 
 
 class Engine:
@@ -155,7 +157,7 @@ def test_earlier_questions_with_their_answers(evaluate, capsys, flags, last):
 def test_a_pretrained_model_may_be_given_all_the_room_that_is_left(evaluate, stream):
     flags = ("--model_mode", "0", "--max_new_tokens", "90", "--stream", stream)
     assert evaluate(*flags, "--prompt", "x" * 10, context=100).asked[0].prompt == [1] * 10
-    with pytest.raises(UserError, match=r"^'xxxxxxxxxxx': a text of 11 tokens: 10 are left for it$"):
+    with pytest.raises(UserError, match=r"^'xxxxxxxxxxx': the text has 11 tokens, but only 10 fit$"):
         evaluate(*flags, "--prompt", "x" * 11, context=100)
 
 

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from model import MiniMindLM
 from tests.running import ROOT
 from tests.stages.every_script import SCRIPTS, Run, Script, World, make_world
 from tests.stages.failing import before_forward, failing_evaluation
 from tests.stages.test_resume import assert_equal, state_of
 from tests.stages.training import about, distance, reports, weights
+from trainer.runtime import Runtime
 
 EVALUATE = ("--eval_interval", "2", "--eval_path")
 
@@ -240,7 +242,7 @@ def test_an_evaluation_that_fails_costs_an_evaluation(world, script, whole, tmp_
     with failing_evaluation(MemoryError("no room")), watching_forwards() as forwards:
         flags = (*EVALUATE, world.folder / script.data, "--save_interval", "3")
         run = world.call(script, tmp_path, *flags)
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("no evaluation")]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation at")]
     assert told == [f"evaluation at step {n} failed (MemoryError: no room)" for n in (2, 4, 5)]
     assert evaluations(run) == []
     assert all(training for gradients, training in forwards if gradients)
@@ -262,7 +264,7 @@ def test_an_evaluation_that_fails_on_one_rank_keeps_no_other_waiting(world, scri
     """The second one of two; the last step is a batch of padding for it."""
     flags = (*EVALUATE, world.folder / script.data, "--batch_size", "4")
     done = world.start(script, tmp_path, *flags, by=("tests/stages/failing.py",), processes=2)
-    assert [line for line in done.stderr.splitlines() if line.startswith("no evaluation")] == [
+    assert [line for line in done.stderr.splitlines() if line.startswith("evaluation at")] == [
         f"evaluation at step {n} failed (RuntimeError: of rank 1)" for n in (2, 4, 5)
     ]
     run = Run(tmp_path, script.name + "_32")
@@ -334,3 +336,32 @@ def test_the_loops_are_one_but_for_what_makes_the_stage_different(script):
     lines = list(difflib.ndiff(loop_of("train_pretrain.py"), loop_of(script.path)))
     lacking, added = ([line[2:].strip() for line in lines if line.startswith(sign)] for sign in "-+")
     assert (lacking, added) == DIFFERENCES.get(script.path, ([], []))
+
+
+def test_what_computes_has_been_put_on_the_device_and_so_has_what_it_is_given(world, script, tmp_path, monkeypatch):
+    """Which a CPU cannot tell: there everything lies at its place already. The run is the one step of an only epoch,
+    though --max_steps would let it go on."""
+    moved, given, asked = [], set(), []
+    to, call, to_device = MiniMindLM.to, MiniMindLM.__call__, Runtime.to_device
+
+    def moving(self, *where, **how):
+        moved.extend([self] * (torch.device("cpu") in where))
+        return to(self, *where, **how)
+
+    def giving(self, batch):
+        there = to_device(self, batch)
+        given.update(tensor.untyped_storage().data_ptr() for tensor in there.values())
+        return there
+
+    def asking(self, input_ids, *others, **named):
+        asked.append((any(self is model for model in moved), input_ids.untyped_storage().data_ptr() in given))
+        return call(self, input_ids, *others, **named)
+
+    monkeypatch.setattr(MiniMindLM, "to", moving)
+    monkeypatch.setattr(MiniMindLM, "__call__", asking)
+    monkeypatch.setattr(Runtime, "to_device", giving)
+    steps = ("--epochs", "1", "--batch_size", "40", "--max_steps", "3")
+    run = world.call(script, tmp_path, *steps, *EVALUATE, world.folder / script.data, "--eval_interval", "1")
+    assert about(run.out, run.name)["step"] == 1
+    assert len(asked) > 1
+    assert set(asked) == {(True, True)}

@@ -108,7 +108,7 @@ def test_eval_model_puts_the_adapter_on(out, train, tokenizer_dir):
 
     train(out, "--lora_name", "me", "--learning_rate", "0.3")
     assert ask("None").stdout != ask("me").stdout
-    told = f"train_lora.py --lora_name NAME; there is {out / 'lora' / 'me_32.pth'} (--dim 32)"
+    told = f"run train_lora.py --lora_name NAME; there is {out / 'lora' / 'me_32.pth'} (--dim 32)"
     assert f"you_32.pth is missing: {told}" in one_error_line(ask("you", exit_code=2))
     state = torch.load(out / "full_sft_32.pth", weights_only=True)
     torch.save(state | {"norm.weight": state["norm.weight"] + 1}, out / "full_sft_32.pth")

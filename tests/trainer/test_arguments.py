@@ -20,6 +20,7 @@ from trainer.arguments import (
     byte_size,
     check_training_arguments,
     deepspeed_config,
+    mix_part,
     non_negative_float,
     non_negative_int,
     positive_float,
@@ -210,6 +211,21 @@ def test_what_is_no_size(text):
         byte_size(text)
 
 
+@pytest.mark.parametrize("text", ["", "a.jsonl", "a.jsonl:", ":0.5", "a.jsonl:0", "a.jsonl:-1", "a:x", "a:nan"])
+def test_what_is_no_part_of_a_mixture(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"such as a\.jsonl:0\.7"):
+        mix_part(text)
+
+
+def test_a_file_is_mixed_in_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = training_parser("", mix=[("a.jsonl", 0.5), ("b.jsonl", 0.2)]).parse_args([])
+    check_training_arguments(args)
+    args.mix.append((str(tmp_path / "a.jsonl"), 0.3))
+    with pytest.raises(UserError, match=r"--mix names .* twice"):
+        check_training_arguments(args)
+
+
 def test_caches_are_limited_unless_it_is_said():
     assert training_parser("").parse_args([]).cache_limit == 50_000_000_000
     assert training_parser("").parse_args(["--cache_limit", "1MB"]).cache_limit == 1_000_000
@@ -291,4 +307,6 @@ def test_numbers_just_beyond_their_bounds():
         with pytest.raises(argparse.ArgumentTypeError):
             kind(number)
     assert (probability("1e-9"), positive_float("1e-9"), non_negative_float("0")) == (1e-9, 1e-9, 0.0)
-    assert (positive_int("1"), non_negative_int("0"), seed("9223372036854775807")) == (1, 0, 2**63 - 1)
+    found = (positive_int("1"), non_negative_int("0"), seed("9223372036854775807"))
+    assert found == (1, 0, 2**63 - 1)
+    assert {type(number) for number in found} == {int}

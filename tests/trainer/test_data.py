@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ class Rows(list):
 
     def __init__(self, path, tokenizer, max_seq_len, packing, skip_bad_lines, seed, part):
         super().__init__([] if (path, part) == ("small", "eval") else range(10))
+        self.row_tokens, self.data_path, self.packing, self.max_seq_len = np.full(len(self), 7), path, packing, 64
         self.made_of, self.summary = (path, part, max_seq_len, packing, skip_bad_lines, seed), f"{part} of {path}"
 
 
@@ -41,6 +43,29 @@ def test_what_is_learned_and_what_is_held_out(changes, train, held_out, monkeypa
     loader, rows = open_data(Rows, settings(**changes), None, RUN)
     assert loader.dataset.made_of == (*train, 64, True, False, 3)
     assert (rows and rows.made_of) == (held_out and (*held_out, 64, True, False, 3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "train", "held_out"),
+    [
+        ({}, ("train", 10 + 5), ("eval", 10 + 10)),
+        ({"mix": [("small", 1), ("a", 1)]}, ("train", 10 + 10), ("eval", 0 + 10)),
+        ({"mix": [("small", 1)]}, ("train", 10), None),
+        ({"eval_path": "other"}, ("all", 10 + 5), ("all", 10)),
+        ({"eval_interval": 0}, ("all", 10 + 5), None),
+    ],
+)
+def test_files_are_mixed_by_their_shares_and_held_out_from_each(changes, train, held_out, monkeypatch, capsys):
+    limited = []
+    monkeypatch.setattr(data, "limit_caches", lambda *given: limited.append(given))
+    args = settings(**{"mix": [("a", 2), ("b", 1)]} | changes)
+    loader, rows = open_data(Rows, args, None, RUN)
+    files = loader.dataset.files
+    assert [(file.made_of[0], file.made_of[1]) for file in files] == [(name, train[0]) for name, _ in args.mix]
+    assert len(loader.dataset) == train[1]
+    assert (rows and len(rows)) == (held_out and held_out[1])
+    assert limited == [([name for name, _ in args.mix], 7.0)]
+    assert "mixed, by tokens: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("later", ["cache_features", "cache_reference", None])

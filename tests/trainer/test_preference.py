@@ -165,6 +165,14 @@ def test_the_data_s_hash_is_part_of_what_decides_the_rows(pairs):
     assert data.cache.data_sha256 in data.rows_key
 
 
+def test_it_lies_beside_the_data_s_tokens_of_the_same_state_which_stay(pairs, tiny_tokenizer):
+    attach_reference_log_probs(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4)
+    folder = Path(data.reference.filename).parent
+    tokens = data.cache.folder
+    assert (folder.parent, folder.name.split("-")[0]) == (tokens.parent, tokens.name.split("-")[0])
+    assert tokens.is_dir()
+
+
 def test_it_is_in_use_as_long_as_the_data_set_has_it(pairs, tiny_tokenizer):
     attach_reference_log_probs(data := pairs(), tiny_model(len(tiny_tokenizer)), "start", RUN, 4)
     folder = Path(data.reference.filename).parent

@@ -67,6 +67,7 @@ def test_a_step_is_counted_by_its_trained_tokens_its_rows_and_its_real_tokens(ru
 def handlers():
     """What signals do now is what they do when the test has ended."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored, and a run then ignores as well
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -199,7 +199,7 @@ def test_nothing_is_replaced_unasked(weights, common, tmp_path, capsys):
         (tmp_path / name).write_text("mine", encoding="utf-8")
         written = ("--log_samples", tmp_path / name) if name == "s.jsonl" else ("--output", tmp_path / "r.json")
         call_script(SCRIPT, *flags, *written, exit_code=2)
-        assert f"{name} is there already" in capsys.readouterr().err
+        assert f"{name} already exists" in capsys.readouterr().err
         assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
         if name == "r.json":
             (tmp_path / name).unlink()

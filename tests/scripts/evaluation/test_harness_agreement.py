@@ -1,6 +1,7 @@
 """Our model class and the harness's own `hf` model on the exported folder say the same, question by question."""
 
 import random
+import re
 import shutil
 
 import lm_eval
@@ -93,6 +94,16 @@ def test_greedy_answers_are_alike(both):
     asked = requests("generate_until", [(sentence[:20], until) for sentence in SENTENCES])
     ours, theirs = (lm.generate_until(asked, disable_tqdm=True) for lm in both)
     assert ours == theirs
+
+
+@pytest.mark.parametrize("silent", [True, False, None])
+def test_how_far_it_is_shows_where_nobody_wants_it_silent(both, capsys, silent):
+    """None: nothing is said, as the harness asks."""
+    ours, how = both[0], {} if silent is None else {"disable_tqdm": silent}
+    ours.loglikelihood(requests("loglikelihood", [("The", " sea"), ("The", " sky")]), **how)
+    ours.generate_until(requests("generate_until", [("The", {"until": ["."], "max_gen_toks": 2})]), **how)
+    shown = re.findall(r"([\w-]+): 100%.* (\d)/", capsys.readouterr().err)
+    assert shown == ([] if silent else [("log-likelihoods", "2"), ("answers", "1")])
 
 
 @pytest.mark.parametrize("shots", [0, 5])

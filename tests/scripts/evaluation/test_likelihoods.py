@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model.inference.decoder import Decoder, Span
+from scripts.evaluation import likelihoods
 from scripts.evaluation.likelihoods import Likelihood, Likelihoods, Question, runs
 from tests.scripts.conversion import make_model
 
@@ -53,6 +54,25 @@ def test_likelihoods_are_those_of_forward_passes(use_moe, batch_size):
     assert_as_by_forward(model, asked, Likelihoods(model, batch_size).of(asked))
 
 
+@pytest.mark.parametrize("most", [1, 3])
+def test_likelihoods_are_the_same_a_few_rows_of_logits_at_a_time(monkeypatch, most):
+    model = make_model(VOCABULARY)
+    asked = questions(random.Random(6), 7)
+    monkeypatch.setattr(likelihoods, "LOGIT_ROWS", most)
+    rows, logits = [], Decoder.logits
+    monkeypatch.setattr(Decoder, "logits", lambda self, hidden: rows.append(len(hidden)) or logits(self, hidden))
+    assert_as_by_forward(model, asked, Likelihoods(model, 16).of(asked))
+    assert max(rows) == most
+
+
+@pytest.mark.parametrize("most", [1, 20, 50])
+def test_likelihoods_are_the_same_a_few_tokens_at_a_time(monkeypatch, most):
+    model = make_model(VOCABULARY)
+    asked = questions(random.Random(7), 12)
+    monkeypatch.setattr(likelihoods, "BATCH_TOKENS", most)
+    assert_as_by_forward(model, asked, Likelihoods(model, 16).of(asked))
+
+
 def test_the_likeliest_continuation_is_greedy():
     model = make_model(VOCABULARY)
     context = ids(random.Random(1), 20)
@@ -65,9 +85,9 @@ def test_the_likeliest_continuation_is_greedy():
 def test_calls_go_on_from_what_the_slots_hold():
     model = make_model(VOCABULARY)
     asked = questions(random.Random(2), 30)
-    likelihoods = Likelihoods(model, 4)
+    once = Likelihoods(model, 4)
     for some in (asked[:10], asked[10:20], asked[5:30], asked[:1]):
-        assert_as_by_forward(model, some, likelihoods.of(some))
+        assert_as_by_forward(model, some, once.of(some))
 
 
 def test_options_that_do_not_fit_together_are_read_apart():

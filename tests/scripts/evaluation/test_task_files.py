@@ -117,6 +117,7 @@ def test_a_malformed_entry_of_a_list_is_named(tmp_path):
     [
         (None, "dev-labels.lst is missing"),
         ("1\n", "dev-labels.lst holds 1 labels, and dev.jsonl 2 questions"),
+        ("1\n2\n3\n", "dev-labels.lst holds 3 labels, and dev.jsonl 2 questions"),
         ("1\n0\n", "dev-labels.lst, row 2: '0' is not one of 1, 2, 3"),
     ],
 )

@@ -1,11 +1,13 @@
 """Benchmarks by name: the harness's wording, from the publishers' files; who knows everything gets everything right."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from scripts.evaluation.controls import position_bias, shuffle_stems
 from scripts.evaluation.examination import ask, worded
 from scripts.evaluation.results import compare, positions_of, results_of, right_answers, submission
-from scripts.evaluation.tasks import BENCHMARKS, FETCHED_ONLY, open_exams
+from scripts.evaluation.tasks import BENCHMARKS, FETCHED_ONLY, Exam, open_exams
 from tests.conftest import write_jsonl
 from tests.scripts.evaluation.fakes import Fake, Guessing, Omniscient
 from tests.scripts.evaluation.publisher_files import N, write_all
@@ -139,6 +141,27 @@ def test_shuffled_stems_are_all_others_and_options_stay(files):
         shuffle_stems("winogrande", rows, (), 1)
     with pytest.raises(UserError, match="x has a single question"):
         shuffle_stems("x", rows[:1], ("q",), 1)
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_the_whole_of_a_question_is_shuffled(files, name):
+    """The same questions in another order; where the wording has the options as well, they stay."""
+    _, plain = asked_of(files, [name], Omniscient())
+    _, shuffled = asked_of(files, [name], Omniscient(), shuffle=3)
+    before, after = ([answer.prompt for answer in answers] for answers in (plain, shuffled))
+    if name in ("cmmlu", "ceval"):
+        before, after = ([prompt.split("\n")[2] for prompt in prompts] for prompts in (before, after))
+    assert sorted(before) == sorted(after)
+    assert all(own != other for own, other in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", FETCHED_ONLY)
+def test_a_question_that_is_one_with_its_options_is_not_shuffled(name):
+    exam = Exam(name, SimpleNamespace(doc_iterator=lambda **how: [(0, {"text": "a"}), (1, {"text": "b"})]), ())
+    assert [row["text"] for row in exam.rows(None)] == ["a", "b"]
+    assert BENCHMARKS[name].stem == exam.stem
+    with pytest.raises(UserError, match=f"{name} has no stem"):
+        exam.rows(None, 1)
 
 
 def test_c_evals_test_split_is_answered_for_its_site(files):

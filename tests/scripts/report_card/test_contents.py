@@ -40,6 +40,11 @@ def test_what_a_json_does_not_say_or_says_wrongly_is_left_open():
         assert texts(training([stage], {}).rows[0])[1:] == [NOTHING] * 7
 
 
+def test_a_mixture_is_told_by_its_files():
+    for mix, told in (([["/data/a.jsonl", 0.7], ["b.jsonl", 0.3]], "a.jsonl, b.jsonl"), ([7, []], NOTHING)):
+        assert texts(training([found("x_1", data_path=None, mix=mix)], {}).rows[0])[-1] == told
+
+
 def test_bits_per_byte_stand_beside_a_bar_that_is_longest_for_the_worst():
     section = predicted_text({"a": PREDICTED, "b": PREDICTED | {"nats": PREDICTED["nats"] / 2}}, "held.jsonl")
     assert section.note.startswith("held.jsonl: 2 texts, 300 bytes.")

@@ -142,6 +142,7 @@ def test_what_a_model_says_never_becomes_markup(out, flags, monkeypatch):
     ("change", "said"),
     [
         (lambda out: ("--out_dir", out / "none"), "is not a folder"),
+        (lambda out: ("--out_dir", out / "pretrain_32.pth"), "is not a folder"),
         (lambda out: ("--out_dir", out / "pretrain_32.resume"), "holds no weights"),
         (lambda out: ("--ppl", out / "none.txt"), "is missing"),
         (lambda out: ("--ppl", out / "pretrain_32.pth"), "is not UTF-8"),

@@ -1,0 +1,246 @@
+"""Lines that hold a question of an evaluation: of a model that has learned them, its score says nothing.
+
+A unit is a Chinese (Japanese, Korean) character or a word of letters and digits; case, width, accents, white space and
+punctuation do not matter. A line is contaminated by 13 consecutive units of a question, as GPT-3's authors had it
+("Language Models are Few-Shot Learners", 2020, appendix C), or by the whole of a question of 6 to 12 units.
+"""
+
+import functools
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scripts.preparing.evaluation_files import read_questions
+
+WINDOW = 13  # units
+SHORTEST = 6
+BLOCK = 1 << 17  # characters at a time: what the processor's cache holds
+PIECE = 1 << 20  # characters of a line at a time
+OVERLAP = 4096  # characters in which 13 units are looked for where a line is cut
+
+OTHER, WORD, CHARACTER, MARK = range(4)  # kinds of code points
+EAST_ASIAN = (
+    *((0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3041, 0x30FA), (0x30FC, 0x318F), (0x31A0, 0x31BF), (0x31F0, 0x31FF)),
+    *((0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xAC00, 0xD7AF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
+)
+NAMED = 0x20000  # code points below have names, cases and forms
+
+_LETTERS, _UNITS = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93  # odd, so that they have inverses mod 2^64
+_MIX = np.uint64(0x5851F42D4C957F2D)
+
+
+class Match(NamedTuple):
+    """Where the question stands, and what of it stands in the line, as it is written there."""
+
+    file: Path
+    line: int
+    shared: str
+
+
+class Evaluation:
+    """The questions of evaluation files, to look for in lines.
+
+    Args:
+        files: as of `read_questions`.
+
+    Attributes:
+        questions: how many there are.
+        too_short: how many of them have fewer than 6 units, and are not looked for.
+
+    Raises:
+        UserError, DataError: as of `read_questions`.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        found = list(read_questions(files))
+        self.questions = len(found)
+        self._places: list[tuple[Path, int]] = []
+        self._texts: list[str] = []
+        windows = {length: [np.empty((3, 0), np.uint64)] for length in range(SHORTEST, WINDOW + 1)}
+        self.too_short = 0
+        for numbers, texts in _blocks([text for *_, text in found]):
+            units = _Units(texts)
+            counts = np.bincount(units.text, minlength=len(texts))
+            self.too_short += int((counts < SHORTEST).sum())
+            for length, all_found in windows.items():
+                hashes, places = units.windows(length)
+                question = units.text[places]
+                whole = (counts[question] == length) | (length == WINDOW)
+                first = places - np.searchsorted(units.text, question)
+                about = (hashes, question + len(self._texts), first)
+                all_found.append(np.stack([values[whole].astype(np.uint64) for values in about]))
+            self._places += [found[number][:2] for number in numbers]
+            self._texts += texts
+        self._tables = {}
+        for length, all_found in windows.items():
+            all_found = np.concatenate(all_found, axis=1)
+            if all_found.size:
+                self._tables[length] = _Table(all_found)
+
+    def find(self, texts: Sequence[str]) -> list[Match | None]:
+        """For each text the first question found in it, by length of what is shared, or None."""
+        found: list[Match | None] = [None] * len(texts)
+        for numbers, block in _blocks(texts):
+            units = _Units(block)
+            for length in sorted(self._tables, reverse=True):
+                hashes, places = units.windows(length)
+                table = self._tables[length]
+                hits = table.may_hold(hashes)
+                for hashed, place in zip(hashes[hits], places[hits].tolist(), strict=True):
+                    number = numbers[units.text[place]]
+                    if found[number] is None:
+                        found[number] = self._match(units, place, length, table.at(hashed))
+        return found
+
+    def _match(self, units: "_Units", place: int, length: int, candidates: np.ndarray) -> Match | None:
+        """The candidate whose units are the same, letter by letter."""
+        looked_for = units.spelled(place, length)
+        for question, first in candidates.tolist():
+            if _spelled(self._texts[question], first, length) == looked_for:
+                return Match(*self._places[question], units.shown(place, length))
+        return None
+
+
+class _Table:
+    """Hashes, and the question and place where each is from.
+
+    Args:
+        found: (3, n) uint64: hash, question, place of the first unit.
+    """
+
+    def __init__(self, found: np.ndarray):
+        self.hashes, *about = found[:, np.lexsort(found[::-1])]
+        self.about = np.stack(about, axis=1).astype(np.int64)
+        bits = min(26, max(16, (32 * len(self.hashes)).bit_length()))  # few others share a place with one of ours
+        self.shift = np.uint64(64 - bits)
+        self.filter = np.zeros(1 << bits, bool)
+        self.filter[self.hashes >> self.shift] = True
+
+    def may_hold(self, hashes: np.ndarray) -> np.ndarray:
+        """The places of those that are among ours."""
+        some = np.flatnonzero(self.filter[hashes >> self.shift])
+        at = np.searchsorted(self.hashes, hashes[some])
+        return some[self.hashes[np.minimum(at, len(self.hashes) - 1)] == hashes[some]]
+
+    def at(self, hashed: np.uint64) -> np.ndarray:
+        """(n, 2): question and place of those with this hash."""
+        return self.about[np.searchsorted(self.hashes, hashed) : np.searchsorted(self.hashes, hashed, "right")]
+
+
+class _Units:
+    """The units of some texts, with their hashes.
+
+    Attributes:
+        text: the number of each unit's text.
+    """
+
+    def __init__(self, texts: Sequence[str]):
+        self.joined = "\n".join(texts) + "\n"
+        codes = np.frombuffer(self.joined.encode("utf-32-le", "surrogatepass"), np.uint32)
+        kinds, folded = _tables()
+        kind = kinds[codes]
+        if (kind == MARK).any():
+            self.origin = np.flatnonzero(kind != MARK)
+            codes, kind = codes[self.origin], kind[self.origin]
+        else:
+            self.origin = np.arange(len(codes))
+        self.codes = folded[codes]
+        word, character = kind == WORD, kind == CHARACTER
+        self.starts = np.flatnonzero(character | (word & ~np.r_[False, word[:-1]]))
+        self.ends = np.flatnonzero(character | (word & ~np.r_[word[1:], False])) + 1
+        lengths = np.fromiter(map(len, texts), np.int64, len(texts))
+        self.text = np.searchsorted(np.cumsum(lengths + 1), self.origin[self.starts], "right")
+        letters = _prefix_hashes(self.codes.astype(np.uint64) + np.uint64(1), _LETTERS)
+        hashes = (letters[self.ends] - letters[self.starts]) * _powers(_LETTERS, -1, len(letters))[self.starts]
+        hashes ^= hashes >> np.uint64(31)
+        self._hashes = _prefix_hashes(hashes * _MIX, _UNITS)
+
+    def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The hash of each run of `length` units of one text, and the number of its first unit."""
+        runs = max(0, len(self.text) - length + 1)
+        places = np.flatnonzero(self.text[:runs] == self.text[length - 1 :][:runs])
+        hashes = self._hashes[length : length + runs] - self._hashes[:runs]
+        hashes *= _powers(_UNITS, -1, runs)[:runs]
+        hashes ^= hashes >> np.uint64(31)
+        hashes *= _MIX
+        return hashes[places], places
+
+    def spelled(self, first: int, length: int) -> list[str]:
+        """The letters of some units, without case and width."""
+        return [
+            "".join(map(chr, self.codes[self.starts[unit] : self.ends[unit]].tolist()))
+            for unit in range(first, first + length)
+        ]
+
+    def shown(self, first: int, length: int) -> str:
+        """They and what stands between them, as in the text."""
+        return self.joined[self.origin[self.starts[first]] : self.origin[self.ends[first + length - 1] - 1] + 1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _all_spelled(text: str) -> tuple[str, ...]:
+    units = _Units([text])
+    return tuple(units.spelled(0, len(units.text)))
+
+
+def _spelled(text: str, first: int, length: int) -> list[str]:
+    return list(_all_spelled(text)[first : first + length])
+
+
+def _blocks(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """Blocks of texts of about `BLOCK` characters, with the number of each; a long text is cut, with an overlap."""
+    numbers, block, size = [], [], 0
+    for number, text in enumerate(texts):
+        for start in range(0, max(1, len(text) - OVERLAP), PIECE):
+            piece = text[start : start + PIECE + OVERLAP]
+            if size and size + len(piece) > BLOCK:
+                yield numbers, block
+                numbers, block, size = [], [], 0
+            numbers.append(number)
+            block.append(piece)
+            size += len(piece)
+    if block:
+        yield numbers, block
+
+
+def _prefix_hashes(values: np.ndarray, base: int) -> np.ndarray:
+    """(n + 1): sums of the first values times base^0, base^1 …, mod 2^64: the hash of a run is a difference of two."""
+    sums = np.zeros(len(values) + 1, np.uint64)
+    np.cumsum(values * _powers(base, 1, len(values))[: len(values)], out=sums[1:])
+    return sums
+
+
+def _powers(base: int, sign: int, count: int) -> np.ndarray:
+    """base^0, base^1 … or base^0, base^-1 …, mod 2^64: `count` of them or more."""
+    return _cached_powers(pow(base, sign, 1 << 64), 1 << max(BLOCK.bit_length(), count.bit_length()))
+
+
+@functools.lru_cache(maxsize=8)
+def _cached_powers(base: int, count: int) -> np.ndarray:
+    powers = np.full(count, base, np.uint64)
+    powers[0] = 1
+    return np.cumprod(powers)
+
+
+@functools.cache
+def _tables() -> tuple[np.ndarray, np.ndarray]:
+    """Of each code point its kind (uint8), and the one it counts as (uint32): of its case, width and accents."""
+    kinds, folded = np.zeros(0x110000, np.uint8), np.arange(0x110000, dtype=np.uint32)
+    for code in range(NAMED):
+        char = chr(code)
+        if unicodedata.combining(char):
+            kinds[code] = MARK
+            continue
+        base = unicodedata.normalize("NFKD", char).casefold()
+        if len(base) == 1 or all(map(unicodedata.combining, base[1:])):
+            char = base[0]
+        folded[code] = ord(char)
+        if char.isalnum():
+            kinds[code] = WORD
+    for first, last in EAST_ASIAN:
+        kinds[first : last + 1][kinds[first : last + 1] != MARK] = CHARACTER
+    kinds[(kinds == WORD) & (kinds[folded] == CHARACTER)] = CHARACTER  # of half width
+    return kinds, folded

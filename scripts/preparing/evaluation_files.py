@@ -1,0 +1,137 @@
+"""The questions of evaluation files, in whatever format their publishers or this project keep them."""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dataset.jsonl import BadRecord, JsonlReader
+from trainer.errors import UserError
+
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
+COLUMNS = ("question", "query", "prompt", "problem", "text")  # of a table, in any case; the first that is there
+NAMES = (  # of a record: what is asked, without the options and the answer; the first whose keys are all there
+    ("context", "question"),
+    ("question",),
+    ("question_stem",),
+    ("ctx",),
+    ("ctx_a", "ctx_b"),
+    ("goal",),
+    ("instruction", "input"),
+    ("instruction",),
+    ("query",),
+    ("problem",),
+    ("prompt",),
+    ("text",),
+)
+CHATS = ("conversations", "messages", "chosen", "prompt", "question")
+ASKS = ("user", "human")
+
+Question = tuple[Path, int, str]  # file, its line (of a table or a JSON list: its row, from 1), the question
+
+
+def read_questions(paths: Sequence[Path]) -> Iterator[Question]:
+    """All questions of some files, and of the csv, tsv, json, jsonl and txt files in some folders.
+
+    A table has a column "question" (as CMMLU and C-Eval), a record one of the keys of the benchmarks that
+    eval_benchmarks.py reads, or of our own stages: there the user's turns are the questions. A text file has one
+    a line.
+
+    Raises:
+        UserError, DataError: a file is missing or not like that; with file and line.
+    """
+    for path in paths:
+        if not path.is_dir():
+            yield from _of_file(path)
+            continue
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise UserError(f"{path} holds no file of questions ({', '.join(SUFFIXES)})")
+        for file in files:
+            yield from _of_file(file)
+
+
+def _of_file(path: Path) -> Iterator[Question]:
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path} is not a file of questions ({', '.join(SUFFIXES)})")
+    try:
+        if suffix in (".csv", ".tsv"):
+            yield from _of_table(path, "\t" if suffix == ".tsv" else ",")
+        elif suffix == ".txt":
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            yield from ((path, number, line) for number, line in enumerate(lines, 1) if line.strip())
+        else:
+            yield from _of_records(path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start + 1})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _of_table(path: Path, separator: str) -> Iterator[Question]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=separator)
+        try:
+            names = {name.strip().lower(): name for name in reversed(reader.fieldnames or ()) if name}
+            column = next((names[name] for name in COLUMNS if name in names), None)
+            if column is None:
+                raise UserError(f"{path}, row 0: the header has none of {', '.join(COLUMNS)}")
+            for number, row in enumerate(reader, 1):
+                if row[column] is not None:
+                    yield path, number, row[column]
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+
+
+def _of_records(path: Path) -> Iterator[Question]:
+    with open(path, "rb") as file:
+        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if not is_list:
+        reader = JsonlReader(path, lambda record, ignored: _questions(record))
+        for number, questions in enumerate(reader, 1):
+            yield from ((path, number, question) for question in questions)
+        return
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    for number, record in enumerate(records, 1):
+        try:
+            if not isinstance(record, dict):
+                raise BadRecord("not a JSON object")
+            yield from ((path, number, question) for question in _questions(record))
+        except BadRecord as error:
+            raise UserError(f"{path}, row {number}: {error}") from None
+
+
+def _questions(record: dict) -> list[str]:
+    """What is asked in a record.
+
+    Raises:
+        BadRecord: nothing is, under the keys that we know.
+    """
+    for key in CHATS:
+        turns = record.get(key)
+        if isinstance(turns, list):
+            return _asked(turns, key)
+    if isinstance(record.get("question"), dict):
+        record = {"question": record["question"].get("stem")}
+    for keys in NAMES:
+        if all(isinstance(record.get(key), str) for key in keys):
+            return ["\n".join(record[key] for key in keys)]
+    raise BadRecord(f'no question under a key that is known ("question", "conversations", "text"…) but {list(record)}')
+
+
+def _asked(turns: list, key: str) -> list[str]:
+    found = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise BadRecord(f'"{key}" is not a list of objects')
+        role = turn.get("role", turn.get("from", "assistant" if number % 2 else "user"))
+        content = turn.get("content", turn.get("value"))
+        if role in ASKS and isinstance(content, str):
+            found.append(content)
+    return found

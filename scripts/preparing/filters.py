@@ -1,0 +1,198 @@
+"""The filters: each looks at a batch of lines and says which it removes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from scripts.preparing import languages, personal
+from scripts.preparing.answers import is_cut_off, is_refusal, thought_fault, turns_fault
+from scripts.preparing.characters import Counts
+from scripts.preparing.encoding_faults import wrongly_decoded
+from scripts.preparing.options import PERSONAL, Settings
+from scripts.preparing.stage_records import answers
+
+# In the order in which they look: a line counts for the first that removes it.
+WHAT = {
+    "broken": "decoded wrongly, replacement or control characters",
+    "empty": "nothing in it, or an answer that is empty",
+    "turns": "turns that do not alternate, or say a thing again",
+    "thoughts": "<think> and <answer> not as they should stand",
+    "length": "too short or too long",
+    "tokens": "too few or too many tokens",
+    "language": "in another language",
+    "repeated": "n-grams that repeat",
+    "runs": "runs of one character",
+    "symbols": "mostly symbols",
+    "digits": "mostly digits",
+    "refusals": "an answer that is refused",
+    "cut_off": "an answer that stops before its end",
+    "personal": "holds addresses or numbers of somebody",
+}
+
+
+class Batch:
+    """Lines to look at, and what several filters need of them.
+
+    Attributes:
+        records: the lines.
+        texts: of each its texts, one after the other.
+        broken: of each how many characters were decoded wrongly or are controls, before normalising.
+        counts, languages: of its characters, after it.
+        tokens: of each line, or None.
+        answers: of each line.
+    """
+
+    def __init__(self, records: list[dict], texts: list[str], broken: np.ndarray, counts: Counts, tokens=None):
+        self.records, self.texts, self.broken, self.counts, self.tokens = records, texts, broken, counts, tokens
+        self.languages = languages.weights(texts, counts)
+        self.answers = list(map(answers, records))
+
+
+def count_broken(texts: list[str], counts: Counts) -> np.ndarray:
+    """How many characters of each text were decoded wrongly, or are controls."""
+    broken = counts.of("broken", "control")
+    for number in np.flatnonzero(counts.odd >= 2):
+        broken[number] += wrongly_decoded(texts[number])
+    return broken
+
+
+def removed(batch: Batch, settings: Settings) -> np.ndarray:
+    """For each line the place in `WHAT` of the first filter that removes it, -1 where none does."""
+    found = np.full(len(batch.records), -1, np.int8)
+    for number, name in enumerate(WHAT):
+        left = np.flatnonzero(found < 0)
+        hits = FILTERS[name](batch, settings, left)
+        if hits is not None:
+            found[left[hits[left]]] = number
+    return found
+
+
+Hits = np.ndarray | None  # bool (n,), of the lines that are left at least; None: the filter is off
+
+
+def _each(items: list, left: np.ndarray, is_faulty: Callable[[Any], bool]) -> np.ndarray:
+    hits = np.zeros(len(items), bool)
+    hits[[number for number in left.tolist() if is_faulty(items[number])]] = True
+    return hits
+
+
+def _any(is_faulty: Callable[[str], bool]) -> Callable[[list[str]], bool]:
+    """Whether one of several answers is faulty."""
+
+    def of_several(several: list[str]) -> bool:
+        return is_faulty(several[0]) if len(several) == 1 else any(map(is_faulty, several))
+
+    return of_several
+
+
+def _broken(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    return batch.broken > settings.max_broken * batch.counts.chars if settings.max_broken else None
+
+
+def _empty(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    nothing = batch.counts.chars == batch.counts.of("space", "joiner")
+    return nothing | _each(batch.answers, left, _any(lambda answer: not answer or answer.isspace()))
+
+
+def _turns(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    if not settings.check_turns:
+        return None
+    return _each(batch.records, left, lambda record: any(map(turns_fault, chats(record))))
+
+
+def chats(record: dict) -> Iterator[Sequence[dict]]:
+    """The chats of a line."""
+    for key in ("conversations", "chosen", "rejected"):
+        if key in record:
+            yield record[key]
+
+
+def _thoughts(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    if not settings.check_thoughts:
+        return None
+    required = settings.stage == "reason"
+    return _each(batch.answers, left, _any(lambda answer: thought_fault(answer, required)))
+
+
+def _length(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    return _outside(batch.counts.chars, settings.min_chars, settings.max_chars)
+
+
+def _outside(values: np.ndarray, least: int, most: int) -> np.ndarray:
+    return (values < least) | (values > (most or np.iinfo(np.int64).max))
+
+
+def _tokens(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    return None if batch.tokens is None else _outside(batch.tokens, settings.min_tokens, settings.max_tokens)
+
+
+def _language(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    if not settings.language_share:
+        return None
+    wanted = [languages.NAMES.index(name) for name in settings.languages]
+    total = batch.languages.sum(axis=1)
+    return (total > 0) & (batch.languages[:, wanted].sum(axis=1) < settings.language_share * total)
+
+
+def _repeated(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    return batch.counts.repeated > settings.max_repeated if settings.max_repeated else None
+
+
+def _runs(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    return batch.counts.runs > settings.max_runs if settings.max_runs else None
+
+
+def _share_of(kind: str, limit: str) -> Callable[[Batch, Settings, np.ndarray], Hits]:
+    def look(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+        most = getattr(settings, limit)
+        solid = batch.counts.chars - batch.counts.of("space")
+        return batch.counts.of(kind) > most * solid if most else None
+
+    return look
+
+
+def _refusals(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    if not settings.drop_refusals:
+        return None
+    if settings.stage in ("pretrain", "tokenizer"):  # an answer may stand anywhere in a text
+        return _each(batch.texts, left, is_refusal)
+    return _each(batch.answers, left, _any(is_refusal))
+
+
+def _cut_off(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    if not settings.drop_cut_off:
+        return None
+    return _each(batch.answers, left, _any(is_cut_off))
+
+
+def _personal(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
+    kinds = [kind for kind in PERSONAL if getattr(settings, kind) == "drop"]
+    if not kinds:
+        return None
+    hits = np.zeros(len(batch.records), bool)
+    digits = batch.counts.of("digit")
+    for number in left:
+        text = batch.texts[number]
+        hits[number] = any(
+            kind in kinds and personal.find(text, kind) for kind in personal.may_hold(text, digits[number])
+        )
+    return hits
+
+
+FILTERS: dict[str, Callable[[Batch, Settings, np.ndarray], Hits]] = {
+    "broken": _broken,
+    "empty": _empty,
+    "turns": _turns,
+    "thoughts": _thoughts,
+    "length": _length,
+    "tokens": _tokens,
+    "language": _language,
+    "repeated": _repeated,
+    "runs": _runs,
+    "symbols": _share_of("symbol", "max_symbols"),
+    "digits": _share_of("digit", "max_digits"),
+    "refusals": _refusals,
+    "cut_off": _cut_off,
+    "personal": _personal,
+}

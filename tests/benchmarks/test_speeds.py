@@ -1,0 +1,160 @@
+"""The comparisons of speed: how they time and sum up, by a clock of the test's own, and each once for real, tiny."""
+
+import asyncio
+import json
+from types import SimpleNamespace
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import generate, serve_load, train_throughput
+from trainer.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Stands for the module `time`; seconds pass only where a test says so."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def passing(self, seconds, result):
+        """What takes so many seconds, call by call, and returns the result."""
+        each = iter(seconds)
+
+        def work():
+            self.now += next(each)
+            return result
+
+        return work
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    for module in (generate, serve_load, train_throughput):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_a_figure_is_the_median_of_the_rounds_behind_a_warm_up(clock):
+    measured = {"a": clock.passing((100, 3, 1, 1), [[5]]), "b": clock.passing((100, 2, 9, 4), None)}
+    assert generate.take_turns(measured, 3, CPU) == ({"a": 1, "b": 4}, {"a": [[5]], "b": None})
+
+
+def test_contenders_are_compared_with_the_first_round_by_round(clock, capsys):
+    """Two warm-up steps each, then as many as fit into 4 seconds."""
+    slow = clock.passing((50, 50, 4, 2, 2, 1, 1, 1, 1), (100, 200))  # 25, 50 and 100 real tokens a second
+    fast = clock.passing((50, 50, 4, 4, 2, 2), (300, 300))  # 75, 75 and 150
+    train_throughput.measure({"slow": slow, "fast": fast}, 3, 4, lambda: None)
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ["slow", "50", "100", "1.00", "1.00", "1.00", "1.00"]
+    assert second.split() == ["fast", "75", "75", "1.50", "3.00", "1.50", "1.50"]
+
+
+def test_writing_is_timed_for_real(monkeypatch, capsys):
+    monkeypatch.setattr(generate, "llama_cpp", lambda *_: {})
+    flags = "--dim 64 --n_layers 1 --tokens 2 --rounds 1 --dtype float32 --device cpu"
+    monkeypatch.setattr("sys.argv", ["generate.py", *flags.split()])
+    generate.main()
+    said = capsys.readouterr().out
+    assert "alone and in company: yes" in said
+    assert [line.split()[0] for line in said.splitlines()[-3:]] == ["128", "1024", "4096"]
+
+
+def test_training_is_timed_for_real_on_the_best_device_there_is(monkeypatch, tiny_data, capsys):
+    asked = []
+    monkeypatch.setattr(train_throughput, "pick_device", lambda name: asked.append(name) or CPU)
+    flags = "--dim 32 --n_layers 1 --batch_size 2 --max_seq_len 32 --rounds 1 --seconds 0.001 --compile 0"
+    data = ("--data_path", str(tiny_data / "pretrain_hq.jsonl"))
+    monkeypatch.setattr("sys.argv", ["train_throughput.py", *flags.split(), *data])
+    train_throughput.main()
+    assert asked == [None]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
+    assert [(row[0], float(row[-1]) > 0) for row in rows] == [("transformers", True)] * 2 + [("MiniMind,", True)] * 3
+
+
+class TestLoad:
+    """Clients at a server that a test stands in for: an answer takes a second."""
+
+    @pytest.fixture
+    def load(self, clock, monkeypatch):
+        """Runs three clients for 100 seconds; returns the seconds to the first text that they were told."""
+        sleep, told, asking = asyncio.sleep, [], set()
+
+        def run(answers=lambda question: question) -> list[float]:
+            async def ask(client, body):
+                asking.add(asyncio.current_task())
+                await sleep(0)
+                clock.now += 1
+                told.append(float(len(told)))
+                question = body["messages"][0]["content"]
+                return (question if len(told) <= 80 else answers(question)), 5, told[-1], 2.0
+
+            monkeypatch.setattr(serve_load, "ask", ask)
+            monkeypatch.setattr(serve_load, "resident", lambda pid: pid << 20)
+            patient = SimpleNamespace(
+                sleep=lambda seconds: sleep(0), create_task=asyncio.create_task, gather=asyncio.gather
+            )
+            monkeypatch.setattr(serve_load, "asyncio", patient)
+            asyncio.run(serve_load.load("http://127.0.0.1:9", 7, SimpleNamespace(clients=3, seconds=100)))
+            assert len(asking) == 1 + 3  # the one that asks every question alone
+            return told[80:]
+
+        return run
+
+    def test_what_the_clients_saw_is_summed_up(self, load, capsys):
+        seconds = load()
+        said = capsys.readouterr().out
+        p5, p50, p95 = np.quantile(seconds, (0.05, 0.5, 0.95), method="weibull")
+        assert f"first text, s:            p5 {p5:.3f}  p50 {p50:.3f}  p95 {p95:.3f}\n" in said
+        assert f"{len(seconds)} answers" in said
+        assert "tokens/s of an answer:    p5 2.000  p50 2.000  p95 2.000\n" in said  # four behind the first, in 2 s
+        assert "answers other than alone: 0\n" in said
+        assert "memory: 7 MiB early, 7 MiB at the end, +0.0%\n" in said
+
+    def test_an_answer_other_than_alone_is_a_failure(self, load, capsys):
+        with pytest.raises(UserError, match="lost or mixed up"):
+            load(answers=lambda question: question + "!")
+        assert "answers other than alone: 0\n" not in capsys.readouterr().out
+
+
+def asked_of(lines: list[dict | str]) -> tuple[str, int, float, float]:
+    """What `ask` makes of the lines of a stream."""
+    sent = "".join(f"data: {line if isinstance(line, str) else json.dumps(line)}\n\n" for line in lines)
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, text=sent))
+
+    async def run():
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await serve_load.ask(client, {})
+
+    return asyncio.run(run())
+
+
+def piece(text: str, tokens: int | None = None) -> dict:
+    usage = None if tokens is None else {"completion_tokens": tokens}
+    return {"choices": [{"delta": {"content": text}}], "usage": usage}
+
+
+def test_an_answer_is_joined_and_its_tokens_are_the_servers():
+    text, tokens, first, rest = asked_of([piece(""), piece("to"), piece("day", 4), "[DONE]"])
+    assert (text, tokens) == ("today", 4)
+    assert min(first, rest) >= 0
+
+
+@pytest.mark.parametrize(("lines", "told"), [([piece("to")], "broke off"), ([{"error": {"message": "full"}}], "full")])
+def test_an_answer_that_breaks_off_is_told(lines, told):
+    with pytest.raises(RuntimeError, match=told):
+        asked_of(lines)
+
+
+def test_memory_is_what_the_system_says_in_kibibytes(monkeypatch, tmp_path):
+    (tmp_path / "status").write_text("Name:\tpython\nVmPeak:\t 999 kB\nVmRSS:\t 2048 kB\nRssAnon:\t 1 kB\n", "utf-8")
+    monkeypatch.setattr(serve_load, "Path", lambda path: tmp_path / path.removeprefix("/proc/7/"))
+    assert serve_load.resident(7) == 2 * 1024 * 1024
