@@ -21,6 +21,7 @@ class Watchdog(threading.Thread):
     """A thread that ends its process, with a line that says where it stands, when no step has been finished for a time,
     or when another rank gives no sign of life: PyTorch's collectives would wait for half an hour.
 
+    When one rank stalls, the others say where they stand, too: the one that is at fault is the one that stands elsewhere.
     A rank that has ended, or was killed, has closed its connections: that the main thread learns at once.
 
     Args:
@@ -59,14 +60,19 @@ class Watchdog(threading.Thread):
         together = True
         while together:
             self._ending.wait(min(BEAT, self.stall_timeout / 4 or BEAT))
-            together = self._meet() if self._group is not None else not self._ending.is_set()
             waited = time.monotonic() - self._stepped_at
-            if self.stall_timeout and waited >= self.stall_timeout and not self._ending.is_set():
+            stalled = 0 < self.stall_timeout <= waited and not self._ending.is_set()
+            if self._group is not None:
+                together, stalled = self._meet(stalled)
+            else:
+                together = not self._ending.is_set()
+            if stalled:
                 self._end(f"no step for {waited:.0f} s (--stall_timeout {self.stall_timeout:g})")
 
-    def _meet(self) -> bool:
-        """Hear of all other ranks; False once one has ended, whose watchdog none is to wait for any more."""
-        ending = torch.tensor(int(self._ending.is_set()))
+    def _meet(self, stalled: bool) -> tuple[bool, bool]:
+        """Hear of all other ranks: whether to meet again, which ends once one of them has, whose watchdog none is to
+        wait for any more; and whether the run has stalled for any."""
+        ending = torch.tensor([self._ending.is_set(), stalled], dtype=torch.int64)
         try:
             dist.monitored_barrier(self._group, timeout=datetime.timedelta(seconds=SILENT), wait_all_ranks=True)
             dist.all_reduce(ending, group=self._group)
@@ -77,8 +83,8 @@ class Watchdog(threading.Thread):
                 self._end(f"rank {ranks[1] if ranks else '?'} has given no sign of life for {SILENT:.0f} s")
             if "imed out" in text:
                 self._end(f"rank 0 has given no sign of life for {SILENT:.0f} s")
-            return False  # a connection is closed: the main thread's next collective fails and tells
-        return not ending
+            return False, stalled  # a connection is closed: the main thread's next collective fails and tells
+        return not ending[0], bool(ending[1])
 
     def _end(self, why: str) -> None:
         text = (
@@ -86,6 +92,7 @@ class Watchdog(threading.Thread):
             "from the last checkpoint with --resume\n"
         )
         os.write(2, text.encode(errors="replace"))
+        time.sleep(BEAT)  # the others hear of it over this process's connections
         os._exit(EXIT_STALLED)
 
     def _where(self) -> str:
