@@ -47,6 +47,15 @@ class DeepSpeedScaler(torch.amp.GradScaler):
         super().__init__(engine.device.type, enabled=scaler.is_enabled())
         self.engine = engine
         self.is_zero = engine.zero_optimization_stage() > 0
+        self._steps_since_change = 0  # GradScaler's growth tracker, which has not seen ZeRO's gradients
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        return state | {"_growth_tracker": self._steps_since_change} if state and self.is_zero else state
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self._steps_since_change = state.get("_growth_tracker", 0)
 
     def scale(self, loss: Tensor) -> "_EngineLoss":
         if not self.is_zero:
@@ -79,10 +88,13 @@ class DeepSpeedScaler(torch.amp.GradScaler):
         norm = float(self.engine.get_global_grad_norm())
         if self.is_enabled():  # GradScaler's rule, by hand, as it has not seen the gradients
             scale = self.get_scale()
+            self._steps_since_change += 1
             if norm == float("inf"):
                 scale *= self.get_backoff_factor()
-            elif self.engine.global_steps % self.get_growth_interval() == 0:
+                self._steps_since_change = 0
+            elif self._steps_since_change == self.get_growth_interval():
                 scale *= self.get_growth_factor()
+                self._steps_since_change = 0
             super().scale(torch.zeros((), device=self.engine.device))  # it keeps no scale before its first use
             self.update(scale)
         return norm
