@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class Checkpoint:
         self.keep = keep
         self.keep_last, self.keep_every = args.keep_last, args.keep_every
         self.resuming = args.resume
+        self._begun_in = os.getcwd()
         self._states: list[str] = []  # this run's on the disk, the oldest first
         self._saved_step: int | None = None
         self._best: float | None = None
@@ -157,7 +159,8 @@ class Checkpoint:
             about = self.about | progress | {"sha256": hashes["model.pth"]}
             save_json(about | {"metrics": metrics}, temporary / "model.json")
             hashes["optimizer.pt"] = save_tensors(content["optimizer"], temporary / "optimizer.pt")
-            facts = {"progress": progress, "settings": self.settings, "about": about, "command": sys.argv}
+            begun = {"command": sys.argv, "working_folder": self._begun_in}
+            facts = {"progress": progress, "settings": self.settings, "about": about, **begun}
             seal(temporary, facts, hashes)  # without the metrics, which are yet to be added to
             while final.exists():  # the run that this one replaces stopped at the same step
                 final = final.with_name(final.name + "_")

@@ -50,7 +50,7 @@ def find_whole_state(pointer: Path) -> tuple[str, list[str]]:
             damages.append(f"{pointer} is damaged: it names {latest[:40]!r}")
     for name in names:
         try:
-            _verify(folder / name)
+            verify(folder / name)
             return name, damages
         except Damaged as damage:
             damages.append(str(damage))
@@ -81,16 +81,20 @@ def read_state(folder: Path, run: Runtime) -> dict:
     if rank := run.first_that_differs(file_hash(folder / STATE)):
         raise UserError(f"rank {rank} has a different {folder / STATE} from rank 0: copy rank 0's file there")
     if not run.is_main:
-        _verify(folder)
+        verify(folder)
     return _read_object(folder / STATE)
 
 
-def _verify(folder: Path) -> None:
-    """Raises Damaged unless all files are as they were written; those of earlier versions, which kept no hashes, are
-    taken as they are."""
+def verify(folder: Path) -> dict:
+    """What `seal` was given as `state`, once all files are found as they were written; those of earlier versions, which
+    kept no hashes, are taken as they are.
+
+    Raises:
+        Damaged: which file is not.
+    """
     state, about = _read_object(folder / STATE), _read_object(folder / "model.json")
     if "sha256" not in state:
-        return
+        return state
     hashes = state.pop("sha256")
     if not isinstance(hashes, dict) or hashes.pop(STATE, None) != _hash_state(state, hashes):
         raise Damaged(folder / STATE)
@@ -103,6 +107,7 @@ def _verify(folder: Path) -> None:
     about.pop("metrics", None)  # added to after the other facts
     if state.get("about", about) != about:
         raise Damaged(folder / "model.json", "other facts")
+    return state
 
 
 def _hash_state(state: dict, hashes: dict[str, str]) -> str:

@@ -21,7 +21,7 @@ class Watchdog(threading.Thread):
     """A thread that ends its process, with a line that says where it stands, when no step has been finished for a time,
     or when another rank gives no sign of life: PyTorch's collectives would wait for half an hour.
 
-    When one rank stalls, the others say where they stand, too: the one that is at fault is the one that stands elsewhere.
+    When one rank stalls, the others say where they stand, too: the one at fault stands elsewhere than the others.
     A rank that has ended, or was killed, has closed its connections: that the main thread learns at once.
 
     Args:
