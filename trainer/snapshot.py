@@ -50,6 +50,8 @@ class Snapshot:
 class Background:
     """Runs one piece of work at a time in a thread that outlives the main one: a program that ends waits for it."""
 
+    NAME = "checkpoint"  # of the thread
+
     def __init__(self):
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -64,7 +66,7 @@ class Background:
             except BaseException as error:
                 self._error = error
 
-        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread = threading.Thread(target=run, name=self.NAME)
         self._thread.start()
 
     def wait(self) -> None:
