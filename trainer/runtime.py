@@ -128,9 +128,11 @@ class Runtime:
 
     def finish(self, finished: bool) -> None:
         """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code, or
-        with `EXIT_TIME_IS_UP`."""
+        with `EXIT_TIME_IS_UP`. All ranks must call it: they wait until rank 0 has written what it had to."""
         if self._watchdog is not None:
             self._watchdog.stop()
+        if self._preparation is not None:  # a rank that ends with an error code has torchrun kill the others soon
+            dist.barrier(group=self._preparation)
         if dist.is_initialized():
             # Once the model is gone. Were DDP's reducer the last to hold a group, it would wait for gloo's threads and
             # keep the GIL meanwhile, for which one of them may be waiting: a run that never ends.
