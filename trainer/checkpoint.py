@@ -174,8 +174,9 @@ class Checkpoint:
         except OSError as error:
             raise write_error(final, error) from error
         finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
+            shutil.rmtree(
+                temporary, ignore_errors=True
+            )  # what hindered the write may hinder this; the next save does it
 
     def _tidy(self) -> None:
         """Delete the states that are not to be kept, and those of a run that this one replaces."""

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import tempfile
+import threading
 from pathlib import Path
 
 STRIKING = "benchmarks.fault_injection.striking"
@@ -76,4 +77,5 @@ def _become(arguments: tuple[str, ...], env: dict[str, str], folder: str) -> Non
     try:
         run(*arguments)
     finally:
+        threading._shutdown()  # as Python ends: a save is still being written
         atexit._run_exitfuncs()  # which multiprocessing leaves out
