@@ -174,9 +174,7 @@ class Checkpoint:
         except OSError as error:
             raise write_error(final, error) from error
         finally:
-            shutil.rmtree(
-                temporary, ignore_errors=True
-            )  # what hindered the write may hinder this; the next save does it
+            shutil.rmtree(temporary, ignore_errors=True)  # what hindered the write may hinder this, too
 
     def _tidy(self) -> None:
         """Delete the states that are not to be kept, and those of a run that this one replaces."""
