@@ -8,7 +8,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-STRIKING = "benchmarks.fault_injection.striking"
+PRELOADED = "benchmarks.fault_injection.preloaded"
 
 
 class Forked:
@@ -26,7 +26,7 @@ class Forked:
         self._folder = tempfile.TemporaryDirectory(prefix="minimind-faults-")
         self._said = Path(self._folder.name)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([STRIKING, "trainer.evaluation", "trainer.schedule", "matplotlib.figure"])
+        context.set_forkserver_preload([PRELOADED])
         self._processes = [
             context.Process(target=_become, args=(arguments, (env or {}) | place, str(self._said)))
             for place in ([{}] if processes == 1 else ranks(processes))
