@@ -113,6 +113,7 @@ DEFAULTS = {
         **{"drop_worst": 0.1, "device": None, "mix": [], "max_lines": 0, "shuffle": True, "val_share": 0.01},
         **{"val_lines": 2000, "shard_lines": 0, "tokenizer": None, "count_tokens": False},
     },
+    "scripts.inspect_checkpoint": {"path": "out"},
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
     "scripts.eval_benchmarks --tasks cmmlu": {
         **MODEL | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
@@ -157,6 +158,8 @@ DEFAULTS |= {
         **{"batch_size": 8, "max_seq_len": 512, "learned": 0.5, "dtype": "bfloat16", "device": None, "rounds": 3},
     },
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
+    "benchmarks.faults": {"rounds": 60, "seed": 0, "kind": None},
+    "benchmarks.save_cost": {"rounds": 3, "shapes": ["26M", "104M"], "folder": None, "device": None},
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(
