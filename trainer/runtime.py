@@ -116,10 +116,7 @@ class Runtime:
         --save_minutes; all ranks must call it, once per step."""
         if self._watchdog is not None:
             self._watchdog.count_step()
-        late, due = (
-            self._clock.is_over(),
-            self._clock.is_save_due(),
-        )  # each rank has a clock of its own: rank 0's counts
+        late, due = self._clock.is_over(), self._clock.is_save_due()  # of each rank's own clock: rank 0's counts
         signalled, late, save = self.sums(
             self._signals.stop_asked, self.is_main and late, self._signals.take_save_asked() or (self.is_main and due)
         )
