@@ -46,7 +46,7 @@ def main():
     from benchmarks.fault_injection.disturbed import BrokenPromise, Laboratory
     from benchmarks.fault_injection.kinds import KINDS
     from benchmarks.fault_injection.processes import Forked
-    from benchmarks.fault_injection.world import SAVE_INTERVAL, STAGES, STEPS, make_world
+    from benchmarks.fault_injection.small_stages import SAVE_INTERVAL, STAGES, STEPS, make_world
 
     kinds = [kind for kind in KINDS if (args.kind or "") in kind.name]
     if not kinds:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fault_injection.world import STEPS, Stage, World
+from benchmarks.fault_injection.small_stages import STEPS, Stage, World
 from trainer.resume_files import find_whole_state, list_states
 
 PATIENCE = 600  # seconds; only what hangs takes as long

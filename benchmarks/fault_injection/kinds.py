@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.fault_injection.disturbed import BrokenPromise, Disturbed
-from benchmarks.fault_injection.world import SAVE_INTERVAL, STEPS
+from benchmarks.fault_injection.small_stages import SAVE_INTERVAL, STEPS
 
 CHANGES_OF_A_SAVE = 40  # of the file system: files opened, renamed and removed
 FLUSHES_OF_A_SAVE = 22

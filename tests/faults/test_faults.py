@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.fault_injection.disturbed import BrokenPromise, Disturbed, Laboratory, Reference
 from benchmarks.fault_injection.kinds import KINDS, Kind
-from benchmarks.fault_injection.world import STAGES, make_world
+from benchmarks.fault_injection.small_stages import STAGES, make_world
 from benchmarks.faults import print_table
 from tests.running import RunningScript
 
