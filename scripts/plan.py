@@ -9,7 +9,7 @@ right within 10 %; communication, time and price are estimates. The formulas sta
 
 import _repo  # noqa: F401  (lets `python scripts/plan.py` find the packages)
 
-from trainer.arguments import Parser, add_model_arguments, byte_size, positive_float, positive_int, probability
+from trainer.arguments import BooleanFlag, Parser, byte_size, positive_float, positive_int, probability
 from trainer.errors import UserError, run_main
 
 GPU_NAMES = ("rtx3090", "rtx4090", "l40s", "a100", "h100", "h200", "b200")
@@ -18,10 +18,13 @@ PER_MACHINE = 8  # GPUs
 
 def get_args():
     parser = Parser(__doc__)
-    add_model_arguments(parser)
-    parser.add_argument("--n_heads", type=positive_int, default=8, help="query heads")
-    parser.add_argument("--n_kv_heads", type=positive_int, default=2, help="key/value heads")
-    parser.add_argument("--vocab_size", type=positive_int, default=6400)
+    model = parser.add_argument_group("model")
+    model.add_argument("--dim", type=positive_int, default=512, help="hidden size")
+    model.add_argument("--n_layers", type=positive_int, default=8, help="depth")
+    model.add_argument("--use_moe", action=BooleanFlag, help="mixture of experts")
+    model.add_argument("--n_heads", type=positive_int, default=8, help="query heads")
+    model.add_argument("--n_kv_heads", type=positive_int, default=2, help="key/value heads")
+    model.add_argument("--vocab_size", type=positive_int, default=6400)
     run = parser.add_argument_group("run")
     run.add_argument("--max_seq_len", type=positive_int, default=512, help="row length in tokens")
     run.add_argument("--step_tokens", type=positive_int, default=32768, help="tokens of an optimizer step, in all")
@@ -32,7 +35,9 @@ def get_args():
     machine.add_argument("--gpus", type=positive_int, default=1, help="how many, in all")
     machine.add_argument("--gpu", choices=GPU_NAMES, default="a100", help="which one")
     machine.add_argument("--gpu_memory", type=byte_size, metavar="SIZE", help="its memory (default: as --gpu has it)")
-    machine.add_argument("--tflops", type=positive_float, help="its peak, 10^12 operations/s (default: as --gpu has it)")
+    machine.add_argument(
+        "--tflops", type=positive_float, help="its peak, 10^12 operations/s (default: as --gpu has it)"
+    )
     machine.add_argument("--mfu", type=probability, default=0.35, help="part of the peak that is reached")
     machine.add_argument("--bandwidth", type=positive_float, default=25.0, help="GB/s that a GPU sends to the others")
     machine.add_argument("--price", type=positive_float, help="of a GPU for an hour")
@@ -67,6 +72,11 @@ def main():
         print(f"steps of {step_rows * args.gpus * args.max_seq_len:,} tokens, as each GPU needs at least one row")
     print(describe_plans(config, plans, machines, args.optimizer))
     print(describe_run(config, recommend(plans), machines, args, PER_MACHINE))
+    if (args.n_heads, args.n_kv_heads, args.vocab_size) != (8, 2, 6400):
+        print(
+            "note          train_pretrain.py trains 8 query and 2 key/value heads and the tokenizer's vocabulary: others"
+        )
+        print("              are to be written into its LMConfig")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,5 @@ def recommend(plans: list[tuple[Engine, Plan | None]]) -> Plan | None:
         return None
     fastest = min(plan.step.seconds / (plan.work.rows * plan.work.accumulation) for plan in fitting)
     return next(
-        plan
-        for plan in fitting
-        if plan.step.seconds / (plan.work.rows * plan.work.accumulation) <= AS_FAST * fastest
+        plan for plan in fitting if plan.step.seconds / (plan.work.rows * plan.work.accumulation) <= AS_FAST * fastest
     )
