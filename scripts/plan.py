@@ -1,7 +1,7 @@
 """What a pretraining run needs, before it is started: parameters, operations, memory of each engine, time and price.
 
-    python scripts/plan.py --dim 768 --n_layers 16                                   one A100
-    python scripts/plan.py --dim 4096 --n_layers 32 --n_heads 32 --n_kv_heads 8 --gpus 64 --gpu h100 --step_tokens 4000000
+    python scripts/plan.py --dim 768 --n_layers 16                     one A100
+    python scripts/plan.py --dim 2048 --n_layers 24 --gpus 8 --gpu_memory 24GB --step_tokens 1000000
 
 Parameters, operations and the bytes of weights, gradients and optimizer are exact; what the backward pass needs is
 right within 10 %; communication, time and price are estimates. The formulas stand in scripts/planning/.
@@ -73,10 +73,8 @@ def main():
     print(describe_plans(config, plans, machines, args.optimizer))
     print(describe_run(config, recommend(plans), machines, args, PER_MACHINE))
     if (args.n_heads, args.n_kv_heads, args.vocab_size) != (8, 2, 6400):
-        print(
-            "note          train_pretrain.py trains 8 query and 2 key/value heads and the tokenizer's vocabulary: others"
-        )
-        print("              are to be written into its LMConfig")
+        print("note          train_pretrain.py trains 8 query and 2 key/value heads and the tokenizer's vocabulary:")
+        print("              other numbers must be written into its configuration")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An optimizer step: seconds of computing and of sending, bytes that each GPU sends, bytes of memory at its peak."""
+    """An optimizer step: seconds of computing and of sending, bytes that each GPU sends, its memory in bytes."""
 
     computing: float
     sending: float

@@ -114,11 +114,9 @@ def saved_bytes(
         fused_norm: as on GPUs; PyTorch's RMSNorm on a CPU also saves what it has normalised.
     """
     tokens, block = rows * n, block_bytes(config, rows, n, half, packed, fused_norm)
-    if checkpointing:
-        kept = config.n_layers * tokens * FP32 * config.dim + block
-    else:
-        kept = config.n_layers * block
-    norm = 0 if fused_norm else tokens * FP32 * config.dim
+    inputs = tokens * FP32 * config.dim
+    kept = config.n_layers * inputs + block if checkpointing else config.n_layers * block
+    norm = 0 if fused_norm else inputs
     return kept + head_bytes(config, tokens, half) + norm + rope_bytes(config, tokens)
 
 
@@ -164,8 +162,8 @@ def rope_bytes(config: LMConfig, tokens: int) -> int:
 def working_bytes(config: LMConfig, rows: int, n: int, half: bool = True) -> int:
     """What comes and goes, at most, beside what is saved: an estimate.
 
-    The logits in --dtype and in fp32, and the gradient of both; and under autocast the copies of the weights in --dtype,
-    which it keeps until the forward pass ends.
+    The logits in --dtype and in fp32, with the gradient of both; and under autocast the copies of the weights in
+    --dtype, which the backward reads again.
     """
     size = 2 if half else FP32
     logits = rows * n * config.vocab_size * (2 * size + FP32)
