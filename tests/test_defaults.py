@@ -35,11 +35,12 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
     return TRAINING | first | {"warmup_iters": warmup_iters} | own
 
 
+STREAM = {"stream": False, "stream_buffer": 8 << 20}
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
-    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None),
-    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None),
+    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None, **STREAM),
+    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None, **STREAM),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
         **{"max_seq_len": 1024, "epochs": 2, "from_weight": "full_sft"},

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import RowDataset
+from dataset.streaming import StreamedRows
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
 from trainer.device import device_ids, random_state, set_random_state
@@ -123,6 +124,7 @@ class Checkpoint:
         self.keep = keep
         self.resuming = args.resume
         self._saved_step: int | None = None
+        self._dataset: RowDataset | StreamedRows | None = None
         self.about = {
             "config": architecture(config) | {"max_seq_len": config.max_seq_len},
             "stage": stage,
@@ -159,6 +161,8 @@ class Checkpoint:
             UserError: it could not be written; the previous checkpoint is intact.
         """
         run = self.runtime
+        if self._dataset is not None:  # a stream also says where it is
+            self.settings["data"] = self._dataset.identity
         weights = full_state_dict(model, run, self.keep)
         random = run.gather(random_state(run.device))
         with self._new_folder(f"step_{progress.step:08d}") as folder:
@@ -240,7 +244,7 @@ class Checkpoint:
             with replacing(path) as temporary:
                 shutil.copyfile(folder / name, temporary)
 
-    def load(self, model: nn.Module, optimizer, scaler, dataset: RowDataset | None = None) -> Progress:
+    def load(self, model: nn.Module, optimizer, scaler, dataset: RowDataset | StreamedRows | None = None) -> Progress:
         """Continue: fill model, optimizer, scaler and random state with what was saved last; nothing saved = a start.
 
         All ranks must call it: rank 0 decides. From here on Ctrl-C and its like save first.
@@ -253,6 +257,7 @@ class Checkpoint:
                 damaged; or a rank has other settings, data, files or weights than rank 0.
         """
         run, progress = self.runtime, Progress()
+        self._dataset = dataset
         if dataset is not None:
             self.settings["data"] = dataset.identity
         self._compare_ranks()
@@ -264,6 +269,8 @@ class Checkpoint:
                 then = state["settings"].pop("data", {})  # none by earlier versions
                 if dataset is not None and (change := dataset.changed_since(then)):
                     raise UserError(f"--resume: {change}; or start over with --overwrite")
+                if isinstance(dataset, StreamedRows):
+                    dataset.position = then["position"]
                 self._compare(state["settings"])
                 self._restore(folder, model, optimizer, scaler)
                 progress = Progress(**state["progress"])

@@ -40,6 +40,7 @@ class Runtime:
     deepspeed_config: dict | None = None
     engine: str = "eager"  # what `wrap_model` made of the model, for people to read
     _signals: StopSignals = field(default_factory=StopSignals)
+    _fault: Exception | None = None
     _preparation: dist.ProcessGroup | None = None
 
     @property
@@ -80,16 +81,23 @@ class Runtime:
         """From now on Ctrl-C and its like let the current step end and be saved; a second Ctrl-C ends at once."""
         self._signals.catch(speak=self.is_main)
 
+    def stop_because(self, error: Exception) -> None:
+        """Ask for a stop after this step, as a signal does; once it is saved, `finish` raises the error."""
+        self._fault = error
+
     def stop_requested(self) -> bool:
-        """Whether a signal has asked any rank to stop; all ranks must call it."""
-        return self.sum(len(self._signals)) > 0
+        """Whether a signal, or `stop_because`, has asked any rank to stop; all ranks must call it."""
+        return self.sum(len(self._signals) + (self._fault is not None)) > 0
 
     def finish(self, finished: bool) -> None:
-        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code."""
+        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code, or
+        with the error given to `stop_because`."""
         if dist.is_initialized():
             # Once the model is gone. Were DDP's reducer the last to hold a group, it would wait for gloo's threads and
             # keep the GIL meanwhile, for which one of them may be waiting: a run that never ends.
             atexit.register(dist.destroy_process_group)
+        if self._fault is not None:
+            raise self._fault
         if not finished:
             sys.exit(128 + self._signals.first)
 
