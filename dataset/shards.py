@@ -156,7 +156,7 @@ def hash_shards(shards: list[Shard]) -> str:
     """What tells one state of the files from another without reading them whole: names, sizes, and the beginning and
     the end of some."""
     probes = [
-        [shard.read(0, PROBE_BYTES).hex(), shard.read(shard.size - PROBE_BYTES, shard.size).hex()]
+        [shard.read(0, PROBE_BYTES).hex(), shard.read(max(0, shard.size - PROBE_BYTES), shard.size).hex()]
         for shard in _some(shards)
     ]
     return short_hash([[[shard.name, shard.size] for shard in shards], probes])
