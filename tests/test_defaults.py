@@ -161,6 +161,7 @@ DEFAULTS |= {
     "benchmarks.distillation_memory": {
         **{"batch_size": 8, "max_seq_len": 512, "learned": 0.5, "dtype": "bfloat16", "device": None, "rounds": 3},
     },
+    "benchmarks.stream_start": {"size": 20_000_000_000, "rounds": 3, "num_workers": 0, "folder": None},
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
