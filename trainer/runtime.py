@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.loss import target_mask
 from trainer.arguments import deepspeed_config
-from trainer.device import DTYPES, default_dtype, moved, pick_device
+from trainer.device import DTYPES, backend_of, default_dtype, moved, pick_device
 from trainer.errors import UserError
 from trainer.launcher import read_place
 from trainer.signals import StopSignals, terminal_may_go
@@ -162,7 +162,7 @@ def start_runtime(args) -> Runtime:
         config = deepspeed_config(args)
     runtime = Runtime(device, DTYPES[args.dtype or default_dtype(device)], place.rank, place.world_size, config)
     if place.launched:
-        _meet(dist.get_default_backend_for_device(device))  # nccl for cuda, gloo for the CPU
+        _meet(backend_of(device))
     if place.world_size > 1:
         runtime._preparation = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
     torch.manual_seed(args.seed)
