@@ -103,7 +103,7 @@ class StreamLoader:
                 raise DataError(window.reason)
             self._read += window.read
             empty = 0 if window.rows else empty + 1
-            if empty > self.dataset.windows:
+            if empty > 2 * self.dataset.windows:  # a whole epoch of them
                 raise DataError(
                     f"{self.dataset.data_path}: no line has a target within {self.dataset.max_seq_len} tokens"
                     + (f"; {self._read}" if self._read.bad_lines else "")

@@ -191,7 +191,7 @@ class TestBadLines:
     def test_nothing_to_learn_does_not_go_on_for_ever(self, tmp_path, streamed):
         path = tmp_path / "a.jsonl"
         path.write_text("no\nnever\n")
-        with pytest.raises(DataError, match=r"no line has a target within 64 tokens; .*2 bad lines skipped"):
+        with pytest.raises(DataError, match=r"no line has a target within 64 tokens; .* bad lines skipped"):
             taken(streamed(path, skip_bad_lines=True))
 
 

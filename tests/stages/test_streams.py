@@ -15,7 +15,7 @@ STREAM = ("--stream", "--stream_buffer", "4KiB", "--max_steps", "6", "--batch_si
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """10 blocks of 4 KiB, and as many windows."""
-    texts = [f"{n}. {SENTENCES[n % 8]} {SENTENCES[n % 5]}"[: 60 + n % 60] for n in range(380)]
+    texts = [f"{n}. {SENTENCES[n % 8]} {SENTENCES[n % 5]}"[: 60 + n % 60] for n in range(320)]
     path = write_jsonl(tmp_path_factory.mktemp("data") / "texts.jsonl", [{"text": text} for text in texts])
     assert 9 * 4096 < path.stat().st_size <= 10 * 4096
     return path
