@@ -67,10 +67,17 @@ class LiveBytes(TorchDispatchMode):
 class CudaBytes:
     """The same from CUDA's allocator."""
 
-    now = property(lambda self: torch.cuda.memory_allocated())
-    peak = property(
-        lambda self: torch.cuda.max_memory_allocated(), lambda self, _: torch.cuda.reset_peak_memory_stats()
-    )
+    @property
+    def now(self) -> int:
+        return torch.cuda.memory_allocated()
+
+    @property
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated()
+
+    @peak.setter
+    def peak(self, _: int) -> None:
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextmanager
@@ -160,9 +167,8 @@ def main():
     for kind, one in found.items():
         held = state.total - (0 if engine.splits_gradients else state.gradients)
         saved = saved_bytes(config, args.batch_size, args.max_seq_len, half, kind, fused_norm=fused)
-        most = peak_bytes(
-            config, engine, run.world_size, Work(args.max_seq_len, args.batch_size, 1, kind, half), "adamw"
-        )
+        work = Work(args.max_seq_len, args.batch_size, 1, kind, half)
+        most = peak_bytes(config, engine, run.world_size, work, args.optimizer)
         seconds = statistics.median(turn[kind] for turn in times)
         run.print(
             f"{'with' if kind else 'without'} checkpointing: held {one['held'] / 1e6:,.1f} MB ({held / 1e6:,.1f}), "
