@@ -3,8 +3,8 @@
 `python -m tests.hiding modules` imports every module of the repository, and prints a line for each that fails.
 `python -m tests.hiding run SCRIPT ARGUMENTS…` runs a script, whose processes are started anew, not forked.
 
-Installed packages look at the system they run on and go on seeing all of it. Files are held as Windows holds them, too: none is
-flushed through a handle that only reads, and what is open, or mapped, is neither renamed nor replaced.
+Installed packages look at the system they run on and go on seeing all of it. Files are held as Windows holds them,
+too: none is flushed through a handle that only reads, and what is open, or mapped, is neither renamed nor replaced.
 """
 
 import builtins
@@ -65,7 +65,7 @@ def hide() -> None:
 
 
 def hold_files() -> None:
-    """From now on `os.fsync`, `os.replace` and `os.rename` refuse what Windows refuses (where /proc says what is open)."""
+    """From now on `os.fsync`, `os.replace` and `os.rename` refuse what Windows refuses; /proc says what is open."""
     fsync = os.fsync
 
     def flush(handle: int) -> None:
