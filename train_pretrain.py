@@ -16,7 +16,7 @@ import torch
 from dataset import PretrainDataset
 from model import MiniMindLM
 from model.loss import next_token_loss, target_mask
-from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, training_parser
+from trainer.arguments import ROOT, add_mix_argument, add_stream_arguments, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import run_main
@@ -39,6 +39,7 @@ def get_args():
     )
     parser.add_argument("--from_weight", default="none", help="stage, .pth or folder to go on from (none: nothing)")
     add_mix_argument(parser)
+    add_stream_arguments(parser)
     return parser.parse_args()
 
 

@@ -161,21 +161,37 @@ class JsonlReader:
         if isinstance(fault, BadRecord):
             return str(fault)
         seems = foreign_first_line(self.path, self._line) if number == 1 else None
-        return self._why_no_object(fault) + (f"; the file seems to be {seems}" if seems else "")
+        cause = fault if isinstance(fault, RecursionError) else fault.__cause__
+        return _why_no_object(cause, self._line) + (f"; the file seems to be {seems}" if seems else "")
 
-    def _why_no_object(self, fault: Exception) -> str:
-        if isinstance(fault, RecursionError):
-            return "not valid JSON (nested too deeply)"
-        if not self._line:
-            return "the line is empty"
-        cause = fault.__cause__
-        if isinstance(cause, BadRecord):
-            return str(cause)
-        if isinstance(cause, UnicodeDecodeError):
-            return f"not UTF-8 ({cause.reason} at byte {cause.start + 1})"
-        if isinstance(cause, json.JSONDecodeError):
-            return f"not valid JSON ({cause.msg}, column {cause.pos + 1})"
-        return f"not valid JSON ({cause})" if cause else "not a JSON object"
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line, as `JsonlReader` reads it.
+
+    Raises:
+        BadRecord: the line is empty, not UTF-8, not JSON or not an object.
+    """
+    try:
+        found = _decoder.decode(line.decode("utf-8"))
+    except (ValueError, RecursionError) as cause:
+        raise BadRecord(_why_no_object(cause, line)) from cause
+    if not isinstance(found, dict):
+        raise BadRecord(_why_no_object(None, line))
+    return found
+
+
+def _why_no_object(cause: BaseException | None, line: bytes) -> str:
+    if isinstance(cause, RecursionError):
+        return "not valid JSON (nested too deeply)"
+    if not line:
+        return "the line is empty"
+    if isinstance(cause, BadRecord):
+        return str(cause)
+    if isinstance(cause, UnicodeDecodeError):
+        return f"not UTF-8 ({cause.reason} at byte {cause.start + 1})"
+    if isinstance(cause, json.JSONDecodeError):
+        return f"not valid JSON ({cause.msg}, column {cause.pos + 1})"
+    return f"not valid JSON ({cause})" if cause else "not a JSON object"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class RowDataset(Dataset):
     unit, group = "samples", 1  # what a line is, and how many samples it gives, which then share a row
     parse: Callable[[dict, Ignored], object]
     encode: Callable[[PreTrainedTokenizerFast, list], list[Sample]]
-    make_pieces: Callable[["RowDataset", np.ndarray], Pieces]  # of these samples, which count from 0 there
+    cut: Callable[[np.ndarray, np.ndarray, int], Pieces]  # of samples' lengths, first targets, and the longest piece
     notes: Sequence[tuple[int, str]] = ()  # for the summary, what a subclass has to say beyond the usual
 
     def __init__(
@@ -94,10 +94,16 @@ class RowDataset(Dataset):
 
     def changed_since(self, identity: dict) -> str | None:
         """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        if "position" in identity:
+            return "the saved run had --stream, which this one has not"
         ours = self.cache.data_sha256
         if identity.get("sha256", ours) == ours:
             return None
         return f"{self.data_path} has changed since the saved run began"
+
+    def make_pieces(self, samples: np.ndarray) -> Pieces:
+        """The pieces of these samples, which count from 0 there."""
+        return self.cut(self.cache.lengths[samples], self.cache.first_target[samples], self.max_seq_len)
 
     def _grouped(self, places: np.ndarray) -> np.ndarray:
         """From numbers of groups to numbers of what is in them, one after another."""
@@ -174,8 +180,9 @@ class PretrainDataset(RowDataset):
     def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Sample]:
         return [(ids, None) for ids in render_text_arrays(tokenizer, texts)]
 
-    def make_pieces(self, samples: np.ndarray) -> Pieces:
-        return split_long(self.cache.lengths[samples], self.max_seq_len)
+    @staticmethod
+    def cut(lengths: np.ndarray, first_target: np.ndarray, max_len: int) -> Pieces:
+        return split_long(lengths, max_len)
 
 
 class SFTDataset(RowDataset):
@@ -184,9 +191,7 @@ class SFTDataset(RowDataset):
     kind = "chat"
     parse = staticmethod(parse_chat)
     encode = staticmethod(render_chat_arrays)
-
-    def make_pieces(self, samples: np.ndarray) -> Pieces:
-        return cut_long(self.cache.lengths[samples], self.cache.first_target[samples], self.max_seq_len)
+    cut = staticmethod(cut_long)
 
 
 def split_samples(part: str, n_samples: int) -> np.ndarray:

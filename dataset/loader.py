@@ -1,7 +1,7 @@
 """From rows to optimizer steps: shuffled by seed and epoch, shared among ranks, resumable at any step."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -121,7 +121,7 @@ class StepLoader:
             DataLoader(
                 self.dataset,
                 batch_sampler=self._micro_batches(start_step),
-                collate_fn=partial(collate_to_send, collate=self._collate_fn()),
+                collate_fn=partial(collate_to_send, collate=padded_collate(self.dataset, self.batch_size)),
                 num_workers=self.num_workers,
                 # A DataLoader seeds its workers from a generator: from its own, or else it would advance torch's
                 # global one, and a resumed run would see other dropout than one never interrupted.
@@ -151,12 +151,13 @@ class StepLoader:
         rows = min(self._step_rows, len(self.dataset) - begin)
         return math.ceil(rows / self._round_rows)
 
-    def _collate_fn(self):
-        if self.dataset.packing:
-            fixed = {"rows": self.batch_size, "max_seq_len": self.dataset.max_seq_len}
-        else:
-            fixed = {"rows": 1, "max_seq_len": None}
-        return partial(_collate_padded, empty_row=self.dataset.empty_row, **fixed)
+
+def padded_collate(dataset, batch_size: int) -> Callable[[list[Batch]], Batch]:
+    """What makes a micro-batch of a dataset's rows, of one shape where they are packed."""
+    fixed = {"rows": 1, "max_seq_len": None}
+    if dataset.packing:
+        fixed = {"rows": batch_size, "max_seq_len": dataset.max_seq_len}
+    return partial(_collate_padded, empty_row=dataset.empty_row, **fixed)
 
 
 def _collate_padded(items: list[Batch], rows: int, max_seq_len: int | None, empty_row: Batch) -> Batch:

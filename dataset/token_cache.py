@@ -293,7 +293,7 @@ class _Writer:
         notes = [json.dumps(sample[2]).encode() for sample in samples if len(sample) > 2]
         self._files["tokens"].write(np.concatenate(ids))
         self.tokens = self._write_ends("offsets", self.tokens, ids)
-        first = [_first_target(mask) for mask in masks] if masks else [1] * len(ids)
+        first = [find_first_target(mask) for mask in masks] if masks else [1] * len(ids)
         self._files["first_target"].write(np.asarray(first, np.int64))
         if masks:
             self.masked = True
@@ -316,7 +316,7 @@ class _Writer:
         self._odd_bits = bits[whole:]
 
 
-def _first_target(mask: np.ndarray) -> int:
+def find_first_target(mask: np.ndarray) -> int:
     """Place of the first target token, `len(mask)` when there is none; the first token has nothing before it."""
     after_first = mask[1:]
     return int(after_first.argmax()) + 1 if after_first.any() else len(mask)

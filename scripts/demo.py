@@ -4,6 +4,7 @@ Everything lies in dataset/demo/ and out/demo/; what is there from an earlier ca
 training goes on where it stopped.
 """
 
+import _own_python  # noqa: F401  (makes .venv where packages are missing, and goes on there)
 import _repo  # noqa: F401  (lets `python scripts/demo.py` find the packages)
 
 from scripts.demo.first_model import run_demo

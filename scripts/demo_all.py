@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import NamedTuple
 
+import _own_python  # noqa: F401  (makes .venv where packages are missing, and goes on there)
 import _repo  # noqa: F401  (lets `python scripts/demo_all.py` find the packages)
 import torch
 from transformers import PreTrainedTokenizerBase

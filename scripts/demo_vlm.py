@@ -12,6 +12,7 @@ the questions of a kind. If the second is not down at the first, the questions g
 import json
 import time
 
+import _own_python  # noqa: F401  (makes .venv where packages are missing, and goes on there)
 import _repo  # noqa: F401  (lets `python scripts/demo_vlm.py` find the packages)
 
 from model import MiniMindLM

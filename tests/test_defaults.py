@@ -36,11 +36,12 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
     return TRAINING | first | {"warmup_iters": warmup_iters} | own
 
 
+STREAM = {"stream": False, "stream_buffer": 8 << 20}
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
-    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None),
-    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None),
+    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None, **STREAM),
+    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None, **STREAM),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
         **{"max_seq_len": 1024, "epochs": 2, "from_weight": "full_sft"},
@@ -133,6 +134,11 @@ DEFAULTS = {
 }
 MEASURED = {"dim": 512, "n_layers": 8, "use_moe": False, "device": None}
 DEFAULTS |= {
+    "scripts.plan": {
+        **{"dim": 512, "n_layers": 8, "use_moe": False, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 6400},
+        **{"max_seq_len": 512, "step_tokens": 32768, "tokens": None, "dtype": "bfloat16", "optimizer": "adamw"},
+        **{"gpus": 1, "gpu": "a100", "gpu_memory": None, "tflops": None, "mfu": 0.35, "bandwidth": 25.0, "price": None},
+    },
     "scripts.make_demo_data": {"out_dir": "dataset/demo", "seed": 42},
     "scripts.make_demo_images": {"out_dir": "dataset/demo", "seed": 42, "scale": 1.0, "eval_images": False},
     "scripts.train_tokenizer --data_path FILE": {
@@ -157,6 +163,12 @@ DEFAULTS |= {
     "benchmarks.distillation_memory": {
         **{"batch_size": 8, "max_seq_len": 512, "learned": 0.5, "dtype": "bfloat16", "device": None, "rounds": 3},
     },
+    "benchmarks.training_memory": {
+        **{"dim": 512, "n_layers": 8, "use_moe": False, "batch_size": 8, "max_seq_len": 512, "dtype": "bfloat16"},
+        **{"optimizer": "adamw", "deepspeed": None, "zero_stage": 2, "rounds": 5, "device": None},
+        **{"seed": 42, "grad_clip": 1.0, "learning_rate": 1e-4},
+    },
+    "benchmarks.stream_start": {"size": 20_000_000_000, "rounds": 3, "num_workers": 0, "folder": None},
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
     "benchmarks.faults": {"rounds": 60, "seed": 0, "kind": None},
     "benchmarks.save_cost": {"rounds": 3, "shapes": ["26M", "104M"], "folder": None, "device": None},
@@ -258,6 +270,10 @@ LEAST = {
         **{"val_share": 0, "val_lines": 0, "shard_lines": 0},
     },
     "scripts.cache list": {"older_than": 0},
+    "scripts.plan": {
+        **dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len", "step_tokens"), 1),
+        **{"tokens": 1, "gpus": 1, "tflops": None, "mfu": None, "bandwidth": None, "price": None},
+    },
     "scripts.eval_benchmarks --tasks a": {"num_fewshot": 0, "limit": 1, "seed": 0, "window": 1, "batch_size": 1},
     "scripts.report": {"num_fewshot": 0, "limit": 1},
     "scripts.collect_teacher_answers a b --model m": {
@@ -287,6 +303,11 @@ CHOICES = {
     "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1]},
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
     "scripts.serve_openai_api": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16"]},
+    "scripts.plan": {
+        "dtype": ["float32", "bfloat16", "float16"],
+        "optimizer": ["adamw", "muon"],
+        "gpu": ["rtx3090", "rtx4090", "l40s", "a100", "h100", "h200", "b200"],
+    },
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
     "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "control": ["shuffle"]},
     "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0"]},

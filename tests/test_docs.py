@@ -26,6 +26,7 @@ PAGES = (
         "docs/results",
         "docs/serving",
     ),
+    *("docs/scaling", "docs/windows"),
     *("docs/benchmarks", "docs/formats", "docs/coming_from_minimind2", "docs/troubleshooting", "docs/glossary"),
 )
 DATA_OF = {

@@ -318,6 +318,37 @@ def add_mix_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
+    """--stream, of a stage that can read its data while it trains."""
+    parser.add_argument(
+        "--stream",
+        action=BooleanFlag,
+        help="read data_path while training, without a cache: a file, a folder, a pattern with *, or an address such "
+        "as s3://…; needs --max_steps",
+    )
+    parser.add_argument(
+        "--stream_buffer",
+        type=byte_size,
+        default="8MiB",
+        metavar="SIZE",
+        help="text that --stream shuffles together, taken from many places of the data",
+    )
+
+
+def check_stream(args: argparse.Namespace) -> None:
+    """Refuse what --stream cannot go with.
+
+    Raises:
+        UserError: what.
+    """
+    if not args.max_steps:
+        raise UserError("--stream needs --max_steps: a stream has no end")
+    if args.epochs > 1:
+        raise UserError("--stream ends after --max_steps and begins anew where the data ends: leave out --epochs")
+    if args.mix:
+        raise UserError("--stream reads --data_path alone: leave out --mix, or --stream")
+
+
 def check_training_arguments(args: argparse.Namespace) -> None:
     """Reject invalid settings before anything expensive starts.
 
@@ -336,6 +367,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if args.use_wandb and args.tracker not in (None, "wandb"):
         raise UserError(f"--use_wandb means --tracker wandb, which contradicts --tracker {args.tracker}: choose one")
     check_mix(getattr(args, "mix", None) or [])
+    if getattr(args, "stream", False):
+        check_stream(args)
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
 

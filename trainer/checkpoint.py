@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dataset.lm_dataset import RowDataset
+from dataset.streaming import StreamedRows
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
 from trainer.device import random_state, set_random_state
@@ -70,6 +71,7 @@ class Checkpoint:
         self._saved_step: int | None = None
         self._best: float | None = None
         self._snapshot, self._background = Snapshot(), Background()
+        self._dataset: RowDataset | StreamedRows | None = None
         self.about = {
             "config": architecture(config) | {"max_seq_len": config.max_seq_len},
             "stage": stage,
@@ -107,6 +109,8 @@ class Checkpoint:
             UserError: the save before could not be written; the one before that is intact.
         """
         run = self.runtime
+        if self._dataset is not None:  # a stream also says where it is
+            self.settings["data"] = self._dataset.identity
         content = {
             "model": full_state_dict(model, run, self.keep),
             "optimizer": {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
@@ -200,7 +204,7 @@ class Checkpoint:
             with replacing(path) as temporary:
                 shutil.copyfile(folder / name, temporary)
 
-    def load(self, model: nn.Module, optimizer, scaler, dataset: RowDataset | None = None) -> Progress:
+    def load(self, model: nn.Module, optimizer, scaler, dataset: RowDataset | StreamedRows | None = None) -> Progress:
         """Continue: fill model, optimizer, scaler and random state with what was saved last; nothing saved = a start.
 
         All ranks must call it: rank 0 decides. From here on Ctrl-C and its like save first.
@@ -213,6 +217,7 @@ class Checkpoint:
                 saved is damaged; or a rank has other settings, data, files or weights than rank 0.
         """
         run, progress = self.runtime, Progress()
+        self._dataset = dataset
         if dataset is not None:
             self.settings["data"] = dataset.identity
         self._compare_ranks()
@@ -225,6 +230,8 @@ class Checkpoint:
                 if dataset is not None and (change := dataset.changed_since(then)):
                     raise UserError(f"--resume: {change}; or start over with --overwrite")
                 compare_settings(self.settings, state["settings"], run.print)
+                if isinstance(dataset, StreamedRows):
+                    dataset.position = then["position"]
                 self._restore(folder, model, optimizer, scaler)
                 progress = Progress(**state["progress"])
                 if run.is_main:

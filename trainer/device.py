@@ -1,9 +1,14 @@
 """Where the numbers are computed: the CPU, or the accelerator that PyTorch finds (cuda, ROCm's name, too; mps; xpu; …),
-and what differs between them."""
+and what differs between them.
 
+The code runs on PyTorch 2.6 and newer. What later versions brought or renamed is looked up here by name.
+"""
+
+import inspect
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from trainer.errors import UserError
@@ -18,7 +23,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     Raises:
         UserError: it does not exist.
     """
-    there = torch.accelerator.current_accelerator(check_available=True)
+    there = _accelerator()
     if name is None:
         name = there.type if there else "cpu"
     try:
@@ -36,7 +41,9 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
     count = torch.accelerator.device_count()
     if device.index >= count:
         raise UserError(f"{device} does not exist: there are {count} {device.type} devices, counted from 0")
-    torch.accelerator.set_device_index(device)
+    accelerator = torch.accelerator
+    set_index = "set_device_index" if hasattr(accelerator, "set_device_index") else "set_device_idx"  # of PyTorch 2.6
+    getattr(accelerator, set_index)(device)
     if device.type == "cuda":
         # On Hopper and Blackwell PyTorch asks cuDNN first, which takes a second to plan for each new length, forward
         # and backward: at every token written, and every unpacked row (measured by benchmarks/, an H200, torch 2.11).
@@ -49,9 +56,24 @@ def default_dtype(device: torch.device) -> str:
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device.type == "cpu":
-        able = torch.cpu.get_capabilities()  # bf16: what ARM calls it
+        able = getattr(torch.cpu, "get_capabilities", dict)()  # bf16: what ARM calls it
         return "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
     return "float32"  # as exact as any, on what nobody here has measured
+
+
+def _accelerator() -> torch.device | None:
+    """The machine's accelerator, if it is there and works."""
+    current = torch.accelerator.current_accelerator
+    if "check_available" in inspect.signature(current).parameters:  # from PyTorch 2.7 on
+        return current(check_available=True)
+    return current() if torch.accelerator.is_available() else None
+
+
+def backend_of(device: torch.device) -> str:
+    """What ranks on such devices talk by: nccl for cuda, gloo for the CPU."""
+    if hasattr(dist, "get_default_backend_for_device"):
+        return dist.get_default_backend_for_device(device)
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def device_ids(device: torch.device) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, deepspeed) tells each process of a run: its place among them."""
+"""What a launcher (torchrun, deepspeed, accelerate launch) tells each process of a run: its place among them."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -7,6 +7,14 @@ from trainer.errors import UserError, print_notice
 
 HOW = "torchrun --nproc_per_node N train_….py starts N processes and sets them all"
 COPIES = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+# What `accelerate launch` hands to its own library, which we do not use: the value that asks for nothing, accelerate's
+# flag, and ours
+ACCELERATE = {
+    "ACCELERATE_MIXED_PRECISION": ("no", "--mixed_precision", "--dtype"),
+    "ACCELERATE_USE_DEEPSPEED": ("false", "--use_deepspeed", "--deepspeed"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "--dynamo_backend", "--compile"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "--gradient_accumulation_steps", "--accumulation_steps"),
+}
 
 
 class Place(NamedTuple):
@@ -24,6 +32,7 @@ def read_place(environment: Mapping[str, str]) -> Place:
     Raises:
         UserError: the environment names half of a place, or an impossible one.
     """
+    _tell_accelerate(environment)
     numbers = {name: _number(name, environment) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     rank, world_size, local_rank = (numbers[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank is None:
@@ -55,6 +64,14 @@ def _number(name: str, environment: Mapping[str, str]) -> int | None:
         return int(text)
     except ValueError:
         raise UserError(f"{name} is {text!r} in the environment, which is not an integer: {HOW}") from None
+
+
+def _tell_accelerate(environment: Mapping[str, str]) -> None:
+    """Settings of `accelerate launch` that change nothing here, where somebody has asked for them."""
+    for name, (nothing, theirs, ours) in ACCELERATE.items():
+        value = environment.get(name, nothing)
+        if value.lower() not in (nothing, ""):
+            print_notice(f"accelerate's {theirs} {value} has no effect: use {ours}")
 
 
 def _tell_copies(environment: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.loss import target_mask
 from trainer.arguments import deepspeed_config
-from trainer.device import DTYPES, default_dtype, moved, pick_device
+from trainer.device import DTYPES, backend_of, default_dtype, moved, pick_device
 from trainer.errors import UserError
 from trainer.launcher import read_place
 from trainer.signals import Signals, terminal_may_go
@@ -68,6 +68,7 @@ class Runtime:
     _clock: Clock = field(default_factory=Clock)
     _watchdog: Watchdog | None = None
     _signalled: bool = False  # whether a signal has asked any rank to stop
+    _fault: Exception | None = None
     _preparation: dist.ProcessGroup | None = None
 
     @property
@@ -111,21 +112,27 @@ class Runtime:
         if self._watchdog is not None:
             self._watchdog.start()
 
+    def stop_because(self, error: Exception) -> None:
+        """Ask for a stop after this step, as a signal does; once it is saved, `finish` raises the error."""
+        self._fault = error
+
     def requests(self) -> tuple[bool, bool]:
-        """Whether any rank has been asked to stop after this step, and whether to save it, as also by --stop_after and
-        --save_minutes; all ranks must call it, once per step."""
+        """Whether any rank has been asked to stop after this step, and whether to save it, as also by --stop_after,
+        --save_minutes and `stop_because`; all ranks must call it, once per step."""
         if self._watchdog is not None:
             self._watchdog.count_step()
         late, due = self._clock.is_over(), self._clock.is_save_due()  # of each rank's own clock: rank 0's counts
         signalled, late, save = self.sums(
-            self._signals.stop_asked, self.is_main and late, self._signals.take_save_asked() or (self.is_main and due)
+            self._signals.stop_asked or self._fault is not None,
+            self.is_main and late,
+            self._signals.take_save_asked() or (self.is_main and due),
         )
         self._signalled = signalled > 0
         return signalled + late > 0, signalled + late + save > 0
 
     def finish(self, finished: bool) -> None:
-        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code, or
-        with `EXIT_TIME_IS_UP`. All ranks must call it: they wait until rank 0 has written what it had to."""
+        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code, with
+        `EXIT_TIME_IS_UP`, or with the error given to `stop_because`. All ranks must call it: they wait until rank 0 has written what it had to."""
         if self._watchdog is not None:
             self._watchdog.stop()
         if self._preparation is not None:  # a rank that ends with an error code has torchrun kill the others soon
@@ -134,6 +141,8 @@ class Runtime:
             # Once the model is gone. Were DDP's reducer the last to hold a group, it would wait for gloo's threads and
             # keep the GIL meanwhile, for which one of them may be waiting: a run that never ends.
             atexit.register(dist.destroy_process_group)
+        if self._fault is not None:
+            raise self._fault
         if not finished:
             sys.exit(128 + self._signals.first if self._signalled else EXIT_TIME_IS_UP)
 
@@ -198,7 +207,7 @@ def start_runtime(args) -> Runtime:
         config = deepspeed_config(args)
     runtime = Runtime(device, DTYPES[args.dtype or default_dtype(device)], place.rank, place.world_size, config)
     if place.launched:
-        _meet(dist.get_default_backend_for_device(device))  # nccl for cuda, gloo for the CPU
+        _meet(backend_of(device))
     if place.world_size > 1:
         runtime._preparation = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
     runtime._clock = Clock(args.stop_after * 60, args.save_minutes * 60)

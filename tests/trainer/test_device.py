@@ -13,7 +13,7 @@ from model.loss import next_token_loss, target_mask
 from tests.model.networks import network
 from tests.trainer.accelerators import OnMac, pretend, pretend_random
 from trainer import device as devices
-from trainer.device import default_dtype, device_ids, moved, pick_device, random_state, set_random_state
+from trainer.device import backend_of, default_dtype, device_ids, moved, pick_device, random_state, set_random_state
 from trainer.errors import UserError
 from trainer.schedule import make_optimizer
 
@@ -196,3 +196,31 @@ def test_devices_are_counted_from_0(count, index, there, monkeypatch):
     else:
         with pytest.raises(UserError, match="counted from 0"):
             pick_device(f"xpu:{index}")
+
+
+class TestOlderPyTorch:
+    """2.6 has not got what later versions have: without it the same is found."""
+
+    @pytest.fixture(autouse=True)
+    def hide(self, monkeypatch):
+        def current_accelerator():
+            return torch.device("xpu")
+
+        monkeypatch.delattr(torch.accelerator, "set_device_index")
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+        monkeypatch.delattr(torch.distributed, "get_default_backend_for_device")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+
+    @pytest.mark.parametrize(("there", "found"), [(True, "xpu:1"), (False, "cpu")])
+    def test_the_device(self, there, found, monkeypatch):
+        current = []
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.accelerator, "set_device_idx", current.append, raising=False)
+        assert pick_device(None, local_rank=1) == torch.device(found)
+        assert current == ([torch.device("xpu:1")] if there else [])
+
+    def test_the_dtype_and_the_backend(self):
+        assert default_dtype(torch.device("cpu")) == "float32"
+        assert backend_of(torch.device("cpu")) == "gloo"
+        assert backend_of(torch.device("cuda")) == "nccl"

@@ -50,6 +50,18 @@ def test_half_a_place(environment, told):
         read_place(environment)
 
 
+def test_what_accelerate_was_asked_for_in_vain_is_told(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    nothing = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_CPU": "True"}
+    assert read_place(WHOLE | nothing) == Place(1, 2, 1, launched=True)
+    assert capsys.readouterr().err == ""
+    read_place(nothing | {"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_DEEPSPEED": "true"})
+    assert capsys.readouterr().err.splitlines() == [
+        "accelerate's --mixed_precision fp16 has no effect: use --dtype",
+        "accelerate's --use_deepspeed true has no effect: use --deepspeed",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "launcher"), [("SLURM_STEP_NUM_TASKS", "srun"), ("OMPI_COMM_WORLD_SIZE", "mpirun"), ("PMI_SIZE", "mpirun")]
 )

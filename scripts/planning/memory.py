@@ -1,0 +1,171 @@
+"""Memory of a training step on one device: what the engines hold of the model, and what the backward pass needs."""
+
+from typing import NamedTuple
+
+from model import LMConfig
+from scripts.planning.sizes import count_parameters, count_tensors
+
+FP32 = 4  # bytes
+BUCKET = 500_000_000  # numbers in the buffer through which DeepSpeed's ZeRO 1 and 2 reduce gradients, by default
+
+
+class Engine(NamedTuple):
+    """A way to share the work: its name, the flags it takes, and what it splits over the processes.
+
+    Weights are fp32 in all of them, and autocast computes in --dtype.
+    """
+
+    name: str
+    flags: str = ""
+    splits_weights: bool = False
+    splits_gradients: bool = False
+    splits_optimizer: bool = False
+    copies: str = ""  # what it holds once more
+
+
+ALONE = Engine("one process")
+DDP = Engine("DDP", copies="gradients")
+ZERO_1 = Engine("ZeRO-1", "--deepspeed --zero_stage 1", splits_optimizer=True, copies="master")
+ZERO_2 = Engine("ZeRO-2", "--deepspeed --zero_stage 2", splits_gradients=True, splits_optimizer=True, copies="master")
+ZERO_3 = Engine("ZeRO-3", "--deepspeed --zero_stage 3", True, True, True, copies="master")
+ENGINES = (ALONE, DDP, ZERO_1, ZERO_2, ZERO_3)
+
+
+class State(NamedTuple):
+    """Bytes that a process holds of the model, whatever the batch.
+
+    weights, gradients: fp32, 4 bytes a parameter.
+    optimizer: AdamW's two moments, 8 bytes a parameter, or Muon's one of the matrices between embedding and output, and
+        a step count of 4 bytes for each of AdamW's tensors.
+    copies: what the engine holds once more. DDP: the gradients, in the buckets that it sends (PyTorch's
+        DistributedDataParallel, `gradient_as_bucket_view`). ZeRO: its share of the weights, which the optimizer steps,
+        and up to stage 2 a buffer of `reduce_bucket_size` numbers (DeepSpeed's configuration, zero_optimization).
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    copies: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def state_bytes(config: LMConfig, engine: Engine = ALONE, processes: int = 1, optimizer: str = "adamw") -> State:
+    """Weights, gradients and optimizer of one process. Exact where nothing is split; a share is rounded up, as engines
+    fill the last one up.
+
+    ZeRO's shares: Rajbhandari et al. 2020, arXiv:1910.02054, section 5, here with fp32 weights.
+    """
+    parameters = count_parameters(config)
+    moments = 2 * FP32 * parameters.total
+    tensors = count_tensors(config)
+    if optimizer == "muon":
+        hidden = parameters.attention + _matrices(config) * 3 * config.dim * config.hidden_dim
+        moments -= FP32 * hidden
+        tensors -= config.n_layers * 4 + 3 * _matrices(config)
+    of_all = FP32 * parameters.total
+
+    def share(size: int, split: bool) -> int:
+        return -(-size // processes) if split else size
+
+    copies = 0
+    if engine.copies == "gradients" and processes > 1:
+        copies = of_all
+    elif engine.copies == "master":
+        buffer = 0 if engine.splits_weights else FP32 * min(BUCKET, parameters.total)
+        copies = share(of_all, True) + buffer
+    return State(
+        share(of_all, engine.splits_weights),
+        share(of_all, engine.splits_gradients),
+        share(moments, engine.splits_optimizer) + FP32 * tensors,
+        copies,
+    )
+
+
+def _matrices(config: LMConfig) -> int:
+    """Feed-forwards of all layers, each of three matrices."""
+    experts = config.n_routed_experts + config.n_shared_experts if config.use_moe else 1
+    return config.n_layers * experts
+
+
+def saved_bytes(
+    config: LMConfig,
+    rows: int,
+    n: int,
+    half: bool = True,
+    checkpointing: bool = False,
+    packed: bool = False,
+    fused_norm: bool = True,
+) -> int:
+    """Bytes that the forward pass saves for the backward, weights apart: within 10 % by test.
+
+    Counted by hand over model/model.py, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198, section 4), whose
+    block, however, has two-layer feed-forwards and computes wholly in half precision. Here, per token, the residual
+    stream and the norms' outputs are fp32; each matrix product saves its input in --dtype (under autocast one copy for
+    each product that reads it); keys and values are repeated for each query head.
+
+    Args:
+        rows, n: rows of a micro-batch, and tokens of each.
+        half: autocast to bfloat16 or float16; False computes in fp32.
+        checkpointing: the input of each block alone is saved, and one block at a time is computed again.
+        packed: rows hold several samples, which a mask separates (on a GPU).
+        fused_norm: as on GPUs; PyTorch's RMSNorm on a CPU also saves what it has normalised.
+    """
+    tokens, block = rows * n, block_bytes(config, rows, n, half, packed, fused_norm)
+    inputs = tokens * FP32 * config.dim
+    kept = config.n_layers * inputs + block if checkpointing else config.n_layers * block
+    norm = 0 if fused_norm else inputs
+    return kept + head_bytes(config, tokens, half) + norm + rope_bytes(config, tokens)
+
+
+def block_bytes(config: LMConfig, rows: int, n: int, half: bool, packed: bool, fused_norm: bool) -> int:
+    """What one block saves.
+
+    Per token: the block's input and the input of the second norm, fp32, with 4 bytes each for the norms' scales; the
+    inputs of wq, wk, wv; q, and k and v repeated for each head; attention's output, which is also the input of wo, and
+    4 bytes per head for its softmax; then the feed-forward.
+    """
+    size, dim = 2 if half else FP32, config.dim
+    copies = 3 if half else 1  # under autocast each product casts its input anew
+    norms = 2 * FP32 * (dim * (1 if fused_norm else 2) + 1)
+    per_token = norms + copies * size * dim + 3 * size * dim + size * dim + FP32 * config.n_heads
+    mask = rows * n * n * size if packed else 0  # as numbers to add to the scores
+    return rows * n * (per_token + _feed_forward_bytes(config, half)) + mask
+
+
+def _feed_forward_bytes(config: LMConfig, half: bool) -> int:
+    """Per token: the inputs of w1 and w3, w1's output, its SiLU, w3's output, and the input of w2; of a mixture of
+    experts for each expert that a token is routed to, with its weighted output, and the router's input."""
+    size, dim = 2 if half else FP32, config.dim
+    inner = 4 * size * config.hidden_dim
+    inputs = (2 if half else 1) * size * dim
+    if not config.use_moe:
+        return inputs + inner
+    routed = config.num_experts_per_tok * (inputs + inner + size * dim)
+    shared = config.n_shared_experts * ((inputs if half else 0) + inner)
+    return routed + shared + FP32 * dim  # the router's input is the norm's output, which fp32 experts share
+
+
+def head_bytes(config: LMConfig, tokens: int, half: bool) -> int:
+    """What the last norm, the output matrix and the loss save: the inputs of the first two, and the softmax over the
+    vocabulary in fp32."""
+    return tokens * (FP32 * config.dim + (2 if half else FP32) * config.dim + FP32 * config.vocab_size)
+
+
+def rope_bytes(config: LMConfig, tokens: int) -> int:
+    """Cosine and sine, which all layers share."""
+    return 2 * FP32 * tokens * config.head_dim // 2
+
+
+def working_bytes(config: LMConfig, rows: int, n: int, half: bool = True) -> int:
+    """What comes and goes, at most, beside what is saved: an estimate.
+
+    The logits in --dtype and in fp32, with the gradient of both; and under autocast the copies of the weights in
+    --dtype, which the backward reads again.
+    """
+    size = 2 if half else FP32
+    logits = rows * n * config.vocab_size * (2 * size + FP32)
+    matrices = count_parameters(config).total - count_parameters(config).norms
+    return logits + (size * matrices if half else 0)
