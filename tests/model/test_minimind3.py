@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model import GENERATIONS, MiniMind3Config, MiniMind3LM, build_model
+from model import MiniMind3Config, MiniMind3LM
 
 
 def reference(shared, name: str) -> tuple[dict, dict]:
