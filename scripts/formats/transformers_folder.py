@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from model import LMConfig, MiniMindLM
-from model.chat_template import CHAT_TEMPLATE
+from model.chat_template import chat_template_of
 from model.weight_layouts import THEIR_NAME, half_split
 from trainer.arguments import SAMPLING
 from trainer.errors import UserError
@@ -118,7 +118,7 @@ def write_folder(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, folder: 
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     about["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 knows no other name for it
-    about["chat_template"] = CHAT_TEMPLATE  # whatever the tokenizer had: this is the layout a MiniMind learns
+    about["chat_template"] = chat_template_of(tokenizer)  # whatever it had: this is the layout a MiniMind learns
     about["padding_side"] = "left"  # a batch is continued at the end of its rows
     about["model_max_length"] = config.max_seq_len
     _write_json(about, folder / "tokenizer_config.json")
