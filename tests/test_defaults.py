@@ -73,6 +73,7 @@ DEFAULTS = {
     "eval_model": {
         **MODEL | UNTOLD | WRITING | ENGINE,
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
+        "open_thinking": False,
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
