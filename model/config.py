@@ -100,6 +100,7 @@ class LMConfig(PretrainedConfig):
         self.rope_scaling = checked_scaling(rope_scaling)
         self.trained_seq_len = trained_seq_len
         self._check()
+        kwargs.pop("head_dim", None)  # which a folder of MiniMind-3's own has, and which follows from two others
         super().__init__(
             **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True} | kwargs
         )

@@ -281,7 +281,6 @@ CHOICES = {
         "dtype": ["float32", "bfloat16", "float16"],
         "optimizer": ["adamw", "muon"],
         "zero_stage": [0, 1, 2, 3],
-        "generation": [2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
     },
     "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1]},

@@ -1,16 +1,11 @@
 """Every training stage of text trains a MiniMind-3: from nothing, from weights, of experts, and refuses the other."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
 from model import MiniMind3Config, MiniMind3LM
-from tests.running import call_script
 from tests.stages.every_script import SCRIPTS, Script, World, make_world
 from tests.stages.training import about, weights
-from trainer.errors import UserError
 
 TEXT = [script for script in SCRIPTS if "vlm" not in script.path]
 THIRD = ("--generation", "3", "--max_steps", "2")
