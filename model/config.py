@@ -122,5 +122,15 @@ class LMConfig(PretrainedConfig):
             )
 
     @property
+    def learned_positions(self) -> int | None:
+        """How many positions training has made good: the trained length, or what `rope_scaling` stretches it to.
+
+        None: not known.
+        """
+        scaling = self.rope_scaling or {}
+        stretched = scaling.get("factor", 0) * scaling.get("original_max_position_embeddings", 0)
+        return int(max(self.trained_seq_len or 0, stretched)) or None
+
+    @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
