@@ -160,6 +160,16 @@ DEFAULTS |= {
         **{"batch_size": 8, "max_seq_len": 512, "learned": 0.5, "dtype": "bfloat16", "device": None, "rounds": 3},
     },
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
+    "benchmarks.generations --data_path FILE": {
+        **{"data_path": "FILE", "size": "26M", "minutes": 20.0, "seed": 1, "batch_size": 8, "max_seq_len": 512},
+        **{"learning_rate": 1e-3, "optimizer": "muon", "dtype": "float32", "use_moe": 0, "tokenizer": None},
+        **{"out_dir": "out/generations", "device": None},
+    },
+    "benchmarks.long_context --weights W --data_path D": {
+        **{"weights": "W", "data_path": "D", "tokenizer": None, "trained": None, "longest": 8192, "rows": 4},
+        **{"needles": 8, "finetune_steps": 0, "finetune_len": 2048, "learning_rate": 2e-4},
+        **{"ways": ["none", "linear", "ntk", "yarn"], "seed": 1, "out_dir": "out/long_context", "device": None},
+    },
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(
