@@ -1,5 +1,7 @@
 """A MiniMind-3 behind the API: its own layout, and chat_template_kwargs.open_thinking."""
 
+from types import SimpleNamespace
+
 import pytest
 from fastapi.testclient import TestClient
 
@@ -7,6 +9,7 @@ from model import MiniMind3Config, MiniMind3LM
 from model.inference.scheduler import Engine
 from model.inference.thread import EngineThread
 from scripts.serving.app import make_app
+from scripts.serving.page_models import LocalModel
 from scripts.serving.requests import ServerState
 from tests.model.networks import network
 from tests.scripts.test_app import QUESTION, chat, events, writes
@@ -70,3 +73,22 @@ def test_a_model_of_another_layout_opens_no_thought(tiny_tokenizer):
         thread.close()
     assert reply.status_code == 400
     assert reply.json()["error"]["message"] == "open_thinking: this model's chats open no thought"
+
+
+def test_the_page_can_have_it_think(tokenizer, monkeypatch):
+    config = MiniMind3Config(dim=32, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=len(tokenizer), max_seq_len=256)
+    backend = LocalModel(MiniMind3LM(config).eval(), tokenizer)
+    assert backend.opens_thoughts
+    engine = backend._thread.engine
+    app = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(engine=engine)))
+    writes(monkeypatch, app, "12 + 30\n</think>\n\n42", tokenizer)
+    asked = []
+    right = engine.prepare
+    monkeypatch.setattr(engine, "prepare", lambda request: asked.append(list(request.prompt)) or right(request))
+    shown = []
+    for more in ({}, {"open_thinking": True}):
+        parts = [*backend.parts([], QUESTION, {"temperature": 0.0, "max_new_tokens": 99} | more)]
+        shown.append({kind: "".join(text for part, text in parts if part == kind) for kind in ("thinking", "answer")})
+    assert shown[1] == {"thinking": "12 + 30", "answer": "42"}
+    assert shown[0]["thinking"] == ""
+    assert [tokenizer.decode(ids).endswith("<think>\n") for ids in asked] == [False, True]
