@@ -115,6 +115,9 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
         "head_dim": (width // heads, theirs.get("head_dim") or width // heads),
         "use_sliding_window": (False, theirs.get("use_sliding_window", False)),
     }
+    if rope_type == "yarn":  # what changes its numbers, and is DeepSeek's or gpt-oss's
+        neutral |= {name: (None, rope.get(name)) for name in ("mscale", "mscale_all_dim")}
+        neutral["truncate"] = (True, rope.get("truncate", True))
     if third:
         neutral["attention_bias"] = (False, theirs.get("attention_bias", False))
     if moe:

@@ -99,6 +99,8 @@ def test_a_folder_of_its_own_kind_comes_back(tiny_tokenizer, tmp_path):
         ({"head_dim": 16}, "head_dim 16"),
         ({"model_type": "qwen2"}, "model_type 'qwen2'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2, "rope_theta": 1e6}}, "rope_type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "rope_theta": 1e6, "mscale": 1.0}}, "mscale 1.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "truncate": False}}, "truncate False"),
     ],
 )
 def test_what_a_minimind3_is_not_is_named(change, said, tiny_tokenizer, tmp_path):
