@@ -40,7 +40,7 @@ def our_fields(sizes: dict) -> dict:
     Raises:
         ValueError: one size twice, with two values.
     """
-    ours: dict = {}
+    ours, by = {}, {}
     for name, value in sizes.items():
         if name == "inference_rope_scaling":
             name, value = "rope_scaling", MINIMIND3_YARN if value else None
@@ -48,8 +48,8 @@ def our_fields(sizes: dict) -> dict:
                 continue
         field = OUR_FIELD.get(name, name)
         if ours.get(field, value) != value:
-            raise ValueError(f"{name} {value} and {field} {ours[field]} are the same size: give it once")
-        ours[field] = value
+            raise ValueError(f"{name} {value} and {by[field]} {ours[field]} are the same size: give it once")
+        ours[field], by[field] = value, name
     return ours
 
 
