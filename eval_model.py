@@ -17,6 +17,7 @@ from trainer.arguments import (
     add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
+    add_untold_arguments,
     non_negative_int,
     positive_int,
     sampling_settings,
@@ -51,6 +52,7 @@ def get_args():
         help="0: our .pth; 1: the transformers folder in --out_dir, also from convert_model.py",
     )
     add_model_arguments(parser)
+    add_untold_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
     add_device_argument(parser)
     parser.add_argument("--prompt", type=text, action="append", help="answer this and exit (may be repeated)")
@@ -65,6 +67,7 @@ def get_args():
     parser.add_argument(
         "--votes", type=positive_int, default=1, help="sample this many answers and take a majority vote"
     )
+    parser.add_argument("--open_thinking", action=BooleanFlag, help="have a MiniMind-3 think before it answers")
     parser.add_argument("--hide_thinking", action=BooleanFlag, help="hide a reasoning model's thinking")
     return parser.parse_args()
 
@@ -75,18 +78,18 @@ def reply(engine, ids: list[int], args, by_hand: bool) -> str:
     from model.reasoning import majority
 
     settings = sampling_settings(args)
-    reasoning = args.model_mode == 3
+    reasoning = args.model_mode == 3 or args.open_thinking
     started, pieces, election = time.monotonic(), [], ""
     try:
         if args.votes == 1:
             texts = stream_texts(engine.stream(Request(prompt=ids, **settings)), pieces)
-            show(texts if args.stream else ["".join(texts)], reasoning, args.hide_thinking)
+            show(texts if args.stream else ["".join(texts)], reasoning, args.hide_thinking, args.open_thinking)
             answer = "".join(piece.text for piece in pieces)
         else:
             seeds = [None if args.seed is None else args.seed + i for i in range(args.votes)]
             pieces = engine.run(Request(prompt=ids, **settings | {"seed": seed}) for seed in seeds)
             answer, votes = majority([written.text for written in pieces])
-            show([answer], reasoning, args.hide_thinking)
+            show([answer], reasoning, args.hide_thinking, args.open_thinking)
             election = f"{votes} of {args.votes} votes, "
     except KeyboardInterrupt:
         if not by_hand:
@@ -130,7 +133,7 @@ def main():
                 if len(ids) > room:
                     raise ValueError(f"the text has {len(ids)} tokens, but only {room} fit")
             else:
-                ids, turns = fit_history(tokenizer, system, [*kept, asked], room)
+                ids, turns = fit_history(tokenizer, system, [*kept, asked], room, open_thinking=args.open_thinking)
         except ValueError as error:
             if not by_hand:
                 raise UserError(f"{question[:40]!r}: {error}") from None

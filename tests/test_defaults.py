@@ -15,11 +15,13 @@ from trainer import errors
 from trainer.errors import UserError
 
 MODEL = {"dim": 512, "n_layers": 8, "use_moe": False, "tokenizer": None, "out_dir": "out"}
+UNTOLD = {"num_experts_per_tok": None, "rope_theta": None, "inference_rope_scaling": False, "rope_scaling": None}
 TOWER = {"vision_model": "model/vision_model/clip-vit-base-patch16"}
 WRITING = {
     **{"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 0, "repetition_penalty": 1.0, "seed": None}
 }
-TRAINING = MODEL | {
+TRAINING = {
+    **MODEL | UNTOLD | {"generation": 2},
     **{"eval_path": None, "max_seq_len": 512, "packing": True, "skip_bad_lines": False, "num_workers": 0},
     **{"cache_limit": 50_000_000_000, "epochs": 1, "max_steps": 0, "accumulation_steps": 1, "optimizer": "adamw"},
     **{"grad_clip": 1.0, "seed": 42, "device": None, "dtype": None, "compile": None, "gradient_checkpointing": False},
@@ -71,8 +73,9 @@ DEFAULTS = {
         **{"from_weight": "pretrain_vlm", "multi": False},
     ),
     "eval_model": {
-        **MODEL | WRITING | ENGINE,
+        **MODEL | UNTOLD | WRITING | ENGINE,
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
+        "open_thinking": False,
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
@@ -84,7 +87,8 @@ DEFAULTS = {
         **{"stream": True, "hide_thinking": False},
     },
     "scripts.serve_openai_api": {
-        **MODEL | ENGINE | TOWER | {"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
+        **MODEL | UNTOLD | ENGINE | TOWER,
+        **{"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
         **{"max_concurrency": 16, "max_queue": 112, "host": "127.0.0.1", "port": 8998, "api_key": None, "cors": None},
         **{"keep_alive": 75, "drain_seconds": 30},
     },
@@ -117,7 +121,7 @@ DEFAULTS = {
     "scripts.inspect_checkpoint": {"path": "out"},
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
     "scripts.eval_benchmarks --tasks cmmlu": {
-        **MODEL | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
+        **MODEL | UNTOLD | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
         **{"control": None, "seed": 1234, "ppl": [], "window": 512, "compare": None, "weights": [], "model_mode": 1},
         **{"load": 0, "lora_name": None, "batch_size": 16, "device": None, "output": None, "log_samples": None},
         **{"submission": None, "resume": False, "overwrite": False},
@@ -172,10 +176,23 @@ DEFAULTS |= {
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
     "benchmarks.faults": {"rounds": 60, "seed": 0, "kind": None},
     "benchmarks.save_cost": {"rounds": 3, "shapes": ["26M", "104M"], "folder": None, "device": None},
+    "benchmarks.generations --data_path FILE": {
+        **{"data_path": "FILE", "size": "26M", "minutes": 20.0, "seed": 1, "batch_size": 8, "max_seq_len": 512},
+        **{"learning_rate": 1e-3, "optimizer": "muon", "dtype": "float32", "use_moe": 0, "tokenizer": None},
+        **{"out_dir": "out/generations", "device": None},
+    },
+    "benchmarks.long_context --weights W --data_path D": {
+        **{"weights": "W", "data_path": "D", "tokenizer": None, "trained": None, "longest": 8192, "rows": 4},
+        **{"needles": 8, "finetune_steps": 0, "finetune_len": 2048, "learning_rate": 2e-4},
+        **{"ways": ["none", "linear", "ntk", "yarn"], "seed": 1, "out_dir": "out/long_context", "device": None},
+    },
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(
-    ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta"),
+        "inference_rope_scaling",
+    )
 )
 CONVERSIONS = {
     "to-transformers weights folder": SIZES | {"lora": None},

@@ -27,7 +27,8 @@ PAGES = (
         "docs/serving",
     ),
     *("docs/scaling", "docs/windows"),
-    *("docs/benchmarks", "docs/formats", "docs/coming_from_minimind2", "docs/troubleshooting", "docs/glossary"),
+    *("docs/benchmarks", "docs/formats", "docs/generations", "docs/coming_from_minimind2", "docs/troubleshooting"),
+    "docs/glossary",
 )
 DATA_OF = {
     "train_pretrain.py": "pretrain_hq.jsonl",

@@ -15,6 +15,7 @@ from dataset.lm_dataset import RowDataset
 from dataset.streaming import StreamedRows
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
+from trainer.architecture import architecture, positions
 from trainer.device import random_state, set_random_state
 from trainer.errors import UserError, print_notice
 from trainer.files import file_hash, left_by_a_kill, load_tensors, move, replacing, save_json, save_tensors, write_error
@@ -25,7 +26,7 @@ from trainer.run_lock import lock_run
 from trainer.run_settings import MAY_CHANGE, compare_settings
 from trainer.runtime import Runtime
 from trainer.snapshot import Background, Snapshot
-from trainer.weights import architecture, weights_path
+from trainer.weights import weights_path
 
 
 class Checkpoint:
@@ -73,7 +74,7 @@ class Checkpoint:
         self._snapshot, self._background = Snapshot(), Background()
         self._dataset: RowDataset | StreamedRows | None = None
         self.about = {
-            "config": architecture(config) | {"max_seq_len": config.max_seq_len},
+            "config": architecture(config) | positions(config),
             "stage": stage,
             "tokenizer": tokenizer_hash(tokenizer),
             **_learned_from(args),
@@ -87,6 +88,7 @@ class Checkpoint:
             "held out of data_path": bool(args.eval_interval) and not args.eval_path,
             "tokenizer": self.about["tokenizer"],
             **architecture(config),
+            "rope_scaling": config.rope_scaling,
             **facts,
         }
         if args.max_seq_len > config.max_seq_len:

@@ -131,8 +131,9 @@ class Runtime:
         return signalled + late > 0, signalled + late + save > 0
 
     def finish(self, finished: bool) -> None:
-        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code, with
-        `EXIT_TIME_IS_UP`, or with the error given to `stop_because`. All ranks must call it: they wait until rank 0 has written what it had to."""
+        """The end of a stage. One that is not `finished`, as it was asked to stop, ends with the signal's exit code,
+        with `EXIT_TIME_IS_UP`, or with the error given to `stop_because`. All ranks must call it: they wait until
+        rank 0 has written what it had to."""
         if self._watchdog is not None:
             self._watchdog.stop()
         if self._preparation is not None:  # a rank that ends with an error code has torchrun kill the others soon

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from model.generation import warn_beyond_training
 from model.inference.answer import Answer, _Slot
 from model.inference.decoder import Decoder, Span
 from model.inference.request import Piece, Request, Token
@@ -63,6 +64,7 @@ class Engine:
         self._news: list[tuple[Answer, Piece]] = []  # not yet returned by a step
         self._numbers = itertools.count()
         self._steps = 0
+        self._warned = False  # that a text outgrows those trained on
 
     @property
     def waiting(self) -> int:
@@ -206,6 +208,8 @@ class Engine:
         hidden = self.decoder.read(spans)
 
         rows, predicted, first = [], [], 0  # hidden states that predict a token: of which answer, which of its ids
+        longest = max(span.start + n for span, n in zip(spans, slots.values(), strict=True))
+        self._warned = self._warned or warn_beyond_training(self.decoder.config, longest)
         for (slot, n), span in zip(slots.items(), spans, strict=True):
             slot.holds += slot.answer.keys[span.start : span.start + n]
             places = slot.answer.predicted(span.start, n)
