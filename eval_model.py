@@ -17,6 +17,7 @@ from trainer.arguments import (
     add_device_argument,
     add_model_arguments,
     add_sampling_arguments,
+    add_untold_arguments,
     non_negative_int,
     positive_int,
     sampling_settings,
@@ -51,6 +52,7 @@ def get_args():
         help="0: our .pth; 1: the transformers folder in --out_dir, also from convert_model.py",
     )
     add_model_arguments(parser)
+    add_untold_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
     add_device_argument(parser)
     parser.add_argument("--prompt", type=text, action="append", help="answer this and exit (may be repeated)")

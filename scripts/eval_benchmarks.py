@@ -23,6 +23,7 @@ from trainer.arguments import (
     Parser,
     add_device_argument,
     add_model_arguments,
+    add_untold_arguments,
     non_negative_int,
     positive_int,
     seed,
@@ -54,6 +55,7 @@ def get_args():
     who.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on")
     who.add_argument("--batch_size", type=positive_int, default=16, help="questions in flight")
     add_model_arguments(parser)
+    add_untold_arguments(parser)
     add_device_argument(who)
     out = parser.add_argument_group("what to write")
     out.add_argument("--output", type=Path, metavar="JSON", help="results; a chart, NAME.png, is drawn beside it")

@@ -23,6 +23,7 @@ from trainer.arguments import (
     add_device_argument,
     add_model_arguments,
     add_tower_argument,
+    add_untold_arguments,
     non_negative_float,
     non_negative_int,
     positive_int,
@@ -47,6 +48,7 @@ def get_args():
         "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: the transformers folder in --out_dir"
     )
     add_model_arguments(parser)
+    add_untold_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
     parser.add_argument("--vlm", action=BooleanFlag, help="serve a vision-language model: image parts in chats")
     add_tower_argument(parser)

@@ -15,11 +15,13 @@ from trainer import errors
 from trainer.errors import UserError
 
 MODEL = {"dim": 512, "n_layers": 8, "use_moe": False, "tokenizer": None, "out_dir": "out"}
+UNTOLD = {"num_experts_per_tok": None, "rope_theta": None, "inference_rope_scaling": False, "rope_scaling": None}
 TOWER = {"vision_model": "model/vision_model/clip-vit-base-patch16"}
 WRITING = {
     **{"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 0, "repetition_penalty": 1.0, "seed": None}
 }
-TRAINING = MODEL | {
+TRAINING = {
+    **MODEL | UNTOLD | {"generation": 2},
     **{"eval_path": None, "max_seq_len": 512, "packing": True, "skip_bad_lines": False, "num_workers": 0},
     **{"cache_limit": 50_000_000_000, "epochs": 1, "max_steps": 0, "accumulation_steps": 1, "optimizer": "adamw"},
     **{"grad_clip": 1.0, "seed": 42, "device": None, "dtype": None, "compile": None, "gradient_checkpointing": False},
@@ -69,7 +71,7 @@ DEFAULTS = {
         **{"from_weight": "pretrain_vlm", "multi": False},
     ),
     "eval_model": {
-        **MODEL | WRITING | ENGINE,
+        **MODEL | UNTOLD | WRITING | ENGINE,
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
     },
     "eval_vlm": {
@@ -82,7 +84,8 @@ DEFAULTS = {
         **{"stream": True, "hide_thinking": False},
     },
     "scripts.serve_openai_api": {
-        **MODEL | ENGINE | TOWER | {"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
+        **MODEL | UNTOLD | ENGINE | TOWER,
+        **{"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
         **{"max_concurrency": 16, "max_queue": 112, "host": "127.0.0.1", "port": 8998, "api_key": None, "cors": None},
         **{"keep_alive": 75, "drain_seconds": 30},
     },
@@ -114,7 +117,7 @@ DEFAULTS = {
     },
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
     "scripts.eval_benchmarks --tasks cmmlu": {
-        **MODEL | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
+        **MODEL | UNTOLD | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
         **{"control": None, "seed": 1234, "ppl": [], "window": 512, "compare": None, "weights": [], "model_mode": 1},
         **{"load": 0, "lora_name": None, "batch_size": 16, "device": None, "output": None, "log_samples": None},
         **{"submission": None, "resume": False, "overwrite": False},
@@ -159,7 +162,10 @@ DEFAULTS |= {
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(
-    ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta"),
+        "inference_rope_scaling",
+    )
 )
 CONVERSIONS = {
     "to-transformers weights folder": SIZES | {"lora": None},
@@ -274,6 +280,7 @@ CHOICES = {
         "dtype": ["float32", "bfloat16", "float16"],
         "optimizer": ["adamw", "muon"],
         "zero_stage": [0, 1, 2, 3],
+        "generation": [2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
     },
     "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1]},

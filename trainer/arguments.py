@@ -140,6 +140,38 @@ def check_mix(mix: list[tuple[str, float]]) -> None:
         raise UserError(f"--mix names {twice} twice: give its shares as one")
 
 
+def rope_scaling(text: str) -> dict:
+    """How positions are stretched, of "TYPE:FACTOR" or "TYPE:FACTOR:TRAINED", as a dict with transformers' names."""
+    kind, _, rest = text.partition(":")
+    factor, _, trained = rest.partition(":")
+    try:
+        if kind not in ("yarn", "ntk", "linear"):
+            raise ValueError
+        scaling = {"rope_type": kind, "factor": positive_float(factor)}
+        return scaling | ({"original_max_position_embeddings": positive_int(trained)} if trained else {})
+    except (ValueError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"must be yarn, ntk or linear, a factor and, where no json tells it, the trained length, such as yarn:4 or "
+            f"yarn:4:512, not {text}"
+        ) from None
+
+
+def add_untold_arguments(parser: argparse.ArgumentParser) -> None:
+    """What no shape of a tensor tells about a language model, for files without a json, and longer texts."""
+    group = parser.add_argument_group("what weights alone do not tell")
+    group.add_argument(
+        "--num_experts_per_tok", type=positive_int, help="experts per token (default: 2; of generation 3: 1)"
+    )
+    group.add_argument("--rope_theta", type=positive_float, help="base of the rotary positions (default: 1e6)")
+    group.add_argument("--inference_rope_scaling", action=BooleanFlag, help="MiniMind-3's YaRN, for 32,768 positions")
+    group.add_argument(
+        "--rope_scaling",
+        type=rope_scaling,
+        metavar="TYPE:FACTOR[:TRAINED]",
+        help="stretch the positions: yarn, ntk or linear",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that name a model: shared by training and by everything that loads its weights."""
     group = parser.add_argument_group("model")
@@ -202,6 +234,10 @@ def training_parser(description: str, **defaults) -> Parser:
     """A parser with the flags every training stage has; `defaults` are the stage's own."""
     parser = Parser(description)
     add_model_arguments(parser)
+    parser.add_argument(
+        "--generation", type=int, choices=(2, 3), default=2, help="layout: MiniMind2's or MiniMind-3's (default: 2)"
+    )
+    add_untold_arguments(parser)
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", help="training data, jsonl")
@@ -307,8 +343,19 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if args.use_wandb and args.tracker not in (None, "wandb"):
         raise UserError(f"--use_wandb means --tracker wandb, which contradicts --tracker {args.tracker}: choose one")
     check_mix(getattr(args, "mix", None) or [])
+    check_untold_arguments(args)
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
+
+
+def check_untold_arguments(args: argparse.Namespace) -> None:
+    """Refuse two scalings of the positions.
+
+    Raises:
+        UserError: both flags were given.
+    """
+    if args.inference_rope_scaling and args.rope_scaling:
+        raise UserError("--inference_rope_scaling is a --rope_scaling of its own: choose one")
 
 
 def deepspeed_config(args) -> dict:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.lm_dataset import RowDataset
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
+from trainer.architecture import architecture, positions
 from trainer.device import device_ids, random_state, set_random_state
 from trainer.errors import UserError
 from trainer.files import (
@@ -33,14 +34,15 @@ from trainer.parallel import full_state_dict, plain_model, require_same_weights
 from trainer.resume_files import damaged, last_saved, read_object, seal, unseal
 from trainer.run_lock import lock_run, read_owner
 from trainer.runtime import Runtime, Totals
-from trainer.weights import architecture, weights_path
+from trainer.weights import weights_path
 
 # A run that goes on must have every setting that it had, except these that change no number…
 MAY_CHANGE = (
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
     *("overwrite", "compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
     *("data_path", "mix", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
-    *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
+    *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better,
+    *("generation", "num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling"),  # and of these
 )
 MAY_CHANGE_WITH_NOTICE = (
     "epochs",
@@ -124,7 +126,7 @@ class Checkpoint:
         self.resuming = args.resume
         self._saved_step: int | None = None
         self.about = {
-            "config": architecture(config) | {"max_seq_len": config.max_seq_len},
+            "config": architecture(config) | positions(config),
             "stage": stage,
             "tokenizer": tokenizer_hash(tokenizer),
             **_learned_from(args),
@@ -138,6 +140,7 @@ class Checkpoint:
             "held out of data_path": bool(args.eval_interval) and not args.eval_path,
             "tokenizer": self.about["tokenizer"],
             **architecture(config),
+            "rope_scaling": config.rope_scaling,
             **facts,
         }
         if args.max_seq_len > config.max_seq_len:

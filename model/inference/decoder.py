@@ -18,17 +18,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.attention import rope_angles
-from model.feed_forward import MoEFeedForward
+from model.inference.blocks import effective_weight, parts_of_block
 from model.model import MiniMindLM
-from model.model_lora import LoRALinear
 from model.norm import RMSNorm
 
 PACKED_FOR = 512  # rows of input that oneDNN chooses the layout for; as good for one row here (benchmarks/generate.py)
 ROWS = 16  # more rows of input than these are filled up to a multiple of them
-SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe")
+SHAPE = (
+    *("generation", "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps"),
+    *("rope_theta", "rope_scaling", "use_moe"),
+)
 EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob")
 
 
@@ -88,7 +90,8 @@ class Decoder:
         self._layers = [self._layer(weights) for _ in range(config.n_layers)]
         self._norm, self._output = weights
         self._eps = torch.tensor(math.sqrt(config.dim * config.norm_eps), device=self.device)
-        cos, sin = rope_angles(torch.arange(slot_len, device=self.device)[None], config.head_dim, config.rope_theta)
+        places = torch.arange(slot_len, device=self.device)[None]
+        cos, sin = rope_angles(places, config.head_dim, config.rope_theta, config.rope_scaling)
         self._rope = torch.complex(cos, sin)[0]  # (slot_len, 1, head_dim / 2)
         shape = (config.n_layers, slots, slot_len, 2, config.n_kv_heads, config.head_dim)
         if self.device.type == "cpu":
@@ -118,36 +121,38 @@ class Decoder:
         """Copies of the model's weights as a pass reads them, in the order of `__init__`, one at a time."""
         yield self._copied(model.tok_embeddings.weight, self.dtype)
         for block in model.layers:
-            a, f = block.attention, block.feed_forward
-            yield self._scaled(block.attention_norm)
-            yield self._matrix(a.wq, a.wk, a.wv)
-            yield self._matrix(a.wo)
-            yield self._scaled(block.ffn_norm)
-            experts = [f]
-            if isinstance(f, MoEFeedForward):
-                yield self._copied(f.gate.weight, torch.float32)
-                experts = [*f.experts, *([f.shared_experts] if f.shared_experts is not None else [])]
-            for expert in experts:
-                yield self._matrix(expert.w1, expert.w3)
-                yield self._matrix(expert.w2)
+            parts = parts_of_block(block)
+            yield self._scaled(parts.attention_norm)
+            yield self._matrix(*parts.qkv)
+            yield self._matrix(parts.wo)
+            if parts.qk_norm is not None:
+                yield self._copied(parts.qk_norm, torch.float32)
+            yield self._scaled(parts.ffn_norm)
+            if parts.router is not None:
+                yield self._copied(parts.router, torch.float32)
+            for into, out_of in parts.experts:
+                yield self._matrix(*into)
+                yield self._matrix(out_of)
         yield self._scaled(model.norm)
-        yield self._matrix(model.output)
+        yield self._matrix(effective_weight(model.output))
 
     def _copied(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         return weight.detach().to(self.device, dtype, copy=True)
 
-    def _matrix(self, *linears: nn.Linear) -> Tensor:
-        """The weights of Linears that read the same input, one below the other, as `self._linear` takes them."""
-        weight = self._copied(torch.cat([_effective_weight(linear) for linear in linears]), self.dtype)
+    def _matrix(self, *weights: Tensor) -> Tensor:
+        """Matrices that read the same input, one below the other, as `self._linear` takes them."""
+        weight = self._copied(torch.cat(weights), self.dtype)
         return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self._packed else weight
 
     def _scaled(self, norm: RMSNorm) -> Tensor:
         return self._copied(norm.weight, torch.float32) * math.sqrt(self.config.dim)  # see _normed
 
     def _layer(self, weights: Iterator[Tensor]) -> tuple:
-        attention_norm, qkv, wo, ffn_norm = itertools.islice(weights, 4)
+        attention_norm, qkv, wo = itertools.islice(weights, 3)
+        qk_norm = next(weights) if self.config.generation == 3 else None
+        ffn_norm = next(weights)
         feed_forward = self._experts(weights) if self.config.use_moe else self._feed_forward(weights)
-        return attention_norm, qkv, wo, ffn_norm, feed_forward
+        return attention_norm, qkv, wo, qk_norm, ffn_norm, feed_forward
 
     def _feed_forward(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
         """(tokens, dim) -> the same, w2(silu(w1 x) * w3 x)."""
@@ -165,10 +170,11 @@ class Decoder:
         experts = [self._feed_forward(weights) for _ in range(self.config.n_routed_experts)]
         shared = self._feed_forward(weights) if self.config.n_shared_experts else None
         k, norm_topk_prob = self.config.num_experts_per_tok, self.config.norm_topk_prob
+        third = self.config.generation == 3  # where a single expert's weight becomes one
 
         def forward(x: Tensor) -> Tensor:
             weights, chosen = F.linear(x.float(), router).softmax(-1).topk(k, dim=-1)
-            if norm_topk_prob and k > 1:
+            if norm_topk_prob and (k > 1 or third):
                 weights = weights / weights.sum(-1, keepdim=True)
             order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs by expert, as in MoEFeedForward
             counts = torch.bincount(chosen.flatten(), minlength=len(experts)).tolist()
@@ -213,8 +219,11 @@ class Decoder:
         pairs = (len(tokens), -1, self.config.head_dim // 2, 2)
         # for each layer (slots * slot_len, 2 * n_kv_heads * head_dim): a row is a token's keys, then its values
         stores = self._kv.view(self.config.n_layers, self.slots * self.slot_len, -1).unbind(0)
-        for layer, (attention_norm, wqkv, wo, ffn_norm, feed_forward) in enumerate(self._layers):
+        for layer, (attention_norm, wqkv, wo, qk_norm, ffn_norm, feed_forward) in enumerate(self._layers):
             qkv = linear(self._normed(x, attention_norm), wqkv).float()  # (tokens, q, k and v side by side)
+            if qk_norm is not None:
+                heads = qkv[:, :rotated].unflatten(1, qk_norm.shape)  # (tokens, heads of q and k, head_dim)
+                heads.copy_(F.rms_norm(heads, heads.shape[-1:], eps=self.config.norm_eps).mul_(qk_norm))
             torch.view_as_complex(qkv[:, :rotated].view(pairs)).mul_(rope)  # a rotation is a product of complex numbers
             qkv = qkv.to(self._kv.dtype)
             stores[layer].index_copy_(0, rows, qkv[:, q_width:])
@@ -315,10 +324,6 @@ class Decoder:
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first `length` positions of two slots."""
         self._kv[:, [a, b], :length] = self._kv[:, [b, a], :length]
-
-
-def _effective_weight(linear: nn.Linear) -> Tensor:
-    return (linear.effective_weight() if isinstance(linear, LoRALinear) else linear.weight).detach()
 
 
 def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -351,5 +351,5 @@ def test_the_fields_of_experts_are_told_of_a_mixture_alone():
     assert moe - dense == of_experts
     assert dense == {
         *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe"),
-        *("bos_token_id", "eos_token_id"),
+        *("bos_token_id", "eos_token_id", "generation"),
     }
