@@ -17,6 +17,8 @@ from torch import Tensor
 
 from model.quantization import GROUP, dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
+Precision = torch.dtype | str  # torch.float32, torch.bfloat16, "int8" or "int4"
+
 PACKED_FOR = 512  # rows of input that oneDNN chooses the layout for; as good for one row (benchmarks/generate.py)
 ROW_CLASSES = (1, 16, 256)  # rows of input that kernels are timed for; each serves up to its number, the last all
 TIMED_WEIGHTS = 16_000_000  # more than a processor's caches hold, less than a second takes
@@ -105,7 +107,7 @@ INT8 = Kernel("int8", _keep_int8, _int8_kernel)
 INT4 = Kernel("int4", _keep_int4, _int4_kernel)
 
 
-def candidates(precision: torch.dtype | str, device: torch.device) -> list[Kernel]:
+def candidates(precision: Precision, device: torch.device) -> list[Kernel]:
     """The kernels for a precision on a device; the first is the one that serves all where only one may.
 
     Args:
@@ -147,14 +149,14 @@ class Kernels(NamedTuple):
         return self.by_class[next((i for i, most in enumerate(ROW_CLASSES) if rows <= most), -1)]
 
 
-def fixed_kernels(precision: torch.dtype | str, device: torch.device) -> Kernels:
+def fixed_kernels(precision: Precision, device: torch.device) -> Kernels:
     """One kernel for any number of rows, so that a row's result does not depend on the others."""
     return Kernels((candidates(precision, device)[0],) * len(ROW_CLASSES))
 
 
 @torch.inference_mode()
 def fastest_kernels(
-    precision: torch.dtype | str, device: torch.device, shapes: Sequence[tuple[int, int]], rounds: int = 5
+    precision: Precision, device: torch.device, shapes: Sequence[tuple[int, int]], rounds: int = 5
 ) -> Kernels:
     """The fastest kernel of each class on this machine, now: by its best of a few rounds over random matrices.
 
@@ -204,3 +206,21 @@ class Matrix:
         for keep, mine in self.kept.items():
             for old, new in zip(mine, keep(weight), strict=True):
                 old.copy_(new)
+
+
+class Embedding:
+    """A copy of the embedding matrix (vocab, dim): in 8 bits where the matrices have 8 or 4, else in their dtype."""
+
+    def __init__(self, weight: Tensor, precision: Precision):
+        self._quantized = isinstance(precision, str)
+        self.kept = quantize_int8(weight) if self._quantized else (weight.to(precision, copy=True),)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """tokens (n,) int64 -> (n, dim) fp32."""
+        rows = [part[tokens] for part in self.kept]
+        return dequantize_int8(*rows) if self._quantized else rows[0].float()
+
+    def copy_(self, weight: Tensor) -> None:
+        """Take the values of another weight (vocab, dim), in place."""
+        for old, new in zip(self.kept, quantize_int8(weight) if self._quantized else (weight,), strict=True):
+            old.copy_(new)
