@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from model.attention import rope_angles
 from model.inference.blocks import effective_weight, parts_of_block
+from model.inference.compiled_step import CompiledStep, best_time, row_kernel
 from model.inference.matrices import Embedding, Kernels, Matrix, Precision, fastest_kernels, fixed_kernels
 from model.model import MiniMindLM
 from model.norm import RMSNorm
@@ -30,6 +32,7 @@ SHAPE = (
     *("generation", "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps"),
     *("rope_theta", "rope_scaling", "use_moe"),
 )
+TIMED_BEHIND = 64  # keys and values that the steps attend to whose times are compared
 EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob")
 
 
@@ -59,6 +62,29 @@ class Span:
             yield from range(end, end + len(branch))
 
 
+class SwiGLU(NamedTuple):
+    """w2(silu(w1 x) * w3 x)."""
+
+    w13: Matrix
+    w2: Matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(tokens, dim) -> the same."""
+        gate, up = self.w13(x).chunk(2, -1)
+        return self.w2(F.silu(gate).mul_(up))
+
+
+class Layer(NamedTuple):
+    """What a block computes with: the norms' weights fp32, see `Decoder._normed`; qk_norm of generation 3 only."""
+
+    attention_norm: Tensor
+    wqkv: Matrix
+    wo: Matrix
+    qk_norm: Tensor | None
+    ffn_norm: Tensor
+    feed_forward: Callable[[Tensor], Tensor]
+
+
 class Decoder:
     """A snapshot of a model's weights, and the keys and values of `slots` requests of up to `slot_len` tokens each.
 
@@ -70,6 +96,10 @@ class Decoder:
             the matrices is fp32, as are keys and values on a CPU, whose attention is faster in it.
         deterministic: one kernel for any number of rows, so that an answer does not depend on its company; else the
             fastest for each, timed now.
+        compile: decode one answer by a compiled step, where that can be made and is faster; takes seconds.
+
+    Attributes:
+        compiled: whether there is such a step.
 
     Raises:
         ValueError: `slot_len` is beyond the model's `max_seq_len`; a matrix that int4 cannot divide into groups.
@@ -82,6 +112,7 @@ class Decoder:
         slot_len: int,
         dtype: Precision | None = None,
         deterministic: bool = True,
+        compile: bool = False,
     ):
         config = copy.deepcopy(model.config)
         if not 0 < slot_len <= config.max_seq_len:
@@ -91,7 +122,8 @@ class Decoder:
         self.device = model.tok_embeddings.weight.device
         self.precision = dtype or model.tok_embeddings.weight.dtype
         self.dtype = torch.float32 if isinstance(self.precision, str) else self.precision  # of what a matrix reads
-        self._kernels = self._pick_kernels(model, deterministic)
+        compile = compile and self.device.type == "cpu" and not config.use_moe
+        self._kernels = self._pick_kernels(model, deterministic, compile)
         self._weights = [self._keep(kind, weight) for kind, weight in self._weights_of(model)]
         weights = iter(self._weights)
         self._embeddings = next(weights)
@@ -106,6 +138,11 @@ class Decoder:
             self._kv = torch.from_numpy(np.zeros(shape, dtype=np.float32))  # pages come into being when written to
         else:
             self._kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._step = self._compile_step() if compile else None
+
+    @property
+    def compiled(self) -> bool:
+        return self._step is not None
 
     # ------------------------------------------------------------------------------------------------- the weights
 
@@ -124,6 +161,8 @@ class Decoder:
                 raise ValueError(f"the decoder was made for a model with {name} {ours}, and this one has {theirs}")
         for mine, (_, new) in zip(self._weights, self._weights_of(model), strict=True):
             mine.copy_(new)
+        if self._step is not None:
+            self._step.refresh(self._layers)
 
     def _weights_of(self, model: MiniMindLM) -> Iterator[tuple[str, Tensor]]:
         """What a pass reads, in the order of `__init__`, and as what: "embedding", "vector", "matrix" or "output"."""
@@ -155,7 +194,7 @@ class Decoder:
     def _scaled(self, norm: RMSNorm) -> Tensor:
         return norm.weight.detach().float() * math.sqrt(self.config.dim)  # see _normed
 
-    def _pick_kernels(self, model: MiniMindLM, deterministic: bool) -> dict[str, Kernels]:
+    def _pick_kernels(self, model: MiniMindLM, deterministic: bool, compile: bool) -> dict[str, Kernels]:
         """The kernels of the blocks' matrices and of the output's, which int4 leaves at 8 bits."""
         parts = parts_of_block(model.layers[0])
         layer = [
@@ -167,31 +206,25 @@ class Decoder:
         shapes = {"matrix": [tuple(weight.shape) for weight in layer], "output": [tuple(model.output.weight.shape)]}
         precisions = {"matrix": self.precision, "output": "int8" if self.precision == "int4" else self.precision}
         if deterministic:
-            return {kind: fixed_kernels(precisions[kind], self.device) for kind in shapes}
-        return {kind: fastest_kernels(precisions[kind], self.device, shapes[kind]) for kind in shapes}
+            kernels = {kind: fixed_kernels(precisions[kind], self.device) for kind in shapes}
+        else:
+            kernels = {kind: fastest_kernels(precisions[kind], self.device, shapes[kind]) for kind in shapes}
+        if compile:
+            kernels = {kind: k.with_first(row_kernel(precisions[kind])) for kind, k in kernels.items()}
+        return kernels
 
-    def _layer(self, weights: Iterator[Tensor]) -> tuple:
-        attention_norm, qkv, wo = itertools.islice(weights, 3)
+    def _layer(self, weights: Iterator) -> Layer:
+        attention_norm, wqkv, wo = itertools.islice(weights, 3)
         qk_norm = next(weights) if self.config.generation == 3 else None
         ffn_norm = next(weights)
-        feed_forward = self._experts(weights) if self.config.use_moe else self._feed_forward(weights)
-        return attention_norm, qkv, wo, qk_norm, ffn_norm, feed_forward
-
-    def _feed_forward(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
-        """(tokens, dim) -> the same, w2(silu(w1 x) * w3 x)."""
-        w13, w2 = next(weights), next(weights)
-
-        def forward(x: Tensor) -> Tensor:
-            gate, up = w13(x).chunk(2, -1)
-            return w2(F.silu(gate).mul_(up))
-
-        return forward
+        feed_forward = self._experts(weights) if self.config.use_moe else SwiGLU(next(weights), next(weights))
+        return Layer(attention_norm, wqkv, wo, qk_norm, ffn_norm, feed_forward)
 
     def _experts(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
         """(tokens, dim) -> the same, fp32: each token's best experts, weighted, and the shared one."""
         router = next(weights)
-        experts = [self._feed_forward(weights) for _ in range(self.config.n_routed_experts)]
-        shared = self._feed_forward(weights) if self.config.n_shared_experts else None
+        experts = [SwiGLU(next(weights), next(weights)) for _ in range(self.config.n_routed_experts)]
+        shared = SwiGLU(next(weights), next(weights)) if self.config.n_shared_experts else None
         k, norm_topk_prob = self.config.num_experts_per_tok, self.config.norm_topk_prob
         third = self.config.generation == 3  # where a single expert's weight becomes one
 
@@ -253,6 +286,51 @@ class Decoder:
             x += wo(attend(qkv[:, :q_width], layer).to(self.dtype))
             x += feed_forward(self._normed(x, ffn_norm))
         return self._normed(x, self._norm)
+
+    @torch.inference_mode()
+    def predict(self, spans: Sequence[Span], rows: Sequence[int]) -> Tensor:
+        """`read`, and the logits after some of the tokens.
+
+        Args:
+            rows: which of the tokens of all spans, counted one after another.
+
+        Returns:
+            (rows, vocab) fp32.
+        """
+        if self._step is not None and len(rows) == 1 and len(spans) == 1 and self._fits_step(spans[0]):
+            return self._step_through(spans[0])
+        hidden = self.read(spans)
+        if not rows:
+            return hidden.new_zeros(0, self.config.vocab_size, dtype=torch.float32)
+        return self.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+
+    @staticmethod
+    def _fits_step(span: Span) -> bool:
+        """A single token behind at least two: the compiled graph is made for any number of those but 0 and 1."""
+        return len(span.tokens) == 1 and span.start >= 2 and span.embeddings is None and not span.branches
+
+    def _step_through(self, span: Span) -> Tensor:
+        """One token through the compiled step -> logits (1, vocab)."""
+        angles = self._rope[span.start, 0]  # (head_dim / 2,) complex
+        x = self._embeddings(torch.tensor(span.tokens))[0]
+        past = self._kv[:, span.slot, : span.start]
+        logits, new = self._step(x, torch.stack((angles.real, angles.imag)), past)
+        self._kv[:, span.slot, span.start] = new
+        return logits[None]
+
+    @torch.inference_mode()
+    def _compile_step(self) -> CompiledStep | None:
+        """The compiled step, or None where it cannot be made or is not faster than `read` and `logits`."""
+        span = Span(0, min(TIMED_BEHIND, self.slot_len - 1), [0])
+        if not self._fits_step(span):
+            return None
+        try:
+            self._step = CompiledStep(self.config, self.precision, self._layers, self._norm, self._output)
+            compiled = best_time(lambda: self._step_through(span))
+        except Exception:  # no headers, no write access, an unknown chip: whatever it is, the eager pass works
+            return None
+        eager = best_time(lambda: self.logits(self.read([span])))
+        return self._step if compiled < eager else None
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

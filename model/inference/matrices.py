@@ -67,15 +67,17 @@ def _packed(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, None, "none", [], "")[:rows]
 
 
-def _keep_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return quantize_int8(weight)
+def _keep_int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The numbers int8, their scales fp32, and scales of 1 in bf16: PyTorch's kernel takes no others."""
+    q, scale = quantize_int8(weight)
+    return q, scale, torch.ones_like(scale, dtype=torch.bfloat16)
 
 
-def _int8_kernel(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), q, scale.bfloat16())
+def _int8_kernel(x: Tensor, q: Tensor, scale: Tensor, ones: Tensor) -> Tensor:
+    return torch.ops.aten._weight_int8pack_mm(x.bfloat16(), q, ones) * scale
 
 
-def _int8_widened(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+def _int8_widened(x: Tensor, q: Tensor, scale: Tensor, ones: Tensor) -> Tensor:
     return F.linear(x.float(), q.float()) * scale
 
 
@@ -148,6 +150,10 @@ class Kernels(NamedTuple):
         """The one for so many rows of input."""
         return self.by_class[next((i for i, most in enumerate(ROW_CLASSES) if rows <= most), -1)]
 
+    def with_first(self, kernel: Kernel) -> "Kernels":
+        """These, but one row of input goes to `kernel`."""
+        return Kernels((kernel, *self.by_class[1:]))
+
 
 def fixed_kernels(precision: Precision, device: torch.device) -> Kernels:
     """One kernel for any number of rows, so that a row's result does not depend on the others."""
@@ -180,7 +186,7 @@ def fastest_kernels(
                 for matrix, x in zip(matrices, inputs * layers, strict=False):  # a layer's or all layers'
                     kernel.multiply(x, *matrix)
                 best[kernel.name] = min(best[kernel.name], time.perf_counter() - started)
-        chosen.append(min(kernels, key=lambda kernel: best[kernel.name]))  # noqa: B023 - called at once
+        chosen.append(min(kernels, key=lambda kernel: best[kernel.name]))
     return Kernels(tuple(chosen))
 
 
