@@ -121,7 +121,7 @@ class QuantizationAwareLinear(nn.Linear):
 def make_quantization_aware(model: nn.Module, bits: int) -> None:
     """Let every matrix of the blocks learn to bear `bits`; names and shapes of the parameters stay.
 
-    The embedding and the output matrix, which int4 leaves at 8 bits, are trained as they are: int8 costs next to nothing.
+    The embedding and the output matrix, which int4 leaves at 8 bits, are trained as they are.
 
     Raises:
         ValueError: int4 does not divide a matrix; nothing is changed then.

@@ -73,10 +73,12 @@ DEFAULTS = {
     "eval_model": {
         **MODEL | UNTOLD | WRITING | ENGINE,
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
+        **{"dtype": None, "deterministic": False, "compile": None},
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
         **{"image_dir": "dataset/eval_images", "skip_bad_images": False, "system": None, "stream": True},
+        **{"dtype": None, "deterministic": False, "compile": None},
     },
     "scripts.chat_openai_api": {
         **{"base_url": "http://127.0.0.1:8998/v1", "api_key": None, "model": None, "system": None},
@@ -86,6 +88,7 @@ DEFAULTS = {
     "scripts.serve_openai_api": {
         **MODEL | UNTOLD | ENGINE | TOWER,
         **{"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
+        **{"deterministic": False, "compile": None},
         **{"max_concurrency": 16, "max_queue": 112, "host": "127.0.0.1", "port": 8998, "api_key": None, "cors": None},
         **{"keep_alive": 75, "drain_seconds": 30},
     },
@@ -283,9 +286,13 @@ CHOICES = {
         "generation": [2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
     },
-    "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1]},
+    "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16", "int8", "int4"]},
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
-    "scripts.serve_openai_api": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16"]},
+    "scripts.serve_openai_api": {
+        "model_mode": [0, 1, 2, 3],
+        "load": [0, 1],
+        "dtype": ["float32", "bfloat16", "int8", "int4"],
+    },
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
     "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "control": ["shuffle"]},
     "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0"]},

@@ -14,7 +14,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from model.attention import rope_angles
 from model.inference.blocks import effective_weight, parts_of_block
 from model.inference.compiled_step import CompiledStep, best_time, row_kernel
+from model.inference.layers import Experts, Layer, SwiGLU
 from model.inference.matrices import Embedding, Kernels, Matrix, Precision, fastest_kernels, fixed_kernels
 from model.model import MiniMindLM
 from model.norm import RMSNorm
@@ -60,29 +60,6 @@ class Span:
         yield from range(self.start, end)
         for branch in self.branches:
             yield from range(end, end + len(branch))
-
-
-class SwiGLU(NamedTuple):
-    """w2(silu(w1 x) * w3 x)."""
-
-    w13: Matrix
-    w2: Matrix
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(tokens, dim) -> the same."""
-        gate, up = self.w13(x).chunk(2, -1)
-        return self.w2(F.silu(gate).mul_(up))
-
-
-class Layer(NamedTuple):
-    """What a block computes with: the norms' weights fp32, see `Decoder._normed`; qk_norm of generation 3 only."""
-
-    attention_norm: Tensor
-    wqkv: Matrix
-    wo: Matrix
-    qk_norm: Tensor | None
-    ffn_norm: Tensor
-    feed_forward: Callable[[Tensor], Tensor]
 
 
 class Decoder:
@@ -220,26 +197,11 @@ class Decoder:
         feed_forward = self._experts(weights) if self.config.use_moe else SwiGLU(next(weights), next(weights))
         return Layer(attention_norm, wqkv, wo, qk_norm, ffn_norm, feed_forward)
 
-    def _experts(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
-        """(tokens, dim) -> the same, fp32: each token's best experts, weighted, and the shared one."""
+    def _experts(self, weights: Iterator) -> Experts:
         router = next(weights)
         experts = [SwiGLU(next(weights), next(weights)) for _ in range(self.config.n_routed_experts)]
         shared = SwiGLU(next(weights), next(weights)) if self.config.n_shared_experts else None
-        k, norm_topk_prob = self.config.num_experts_per_tok, self.config.norm_topk_prob
-        third = self.config.generation == 3  # where a single expert's weight becomes one
-
-        def forward(x: Tensor) -> Tensor:
-            weights, chosen = F.linear(x.float(), router).softmax(-1).topk(k, dim=-1)
-            if norm_topk_prob and (k > 1 or third):
-                weights = weights / weights.sum(-1, keepdim=True)
-            order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs by expert, as in MoEFeedForward
-            counts = torch.bincount(chosen.flatten(), minlength=len(experts)).tolist()
-            batches = zip(experts, x[order // k].split(counts), strict=True)
-            outs = torch.cat([expert(tokens) for expert, tokens in batches if len(tokens)])
-            out = (outs[order.argsort()].view(-1, k, x.size(1)).float() * weights[..., None]).sum(1)
-            return out if shared is None else out + shared(x)
-
-        return forward
+        return Experts(self.config, router, experts, shared)
 
     # ------------------------------------------------------------------------------------------------- one pass
 
