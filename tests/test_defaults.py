@@ -147,7 +147,8 @@ DEFAULTS |= {
         **{"out": "out/demo/contact_sheet.png", "data_dir": "dataset/demo", "out_dir": "out/demo", "dim": 256},
         **{"count": 24, "columns": 6, "seed": 1},
     },
-    "benchmarks.generate": MEASURED | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5},
+    "benchmarks.generate": MEASURED
+    | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5, "deterministic": False, "compile": True},
     "benchmarks.train_throughput --data_path FILE": {
         **MEASURED | {"data_path": "FILE", "batch_size": 8, "max_seq_len": 512, "rounds": 5, "seconds": 12},
         **{"compile": True, "optimizer": "adamw"},
@@ -295,7 +296,7 @@ CHOICES = {
     },
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
     "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "control": ["shuffle"]},
-    "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0"]},
+    "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0", "q4_0"]},
     "scripts.convert_model to-peft a b c": {"layout": ["llama", "minimind"]},
 }
 

@@ -60,7 +60,7 @@ def test_contenders_are_compared_with_the_first_round_by_round(clock, capsys):
 
 def test_writing_is_timed_for_real(monkeypatch, capsys):
     monkeypatch.setattr(generate, "llama_cpp", lambda *_: {})
-    flags = "--dim 64 --n_layers 1 --tokens 2 --rounds 1 --dtype float32 --device cpu"
+    flags = "--dim 64 --n_layers 1 --tokens 2 --rounds 1 --dtype float32 int4 --device cpu --compile 0"
     monkeypatch.setattr("sys.argv", ["generate.py", *flags.split()])
     generate.main()
     said = capsys.readouterr().out
