@@ -69,6 +69,7 @@ def get_args():
     parser.add_argument(
         "--votes", type=positive_int, default=1, help="sample this many answers and take a majority vote"
     )
+    parser.add_argument("--open_thinking", action=BooleanFlag, help="have a MiniMind-3 think before it answers")
     parser.add_argument("--hide_thinking", action=BooleanFlag, help="hide a reasoning model's thinking")
     return parser.parse_args()
 
@@ -79,18 +80,18 @@ def reply(engine, ids: list[int], args, by_hand: bool) -> str:
     from model.reasoning import majority
 
     settings = sampling_settings(args)
-    reasoning = args.model_mode == 3
+    reasoning = args.model_mode == 3 or args.open_thinking
     started, pieces, election = time.monotonic(), [], ""
     try:
         if args.votes == 1:
             texts = stream_texts(engine.stream(Request(prompt=ids, **settings)), pieces)
-            show(texts if args.stream else ["".join(texts)], reasoning, args.hide_thinking)
+            show(texts if args.stream else ["".join(texts)], reasoning, args.hide_thinking, args.open_thinking)
             answer = "".join(piece.text for piece in pieces)
         else:
             seeds = [None if args.seed is None else args.seed + i for i in range(args.votes)]
             pieces = engine.run(Request(prompt=ids, **settings | {"seed": seed}) for seed in seeds)
             answer, votes = majority([written.text for written in pieces])
-            show([answer], reasoning, args.hide_thinking)
+            show([answer], reasoning, args.hide_thinking, args.open_thinking)
             election = f"{votes} of {args.votes} votes, "
     except KeyboardInterrupt:
         if not by_hand:
@@ -133,7 +134,7 @@ def main():
                 if len(ids) > room:
                     raise ValueError(f"the text has {len(ids)} tokens, but only {room} fit")
             else:
-                ids, turns = fit_history(tokenizer, system, [*kept, asked], room)
+                ids, turns = fit_history(tokenizer, system, [*kept, asked], room, open_thinking=args.open_thinking)
         except ValueError as error:
             if not by_hand:
                 raise UserError(f"{question[:40]!r}: {error}") from None

@@ -100,6 +100,7 @@ class LMConfig(PretrainedConfig):
         self.rope_scaling = checked_scaling(rope_scaling)
         self.trained_seq_len = trained_seq_len
         self._check()
+        kwargs.pop("head_dim", None)  # which a folder of MiniMind-3's own has, and which follows from two others
         super().__init__(
             **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True} | kwargs
         )
@@ -119,6 +120,16 @@ class LMConfig(PretrainedConfig):
                 f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and "
                 f"n_routed_experts {self.n_routed_experts}"
             )
+
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions training has made good: the trained length, or what `rope_scaling` stretches it to.
+
+        None: not known.
+        """
+        scaling = self.rope_scaling or {}
+        stretched = scaling.get("factor", 0) * scaling.get("original_max_position_embeddings", 0)
+        return int(max(self.trained_seq_len or 0, stretched)) or None
 
     @property
     def head_dim(self) -> int:

@@ -74,6 +74,7 @@ DEFAULTS = {
         **MODEL | UNTOLD | WRITING | ENGINE,
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
         **{"dtype": None, "deterministic": False, "compile": None},
+        "open_thinking": False,
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
@@ -284,7 +285,6 @@ CHOICES = {
         "dtype": ["float32", "bfloat16", "float16"],
         "optimizer": ["adamw", "muon"],
         "zero_stage": [0, 1, 2, 3],
-        "generation": [2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
     },
     "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16", "int8", "int4"]},

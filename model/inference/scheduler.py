@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from model.generation import warn_beyond_training
 from model.inference.answer import Answer, _Slot
 from model.inference.decoder import Decoder, Span
 from model.inference.matrices import Precision
@@ -69,6 +70,7 @@ class Engine:
         self._news: list[tuple[Answer, Piece]] = []  # not yet returned by a step
         self._numbers = itertools.count()
         self._steps = 0
+        self._warned = False  # that a text outgrows those trained on
 
     @property
     def waiting(self) -> int:
@@ -209,6 +211,8 @@ class Engine:
         if not slots:
             return
         spans = [self._span(slot, n) for slot, n in slots.items()]
+        longest = max(span.start + n for span, n in zip(spans, slots.values(), strict=True))
+        self._warned = self._warned or warn_beyond_training(self.decoder.config, longest)
         rows, predicted, first = [], [], 0  # tokens whose successor is predicted: of which answer, which of its ids
         for (slot, n), span in zip(slots.items(), spans, strict=True):
             slot.holds += slot.answer.keys[span.start : span.start + n]
