@@ -70,14 +70,15 @@ def build_step(config: LMConfig, precision: Precision) -> Callable[..., tuple[Te
         return x * torch.rsqrt((x * x).sum() + config.dim * config.norm_eps) * weight
 
     def attend(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
-        """q (kv_heads, group, head_dim), k, v (kv_heads, head_dim), past (length, 2, kv_heads, head_dim) -> (dim,)."""
-        keys, values = past[:, 0, :, None], past[:, 1, :, None]  # (length, kv_heads, 1, head_dim)
-        scores = (q * keys).sum(-1)  # (length, kv_heads, group)
-        own = (q * k[:, None]).sum(-1)  # (kv_heads, group), of the token itself
-        largest = torch.maximum(scores.amax(0), own)
-        weights, own = (scores - largest).exp(), (own - largest).exp()
-        out = (weights[..., None] * values).sum(0) + own[..., None] * v[:, None]
-        return (out / (weights.sum(0) + own)[..., None]).reshape(-1)
+        """q (kv_heads, group, head_dim), k, v (kv_heads, head_dim), past (length, 2, kv_heads, head_dim) -> (dim,).
+
+        To the past by PyTorch's kernel, whose softmax is left open: the token itself joins by the sum of exponentials.
+        """
+        keys, values = past.permute(1, 2, 0, 3)[:, None].unbind(0)  # (1, kv_heads, length, head_dim)
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], keys, values)
+        own = (q * k[:, None]).sum(-1) / math.sqrt(head_dim)  # (kv_heads, group)
+        part = torch.sigmoid(own - log_sum[0])[..., None]  # of the attention that the token gives itself
+        return (out[0] * (1 - part) + v[:, None] * part).reshape(-1)
 
     def step(x: Tensor, rope: Tensor, past: Tensor, w: Stacked) -> tuple[Tensor, Tensor, list[Tensor]]:
         stored = []
@@ -96,7 +97,7 @@ def build_step(config: LMConfig, precision: Precision) -> Callable[..., tuple[Te
             even, odd = qk.view(-1, head_dim // 2, 2).unbind(-1)
             cos, sin = rope[0], rope[1]
             qk = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).view(-1, head_dim)
-            q = (qk[:heads] / math.sqrt(head_dim)).view(kv_heads, -1, head_dim)
+            q = qk[:heads].view(kv_heads, -1, head_dim)
             k, v = qk[heads:], v.view(kv_heads, head_dim)
             new.append(torch.stack((k, v)))
             attended = store(attend(q, k, v, past[layer]))
