@@ -41,7 +41,7 @@ LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
     "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None),
-    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None),
+    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None, qat=None),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
         **{"max_seq_len": 1024, "epochs": 2, "from_weight": "full_sft"},
@@ -147,6 +147,9 @@ DEFAULTS |= {
     "scripts.contact_sheet": {
         **{"out": "out/demo/contact_sheet.png", "data_dir": "dataset/demo", "out_dir": "out/demo", "dim": 256},
         **{"count": 24, "columns": 6, "seed": 1},
+    },
+    "benchmarks.few_bits W --ppl=FILE": {
+        **{"weights": ["W"], "ppl": "FILE", "limit": None, "tokenizer": None, "plot": None},
     },
     "benchmarks.generate": MEASURED
     | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5, "deterministic": False, "compile": True},
@@ -286,6 +289,7 @@ CHOICES = {
         "optimizer": ["adamw", "muon"],
         "zero_stage": [0, 1, 2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
+        "qat": ["int8", "int4"],
     },
     "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16", "int8", "int4"]},
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},

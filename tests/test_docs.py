@@ -24,6 +24,7 @@ PAGES = (
         "docs/vision",
         "docs/results",
         "docs/serving",
+        "docs/quantization",
     ),
     *("docs/benchmarks", "docs/formats", "docs/coming_from_minimind2", "docs/troubleshooting", "docs/glossary"),
 )
