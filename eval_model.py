@@ -15,6 +15,7 @@ from trainer.arguments import (
     BooleanFlag,
     Parser,
     add_device_argument,
+    add_engine_arguments,
     add_model_arguments,
     add_sampling_arguments,
     add_untold_arguments,
@@ -61,6 +62,7 @@ def get_args():
         "--history_cnt", type=non_negative_int, default=0, help="earlier question-answer pairs kept in the prompt"
     )
     add_sampling_arguments(parser)
+    add_engine_arguments(parser)
     parser.add_argument(
         "--stream", action=BooleanFlag, default=True, help="print tokens as they are generated (default: on)"
     )
@@ -108,15 +110,14 @@ def main():
             f"--votes {args.votes} at --temperature 0 is {args.votes} times the same answer: raise --temperature"
         )
     from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
-    from model.inference.scheduler import Engine
     from trainer.device import pick_device
-    from trainer.loading import load_by_flags
+    from trainer.loading import load_by_flags, open_engine
 
     device = pick_device(args.device)
     model, tokenizer = load_by_flags(args)
     model.to(device)
     room = room_for_prompt(model.config.max_seq_len, args.max_new_tokens)
-    engine = Engine(model, tokenizer, slots=args.votes)
+    engine = open_engine(model, tokenizer, args, slots=args.votes)
     pretrained = args.model_mode == 0
     samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
     system = [{"role": "system", "content": args.system}] if args.system else []

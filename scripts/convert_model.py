@@ -19,7 +19,7 @@ import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the pac
 from trainer.arguments import BooleanFlag, Parser, positive_float, positive_int
 from trainer.errors import UserError, run_main
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 LAYOUTS = ("llama", "minimind")
 
 

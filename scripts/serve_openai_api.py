@@ -21,6 +21,7 @@ from trainer.arguments import (
     BooleanFlag,
     Parser,
     add_device_argument,
+    add_engine_arguments,
     add_model_arguments,
     add_tower_argument,
     add_untold_arguments,
@@ -31,6 +32,7 @@ from trainer.arguments import (
 from trainer.errors import UserError, print_notice, run_main
 
 API_KEY = "MINIMIND_API_KEY"
+COMPILE_FROM = 10_000_000  # parameters; the decode step of a smaller model is fast enough as it is
 LAST_WORDS = 5  # seconds in which answers that were cut off are told so
 THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits too long for the one that sends
 
@@ -64,7 +66,7 @@ def get_args():
     )
     group = parser.add_argument_group("machine")
     add_device_argument(group)
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
+    add_engine_arguments(group, dtype="float32")
     group.add_argument("--max_concurrency", type=positive_int, default=16, help="maximum concurrent answers")
     group.add_argument(
         "--max_queue", type=non_negative_int, default=112, help="maximum queued answers; beyond it clients get 429"
@@ -197,15 +199,15 @@ def main():
     args = get_args()
     api_key = args.api_key or os.environ.get(API_KEY) or None
     sock = listen(args.host, args.port)
-    from model.inference.scheduler import Engine
     from model.inference.thread import EngineThread
     from scripts.serving.app import make_app
     from scripts.serving.fetch_images import ImageFetcher
     from scripts.serving.requests import ServerState
-    from trainer.device import DTYPES
+    from trainer.loading import open_engine
 
     model, tokenizer, place_images = load(args)
-    engine = Engine(model, tokenizer, slots=args.max_concurrency, dtype=DTYPES[args.dtype])
+    worth_compiling = sum(parameter.numel() for parameter in model.parameters()) >= COMPILE_FROM
+    engine = open_engine(model, tokenizer, args, slots=args.max_concurrency, compile_by_default=worth_compiling)
     del model  # the engine has its own copy of the weights
     if args.host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         print_notice(

@@ -43,7 +43,7 @@ LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
     "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None, **STREAM),
-    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None, **STREAM),
+    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None, qat=None, **STREAM),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
         **{"max_seq_len": 1024, "epochs": 2, "from_weight": "full_sft"},
@@ -75,11 +75,13 @@ DEFAULTS = {
     "eval_model": {
         **MODEL | UNTOLD | WRITING | ENGINE,
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
+        **{"dtype": None, "deterministic": False, "compile": None},
         "open_thinking": False,
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
         **{"image_dir": "dataset/eval_images", "skip_bad_images": False, "system": None, "stream": True},
+        **{"dtype": None, "deterministic": False, "compile": None},
     },
     "scripts.chat_openai_api": {
         **{"base_url": "http://127.0.0.1:8998/v1", "api_key": None, "model": None, "system": None},
@@ -89,6 +91,7 @@ DEFAULTS = {
     "scripts.serve_openai_api": {
         **MODEL | UNTOLD | ENGINE | TOWER,
         **{"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
+        **{"deterministic": False, "compile": None},
         **{"max_concurrency": 16, "max_queue": 112, "host": "127.0.0.1", "port": 8998, "api_key": None, "cors": None},
         **{"keep_alive": 75, "drain_seconds": 30},
     },
@@ -153,7 +156,11 @@ DEFAULTS |= {
         **{"out": "out/demo/contact_sheet.png", "data_dir": "dataset/demo", "out_dir": "out/demo", "dim": 256},
         **{"count": 24, "columns": 6, "seed": 1},
     },
-    "benchmarks.generate": MEASURED | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5},
+    "benchmarks.few_bits W --ppl=FILE": {
+        **{"weights": ["W"], "ppl": "FILE", "limit": None, "tokenizer": None, "plot": None},
+    },
+    "benchmarks.generate": MEASURED
+    | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5, "deterministic": False, "compile": True},
     "benchmarks.train_throughput --data_path FILE": {
         **MEASURED | {"data_path": "FILE", "batch_size": 8, "max_seq_len": 512, "rounds": 5, "seconds": 12},
         **{"compile": True, "optimizer": "adamw"},
@@ -316,10 +323,15 @@ CHOICES = {
         "optimizer": ["adamw", "muon"],
         "zero_stage": [0, 1, 2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
+        "qat": ["int8", "int4"],
     },
-    "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1]},
+    "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16", "int8", "int4"]},
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
-    "scripts.serve_openai_api": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16"]},
+    "scripts.serve_openai_api": {
+        "model_mode": [0, 1, 2, 3],
+        "load": [0, 1],
+        "dtype": ["float32", "bfloat16", "int8", "int4"],
+    },
     "scripts.plan": {
         "dtype": ["float32", "bfloat16", "float16"],
         "optimizer": ["adamw", "muon"],
@@ -327,7 +339,7 @@ CHOICES = {
     },
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
     "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "control": ["shuffle"]},
-    "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0"]},
+    "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0", "q4_0"]},
     "scripts.convert_model to-peft a b c": {"layout": ["llama", "minimind"]},
 }
 

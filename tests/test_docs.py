@@ -25,6 +25,7 @@ PAGES = (
         "docs/vision",
         "docs/results",
         "docs/serving",
+        "docs/quantization",
     ),
     *("docs/scaling", "docs/windows"),
     *("docs/benchmarks", "docs/formats", "docs/generations", "docs/coming_from_minimind2", "docs/troubleshooting"),

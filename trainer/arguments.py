@@ -10,6 +10,7 @@ from trainer.errors import UserError, print_notice
 from trainer.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # of the weights of a model that writes
 FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
@@ -202,6 +203,34 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--repetition_penalty", type=positive_float, help="1: none")
     group.add_argument("--seed", type=seed, default=None, help="makes sampling reproducible")
     parser.set_defaults(**SAMPLING)
+
+
+def add_engine_arguments(parser, dtype: str | None = None) -> None:
+    """How the inference engine keeps the weights and multiplies by them, of a parser or of a group of one;
+    `trainer.loading.open_engine` reads them.
+
+    Args:
+        dtype: the default; None = as the weights are.
+    """
+    parser.add_argument(
+        "--dtype",
+        choices=PRECISIONS,
+        default=dtype,
+        help=f"precision of the weights in memory (default: {dtype or 'as saved'})",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action=BooleanFlag,
+        help="one kernel for any number of concurrent answers, not the fastest for each: "
+        "an answer does not depend on its company",
+    )
+    parser.add_argument(
+        "--compile",
+        action=BooleanFlag,
+        default=None,
+        help="compile the decode step of an answer that runs alone: up to twice as fast on a CPU, "
+        "half a minute at the first start (default: only in the server, for models of 10M parameters or more)",
+    )
 
 
 def sampling_settings(args: argparse.Namespace) -> dict:

@@ -6,9 +6,12 @@ from pathlib import Path
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from model import MiniMindLM
+from model.inference.scheduler import Engine
 from model.model_lora import merge_lora, remove_lora
 from model.model_vlm import MiniMindVLM
 from trainer.architecture import SIZES, untold_sizes
+from trainer.device import DTYPES
+from trainer.errors import UserError
 from trainer.folder_layouts import check_config, require_folder
 from trainer.vision import Vision, load_vlm, open_vision
 from trainer.weights import (
@@ -102,6 +105,29 @@ def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
     if path.is_file() and read_settings(path) is None:
         sizes |= {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
     return load_for_inference(path, tokenizer, find_adapter(args.lora_name, args), **sizes)
+
+
+def open_engine(
+    model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, args, slots: int, compile_by_default: bool = False
+) -> Engine:
+    """An inference engine by the flags of `trainer.arguments.add_engine_arguments`.
+
+    Raises:
+        UserError: the model's matrices cannot take the precision.
+    """
+    compile = compile_by_default if args.compile is None else args.compile
+    try:
+        return Engine(
+            model,
+            tokenizer,
+            slots,
+            None,
+            dtype=DTYPES.get(args.dtype, args.dtype),
+            deterministic=args.deterministic,
+            compile=compile,
+        )
+    except ValueError as error:
+        raise UserError(f"--dtype {args.dtype}: {error}") from error
 
 
 def load_vlm_by_flags(args) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:

@@ -30,6 +30,7 @@ DTYPES = {  # of matrices, by the name on the command line: how a tensor is stor
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),  # the embedding in q8_0
 }
 TENSOR_NAME = {
     "tok_embeddings": "token_embd",
@@ -93,16 +94,16 @@ def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path
         name: by which llama.cpp introduces the model.
 
     Raises:
-        UserError: a MoE of generation 2, a tokenizer that llama.cpp does not know, or a width that q8_0's blocks of 32
+        UserError: a MoE of generation 2, a tokenizer that llama.cpp does not know, or a width that blocks of 32
             do not divide.
     """
     config = model.config
     third = config.generation == 3
     if config.use_moe and not third:
         raise UserError("GGUF export does not support MoE: use to-transformers, which writes a Qwen2-MoE")
-    if dtype == "q8_0" and (config.dim % 32 or config.hidden_dim % 32):
+    if dtype.startswith("q") and (config.dim % 32 or config.hidden_dim % 32):
         raise UserError(
-            f"q8_0 stores blocks of 32, but dim {config.dim} and hidden_dim {config.hidden_dim} are not multiples"
+            f"{dtype} stores blocks of 32, but dim {config.dim} and hidden_dim {config.hidden_dim} are not multiples"
         )
     storage, file_type = DTYPES[dtype]
     writer = gguf.GGUFWriter(path, ("qwen3moe" if config.use_moe else "qwen3") if third else "llama")
@@ -128,6 +129,8 @@ def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path
     for their_name, value in (_tensors_of_3 if third else _tensors_of_2)(model.state_dict()):
         matrix = value.dim() >= 2 and not their_name.endswith("ffn_gate_inp")
         kind = storage if matrix else gguf.GGMLQuantizationType.F32
+        if dtype == "q4_0" and their_name == "token_embd":  # also the output matrix
+            kind = gguf.GGMLQuantizationType.Q8_0
         packed = gguf.quants.quantize(value.float().cpu().numpy(), kind)
         writer.add_tensor(f"{their_name}.weight", packed, raw_dtype=kind)
     writer.write_header_to_file()
