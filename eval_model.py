@@ -41,7 +41,11 @@ SAMPLE_BEGINNINGS = ("中国的首都是", "一年有十二个", "The capital of
 def get_args():
     parser = Parser(__doc__)
     parser.add_argument(
-        "--model_mode", type=int, choices=range(4), default=1, help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason"
+        "--model_mode",
+        type=int,
+        choices=range(6),
+        default=1,
+        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 grpo, 5 ppo",
     )
     parser.add_argument(
         "--load",
@@ -75,7 +79,7 @@ def reply(engine, ids: list[int], args, by_hand: bool) -> str:
     from model.reasoning import majority
 
     settings = sampling_settings(args)
-    reasoning = args.model_mode == 3
+    reasoning = args.model_mode >= 3
     started, pieces, election = time.monotonic(), [], ""
     try:
         if args.votes == 1:

@@ -58,6 +58,12 @@ DEFAULTS = {
         *("r1_mix_1024", 8, 3e-4, 20),
         **{"max_seq_len": 1024, "from_weight": "rlhf", "mix": None, "tag_weight": 10.0},
     ),
+    "train_grpo": stage(
+        *("rl_math", 8, 1e-5, 10),
+        **{"max_seq_len": 1024, "packing": False, "from_weight": "reason", "group_size": 8, "max_new_tokens": 512},
+        **{"rewards": ["format:0.2", "accuracy:1"], "temperature": 1.0, "loss": "grpo", "beta": 0.0, "epsilon": None},
+        **{"epsilon_high": None, "updates_per_rollout": 1, "resample": None},
+    ),
     "train_pretrain_vlm": stage(
         *("pretrain_vlm_data", 16, 4e-4, 0),
         **{"max_seq_len": 640, "epochs": 4, "images_path": "dataset/pretrain_images"} | LOOKING,
@@ -236,6 +242,10 @@ LEAST = {
     "train_dpo": {"beta": None},
     "train_lora": {"rank": 1},
     "train_distillation": {"temperature": None},
+    "train_grpo": {
+        **{"group_size": 1, "max_new_tokens": 1, "updates_per_rollout": 1, "resample": 0, "beta": 0},
+        **dict.fromkeys(("temperature", "epsilon", "epsilon_high")),
+    },
     "train_pretrain_vlm": {"unfreeze_last": 0},
     "eval_model": {
         **{"max_new_tokens": 1, "temperature": 0, "top_p": None, "top_k": 0, "repetition_penalty": None, "seed": 0},
@@ -276,11 +286,12 @@ CHOICES = {
         "zero_stage": [0, 1, 2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
     },
-    "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1]},
+    "train_grpo": {"loss": ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]},
+    "eval_model": {"model_mode": [0, 1, 2, 3, 4, 5], "load": [0, 1]},
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
-    "scripts.serve_openai_api": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16"]},
+    "scripts.serve_openai_api": {"model_mode": [0, 1, 2, 3, 4, 5], "load": [0, 1], "dtype": ["float32", "bfloat16"]},
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
-    "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "control": ["shuffle"]},
+    "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3, 4, 5], "load": [0, 1], "control": ["shuffle"]},
     "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0"]},
     "scripts.convert_model to-peft a b c": {"layout": ["llama", "minimind"]},
 }

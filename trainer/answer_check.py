@@ -33,8 +33,8 @@ class Quantity(NamedTuple):
 def is_right_answer(answer: str, expected: str) -> bool:
     """Whether `answer` says what is expected, and nothing beside it.
 
-    Numbers are compared by value, so that "= 42.", full-width digits, "四十二", "42.0" and "84/2" are all 42, and "1,234"
-    is 1234. A unit behind the answer's number is ignored where none is expected ("42 apples" for 42); where one is, it
+    Numbers are compared by value, so that "= 42.", full-width digits, "四十二", "42.0" and "84/2" are all 42, and
+    "1,234" is 1234. A unit behind the number is ignored where none is expected ("42 apples" for 42); where one is, it
     must be there. Two numbers are two answers, and never right. What is not a number is compared as text; letter case,
     spacing and the punctuation around it do not count.
     """
