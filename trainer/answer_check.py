@@ -64,7 +64,8 @@ def _plain(text: str) -> str:
 
 
 def _with_digits(text: str) -> str:
-    """Chinese numbers as digits: 四十二 -> 42, 三分之二 -> 2/3, 负三点五 -> -3.5. A text of one language alone."""
+    """Chinese numbers as digits: 四十二 -> 42, 三分之二 -> 2/3, 负三点五 -> -3.5, 1.5万 -> 15000."""
+    text = re.sub(r"负(?=\d)", "-", text)
     text = MIXED.sub(lambda m: str(Fraction(m[1]) * GROUPS[m[2]]), text)
     text = CHINESE_FRACTION.sub(lambda m: _fraction(*m.groups()), text)
     return CHINESE_NUMBER.sub(lambda m: _number(m[0]), text)
