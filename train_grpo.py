@@ -104,7 +104,7 @@ def main():
     loader, held_out = open_data(asking_for(args.max_new_tokens), args, tokenizer, run)
     total_steps = count_steps(loader, args)
     resample = variant.resample if args.resample is None else args.resample
-    rollouts = Rollouts(model, tokenizer, loader.dataset, args, rewards, variant.scale, resample)
+    rollouts = Rollouts(model, tokenizer, loader.dataset, args, rewards, args.group_size, variant.scale, resample)
 
     # Optimizer
     optimizer = make_optimizer(model, args)
@@ -131,7 +131,7 @@ def main():
             for i, batch in enumerate(batches):
                 sync_gradients(model, last=i == len(batches) - 1)
                 batch = run.to_device(batch)
-                labels, advantages = batch.pop("labels"), batch.pop("advantages")
+                labels, advantages, _ = (batch.pop(name) for name in ("labels", "advantages", "rewards"))
                 mask = labels[:, 1:] != IGNORE_INDEX  # (answers, n - 1)
                 with run.autocast():
                     out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)

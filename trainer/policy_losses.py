@@ -164,10 +164,17 @@ LOSSES = {
 
 
 @torch.no_grad()
-def clipped_tokens(log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: Clip, loss: str) -> Tensor:
+def clipped_tokens(
+    log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: Clip, loss: str = "grpo"
+) -> Tensor:
     """How many tokens have a ratio beyond the bound that their advantage is held to, and so teach nothing more (by
-    cispo: count less), fp32 scalar. By gspo all tokens of an answer are, or none."""
+    cispo: count less), fp32 scalar. By gspo all tokens of an answer are, or none.
+
+    Args:
+        advantages: of each answer, (answers,), or of each token, (answers, n).
+    """
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
     ratios = (_answer_ratios if loss == "gspo" else _ratios)(log_probs, old, mask)
-    above = (ratios > 1 + clip.high) & (advantages[:, None] > 0)
-    below = (ratios < 1 - clip.low) & (advantages[:, None] < 0)
+    above = (ratios > 1 + clip.high) & (advantages > 0)
+    below = (ratios < 1 - clip.low) & (advantages < 0)
     return ((above | below) & mask).sum().float()

@@ -22,7 +22,8 @@ from trainer.rewards import Reply, WeighedReward, judge
 from trainer.runtime import Runtime
 
 SLOTS = 128  # answers written at once at most
-ROLLOUT_METRICS = ("reward", "length", "finished", "no_signal", "resampled", "writing_seconds")
+OF_ANSWERS = ("reward", "length", "finished")  # what is reported, summed over answers,
+OF_GROUPS = ("no_signal", "resampled")  # and over groups, where an answer has others beside it
 Batch = dict[str, Tensor]
 
 
@@ -87,8 +88,9 @@ class Rollouts:
 
     Args:
         dataset: where the questions come from.
-        args: seed, group_size, temperature, batch_size, accumulation_steps, max_seq_len, max_new_tokens.
+        args: seed, temperature, batch_size, accumulation_steps, max_seq_len, max_new_tokens.
         rewards: the rules.
+        group_size: answers to each question.
         scale: divide advantages by the standard deviation of the group's rewards.
         resample: how often a question whose answers all got the same is replaced by another.
     """
@@ -100,15 +102,18 @@ class Rollouts:
         dataset: RLDataset,
         args,
         rewards: Sequence[WeighedReward],
-        scale: bool,
-        resample: int,
+        group_size: int,
+        scale: bool = True,
+        resample: int = 0,
     ):
-        self.args, self.rewards, self.scale, self.resample = args, rewards, scale, resample
+        self.args, self.rewards, self.group_size = args, rewards, group_size
+        self.scale, self.resample = scale, resample
         self.dataset = dataset
-        asked = args.batch_size * args.accumulation_steps * args.group_size
+        asked = args.batch_size * args.accumulation_steps * group_size
         self.writer = Writer(model, tokenizer, asked, args.max_seq_len, args.max_new_tokens)
         self._numbers = dataset.numbers
-        self.names = [*ROLLOUT_METRICS, *(f"reward_{reward.name}" for reward in rewards)]
+        groups = OF_GROUPS if group_size > 1 else ()
+        self.names = [*OF_ANSWERS, *groups, *(f"reward_{reward.name}" for reward in rewards), "writing_seconds"]
 
     def write(self, model: nn.Module, questions: Sequence[Batch], step: int) -> tuple[list[Batch], dict[str, float]]:
         """A step's answers.
@@ -118,8 +123,8 @@ class Rollouts:
 
         Returns:
             for each of these a micro-batch of answers, `group_size` rows a question: input_ids, labels, position_ids,
-            attention_mask (answers, n) as `collate` makes them, the labels being the answer's tokens, and advantages
-            (answers,); and sums over this rank's answers by `names`, with "answers" and "groups", how many there are.
+            attention_mask (answers, n) as `collate` makes them, the labels being the answer's tokens, and rewards and
+            advantages within the group, (answers,); and sums over this rank's answers by `names`, with "answers" and "groups", how many there are.
         """
         started = time.monotonic()
         self.writer.refresh(model)
@@ -129,7 +134,8 @@ class Rollouts:
         batches, at = [], iter(groups)
         for numbers in asked:
             batches.append(self._rows([self._counted(next(at), sums) for _ in numbers]))
-        sums["resampled"] = float(self._resampled)
+        if self.group_size > 1:
+            sums["resampled"] = float(self._resampled)
         sums["writing_seconds"] = time.monotonic() - started
         return batches, sums
 
@@ -149,7 +155,7 @@ class Rollouts:
         return groups
 
     def _written(self, numbers: list[int], step: int, attempt: int) -> list[Group]:
-        size, seed = self.args.group_size, self.args.seed
+        size, seed = self.group_size, self.args.seed
         prompts = [self.dataset.prompt(number) for number in numbers]
         seeds = [sampling_seed(seed, step, number, k, attempt) for number in numbers for k in range(size)]
         answers = self.writer.write([p for p in prompts for _ in range(size)], seeds, self.args.temperature)
@@ -169,7 +175,8 @@ class Rollouts:
         sums["reward"] += sum(group.rewards)
         sums["length"] += sum(len(answer.ids) for answer in group.answers)
         sums["finished"] += sum(answer.finished for answer in group.answers)
-        sums["no_signal"] += float(without_signal(torch.tensor([group.rewards])))
+        if self.group_size > 1:
+            sums["no_signal"] += float(without_signal(torch.tensor([group.rewards])))
         for i, reward in enumerate(self.rewards):
             sums[f"reward_{reward.name}"] += sum(values[i] for values in group.parts)
         return group
@@ -177,10 +184,11 @@ class Rollouts:
     def _rows(self, groups: Sequence[Group]) -> Batch:
         """A micro-batch; without any questions a row of padding, on which the rank computes nothing with the others."""
         if not groups:
-            return collate([_row([], [])]) | {"advantages": torch.zeros(1)}
+            return collate([_row([], [])]) | {"rewards": torch.zeros(1), "advantages": torch.zeros(1)}
         items = [_row(self.dataset.prompt(group.number), answer.ids) for group in groups for answer in group.answers]
         rewards = torch.tensor([group.rewards for group in groups])
-        return collate(items) | {"advantages": group_advantages(rewards, self.scale).flatten()}
+        advantages = group_advantages(rewards, self.scale)
+        return collate(items) | {"rewards": rewards.flatten(), "advantages": advantages.flatten()}
 
 
 def reply_of(dataset: RLDataset, number: int, answer: Written, limit: int) -> Reply:
@@ -222,7 +230,7 @@ def evaluate_answers(
 
     def measure() -> list[float]:
         writer.refresh(model)
-        loader = held_out_loader(held_out, args.batch_size * args.group_size, run)
+        loader = held_out_loader(held_out, args.batch_size, run)
         numbers = [number for (batch,) in loader.steps() for number in _numbers_in(batch)]
         answers = writer.write([held_out.prompt(number) for number in numbers], [None] * len(numbers), 0.0)
         sums = [0.0] * (3 + len(rewards))
