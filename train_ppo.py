@@ -8,7 +8,6 @@ judged by rules, or with --reward_model by out/reward_D.pth.
     torchrun --nproc_per_node 2 train_ppo.py                  several GPUs (or processes): DDP
 """
 
-import copy
 import math
 import time
 
@@ -19,16 +18,7 @@ from dataset.rl_dataset import asking_for
 from model.actor_critic import CRITIC, ActorCritic
 from model.fingerprint import hash_weights
 from model.loss import IGNORE_INDEX, target_mask
-from trainer.advantages import (
-    AdaptiveKL,
-    Experience,
-    WithCritic,
-    clipped_policy_loss,
-    clipped_value_loss,
-    generalised_advantages,
-    token_rewards,
-    whiten,
-)
+from trainer.advantages import AdaptiveKL, clipped_policy_loss, clipped_value_loss
 from trainer.arguments import (
     ROOT,
     check_training_arguments,
@@ -41,10 +31,11 @@ from trainer.arguments import (
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import UserError, run_main
+from trainer.experience import WithCritic, answers_alone, gather_experience
 from trainer.metrics import Metrics
 from trainer.parallel import should_compile, sync_gradients, wrap_model
-from trainer.policy_losses import Clip, clipped_tokens, kl_estimate
-from trainer.policy_measures import LEARNING_METRICS, reference_log_probs, spread, step_values, token_entropies
+from trainer.policy_losses import Clip, clipped_tokens
+from trainer.policy_measures import LEARNING_METRICS, spread, step_values, token_entropies
 from trainer.preference import token_log_probs
 from trainer.reward_model import reward_by_model
 from trainer.rewards import read_rewards
@@ -187,37 +178,6 @@ def main():
             break
     metrics.close()
     run.finish(finished=progress.step >= total_steps)
-
-
-def answers_alone(batch: dict) -> dict:
-    """A micro-batch without the columns that are one number an answer, which the model does not take."""
-    return {name: tensor for name, tensor in batch.items() if name not in ("rewards", "advantages")}
-
-
-@torch.no_grad()
-def gather_experience(model, frozen, batches, coefficient: float, args, run) -> tuple[list[Experience], float]:
-    """What policy and critic find of the answers before they learn from them, and the KL to the start, nats a token;
-    all ranks must call it."""
-    found, masks, kl = [], [], 0.0
-    for batch in batches:
-        batch = run.to_device(batch)
-        rewards, inputs = batch["rewards"], answers_alone(batch)
-        labels = inputs.pop("labels")
-        mask = labels[:, 1:] != IGNORE_INDEX
-        with run.autocast():
-            out, values = model(**inputs, logits_to_keep=target_mask(labels))
-            log_probs = spread(token_log_probs(out.logits / args.temperature, labels), mask)
-            reference = reference_log_probs(frozen, inputs, labels, mask, args.temperature)
-        values = spread(values, mask)
-        earned = token_rewards(rewards, log_probs - reference, mask, coefficient)
-        advantages, returns = generalised_advantages(earned, values, mask, args.gamma, args.gae_lambda)
-        kl += (kl_estimate(log_probs, reference) * mask).sum().item()
-        found.append(Experience(log_probs, values, advantages, returns))
-        masks.append(mask)
-    white = whiten([before.advantages for before in found], masks, run)
-    kl, tokens = run.sums(kl, sum(int(mask.sum()) for mask in masks))
-    known = [before._replace(advantages=advantages) for before, advantages in zip(found, white, strict=True)]
-    return known, kl / max(1.0, tokens)
 
 
 if __name__ == "__main__":

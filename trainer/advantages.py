@@ -3,12 +3,9 @@
 Shapes as in trainer/policy_losses.py: an answer is a row, `mask` (answers, n) bool its tokens, one after another.
 """
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from model.actor_critic import CRITIC
 from trainer.runtime import Runtime
 
 
@@ -97,39 +94,3 @@ class AdaptiveKL:
     def update(self, kl: float) -> None:
         error = max(-0.2, min(0.2, kl / self.target - 1))
         self.coefficient *= 1 + self.rate * error
-
-
-class Experience(NamedTuple):
-    """What is known of a micro-batch of answers before anything is learned from it, each (answers, n)."""
-
-    log_probs: Tensor
-    values: Tensor
-    advantages: Tensor
-    returns: Tensor
-
-
-class WithCritic:
-    """An optimizer whose state holds the critic and the KL's coefficient, too: they lie in the resume folder with it,
-    while the weights that are published are the policy's alone."""
-
-    def __init__(self, optimizer, model: nn.Module, kl: AdaptiveKL):
-        self.optimizer, self.critic, self.kl = optimizer, model.get_submodule(CRITIC.rstrip(".")), kl
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return self.optimizer.param_groups
-
-    def step(self) -> None:
-        self.optimizer.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict:
-        critic = {key: value.detach().cpu().clone() for key, value in self.critic.state_dict().items()}
-        return {"optimizer": self.optimizer.state_dict(), "critic": critic, "kl_coefficient": self.kl.coefficient}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.critic.load_state_dict(state["critic"])
-        self.kl.coefficient = state["kl_coefficient"]

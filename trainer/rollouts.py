@@ -124,7 +124,8 @@ class Rollouts:
         Returns:
             for each of these a micro-batch of answers, `group_size` rows a question: input_ids, labels, position_ids,
             attention_mask (answers, n) as `collate` makes them, the labels being the answer's tokens, and rewards and
-            advantages within the group, (answers,); and sums over this rank's answers by `names`, with "answers" and "groups", how many there are.
+            advantages within the group, (answers,); and sums over this rank's answers by `names`, with how many
+            "answers" and "groups" there are.
         """
         started = time.monotonic()
         self.writer.refresh(model)
