@@ -64,6 +64,14 @@ DEFAULTS = {
         **{"rewards": ["format:0.2", "accuracy:1"], "temperature": 1.0, "loss": "grpo", "beta": 0.0, "epsilon": None},
         **{"epsilon_high": None, "updates_per_rollout": 1, "resample": None},
     ),
+    "train_ppo": stage(
+        *("rl_math", 64, 1e-5, 10),
+        **{"max_seq_len": 1024, "packing": False, "from_weight": "reason", "max_new_tokens": 512, "temperature": 1.0},
+        **{"rewards": ["format:0.2", "accuracy:1"], "reward_model": None, "gamma": 1.0, "gae_lambda": 0.95},
+        **{"epsilon": 0.2, "value_epsilon": 0.2, "value_weight": 0.5, "beta": 0.05, "kl_target": 0.05},
+        **{"updates_per_rollout": 2},
+    ),
+    "train_reward": stage(*("dpo", 4, 1e-4, 20), max_seq_len=1024, from_weight="full_sft"),
     "train_pretrain_vlm": stage(
         *("pretrain_vlm_data", 16, 4e-4, 0),
         **{"max_seq_len": 640, "epochs": 4, "images_path": "dataset/pretrain_images"} | LOOKING,
@@ -76,7 +84,8 @@ DEFAULTS = {
     ),
     "eval_model": {
         **MODEL | WRITING | ENGINE,
-        **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
+        **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "verifier": None},
+        **{"hide_thinking": False},
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
@@ -117,6 +126,11 @@ DEFAULTS = {
         **{"exact_dup": True, "near_dup": None, "near_dup_questions": None, "against": [], "ppl_model": None},
         **{"drop_worst": 0.1, "device": None, "mix": [], "max_lines": 0, "shuffle": True, "val_share": 0.01},
         **{"val_lines": 2000, "shard_lines": 0, "tokenizer": None, "count_tokens": False},
+    },
+    "scripts.rejection_sampling FROM TO": {
+        **MODEL | {"questions": "FROM", "answers": "TO", "from_weight": "grpo", "device": None, "seed": 42},
+        **{"accept": ["format:1", "accuracy:1"], "samples": 8, "most": 1, "temperature": 1.0, "max_new_tokens": 512},
+        **{"max_seq_len": 1024, "batch_size": 16, "limit": None, "skip_bad_lines": False, "overwrite": False},
     },
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
     "scripts.eval_benchmarks --tasks cmmlu": {
@@ -246,6 +260,12 @@ LEAST = {
         **{"group_size": 1, "max_new_tokens": 1, "updates_per_rollout": 1, "resample": 0, "beta": 0},
         **dict.fromkeys(("temperature", "epsilon", "epsilon_high")),
     },
+    "train_ppo": {
+        **{"max_new_tokens": 1, "updates_per_rollout": 1, "beta": 0},
+        **dict.fromkeys(
+            ("temperature", "gamma", "gae_lambda", "epsilon", "value_epsilon", "value_weight", "kl_target")
+        ),
+    },
     "train_pretrain_vlm": {"unfreeze_last": 0},
     "eval_model": {
         **{"max_new_tokens": 1, "temperature": 0, "top_p": None, "top_k": 0, "repetition_penalty": None, "seed": 0},
@@ -258,6 +278,10 @@ LEAST = {
         **{"workers": 1, "seed": 0, "min_chars": 0, "max_chars": 0, "min_tokens": 0, "max_tokens": 0, "boilerplate": 0},
         **{"language_share": 0, "max_repeated": 0, "max_runs": 0, "near_dup": 0, "drop_worst": 0, "max_lines": 0},
         **{"val_share": 0, "val_lines": 0, "shard_lines": 0},
+    },
+    "scripts.rejection_sampling a b": {
+        **dict.fromkeys(("samples", "most", "max_new_tokens", "max_seq_len", "batch_size", "limit"), 1),
+        **{"temperature": None, "seed": 0},
     },
     "scripts.cache list": {"older_than": 0},
     "scripts.eval_benchmarks --tasks a": {"num_fewshot": 0, "limit": 1, "seed": 0, "window": 1, "batch_size": 1},

@@ -1,0 +1,120 @@
+"""Rejection sampling: a model answers each question several times, and what passes every check is kept to learn from.
+
+    python scripts/rejection_sampling.py dataset/rl_math.jsonl dataset/kept.jsonl --from_weight grpo
+    python scripts/rejection_sampling.py dataset/rl_math.jsonl dataset/kept.jsonl --from_weight grpo
+        --accept format:1 accuracy:1 my_checks:is_polite:0.5 --samples 8 --most 1
+
+A check is a rule of train_grpo.py's --rewards, or one of your own, and the least that it must give. The kept answers are
+lines for train_full_sft.py and train_distill_reason.py.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import _repo  # noqa: F401  (lets `python scripts/rejection_sampling.py` find the packages)
+from tqdm import tqdm
+
+from trainer.arguments import (
+    BooleanFlag,
+    Parser,
+    add_device_argument,
+    add_model_arguments,
+    positive_float,
+    positive_int,
+    seed,
+)
+from trainer.errors import UserError, print_notice, run_main
+
+
+def get_args():
+    parser = Parser(__doc__)
+    parser.add_argument("questions", type=Path, help="jsonl of questions with their answers")
+    parser.add_argument("answers", type=Path, help="jsonl to write")
+    parser.add_argument("--from_weight", default="grpo", help="who answers: stage, .pth or folder")
+    add_model_arguments(parser)
+    add_device_argument(parser)
+    parser.add_argument("--accept", nargs="+", default=["format:1", "accuracy:1"], metavar="NAME:LEAST")
+    parser.add_argument("--samples", type=positive_int, default=8, help="answers to each question")
+    parser.add_argument("--most", type=positive_int, default=1, help="different answers kept of a question at most")
+    parser.add_argument("--temperature", type=positive_float, default=1.0)
+    parser.add_argument("--max_new_tokens", type=positive_int, default=512, help="maximum answer length in tokens")
+    parser.add_argument("--max_seq_len", type=positive_int, default=1024, help="of question and answer, in tokens")
+    parser.add_argument("--batch_size", type=positive_int, default=16, help="questions answered at once")
+    parser.add_argument("--limit", type=positive_int, default=None, help="ask only this many questions")
+    parser.add_argument("--seed", type=seed, default=42)
+    parser.add_argument("--skip_bad_lines", action=BooleanFlag, help="count and report bad lines instead of stopping")
+    parser.add_argument("--overwrite", action=BooleanFlag, help="replace an earlier file")
+    return parser.parse_args()
+
+
+def passing(replies: Sequence, checks: Sequence, most: int) -> list[str]:
+    """The texts that pass: each rule gives at least its number; different ones only, the first `most` of them.
+
+    Args:
+        replies: of one question, `Reply`s; checks: `WeighedReward`s, whose weight is the least that is accepted.
+    """
+    from trainer.rewards import judge
+
+    kept: dict[str, None] = {}
+    for reply in replies:
+        if len(kept) < most and all(
+            value >= check.weight for value, check in zip(judge(reply, checks), checks, strict=True)
+        ):
+            kept[reply.text] = None
+    return list(kept)
+
+
+def main():
+    args = get_args()
+    if args.answers.exists() and not args.overwrite:
+        raise UserError(f"{args.answers} already exists: use --overwrite to replace it, or name another file")
+    if args.max_new_tokens >= args.max_seq_len:
+        raise UserError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --max_seq_len")
+    from dataset.rl_dataset import RLDataset  # after the arguments: --help need not wait for it
+    from trainer.device import pick_device
+    from trainer.files import replacing
+    from trainer.loading import load_for_inference
+    from trainer.rewards import read_rewards
+    from trainer.rollouts import Writer, reply_of, sampling_seed
+    from trainer.weights import find_weights
+
+    checks = read_rewards(args.accept)
+    model, tokenizer = load_for_inference(find_weights(args.from_weight, args), args.tokenizer)
+    model.to(pick_device(args.device))
+    room = {"max_new_tokens": args.max_new_tokens, "skip_bad_lines": args.skip_bad_lines}
+    data = RLDataset(args.questions, tokenizer, min(args.max_seq_len, model.config.max_seq_len), False, **room)
+    print_notice(data.summary)
+    writer = Writer(model, tokenizer, args.batch_size * args.samples, data.max_seq_len, args.max_new_tokens)
+    numbers = [int(number) for number in data.numbers][: args.limit]
+    solved = Counter()  # how many of the samples passed, for each question
+
+    def kept_lines() -> Iterator[dict]:
+        for start in tqdm(range(0, len(numbers), args.batch_size), unit="batch", disable=None):
+            asked = [number for number in numbers[start : start + args.batch_size] for _ in range(args.samples)]
+            seeds = [sampling_seed(args.seed, 0, number, n % args.samples) for n, number in enumerate(asked)]
+            answers = writer.write([data.prompt(number) for number in asked], seeds, args.temperature)
+            replies = [reply_of(data, *pair, args.max_new_tokens) for pair in zip(asked, answers, strict=True)]
+            for first in range(0, len(replies), args.samples):
+                of_one = replies[first : first + args.samples]
+                texts = passing(of_one, checks, args.most)
+                solved[bool(texts)] += 1
+                for text in texts:
+                    yield {"conversations": [*of_one[0].question, {"role": "assistant", "content": text}]}
+
+    written = 0
+    with replacing(args.answers) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for line in kept_lines():
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            written += 1
+    total = solved.total()
+    print(
+        f"{args.answers}: {written} answers kept, to {solved[True]} of {total} questions ({solved[True] / total:.1%})"
+    )
+    if not written:
+        raise UserError(f"nothing passed {' '.join(args.accept)}: {args.answers} is empty")
+
+
+if __name__ == "__main__":
+    run_main(main)
