@@ -4,7 +4,7 @@
     python scripts/rejection_sampling.py dataset/rl_math.jsonl dataset/kept.jsonl --from_weight grpo
         --accept format:1 accuracy:1 my_checks:is_polite:0.5 --samples 8 --most 1
 
-A check is a rule of train_grpo.py's --rewards, or one of your own, and the least that it must give. The kept answers are
+A check is a rule of train_grpo.py's --rewards, or one of your own, and the least that it must give. What is kept are
 lines for train_full_sft.py and train_distill_reason.py.
 """
 
