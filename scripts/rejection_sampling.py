@@ -2,10 +2,11 @@
 
     python scripts/rejection_sampling.py dataset/rl_math.jsonl dataset/kept.jsonl --from_weight grpo
     python scripts/rejection_sampling.py dataset/rl_math.jsonl dataset/kept.jsonl --from_weight grpo
-        --accept format:1 accuracy:1 my_checks:is_polite:0.5 --samples 8 --most 1
+        --accept format:1 accuracy:1 my_checks:is_polite:0.5 --samples 8 --most 1 --pairs dataset/pairs.jsonl
 
 A check is a rule of train_grpo.py's --rewards, or one of your own, and the least that it must give. What is kept are
-lines for train_full_sft.py and train_distill_reason.py.
+lines for train_full_sft.py and train_distill_reason.py. --pairs also writes an answer that passed and one that did not,
+to one question: lines for train_reward.py and train_dpo.py.
 """
 
 import json
@@ -36,6 +37,7 @@ def get_args():
     add_model_arguments(parser)
     add_device_argument(parser)
     parser.add_argument("--accept", nargs="+", default=["format:1", "accuracy:1"], metavar="NAME:LEAST")
+    parser.add_argument("--pairs", type=Path, default=None, metavar="FILE", help="also write pairs, passed and not")
     parser.add_argument("--samples", type=positive_int, default=8, help="answers to each question")
     parser.add_argument("--most", type=positive_int, default=1, help="different answers kept of a question at most")
     parser.add_argument("--temperature", type=positive_float, default=1.0)
@@ -49,34 +51,38 @@ def get_args():
     return parser.parse_args()
 
 
-def passing(replies: Sequence, checks: Sequence, most: int) -> list[str]:
-    """The texts that pass: each rule gives at least its number; different ones only, the first `most` of them.
+def sort_out(replies: Sequence, checks: Sequence) -> tuple[list[str], list[str]]:
+    """The texts that pass, each rule giving at least its number, and those that do not; each text once.
 
     Args:
         replies: of one question, `Reply`s; checks: `WeighedReward`s, whose weight is the least that is accepted.
     """
     from trainer.rewards import judge
 
-    kept: dict[str, None] = {}
+    passed: dict[str, bool] = {}
     for reply in replies:
-        if len(kept) < most and all(
-            value >= check.weight for value, check in zip(judge(reply, checks), checks, strict=True)
-        ):
-            kept[reply.text] = None
-    return list(kept)
+        values = judge(reply, checks)
+        passed[reply.text] = all(value >= check.weight for value, check in zip(values, checks, strict=True))
+    return [text for text, ok in passed.items() if ok], [text for text, ok in passed.items() if not ok]
+
+
+def answered(question: Sequence[dict], text: str) -> list[dict]:
+    """A chat with its answer."""
+    return [*question, {"role": "assistant", "content": text}]
 
 
 def main():
     args = get_args()
-    if args.answers.exists() and not args.overwrite:
-        raise UserError(f"{args.answers} already exists: use --overwrite to replace it, or name another file")
+    for path in filter(None, (args.answers, args.pairs)):
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} already exists: use --overwrite to replace it, or name another file")
     if args.max_new_tokens >= args.max_seq_len:
         raise UserError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --max_seq_len")
     from dataset.rl_dataset import RLDataset  # after the arguments: --help need not wait for it
     from trainer.device import pick_device
     from trainer.files import replacing
     from trainer.loading import load_for_inference
-    from trainer.rewards import read_rewards
+    from trainer.rewards import Reply, read_rewards
     from trainer.rollouts import Writer, reply_of, sampling_seed
     from trainer.weights import find_weights
 
@@ -88,32 +94,34 @@ def main():
     print_notice(data.summary)
     writer = Writer(model, tokenizer, args.batch_size * args.samples, data.max_seq_len, args.max_new_tokens)
     numbers = [int(number) for number in data.numbers][: args.limit]
-    solved = Counter()  # how many of the samples passed, for each question
 
-    def kept_lines() -> Iterator[dict]:
+    def sampled() -> Iterator[list[Reply]]:
+        """The replies to each question."""
         for start in tqdm(range(0, len(numbers), args.batch_size), unit="batch", disable=None):
             asked = [number for number in numbers[start : start + args.batch_size] for _ in range(args.samples)]
             seeds = [sampling_seed(args.seed, 0, number, n % args.samples) for n, number in enumerate(asked)]
             answers = writer.write([data.prompt(number) for number in asked], seeds, args.temperature)
             replies = [reply_of(data, *pair, args.max_new_tokens) for pair in zip(asked, answers, strict=True)]
-            for first in range(0, len(replies), args.samples):
-                of_one = replies[first : first + args.samples]
-                texts = passing(of_one, checks, args.most)
-                solved[bool(texts)] += 1
-                for text in texts:
-                    yield {"conversations": [*of_one[0].question, {"role": "assistant", "content": text}]}
+            yield from (replies[first : first + args.samples] for first in range(0, len(replies), args.samples))
 
-    written = 0
-    with replacing(args.answers) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for line in kept_lines():
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            written += 1
+    kept, pairs, solved = [], [], Counter()
+    for replies in sampled():
+        question = replies[0].question
+        right, wrong = sort_out(replies, checks)
+        solved[bool(right)] += 1
+        kept += [{"conversations": answered(question, text)} for text in right[: args.most]]
+        if right and (worse := next((text for text in wrong if text.strip()), None)):
+            pairs.append({"chosen": answered(question, right[0]), "rejected": answered(question, worse)})
     total = solved.total()
-    print(
-        f"{args.answers}: {written} answers kept, to {solved[True]} of {total} questions ({solved[True] / total:.1%})"
-    )
-    if not written:
-        raise UserError(f"nothing passed {' '.join(args.accept)}: {args.answers} is empty")
+    if not kept:
+        raise UserError(f"no answer to any of {total} questions passed {' '.join(args.accept)}: nothing is written")
+    for path, lines in ((args.answers, kept), (args.pairs, pairs)):
+        if path is not None:
+            with replacing(path) as temporary:
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                temporary.write_text(text, encoding="utf-8")
+    told = f"{len(kept)} answers kept, to {solved[True]} of {total} questions ({solved[True] / total:.1%})"
+    print(f"{args.answers}: {told}" + (f"; {args.pairs}: {len(pairs)} pairs" if args.pairs else ""))
 
 
 if __name__ == "__main__":

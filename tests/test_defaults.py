@@ -128,8 +128,15 @@ DEFAULTS = {
         **{"val_lines": 2000, "shard_lines": 0, "tokenizer": None, "count_tokens": False},
     },
     "scripts.rejection_sampling FROM TO": {
-        **MODEL | {"questions": "FROM", "answers": "TO", "from_weight": "grpo", "device": None, "seed": 42},
-        **{"accept": ["format:1", "accuracy:1"], "samples": 8, "most": 1, "temperature": 1.0, "max_new_tokens": 512},
+        **MODEL | {"questions": "FROM", "answers": "TO", "pairs": None, "from_weight": "grpo", "seed": 42},
+        **{
+            "device": None,
+            "accept": ["format:1", "accuracy:1"],
+            "samples": 8,
+            "most": 1,
+            "temperature": 1.0,
+            "max_new_tokens": 512,
+        },
         **{"max_seq_len": 1024, "batch_size": 16, "limit": None, "skip_bad_lines": False, "overwrite": False},
     },
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
