@@ -183,6 +183,8 @@ DEFAULTS |= {
         **{"batch_size": 8, "max_seq_len": 512, "learned": 0.5, "dtype": "bfloat16", "device": None, "rounds": 3},
     },
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
+    "benchmarks.rl_gain": {"seed": 1, "problems": None},
+    "scripts.demo_r1": {"seed": 42},
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(
