@@ -48,7 +48,7 @@ def _larger(rng: random.Random, lang: str) -> tuple[str, int]:
 
 def _units(rng: random.Random, lang: str) -> tuple[str, int]:
     which = rng.randrange(2)
-    a, b = rng.randint(1, 9), rng.randint(1, PER_UNIT[which] - 1)
+    a, b = rng.randint(2, 9), rng.randint(2, PER_UNIT[which] - 1)
     return UNITS[which][lang].format(a=a, b=b), a * PER_UNIT[which] + b
 
 
