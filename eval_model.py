@@ -9,6 +9,7 @@ python eval_model.py --votes 8 --verifier reward          the one of eight that 
 
 import sys
 import time
+from collections.abc import Sequence
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
@@ -77,7 +78,7 @@ def get_args():
     return parser.parse_args()
 
 
-def reply(engine, ids: list[int], turns: list[dict], verify, args, by_hand: bool) -> str:
+def reply(engine, ids: list[int], args, by_hand: bool, turns: Sequence[dict] = (), verify=None) -> str:
     """Generate an answer to a prompt; show it and its speed.
 
     Args:
@@ -167,7 +168,7 @@ def main():
                 raise UserError(f"{question[:40]!r}: {error}") from None
             print(error)
             continue
-        answer = reply(engine, ids, [*system, *turns], verify, args, by_hand)
+        answer = reply(engine, ids, args, by_hand, [*system, *turns], verify)
         turns = [*turns, {"role": "assistant", "content": answer}]
 
 
