@@ -39,10 +39,10 @@ AGAIN = (
 )
 TRYING = (
     *("--data_path", str(DATA / "rl_math.jsonl"), "--eval_interval", "0", "--max_new_tokens", str(LIMIT)),
-    *("--batch_size", "16", "--group_size", "8", "--epochs", "9", "--learning_rate", "1e-4", "--warmup_iters", "5"),
-    *("--loss", "dr_grpo", "--updates_per_rollout", "2", "--log_interval", "5", "--save_interval", "20"),
+    *("--batch_size", "16", "--group_size", "8", "--epochs", "9", "--learning_rate", "2e-4", "--warmup_iters", "5"),
+    *("--loss", "dr_grpo", "--log_interval", "5", "--save_interval", "20"),
 )
-FIRST_STEPS, SECOND_STEPS, ZERO_STEPS = ("200", "80", "60")
+FIRST_STEPS, SECOND_STEPS, ZERO_STEPS = ("180", "60", "30")  # of 128 answers
 
 
 class Stage(NamedTuple):
