@@ -22,7 +22,7 @@ def world(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "eval_rl.jsonl", lines)
     monkeypatch.setattr(trying, "DATA", tmp_path)
     torch.manual_seed(0)
-    config = LMConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=6400)
+    config = LMConfig(dim=16, n_layers=1, vocab_size=6400)
     torch.save(MiniMindLM(config).state_dict(), tmp_path / "a_16.pth")
     torch.save(MiniMindReward(config).state_dict(), tmp_path / "reward_16.pth")
     return tmp_path
@@ -125,5 +125,5 @@ def test_the_benchmark_keeps_its_results_and_joins_the_seeds(world, monkeypatch,
         monkeypatch.setattr("sys.argv", ["rl_gain.py", "--seed", seed])
         rl_gain.main()
     shown = capsys.readouterr().out.splitlines()
-    assert "GRPO         85.0% ± 7.1%" in shown
+    assert "GRPO          85.0% ± 7.1%" in shown
     assert json.loads((world / "rl_gain" / "these" / "2" / "results.json").read_text())["GRPO"]["greedy"] == 0.9

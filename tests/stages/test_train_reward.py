@@ -92,7 +92,7 @@ def test_the_loss_is_trls():
 
 def test_the_score_is_read_at_the_last_end_of_the_answer(tiny_tokenizer, judge, world):
     """Of packed rows the same as of each chat alone."""
-    data = DPODataset(world / "dpo.jsonl", tiny_tokenizer, 96)
+    data = DPODataset(world / "dpo.jsonl", tiny_tokenizer, 256)  # nothing is cut off
     batch = collate([data[0], data[1]], data.max_seq_len)
     labels = batch.pop("labels")
     with torch.no_grad():
