@@ -47,7 +47,7 @@ class Group(NamedTuple):
 def sampling_seed(seed: int, step: int, question: int, answer: int, attempt: int = 0) -> int:
     """The seed of one answer, whichever rank writes it, in whatever order: 63 bits of a hash."""
     text = f"{seed},{step},{question},{answer},{attempt}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class Writer:
