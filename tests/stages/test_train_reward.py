@@ -156,6 +156,6 @@ def test_it_chooses_among_several_answers(whole, tokenizer_dir, tmp_path, capsys
     common = ("--dim", "32", "--n_layers", "2", "--device", "cpu", "--tokenizer", tokenizer_dir, "--out_dir", whole)
     asked = ("--prompt", "What is 2 + 2?", "--max_new_tokens", "8", "--seed", "1")
     call_script("eval_model.py", *common, *asked, "--votes", "3", "--verifier", "reward")
-    assert "best of 3 by a score of " in capsys.readouterr().out
+    assert "best of 3 by a score of " in capsys.readouterr().err
     call_script("eval_model.py", *common, *asked, "--verifier", "reward", exit_code=2)
     assert "--votes 8" in capsys.readouterr().err
