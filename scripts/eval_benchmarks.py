@@ -49,7 +49,11 @@ def get_args():
     who = parser.add_argument_group("whom to ask", "--weights, or the flags by which eval_model.py finds a model")
     who.add_argument("--weights", nargs="+", default=[], metavar="W", help=".pth files, or transformers folders")
     who.add_argument(
-        "--model_mode", type=int, choices=range(4), default=1, help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason"
+        "--model_mode",
+        type=int,
+        choices=range(6),
+        default=1,
+        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 grpo, 5 ppo",
     )
     who.add_argument("--load", type=int, choices=(0, 1), default=0, help="1: --out_dir is a transformers folder")
     who.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on")

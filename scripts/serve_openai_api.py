@@ -42,9 +42,10 @@ def get_args():
     parser.add_argument(
         "--model_mode",
         type=int,
-        choices=range(4),
+        choices=range(6),
         default=1,
-        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason; with --vlm: 0 pretrain_vlm, 1 sft_vlm, 2 sft_vlm_multi",
+        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 grpo, 5 ppo; with --vlm: 0 pretrain_vlm, 1 sft_vlm, "
+        "2 sft_vlm_multi",
     )
     parser.add_argument(
         "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: the transformers folder in --out_dir"
@@ -219,7 +220,7 @@ def main():
         tokenizer,
         place_images,
         ImageFetcher(args.fetch_private) if args.fetch_images else None,
-        reasoning=args.model_mode == 3 and not args.vlm,
+        reasoning=args.model_mode >= 3 and not args.vlm,
         capacity=args.max_concurrency + args.max_queue,
     )
     sys.setswitchinterval(THREAD_SWITCH)

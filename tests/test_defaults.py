@@ -62,6 +62,20 @@ DEFAULTS = {
         *("r1_mix_1024", 8, 3e-4, 20),
         **{"max_seq_len": 1024, "from_weight": "rlhf", "mix": None, "tag_weight": 10.0},
     ),
+    "train_grpo": stage(
+        *("rl_math", 8, 1e-5, 10),
+        **{"max_seq_len": 1024, "packing": False, "from_weight": "reason", "group_size": 8, "max_new_tokens": 512},
+        **{"rewards": ["format:0.2", "accuracy:1"], "temperature": 1.0, "loss": "grpo", "beta": 0.0, "epsilon": None},
+        **{"epsilon_high": None, "updates_per_rollout": 1, "resample": None},
+    ),
+    "train_ppo": stage(
+        *("rl_math", 64, 1e-5, 10),
+        **{"max_seq_len": 1024, "packing": False, "from_weight": "reason", "max_new_tokens": 512, "temperature": 1.0},
+        **{"rewards": ["format:0.2", "accuracy:1"], "reward_model": None, "gamma": 1.0, "gae_lambda": 0.95},
+        **{"epsilon": 0.2, "value_epsilon": 0.2, "value_weight": 0.5, "beta": 0.05, "kl_target": 0.05},
+        **{"updates_per_rollout": 2},
+    ),
+    "train_reward": stage(*("dpo", 4, 1e-4, 20), max_seq_len=1024, from_weight="full_sft"),
     "train_pretrain_vlm": stage(
         *("pretrain_vlm_data", 16, 4e-4, 0),
         **{"max_seq_len": 640, "epochs": 4, "images_path": "dataset/pretrain_images"} | LOOKING,
@@ -74,7 +88,8 @@ DEFAULTS = {
     ),
     "eval_model": {
         **MODEL | UNTOLD | WRITING | ENGINE,
-        **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
+        **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "verifier": None},
+        **{"hide_thinking": False},
         **{"dtype": None, "deterministic": False, "compile": None},
         "open_thinking": False,
     },
@@ -122,6 +137,18 @@ DEFAULTS = {
         **{"val_lines": 2000, "shard_lines": 0, "tokenizer": None, "count_tokens": False},
     },
     "scripts.inspect_checkpoint": {"path": "out"},
+    "scripts.rejection_sampling FROM TO": {
+        **MODEL | {"questions": "FROM", "answers": "TO", "pairs": None, "from_weight": "grpo", "seed": 42},
+        **{
+            "device": None,
+            "accept": ["format:1", "accuracy:1"],
+            "samples": 8,
+            "most": 1,
+            "temperature": 1.0,
+            "max_new_tokens": 512,
+        },
+        **{"max_seq_len": 1024, "batch_size": 16, "limit": None, "skip_bad_lines": False, "overwrite": False},
+    },
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
     "scripts.eval_benchmarks --tasks cmmlu": {
         **MODEL | UNTOLD | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
@@ -193,6 +220,8 @@ DEFAULTS |= {
         **{"needles": 8, "finetune_steps": 0, "finetune_len": 2048, "learning_rate": 2e-4},
         **{"ways": ["none", "linear", "ntk", "yarn"], "seed": 1, "out_dir": "out/long_context", "device": None},
     },
+    "benchmarks.rl_gain": {"seed": 1, "problems": None},
+    "scripts.demo_r1": {"seed": 42},
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(
@@ -280,6 +309,16 @@ LEAST = {
     "train_dpo": {"beta": None},
     "train_lora": {"rank": 1},
     "train_distillation": {"temperature": None},
+    "train_grpo": {
+        **{"group_size": 1, "max_new_tokens": 1, "updates_per_rollout": 1, "resample": 0, "beta": 0},
+        **dict.fromkeys(("temperature", "epsilon", "epsilon_high")),
+    },
+    "train_ppo": {
+        **{"max_new_tokens": 1, "updates_per_rollout": 1, "beta": 0},
+        **dict.fromkeys(
+            ("temperature", "gamma", "gae_lambda", "epsilon", "value_epsilon", "value_weight", "kl_target")
+        ),
+    },
     "train_pretrain_vlm": {"unfreeze_last": 0},
     "eval_model": {
         **{"max_new_tokens": 1, "temperature": 0, "top_p": None, "top_k": 0, "repetition_penalty": None, "seed": 0},
@@ -292,6 +331,10 @@ LEAST = {
         **{"workers": 1, "seed": 0, "min_chars": 0, "max_chars": 0, "min_tokens": 0, "max_tokens": 0, "boilerplate": 0},
         **{"language_share": 0, "max_repeated": 0, "max_runs": 0, "near_dup": 0, "drop_worst": 0, "max_lines": 0},
         **{"val_share": 0, "val_lines": 0, "shard_lines": 0},
+    },
+    "scripts.rejection_sampling a b": {
+        **dict.fromkeys(("samples", "most", "max_new_tokens", "max_seq_len", "batch_size", "limit"), 1),
+        **{"temperature": None, "seed": 0},
     },
     "scripts.cache list": {"older_than": 0},
     "scripts.plan": {
@@ -325,10 +368,11 @@ CHOICES = {
         "tracker": ["wandb", "swanlab", "tensorboard"],
         "qat": ["int8", "int4"],
     },
-    "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16", "int8", "int4"]},
+    "train_grpo": {"loss": ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]},
+    "eval_model": {"model_mode": [0, 1, 2, 3, 4, 5], "load": [0, 1], "dtype": ["float32", "bfloat16", "int8", "int4"]},
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
     "scripts.serve_openai_api": {
-        "model_mode": [0, 1, 2, 3],
+        "model_mode": [0, 1, 2, 3, 4, 5],
         "load": [0, 1],
         "dtype": ["float32", "bfloat16", "int8", "int4"],
     },
@@ -338,7 +382,7 @@ CHOICES = {
         "gpu": ["rtx3090", "rtx4090", "l40s", "a100", "h100", "h200", "b200"],
     },
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
-    "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "control": ["shuffle"]},
+    "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3, 4, 5], "load": [0, 1], "control": ["shuffle"]},
     "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0", "q4_0"]},
     "scripts.convert_model to-peft a b c": {"layout": ["llama", "minimind"]},
 }

@@ -24,7 +24,7 @@ from trainer.weights import (
     read_settings,
 )
 
-STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
+STAGES = ("pretrain", "full_sft", "rlhf", "reason", "grpo", "ppo")  # by --model_mode
 VLM_STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")  # likewise
 
 

@@ -179,7 +179,7 @@ def _as_parts(content: str | list[str | bytes]) -> str | list[dict]:
 
 def weights_in(out_dir: Path, vision: bool) -> list[Path]:
     """The .pth files a page can talk to, those that chat first, the newest of a kind before older ones."""
-    order = ("full_sft", "rlhf", "full_dist", "reason", "sft_vlm", "pretrain")
+    order = ("full_sft", "rlhf", "full_dist", "reason", "grpo", "ppo", "sft_vlm", "pretrain")
 
     def rank(path: Path) -> tuple[int, float]:
         kinds = [i for i, kind in enumerate(order) if path.name.startswith(kind)]
@@ -190,6 +190,7 @@ def weights_in(out_dir: Path, vision: bool) -> list[Path]:
         for path in out_dir.rglob("*.pth")
         if not any(part == "lora" or part.endswith(".resume") for part in path.relative_to(out_dir).parts[:-1])
         and ("_vlm" in path.stem) == vision
+        and not path.stem.startswith("reward_")  # which judges answers and writes none
     ]
     return sorted(found, key=rank)
 
