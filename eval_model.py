@@ -13,18 +13,15 @@ from collections.abc import Sequence
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
+from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, text
 from trainer.arguments import (
-    BooleanFlag,
     Parser,
     add_device_argument,
     add_engine_arguments,
     add_model_arguments,
     add_sampling_arguments,
     add_untold_arguments,
-    non_negative_int,
-    positive_int,
     sampling_settings,
-    text,
 )
 from trainer.errors import UserError, run_main
 from trainer.talk import questions, read_line, report_speed, room_for_prompt, show, stream_texts

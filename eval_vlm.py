@@ -10,9 +10,9 @@ from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
+from trainer.argument_types import BooleanFlag, text
 from trainer.arguments import (
     ROOT,
-    BooleanFlag,
     Parser,
     add_device_argument,
     add_engine_arguments,
@@ -20,7 +20,6 @@ from trainer.arguments import (
     add_sampling_arguments,
     add_tower_argument,
     sampling_settings,
-    text,
 )
 from trainer.errors import UserError, run_main
 from trainer.talk import report_speed, room_for_prompt, show, stream_texts

@@ -20,15 +20,8 @@ import torch
 from dataset.rl_dataset import asking_for
 from model.fingerprint import hash_weights
 from model.loss import IGNORE_INDEX, target_mask
-from trainer.arguments import (
-    ROOT,
-    check_training_arguments,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-    training_parser,
-)
+from trainer.argument_types import non_negative_float, non_negative_int, positive_float, positive_int
+from trainer.arguments import ROOT, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import UserError, run_main

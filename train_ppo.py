@@ -19,15 +19,8 @@ from model.actor_critic import CRITIC, ActorCritic
 from model.fingerprint import hash_weights
 from model.loss import IGNORE_INDEX, target_mask
 from trainer.advantages import AdaptiveKL, clipped_policy_loss, clipped_value_loss
-from trainer.arguments import (
-    ROOT,
-    check_training_arguments,
-    non_negative_float,
-    positive_float,
-    positive_int,
-    probability,
-    training_parser,
-)
+from trainer.argument_types import non_negative_float, positive_float, positive_int, probability
+from trainer.arguments import ROOT, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import UserError, run_main

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
-from trainer.arguments import Parser, positive_int, seed
+from trainer.argument_types import positive_int, seed
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 
 

@@ -18,7 +18,8 @@ from model import MiniMindLM
 from model.quantization import BITS, GROUP, is_quantized, quantize_weights
 from scripts.evaluation.perplexity import read_texts
 from scripts.report_card.examining import predict
-from trainer.arguments import Parser, positive_int
+from trainer.argument_types import positive_int
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 from trainer.loading import load_for_inference
 

@@ -33,7 +33,8 @@ from model.inference.matrices import Precision
 from model.inference.request import Request
 from model.inference.scheduler import Engine
 from scripts.formats.transformers_folder import to_their_config, to_their_state
-from trainer.arguments import PRECISIONS, BooleanFlag, Parser, add_device_argument, positive_int
+from trainer.argument_types import BooleanFlag, positive_int
+from trainer.arguments import PRECISIONS, Parser, add_device_argument
 from trainer.device import DTYPES, pick_device
 from trainer.errors import run_main
 from trainer.weights import load_tokenizer

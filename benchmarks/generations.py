@@ -21,14 +21,8 @@ from dataset import PretrainDataset, StepLoader
 from model import GENERATIONS, MiniMindLM, build_model
 from model.loss import next_token_loss, target_mask
 from trainer.architecture import config_from_sizes
-from trainer.arguments import (
-    ROOT,
-    Parser,
-    add_device_argument,
-    non_negative_int,
-    positive_float,
-    positive_int,
-)
+from trainer.argument_types import non_negative_int, positive_float, positive_int
+from trainer.arguments import ROOT, Parser, add_device_argument
 from trainer.device import pick_device
 from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate

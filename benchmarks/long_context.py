@@ -25,8 +25,9 @@ from model import MiniMindLM
 from model.chat import render_text
 from model.rope_scaling import checked_scaling
 from scripts.demo.world import relations
-from trainer.arguments import ROOT, Parser, add_device_argument, non_negative_int, positive_float, positive_int
-from trainer.arguments import seed as any_seed
+from trainer.argument_types import non_negative_int, positive_float, positive_int
+from trainer.argument_types import seed as any_seed
+from trainer.arguments import ROOT, Parser, add_device_argument
 from trainer.device import pick_device
 from trainer.errors import UserError, run_main
 from trainer.files import replacing, save_json

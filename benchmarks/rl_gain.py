@@ -16,7 +16,8 @@ from scripts.demo import trying
 from scripts.demo.exam import identify_training
 from scripts.demo.measures import with_error
 from scripts.demo.settings import DATA, OUT
-from trainer.arguments import Parser, positive_int, seed
+from trainer.argument_types import positive_int, seed
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 from trainer.files import save_json
 from trainer.weights import read_settings

@@ -20,7 +20,8 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 import torch
 
 from model import LMConfig, MiniMindLM
-from trainer.arguments import Parser, positive_int, training_parser
+from trainer.argument_types import positive_int
+from trainer.arguments import Parser, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.device import pick_device
 from trainer.errors import run_main

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the packages)
 
-from trainer.arguments import BooleanFlag, Parser, positive_float, positive_int
+from trainer.argument_types import BooleanFlag, positive_float, positive_int
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")

@@ -14,7 +14,8 @@ from scripts.demo.exam import identify_training, open_model
 from scripts.demo.first_model import make_model
 from scripts.demo.measures import facts
 from scripts.demo.settings import OUT
-from trainer.arguments import Parser, seed
+from trainer.argument_types import seed
+from trainer.arguments import Parser
 from trainer.errors import run_main
 from trainer.files import save_json
 from trainer.weights import read_settings

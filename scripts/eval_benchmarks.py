@@ -18,16 +18,8 @@ from pathlib import Path
 import _repo  # noqa: F401  (lets `python scripts/eval_benchmarks.py` find the packages)
 
 from scripts.evaluation import require_harness
-from trainer.arguments import (
-    BooleanFlag,
-    Parser,
-    add_device_argument,
-    add_model_arguments,
-    add_untold_arguments,
-    non_negative_int,
-    positive_int,
-    seed,
-)
+from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, seed
+from trainer.arguments import Parser, add_device_argument, add_model_arguments, add_untold_arguments
 from trainer.errors import UserError, print_notice, run_main
 
 

@@ -17,15 +17,8 @@ from pathlib import Path
 import _repo  # noqa: F401  (lets `python scripts/rejection_sampling.py` find the packages)
 from tqdm import tqdm
 
-from trainer.arguments import (
-    BooleanFlag,
-    Parser,
-    add_device_argument,
-    add_model_arguments,
-    positive_float,
-    positive_int,
-    seed,
-)
+from trainer.argument_types import BooleanFlag, positive_float, positive_int, seed
+from trainer.arguments import Parser, add_device_argument, add_model_arguments
 from trainer.errors import UserError, print_notice, run_main
 
 

@@ -17,17 +17,14 @@ import time
 
 import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the packages)
 
+from trainer.argument_types import BooleanFlag, non_negative_float, non_negative_int, positive_int
 from trainer.arguments import (
-    BooleanFlag,
     Parser,
     add_device_argument,
     add_engine_arguments,
     add_model_arguments,
     add_tower_argument,
     add_untold_arguments,
-    non_negative_float,
-    non_negative_int,
-    positive_int,
 )
 from trainer.errors import UserError, print_notice, run_main
 

@@ -10,7 +10,8 @@ import pytest
 from model.inference.request import Piece
 from scripts.chat_openai_api import lines
 from tests.running import ROOT
-from trainer.arguments import Parser, text
+from trainer.argument_types import text
+from trainer.arguments import Parser
 from trainer.errors import UserError
 from trainer.talk import piped_lines, questions, read_line, report_speed, room_for_prompt, show, stream_texts
 
