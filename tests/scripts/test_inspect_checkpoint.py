@@ -129,7 +129,7 @@ def test_a_run_of_an_earlier_version_is_not_called_whole(out):
     path.write_text(json.dumps(state))
     done = inspect(out)
     assert "not checked" in told(done, "step_00000004")
-    assert "train_….py --resume" in done.stdout
+    assert "the command that began it, with --resume" in done.stdout
 
 
 def test_a_run_that_is_under_way(out):

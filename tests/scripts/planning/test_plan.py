@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import LMConfig, MiniMindLM, attention
 from model.loss import next_token_loss, target_mask
+from scripts.plan import memory_size
 from scripts.planning.estimates import GPUS, Machines, Work, estimate_step, peak_bytes, sent_bytes
 from scripts.planning.memory import ALONE, DDP, ENGINES, ZERO_1, ZERO_2, ZERO_3, saved_bytes, state_bytes
 from scripts.planning.recommending import all_plans, recommend
@@ -193,6 +194,11 @@ def test_a_plan_for_a_model_that_fits_nowhere(capsys):
     assert "does not fit" in out
     assert "docs/scaling.md" in out
     assert "train_pretrain.py trains 8 query" in out
+
+
+@pytest.mark.parametrize(("said", "gigabytes"), [("24", 24), ("24GB", 24), ("1.5", 1.5), ("500MB", 0.5)])
+def test_a_bare_number_of_memory_is_in_gigabytes(said, gigabytes):
+    assert memory_size(said) == gigabytes * 10**9
 
 
 def test_a_model_that_cannot_be(capsys):
