@@ -49,7 +49,7 @@ def get_args():
         "--target_modules",
         type=lambda names: names.replace(" ", "").split(","),
         metavar="wq,wk,wv,wo,w1,w2,w3",
-        help="Linears to adapt, also in experts (default: all square ones, i.e. wq and wo)",
+        help="Linears to adapt, also in experts (default: all square ones: wq and wo; generation 3: q_proj and o_proj)",
     )
     return parser.parse_args()
 
