@@ -113,9 +113,17 @@ def open_engine(
     """An inference engine by the flags of `trainer.arguments.add_engine_arguments`.
 
     Raises:
-        UserError: the model's matrices cannot take the precision.
+        UserError: the model's matrices, or the draft model's, cannot take the precision; a draft model that is missing,
+            damaged, or has another tokenizer.
     """
     compile = compile_by_default if args.compile is None else args.compile
+    draft = None
+    if args.draft is not None:
+        draft, _ = load_for_inference(find_weights(args.draft, args), tokenizer)
+        draft.to(model.device)
+        ours, theirs = model.config.vocab_size, draft.config.vocab_size
+        if ours != theirs:
+            raise UserError(f"--draft {args.draft} has a vocabulary of {theirs} tokens, the model one of {ours}")
     try:
         return Engine(
             model,
@@ -125,6 +133,8 @@ def open_engine(
             dtype=DTYPES.get(args.dtype, args.dtype),
             deterministic=args.deterministic,
             compile=compile,
+            speculate=args.speculate,
+            draft=draft,
         )
     except ValueError as error:
         raise UserError(f"--dtype {args.dtype}: {error}") from error

@@ -182,7 +182,7 @@ class Speculation:
     """
 
     def __init__(self, decoder: Decoder, most: int, model: DraftModel | None = None):
-        self._most, self._model = most, model
+        self._most, self.model = most, model
         self._longest = decoder.slot_len if model is None else min(decoder.slot_len, model.decoder.slot_len)
         self._accounts: weakref.WeakKeyDictionary[Answer, _Account] = weakref.WeakKeyDictionary()
         behind = min(TIMED_BEHIND, decoder.slot_len // 2)
@@ -234,9 +234,9 @@ class Speculation:
             cost = self.cost(len(slots), rows, n)
             if tokens and cost <= credit:
                 found[slot] = Draft(tokens, [], cost)
-            elif self._model is not None and answer.request.embeddings is None:
+            elif self.model is not None and answer.request.embeddings is None:
                 n = min(account.next, MODEL_DRAFT, left, self._longest - len(answer.ids))
-                cost = self.cost(len(slots), rows, n, n * self._model.seconds) if n > 0 else 0.0
+                cost = self.cost(len(slots), rows, n, n * self.model.seconds) if n > 0 else 0.0
                 if n <= 0 or cost > credit:
                     continue
                 by_model[slot] = (n, cost)
@@ -244,7 +244,7 @@ class Speculation:
                 continue
             rows, room = rows + n, room - n
         if by_model:
-            guesses = self._model.draft({slot: n for slot, (n, _) in by_model.items()})
+            guesses = self.model.draft({slot: n for slot, (n, _) in by_model.items()})
             found |= {slot: Draft(*guesses[slot], by_model[slot][1]) for slot in by_model}
         return found
 
@@ -271,7 +271,7 @@ class Speculation:
             slot.holds.append(answer.keys[-1])  # what the pass has read and the answer kept
         account = self._accounts[answer]
         account.balance = min(account.balance + kept - draft.cost, max(MOST_CREDIT, 2 * draft.cost))
-        account.next = min(2 * kept + 1, max(self._most, MODEL_DRAFT if self._model else 0))
+        account.next = min(2 * kept + 1, max(self._most, MODEL_DRAFT if self.model else 0))
 
 
 def make_speculation(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import generate, serve_load, train_throughput
+from benchmarks import generate, serve_load, speculation, train_throughput
 from trainer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -158,3 +158,12 @@ def test_memory_is_what_the_system_says_in_kibibytes(monkeypatch, tmp_path):
     (tmp_path / "status").write_text("Name:\tpython\nVmPeak:\t 999 kB\nVmRSS:\t 2048 kB\nRssAnon:\t 1 kB\n", "utf-8")
     monkeypatch.setattr(serve_load, "Path", lambda path: tmp_path / path.removeprefix("/proc/7/"))
     assert serve_load.resident(7) == 2 * 1024 * 1024
+
+
+def test_writing_with_drafts_is_timed_for_real(monkeypatch, capsys):
+    flags = "--dim 32 --n_layers 1 --tokens 24 --rounds 1 --device cpu --compile 0 --speculate 4"
+    monkeypatch.setattr("sys.argv", ["speculation.py", *flags.split()])
+    speculation.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("text")] == ["text that repeats its prompt", "text that does not"]
+    assert sum("x without" in line for line in lines) == 6

@@ -1,11 +1,13 @@
 """model/inference/speculation.py: drafts change how soon an answer comes, never what it is."""
 
+import copy
 import itertools
 from collections import Counter
 
 import pytest
 import torch
 
+from model import MiniMindLM
 from model.inference import speculation
 from model.inference.request import Request
 from model.inference.sampling import probabilities, sample_from
@@ -25,14 +27,21 @@ PROMPTS = [prompt_of(1), prompt_of(20), prompt_of(6) * 5, [9, 10, 11] * 7, promp
 
 @pytest.fixture(scope="module")
 def models(tiny_tokenizer):
-    """The dense one is close to the draft model: they agree now and then."""
+    """They repeat themselves now and then, and the draft model agrees with the dense one now and then."""
     size = len(tiny_tokenizer)
-    draft = network(vocab_size=size, max_seq_len=160)
-    near = network(vocab_size=size, max_seq_len=160)
+    return {
+        "dense": quieter(network(vocab_size=size, max_seq_len=160), 0.6),
+        "moe": quieter(network(vocab_size=size, max_seq_len=160, use_moe=True), 0.6),
+        "draft": quieter(network(vocab_size=size, max_seq_len=160), 0.5),
+    }
+
+
+def quieter(model: MiniMindLM, scale: float) -> MiniMindLM:
+    """The matrices of the blocks scaled; the less they add, the more a network repeats its last token."""
     with torch.no_grad():
-        for parameter in near.layers[1].parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    return {"dense": near, "moe": network(vocab_size=size, max_seq_len=160, use_moe=True), "draft": draft}
+        for parameter in model.layers.parameters():
+            parameter *= scale if parameter.dim() > 1 else 1
+    return model
 
 
 def free(engine: Engine) -> Engine:
@@ -99,7 +108,7 @@ def test_an_answer_is_the_same_with_drafts_and_comes_in_fewer_passes(drafts, kin
         assert [summary(a) for a in engine.run(requests_of(**settings))] == [summary(a) for a in expected]
         assert counts["drafted"] > counts["kept"]
         if kind == "dense" and settings == {}:
-            assert counts["kept"] > 20
+            assert counts["kept"] > 60
             assert counts["passes"] < sum(answer.count for answer in expected)
 
 
@@ -155,7 +164,8 @@ def test_a_wrong_draft_leaves_no_trace_in_the_slots(drafts, models, tiny_tokeniz
     else:
         monkeypatch.setattr(speculation.DraftModel, "draft", lambda self, wanted: {s: ([5] * 2, []) for s in wanted})
     answers = engine.run(requests_of())
-    assert counts["kept"] == 0 and counts["drafted"] > 100
+    assert counts["kept"] == 0
+    assert counts["drafted"] > 100
     for slot in engine._slots:
         assert 5 not in slot.holds
     following = [Request(prompt=[*answer.ids, 17], max_new_tokens=9, eos_token_id=()) for answer in answers[-2:]]
@@ -259,7 +269,7 @@ def test_the_rule_samples_from_the_model_whatever_the_draft():
 
 
 @pytest.mark.parametrize("drafts", ["look-up", "model"])
-def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer):
+def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer, monkeypatch):
     """The third to fifth of an answer's tokens, over all texts: what the network itself says of each, and no other."""
     model = network(vocab_size=len(tiny_tokenizer), max_seq_len=64, dim=16, n_layers=1, n_heads=2, n_kv_heads=1)
     settings = {"temperature": 3.0, "top_k": 2}
@@ -275,13 +285,11 @@ def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer):
                     longer[(*text, token)] = chance * float(p[token])
             texts = longer
     assert len(texts) == 8
-    how = {"speculate": 4} if drafts == "look-up" else {"draft": network_near(model)}
+    how = {"speculate": 4} if drafts == "look-up" else {"draft": quieter(copy.deepcopy(model), 0.5)}
     engine = free(Engine(model, tiny_tokenizer, slots=12, slot_len=32, token_budget=200, **how))
     if drafts == "look-up":  # at every place, and as wrong as right
-        favourites = itertools.cycle(texts)
-        engine.speculation._accounts.clear()
-        Lookup_draft = Lookup.draft
-        Lookup.draft = lambda self, ids, n: list(next(favourites))[len(ids) - len(prompt) :][:n]
+        guesses = itertools.cycle(texts)
+        monkeypatch.setattr(Lookup, "draft", lambda self, ids, n: [*next(guesses)][len(ids) - len(prompt) :][:n])
     counts = counted(engine)
     torch.manual_seed(0)
     requests = [Request(prompt=prompt, max_new_tokens=3, eos_token_id=(), **settings) for _ in range(3000)]
@@ -291,25 +299,12 @@ def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer):
         engine.enqueue(answer)
     while engine.running or engine.waiting:
         engine.step()
-    if drafts == "look-up":
-        Lookup.draft = Lookup_draft
     assert 0 < counts["kept"] < counts["drafted"]
     written = Counter(tuple(answer.ids[len(prompt) :]) for answer in answers)
     order = list(texts)
     assert set(written) <= set(order)
     expected = torch.tensor([texts[text] for text in order])
     assert chi_square(Counter({i: written[text] for i, text in enumerate(order)}), expected) < CHI_SQUARE_7
-
-
-def network_near(model):
-    """A network that often agrees with a model."""
-    import copy
-
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.layers.parameters():
-            parameter *= 0.6
-    return other
 
 
 # ----------------------------------------------------------------------------------------------------------- errors
