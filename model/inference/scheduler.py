@@ -245,7 +245,8 @@ class Engine:
         if predicted:
             self._predict(logits[: len(predicted)], predicted)
         at = len(predicted)
-        for slot, draft in drafts.items():
+        for slot in slots[len(slots) - len(drafts) :]:
+            draft = drafts[slot]
             self.speculation.verify(slot, draft, logits[at : at + len(draft.tokens) + 1], self._predict)
             at += len(draft.tokens) + 1
         for slot in slots:

@@ -95,21 +95,29 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("slots", [1, 4], ids=["alone", "in company"])
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("drafts", ["look-up", "model", "both"])
-def test_an_answer_is_the_same_with_drafts_and_comes_in_fewer_passes(drafts, kind, slots, models, tiny_tokenizer):
-    how = {"speculate": 0 if drafts == "model" else 6, "draft": None if drafts == "look-up" else models["draft"]}
-    plain = Engine(models[kind], tiny_tokenizer, slots=slots, token_budget=40)
+LOOKUP, MODEL = {"speculate": 6}, {"draft": "draft"}
+CASES = [
+    *itertools.product([LOOKUP], ("dense", "moe"), (1, 4)),
+    *((MODEL, "dense", 4), (MODEL, "moe", 1), (LOOKUP | MODEL, "dense", 4)),
+]
+
+
+@pytest.mark.parametrize(("how", "kind", "slots"), CASES)
+def test_an_answer_is_the_same_with_drafts_and_comes_in_fewer_passes(how, kind, slots, models, tiny_tokenizer):
+    """Random prompts and repeating ones, greedy, seeded and penalised, alone and in company."""
+    requests = [
+        Request(prompt=prompt, max_new_tokens=18 + i, eos_token_id=(), **settings)
+        for i, prompt in enumerate(PROMPTS)
+        for settings in (*SETTINGS.values(),)[i % 2 :: 2]
+    ]
+    how = how | {name: models[value] for name, value in how.items() if name == "draft"}
+    expected = Engine(models[kind], tiny_tokenizer, slots=slots, token_budget=40).run(requests)
     engine = free(Engine(models[kind], tiny_tokenizer, slots=slots, token_budget=40, **how))
-    for settings in SETTINGS.values():
-        counts = counted(engine)
-        expected = plain.run(requests_of(**settings))
-        assert [summary(a) for a in engine.run(requests_of(**settings))] == [summary(a) for a in expected]
-        assert counts["drafted"] > counts["kept"]
-        if kind == "dense" and settings == {}:
-            assert counts["kept"] > 60
-            assert counts["passes"] < sum(answer.count for answer in expected)
+    counts = counted(engine)
+    assert [summary(a) for a in engine.run(requests)] == [summary(a) for a in expected]
+    assert counts["drafted"] > counts["kept"] > (40 if kind == "dense" else 10)
+    if slots == 1:
+        assert counts["passes"] < sum(answer.count for answer in expected)
 
 
 def test_log_probabilities_are_those_without_drafts(models, tiny_tokenizer):
@@ -247,13 +255,13 @@ def test_the_rule_by_hand():
     logits = torch.tensor([[0.5, 0.5, 0.0]]).log()
     q = torch.tensor([[0.25, 0.0, 0.75]])
     generator = torch.Generator().manual_seed(0)
-    choose = [[int(keep_or_replace(logits, 1.0, 0, 1.0, [generator], x, q)) for _ in range(2000)] for x in (0, 2)]
+    choose = [[int(keep_or_replace(logits, 1.0, 0, 1.0, [generator], x, q)) for _ in range(1000)] for x in (0, 2)]
     assert set(choose[0]) == {0}
     assert Counter(choose[1])[2] == 0
-    assert Counter(choose[1])[0] / 2000 == pytest.approx(1 / 3, abs=0.04)  # (1/4, 1/2, 0), renormalised
+    assert Counter(choose[1])[0] / 1000 == pytest.approx(1 / 3, abs=0.05)  # (1/4, 1/2, 0), renormalised
     half = torch.tensor([[1.0, 0.0, 0.0]])
-    kept = Counter(int(keep_or_replace(logits, 1.0, 0, 1.0, [generator], 0, half)) for _ in range(2000))
-    assert kept[0] / 2000 == pytest.approx(0.5, abs=0.04)  # kept with p / q
+    kept = Counter(int(keep_or_replace(logits, 1.0, 0, 1.0, [generator], 0, half)) for _ in range(1000))
+    assert kept[0] / 1000 == pytest.approx(0.5, abs=0.05)  # kept with p / q
 
 
 def test_the_rule_samples_from_the_model_whatever_the_draft():
@@ -262,7 +270,7 @@ def test_the_rule_samples_from_the_model_whatever_the_draft():
     settings = (0.9, 7, 0.95)
     q = probabilities(drafted, 1.3, 0, 1.0)
     counts = Counter()
-    for _ in range(6000):
+    for _ in range(4000):
         token = int(sample_from(q, generator))
         counts[int(keep_or_replace(logits, *settings, [generator], token, q))] += 1
     assert chi_square(counts, probabilities(logits, *settings)[0]) < CHI_SQUARE_7
@@ -286,13 +294,13 @@ def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer, mo
             texts = longer
     assert len(texts) == 8
     how = {"speculate": 4} if drafts == "look-up" else {"draft": quieter(copy.deepcopy(model), 0.5)}
-    engine = free(Engine(model, tiny_tokenizer, slots=12, slot_len=32, token_budget=200, **how))
+    engine = free(Engine(model, tiny_tokenizer, slots=32, slot_len=32, token_budget=400, **how))
     if drafts == "look-up":  # at every place, and as wrong as right
         guesses = itertools.cycle(texts)
         monkeypatch.setattr(Lookup, "draft", lambda self, ids, n: [*next(guesses)][len(ids) - len(prompt) :][:n])
     counts = counted(engine)
     torch.manual_seed(0)
-    requests = [Request(prompt=prompt, max_new_tokens=3, eos_token_id=(), **settings) for _ in range(3000)]
+    requests = [Request(prompt=prompt, max_new_tokens=3, eos_token_id=(), **settings) for _ in range(1500)]
     answers = [engine.prepare(request) for request in requests]
     for number, answer in enumerate(answers):
         answer.generator.manual_seed(number)
