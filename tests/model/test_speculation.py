@@ -294,7 +294,7 @@ def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer, mo
             texts = longer
     assert len(texts) == 8
     how = {"speculate": 4} if drafts == "look-up" else {"draft": quieter(copy.deepcopy(model), 0.5)}
-    engine = free(Engine(model, tiny_tokenizer, slots=32, slot_len=32, token_budget=400, **how))
+    engine = free(Engine(model, tiny_tokenizer, slots=12, slot_len=64, token_budget=200, **how))
     if drafts == "look-up":  # at every place, and as wrong as right
         guesses = itertools.cycle(texts)
         monkeypatch.setattr(Lookup, "draft", lambda self, ids, n: [*next(guesses)][len(ids) - len(prompt) :][:n])
