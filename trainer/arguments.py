@@ -129,6 +129,19 @@ def add_engine_arguments(parser, dtype: str | None = None) -> None:
         help="compile the decode step of an answer that runs alone: up to twice as fast on a CPU, "
         "half a minute at the first start (default: only in the server, for models of 10M parameters or more)",
     )
+    parser.add_argument(
+        "--speculate",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="draft up to N tokens by looking up how the text went on before, and keep those that the model would "
+        "write: sooner where an answer repeats its prompt (default: 0, none)",
+    )
+    parser.add_argument(
+        "--draft",
+        metavar="WEIGHTS",
+        help="draft by these smaller weights: a name in --out_dir, a .pth or a transformers folder",
+    )
 
 
 def sampling_settings(args: argparse.Namespace) -> dict:
