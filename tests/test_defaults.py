@@ -188,7 +188,7 @@ DEFAULTS |= {
     },
     "benchmarks.generate": MEASURED
     | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5, "deterministic": False, "compile": True},
-    "benchmarks.speculation": {
+    "benchmarks.drafts": {
         **{"dim": 512, "n_layers": 8, "dtype": "float32", "device": None, "compile": True},
         **{"tokens": 256, "rounds": 5, "speculate": 16, "agreement": 0.8},
     },

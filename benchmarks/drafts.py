@@ -1,8 +1,8 @@
 """Writing speed with drafts and without, on text that repeats its prompt and on text that does not.
 
-    python -m benchmarks.speculation                          26M, fp32, one answer at a time
-    python -m benchmarks.speculation --dtype bfloat16 --speculate 8
-    python -m benchmarks.speculation --dim 768 --n_layers 16 --compile 0
+    python -m benchmarks.drafts                          26M, fp32, one answer at a time
+    python -m benchmarks.drafts --dtype bfloat16 --speculate 8
+    python -m benchmarks.drafts --dim 768 --n_layers 16 --compile 0
 
 The weights are random, and so would be their text: the answers' logits are raised where the text wants it, and
 everything is computed as always. One answer is its prompt with every twentieth token another; one is a page of
