@@ -156,10 +156,10 @@ def main():
 
         # Log, save, evaluate: what is learned is safe before it is measured
         progress.advance(totals, skipped=not math.isfinite(values["loss"] + norm))
-        stopping = run.stop_requested()
+        stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):
             metrics.log(**values, lr=lr, grad_norm=norm)
-        if metrics.due(args.save_interval, stopping):
+        if metrics.due(args.save_interval, saving):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
         if held_out and metrics.due(args.eval_interval):
             metrics.log_evaluation(
@@ -168,6 +168,7 @@ def main():
             checkpoint.add_metrics(progress, metrics.last)
         if stopping:
             break
+    checkpoint.wait()  # the last save is still being written
     metrics.close()
     run.finish(finished=progress.step >= total_steps)
 

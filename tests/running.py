@@ -127,15 +127,19 @@ class RunningScript:
     def stderr(self) -> str:
         return self._err.read_text(encoding="utf-8", errors="replace") if self._err.exists() else ""
 
-    def exit_code(self) -> int | None:
-        """None while it runs; when a rank fails, the others are ended, as launchers do, and those that still wait for
-        it after a while are killed."""
+    def codes(self) -> dict[int, int]:
+        """The exit codes of those of its processes that have ended, by their ids; the others are left alone."""
         for pid in self.pids:
             if pid not in self._codes and (code := _ask(poll=pid)["exit_code"]) is not None:
                 self._codes[pid] = code
-                if code:
-                    self.send(signal.SIGTERM)
-                    self._failed_at = self._failed_at or time.monotonic()
+        return self._codes
+
+    def exit_code(self) -> int | None:
+        """None while it runs; when a rank fails, the others are ended, as launchers do, and those that still wait for
+        it after a while are killed."""
+        if any(self.codes().values()) and self._failed_at is None:
+            self.send(signal.SIGTERM)
+            self._failed_at = time.monotonic()
         if self._failed_at and time.monotonic() > self._failed_at + LAST_WORDS:
             self.send(signal.SIGKILL)
         failed = [code for code in self._codes.values() if code]

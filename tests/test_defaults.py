@@ -25,7 +25,8 @@ TRAINING = MODEL | {
     **{"grad_clip": 1.0, "seed": 42, "device": None, "dtype": None, "compile": None, "gradient_checkpointing": False},
     **{"deepspeed": None, "zero_stage": 2, "local_rank": None, "ddp": False, "save_interval": 100},
     **{"eval_interval": 100, "log_interval": 10, "resume": False, "overwrite": False, "tracker": None},
-    **{"use_wandb": False, "wandb_project": "MiniMind"},
+    **{"use_wandb": False, "wandb_project": "MiniMind", "save_minutes": 0, "keep_last": 2, "keep_every": 0},
+    **{"save_best": False, "stop_after": 0, "stall_timeout": 0},
 }
 
 
@@ -234,12 +235,16 @@ def test_a_command_begins_where_errors_are_told_in_one_line(path: Path, monkeypa
 
 
 INTEGERS_FROM_1 = """
-    dim n_layers max_seq_len epochs batch_size accumulation_steps save_interval log_interval
+    dim n_layers max_seq_len epochs batch_size accumulation_steps save_interval log_interval keep_last
 """.split()
-INTEGERS_FROM_0 = "num_workers max_steps warmup_iters eval_interval seed".split()
+INTEGERS_FROM_0 = "num_workers max_steps warmup_iters eval_interval seed keep_every".split()
+NUMBERS_FROM_0 = "save_minutes stop_after stall_timeout".split()
 ABOVE_0 = "learning_rate grad_clip".split()
 LEAST = {
-    "train_full_sft": dict.fromkeys(INTEGERS_FROM_1, 1) | dict.fromkeys(INTEGERS_FROM_0, 0) | dict.fromkeys(ABOVE_0),
+    "train_full_sft": {
+        **dict.fromkeys(INTEGERS_FROM_1, 1) | dict.fromkeys([*INTEGERS_FROM_0, *NUMBERS_FROM_0], 0),
+        **dict.fromkeys(ABOVE_0),
+    },
     "train_dpo": {"beta": None},
     "train_lora": {"rank": 1},
     "train_distillation": {"temperature": None},

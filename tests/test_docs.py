@@ -20,6 +20,7 @@ PAGES = (
         "dataset/README",
         "docs/data",
         "docs/training",
+        "docs/lose_nothing",
         "docs/reasoning_and_preferences",
         "docs/vision",
         "docs/results",

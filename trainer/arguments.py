@@ -269,6 +269,30 @@ def training_parser(description: str, **defaults) -> Parser:
     saving = parser.add_argument_group("saving and reporting")
     saving.add_argument("--save_interval", type=positive_int, default=100, help="steps between checkpoints")
     saving.add_argument(
+        "--save_minutes", type=non_negative_float, default=0, metavar="N", help="also save every N minutes"
+    )
+    saving.add_argument("--keep_last", type=positive_int, default=2, metavar="N", help="keep the last N checkpoints")
+    saving.add_argument(
+        "--keep_every", type=non_negative_int, default=0, metavar="N", help="and those of every N-th step; 0: none"
+    )
+    saving.add_argument(
+        "--save_best", action=BooleanFlag, help="copy the weights with the lowest held-out loss to NAME_best_D.pth"
+    )
+    saving.add_argument(
+        "--stop_after",
+        type=non_negative_float,
+        default=0,
+        metavar="MINUTES",
+        help="then save and end with exit code 75, for a job with a time limit; 0: never",
+    )
+    saving.add_argument(
+        "--stall_timeout",
+        type=non_negative_float,
+        default=0,
+        metavar="SECONDS",
+        help="say where every rank stands and end when no step is finished for so long; 0: wait forever",
+    )
+    saving.add_argument(
         "--eval_interval", type=non_negative_int, default=100, help="steps between evaluations; 0: never"
     )
     saving.add_argument("--log_interval", type=positive_int, default=10, help="steps between log lines")
@@ -335,6 +359,11 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError("--max_seq_len must be 2 or more: a row needs an input token and a target")
     if args.resume and args.overwrite:
         raise UserError("--resume continues a run and --overwrite replaces it: choose one")
+    if args.save_best and (not args.eval_interval or args.eval_interval % args.save_interval):
+        raise UserError(
+            "--save_best compares saved weights: --eval_interval must be a multiple of --save_interval "
+            f"({args.save_interval}), not {args.eval_interval}"
+        )
     if args.use_wandb and args.tracker not in (None, "wandb"):
         raise UserError(f"--use_wandb means --tracker wandb, which contradicts --tracker {args.tracker}: choose one")
     check_mix(getattr(args, "mix", None) or [])

@@ -1,14 +1,13 @@
 """Saving a run whole, and going on where it stopped."""
 
-import contextlib
 import dataclasses
 import json
+import os
 import shutil
-import time
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -16,86 +15,28 @@ from dataset.lm_dataset import RowDataset
 from dataset.streaming import StreamedRows
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
-from trainer.device import device_ids, random_state, set_random_state
-from trainer.errors import UserError
-from trainer.files import (
-    file_hash,
-    flush_to_disk,
-    left_by_a_kill,
-    load_tensors,
-    move,
-    replacing,
-    save_json,
-    save_tensors,
-    write_error,
-    writing_tensors,
-)
-from trainer.parallel import full_state_dict, plain_model, require_same_weights
-from trainer.resume_files import damaged, last_saved, read_object, seal, unseal
-from trainer.run_lock import lock_run, read_owner
-from trainer.runtime import Runtime, Totals
+from trainer.device import random_state, set_random_state
+from trainer.errors import UserError, print_notice
+from trainer.files import file_hash, left_by_a_kill, load_tensors, move, replacing, save_json, save_tensors, write_error
+from trainer.parallel import full_state_dict, load_full_state_dict, require_same_weights
+from trainer.progress import Progress
+from trainer.resume_files import find_whole_state, list_states, read_state, seal, step_of
+from trainer.run_lock import lock_run
+from trainer.run_settings import MAY_CHANGE, compare_settings
+from trainer.runtime import Runtime
+from trainer.snapshot import Background, Snapshot
 from trainer.weights import architecture, weights_path
-
-# A run that goes on must have every setting that it had, except these that change no number…
-MAY_CHANGE = (
-    *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
-    *("overwrite", "compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
-    *("data_path", "mix", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
-    *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
-)
-MAY_CHANGE_WITH_NOTICE = (
-    "epochs",
-    "max_steps",
-    "learning_rate",
-    "warmup_iters",
-    "grad_clip",
-    "dtype",
-)  # …and these, when it is said
-SKIPPED_LIMIT = 10  # steps in a row; float16's scaler needs a few of them to find its scale
-
-
-@dataclasses.dataclass
-class Progress:
-    """Progress of a run: optimizer steps, non-padding tokens seen, seconds of training, steps skipped as not finite."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    skipped: int = 0
-
-    def __post_init__(self):
-        self._counted_at = time.monotonic()
-        self._skipped_in_a_row = 0
-
-    def advance(self, totals: Totals, skipped: bool) -> None:
-        """Count the step just taken, or `skipped` because its loss or gradient was not finite.
-
-        Raises:
-            UserError: after several in a row that were skipped.
-        """
-        now = time.monotonic()
-        self.step += 1
-        self.tokens += int(totals.non_padding_tokens)
-        self.seconds += now - self._counted_at
-        self._counted_at = now
-        if not skipped:
-            self._skipped_in_a_row = 0
-            return
-        self.skipped += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= SKIPPED_LIMIT:
-            raise UserError(
-                f"loss or gradient was not finite {SKIPPED_LIMIT} times in a row; the last checkpoint is intact: "
-                "continue from it with --resume and a lower --learning_rate, or another --dtype"
-            )
 
 
 class Checkpoint:
     """A stage's weights `out/NAME_D.pth`, their json, and `out/NAME_D.resume/`, which only one run at a time may write.
 
-    A save writes a new folder in `resume/` with all that is needed to resume, moves the pointer `resume/latest` to it,
-    and copies its weights and their json to their usual place: a crash at any moment leaves a complete state,
-    and a run that resumes from it repairs the copies.
+    A save copies all that is needed to resume in memory, and goes on in a thread: it writes a new folder in `resume/`,
+    moves the pointer `resume/latest` to it, and copies its weights and their json to their usual place. A crash at any
+    moment leaves a complete state, and a run that resumes from it repairs the copies. The states before it stay as
+    --keep_last and --keep_every say; from a damaged one a run goes back to the one before.
+
+    What is saved does not depend on how the work was shared: a plain process, DDP or any ZeRO stage goes on from it.
 
     Args:
         keep: which of the model's keys are saved (an adapter's, say); the others are as the stage loaded them.
@@ -118,13 +59,19 @@ class Checkpoint:
         **facts,
     ):
         self.path = weights_path(args, stage)
+        self.best_path = weights_path(args, f"{stage}_best") if args.save_best else None
         self.folder = self.path.with_suffix(".resume")
         self.pointer = self.folder / "latest"
         self.runtime = runtime
         self.keep = keep
+        self.keep_last, self.keep_every = args.keep_last, args.keep_every
         self.resuming = args.resume
+        self._begun_in = os.getcwd()
+        self._states: list[str] = []  # this run's on the disk, the oldest first
         self._saved_step: int | None = None
+        self._best: float | None = None
         self._dataset: RowDataset | StreamedRows | None = None
+        self._snapshot, self._background = Snapshot(), Background()
         self.about = {
             "config": architecture(config) | {"max_seq_len": config.max_seq_len},
             "stage": stage,
@@ -146,101 +93,115 @@ class Checkpoint:
             raise UserError(f"--max_seq_len {args.max_seq_len}: the model takes at most {config.max_seq_len} tokens")
         if not runtime.is_main:  # what lies on another machine decides nothing: rank 0 does
             return
-        if args.resume and self.path.exists() and not self.pointer.is_file():
+        states = list_states(self.folder)
+        if args.resume and self.path.exists() and not states:
             raise UserError(
                 f"{self.path} exists, but {self.folder} has no checkpoint to resume from: use --overwrite to replace it"
             )
-        if not (args.resume or args.overwrite) and (self.path.exists() or self.pointer.is_file()):
+        if not (args.resume or args.overwrite) and (self.path.exists() or states):
             raise UserError(f"{self.path} already exists: use --resume to continue that run, --overwrite to replace it")
         self._lock = lock_run(self.folder, self.path)
 
     def save(self, model: nn.Module, optimizer, scaler, progress: Progress, metrics: dict) -> None:
-        """Write everything; all ranks must call it.
+        """Copy everything in memory and begin to write it, see `wait`; all ranks must call it.
 
         Raises:
-            UserError: it could not be written; the previous checkpoint is intact.
+            UserError: the save before could not be written; the one before that is intact.
         """
         run = self.runtime
-        if self._dataset is not None:  # a stream also says where it is
-            self.settings["data"] = self._dataset.identity
-        weights = full_state_dict(model, run, self.keep)
-        random = run.gather(random_state(run.device))
-        with self._new_folder(f"step_{progress.step:08d}") as folder:
-            if run.deepspeed_config:
-                with writing_tensors():
-                    model.save_checkpoint(str(folder), tag="engine")
-                _wait(run)  # every rank has written its part
-            if not run.is_main:
-                return
-            written = sorted(path for path in folder.rglob("*") if path.is_file())
-            for path in written:
-                flush_to_disk(path)
-            hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in written}
-            for rank, state in enumerate(random):
-                hashes[f"rank_{rank}.pt"] = save_tensors(state, folder / f"rank_{rank}.pt")
-            hashes["model.pth"] = save_tensors(weights, folder / "model.pth")
-            about = self.about | dataclasses.asdict(progress) | {"sha256": hashes["model.pth"]}
-            save_json(about | {"metrics": metrics}, folder / "model.json")
-            state = {"scaler": scaler.state_dict()}
-            if not run.deepspeed_config:
-                state["optimizer"] = optimizer.state_dict()
-            hashes["optimizer.pt"] = save_tensors(state, folder / "optimizer.pt")
-            facts = {"progress": dataclasses.asdict(progress), "settings": self.settings, "about": about}
-            seal(folder, facts, hashes)  # without the metrics, which are yet to be added to
+        content = {
+            "model": full_state_dict(model, run, self.keep),
+            "optimizer": {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
+            "random": run.gather(random_state(run.device)),
+        }
         self._saved_step = progress.step
+        if run.is_main:
+            self.wait()  # its memory is used again
+            if self._dataset is not None:  # a stream also says where it is
+                self.settings["data"] = self._dataset.identity
+            content, counted, metrics = self._snapshot.copy(content), dataclasses.asdict(progress), dict(metrics)
+            self._background.start(lambda: self._write(content, counted, metrics))
+
+    def wait(self) -> None:
+        """Wait until what was saved last is on the disk.
+
+        Raises:
+            UserError: it could not be written; the checkpoint before it is intact.
+        """
+        self._background.wait()
 
     def add_metrics(self, progress: Progress, metrics: dict) -> None:
-        """Tell in the json what was measured of the weights after they were saved; nothing when this step saved none.
+        """Tell in the json what was measured of the weights after they were saved, and copy them to `NAME_best_D.pth`
+        if --save_best is given and they are the best; nothing when this step saved none.
 
         Raises:
             UserError: it could not be written; the json is unchanged.
         """
         if not self.runtime.is_main or self._saved_step != progress.step:
             return
-        path = self.folder / self.pointer.read_text(encoding="utf-8").strip() / "model.json"
-        about = json.loads(path.read_text(encoding="utf-8"))
-        for place in (path, self.path.with_suffix(".json")):
-            save_json(about | {"metrics": metrics}, place)
+        self.wait()
+        folder = self.folder / self._states[-1]
+        about = json.loads((folder / "model.json").read_text(encoding="utf-8")) | {"metrics": metrics}
+        for place in (folder / "model.json", self.path.with_suffix(".json")):
+            save_json(about, place)
+        loss = metrics.get("eval_loss")
+        if self.best_path and loss is not None and (self._best is None or loss < self._best):
+            self._publish(folder, self.best_path)
+            self._best = loss
 
-    @contextlib.contextmanager
-    def _new_folder(self, name: str) -> Iterator[Path]:
-        """A folder to write into; when rank 0 has written all of it, it becomes the one to go on from."""
-        run, temporary, final = self.runtime, self.folder / ".saving", self.folder / name
+    def _write(self, content: dict, progress: dict, metrics: dict) -> None:
+        """Write a new folder; when all of it is on the disk, it becomes the one to go on from."""
+        temporary, final = self.folder / ".saving", self.folder / f"step_{progress['step']:08d}"
         try:
-            if run.is_main:
-                if temporary.exists():
-                    shutil.rmtree(temporary)
-                temporary.mkdir(parents=True)
-            _wait(run)
-            yield temporary
-            if not run.is_main:
-                return
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            temporary.mkdir(parents=True)
+            hashes = {}
+            for rank, state in enumerate(content["random"]):
+                hashes[f"rank_{rank}.pt"] = save_tensors(state, temporary / f"rank_{rank}.pt")
+            hashes["model.pth"] = save_tensors(content["model"], temporary / "model.pth")
+            about = self.about | progress | {"sha256": hashes["model.pth"]}
+            save_json(about | {"metrics": metrics}, temporary / "model.json")
+            hashes["optimizer.pt"] = save_tensors(content["optimizer"], temporary / "optimizer.pt")
+            begun = {"command": sys.argv, "working_folder": self._begun_in}
+            facts = {"progress": progress, "settings": self.settings, "about": about, **begun}
+            seal(temporary, facts, hashes)  # without the metrics, which are yet to be added to
             while final.exists():  # the run that this one replaces stopped at the same step
                 final = final.with_name(final.name + "_")
             move(temporary, final)
             with replacing(self.pointer) as pointer:
                 pointer.write_text(final.name, encoding="utf-8")
-            self._publish(final)
-            self._tidy(final)
+            self._states.append(final.name)
+            self._publish(final, self.path)
+            self._tidy()
+            self._clear()
         except OSError as error:
             raise write_error(final, error) from error
         finally:
-            if run.is_main and temporary.exists():
+            if temporary.exists():
                 shutil.rmtree(temporary)
 
-    def _tidy(self, current: Path) -> None:
-        """Delete older states, and what a killed run was writing."""
+    def _tidy(self) -> None:
+        """Delete the states that are not to be kept, and those of a run that this one replaces."""
+        every = self.keep_every
+        self._states = [
+            *(name for name in self._states[: -self.keep_last] if every and step_of(name) % every == 0),
+            *self._states[-self.keep_last :],
+        ]
         for left in self.folder.iterdir():
-            if left.is_dir() and left != current:
+            if left.is_dir() and left.name not in self._states:
                 shutil.rmtree(left)
+
+    def _clear(self) -> None:
+        """Delete what a killed run was writing."""
         beside = (".pth", ".json", ".metrics.jsonl", ".png")
         for path in (self.pointer, *(self.path.with_suffix(suffix) for suffix in beside)):
             for left in left_by_a_kill(path):
                 left.unlink()
 
-    def _publish(self, folder: Path) -> None:
-        """Copy weights and json to their usual place."""
-        for name, path in (("model.pth", self.path), ("model.json", self.path.with_suffix(".json"))):
+    def _publish(self, folder: Path, to: Path) -> None:
+        """Copy a state's weights and json to where they are looked for."""
+        for name, path in (("model.pth", to), ("model.json", to.with_suffix(".json"))):
             with replacing(path) as temporary:
                 shutil.copyfile(folder / name, temporary)
 
@@ -253,8 +214,8 @@ class Checkpoint:
             dataset: the training data; it must be unchanged.
 
         Raises:
-            UserError: the saved run had other settings or data, so that it cannot be continued exactly; or it is
-                damaged; or a rank has other settings, data, files or weights than rank 0.
+            UserError: the saved run had other settings or data, so that it cannot be continued exactly; or all that was
+                saved is damaged; or a rank has other settings, data, files or weights than rank 0.
         """
         run, progress = self.runtime, Progress()
         self._dataset = dataset
@@ -265,17 +226,17 @@ class Checkpoint:
         if saved is not None:
             folder = self.folder / saved
             try:
-                state = unseal(folder, run)
+                state = read_state(folder, run)
                 then = state["settings"].pop("data", {})  # none by earlier versions
                 if dataset is not None and (change := dataset.changed_since(then)):
                     raise UserError(f"--resume: {change}; or start over with --overwrite")
                 if isinstance(dataset, StreamedRows):
                     dataset.position = then["position"]
-                self._compare(state["settings"])
+                compare_settings(self.settings, state["settings"], run.print)
                 self._restore(folder, model, optimizer, scaler)
                 progress = Progress(**state["progress"])
                 if run.is_main:
-                    self._mend(folder, state.get("about"))
+                    self._mend(folder)
             except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
@@ -283,14 +244,18 @@ class Checkpoint:
                 ) from error
             require_same_weights(model, run)
             run.print(f"resumed at step {progress.step} from {folder}")
-        run.catch_signals()
+        run.start_loop()
         return progress
 
     def _saved_last(self) -> str | None:
         """The name of the folder to resume from; None to start."""
-        if self.resuming and self.runtime.is_main and self.pointer.is_file():
-            return last_saved(self.pointer)
-        return None
+        if not (self.resuming and self.runtime.is_main and list_states(self.folder)):
+            return None
+        name, damages = find_whole_state(self.pointer)
+        for damage in damages:
+            print_notice(f"{damage}: resuming from {name}, which was saved before it")
+        self._states = [*(each for each in list_states(self.folder) if step_of(each) < step_of(name)), name]
+        return name
 
     def _compare_ranks(self) -> None:
         """Refuse ranks that would not train one and the same run: other data, another tokenizer or teacher, say."""
@@ -300,57 +265,34 @@ class Checkpoint:
                 if value != settings[0].get(name):
                     raise UserError(f"rank {rank} has {name} {value}, and rank 0 has {settings[0].get(name)}")
 
-        if self.settings["zero_stage"] and self.runtime.first_that_differs(read_owner(self.folder)):
-            raise UserError(
-                f"{self.folder} is not shared by all machines, but DeepSpeed's ZeRO saves a shard of each rank "
-                "there: give all machines a shared --out_dir"
-            )
-
-    def _mend(self, folder: Path, about: dict | None) -> None:
-        """Put right what a crash between the parts of a save left, or what has been damaged since.
-
-        Args:
-            about: what the folder's model.json holds beside metrics; None: saved by an earlier version.
-
-        Raises:
-            UserError: that is damaged.
-        """
+    def _mend(self, folder: Path) -> None:
+        """Put right what a crash between the parts of a save left, or what has been damaged since."""
         beside, saved = self.path.with_suffix(".json"), folder / "model.json"
         there = self.path.is_file() and beside.is_file()
-        found = read_object(saved)
-        if about is not None and about != {name: value for name, value in found.items() if name != "metrics"}:
-            raise damaged(saved, "other facts")
-        weights = found.get("sha256")  # None: saved by an earlier version
+        weights = json.loads(saved.read_text(encoding="utf-8")).get("sha256")  # None: saved by an earlier version
         if not there or beside.read_bytes() != saved.read_bytes() or weights not in (None, file_hash(self.path)):
-            self._publish(folder)
-        self._tidy(folder)
-
-    def _compare(self, saved: dict) -> None:
-        """Refuse to go on with settings that give other numbers; say those that the user may want to change."""
-        for name, ours in self.settings.items():
-            theirs = saved.get(name, ours)
-            if theirs == ours:
-                continue
-            if name not in MAY_CHANGE_WITH_NOTICE:
-                raise UserError(
-                    f"--resume: the saved run had {name} {theirs}, this one has {ours}; "
-                    "use the same value, or start over with --overwrite"
-                )
-            self.runtime.print(f"--resume: {name} was {theirs} and is now {ours}")
+            self._publish(folder, self.path)
+        with replacing(self.pointer) as pointer:  # it may have named a damaged one
+            pointer.write_text(folder.name, encoding="utf-8")
+        self._clear()
+        if self.best_path and self.best_path.with_suffix(".json").is_file():
+            best = json.loads(self.best_path.with_suffix(".json").read_text(encoding="utf-8"))
+            self._best = best["metrics"].get("eval_loss")
 
     def _restore(self, folder: Path, model: nn.Module, optimizer, scaler) -> None:
         state = load_tensors(folder / "optimizer.pt")
+        if "optimizer" not in state:
+            raise UserError(
+                f"{folder} holds DeepSpeed's own files, as MiniMind saved them before 2026-12: finish that run with "
+                "the version that began it, or start over with --overwrite"
+            )
+        load_full_state_dict(model, optimizer, load_tensors(folder / "model.pth"), self.keep)
+        optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # float16 had one; a run that goes on in it from another dtype begins with its own
             scaler.load_state_dict(state["scaler"])
-        if self.runtime.deepspeed_config:
-            if model.load_checkpoint(str(folder), tag="engine")[0] is None:
-                raise ValueError("DeepSpeed found none of its files there")
-        else:
-            plain = plain_model(model)
-            given = {key: value for key, value in plain.state_dict().items() if not self.keep(key)}
-            plain.load_state_dict(given | load_tensors(folder / "model.pth"))
-            optimizer.load_state_dict(state["optimizer"])
-        set_random_state(self.runtime.device, load_tensors(folder / f"rank_{self.runtime.rank}.pt"))
+        mine = folder / f"rank_{self.runtime.rank}.pt"
+        if mine.is_file():  # a run that had fewer processes saved none for the others
+            set_random_state(self.runtime.device, load_tensors(mine))
 
 
 def _learned_from(args) -> dict:
@@ -358,8 +300,3 @@ def _learned_from(args) -> dict:
     mix, start = getattr(args, "mix", None), getattr(args, "from_weight", None)
     learned = {"data_path": str(args.data_path)} if not mix else {"data_path": None, "mix": mix}
     return learned | ({} if start in (None, "none") else {"from_weight": start})
-
-
-def _wait(runtime: Runtime) -> None:
-    if runtime.world_size > 1:
-        dist.barrier(device_ids=device_ids(runtime.device))

@@ -11,10 +11,10 @@ from torch import nn
 from tqdm import tqdm
 
 from dataset import DataError
-from trainer.checkpoint import Progress
 from trainer.errors import UserError, print_notice, shown
 from trainer.evaluation import EvaluationError
 from trainer.files import replacing, write_error
+from trainer.progress import Progress
 from trainer.runtime import Runtime
 from trainer.signals import terminal_may_go
 from trainer.trackers import start_tracker

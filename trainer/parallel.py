@@ -1,12 +1,9 @@
 """What the loop calls as its model: compiled, and shared with other processes by DDP or DeepSpeed."""
 
 import contextlib
-import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +14,7 @@ from model.fingerprint import hash_weights
 from trainer.device import device_ids
 from trainer.errors import UserError
 from trainer.runtime import Runtime
+from trainer.zero import DeepSpeedScaler, ShardedOptimizer, deepspeed_engine
 
 COMPILE_PAYS_FROM = 2_000_000  # tokens; compiling takes about as long as a few hundred thousand of them on a CPU
 
@@ -38,7 +36,7 @@ def wrap_model(
             block.compile()
     runtime.engine = "compiled" if compile_blocks else "eager"
     if runtime.deepspeed_config:
-        model, optimizer = _deepspeed_engine(model, optimizer, runtime)
+        model, optimizer = deepspeed_engine(model, optimizer, runtime)
         scaler = DeepSpeedScaler(model, scaler)
         runtime.engine += f", DeepSpeed ZeRO-{model.zero_optimization_stage()} on {runtime.world_size} processes"
     elif runtime.world_size > 1:
@@ -61,19 +59,35 @@ def plain_model(model: nn.Module) -> nn.Module:
 
 
 def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Each parameter that `keep` names, whole, fp32, on the CPU, under its plain name; one with two names is held once.
+    """Each parameter that `keep` names, whole, fp32, where it lies, under its plain name; one with two names is held
+    once.
 
     All ranks must call it: ZeRO-3 gathers.
     """
-    plain, copies, whole = plain_model(model), {}, {}
+    plain, held, whole = plain_model(model), {}, {}
     with _gathered(plain, runtime):
         for key, value in plain.state_dict().items():
             if keep(key):
                 place = (value.data_ptr(), value.shape)
-                if place not in copies:
-                    copies[place] = value.detach().float().cpu().clone()
-                whole[key] = copies[place]
+                if place not in held:
+                    value = value.detach().float()
+                    held[place] = value.clone() if runtime.deepspeed_config else value  # what is gathered goes again
+                whole[key] = held[place]
     return whole
+
+
+def load_full_state_dict(model: nn.Module, optimizer, weights: dict[str, Tensor], keep: Callable[[str], bool]) -> None:
+    """Fill in what `full_state_dict` gave; what `keep` does not name stays. All ranks must call it.
+
+    Raises:
+        RuntimeError: a parameter is missing, or has another shape.
+    """
+    plain = plain_model(model)
+    if isinstance(optimizer, ShardedOptimizer):
+        optimizer.load_weights({p: weights[key] for key, p in plain.named_parameters() if keep(key)})
+        return
+    given = {key: value for key, value in plain.state_dict().items() if not keep(key)}
+    plain.load_state_dict(given | weights)
 
 
 def require_same_weights(model: nn.Module, runtime: Runtime) -> None:
@@ -133,86 +147,3 @@ def why_not_compile(device: torch.device) -> str | None:
     except Exception as error:  # no headers, no write access, an unknown chip: whatever it is, eager mode works
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     return None
-
-
-# ------------------------------------------------------------------------------------------------------- DeepSpeed
-
-
-def _deepspeed_engine(model: nn.Module, optimizer, runtime: Runtime):
-    if runtime.device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # before the import, which looks for one
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Its collectives are deprecated in PyTorch 2.13, which tells so at every step: once will do.
-    warnings.filterwarnings("once", category=FutureWarning, module="torch.distributed")
-    # On a CPU it would now compile C++ collectives, which take a compiler and minutes; gloo's do as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model.forward = runtime.autocast()(model.forward)  # around the engine it would be switched off again
-    engine, optimizer, _, _ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=runtime.deepspeed_config, dist_init_required=False
-    )
-    return engine, optimizer
-
-
-class DeepSpeedScaler(torch.amp.GradScaler):
-    """What the loop calls as its GradScaler where a DeepSpeed engine holds the gradients.
-
-    `scaler.scale(loss).backward()` is as ever; all that follows a backward is `clip_and_step`.
-
-    Args:
-        scaler: the one that it replaces, switched on or off alike.
-    """
-
-    def __init__(self, engine, scaler: torch.amp.GradScaler):
-        super().__init__(engine.device.type, enabled=scaler.is_enabled())
-        self.engine = engine
-        self.is_zero = engine.zero_optimization_stage() > 0
-
-    def scale(self, loss: Tensor) -> "_EngineLoss":
-        if not self.is_zero:
-            return _EngineLoss(self.engine, super().scale(loss))
-        if self.is_enabled():  # ZeRO scales and unscales by itself, and has to be told the scale
-            self.engine.optimizer.override_loss_scale(self.get_scale())
-        return _EngineLoss(self.engine, loss)
-
-    def clip_and_step(self) -> float:
-        """Clip, take the step unless the gradient is not finite, and zero it.
-
-        Returns:
-            the gradient's norm before clipping, not finite when the step was skipped.
-        """
-        return self._step_by_zero() if self.is_zero else self._step_by_hand()
-
-    def _step_by_hand(self) -> float:
-        """Without ZeRO the engine clips but does not say the norm, nor skip anything."""
-        self.unscale_(self.engine.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.engine.gradient_clipping())
-        if torch.isfinite(norm):
-            self.engine.step()
-        else:
-            self.engine.zero_grad()
-        self.update()
-        return float(norm)
-
-    def _step_by_zero(self) -> float:
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        if self.is_enabled():  # GradScaler's rule, by hand, as it has not seen the gradients
-            scale = self.get_scale()
-            if norm == float("inf"):
-                scale *= self.get_backoff_factor()
-            elif self.engine.global_steps % self.get_growth_interval() == 0:
-                scale *= self.get_growth_factor()
-            super().scale(torch.zeros((), device=self.engine.device))  # it keeps no scale before its first use
-            self.update(scale)
-        return norm
-
-
-@dataclass
-class _EngineLoss:
-    engine: object
-    loss: Tensor
-
-    def backward(self) -> None:
-        self.engine.backward(self.loss)

@@ -1,4 +1,4 @@
-"""The files that a run goes on from, each known by its hash: from a damaged one no run goes on."""
+"""The states that a run can go on from: folders whose files are each known by their hash, the newest one first."""
 
 import hashlib
 import json
@@ -11,6 +11,52 @@ from trainer.runtime import Runtime
 STATE = "state.json"
 
 
+class Damaged(UserError):
+    """A file is not what was saved."""
+
+    def __init__(self, path: Path, how: str = "another sha256"):
+        super().__init__(f"{path} is damaged: it does not match what was saved ({how})")
+
+
+def step_of(name: str) -> int:
+    """The optimizer step after which a state was saved, by its folder's name."""
+    return int(name.removeprefix("step_").rstrip("_"))
+
+
+def list_states(folder: Path) -> list[str]:
+    """The names of the states in a run's folder, damaged or not, the oldest first."""
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.glob("step_*") if path.is_dir()]
+    return sorted((name for name in names if name[5:].rstrip("_").isdigit()), key=lambda name: (step_of(name), name))
+
+
+def find_whole_state(pointer: Path) -> tuple[str, list[str]]:
+    """The state to go on from: the one that a pointer names, or the newest before it that is whole.
+
+    Returns:
+        its name, and what is wrong with each that was passed over.
+
+    Raises:
+        UserError: there is none.
+    """
+    folder, damages = pointer.parent, []
+    names = list_states(folder)[::-1]
+    if pointer.is_file():  # or else the first save was cut short just before it
+        latest = pointer.read_text(encoding="utf-8", errors="replace").strip()
+        if latest in names:
+            names = [latest, *(name for name in names if step_of(name) < step_of(latest))]
+        else:
+            damages.append(f"{pointer} is damaged: it names {latest[:40]!r}")
+    for name in names:
+        try:
+            verify(folder / name)
+            return name, damages
+        except Damaged as damage:
+            damages.append(str(damage))
+    raise UserError(f"{damages[-len(names)]}, and no state before it is whole: start over with --overwrite")
+
+
 def seal(folder: Path, state: dict, hashes: dict[str, str]) -> None:
     """Write `state.json`, the last file of a folder.
 
@@ -21,28 +67,46 @@ def seal(folder: Path, state: dict, hashes: dict[str, str]) -> None:
     save_json(state | {"sha256": hashes | {STATE: _hash_state(state, hashes)}}, folder / STATE)
 
 
-def unseal(folder: Path, run: Runtime) -> dict:
-    """What `seal` was given as `state`, when all files are there and as they were written. All ranks must call it.
-
-    A folder of an earlier version, which kept no hashes, is taken as it is.
+def read_state(folder: Path, run: Runtime) -> dict:
+    """What `seal` was given as `state`. All ranks must call it; rank 0 has found the folder whole.
 
     Raises:
-        UserError: a file is missing on this rank, is damaged, or another than rank 0 has; the message names it.
-        LookupError: `state.json` is none of ours.
+        UserError: a file is missing on this rank, is damaged, or differs from rank 0's; the message names it.
     """
-    _require(folder / STATE, run)
-    state = read_object(folder / STATE)
+    if not (folder / STATE).is_file():
+        raise UserError(
+            f"rank {run.rank} has no {folder / STATE}, from which rank 0 resumes: give all machines a shared "
+            "--out_dir, or copy rank 0's folder there"
+        )
     if rank := run.first_that_differs(file_hash(folder / STATE)):
         raise UserError(f"rank {rank} has a different {folder / STATE} from rank 0: copy rank 0's file there")
+    if not run.is_main:
+        verify(folder)
+    return _read_object(folder / STATE)
+
+
+def verify(folder: Path) -> dict:
+    """What `seal` was given as `state`, once all files are found as they were written; those of earlier versions, which
+    kept no hashes, are taken as they are.
+
+    Raises:
+        Damaged: which file is not.
+    """
+    state, about = _read_object(folder / STATE), _read_object(folder / "model.json")
     if "sha256" not in state:
         return state
     hashes = state.pop("sha256")
-    if hashes.pop(STATE) != _hash_state(state, hashes):
-        raise damaged(folder / STATE)
+    if not isinstance(hashes, dict) or hashes.pop(STATE, None) != _hash_state(state, hashes):
+        raise Damaged(folder / STATE)
     for name, expected in hashes.items():
-        _require(folder / name, run)
-        if file_hash(folder / name) != expected:
-            raise damaged(folder / name)
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(path, "it is missing")
+        if file_hash(path) != expected:
+            raise Damaged(path)
+    about.pop("metrics", None)  # added to after the other facts
+    if state.get("about", about) != about:
+        raise Damaged(folder / "model.json", "other facts")
     return state
 
 
@@ -50,42 +114,8 @@ def _hash_state(state: dict, hashes: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps([state, hashes]).encode()).hexdigest()
 
 
-def _require(path: Path, run: Runtime) -> None:
-    if path.is_file():
-        return
-    if run.is_main:
-        raise UserError(f"{path} is missing, and the run cannot be resumed without it: start over with --overwrite")
-    raise UserError(
-        f"rank {run.rank} has no {path}, from which rank 0 resumes: give all machines a shared --out_dir, "
-        "or copy rank 0's file there"
-    )
-
-
-def read_object(path: Path) -> dict:
-    """The JSON object in a file.
-
-    Raises:
-        UserError: there is none.
-    """
+def _read_object(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
-        raise damaged(path, "not a JSON object") from None
-
-
-def damaged(path: Path, how: str = "another sha256") -> UserError:
-    """The error to raise when a file is not what was saved."""
-    return UserError(f"{path} is damaged: it does not match what was saved ({how}): start over with --overwrite")
-
-
-def last_saved(pointer: Path) -> str:
-    """The name of the folder beside a pointer to go on from.
-
-    Raises:
-        UserError: the pointer names none that is there.
-    """
-    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
-    there = sorted(path.name for path in pointer.parent.iterdir() if (path / STATE).is_file())
-    if there and name not in there:
-        raise UserError(f"{pointer} is damaged, it names {name!r}: write the existing {there[-1]} into it")
-    return name
+        raise Damaged(path, "not a JSON object") from None

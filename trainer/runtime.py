@@ -3,8 +3,10 @@
 import atexit
 import contextlib
 import datetime
+import math
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -17,7 +19,10 @@ from trainer.arguments import deepspeed_config
 from trainer.device import DTYPES, backend_of, default_dtype, moved, pick_device
 from trainer.errors import UserError
 from trainer.launcher import read_place
-from trainer.signals import StopSignals, terminal_may_go
+from trainer.signals import Signals, terminal_may_go
+from trainer.watchdog import Watchdog
+
+EXIT_TIME_IS_UP = 75  # sysexits.h: a temporary failure, try again
 
 
 @dataclass
@@ -27,6 +32,26 @@ class Totals:
     target_tokens: float
     rows: float
     non_padding_tokens: float
+
+
+class Clock:
+    """What --stop_after and --save_minutes ask for, in seconds from now; None: nothing."""
+
+    def __init__(self, stop_after: float | None = None, save_every: float | None = None):
+        self._stop_at = time.monotonic() + stop_after if stop_after else math.inf
+        self._save_every = save_every or math.inf
+        self._save_at = time.monotonic() + self._save_every
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._stop_at
+
+    def is_save_due(self) -> bool:
+        """Whether it is time to save; from then on the next interval counts."""
+        now = time.monotonic()
+        if now < self._save_at:
+            return False
+        self._save_at = now + self._save_every
+        return True
 
 
 @dataclass
@@ -39,7 +64,10 @@ class Runtime:
     world_size: int = 1
     deepspeed_config: dict | None = None
     engine: str = "eager"  # what `wrap_model` made of the model, for people to read
-    _signals: StopSignals = field(default_factory=StopSignals)
+    _signals: Signals = field(default_factory=Signals)
+    _clock: Clock = field(default_factory=Clock)
+    _watchdog: Watchdog | None = None
+    _signalled: bool = False  # whether a signal has asked any rank to stop
     _fault: Exception | None = None
     _preparation: dist.ProcessGroup | None = None
 
@@ -77,21 +105,42 @@ class Runtime:
         non_padding_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         return Totals(*self.sums(target_tokens, rows, non_padding_tokens))
 
-    def catch_signals(self) -> None:
-        """From now on Ctrl-C and its like let the current step end and be saved; a second Ctrl-C ends at once."""
+    def start_loop(self) -> None:
+        """From now on Ctrl-C and its like let the current step end and be saved, a second Ctrl-C ends at once; and it
+        is watched that the ranks take their steps."""
         self._signals.catch(speak=self.is_main)
+        if self._watchdog is not None:
+            self._watchdog.start()
 
     def stop_because(self, error: Exception) -> None:
         """Ask for a stop after this step, as a signal does; once it is saved, `finish` raises the error."""
         self._fault = error
 
-    def stop_requested(self) -> bool:
-        """Whether a signal, or `stop_because`, has asked any rank to stop; all ranks must call it."""
-        return self.sum(len(self._signals) + (self._fault is not None)) > 0
+    def requests(self) -> tuple[bool, bool]:
+        """Whether any rank has been asked to stop after this step, and whether to save it, as also by --stop_after and
+        --save_minutes; all ranks must call it, once per step."""
+        if self._watchdog is not None:
+            self._watchdog.count_step()
+        late, due = (
+            self._clock.is_over(),
+            self._clock.is_save_due(),
+        )  # each rank has a clock of its own: rank 0's counts
+        signalled, late, save = self.sums(
+            self._signals.stop_asked or self._fault is not None,
+            self.is_main and late,
+            self._signals.take_save_asked() or (self.is_main and due),
+        )
+        self._signalled = signalled > 0
+        return signalled + late > 0, signalled + late + save > 0
 
     def finish(self, finished: bool) -> None:
-        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code, or
-        with the error given to `stop_because`."""
+        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code, with
+        `EXIT_TIME_IS_UP`, or with the error given to `stop_because`. All ranks must call it: they wait until rank 0 has
+        written what it had to."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        if self._preparation is not None:  # a rank that ends with an error code has torchrun kill the others soon
+            dist.barrier(group=self._preparation)
         if dist.is_initialized():
             # Once the model is gone. Were DDP's reducer the last to hold a group, it would wait for gloo's threads and
             # keep the GIL meanwhile, for which one of them may be waiting: a run that never ends.
@@ -99,7 +148,7 @@ class Runtime:
         if self._fault is not None:
             raise self._fault
         if not finished:
-            sys.exit(128 + self._signals.first)
+            sys.exit(128 + self._signals.first if self._signalled else EXIT_TIME_IS_UP)
 
     def gather(self, value) -> list:
         """What each rank has, in their order; all ranks must call it, with anything that can be pickled."""
@@ -165,6 +214,8 @@ def start_runtime(args) -> Runtime:
         _meet(backend_of(device))
     if place.world_size > 1:
         runtime._preparation = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
+    runtime._clock = Clock(args.stop_after * 60, args.save_minutes * 60)
+    runtime._watchdog = Watchdog(place.rank, place.world_size, args.stall_timeout)
     torch.manual_seed(args.seed)
     return runtime
 

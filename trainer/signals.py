@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop, and a terminal that is gone: neither may cost what was learned."""
+"""Signals that ask a run to save or to stop, and a terminal that is gone: neither may cost what was learned."""
 
 import contextlib
 import errno
@@ -13,21 +13,30 @@ from collections.abc import Iterator
 # Ctrl-C, a scheduler's end, a dropped SSH; a closed window on Windows, which has no SIGHUP
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 ASK_TO_STOP = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
+ASK_TO_SAVE = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))  # Windows has none
 
 WORKERS_LAST = 5  # seconds
 
 
-class StopSignals:
-    """The signals that have come since `catch`; each lets the current step end and be saved.
+class Signals:
+    """The signals that have come since `catch`; each lets the current step end and be saved, and all but SIGUSR1 end
+    the run then.
 
     A second Ctrl-C ends at once. SIGHUP is left ignored where it was so at the start: by nohup.
     """
 
     def __init__(self):
-        self._came: list[tuple[int, float]] = []  # number and time of each
+        self._came: list[tuple[int, float]] = []  # number and time of each that asks to stop
+        self._save_asked = 0
 
-    def __len__(self) -> int:
-        return len(self._came)
+    @property
+    def stop_asked(self) -> bool:
+        return bool(self._came)
+
+    def take_save_asked(self) -> bool:
+        """Whether a signal has asked to save since this was called last."""
+        asked, self._save_asked = self._save_asked, 0
+        return asked > 0
 
     @property
     def first(self) -> int:
@@ -58,6 +67,11 @@ class StopSignals:
                 with contextlib.suppress(OSError):  # nobody may be there to read it
                     os.write(2, text.encode())  # print is not to be used while another print may be under way
 
+        def on_save_signal(_number: int, _frame) -> None:
+            self._save_asked += 1
+
+        for number in ASK_TO_SAVE:
+            signal.signal(number, on_save_signal)
         for number in ASK_TO_STOP:
             ignored = signal.getsignal(number) is signal.SIG_IGN
             if not (ignored and signal.Signals(number).name == "SIGHUP"):

@@ -1,10 +1,13 @@
-"""Runs a script that something happens to, at an exact place and so on any machine in the same way.
+"""Runs a script that something happens to, at an exact place and so on any machine in the same way. Of two ranks it
+happens to the second one, or to the one that STRUCK_RANK in the environment names.
 
 crash_points.py SIGTERM log 3 train_pretrain.py …       the signal comes while step 3 is reported
 crash_points.py SIGINT evaluate 1 train_pretrain.py …   it comes as the first evaluation begins
 crash_points.py SIGINT save 2 train_pretrain.py …       it comes as the second save begins
 crash_points.py SIGINT close 1 train_pretrain.py …      it comes when all is saved, and the curve is to be drawn
 crash_points.py SIGKILL file 4 train_pretrain.py …      it comes before the 4th renaming or deletion of the second save
+crash_points.py SIGSTOP log 3 train_pretrain.py …       the process is halted there, and neither goes on nor ends
+crash_points.py SIGALRM log 3 train_pretrain.py …       it stays there for ever, while its threads go on
 crash_points.py SIGXFSZ size 9999 train_pretrain.py …   it comes, ignored, when a file would grow beyond so many bytes:
                                                        what is written fails, as on a full disk
 """
@@ -15,16 +18,28 @@ import runpy
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import trainer.evaluation
+import trainer.watchdog
 from trainer.checkpoint import Checkpoint
 from trainer.metrics import Metrics
 
 
 def strike(number: signal.Signals) -> None:
-    if os.environ.get("RANK", "1") == "1":  # of two ranks the second one is hit
+    if is_struck():
         os.kill(os.getpid(), number)
+
+
+def is_struck() -> bool:
+    struck = os.environ.get("STRUCK_RANK", "1")
+    return os.environ.get("RANK", struck) == struck
+
+
+def stay(*_) -> None:
+    while True:
+        time.sleep(60)
 
 
 def at_log(number: signal.Signals, step: int) -> None:
@@ -56,7 +71,7 @@ def at_call(owner, name: str):
 
 
 def at_file(number: signal.Signals, nth: int) -> None:
-    save, counts = Checkpoint.save, {"saves": 0, "files": 0}
+    write, counts = Checkpoint._write, {"saves": 0, "files": 0}
 
     def counting(function):
         def counted(*arguments, **settings):
@@ -69,15 +84,15 @@ def at_file(number: signal.Signals, nth: int) -> None:
 
     def watched(self, *arguments):
         counts["saves"] += 1
-        save(self, *arguments)
+        write(self, *arguments)
 
-    Checkpoint.save = watched
+    Checkpoint._write = watched
     os.replace, shutil.rmtree = counting(os.replace), counting(shutil.rmtree)
 
 
 def at_size(number: signal.Signals, limit: int) -> None:
     assert signal.getsignal(number) is signal.SIG_IGN  # Python turns it into an OSError
-    if os.environ.get("RANK", "1") == "1":
+    if is_struck():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
@@ -92,6 +107,8 @@ if __name__ == "__main__":
         signal.signal(
             signal.SIGHUP, signal.SIG_DFL
         )  # under nohup the tests' own processes ignore it, and so would this
+    signal.signal(signal.SIGALRM, stay)
+    trainer.watchdog.SILENT = float(os.environ.get("SILENT", trainer.watchdog.SILENT))
     arrange[place](signal.Signals[name], int(nth))
     script = str(Path(__file__).parents[2] / script)
     sys.argv = [script, *arguments]

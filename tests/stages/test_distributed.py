@@ -78,17 +78,48 @@ def test_zero_2_resumes_as_if_never_stopped(pretrain, zero_2, tmp_path):
     assert "resumed at step" in done.stdout
     assert_equal(weights(tmp_path), weights(zero_2))
     assert reports(tmp_path) == reports(zero_2)
-    line = one_error_line(pretrain(tmp_path, *TWENTY_STEPS, "--resume", processes=2, exit_code=2))
-    assert "deepspeed True" in line
 
 
 def test_ddp_resumes_as_if_never_stopped(pretrain, ddp, tmp_path):
     pretrain.interrupted(tmp_path, "SIGINT", "log", 9, *TWENTY_STEPS, processes=2, exit_code=130)
     line = one_error_line(pretrain(tmp_path, *TWENTY_STEPS, "--resume", exit_code=2))
-    assert "world_size 2" in line
+    assert "4 rows, this one has 2: with 1 processes, --batch_size x --accumulation_steps must be 4" in line
     pretrain(tmp_path, *TWENTY_STEPS, "--resume", processes=2)
     assert_equal(weights(tmp_path), weights(ddp))
     assert reports(tmp_path) == reports(ddp)
+
+
+ONE, DDP = (1, ()), (2, ())
+ZERO = {stage: (2, ("--deepspeed", "--zero_stage", stage)) for stage in "0123"}
+MOVES = {  # processes and engine before and after
+    "one process to two": (ONE, DDP),
+    "two processes to one": (DDP, ONE),
+    "DDP to ZeRO-2": (DDP, ZERO["2"]),
+    "ZeRO-2 to DDP": (ZERO["2"], DDP),
+    "ZeRO-2 to one process": (ZERO["2"], ONE),
+    "one process to ZeRO-3": (ONE, ZERO["3"]),
+    "ZeRO-1 to ZeRO-3": (ZERO["1"], ZERO["3"]),
+    "ZeRO-3 to ZeRO-1": (ZERO["3"], ZERO["1"]),
+    "ZeRO-0 to ZeRO-2": (ZERO["0"], ZERO["2"]),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_run_goes_on_with_other_processes_and_engines(pretrain, ddp, tmp_path, move):
+    """Rows in the same order, AdamW's moments carried over: the losses are those of the run that stayed, up to rounding
+    (an optimizer that began anew would be far from them)."""
+    (before, first), (after, second) = MOVES[move]
+
+    def flags(processes: int) -> tuple[str, ...]:
+        return (*TWENTY_STEPS, "--batch_size", str(2 // processes))
+
+    pretrain.interrupted(tmp_path, "SIGTERM", "log", 10, *flags(before), *first, processes=before, exit_code=143)
+    done = pretrain(tmp_path, *flags(after), *second, "--resume", processes=after)
+    assert "resumed at step 1" in done.stdout
+    assert "added up in another order" in done.stdout
+    assert [line["tokens"] for line in reports(tmp_path)] == [line["tokens"] for line in reports(ddp)]
+    assert losses(tmp_path) == pytest.approx(losses(ddp), abs=1e-4)
+    assert distance(weights(tmp_path), weights(ddp)) < 1e-3
 
 
 def test_machines_that_share_no_out_dir(pretrain, tmp_path):
@@ -129,23 +160,6 @@ def test_ranks_with_other_settings(pretrain, tmp_path):
     each = [(), ("--grad_clip", "0.5")]
     line = one_error_line(pretrain(tmp_path, *FOUR_STEPS, processes=2, each=each, exit_code=2))
     assert "rank 1 has grad_clip 0.5, and rank 0 has 1.0" in line
-
-
-def test_zero_needs_a_folder_that_all_machines_share(pretrain, tmp_path):
-    """Told before anything is learned, and not when it cannot be gone on from."""
-    each = [("--out_dir", tmp_path / "here"), ("--out_dir", tmp_path / "there")]
-    done = pretrain(tmp_path, *FOUR_STEPS, "--deepspeed", processes=2, each=each, exit_code=2)
-    assert "a shared --out_dir" in one_error_line(done)
-
-
-def test_a_flipped_bit_in_what_deepspeed_goes_on_from(pretrain, zero_2, tmp_path):
-    shutil.copytree(zero_2, tmp_path / "out")
-    (path,) = (tmp_path / "out").rglob("*zero_pp_rank_1_*.pt")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    flags = (*TWENTY_STEPS, "--deepspeed", "--max_steps", "21", "--resume")
-    assert f"{path} is damaged" in one_error_line(pretrain(tmp_path / "out", *flags, processes=2, exit_code=2))
 
 
 def test_half_a_launcher(pretrain, tmp_path):

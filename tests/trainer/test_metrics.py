@@ -12,10 +12,10 @@ from torch import nn
 
 from dataset import DataError
 from tests.running import call_script
-from trainer.checkpoint import Progress
 from trainer.errors import UserError
 from trainer.evaluation import EvaluationError
 from trainer.metrics import Metrics, _clock, draw_curve, read_metrics
+from trainer.progress import Progress
 from trainer.runtime import Runtime
 
 NOT_UTF8 = b"a\xff".decode("utf-8", "surrogateescape")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.trainer.accelerators import pretend
-from trainer import signals
+from trainer import runtime, signals
 from trainer.errors import UserError
 from trainer.runtime import Runtime, start_runtime
 
@@ -86,15 +86,15 @@ def test_the_group_outlives_the_model(run, monkeypatch):
 @pytest.fixture
 def caught(run, handlers):
     """A runtime that catches signals, until the test ends."""
-    run.catch_signals()
+    run.start_loop()
     return run
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_asks_to_stop_after_the_step(caught, number, capfd):
-    assert not caught.stop_requested()
+    assert not caught.requests()[0]
     os.kill(os.getpid(), number)
-    assert caught.stop_requested()
+    assert caught.requests()[0]
     assert number.name in capfd.readouterr().err
     with pytest.raises(SystemExit) as end:
         caught.finish(finished=False)
@@ -106,14 +106,14 @@ def test_a_signal_to_another_rank_asks_to_stop(run, monkeypatch):
     run.world_size = 2
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda ours: ours.add_(1.0))
     assert run.sum(3.0) == 4.0
-    assert run.stop_requested()
+    assert run.requests()[0]
 
 
 def test_a_hang_up_that_nohup_ignores_stays_ignored(run, handlers):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    run.catch_signals()
+    run.start_loop()
     os.kill(os.getpid(), signal.SIGHUP)
-    assert not run.stop_requested()
+    assert not run.requests()[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
@@ -136,15 +136,45 @@ def test_a_worker_outlives_the_signal_for_a_while(caught, number):
 def test_a_system_without_sighup(run, handlers, monkeypatch):
     """Windows: signals.py is imported anew as it would be there."""
     monkeypatch.delattr(signal, "SIGHUP")
-    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
-    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.delattr(signal, "SIGUSR1")
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR2, raising=False)
+    before = signal.getsignal(signal.SIGUSR2)
     fresh = runpy.run_path(signals.__file__)
-    came = fresh["StopSignals"]()
+    came = fresh["Signals"]()
     came.catch(speak=False)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    signal.signal(signal.SIGUSR2, before)
+    assert came.stop_asked
+    assert came.first == signal.SIGUSR2
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no such signal")
+def test_a_signal_that_asks_to_save_lets_the_run_go_on(caught):
+    assert caught.requests() == (False, False)
     os.kill(os.getpid(), signal.SIGUSR1)
-    signal.signal(signal.SIGUSR1, before)
-    assert len(came) == 1
-    assert came.first == signal.SIGUSR1
+    assert caught.requests() == (False, True)
+    assert caught.requests() == (False, False)  # once
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.requests() == (True, True)
+
+
+def test_the_clock_asks_to_save_and_to_stop(run, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
+    run._clock = runtime.Clock(stop_after=100, save_every=30)
+    asked = []
+    for now[0] in (1000, 1029, 1030, 1059, 1060, 1070, 1099, 1100):
+        asked.append(run.requests())
+    no, save, stop = (False, False), (False, True), (True, True)
+    assert asked == [no, no, save, no, save, no, save, stop]
+    with pytest.raises(SystemExit) as end:
+        run.finish(finished=False)
+    assert end.value.code == 75
+
+
+def test_only_the_first_ranks_clock_counts(run):
+    run.rank, run._clock = 1, runtime.Clock(stop_after=1e-9, save_every=1e-9)
+    assert run.requests() == (False, False)
 
 
 def test_after_a_hang_up_a_print_fails_no_more(run):
@@ -156,7 +186,7 @@ def test_after_a_hang_up_a_print_fails_no_more(run):
         os.dup2(writer, 1)
         os.dup2(writer, 2)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        run.catch_signals()
+        run.start_loop()
         os.kill(os.getpid(), signal.SIGHUP)
         os.write(1, b"nobody reads it")
         os._exit(0)

@@ -1,0 +1,73 @@
+"""Whether a run can be lost: faults of every kind, at random, to every stage, and what each cost.
+
+    python -m benchmarks.faults --rounds 200
+    python -m benchmarks.faults --rounds 20 --seed 7 --kind power
+
+A round is one fault, in processes of its own: a process is killed, a file is damaged, the disk fills, … Then a whole
+state must be there, --resume must go on, and the weights at the end must be, bit for bit, those of the same run
+undisturbed (on the CPU, in fp32). Kinds take turns, the stages are drawn. The exit code is 1 where anything was lost.
+"""
+
+import random
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+
+from trainer.arguments import Parser, positive_int, seed
+from trainer.errors import UserError, run_main
+
+
+def get_args():
+    parser = Parser(__doc__)
+    parser.add_argument("--rounds", type=positive_int, default=60, help="how many faults")
+    parser.add_argument("--seed", type=seed, default=0, help="another seed: other instants, places and stages")
+    parser.add_argument("--kind", metavar="TEXT", help="only kinds with this in their name")
+    return parser.parse_args()
+
+
+def print_table(rounds: Sequence[tuple[str, str, int | None]]) -> None:
+    """Of (kind, stage, steps lost, or None where it did not survive)."""
+    print(f"\n{'fault':<52}{'tried':>6}{'survived':>10}{'steps lost: mean':>18}{'most':>6}")
+    for name in [*dict.fromkeys(kind for kind, _, _ in rounds), None]:
+        lost = [each for kind, _, each in rounds if name in (None, kind)]
+        survived = [each for each in lost if each is not None]
+        mean, most = (f"{sum(survived) / len(survived):.1f}", max(survived)) if survived else ("-", "-")
+        print(f"{name or 'all':<52}{len(lost):>6}{len(survived):>10}{mean:>18}{most:>6}")
+
+
+def main():
+    args = get_args()
+    if not hasattr(signal, "SIGKILL"):
+        raise UserError("the faults are signals and limits that this system has not: run it on Linux or macOS")
+    from benchmarks.fault_injection.disturbed import BrokenPromise, Laboratory
+    from benchmarks.fault_injection.kinds import KINDS
+    from benchmarks.fault_injection.processes import Forked
+    from benchmarks.fault_injection.world import SAVE_INTERVAL, STAGES, STEPS, make_world
+
+    kinds = [kind for kind in KINDS if (args.kind or "") in kind.name]
+    if not kinds:
+        raise UserError(f"--kind {args.kind}: none of {', '.join(kind.name for kind in KINDS)}")
+    rng, rounds = random.Random(args.seed), []
+    with tempfile.TemporaryDirectory(prefix="minimind-faults-") as folder:
+        laboratory = Laboratory(make_world(Path(folder) / "world"), Path(folder), Forked)
+        for number in range(args.rounds):
+            kind, stage = kinds[number % len(kinds)], rng.choice(STAGES)
+            try:
+                lost = laboratory.disturb(kind, stage, random.Random(rng.random()))
+                told = f"{lost} steps lost"
+            except BrokenPromise as broken:
+                lost, told = None, f"LOST: {broken}"
+            rounds.append((kind.name, stage.script, lost))
+            print(f"{number + 1:>4}  {kind.name}, {stage.script}: {told}", flush=True)
+    print(f"\n{len({stage for _, stage, _ in rounds})} stages, runs of {STEPS} steps, saved every {SAVE_INTERVAL}")
+    print_table(rounds)
+    if any(lost is None for _, _, lost in rounds):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,56 @@
+"""Each fault of `benchmarks.faults` once, to the stage that is quickest: after it nothing is lost but steps."""
+
+import random
+
+import pytest
+
+from benchmarks.fault_injection.disturbed import BrokenPromise, Disturbed, Laboratory, Reference
+from benchmarks.fault_injection.kinds import KINDS, Kind
+from benchmarks.fault_injection.world import SAVE_INTERVAL, STAGES, make_world
+from benchmarks.faults import print_table
+from tests.running import RunningScript
+
+LOSES_NOTHING = {"SIGTERM at any instant", "data grown", "data shrunk", "data changed", "data moved"}
+
+
+def start(*arguments, **how) -> RunningScript:
+    return RunningScript("benchmarks/fault_injection/striking.py", *arguments, **how)
+
+
+@pytest.fixture(scope="module")
+def laboratory(tmp_path_factory) -> Laboratory:
+    folder = tmp_path_factory.mktemp("faults")
+    return Laboratory(make_world(folder / "world"), folder, start)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_nothing_but_steps_is_lost(laboratory, kind):
+    lost = laboratory.disturb(kind, STAGES[0], random.Random(1))
+    limit = 0 if kind.name in LOSES_NOTHING else 10 if "NaN" in kind.name else 2 * SAVE_INTERVAL
+    assert lost <= limit
+
+
+def test_no_two_kinds_have_one_name():
+    assert len({kind.name for kind in KINDS}) == len(KINDS)
+
+
+def test_a_run_that_is_lost_is_found_out(laboratory):
+    """A promise that cannot be broken would be worth nothing."""
+
+    def lose(run: Disturbed, rng: random.Random) -> None:
+        run.stop_after(5)
+        for path in run.resume.rglob("model.pth"):
+            path.write_bytes(b"")
+
+    def change(run: Disturbed, rng: random.Random) -> None:
+        run.reference = Reference({key: value + 1e-7 for key, value in run.reference.weights.items()}, 1)
+
+    for happen, told in ((lose, "no state before it is whole"), (change, "other weights than")):
+        with pytest.raises(BrokenPromise, match=told):
+            laboratory.disturb(Kind("", happen), STAGES[0], random.Random(1))
+
+
+def test_the_table_counts_by_kind(capsys):
+    print_table([("a", "s", 2), ("a", "t", 0), ("a", "t", None), ("b", "s", None)])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line][1:]
+    assert rows == [["a", "3", "2", "1.0", "2"], ["b", "1", "0", "-", "-"], ["all", "4", "2", "1.0", "2"]]

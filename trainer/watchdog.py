@@ -1,0 +1,105 @@
+"""Watching that a run takes its steps, and that all its processes are there."""
+
+import datetime
+import os
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+BEAT = 1.0  # seconds between two signs of life
+SILENT = 40.0  # seconds without one from another rank: its process is stopped, or its machine is gone
+EXIT_STALLED = 1
+
+
+class Watchdog(threading.Thread):
+    """A thread that ends its process, with a line that says where it stands, when no step has been finished for a time,
+    or when another rank gives no sign of life: PyTorch's collectives would wait for half an hour.
+
+    When one rank stalls, the others say where they stand, too: the one at fault stands elsewhere than the others.
+    A rank that has ended, or was killed, has closed its connections: that the main thread learns at once.
+
+    Args:
+        world_size: processes of the run; PyTorch's process group exists where there are several.
+        stall_timeout: seconds without a step after which the run has stalled; 0: none.
+    """
+
+    def __init__(self, rank: int, world_size: int, stall_timeout: float):
+        super().__init__(name="watchdog", daemon=True)
+        self.rank = rank
+        self.stall_timeout = stall_timeout
+        self._group = None
+        if world_size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=SILENT))
+        self._steps = 0
+        self._stepped_at = time.monotonic()
+        self._ending = threading.Event()
+        self._main = threading.main_thread()
+
+    def start(self) -> None:
+        self._stepped_at = time.monotonic()
+        if self._group is not None or self.stall_timeout:
+            super().start()
+
+    def count_step(self) -> None:
+        self._steps += 1
+        self._stepped_at = time.monotonic()
+
+    def stop(self) -> None:
+        """The run has ended in order; all ranks call it."""
+        self._ending.set()
+        if self.is_alive():
+            self.join(SILENT)
+
+    def run(self) -> None:
+        together = True
+        while together:
+            self._ending.wait(min(BEAT, self.stall_timeout / 4 or BEAT))
+            waited = time.monotonic() - self._stepped_at
+            stalled = 0 < self.stall_timeout <= waited and not self._ending.is_set()
+            if self._group is not None:
+                together, stalled = self._meet(stalled)
+            else:
+                together = not self._ending.is_set()
+            if stalled:
+                self._end(f"no step for {waited:.0f} s (--stall_timeout {self.stall_timeout:g})")
+
+    def _meet(self, stalled: bool) -> tuple[bool, bool]:
+        """Hear of all other ranks: whether to meet again, which ends once one of them has, whose watchdog none is to
+        wait for any more; and whether the run has stalled for any."""
+        ending = torch.tensor([self._ending.is_set(), stalled], dtype=torch.int64)
+        try:
+            dist.monitored_barrier(self._group, timeout=datetime.timedelta(seconds=SILENT), wait_all_ranks=True)
+            dist.all_reduce(ending, group=self._group)
+        except RuntimeError as error:
+            text = str(error)
+            if "failed to pass monitoredBarrier" in text:  # rank 0 alone knows who
+                ranks = re.search(r"Ranks? ([\d, ]*\d)", text.partition("failed to pass")[0].rpartition("]")[2])
+                self._end(f"rank {ranks[1] if ranks else '?'} has given no sign of life for {SILENT:.0f} s")
+            if "imed out" in text:
+                self._end(f"rank 0 has given no sign of life for {SILENT:.0f} s")
+            return False, stalled  # a connection is closed: the main thread's next collective fails and tells
+        return not ending[0], bool(ending[1])
+
+    def _end(self, why: str) -> None:
+        text = (
+            f"error: rank {self.rank}: {why}; this rank stands after {self._steps} steps at {self._where()}: continue "
+            "from the last checkpoint with --resume\n"
+        )
+        os.write(2, text.encode(errors="replace"))
+        time.sleep(BEAT)  # the others hear of it over this process's connections
+        os._exit(EXIT_STALLED)
+
+    def _where(self) -> str:
+        """The innermost line of ours that the main thread is in, and the function that it is in at all."""
+        frame = inner = sys._current_frames().get(self._main.ident)
+        while frame is not None and ROOT not in Path(frame.f_code.co_filename).parents:
+            frame = frame.f_back
+        if frame is None:
+            return "no line of MiniMind's"
+        return f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno} ({inner.f_code.co_name})"
