@@ -36,7 +36,7 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
     return TRAINING | first | {"warmup_iters": warmup_iters} | own
 
 
-STREAM = {"stream": False, "stream_buffer": 8 << 20}
+STREAM = {"stream": False, "stream_buffer": 8 << 20, "fsdp": False}
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {

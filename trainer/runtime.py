@@ -63,6 +63,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     deepspeed_config: dict | None = None
+    fsdp_clip: float | None = None  # with --fsdp, whose engine clips the gradient: at this norm
     engine: str = "eager"  # what `wrap_model` made of the model, for people to read
     _signals: Signals = field(default_factory=Signals)
     _clock: Clock = field(default_factory=Clock)
@@ -134,9 +135,9 @@ class Runtime:
         return signalled + late > 0, signalled + late + save > 0
 
     def finish(self, finished: bool) -> None:
-        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code, with
-        `EXIT_TIME_IS_UP`, or with the error given to `stop_because`. All ranks must call it: they wait until rank 0 has
-        written what it had to."""
+        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code,
+        with `EXIT_TIME_IS_UP`, or with the error given to `stop_because`. All ranks must call it: they wait until rank
+        0 has written what it had to."""
         if self._watchdog is not None:
             self._watchdog.stop()
         if self._preparation is not None:  # a rank that ends with an error code has torchrun kill the others soon
@@ -210,6 +211,10 @@ def start_runtime(args) -> Runtime:
             raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node N, or deepspeed --num_gpus N")
         config = deepspeed_config(args)
     runtime = Runtime(device, DTYPES[args.dtype or default_dtype(device)], place.rank, place.world_size, config)
+    if getattr(args, "fsdp", False):
+        if place.world_size == 1:
+            raise UserError("--fsdp shares a model out among processes: torchrun --nproc_per_node N starts them")
+        runtime.fsdp_clip = args.grad_clip
     if place.launched:
         _meet(backend_of(device))
     if place.world_size > 1:

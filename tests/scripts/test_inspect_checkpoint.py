@@ -70,7 +70,9 @@ def test_the_command_goes_on(trained, out):
     assert script == str(ROOT / "train_pretrain.py")
     assert flags[-1] == "--resume"
     assert "--overwrite" not in flags
-    assert flags.count("1") == 2  # of --accumulation_steps and --log_interval; the one behind --overwrite is gone with it
+    assert (
+        flags.count("1") == 2
+    )  # of --accumulation_steps and --log_interval; the one behind --overwrite is gone with it
     flags[flags.index("--out_dir") + 1] = out  # and not where other tests look
     flags[flags.index("--max_steps") + 1] = "5"
     done = run_script("train_pretrain.py", *flags, processes=2)
