@@ -163,6 +163,8 @@ class StreamedRows:
 
     def changed_since(self, identity: dict) -> str | None:
         """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        if "position" not in identity:
+            return "the saved run did not --stream its data"
         if identity.get("sha256") == self._sha256:
             return None
         return f"{self.data_path} has changed since the saved run began"

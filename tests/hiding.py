@@ -3,10 +3,14 @@
 `python -m tests.hiding modules` imports every module of the repository, and prints a line for each that fails.
 `python -m tests.hiding run SCRIPT ARGUMENTS…` runs a script, whose processes are started anew, not forked.
 
-Installed packages look at the system they run on and go on seeing all of it.
+Installed packages look at the system they run on and go on seeing all of it. Files are held as Windows holds them,
+too: none is flushed through a handle that only reads, and what is open, or mapped, is neither renamed nor replaced.
 """
 
 import builtins
+import contextlib
+import errno
+import functools
 import importlib
 import multiprocessing
 import os
@@ -60,6 +64,41 @@ def hide() -> None:
         module.__dict__["_hidden"] = {name: module.__dict__.pop(name) for name in names if hasattr(module, name)}
 
 
+def hold_files() -> None:
+    """From now on `os.fsync`, `os.replace` and `os.rename` refuse what Windows refuses; /proc says what is open."""
+    fsync = os.fsync
+
+    def flush(handle: int) -> None:
+        import fcntl
+
+        number = handle if isinstance(handle, int) else handle.fileno()
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "flushed through a handle that only reads")
+        fsync(number)
+
+    os.fsync = flush
+    for name in ("replace", "rename"):
+        setattr(os, name, functools.partial(_move, getattr(os, name)))
+
+
+def _move(move, source, target, **how) -> None:
+    open_now = open_files()
+    for path in map(os.path.realpath, (source, target)):
+        if any(held == path or held.startswith(f"{path}{os.sep}") for held in open_now):
+            raise PermissionError(errno.EACCES, "moved while it is open", str(path))
+    move(source, target, **how)
+
+
+def open_files() -> set[str]:
+    """What this process has open or mapped, but for what it runs."""
+    found = set()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(link))
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    return found | {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split(maxsplit=5)) > 5}
+
+
 def _lacking(names: tuple[str, ...]) -> type[types.ModuleType]:
     """A kind of module that has these attributes for installed packages alone."""
 
@@ -89,6 +128,7 @@ def main(what: str, *arguments: str) -> None:
             except BaseException:
                 print(f"{name}: {traceback.format_exc()}")
         return
+    hold_files()
     multiprocessing.set_start_method("spawn")
     sys.argv = [*arguments]
     sys.path.insert(0, str(Path(arguments[0]).parent))

@@ -36,11 +36,12 @@ def test_every_module_imports_without_what_only_unix_has():
     assert (done.stdout, done.returncode) == ("", 0), done.stdout + done.stderr
 
 
-def test_a_stage_trains_without_what_only_unix_has(tmp_path, tiny_data, tokenizer_dir):
+@pytest.mark.parametrize("kind", [(), ("--stream",)], ids=["map-style", "stream"])
+def test_a_stage_trains_without_what_only_unix_has(kind, tmp_path, tiny_data, tokenizer_dir):
     """With a worker, and processes that are started anew: what goes to them is pickled."""
     flags = ("--data_path", tiny_data / "pretrain_hq.jsonl", "--tokenizer", tokenizer_dir, "--out_dir", tmp_path)
     several = ("--num_workers", "1", "--max_steps", "2", "--eval_interval", "2")
-    done = hidden("run", ROOT / "train_pretrain.py", *TINY_TRAINING, *flags, *several)
+    done = hidden("run", ROOT / "train_pretrain.py", *TINY_TRAINING, *flags, *several, *kind)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 2/2" in done.stdout
     assert (tmp_path / "pretrain_32.pth").is_file()
@@ -62,6 +63,37 @@ for source in ("import fcntl", "import os; os.fork", "from os import getuid", "i
     assert not tried(source, ours), source
     assert tried(source, theirs), source
 assert tried("import os, signal; os.getpid, signal.SIGTERM", ours)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="what is open is looked up in /proc")
+def test_files_are_held_as_windows_holds_them(tmp_path):
+    code = f"""
+import os
+from tests import hiding
+hiding.hold_files()
+folder = {str(tmp_path)!r}
+os.mkdir(folder + "/d")
+a, b, c = (folder + "/" + name for name in ("a", "b", "d/c"))
+for path in (a, b, c):
+    open(path, "w").close()
+def refused(act, *what):
+    try:
+        act(*what)
+    except OSError:
+        return True
+    return False
+with open(b) as held:
+    assert refused(os.fsync, held.fileno())
+    assert refused(os.replace, a, b)
+    assert refused(os.rename, b, a)
+with open(c, "r+") as held:
+    os.fsync(held.fileno())
+    assert refused(os.rename, folder + "/d", folder + "/e")
+os.replace(a, b)
+os.rename(folder + "/d", folder + "/e")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -271,3 +271,9 @@ class TestPlaces:
         assert streamed(folder).changed_since(then) is None
         write_jsonl(folder / "part-1.jsonl", [{"text": f"1 {n + 1}"} for n in range(4)])
         assert "has changed since" in streamed(folder).changed_since(then)
+
+    def test_a_run_that_streamed_goes_on_streaming(self, folder, streamed, tiny_tokenizer):
+        path = folder / "part-1.jsonl"
+        rows, whole = streamed(path), PretrainDataset(path, tiny_tokenizer, 64)
+        assert "had --stream" in whole.changed_since(rows.identity)
+        assert "did not --stream" in rows.changed_since(whole.identity)
