@@ -32,9 +32,10 @@ def test_it_goes_on_where_it_stopped(pretrain, data, whole, tmp_path):
     """With workers, which it had not."""
     flags = (*STREAM, "--accumulation_steps", "2", "--data_path", data)
     pretrain.interrupted(tmp_path, "SIGTERM", "log", 3, *flags, exit_code=143)
-    assert about(tmp_path)["step"] == 3
+    stopped = about(tmp_path)["step"]
+    assert 3 <= stopped < 6
     done = pretrain(tmp_path, *flags, "--resume", "--num_workers", "2")
-    assert "resumed at step 3" in done.stdout
+    assert f"resumed at step {stopped}" in done.stdout
     assert_equal(weights(tmp_path), weights(whole))
     assert losses(tmp_path) == losses(whole)
 
