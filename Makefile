@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-all demo-vlm report test quick lint bench clean
+.PHONY: demo demo-all demo-r1 demo-vlm report test quick lint bench clean
 
 $(VENV)/.core: requirements-core.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -20,6 +20,9 @@ demo: $(VENV)/.core  ## from nothing to a model that answers, in minutes
 
 demo-all: $(VENV)/.core  ## on from there: DPO, LoRA, distillation, reasoning, each measured
 	$(BIN)/python scripts/demo_all.py
+
+demo-r1: $(VENV)/.core  ## on from the demo: it learns by trying, by the recipe of DeepSeek-R1
+	$(BIN)/python scripts/demo_r1.py
 
 demo-vlm: $(VENV)/.core  ## the demo's model learns to see
 	$(BIN)/python scripts/demo_vlm.py

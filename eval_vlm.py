@@ -10,16 +10,16 @@ from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
+from trainer.argument_types import BooleanFlag, text
 from trainer.arguments import (
     ROOT,
-    BooleanFlag,
     Parser,
     add_device_argument,
+    add_engine_arguments,
     add_model_arguments,
     add_sampling_arguments,
     add_tower_argument,
     sampling_settings,
-    text,
 )
 from trainer.errors import UserError, run_main
 from trainer.talk import report_speed, room_for_prompt, show, stream_texts
@@ -54,6 +54,7 @@ def get_args():
     )
     parser.add_argument("--system", type=text, default=None, help="system prompt (default: MiniMind's own)")
     add_sampling_arguments(parser)
+    add_engine_arguments(parser)
     parser.add_argument(
         "--stream", action=BooleanFlag, default=True, help="print tokens as they are generated (default: on)"
     )
@@ -100,14 +101,13 @@ def main():
     groups = groups_of_images(args)
     from model.images import prepare_chat, prompt_embeddings
     from model.inference.request import Request
-    from model.inference.scheduler import Engine
     from trainer.device import pick_device
-    from trainer.loading import load_vlm_by_flags
+    from trainer.loading import load_vlm_by_flags, open_engine
 
     device = pick_device(args.device)
     model, tokenizer, processor = load_vlm_by_flags(args)
     model.to(device)
-    engine = Engine(model, tokenizer, slots=1)
+    engine = open_engine(model, tokenizer, args, slots=1)
     room = room_for_prompt(model.config.max_seq_len, args.max_new_tokens)
     system = [{"role": "system", "content": args.system}] if args.system else []
     for images in groups:

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from dataset import SFTDataset
 from model.fingerprint import hash_weights
 from model.loss import target_mask
-from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, positive_float, training_parser
+from trainer.argument_types import positive_float
+from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.chunked import sum_over_rows
 from trainer.data import count_steps, open_data

@@ -20,7 +20,8 @@ from dataset import DPODataset
 from dataset.caches import limit_caches
 from model.fingerprint import hash_weights
 from model.loss import target_mask
-from trainer.arguments import ROOT, BooleanFlag, check_training_arguments, positive_float, training_parser
+from trainer.argument_types import BooleanFlag, positive_float
+from trainer.arguments import ROOT, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import run_main

@@ -15,6 +15,7 @@ import torch
 
 from dataset import SFTDataset
 from model.loss import next_token_loss, target_mask
+from model.quantization import BITS, make_quantization_aware
 from trainer.arguments import (
     ROOT,
     add_fsdp_argument,
@@ -46,6 +47,9 @@ def get_args():
     add_mix_argument(parser)
     add_stream_arguments(parser)
     add_fsdp_argument(parser)
+    parser.add_argument(
+        "--qat", choices=BITS, help="train to bear weights of so few bits (quantization-aware training)"
+    )
     return parser.parse_args()
 
 
@@ -60,6 +64,8 @@ def main():
     checkpoint = Checkpoint(args, "full_sft", config, tokenizer, run)
     model = load_weights(find_weights(args.from_weight, args), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
+    if args.qat:
+        make_quantization_aware(model, BITS[args.qat])
 
     # Data
     loader, held_out = open_data(SFTDataset, args, tokenizer, run)

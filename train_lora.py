@@ -17,7 +17,8 @@ import torch
 from dataset import SFTDataset
 from model.loss import next_token_loss, target_mask
 from model.model_lora import apply_lora, base_hash, is_lora
-from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, positive_int, training_parser
+from trainer.argument_types import positive_int
+from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import UserError, run_main

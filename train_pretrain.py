@@ -14,7 +14,7 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 import torch
 
 from dataset import PretrainDataset
-from model import MiniMindLM
+from model import build_model
 from model.loss import next_token_loss, target_mask
 from trainer.arguments import (
     ROOT,
@@ -61,7 +61,7 @@ def main():
     config = build_config(args, tokenizer)
     checkpoint = Checkpoint(args, "pretrain", config, tokenizer, run)
     if args.from_weight == "none":
-        model = MiniMindLM(config)
+        model = build_model(config)
     else:
         model = load_weights(find_weights(args.from_weight, args), config, tokenizer)
     model.to(run.device)

@@ -15,7 +15,8 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 import torch
 
 from model.loss import next_token_loss, target_mask
-from trainer.arguments import ROOT, BooleanFlag, add_vision_arguments, check_training_arguments, training_parser
+from trainer.argument_types import BooleanFlag
+from trainer.arguments import ROOT, add_vision_arguments, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import run_main

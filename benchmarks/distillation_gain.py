@@ -16,7 +16,8 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 from scripts.demo.exam import identify_training, open_model, run
 from scripts.demo.measures import facts, held_out_loss
 from scripts.demo.settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
-from trainer.arguments import Parser, positive_int
+from trainer.argument_types import positive_int
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 from trainer.files import replacing
 from trainer.weights import read_settings

@@ -21,7 +21,8 @@ from torch import Tensor
 from model import LMConfig, MiniMindLM
 from model.loss import target_mask
 from train_distillation import distillation_loss
-from trainer.arguments import Parser, positive_int
+from trainer.argument_types import positive_int
+from trainer.arguments import Parser
 from trainer.chunked import sum_over_rows
 from trainer.device import DTYPES, pick_device
 from trainer.errors import run_main

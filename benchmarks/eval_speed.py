@@ -19,7 +19,8 @@ import torch
 from model import LMConfig, MiniMindLM
 from scripts.evaluation import require_harness
 from scripts.formats.transformers_folder import write_folder
-from trainer.arguments import BooleanFlag, Parser, add_device_argument, non_negative_int, positive_int
+from trainer.argument_types import BooleanFlag, non_negative_int, positive_int
+from trainer.arguments import Parser, add_device_argument
 from trainer.device import pick_device
 from trainer.errors import run_main
 from trainer.weights import load_tokenizer

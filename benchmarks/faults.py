@@ -17,7 +17,8 @@ from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
-from trainer.arguments import Parser, positive_int, seed
+from trainer.argument_types import positive_int, seed
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 
 
@@ -46,7 +47,7 @@ def main():
     from benchmarks.fault_injection.disturbed import BrokenPromise, Laboratory
     from benchmarks.fault_injection.kinds import KINDS
     from benchmarks.fault_injection.processes import Forked
-    from benchmarks.fault_injection.world import SAVE_INTERVAL, STAGES, STEPS, make_world
+    from benchmarks.fault_injection.small_stages import SAVE_INTERVAL, STAGES, STEPS, make_world
 
     kinds = [kind for kind in KINDS if (args.kind or "") in kind.name]
     if not kinds:

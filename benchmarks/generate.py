@@ -1,16 +1,20 @@
 """Writing speed, side by side with `transformers`: tokens per second alone and sixteen at once, and the first token.
 
     python -m benchmarks.generate                             26M, fp32 and bf16, on this machine's cores or its GPU
+    python -m benchmarks.generate --dtype int8 int4           beside llama.cpp's q8_0 and q4_0
     python -m benchmarks.generate --use_moe --dtype float32
     python -m benchmarks.generate --dim 768 --n_layers 16 --rounds 3
 
 The peer is transformers' own class for the same network with the same weights (Llama; Qwen2-MoE for a mixture of
-experts), its `generate`, greedy, a batch padded to nothing. Where llama-cpp-python is installed, llama.cpp writes too,
-alone, from the same weights as GGUF. All take turns, round after round, so that a noisy machine disturbs them alike; a
-figure is the median of the rounds. In fp32 the texts must be the same.
+experts), its `generate`, greedy, a batch padded to nothing, fp32 where we have 8 or 4 bits. Where llama-cpp-python is
+installed, llama.cpp writes too, from the same weights as GGUF, alone and sixteen sequences in its own batch. All take
+turns, round after round, so that a noisy machine disturbs them alike; a figure is the median of the rounds. In fp32 the
+texts must be the same, but for places where two tokens are as likely to 1e-4.
 """
 
+import ctypes
 import importlib.util
+import itertools
 import statistics
 import tempfile
 import time
@@ -18,21 +22,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import LMConfig, MiniMindLM
 from model.inference.decoder import Span
+from model.inference.matrices import Precision
 from model.inference.request import Request
 from model.inference.scheduler import Engine
 from scripts.formats.transformers_folder import to_their_config, to_their_state
-from trainer.arguments import BooleanFlag, Parser, add_device_argument, positive_int
+from trainer.argument_types import BooleanFlag, positive_int
+from trainer.arguments import PRECISIONS, Parser, add_device_argument
 from trainer.device import DTYPES, pick_device
 from trainer.errors import run_main
 from trainer.weights import load_tokenizer
 
 PROMPT, BATCH, LONG_PROMPT = 32, 16, 512
+TIE = 1e-4
+GGUF_DTYPES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 LENGTHS = (128, 1024, 4096)  # at which a single token is timed
 
 Measured = Callable[[], list[list[int]] | None]  # writes, and returns the tokens
@@ -48,17 +57,24 @@ def build_peer(model: MiniMindLM, dtype: torch.dtype, device: torch.device):
     return peer.to(device).eval()
 
 
-def contenders(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[str, Measured]:
+def random_prompts(model: MiniMindLM) -> torch.Tensor:
+    """(BATCH, PROMPT) int64."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, model.config.vocab_size, (BATCH, PROMPT), generator=generator)
+
+
+def contenders(model: MiniMindLM, tokenizer, precision: Precision, args) -> dict[str, Measured]:
     """What is timed, by name."""
     device, n = args.device, args.tokens
+    dtype = torch.float32 if isinstance(precision, str) else precision
     peer = build_peer(model, dtype, device)
     own = MiniMindLM(model.config).to(device, dtype).eval()
     own.load_state_dict(model.state_dict())
-    alone, together = (
-        Engine(own, tokenizer, slots=slots, slot_len=2048, token_budget=LONG_PROMPT) for slots in (1, BATCH)
-    )
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, model.config.vocab_size, (BATCH, PROMPT), generator=generator)
+    settings = {"slot_len": 2048, "token_budget": LONG_PROMPT, "dtype": precision, "deterministic": args.deterministic}
+    alone = Engine(own, tokenizer, slots=1, compile=args.compile, **settings)
+    together = Engine(own, tokenizer, slots=BATCH, **settings)
+    generator = torch.Generator().manual_seed(1)
+    prompts = random_prompts(model)
     long = torch.randint(3, model.config.vocab_size, (args.rounds + 2, 1, LONG_PROMPT), generator=generator)
     unread = iter(long)  # a new one each time: the engine would know an old one
 
@@ -95,10 +111,11 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize()
 
 
-def llama_cpp(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[str, Measured]:
-    """llama.cpp on the same weights, where it is installed; nothing otherwise."""
+def llama_cpp(model: MiniMindLM, tokenizer, name: str, args) -> dict[str, Measured]:
+    """llama.cpp on the same weights, in the same precision, where it is installed; nothing otherwise."""
     if importlib.util.find_spec("llama_cpp") is None or model.config.use_moe or args.device.type != "cpu":
         return {}
+    import llama_cpp
     from llama_cpp import Llama
 
     from scripts.formats.gguf_file import write_gguf
@@ -106,17 +123,62 @@ def llama_cpp(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> dict[st
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        write_gguf(model, tokenizer, path, "f32" if dtype == torch.float32 else "bf16", "minimind")
+        write_gguf(model, tokenizer, path, GGUF_DTYPES[name], "minimind")
         llama = Llama(str(path), n_ctx=2048, n_threads=threads, n_threads_batch=threads, use_mmap=False, verbose=False)
-    prompt = list(range(100, 100 + PROMPT))
+    prompts = random_prompts(model).tolist()
 
-    def write() -> None:
+    def write() -> list[list[int]]:
         llama.reset()
-        for count, _ in enumerate(llama.generate(prompt, temp=0.0, repeat_penalty=1.0), 1):
-            if count == args.tokens:
-                break
+        return [list(itertools.islice(llama.generate(prompts[0], temp=0.0, repeat_penalty=1.0), args.tokens))]
 
-    return {"llama.cpp, one": write}
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx, settings.n_seq_max = BATCH * 2048, BATCH
+    settings.n_batch = settings.n_ubatch = LONG_PROMPT
+    settings.n_threads = settings.n_threads_batch = threads
+    context = llama_cpp.llama_init_from_model(llama.model, settings)
+    batch = llama_cpp.llama_batch_init(LONG_PROMPT, 0, 1)
+
+    def decode(tokens: list[tuple[int, int, int]], wanted: set[int]) -> dict[int, int]:
+        """Tokens as (sequence, position, id) -> the likeliest next token of each sequence, after the places wanted."""
+        batch.n_tokens = len(tokens)
+        for i, (sequence, position, token) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, position, i in wanted
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+        if llama_cpp.llama_decode(context, batch):
+            raise RuntimeError("llama_decode failed")
+        logits = {i: llama_cpp.llama_get_logits_ith(context, i) for i in sorted(wanted)}
+        vocab = model.config.vocab_size
+        return {
+            tokens[i][0]: int(
+                np.ctypeslib.as_array(ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), (vocab,)).argmax()
+            )
+            for i, row in logits.items()
+        }
+
+    def write_together() -> list[list[int]]:
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        read = [(s, i, token) for s, prompt in enumerate(prompts) for i, token in enumerate(prompt)]
+        last = decode(read, {(s + 1) * PROMPT - 1 for s in range(BATCH)})
+        written = [[last[s]] for s in range(BATCH)]
+        for position in range(PROMPT, PROMPT + args.tokens - 1):
+            last = decode([(s, position, last[s]) for s in range(BATCH)], set(range(BATCH)))
+            for s in range(BATCH):
+                written[s].append(last[s])
+        return written
+
+    return {"llama.cpp, one": write, "llama.cpp, 16 at once": write_together}
+
+
+@torch.inference_mode()
+def same_but_for_ties(model: MiniMindLM, ours: list[list[int]], theirs: list[list[int]]) -> bool:
+    """Whether texts are the same, or first differ where their two tokens' logits lie within 1e-4."""
+    for prompt, a, b in zip(random_prompts(model).tolist(), ours, theirs, strict=True):
+        place = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        if place is not None:
+            logits = model(torch.tensor([prompt + a[:place]], device=model.device), logits_to_keep=1).logits[0, -1]
+            if abs(logits[a[place]] - logits[b[place]]) > TIE:
+                return False
+    return True
 
 
 def take_turns(measured: dict[str, Measured], rounds: int, device: torch.device) -> tuple[dict[str, float], dict]:
@@ -133,11 +195,12 @@ def take_turns(measured: dict[str, Measured], rounds: int, device: torch.device)
     return {name: statistics.median(times) for name, times in seconds.items()}, written
 
 
-def growth(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> list[tuple[int, float, float]]:
+def growth(model: MiniMindLM, tokenizer, precision: Precision, args) -> list[tuple[int, float, float]]:
     """At several lengths: milliseconds of a step for one answer, and of the attention in it by itself."""
     config = model.config
     lengths = [length for length in LENGTHS if length <= config.max_seq_len]
-    decoder = Engine(model, tokenizer, slots=1, slot_len=lengths[-1], dtype=dtype).decoder
+    settings = {"dtype": precision, "deterministic": args.deterministic, "compile": args.compile}
+    decoder = Engine(model, tokenizer, slots=1, slot_len=lengths[-1], **settings).decoder
     shape = (1, config.n_kv_heads, config.n_heads // config.n_kv_heads, config.head_dim)
     q = torch.randn(shape, dtype=decoder._kv.dtype, device=args.device)
     rows = []
@@ -149,7 +212,7 @@ def growth(model: MiniMindLM, tokenizer, dtype: torch.dtype, args) -> list[tuple
                 F.scaled_dot_product_attention(q, k, v)
 
         def step(length=length) -> None:
-            decoder.logits(decoder.read([Span(0, length - 1, [5])]))
+            decoder.predict([Span(0, length - 1, [5])], [0])
 
         times = {step: [], attend: []}
         with torch.inference_mode():
@@ -181,6 +244,7 @@ def report(seconds: dict[str, float], n: int) -> None:
     print(f"  first token       {first / of('transformers, forward of 512'):.2f} of one of transformers")
     if "llama.cpp, one" in seconds:
         print(f"  one stream        {of('llama.cpp, one') / of('engine, one'):.2f} x llama.cpp")
+        print(f"  16 at once        {of('llama.cpp, 16 at once') / of('engine, 16 at once'):.2f} x llama.cpp")
 
 
 def main():
@@ -188,7 +252,11 @@ def main():
     parser.add_argument("--dim", type=positive_int, default=512)
     parser.add_argument("--n_layers", type=positive_int, default=8)
     parser.add_argument("--use_moe", action=BooleanFlag)
-    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", nargs="+", choices=PRECISIONS, default=["float32", "bfloat16"])
+    parser.add_argument("--deterministic", action=BooleanFlag, help="one kernel for any number of streams")
+    parser.add_argument(
+        "--compile", action=BooleanFlag, default=True, help="a compiled step for one stream (default: on)"
+    )
     parser.add_argument("--tokens", type=positive_int, default=128, help="tokens to generate per answer")
     parser.add_argument("--rounds", type=positive_int, default=5)
     add_device_argument(parser)
@@ -204,16 +272,18 @@ def main():
     where = torch.cuda.get_device_name() if args.device.type == "cuda" else where
     print(f"{size:.1f} M parameters on {where}, prompts of {PROMPT}, answers of {args.tokens}, {args.rounds} rounds")
     for name in args.dtype:
-        dtype = DTYPES[name]
-        measured = contenders(model, tokenizer, dtype, args) | llama_cpp(model, tokenizer, dtype, args)
+        precision = DTYPES.get(name, name)
+        measured = contenders(model, tokenizer, precision, args) | llama_cpp(model, tokenizer, name, args)
         seconds, written = take_turns(measured, args.rounds, args.device)
         print(name)
         report(seconds, args.tokens)
-        if dtype == torch.float32:
-            same = written["transformers, batch of 16"] == written["engine, 16 at once"]
+        if name == "float32":
+            theirs = written["transformers, batch of 16"]
+            together, alone = written["engine, 16 at once"], written["engine, 16 one by one"]
+            same = same_but_for_ties(model, together, theirs) and same_but_for_ties(model, alone, theirs)
             print(f"  the same text as transformers, alone and in company: {'yes' if same else 'NO'}")
         print("  length   a step    attention alone   the rest")
-        for length, step, attention in growth(model, tokenizer, dtype, args):
+        for length, step, attention in growth(model, tokenizer, precision, args):
             print(f"  {length:>6}{step:>9.2f} ms{attention:>14.2f} ms{step - attention:>12.2f} ms")
 
 

@@ -24,7 +24,8 @@ from rapidfuzz.distance import Levenshtein
 from scripts.preparing.contamination import Evaluation
 from scripts.preparing.near_duplicates import find_near_duplicates
 from scripts.preparing.shingles import signatures
-from trainer.arguments import Parser, positive_int, seed
+from trainer.argument_types import positive_int, seed
+from trainer.arguments import Parser
 from trainer.errors import run_main
 
 CHUNK = 10_000  # lines

@@ -21,7 +21,8 @@ import threading
 import time
 from pathlib import Path
 
-from trainer.arguments import Parser, positive_int, seed
+from trainer.argument_types import positive_int, seed
+from trainer.arguments import Parser
 from trainer.errors import run_main
 
 ROOT = Path(__file__).resolve().parent.parent

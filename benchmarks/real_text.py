@@ -17,7 +17,8 @@ from model.reasoning import is_well_formed
 from scripts.demo.exam import answer, open_model, read_lines, run
 from scripts.demo.measures import with_error
 from train_dpo import dpo_loss
-from trainer.arguments import ROOT, Parser, positive_int
+from trainer.argument_types import positive_int
+from trainer.arguments import ROOT, Parser
 from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.preference import evaluate_pairs, sum_per_answer

@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from model import LMConfig, MiniMindLM
-from trainer.arguments import Parser, positive_int, training_parser
+from trainer.argument_types import positive_int
+from trainer.arguments import Parser, training_parser
 from trainer.checkpoint import Checkpoint
 from trainer.device import pick_device
 from trainer.errors import run_main
@@ -42,9 +44,16 @@ def get_args():
     return parser.parse_args()
 
 
-def measure(shape: str, folder: Path, device: torch.device, rounds: int) -> tuple[list[float], list[float], int]:
-    """For each save, the first one first: seconds until training may go on, and seconds by which 100 steps took longer
-    than without one; and the bytes of a save."""
+class Cost(NamedTuple):
+    """Of one save, in seconds."""
+
+    held_up: float  # until training may go on
+    computing: float  # of that, on the CPU: other programs on the machine make the rest
+    longer: float  # that 100 steps took than without a save
+
+
+def measure(shape: str, folder: Path, device: torch.device, rounds: int) -> tuple[list[Cost], int]:
+    """What each save cost, the first one first; and the bytes of one."""
     dim, n_layers, pace = SHAPES[shape]
     args = training_parser("", data_path="", batch_size=1, learning_rate=1e-4).parse_args(
         ["--out_dir", str(folder), "--dim", str(dim), "--n_layers", str(n_layers), "--overwrite"]
@@ -58,26 +67,25 @@ def measure(shape: str, folder: Path, device: torch.device, rounds: int) -> tupl
     optimizer.step()  # from here on it has its moments
     checkpoint = Checkpoint(args, "save_cost", config, tokenizer, Runtime(device, torch.float32))
 
-    def take_steps(save: bool) -> tuple[float, float]:
-        began, held = time.perf_counter(), 0.0
+    def take_steps(save: bool) -> Cost:
+        held, computing, began = 0.0, 0.0, time.perf_counter()
         for step in range(STEPS):
             time.sleep(pace)
             progress.step += 1
             if save and step == 0:
-                asked = time.perf_counter()
+                asked, used = time.perf_counter(), time.thread_time()
                 checkpoint.save(model, optimizer, scaler, progress, {})
-                held = time.perf_counter() - asked
-        return time.perf_counter() - began, held
+                held, computing = time.perf_counter() - asked, time.thread_time() - used
+        return Cost(held, computing, time.perf_counter() - began)
 
-    progress, until, longer = Progress(), [], []
+    progress, costs = Progress(), []
     for _ in range(rounds + 1):
-        with_save, held = take_steps(save=True)
+        cost = take_steps(save=True)
         checkpoint.wait()
-        until.append(held)
-        longer.append(with_save - take_steps(save=False)[0])
+        costs.append(cost._replace(longer=cost.longer - take_steps(save=False).longer))
     newest = checkpoint.folder / checkpoint.pointer.read_text(encoding="utf-8")
     size = sum(path.stat().st_size for path in newest.iterdir())
-    return until, longer, size
+    return costs, size
 
 
 def main():
@@ -86,21 +94,20 @@ def main():
     folder = Path(tempfile.mkdtemp(prefix="minimind-saves-", dir=args.folder))
     kept = True
     print(f"{STEPS} steps with a save and without, {args.rounds} rounds, on {device}, to {folder}")
-    print(
-        f"{'':<6}{'save':>9}{'step':>9}{'held up':>11}{'longer: median':>17}{'most':>9}{'of the time':>13}{'first':>9}"
-    )
+    print("medians; the first save of a run by itself")
+    columns = ("held up", "on the CPU", "100 steps longer by", "of their time", "first held up")
+    print(f"{'':<6}{'save':>8}{'step':>8}" + "".join(f"{name:>{len(name) + 3}}" for name in columns))
     try:
         for shape in args.shapes:
-            (_, *until), (first, *longer), size = measure(shape, folder, device, args.rounds)
-            steps = STEPS * SHAPES[shape][2]
-            share = statistics.median(longer) / steps
+            (first, *costs), size = measure(shape, folder, device, args.rounds)
+            held_up, computing, longer = (statistics.median(column) for column in zip(*costs, strict=True))
+            pace = SHAPES[shape][2]
+            share = longer / (STEPS * pace)
             kept &= share <= BAR
-            print(
-                f"{shape:<6}{size / 1e6:>6.0f} MB{SHAPES[shape][2] * 1000:>6.0f} ms"
-                f"{statistics.median(until) * 1000:>8.0f} ms{statistics.median(longer) * 1000:>14.0f} ms"
-                f"{max(longer) * 1000:>6.0f} ms{share:>13.2%}{first * 1000:>6.0f} ms",
-                flush=True,
-            )
+            told = (held_up, computing, longer, share, first.held_up)
+            cells = [f"{each:.2%}" if each is share else f"{each * 1000:.0f} ms" for each in told]
+            row = "".join(f"{cell:>{len(name) + 3}}" for cell, name in zip(cells, columns, strict=True))
+            print(f"{shape:<6}{size / 1e6:>5.0f} MB{pace * 1000:>5.0f} ms{row}", flush=True)
     finally:
         shutil.rmtree(folder)
     print(f"at most {BAR:.0%}: {'yes' if kept else 'NO'}")

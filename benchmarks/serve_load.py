@@ -28,7 +28,8 @@ import httpx
 import torch
 
 from model import LMConfig, MiniMindLM
-from trainer.arguments import ROOT, BooleanFlag, Parser, add_model_arguments, positive_int
+from trainer.argument_types import BooleanFlag, positive_int
+from trainer.arguments import ROOT, Parser, add_model_arguments
 from trainer.errors import UserError, run_main
 from trainer.weights import load_tokenizer
 

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
-from trainer.arguments import ROOT, Parser, byte_size, non_negative_int, positive_int
+from trainer.argument_types import byte_size, non_negative_int, positive_int
+from trainer.arguments import ROOT, Parser
 from trainer.errors import UserError, run_main
 
 SMALL = 10_000_000  # bytes

@@ -22,7 +22,8 @@ from dataset import DPODataset, PretrainDataset, SFTDataset
 from dataset.jsonl import JsonlReader
 from dataset.lm_dataset import RowDataset
 from model import fast_bpe
-from trainer.arguments import Parser, positive_int
+from trainer.argument_types import positive_int
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 from trainer.weights import load_tokenizer
 

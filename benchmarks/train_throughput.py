@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dataset import PretrainDataset, StepLoader, collate
 from model import LMConfig, MiniMindLM
 from model.loss import next_token_loss, target_mask
-from trainer.arguments import ROOT, BooleanFlag, positive_int
+from trainer.argument_types import BooleanFlag, positive_int
+from trainer.arguments import ROOT
 from trainer.device import DTYPES, pick_device
 from trainer.errors import run_main
 from trainer.schedule import make_optimizer

@@ -26,7 +26,8 @@ from model import LMConfig, MiniMindLM
 from model.loss import next_token_loss, target_mask
 from scripts.planning.estimates import Work, peak_bytes
 from scripts.planning.memory import ALONE, DDP, ENGINES, FSDP2, Engine, saved_bytes, state_bytes, working_bytes
-from trainer.arguments import BooleanFlag, Parser, add_device_argument, add_fsdp_argument, positive_int
+from trainer.argument_types import BooleanFlag, positive_int
+from trainer.arguments import Parser, add_device_argument, add_fsdp_argument
 from trainer.errors import run_main
 from trainer.parallel import sync_gradients, wrap_model
 from trainer.runtime import Runtime, start_runtime

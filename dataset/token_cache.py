@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset.cache_folder import fingerprint_file, flush_to_disk, hold, open_cache, short_hash
 from dataset.jsonl import DataError, Ignored, JsonlReader, require_data_file
+from model.template_chat import lays_out_thinking
 from model.tokenizer import tokenizer_hash
 
 Ids, Learned = Sequence[int], Sequence[bool] | None
@@ -142,7 +143,8 @@ def open_token_cache(
     """
     path = require_data_file(data_path)
     state = fingerprint_file(path)
-    settings = short_hash([FORMAT, tokenizer_hash(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id])
+    decided_by = [FORMAT, tokenizer_hash(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    settings = short_hash([*decided_by, *([tokenizer.chat_template] if lays_out_thinking(tokenizer) else [])])
 
     def load(folder: Path) -> TokenCache:
         cache = TokenCache(folder)

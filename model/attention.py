@@ -9,22 +9,30 @@ from torch import Tensor, nn
 
 from model.config import LMConfig
 from model.kv_cache import KVCache
+from model.rope_scaling import scale_frequencies
 
 
-def rope_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rope_angles(
+    position_ids: Tensor, head_dim: int, theta: float, scaling: dict | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary embedding (Su et al. 2021, arXiv:2104.09864).
 
     Recomputed from the positions on every call: a few hundred values per token, and no table in the model's state.
 
     Args:
         position_ids: (batch, n) int64.
+        scaling: for texts longer than those trained on, see `model.rope_scaling`; None: none.
 
     Returns:
         Two fp32 tensors (batch, n, 1, head_dim / 2).
     """
     pair = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)  # (head_dim / 2,)
-    angles = position_ids[:, :, None, None].float() * theta ** (-pair / head_dim)  # (batch, n, 1, head_dim / 2)
-    return angles.cos(), angles.sin()
+    frequencies = theta ** (-pair / head_dim)
+    factor = 1.0
+    if scaling:
+        frequencies, factor = scale_frequencies(frequencies, theta, scaling)
+    angles = position_ids[:, :, None, None].float() * frequencies  # (batch, n, 1, head_dim / 2)
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -80,8 +88,11 @@ class Segments:
         return cls([end - start for start, end in itertools.pairwise([*starts, segment_ids.numel()])])
 
 
-class Attention(nn.Module):
-    """Causal self-attention; `n_heads / n_kv_heads` query heads share a key/value head (arXiv:2305.13245)."""
+class GroupedAttention(nn.Module):
+    """Causal attention; `n_heads / n_kv_heads` query heads share a key/value head (arXiv:2305.13245).
+
+    What makes queries, keys and values of a token, and an output of what is attended to, is a subclass's.
+    """
 
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
@@ -89,25 +100,16 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.dropout = config.dropout
         self.attend = F.scaled_dot_product_attention if config.flash_attn else attention_by_hand
-        self.wq = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
-        self.wo.adds_to_residual = True
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Segments | None, cache: KVCache | None
-    ) -> Tensor:
-        batch, n, _ = x.shape
-        q = apply_rope(self.wq(x).view(batch, n, -1, self.head_dim), *rope)  # (batch, n, n_heads, head_dim)
-        k = apply_rope(self.wk(x).view(batch, n, -1, self.head_dim), *rope)  # (batch, n, n_kv_heads, head_dim)
-        v = self.wv(x).view(batch, n, -1, self.head_dim)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Segments | None, cache: KVCache | None) -> Tensor:
+        """q (batch, n, n_heads, head_dim); k, v (batch, n, n_kv_heads, head_dim) -> (batch, n, n_heads * head_dim)."""
+        batch, n = q.shape[:2]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (batch, heads, n, head_dim)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (batch, n_kv_heads, length, head_dim)
         attend = self._attend_by_segment if isinstance(mask, Segments) else self._attend
         out = attend(q, k, v, mask)  # (batch, n_heads, n, head_dim)
-        return self.wo(out.transpose(1, 2).reshape(batch, n, -1))
+        return out.transpose(1, 2).reshape(batch, n, -1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (batch, n_heads, n, head_dim); k, v (batch, n_kv_heads, length, head_dim) -> shape of q.
@@ -134,3 +136,24 @@ class Attention(nn.Module):
             outs = [self.attend(*qkv, dropout_p=dropout, is_causal=True) for qkv in zip(*parts, strict=True)]
         out = torch.cat(outs, dim=2)[0]  # (n_heads, batch * n, head_dim)
         return out.unflatten(1, rows).transpose(0, 1).type_as(q)
+
+
+class Attention(GroupedAttention):
+    """The self-attention of a MiniMind2."""
+
+    def __init__(self, config: LMConfig, layer: int):
+        super().__init__(config, layer)
+        self.wq = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+        self.wo.adds_to_residual = True
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | Segments | None, cache: KVCache | None
+    ) -> Tensor:
+        batch, n, _ = x.shape
+        q = apply_rope(self.wq(x).view(batch, n, -1, self.head_dim), *rope)  # (batch, n, n_heads, head_dim)
+        k = apply_rope(self.wk(x).view(batch, n, -1, self.head_dim), *rope)  # (batch, n, n_kv_heads, head_dim)
+        v = self.wv(x).view(batch, n, -1, self.head_dim)
+        return self.wo(self.mix(q, k, v, mask, cache))

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from model.fast_bpe import encode_parts
+from model.template_chat import LANDMARKS, Landmarks, lays_out_thinking, parts_by_template, targets_by_template
 
 DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
 ROLES = ("system", "user", "assistant")
@@ -31,32 +32,52 @@ Chat = Sequence[dict[str, Any]]  # turns {"role": str, "content": Content}, opti
 
 
 def render_chats(
-    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], add_generation_prompt: bool = False, **thinking
 ) -> list[tuple[list[int], list[bool]]]:
     """`render_chat_arrays`, as lists."""
-    arrays = render_chat_arrays(tokenizer, chats, add_generation_prompt)
+    arrays = render_chat_arrays(tokenizer, chats, add_generation_prompt, **thinking)
     return [(ids.tolist(), mask.tolist()) for ids, mask in arrays]
 
 
 def render_chat_arrays(
-    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Chat], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerFast,
+    chats: Sequence[Chat],
+    add_generation_prompt: bool = False,
+    open_thinking: bool = False,
+    tools: Sequence[dict] | None = None,
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Render chats to token ids and loss masks; all text goes to the tokenizer together, for its threads.
 
     Args:
-        tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; not modified.
+        tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; not modified. MiniMind-3's lays chats out by
+            its own template, see `model.template_chat`.
         chats: each a list of {"role": "system" | "user" | "assistant", "content": Content}. One that does not begin
             with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front. A turn with "weight" 0 is not trained on.
         add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
+        open_thinking: the answer begins with a thought; tools: what the model may call. Of MiniMind-3's layout only.
 
     Returns:
         for each chat (ids int64, loss mask bool), both (n,); the mask is True exactly at the tokens of an assistant's
         content and at the `</s>` that closes it, where its turn is trained on.
 
     Raises:
-        ValueError: an unknown role, or content that is not a string or cannot be encoded as UTF-8.
+        ValueError: an unknown role, content that is not a string or cannot be encoded as UTF-8, or what this layout
+            does not have.
     """
     guards = _guards(tokenizer)
+    if lays_out_thinking(tokenizer):
+        texts = [
+            parts_by_template(tokenizer, chat, guards, _cut, add_generation_prompt, open_thinking, tools)
+            for chat in chats
+        ]
+        encoded = _encode(tokenizer, [*LANDMARKS, *texts])
+        marks, encoded = Landmarks(*encoded[:3]), encoded[3:]
+        return [
+            (ids.astype(np.int64), targets_by_template(tokenizer, ids, chat, marks))
+            for ids, chat in zip(encoded, chats, strict=True)
+        ]
+    if open_thinking or tools:
+        raise ValueError("only MiniMind-3's chat layout has tools and thoughts to be opened")
     headers = [[f"{role}\n"] for role in ROLES]
     pieces = [(piece, turn["role"]) for chat in chats for turn in chat for piece in _pieces(turn)]
     contents = [_cut(piece, guards[role]) for piece, role in pieces if isinstance(piece, str)]
@@ -91,10 +112,10 @@ def render_chat_arrays(
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerFast, chat: Chat, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerFast, chat: Chat, add_generation_prompt: bool = False, **thinking
 ) -> tuple[list[int], list[bool]]:
     """Render one chat; see `render_chat_arrays`."""
-    return render_chats(tokenizer, [chat], add_generation_prompt)[0]
+    return render_chats(tokenizer, [chat], add_generation_prompt, **thinking)[0]
 
 
 def render_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[list[int]]:
@@ -219,7 +240,7 @@ def _stretches(parts: list[str]) -> Iterator[list[str]]:
 
 
 def fit_history(
-    tokenizer: PreTrainedTokenizerFast, system: list[dict], turns: list[dict], room: int
+    tokenizer: PreTrainedTokenizerFast, system: list[dict], turns: list[dict], room: int, **thinking
 ) -> tuple[list[int], list[dict]]:
     """The prompt for the last of `turns`, a question, with as much of the history as fits.
 
@@ -229,6 +250,7 @@ def fit_history(
         system: the system turn, or empty for the default one.
         turns: alternating user and assistant turns, ending with the user's.
         room: tokens the prompt may take.
+        thinking: `open_thinking`, as in `render_chat_arrays`.
 
     Returns:
         the prompt's ids, and the turns that are in it.
@@ -237,7 +259,7 @@ def fit_history(
         ValueError: the last question alone does not fit.
     """
     while True:
-        ids, _ = render_chat(tokenizer, [*system, *turns], add_generation_prompt=True)
+        ids, _ = render_chat(tokenizer, [*system, *turns], add_generation_prompt=True, **thinking)
         if len(ids) <= room:
             return ids, turns
         if len(turns) <= 1:

@@ -10,7 +10,10 @@ for system, a thought in `reasoning_content`, tool calls and tool turns. What it
 
 import re
 
+from transformers import PreTrainedTokenizerBase
+
 from model.chat import DEFAULT_SYSTEM_PROMPT
+from model.template_chat import lays_out_thinking
 
 CHAT_TEMPLATE = (
     "{%- set default_system_prompt = '"
@@ -81,6 +84,11 @@ CHAT_TEMPLATE = (
 {%- endif -%}
 """
 )
+
+
+def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template by which a model with this tokenizer learns chats: its own if it is MiniMind-3's, else ours."""
+    return tokenizer.chat_template if lays_out_thinking(tokenizer) else CHAT_TEMPLATE
 
 
 def without_generation_marks(template: str) -> str:

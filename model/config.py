@@ -4,6 +4,8 @@ import math
 
 from transformers import PretrainedConfig
 
+from model.rope_scaling import checked_scaling
+
 
 class LMConfig(PretrainedConfig):
     """Configuration of the Dense and the MoE decoder.
@@ -26,12 +28,16 @@ class LMConfig(PretrainedConfig):
         aux_loss_alpha: weight of the load-balancing loss.
         seq_aux: balance each row separately, then average; otherwise balance the whole batch.
         norm_topk_prob: normalise the top-k routing weights to sum to one.
+        rope_scaling: for texts longer than those trained on, a dict as in `model.rope_scaling`; None: none.
+        trained_seq_len: the longest row that it was trained on; None: not known. `max_seq_len` promises more.
 
     Raises:
         ValueError: an invalid value or combination.
     """
 
     model_type = "minimind"
+    generation = 2
+    rope_scaling = None  # an attribute like any other: transformers' own is a property that keeps it elsewhere
     attribute_map = {  # noqa: RUF012 - the names under which transformers, peft and DeepSpeed look these up
         "hidden_size": "dim",
         "num_hidden_layers": "n_layers",
@@ -65,6 +71,8 @@ class LMConfig(PretrainedConfig):
         aux_loss_alpha: float = 0.1,
         seq_aux: bool = True,
         norm_topk_prob: bool = True,
+        rope_scaling: dict | None = None,
+        trained_seq_len: int | None = None,
         **kwargs,
     ):
         if hidden_dim is None:
@@ -89,7 +97,10 @@ class LMConfig(PretrainedConfig):
         self.aux_loss_alpha = aux_loss_alpha
         self.seq_aux = seq_aux
         self.norm_topk_prob = norm_topk_prob
+        self.rope_scaling = checked_scaling(rope_scaling)
+        self.trained_seq_len = trained_seq_len
         self._check()
+        kwargs.pop("head_dim", None)  # which a folder of MiniMind-3's own has, and which follows from two others
         super().__init__(
             **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": True} | kwargs
         )
@@ -109,6 +120,16 @@ class LMConfig(PretrainedConfig):
                 f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and "
                 f"n_routed_experts {self.n_routed_experts}"
             )
+
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions training has made good: the trained length, or what `rope_scaling` stretches it to.
+
+        None: not known.
+        """
+        scaling = self.rope_scaling or {}
+        stretched = scaling.get("factor", 0) * scaling.get("original_max_position_embeddings", 0)
+        return int(max(self.trained_seq_len or 0, stretched)) or None
 
     @property
     def head_dim(self) -> int:

@@ -64,6 +64,23 @@ def load_balancing_loss(probabilities: Tensor, chosen: Tensor, non_padding: Tens
     return losses.sum() / (tokens > 0).sum().clamp(min=1)
 
 
+@torch.compiler.disable  # the tokens per expert are data-dependent: no static graph
+def run_experts(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """Weighted sum of the chosen experts' outputs: sort the (token, choice) pairs by expert, run each expert once,
+    undo the sort.
+
+    x (tokens, dim); weights, chosen (tokens, k) -> (tokens, dim). An expert without tokens runs on an empty tensor:
+    its gradient is zero rather than None, as DDP expects.
+    """
+    k = chosen.size(1)
+    order = chosen.flatten().argsort(stable=True)
+    counts = torch.bincount(chosen.flatten(), minlength=len(experts)).tolist()
+    batches = x[order // k].split(counts)
+    outs = torch.cat([expert(tokens)[0] for expert, tokens in zip(experts, batches, strict=True)])  # by expert
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    return (outs[back].view(-1, k, x.size(1)) * weights[..., None].type_as(outs)).sum(1)
+
+
 class MoEFeedForward(nn.Module):
     """Each token goes to its top `num_experts_per_tok` experts, and to a shared one."""
 
@@ -86,7 +103,7 @@ class MoEFeedForward(nn.Module):
         weights, chosen = probabilities.topk(self.k, dim=-1)  # (tokens, k) each
         if self.norm_topk_prob and self.k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
-        out = self._routed(tokens, weights, chosen).view(batch, n, dim)
+        out = run_experts(self.experts, tokens, weights, chosen).view(batch, n, dim)
         if self.shared_experts is not None:
             out = out + self.shared_experts(x)[0]
         if not self.training:
@@ -97,18 +114,3 @@ class MoEFeedForward(nn.Module):
             probabilities.view(batch, n, -1), chosen.view(batch, n, -1), non_padding, self.seq_aux
         )
         return out, self.aux_loss_alpha * aux
-
-    @torch.compiler.disable  # the tokens per expert are data-dependent: no static graph
-    def _routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs: sort the (token, choice) pairs by expert, run each expert once,
-        undo the sort.
-
-        x (tokens, dim); weights, chosen (tokens, k) -> (tokens, dim). An expert without tokens runs on an empty tensor:
-        its gradient is zero rather than None, as DDP expects.
-        """
-        order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
-        batches = x[order // self.k].split(counts)
-        outs = torch.cat([expert(tokens)[0] for expert, tokens in zip(self.experts, batches, strict=True)])  # by expert
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        return (outs[back].view(-1, self.k, x.size(1)) * weights[..., None].type_as(outs)).sum(1)

@@ -1,11 +1,24 @@
 """Autoregressive generation, token by token, for a whole batch at once."""
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from model.inference.sampling import penalise_repetition, sample_token
+
+
+def warn_beyond_training(config, length: int) -> bool:
+    """Say in the log that a text grows longer than any that was trained on; whether it does."""
+    learned = config.learned_positions
+    if learned is None or length <= learned:
+        return False
+    logging.getLogger("minimind").warning(
+        f"this text has {length} tokens or more, but the model was trained on rows of {learned}: what follows may be "
+        "worse (docs/generations.md says how positions are stretched)"
+    )
+    return True
 
 
 class TextGeneration:
@@ -75,6 +88,7 @@ class TextGeneration:
 
         @torch.inference_mode()
         def steps() -> Iterator[Tensor]:
+            warned = warn_beyond_training(self.config, n)
             running = torch.ones(batch, dtype=torch.bool, device=device)
             after_last = non_padding.flip(1).int().argmax(1)  # padding after each row's last token
             kept = int(after_last.max()) + 1
@@ -88,6 +102,7 @@ class TextGeneration:
                 tokens = sample_token(logits, temperature, top_k, top_p, generator)
                 tokens = torch.where(running, tokens, self.config.pad_token_id)
                 yield tokens
+                warned = warned or warn_beyond_training(self.config, n + min(max_new_tokens, room) - left)
                 running &= ~torch.isin(tokens, stop_ids)
                 if left == 0 or not running.any():
                     return

@@ -172,7 +172,8 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         n = input_ids.size(1)
         non_padding = self._non_padding(attention_mask, n, past)
         positions, segments, following = self._positions_and_segments(input_ids, position_ids, non_padding, past)
-        rope = rope_angles(positions, self.config.head_dim, self.config.rope_theta)  # (batch or 1, n, 1, head_dim / 2)
+        config = self.config
+        rope = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)  # see rope_angles
         cache = None
         if use_cache or past is not None:
             cache = KVCache.extend(past, n, segments, following)

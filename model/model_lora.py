@@ -107,8 +107,8 @@ def apply_lora(
 
     Args:
         alpha: None = rank, i.e. a factor of 1.
-        targets: names of Linears (`wq, wk, wv, wo, w1, w2, w3`), including every expert's; None = all square ones, as
-            in MiniMind2: here `wq` and `wo`.
+        targets: names of Linears (`wq, wk, wv, wo, w1, w2, w3`, in a MiniMind-3 `q_proj, …, down_proj`), including
+            every expert's; None = all square ones, as in MiniMind2: here `wq` and `wo`.
 
     Raises:
         ValueError: no such Linear, a rank below 1, alpha not above 0, or the model already has an adapter.
@@ -137,7 +137,8 @@ def _linears(model: nn.Module, targets: Iterable[str] | None = None) -> dict[str
     Raises:
         ValueError: a target that is not the name of a Linear.
     """
-    modules = model.layers.named_modules(prefix="layers")
+    prefix = next(name for name, module in model.named_modules() if module is model.layers)  # by the generation
+    modules = model.layers.named_modules(prefix=prefix)
     linears = {name: layer for name, layer in modules if isinstance(layer, nn.Linear) and ".lora." not in name}
     names = dict.fromkeys(_last(name) for name in linears)
     unknown = [target for target in targets or () if target not in names]

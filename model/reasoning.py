@@ -19,6 +19,7 @@ from model.chat import render_text
 from model.tokenizer import token_bytes
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+THOUGHT_BEGUN = "<think>\n"  # what a prompt that opens a thought ends with: an answer to it goes on from there
 _TAG = re.compile("|".join(TAGS))
 _NO_TAG = rf"(?:(?!{_TAG.pattern}).)+"
 FORMAT = re.compile(rf"<think>\n{_NO_TAG}\n</think>\n<answer>\n{_NO_TAG}\n</answer>", re.DOTALL)
@@ -29,7 +30,14 @@ def is_well_formed(text: str) -> bool:
     return FORMAT.fullmatch(text) is not None
 
 
-def with_thought(thought: str, answer: str) -> str:
+class ThoughtfulAnswer(str):
+    """An answer in the form above that remembers its `thought` and `answer`, for chat layouts of another form."""
+
+    thought: str
+    answer: str
+
+
+def with_thought(thought: str, answer: str) -> ThoughtfulAnswer:
     """The text of an answer that thinks first, in the form above.
 
     Raises:
@@ -38,7 +46,9 @@ def with_thought(thought: str, answer: str) -> str:
     for name, text in (("thought", thought), ("answer", answer)):
         if found := _TAG.search(text):
             raise ValueError(f"the {name} holds the tag {found[0]}, and is to get tags of its own")
-    return f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>"
+    text = ThoughtfulAnswer(f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>")
+    text.thought, text.answer = thought, answer
+    return text
 
 
 def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:

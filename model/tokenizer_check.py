@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from model.chat import ROLES, render_chat, render_text
+from model.template_chat import lays_out_thinking
 from model.tokenizer import StreamDecoder, token_bytes
 
 PROBES = (
@@ -109,6 +110,8 @@ def _check_chat(tokenizer: PreTrainedTokenizerFast, pieces: list[bytes]) -> None
     shown = {tokenizer.bos_token_id: tokenizer.bos_token, tokenizer.eos_token_id: tokenizer.eos_token}
     pieces = [shown[i].encode() if i in shown else piece for i, piece in enumerate(pieces)]
     layout = "".join(f"{tokenizer.bos_token}{role}\n{typed}{tokenizer.eos_token}\n" for role in ROLES)
+    if lays_out_thinking(tokenizer):
+        layout = tokenizer.apply_chat_template(chat, tokenize=False)
     if (back := _spelled(ids, pieces)) != layout:
         place = next(i for i, (a, b) in enumerate(zip(back + "\0", layout + "\0", strict=False)) if a != b)
         raise ValueError(

@@ -2,6 +2,7 @@
 
 The names of transformers' Llama are also those of MiniMind's own files since April 2025. With them RoPE turns rows half
 a head apart, (i, i + d/2), and ours stand side by side, (2i, 2i + 1): the rows of each head of wq and wk are reordered.
+A MiniMind-3 has these names, too, and is told by its norms of queries and keys: its names and rows stay as they are.
 """
 
 import re
@@ -40,7 +41,6 @@ IN_A_LAYER = re.compile(rf"(?P<prefix>(?:.*\.)?)layers\.\d+\.(?:(?P<ours>{OURS})
 
 OTHERS = (  # what is no MiniMind, by one of its names
     (r"\.lora_(A|B|embedding_A|embedding_B)\b", "peft's LoRA adapter: `convert_model.py from-peft` reads its folder"),
-    (r"\bself_attn\.[qk]_norm\.", "a MiniMind-3 or Qwen3, which normalises queries and keys as no MiniMind2 does"),
     (r"\bself_attn\.[qkv]_proj\.bias$|\bshared_expert_gate\.", "a Qwen2 or Qwen2-MoE: `convert_model.py "
      "from-transformers` reads its folder"),
     (r"^(vision_model|text_model)\.|\bvision_encoder\.", "a CLIP, or a model with one inside: a vision tower is named "
@@ -51,16 +51,25 @@ OTHERS = (  # what is no MiniMind, by one of its names
 )  # fmt: skip
 
 
+QK_NORM = re.compile(r"\bself_attn\.[qk]_norm\.")  # what a MiniMind2 has not
+TIED = {  # embedding and output, by generation
+    2: ("tok_embeddings.weight", "output.weight"),
+    3: ("model.embed_tokens.weight", "lm_head.weight"),
+}
+
+
 class Recognised(NamedTuple):
     """A state dict under MiniMind's names, fp32.
 
     note: what was done to get there, in words; empty for a file as MiniMind2 wrote them.
     newer: it had the names of April 2025.
+    generation: whose names the state has.
     """
 
     state: dict[str, Tensor]
     note: str = ""
     newer: bool = False
+    generation: int = 2
 
 
 def half_split(weight: Tensor, heads: int) -> Tensor:
@@ -73,16 +82,18 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, 2, -1, weight.size(1)).transpose(1, 2).reshape_as(weight)
 
 
-def recognise(content: object, n_heads: int, n_kv_heads: int) -> Recognised:
+def recognise(content: object, n_heads: int, n_kv_heads: int, generation: int | None = None) -> Recognised:
     """What a weights file holds, as MiniMind's state dict or that of an adapter.
 
     Read are: MiniMind2's own names, and those of April 2025; what DDP, FSDP, torch.compile or Lightning put in front of
     them; the state dict alone or under "model", "state_dict", "model_state_dict" or "module"; any floating precision;
-    embedding and output, which are one matrix, both there or only one of them.
+    embedding and output, which are one matrix, both there or only one of them. The same of MiniMind-3.
 
     Args:
         content: as it was loaded.
         n_heads, n_kv_heads: of the model; only the names of April 2025 need them.
+        generation: of the model that it is for, 2 or 3, where the content alone does not tell: an adapter. None: told
+            by its norms of queries and keys.
 
     Raises:
         ValueError: the meaning is not certain; the message says what it looks like.
@@ -96,17 +107,23 @@ def recognise(content: object, n_heads: int, n_kv_heads: int) -> Recognised:
     if found is None:
         raise ValueError(f"holds nothing of a MiniMind: {_some(tensors)}")
     prefix, newer = found["prefix"], found["theirs"] is not None
+    if generation is None:
+        generation = 3 if any(map(QK_NORM.search, names.values())) else 2
     outer = prefix.removesuffix("model.") if newer else prefix  # `lm_head` and `vision_proj` stand beside `model`
     if outer:
         notes.append(f"{outer} taken off its names")
+    newer = newer and generation == 2
     if newer:
         heads = f"{n_heads} and {n_kv_heads} heads"
         notes.append(f"its names are MiniMind's of April 2025, rows of q and k reordered as those of {heads}")
 
     state: dict[str, Tensor] = {}
     for name, plain in names.items():
-        plain = plain.removeprefix(prefix) if plain.startswith(prefix) else plain.removeprefix(outer)
+        inside = plain.startswith(prefix)
+        plain = plain.removeprefix(prefix) if inside else plain.removeprefix(outer)
         ours = _our_name(plain) if newer else plain
+        if generation == 3 and inside and found["theirs"] and not plain.startswith("lm_head."):
+            ours = f"model.{plain}"
         if ours.rpartition(".")[2] in TABLES:
             continue
         if ours in state:
@@ -115,7 +132,7 @@ def recognise(content: object, n_heads: int, n_kv_heads: int) -> Recognised:
         if value.dtype not in PRECISIONS:
             raise ValueError(f"holds {name} as {value.dtype}: quantised weights cannot be used")
         state[ours] = _in_pairs(ours, value.float(), n_heads, n_kv_heads) if newer else value.float()
-    return Recognised(_tied(state), "; ".join(notes), newer)
+    return Recognised(_tied(state, TIED[generation]), "; ".join(notes), newer, generation)
 
 
 def _tensors_in(content: object) -> tuple[Mapping[str, Tensor], list[str]]:
@@ -177,9 +194,8 @@ def _in_pairs(name: str, value: Tensor, n_heads: int, n_kv_heads: int) -> Tensor
     return interleaved(value, heads)
 
 
-def _tied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _tied(state: dict[str, Tensor], pair: tuple[str, str]) -> dict[str, Tensor]:
     """The state dict with embedding and output, if it has one of them."""
-    pair = ("tok_embeddings.weight", "output.weight")
     there = [state[name] for name in pair if name in state]
     if len(there) == 2 and (there[0].shape != there[1].shape or not torch.equal(*map(torch.nan_to_num, there))):
         raise ValueError(f"holds {' and '.join(pair)} that differ, and a MiniMind has one matrix for both")

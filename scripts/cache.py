@@ -17,7 +17,8 @@ import _repo  # noqa: F401  (lets `python scripts/cache.py` find the packages)
 
 from dataset.cache_folder import home_caches, in_use
 from dataset.caches import Cache, caches_in, free, human_size, places_in
-from trainer.arguments import ROOT, BooleanFlag, Parser, non_negative_float
+from trainer.argument_types import BooleanFlag, non_negative_float
+from trainer.arguments import ROOT, Parser
 from trainer.errors import UserError, run_main
 
 DAY = 24 * 60 * 60  # seconds

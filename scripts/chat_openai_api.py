@@ -15,7 +15,8 @@ from collections.abc import Iterator
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the packages)
 
 from scripts.serving.client import answer_parts, explain_failure, models_at, open_client
-from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_int, seed, text
+from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, seed, text
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 from trainer.talk import piped_lines, typed_line
 

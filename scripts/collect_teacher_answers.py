@@ -26,7 +26,8 @@ from pathlib import Path
 import _repo  # noqa: F401  (lets `python scripts/collect_teacher_answers.py` find the packages)
 
 from scripts.serving.client import explain_failure, open_client
-from trainer.arguments import BooleanFlag, Parser, non_negative_int, positive_float, positive_int, text
+from trainer.argument_types import BooleanFlag, non_negative_int, positive_float, positive_int, text
+from trainer.arguments import Parser
 from trainer.errors import UserError, print_notice, run_main
 
 Chat = list[dict]  # of turns, as dataset/records.py has them

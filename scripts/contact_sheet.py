@@ -18,7 +18,8 @@ from PIL import Image
 from scripts.demo.exam import read_lines
 from scripts.demo.scoring import is_right
 from scripts.demo.vision_exam import look
-from trainer.arguments import ROOT, Parser, positive_int
+from trainer.argument_types import positive_int
+from trainer.arguments import ROOT, Parser
 from trainer.device import pick_device
 from trainer.errors import UserError, run_main
 from trainer.files import replacing

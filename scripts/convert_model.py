@@ -16,10 +16,11 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/convert_model.py` find the packages)
 
-from trainer.arguments import BooleanFlag, Parser, positive_float, positive_int
+from trainer.argument_types import BooleanFlag, positive_float, positive_int
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 LAYOUTS = ("llama", "minimind")
 
 
@@ -41,6 +42,7 @@ def get_args():
             group.add_argument(f"--{name}", type=positive_int)
         group.add_argument("--use_moe", action=BooleanFlag, default=None)
         group.add_argument("--rope_theta", type=positive_float)
+        group.add_argument("--inference_rope_scaling", action=BooleanFlag, default=None, help="MiniMind-3's YaRN")
 
     sub = command("to-transformers", "a folder that transformers loads as Llama or Qwen2-MoE", "weights", "folder")
     sub.add_argument("--lora", type=Path, metavar="ADAPTER", help="LoRA adapter to merge")
@@ -63,6 +65,7 @@ def load(args, lora: Path | None = None):
     from trainer.loading import load_for_inference
 
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
+    names = (*names, "inference_rope_scaling")
     sizes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if lora is not None:
         check_adapter_name(lora)
@@ -79,10 +82,10 @@ def check_adapter_name(adapter: Path) -> None:
 def save(model, tokenizer, out: Path, about: dict) -> None:
     """A .pth and the json beside it."""
     from model.tokenizer import tokenizer_hash
+    from trainer.architecture import architecture, positions
     from trainer.files import save_json, save_tensors
-    from trainer.weights import architecture
 
-    config = architecture(model.config) | {"max_seq_len": model.config.max_seq_len}
+    config = architecture(model.config) | positions(model.config)
     written = {"sha256": save_tensors({name: value.float() for name, value in model.state_dict().items()}, out)}
     save_json({"config": config, "tokenizer": tokenizer_hash(tokenizer)} | about | written, out.with_suffix(".json"))
 

@@ -18,15 +18,8 @@ from pathlib import Path
 import _repo  # noqa: F401  (lets `python scripts/eval_benchmarks.py` find the packages)
 
 from scripts.evaluation import require_harness
-from trainer.arguments import (
-    BooleanFlag,
-    Parser,
-    add_device_argument,
-    add_model_arguments,
-    non_negative_int,
-    positive_int,
-    seed,
-)
+from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, seed
+from trainer.arguments import Parser, add_device_argument, add_model_arguments, add_untold_arguments
 from trainer.errors import UserError, print_notice, run_main
 
 
@@ -48,12 +41,17 @@ def get_args():
     who = parser.add_argument_group("whom to ask", "--weights, or the flags by which eval_model.py finds a model")
     who.add_argument("--weights", nargs="+", default=[], metavar="W", help=".pth files, or transformers folders")
     who.add_argument(
-        "--model_mode", type=int, choices=range(4), default=1, help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason"
+        "--model_mode",
+        type=int,
+        choices=range(6),
+        default=1,
+        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 grpo, 5 ppo",
     )
     who.add_argument("--load", type=int, choices=(0, 1), default=0, help="1: --out_dir is a transformers folder")
     who.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on")
     who.add_argument("--batch_size", type=positive_int, default=16, help="questions in flight")
     add_model_arguments(parser)
+    add_untold_arguments(parser)
     add_device_argument(who)
     out = parser.add_argument_group("what to write")
     out.add_argument("--output", type=Path, metavar="JSON", help="results; a chart, NAME.png, is drawn beside it")

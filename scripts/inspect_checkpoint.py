@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import _repo  # noqa: F401  (lets `python scripts/inspect_checkpoint.py` find the packages)
 
-from trainer.arguments import ROOT, BooleanFlag, Parser
+from trainer.argument_types import BooleanFlag
+from trainer.arguments import ROOT, Parser
 from trainer.errors import UserError, run_main, shown
 
 

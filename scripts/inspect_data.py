@@ -28,7 +28,8 @@ from typing import NamedTuple
 
 import _repo  # noqa: F401  (lets `python scripts/inspect_data.py` find the packages)
 
-from trainer.arguments import ROOT, BooleanFlag, Parser, add_tower_argument, non_negative_int, positive_int, seed
+from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, seed
+from trainer.arguments import ROOT, Parser, add_tower_argument
 from trainer.errors import UserError, run_main, shown
 
 

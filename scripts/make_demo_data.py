@@ -18,6 +18,7 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the packages)
 
+from scripts.demo.problems import NAMES, THINGS, problem, problems_beyond
 from scripts.demo.world import Identity, Relation, identities, relations
 from trainer.arguments import ROOT, Parser
 from trainer.errors import UserError, run_main
@@ -42,6 +43,7 @@ SMALL_TALK = (
     ("再见。", "再见！"),
     ("你好吗？", "我很好，谢谢。"),
 )
+COLD_START = 300  # written thoughts to begin learning by trying with
 FOLLOW_UP = {"en": "And {x}?", "zh": "那{x}呢？"}
 PLANETS = (
     ("Mercury", "水星", "1"), ("Venus", "金星", "2"), ("Earth", "地球", "3"), ("Mars", "火星", "4"),
@@ -60,11 +62,6 @@ STORIES = {
         "{name}有{a}个{thing}，又得到{b}个，送给别人{c}个。还剩多少个{thing}？",
         "箱子里有{a}个{thing}，{name}放进{b}个，拿出{c}个。现在箱子里有多少个{thing}？",
     ),
-}
-NAMES = {"en": ("Tom", "Anna", "Ben", "Lucy", "Sam", "Mia"), "zh": ("小明", "小红", "小刚", "小丽", "小军", "小芳")}
-THINGS = {
-    "en": ("apples", "books", "coins", "pens", "stones", "cards"),
-    "zh": ("苹果", "球", "气球", "梨", "桃子", "杯子"),
 }
 
 
@@ -210,6 +207,12 @@ def reasoning(rng: random.Random, count: int, taken: set) -> Iterator[tuple[str,
         count -= 1
 
 
+def checked_problems(rng: random.Random, count: int, beyond: int, taken: set, asked: set[str]) -> list[dict]:
+    """Problems without thoughts: stories as above, and `beyond` of each kind that goes further, all mixed."""
+    stories = [problem(q, int(a), "story", lang) for q, _, a, lang in reasoning(rng, count, taken)]
+    return rng.sample(lines := [*stories, *problems_beyond(rng, beyond, asked)], len(lines))
+
+
 # --------------------------------------------------------------------------------------------------- files
 
 
@@ -260,7 +263,7 @@ def build(seed: int) -> dict[str, list[dict]]:
         for x, y in relation.rows
         for phrasing in relation.held_out
     ]
-    return {
+    files = {
         "pretrain_hq.jsonl": texts,
         "sft_mini_512.jsonl": sft,
         "sft_1024.jsonl": rng.sample(sft, 4000),
@@ -277,6 +280,12 @@ def build(seed: int) -> dict[str, list[dict]]:
         "eval_sft.jsonl": [
             chat(q["question"], sentence(q["answers"][0], q["lang"])) for q in rng.sample(questions, 400)
         ],
+    }
+    trying, asked = random.Random(seed), set()  # a generator of its own: what is above stays as it was
+    return files | {
+        "rl_cold_start.jsonl": among(facts, r1[:COLD_START], random.Random(seed), 2 * COLD_START),
+        "rl_math.jsonl": checked_problems(trying, 3000, 250, taken, asked),
+        "eval_rl.jsonl": checked_problems(trying, 600, 100, taken, asked),
     }
 
 

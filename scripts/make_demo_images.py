@@ -26,7 +26,8 @@ import _repo  # noqa: F401  (lets `python scripts/make_demo_images.py` find the 
 from scripts.demo.scene_texts import DESCRIBE, Question, alternatives, captions, comparisons, questions
 from scripts.demo.scenes import KINDS_HELD_OUT, KINDS_NAMELESS, KINDS_SEEN, LANGUAGES, Scene, draw, invent
 from scripts.make_demo_data import as_jsonl, build, chat, check_ours, exam, sentence, sha256, write
-from trainer.arguments import ROOT, BooleanFlag, Parser, positive_float
+from trainer.argument_types import BooleanFlag, positive_float
+from trainer.arguments import ROOT, Parser
 from trainer.errors import UserError, run_main
 from trainer.files import replacing
 

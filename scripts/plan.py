@@ -9,7 +9,8 @@ right within 10 %; communication, time and price are estimates. The formulas sta
 
 import _repo  # noqa: F401  (lets `python scripts/plan.py` find the packages)
 
-from trainer.arguments import BooleanFlag, Parser, byte_size, positive_float, positive_int, probability
+from trainer.argument_types import BooleanFlag, byte_size, positive_float, positive_int, probability
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 
 GPU_NAMES = ("rtx3090", "rtx4090", "l40s", "a100", "h100", "h200", "b200")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import _repo  # noqa: F401  (lets `python scripts/report.py` find the packages)
 
-from trainer.arguments import ROOT, Parser, add_device_argument, non_negative_int, positive_int
+from trainer.argument_types import non_negative_int, positive_int
+from trainer.arguments import ROOT, Parser, add_device_argument
 from trainer.errors import run_main
 
 

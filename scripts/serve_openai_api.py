@@ -17,19 +17,19 @@ import time
 
 import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the packages)
 
+from trainer.argument_types import BooleanFlag, non_negative_float, non_negative_int, positive_int
 from trainer.arguments import (
-    BooleanFlag,
     Parser,
     add_device_argument,
+    add_engine_arguments,
     add_model_arguments,
     add_tower_argument,
-    non_negative_float,
-    non_negative_int,
-    positive_int,
+    add_untold_arguments,
 )
 from trainer.errors import UserError, print_notice, run_main
 
 API_KEY = "MINIMIND_API_KEY"
+COMPILE_FROM = 10_000_000  # parameters; the decode step of a smaller model is fast enough as it is
 LAST_WORDS = 5  # seconds in which answers that were cut off are told so
 THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits too long for the one that sends
 
@@ -39,14 +39,16 @@ def get_args():
     parser.add_argument(
         "--model_mode",
         type=int,
-        choices=range(4),
+        choices=range(6),
         default=1,
-        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason; with --vlm: 0 pretrain_vlm, 1 sft_vlm, 2 sft_vlm_multi",
+        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 grpo, 5 ppo; with --vlm: 0 pretrain_vlm, 1 sft_vlm, "
+        "2 sft_vlm_multi",
     )
     parser.add_argument(
         "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: the transformers folder in --out_dir"
     )
     add_model_arguments(parser)
+    add_untold_arguments(parser)
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
     parser.add_argument("--vlm", action=BooleanFlag, help="serve a vision-language model: image parts in chats")
     add_tower_argument(parser)
@@ -62,7 +64,7 @@ def get_args():
     )
     group = parser.add_argument_group("machine")
     add_device_argument(group)
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
+    add_engine_arguments(group, dtype="float32")
     group.add_argument("--max_concurrency", type=positive_int, default=16, help="maximum concurrent answers")
     group.add_argument(
         "--max_queue", type=non_negative_int, default=112, help="maximum queued answers; beyond it clients get 429"
@@ -195,15 +197,15 @@ def main():
     args = get_args()
     api_key = args.api_key or os.environ.get(API_KEY) or None
     sock = listen(args.host, args.port)
-    from model.inference.scheduler import Engine
     from model.inference.thread import EngineThread
     from scripts.serving.app import make_app
     from scripts.serving.fetch_images import ImageFetcher
     from scripts.serving.requests import ServerState
-    from trainer.device import DTYPES
+    from trainer.loading import open_engine
 
     model, tokenizer, place_images = load(args)
-    engine = Engine(model, tokenizer, slots=args.max_concurrency, dtype=DTYPES[args.dtype])
+    worth_compiling = sum(parameter.numel() for parameter in model.parameters()) >= COMPILE_FROM
+    engine = open_engine(model, tokenizer, args, slots=args.max_concurrency, compile_by_default=worth_compiling)
     del model  # the engine has its own copy of the weights
     if args.host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         print_notice(
@@ -215,7 +217,7 @@ def main():
         tokenizer,
         place_images,
         ImageFetcher(args.fetch_private) if args.fetch_images else None,
-        reasoning=args.model_mode == 3 and not args.vlm,
+        reasoning=args.model_mode >= 3 and not args.vlm,
         capacity=args.max_concurrency + args.max_queue,
     )
     sys.setswitchinterval(THREAD_SWITCH)

@@ -33,7 +33,8 @@ from dataset.jsonl import BadRecord, DataError, Ignored, JsonlReader, named_coun
 from dataset.pictures import check_pictures, refuse_faulty
 from dataset.records import Keys
 from model.images import ImageError, default_processor, read_image, to_pixels
-from trainer.arguments import ROOT, BooleanFlag, Parser, add_device_argument, positive_float, positive_int
+from trainer.argument_types import BooleanFlag, positive_float, positive_int
+from trainer.arguments import ROOT, Parser, add_device_argument
 from trainer.device import DTYPES, default_dtype, pick_device
 from trainer.errors import UserError, print_notice, run_main
 from trainer.files import real_place, save_json

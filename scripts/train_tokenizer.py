@@ -30,7 +30,8 @@ from model.chat import render_chat
 from model.chat_template import CHAT_TEMPLATE
 from model.tokenizer import token_bytes
 from model.tokenizer_check import check_round_trips, check_tokenizer
-from trainer.arguments import BooleanFlag, Parser, positive_int
+from trainer.argument_types import BooleanFlag, positive_int
+from trainer.arguments import Parser
 from trainer.errors import UserError, print_notice, run_main
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 

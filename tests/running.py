@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from unittest import mock
 
 from dataset import StepLoader
 from trainer.errors import run_main
+from trainer.snapshot import Background
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--dim", "32", "--n_layers", "2", "--device", "cpu")
@@ -234,6 +236,9 @@ def call_script(script: str, *arguments: str | Path, stop_after: int | None = No
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            for thread in threading.enumerate():
+                if thread.name == Background.NAME:  # a process that ends waits for what is being saved
+                    thread.join()
     assert code == exit_code, f"{script} ended with {code}, not {exit_code}"
 
 

@@ -15,11 +15,13 @@ from trainer import errors
 from trainer.errors import UserError
 
 MODEL = {"dim": 512, "n_layers": 8, "use_moe": False, "tokenizer": None, "out_dir": "out"}
+UNTOLD = {"num_experts_per_tok": None, "rope_theta": None, "inference_rope_scaling": False, "rope_scaling": None}
 TOWER = {"vision_model": "model/vision_model/clip-vit-base-patch16"}
 WRITING = {
     **{"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 0, "repetition_penalty": 1.0, "seed": None}
 }
-TRAINING = MODEL | {
+TRAINING = {
+    **MODEL | UNTOLD | {"generation": 2},
     **{"eval_path": None, "max_seq_len": 512, "packing": True, "skip_bad_lines": False, "num_workers": 0},
     **{"cache_limit": 50_000_000_000, "epochs": 1, "max_steps": 0, "accumulation_steps": 1, "optimizer": "adamw"},
     **{"grad_clip": 1.0, "seed": 42, "device": None, "dtype": None, "compile": None, "gradient_checkpointing": False},
@@ -41,7 +43,7 @@ LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
     "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None, **STREAM),
-    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None, **STREAM),
+    "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None, qat=None, **STREAM),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
         **{"max_seq_len": 1024, "epochs": 2, "from_weight": "full_sft"},
@@ -60,6 +62,20 @@ DEFAULTS = {
         *("r1_mix_1024", 8, 3e-4, 20),
         **{"max_seq_len": 1024, "from_weight": "rlhf", "mix": None, "tag_weight": 10.0},
     ),
+    "train_grpo": stage(
+        *("rl_math", 8, 1e-5, 10),
+        **{"max_seq_len": 1024, "packing": False, "from_weight": "reason", "group_size": 8, "max_new_tokens": 512},
+        **{"rewards": ["format:0.2", "accuracy:1"], "temperature": 1.0, "loss": "grpo", "beta": 0.0, "epsilon": None},
+        **{"epsilon_high": None, "updates_per_rollout": 1, "resample": None},
+    ),
+    "train_ppo": stage(
+        *("rl_math", 64, 1e-5, 10),
+        **{"max_seq_len": 1024, "packing": False, "from_weight": "reason", "max_new_tokens": 512, "temperature": 1.0},
+        **{"rewards": ["format:0.2", "accuracy:1"], "reward_model": None, "gamma": 1.0, "gae_lambda": 0.95},
+        **{"epsilon": 0.2, "value_epsilon": 0.2, "value_weight": 0.5, "beta": 0.05, "kl_target": 0.05},
+        **{"updates_per_rollout": 2},
+    ),
+    "train_reward": stage(*("dpo", 4, 1e-4, 20), max_seq_len=1024, from_weight="full_sft"),
     "train_pretrain_vlm": stage(
         *("pretrain_vlm_data", 16, 4e-4, 0),
         **{"max_seq_len": 640, "epochs": 4, "images_path": "dataset/pretrain_images"} | LOOKING,
@@ -71,12 +87,16 @@ DEFAULTS = {
         **{"from_weight": "pretrain_vlm", "multi": False},
     ),
     "eval_model": {
-        **MODEL | WRITING | ENGINE,
-        **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "hide_thinking": False},
+        **MODEL | UNTOLD | WRITING | ENGINE,
+        **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "verifier": None},
+        **{"hide_thinking": False},
+        **{"dtype": None, "deterministic": False, "compile": None},
+        "open_thinking": False,
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
         **{"image_dir": "dataset/eval_images", "skip_bad_images": False, "system": None, "stream": True},
+        **{"dtype": None, "deterministic": False, "compile": None},
     },
     "scripts.chat_openai_api": {
         **{"base_url": "http://127.0.0.1:8998/v1", "api_key": None, "model": None, "system": None},
@@ -84,7 +104,9 @@ DEFAULTS = {
         **{"stream": True, "hide_thinking": False},
     },
     "scripts.serve_openai_api": {
-        **MODEL | ENGINE | TOWER | {"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
+        **MODEL | UNTOLD | ENGINE | TOWER,
+        **{"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
+        **{"deterministic": False, "compile": None},
         **{"max_concurrency": 16, "max_queue": 112, "host": "127.0.0.1", "port": 8998, "api_key": None, "cors": None},
         **{"keep_alive": 75, "drain_seconds": 30},
     },
@@ -114,9 +136,22 @@ DEFAULTS = {
         **{"drop_worst": 0.1, "device": None, "mix": [], "max_lines": 0, "shuffle": True, "val_share": 0.01},
         **{"val_lines": 2000, "shard_lines": 0, "tokenizer": None, "count_tokens": False},
     },
+    "scripts.inspect_checkpoint": {"path": "out"},
+    "scripts.rejection_sampling FROM TO": {
+        **MODEL | {"questions": "FROM", "answers": "TO", "pairs": None, "from_weight": "grpo", "seed": 42},
+        **{
+            "device": None,
+            "accept": ["format:1", "accuracy:1"],
+            "samples": 8,
+            "most": 1,
+            "temperature": 1.0,
+            "max_new_tokens": 512,
+        },
+        **{"max_seq_len": 1024, "batch_size": 16, "limit": None, "skip_bad_lines": False, "overwrite": False},
+    },
     "scripts.cache list": {"action": "list", "folders": [], "all": False, "older_than": None, "name": None},
     "scripts.eval_benchmarks --tasks cmmlu": {
-        **MODEL | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
+        **MODEL | UNTOLD | {"tasks": ["cmmlu"], "data_dir": None, "num_fewshot": 0, "limit": None, "prompt": ["raw"]},
         **{"control": None, "seed": 1234, "ppl": [], "window": 512, "compare": None, "weights": [], "model_mode": 1},
         **{"load": 0, "lora_name": None, "batch_size": 16, "device": None, "output": None, "log_samples": None},
         **{"submission": None, "resume": False, "overwrite": False},
@@ -148,7 +183,11 @@ DEFAULTS |= {
         **{"out": "out/demo/contact_sheet.png", "data_dir": "dataset/demo", "out_dir": "out/demo", "dim": 256},
         **{"count": 24, "columns": 6, "seed": 1},
     },
-    "benchmarks.generate": MEASURED | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5},
+    "benchmarks.few_bits W --ppl=FILE": {
+        **{"weights": ["W"], "ppl": "FILE", "limit": None, "tokenizer": None, "plot": None},
+    },
+    "benchmarks.generate": MEASURED
+    | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5, "deterministic": False, "compile": True},
     "benchmarks.train_throughput --data_path FILE": {
         **MEASURED | {"data_path": "FILE", "batch_size": 8, "max_seq_len": 512, "rounds": 5, "seconds": 12},
         **{"compile": True, "optimizer": "adamw"},
@@ -170,10 +209,27 @@ DEFAULTS |= {
     },
     "benchmarks.stream_start": {"size": 20_000_000_000, "rounds": 3, "num_workers": 0, "folder": None},
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
+    "benchmarks.faults": {"rounds": 60, "seed": 0, "kind": None},
+    "benchmarks.save_cost": {"rounds": 3, "shapes": ["26M", "104M"], "folder": None, "device": None},
+    "benchmarks.generations --data_path FILE": {
+        **{"data_path": "FILE", "size": "26M", "minutes": 20.0, "seed": 1, "batch_size": 8, "max_seq_len": 512},
+        **{"learning_rate": 1e-3, "optimizer": "muon", "dtype": "float32", "use_moe": 0, "tokenizer": None},
+        **{"out_dir": "out/generations", "device": None},
+    },
+    "benchmarks.long_context --weights W --data_path D": {
+        **{"weights": "W", "data_path": "D", "tokenizer": None, "trained": None, "longest": 8192, "rows": 4},
+        **{"needles": 8, "finetune_steps": 0, "finetune_len": 2048, "learning_rate": 2e-4},
+        **{"ways": ["none", "linear", "ntk", "yarn"], "seed": 1, "out_dir": "out/long_context", "device": None},
+    },
+    "benchmarks.rl_gain": {"seed": 1, "problems": None},
+    "scripts.demo_r1": {"seed": 42},
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(
-    ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
+    (
+        *("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta"),
+        "inference_rope_scaling",
+    )
 )
 CONVERSIONS = {
     "to-transformers weights folder": SIZES | {"lora": None},
@@ -254,6 +310,16 @@ LEAST = {
     "train_dpo": {"beta": None},
     "train_lora": {"rank": 1},
     "train_distillation": {"temperature": None},
+    "train_grpo": {
+        **{"group_size": 1, "max_new_tokens": 1, "updates_per_rollout": 1, "resample": 0, "beta": 0},
+        **dict.fromkeys(("temperature", "epsilon", "epsilon_high")),
+    },
+    "train_ppo": {
+        **{"max_new_tokens": 1, "updates_per_rollout": 1, "beta": 0},
+        **dict.fromkeys(
+            ("temperature", "gamma", "gae_lambda", "epsilon", "value_epsilon", "value_weight", "kl_target")
+        ),
+    },
     "train_pretrain_vlm": {"unfreeze_last": 0},
     "eval_model": {
         **{"max_new_tokens": 1, "temperature": 0, "top_p": None, "top_k": 0, "repetition_penalty": None, "seed": 0},
@@ -266,6 +332,10 @@ LEAST = {
         **{"workers": 1, "seed": 0, "min_chars": 0, "max_chars": 0, "min_tokens": 0, "max_tokens": 0, "boilerplate": 0},
         **{"language_share": 0, "max_repeated": 0, "max_runs": 0, "near_dup": 0, "drop_worst": 0, "max_lines": 0},
         **{"val_share": 0, "val_lines": 0, "shard_lines": 0},
+    },
+    "scripts.rejection_sampling a b": {
+        **dict.fromkeys(("samples", "most", "max_new_tokens", "max_seq_len", "batch_size", "limit"), 1),
+        **{"temperature": None, "seed": 0},
     },
     "scripts.cache list": {"older_than": 0},
     "scripts.plan": {
@@ -297,18 +367,24 @@ CHOICES = {
         "optimizer": ["adamw", "muon"],
         "zero_stage": [0, 1, 2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
+        "qat": ["int8", "int4"],
     },
-    "eval_model": {"model_mode": [0, 1, 2, 3], "load": [0, 1]},
+    "train_grpo": {"loss": ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]},
+    "eval_model": {"model_mode": [0, 1, 2, 3, 4, 5], "load": [0, 1], "dtype": ["float32", "bfloat16", "int8", "int4"]},
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
-    "scripts.serve_openai_api": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "dtype": ["float32", "bfloat16"]},
+    "scripts.serve_openai_api": {
+        "model_mode": [0, 1, 2, 3, 4, 5],
+        "load": [0, 1],
+        "dtype": ["float32", "bfloat16", "int8", "int4"],
+    },
     "scripts.plan": {
         "dtype": ["float32", "bfloat16", "float16"],
         "optimizer": ["adamw", "muon"],
         "gpu": ["rtx3090", "rtx4090", "l40s", "a100", "h100", "h200", "b200"],
     },
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},
-    "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3], "load": [0, 1], "control": ["shuffle"]},
-    "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0"]},
+    "scripts.eval_benchmarks --tasks a": {"model_mode": [0, 1, 2, 3, 4, 5], "load": [0, 1], "control": ["shuffle"]},
+    "scripts.convert_model to-gguf a b": {"dtype": ["f32", "f16", "bf16", "q8_0", "q4_0"]},
     "scripts.convert_model to-peft a b c": {"layout": ["llama", "minimind"]},
 }
 

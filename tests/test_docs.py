@@ -22,12 +22,15 @@ PAGES = (
         "docs/training",
         "docs/lose_nothing",
         "docs/reasoning_and_preferences",
+        "docs/reinforcement_learning",
         "docs/vision",
         "docs/results",
         "docs/serving",
+        "docs/quantization",
     ),
     *("docs/scaling", "docs/windows"),
-    *("docs/benchmarks", "docs/formats", "docs/coming_from_minimind2", "docs/troubleshooting", "docs/glossary"),
+    *("docs/benchmarks", "docs/formats", "docs/generations", "docs/coming_from_minimind2", "docs/troubleshooting"),
+    "docs/glossary",
 )
 DATA_OF = {
     "train_pretrain.py": "pretrain_hq.jsonl",
@@ -36,6 +39,9 @@ DATA_OF = {
     "train_distillation.py": "sft_mini_512.jsonl",
     "train_dpo.py": "dpo.jsonl",
     "train_distill_reason.py": "r1_mix_1024.jsonl",
+    "train_grpo.py": "rl_math.jsonl",
+    "train_reward.py": "dpo.jsonl",
+    "train_ppo.py": "rl_math.jsonl",
     "train_pretrain_vlm.py": "vlm.jsonl",
     "train_sft_vlm.py": "vlm.jsonl",
 }
@@ -151,6 +157,8 @@ def every_data(tiny_data, tmp_path_factory) -> Path:
     asked = [[{"role": "user", "content": f"How much is {n} and {n}?"}] for n in range(16)]
     pairs = [{"chosen": [*q, said(f"It is {2 * n}.")], "rejected": [*q, said("No.")]} for n, q in enumerate(asked)]
     write_jsonl(folder / "dpo.jsonl", pairs)
+    problems = [{"question": q["content"], "answer": 2 * n} for n, (q,) in enumerate(asked)]
+    write_jsonl(folder / "rl_math.jsonl", problems)
     thought = "<think>\nTwice {n}.\n</think>\n<answer>\n{m}\n</answer>"
     chats = [{"conversations": [*q, said(thought.format(n=n, m=2 * n))]} for n, q in enumerate(asked)]
     write_jsonl(folder / "r1_mix_1024.jsonl", chats)
@@ -190,6 +198,8 @@ def test_the_commands_run_shrunken(every_data, tokenizer_dir, clip_dir, tmp_path
         shrunken = [*TINY_TRAINING, "--max_seq_len", "128", "--max_steps", "2", "--overwrite"]
         if script == "train_distillation.py":
             shrunken += ["--teacher_weight", "full_sft_32"]
+        if script in ("train_grpo.py", "train_ppo.py"):
+            shrunken += ["--max_new_tokens", "8"]
         if script.endswith("_vlm.py"):
             shrunken += ["--images_path", every_data, "--vision_model", clip_dir]
         data = every_data / DATA_OF[script]

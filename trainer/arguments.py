@@ -2,14 +2,26 @@
 
 import argparse
 import json
-import math
-import re
 from pathlib import Path
 
+from trainer.argument_types import (
+    BooleanFlag,
+    byte_size,
+    mix_part,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    probability,
+    rope_scaling,
+    seed,
+    text,
+)
 from trainer.errors import UserError, print_notice
 from trainer.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # of the weights of a model that writes
 FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
@@ -32,103 +44,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-class BooleanFlag(argparse.Action):
-    """`--x`, `--x 1|0|true|False|yes|no`, and `--no-x`: what people type, read as they mean it."""
-
-    WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}  # noqa: RUF012
-
-    def __init__(self, option_strings, dest, default=False, help=None):
-        names = [*option_strings, *(f"--no-{name[2:]}" for name in option_strings)]
-        super().__init__(names, dest, nargs="?", default=default, metavar="0|1", help=help)
-
-    def __call__(self, parser, namespace, value, option_string=None):
-        on = True if value is None else self.WORDS.get(value.lower())
-        if on is None:
-            parser.error(
-                f"{option_string} takes 1 or 0, true or false, not {value!r}; put positional arguments before it"
-            )
-        setattr(namespace, self.dest, on != option_string.startswith("--no-"))
-
-
-def text(value: str) -> str:
-    """What is said to a model or a server, who take whole characters only; a path may be any bytes."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError("not valid UTF-8") from None
-    return value
-
-
-def positive_int(text: str) -> int:
-    """An integer of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {number}")
-    return number
-
-
-def non_negative_int(text: str) -> int:
-    """An integer of at least 0."""
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {number}")
-    return number
-
-
-def seed(text: str) -> int:
-    """What every random generator here takes: an integer of 0 to 2^63 - 1."""
-    number = int(text)
-    if not 0 <= number < 1 << 63:
-        raise argparse.ArgumentTypeError(f"must be 0 to 2^63 - 1, not {text}")
-    return number
-
-
-def positive_float(text: str) -> float:
-    """A finite number above 0."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return number
-
-
-def non_negative_float(text: str) -> float:
-    """A finite number of at least 0."""
-    number = float(text)
-    if not 0 <= number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of 0 or more, not {text}")
-    return number
-
-
-def probability(text: str) -> float:
-    """A number above 0, at most 1."""
-    number = float(text)
-    if not 0 < number <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
-    return number
-
-
-def byte_size(text: str) -> int:
-    """Bytes of a size as people write it: "50GB", "1.5 TB", "512MiB", "0"."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if not found:
-        raise argparse.ArgumentTypeError(f"must be a size such as 50GB or 500MB, not {text}")
-    number, prefix, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
-
-
-def mix_part(text: str) -> tuple[str, float]:
-    """A data file and its share, of "FILE:SHARE"."""
-    file, _, share = text.rpartition(":")
-    try:
-        if not file:
-            raise ValueError
-        return file, positive_float(share)
-    except (ValueError, argparse.ArgumentTypeError):
-        raise argparse.ArgumentTypeError(
-            f"must be FILE:SHARE with a share above 0, such as a.jsonl:0.7, not {text}"
-        ) from None
-
-
 def check_mix(mix: list[tuple[str, float]]) -> None:
     """Refuse a --mix that names a file twice.
 
@@ -138,6 +53,22 @@ def check_mix(mix: list[tuple[str, float]]) -> None:
     names = [str(Path(file).resolve()) for file, _ in mix]
     if twice := next((file for (file, _), name in zip(mix, names, strict=True) if names.count(name) > 1), None):
         raise UserError(f"--mix names {twice} twice: give its shares as one")
+
+
+def add_untold_arguments(parser: argparse.ArgumentParser) -> None:
+    """What no shape of a tensor tells about a language model, for files without a json, and longer texts."""
+    group = parser.add_argument_group("what weights alone do not tell")
+    group.add_argument(
+        "--num_experts_per_tok", type=positive_int, help="experts per token (default: 2; of generation 3: 1)"
+    )
+    group.add_argument("--rope_theta", type=positive_float, help="base of the rotary positions (default: 1e6)")
+    group.add_argument("--inference_rope_scaling", action=BooleanFlag, help="MiniMind-3's YaRN, for 32,768 positions")
+    group.add_argument(
+        "--rope_scaling",
+        type=rope_scaling,
+        metavar="TYPE:FACTOR[:TRAINED]",
+        help="stretch the positions: yarn, ntk or linear",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -172,6 +103,34 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(**SAMPLING)
 
 
+def add_engine_arguments(parser, dtype: str | None = None) -> None:
+    """How the inference engine keeps the weights and multiplies by them, of a parser or of a group of one;
+    `trainer.loading.open_engine` reads them.
+
+    Args:
+        dtype: the default; None = as the weights are.
+    """
+    parser.add_argument(
+        "--dtype",
+        choices=PRECISIONS,
+        default=dtype,
+        help=f"precision of the weights in memory (default: {dtype or 'as saved'})",
+    )
+    parser.add_argument(
+        "--deterministic",
+        action=BooleanFlag,
+        help="one kernel for any number of concurrent answers, not the fastest for each: "
+        "an answer does not depend on its company",
+    )
+    parser.add_argument(
+        "--compile",
+        action=BooleanFlag,
+        default=None,
+        help="compile the decode step of an answer that runs alone: up to twice as fast on a CPU, "
+        "half a minute at the first start (default: only in the server, for models of 10M parameters or more)",
+    )
+
+
 def sampling_settings(args: argparse.Namespace) -> dict:
     """What `model.generate` and `model.stream` take, from the flags of `add_sampling_arguments`."""
     return {name: getattr(args, name) for name in (*SAMPLING, "seed")}
@@ -202,6 +161,10 @@ def training_parser(description: str, **defaults) -> Parser:
     """A parser with the flags every training stage has; `defaults` are the stage's own."""
     parser = Parser(description)
     add_model_arguments(parser)
+    parser.add_argument(
+        "--generation", type=int, choices=(2, 3), default=2, help="layout: MiniMind2's or MiniMind-3's (default: 2)"
+    )
+    add_untold_arguments(parser)
 
     data = parser.add_argument_group("data")
     data.add_argument("--data_path", help="training data, jsonl")
@@ -376,13 +339,26 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     check_mix(getattr(args, "mix", None) or [])
     if getattr(args, "stream", False):
         check_stream(args)
+    check_untold_arguments(args)
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
     if getattr(args, "fsdp", False):
         if args.deepspeed:
             raise UserError("--fsdp and --deepspeed both share the model out: choose one")
+        if getattr(args, "qat", None):
+            raise UserError("--qat rounds whole matrices, which --fsdp shards: leave out --fsdp")
         if args.optimizer == "muon":
             raise UserError("--optimizer muon needs whole matrices, which --fsdp shards: use --optimizer adamw")
+
+
+def check_untold_arguments(args: argparse.Namespace) -> None:
+    """Refuse two scalings of the positions.
+
+    Raises:
+        UserError: both flags were given.
+    """
+    if args.inference_rope_scaling and args.rope_scaling:
+        raise UserError("--inference_rope_scaling is a --rope_scaling of its own: choose one")
 
 
 def deepspeed_config(args) -> dict:

@@ -15,6 +15,7 @@ from dataset.lm_dataset import RowDataset
 from dataset.streaming import StreamedRows
 from model import LMConfig
 from model.tokenizer import tokenizer_hash
+from trainer.architecture import architecture, positions
 from trainer.device import random_state, set_random_state
 from trainer.errors import UserError, print_notice
 from trainer.files import file_hash, left_by_a_kill, load_tensors, move, replacing, save_json, save_tensors, write_error
@@ -25,7 +26,7 @@ from trainer.run_lock import lock_run
 from trainer.run_settings import MAY_CHANGE, compare_settings
 from trainer.runtime import Runtime
 from trainer.snapshot import Background, Snapshot
-from trainer.weights import architecture, weights_path
+from trainer.weights import weights_path
 
 
 class Checkpoint:
@@ -70,10 +71,10 @@ class Checkpoint:
         self._states: list[str] = []  # this run's on the disk, the oldest first
         self._saved_step: int | None = None
         self._best: float | None = None
-        self._dataset: RowDataset | StreamedRows | None = None
         self._snapshot, self._background = Snapshot(), Background()
+        self._dataset: RowDataset | StreamedRows | None = None
         self.about = {
-            "config": architecture(config) | {"max_seq_len": config.max_seq_len},
+            "config": architecture(config) | positions(config),
             "stage": stage,
             "tokenizer": tokenizer_hash(tokenizer),
             **_learned_from(args),
@@ -87,6 +88,7 @@ class Checkpoint:
             "held out of data_path": bool(args.eval_interval) and not args.eval_path,
             "tokenizer": self.about["tokenizer"],
             **architecture(config),
+            "rope_scaling": config.rope_scaling,
             **facts,
         }
         if args.max_seq_len > config.max_seq_len:
@@ -178,8 +180,7 @@ class Checkpoint:
         except OSError as error:
             raise write_error(final, error) from error
         finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)  # what hindered the write may hinder this, too
 
     def _tidy(self) -> None:
         """Delete the states that are not to be kept, and those of a run that this one replaces."""
@@ -230,9 +231,9 @@ class Checkpoint:
                 then = state["settings"].pop("data", {})  # none by earlier versions
                 if dataset is not None and (change := dataset.changed_since(then)):
                     raise UserError(f"--resume: {change}; or start over with --overwrite")
+                compare_settings(self.settings, state["settings"], run.print)
                 if isinstance(dataset, StreamedRows):
                     dataset.position = then["position"]
-                compare_settings(self.settings, state["settings"], run.print)
                 self._restore(folder, model, optimizer, scaler)
                 progress = Progress(**state["progress"])
                 if run.is_main:

@@ -26,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
     target = real_place(path)
     temporary = target.with_name(f"{_prefix(target)}{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         yield temporary
         flush_to_disk(temporary)
         move(temporary, target)
@@ -35,6 +35,14 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it that are missing; their names are on the disk before this returns."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        _folder_to_disk(made.parent)
 
 
 def real_place(path: Path) -> Path:

@@ -1,6 +1,7 @@
-"""Reading a folder of transformers: a Llama, a Qwen2-MoE or a MiniMind of its own, as MiniMind's parameters.
+"""Reading a folder of transformers: a Llama, a Qwen2-MoE, a Qwen3, a Qwen3-MoE or a MiniMind of its own.
 
-A Dense MiniMind is a Llama, a MoE a Qwen2-MoE (`scripts/formats/transformers_folder.py` writes them). Three things
+A MiniMind-3 is a Qwen3 or a Qwen3-MoE under the same names. A Dense MiniMind2 is a Llama, a MoE a Qwen2-MoE
+(`scripts/formats/transformers_folder.py` writes them all). Of these three things
 differ, and each has an exact answer, so weights come back from a folder as the bits they went in with:
 
 - RoPE turns pairs of rows of wq and wk. Ours stand side by side (2i, 2i+1), theirs half a head apart (i, i + d/2): the
@@ -18,14 +19,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import LMConfig
+from model import LMConfig, MiniMind3Config
 from model.model_vlm import VLMConfig
-from model.weight_layouts import OUR_NAME, TABLES, interleaved, recognise
+from model.weight_layouts import OUR_NAME, QK_NORM, TABLES, TIED, interleaved, recognise
+from trainer.architecture import DELIMITERS, SIZES
 from trainer.errors import UserError
 from trainer.weight_files import read_content
 
 WEIGHTS = "model.safetensors"
-OUR_TYPES = {config.model_type: config for config in (LMConfig, VLMConfig)}
+OUR_TYPES = {config.model_type: config for config in (LMConfig, VLMConfig, MiniMind3Config)}
+THEIR_TYPES = ("llama", "qwen2_moe", "qwen3", "qwen3_moe")  # generation 2, dense and MoE, and generation 3
 
 
 def require_folder(folder: Path) -> Path:
@@ -86,7 +89,7 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
     """The configuration of a folder.
 
     Args:
-        theirs: its config.json, of `model_type` "llama", "qwen2_moe" or our own, "minimind" and "minimind-v".
+        theirs: its config.json, of a `model_type` in THEIR_TYPES or our own, "minimind", "minimind-v", "minimind3".
         state: its parameters; shared experts that are zero in every layer are none.
 
     Raises:
@@ -94,27 +97,39 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
         UserError: an architecture that MiniMind is not; the message names the field.
     """
     kind = theirs.get("model_type")
+    if kind == MiniMind3Config.model_type or (kind == LMConfig.model_type and any(map(QK_NORM.search, state))):
+        return _minimind3(theirs)
     if kind in OUR_TYPES:
         names = LMConfig.attribute_map | {"rms_norm_eps": "norm_eps"}  # those of April 2025
         return OUR_TYPES[kind].from_dict({names.get(name, name): value for name, value in theirs.items()})
-    if kind not in ("llama", "qwen2_moe"):
-        raise UserError(f"config.json says model_type {kind!r}: it must be 'llama', 'qwen2_moe' or 'minimind'")
+    if kind not in THEIR_TYPES:
+        raise UserError(f"config.json says model_type {kind!r}: it must be {', '.join(map(repr, THEIR_TYPES))} or "
+                        "'minimind'")  # fmt: skip
     rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
     heads, width = theirs["num_attention_heads"], theirs["hidden_size"]
-    moe = kind == "qwen2_moe"
+    moe, third = kind.endswith("_moe"), kind.startswith("qwen3")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     neutral = {
         "hidden_act": ("silu", theirs.get("hidden_act", "silu")),
-        "rope_type": ("default", rope.get("rope_type", rope.get("type", "default"))),
+        "rope_type": (rope_type if rope_type in ("yarn", "linear") else "default", rope_type),
         "head_dim": (width // heads, theirs.get("head_dim") or width // heads),
         "use_sliding_window": (False, theirs.get("use_sliding_window", False)),
     }
+    if rope_type == "yarn":  # what changes its numbers, and is DeepSeek's or gpt-oss's
+        neutral |= {name: (None, rope.get(name)) for name in ("mscale", "mscale_all_dim")}
+        neutral["truncate"] = (True, rope.get("truncate", True))
+    if third:
+        neutral["attention_bias"] = (False, theirs.get("attention_bias", False))
     if moe:
-        expert_width = theirs["moe_intermediate_size"]
         neutral |= {
-            "shared_expert_intermediate_size": (expert_width, theirs["shared_expert_intermediate_size"]),
             "decoder_sparse_step": (1, theirs.get("decoder_sparse_step", 1)),
             "mlp_only_layers": ([], theirs.get("mlp_only_layers") or []),
         }
+    if moe and third:
+        neutral["norm_topk_prob"] = (True, theirs.get("norm_topk_prob", False))
+    elif moe:
+        expert_width = theirs["moe_intermediate_size"]
+        neutral["shared_expert_intermediate_size"] = (expert_width, theirs["shared_expert_intermediate_size"])
         if theirs["num_experts_per_tok"] == 1:
             neutral["norm_topk_prob"] = (False, theirs.get("norm_topk_prob", False))
     for field, (ours, value) in neutral.items():
@@ -130,26 +145,54 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
         "norm_eps": theirs["rms_norm_eps"],
         "max_seq_len": theirs["max_position_embeddings"],
         "rope_theta": rope.get("rope_theta", theirs.get("rope_theta", 1e4)),
+        "rope_scaling": _scaling(rope, theirs["max_position_embeddings"]),
     }
     if moe:
         sizes |= {
             "use_moe": True,
+            "n_routed_experts": theirs["num_experts"],
+            "num_experts_per_tok": theirs["num_experts_per_tok"],
+            "aux_loss_alpha": theirs.get("router_aux_loss_coef", 5e-4 if third else 0.1),
+        }
+    if moe and not third:
+        sizes |= {
             "n_shared_experts": any(
                 v.any() for name, v in state.items() if name.endswith("shared_expert.down_proj.weight")
             ),
-            "n_routed_experts": theirs["num_experts"],
-            "num_experts_per_tok": theirs["num_experts_per_tok"],
             "norm_topk_prob": theirs.get("norm_topk_prob", False) or theirs["num_experts_per_tok"] == 1,
-            "aux_loss_alpha": theirs.get("router_aux_loss_coef", 0.1),
         }
     try:
-        return LMConfig(**sizes)
+        return (MiniMind3Config if third else LMConfig)(**sizes)
     except ValueError as error:
         raise UserError(f"config.json: {error}") from None
 
 
+def _minimind3(theirs: dict) -> MiniMind3Config:
+    """The configuration of a folder with MiniMind-3's own code, or one that `MiniMind3LM.save_pretrained` wrote."""
+    names = {*SIZES, *DELIMITERS, "pad_token_id"}
+    sizes = {name: value for name, value in theirs.items() if name in names and value is not None}
+    if "rope_scaling" in sizes:
+        sizes.pop("inference_rope_scaling", None)  # which made it
+    try:
+        return MiniMind3Config(**sizes)
+    except ValueError as error:
+        raise UserError(f"config.json: {error}") from None
+
+
+def _scaling(rope: dict, longest: int) -> dict | None:
+    """How a folder stretches its positions, for LMConfig."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("yarn", "linear"):
+        return None
+    names = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+    told = {name: rope[name] for name in names if rope.get(name) is not None}
+    if kind == "linear":
+        return {"rope_type": kind} | {name: told[name] for name in names[:2] if name in told}
+    return {"rope_type": kind, "original_max_position_embeddings": longest} | told
+
+
 def to_our_state(theirs: Mapping[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """The parameters of a Llama or a Qwen2-MoE as MiniMind's, fp32: the inverse of `to_their_state`.
+    """The parameters of a folder of theirs as MiniMind's, fp32: the inverse of `to_their_state`.
 
     Raises:
         UserError: a parameter that MiniMind has no place for and that is not neutral (a bias, a gate, another output
@@ -173,6 +216,9 @@ def to_our_state(theirs: Mapping[str, Tensor], config: LMConfig) -> dict[str, Te
             continue
         if name.rpartition(".")[2] in TABLES:
             continue
+        if config.generation == 3:
+            state[name] = value
+            continue
         name = ".".join(OUR_NAME.get(part, part) for part in name.removeprefix("model.").split("."))
         if name.endswith("wq.weight"):
             value = interleaved(value, config.n_heads)
@@ -181,7 +227,8 @@ def to_our_state(theirs: Mapping[str, Tensor], config: LMConfig) -> dict[str, Te
         elif name.endswith("shared_experts.w2.weight"):
             value = value / 2
         state[name] = value
-    state["output.weight"] = state["tok_embeddings.weight"]
+    embedding, output = TIED[config.generation]
+    state[output] = state[embedding]
     return state
 
 

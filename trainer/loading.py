@@ -1,14 +1,17 @@
 """Loading a model to ask it: the one way for everything that generates, scores, serves, examines or converts."""
 
-import inspect
 import os
 from pathlib import Path
 
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
-from model import LMConfig, MiniMindLM
+from model import MiniMindLM
+from model.inference.scheduler import Engine
 from model.model_lora import merge_lora, remove_lora
 from model.model_vlm import MiniMindVLM
+from trainer.architecture import SIZES, untold_sizes
+from trainer.device import DTYPES
+from trainer.errors import UserError
 from trainer.folder_layouts import check_config, require_folder
 from trainer.vision import Vision, load_vlm, open_vision
 from trainer.weights import (
@@ -21,9 +24,8 @@ from trainer.weights import (
     read_settings,
 )
 
-STAGES = ("pretrain", "full_sft", "rlhf", "reason")  # by --model_mode
+STAGES = ("pretrain", "full_sft", "rlhf", "reason", "grpo", "ppo")  # by --model_mode
 VLM_STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")  # likewise
-SIZES = inspect.signature(LMConfig).parameters.keys()
 
 
 def load_for_inference(
@@ -35,13 +37,15 @@ def load_for_inference(
     """A model for inference and its tokenizer; loaded strictly.
 
     Args:
-        path: a file (.pth, .safetensors), or a folder of `transformers`, of type llama, qwen2_moe or minimind. What a
-            flag names, as "full_sft", `find_weights` makes a path of.
+        path: a file (.pth, .safetensors), or a folder of `transformers`, of type llama, qwen2_moe, qwen3, qwen3_moe or
+            minimind, of generation 2 or 3. What a flag names, as "full_sft", `find_weights` makes a path of.
         tokenizer: its folder, or itself; None: the one in the folder of `path`, else the shipped one. It must be the
             one that the weights were trained with, as far as a json or the folder tells.
         lora: the file of a LoRA adapter, to be merged into the weights.
         sizes: fields of LMConfig (dim, n_layers, n_heads, use_moe, …), for a downloaded file: what no json beside it
-            and no shape of its tensors tells is otherwise as MiniMind2 had it. They are compared with what is told.
+            and no shape of its tensors tells is otherwise as MiniMind2 had it, or MiniMind-3. They are compared with
+            what is told. MiniMind-3's own names mean the same (hidden_size, num_experts_per_tok, rope_theta, …), and
+            `inference_rope_scaling` is its YaRN.
 
     Returns:
         the model in eval mode, fp32, on the CPU (`.to(device)` moves it), without an adapter's layers; the tokenizer.
@@ -97,10 +101,33 @@ def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
     --dim, --n_layers and --use_moe always have a value: it is the model's only where no json tells better.
     """
     path, tokenizer = _find_by_flags(args, STAGES)
-    sizes = {}
+    sizes = untold_sizes(args)
     if path.is_file() and read_settings(path) is None:
-        sizes = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
+        sizes |= {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}
     return load_for_inference(path, tokenizer, find_adapter(args.lora_name, args), **sizes)
+
+
+def open_engine(
+    model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, args, slots: int, compile_by_default: bool = False
+) -> Engine:
+    """An inference engine by the flags of `trainer.arguments.add_engine_arguments`.
+
+    Raises:
+        UserError: the model's matrices cannot take the precision.
+    """
+    compile = compile_by_default if args.compile is None else args.compile
+    try:
+        return Engine(
+            model,
+            tokenizer,
+            slots,
+            None,
+            dtype=DTYPES.get(args.dtype, args.dtype),
+            deterministic=args.deterministic,
+            compile=compile,
+        )
+    except ValueError as error:
+        raise UserError(f"--dtype {args.dtype}: {error}") from error
 
 
 def load_vlm_by_flags(args) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:

@@ -19,6 +19,8 @@ from trainer.runtime import Runtime
 from trainer.signals import terminal_may_go
 from trainer.trackers import start_tracker
 
+# A curve each, in this order, of those that a stage has
+PLOTTED = {"loss": "loss (nats)", "reward": "reward", "length": "tokens an answer"}
 EVERY_STAGE = ("loss", "lr", "grad_norm")  # what each logs of a step; the others' names are shown with their values
 
 
@@ -154,30 +156,37 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def draw_curve(metrics: Path) -> Path | None:
-    """Loss over steps from a metrics file, training and held out, as a PNG beside it; None when there is nothing."""
+    """Loss over steps from a metrics file, training and held out, as a PNG beside it; of a model that learned by trying
+    the reward and the length of its answers as well. None when there is nothing."""
     lines = read_metrics(metrics)
-    trained = [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
-    held_out = [(line["step"], line["eval_loss"]) for line in lines if line.get("eval_loss") is not None]
+    trained = _series(lines, "loss")
     if not trained:
         return None
+    shown_names = [name for name in PLOTTED if _series(lines, name)]
     try:
         from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
     except ImportError as error:
         print_notice(f"loss curve not plotted: {error}")
         return None
 
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*trained, strict=True), label="training", linewidth=1.2)
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), label="held out", marker="o", markersize=3)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats)", title=shown(metrics.name.split(".")[0]))
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(7, 1 + 3 * len(shown_names)), dpi=120, layout="constrained")
+    for axes, name in zip(figure.subplots(len(shown_names), squeeze=False)[:, 0], shown_names, strict=True):
+        axes.plot(*zip(*_series(lines, name), strict=True), label="training", linewidth=1.2)
+        if held_out := _series(lines, f"eval_{name}"):
+            axes.plot(*zip(*held_out, strict=True), label="held out", marker="o", markersize=3)
+        axes.set(xlabel="optimizer step", ylabel=PLOTTED[name])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.axes[0].set_title(shown(metrics.name.split(".")[0]))
     image = metrics.with_name(metrics.name.replace(".metrics.jsonl", ".png"))
     with replacing(image) as temporary:
         figure.savefig(temporary, format="png")
     return image
+
+
+def _series(lines: list[dict], name: str) -> list[tuple[int, float]]:
+    """The steps and values of a metric, where it was finite."""
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
 def _clock(seconds: float) -> str:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from dataset.locks import NoLocksError, lock
 from trainer.errors import UserError, print_notice
-from trainer.files import write_error
+from trainer.files import make_folder, write_error
 
 OWNER = "lock.owner"  # beside the lock, since on Windows nobody else can read what is locked
 
@@ -23,7 +23,7 @@ def lock_run(folder: Path, weights: Path) -> BinaryIO | None:
         UserError: another run holds it; nothing can be written there.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         file = lock(folder / "lock", wait=False)
         if file is not None:
             (folder / OWNER).write_text(f"{os.getpid()} on {platform.node()}", encoding="utf-8")

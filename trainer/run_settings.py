@@ -11,7 +11,8 @@ MAY_CHANGE = (
     *("overwrite", "compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
     *("keep_last", "keep_every", "save_best", "save_minutes", "stop_after", "stall_timeout"),
     *("data_path", "mix", "images_path", "cache_limit"),  # what the data holds is compared, not where it lies
-    *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better
+    *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better,
+    *("generation", "num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling"),  # and of these
 )
 # …these do, and are announced…
 MAY_CHANGE_WITH_NOTICE = ("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype")

@@ -118,14 +118,11 @@ class Runtime:
         self._fault = error
 
     def requests(self) -> tuple[bool, bool]:
-        """Whether any rank has been asked to stop after this step, and whether to save it, as also by --stop_after and
-        --save_minutes; all ranks must call it, once per step."""
+        """Whether any rank has been asked to stop after this step, and whether to save it, as also by --stop_after,
+        --save_minutes and `stop_because`; all ranks must call it, once per step."""
         if self._watchdog is not None:
             self._watchdog.count_step()
-        late, due = (
-            self._clock.is_over(),
-            self._clock.is_save_due(),
-        )  # each rank has a clock of its own: rank 0's counts
+        late, due = self._clock.is_over(), self._clock.is_save_due()  # of each rank's own clock: rank 0's counts
         signalled, late, save = self.sums(
             self._signals.stop_asked or self._fault is not None,
             self.is_main and late,
@@ -135,9 +132,9 @@ class Runtime:
         return signalled + late > 0, signalled + late + save > 0
 
     def finish(self, finished: bool) -> None:
-        """The end of a stage; one that is not `finished`, as it was asked to stop, ends with the signal's exit code,
-        with `EXIT_TIME_IS_UP`, or with the error given to `stop_because`. All ranks must call it: they wait until rank
-        0 has written what it had to."""
+        """The end of a stage. One that is not `finished`, as it was asked to stop, ends with the signal's exit code,
+        with `EXIT_TIME_IS_UP`, or with the error given to `stop_because`. All ranks must call it: they wait until
+        rank 0 has written what it had to."""
         if self._watchdog is not None:
             self._watchdog.stop()
         if self._preparation is not None:  # a rank that ends with an error code has torchrun kill the others soon

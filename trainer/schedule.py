@@ -1,6 +1,7 @@
 """How large a step is, and what takes it."""
 
 import math
+import re
 
 import torch
 from torch import nn
@@ -60,7 +61,7 @@ def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
     """
     muon = args.optimizer == "muon"
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
-    hidden = [p for key, p in trainable.items() if p.dim() == 2 and key.startswith("layers.") and "gate" not in key]
+    hidden = [p for key, p in trainable.items() if p.dim() == 2 and _is_hidden(key)]
     others = [p for p in trainable.values() if all(p is not h for h in hidden)]
     matrices = [p for p in others if p.dim() >= 2]
     vectors = [p for p in others if p.dim() < 2]
@@ -76,3 +77,8 @@ def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True))
     return optimizers[0] if len(optimizers) == 1 else OptimizerPair(*optimizers)
+
+
+def _is_hidden(key: str) -> bool:
+    """Whether a matrix lies in a block and is not a router's, whose rows are no directions of a hidden state."""
+    return bool(re.match(r"(model\.)?layers\.", key)) and ".gate." not in key

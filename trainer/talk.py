@@ -1,5 +1,6 @@
 """Talking to a model at a terminal or in a pipe: where questions come from, and how an answer is shown."""
 
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -96,11 +97,17 @@ def report_speed(pieces: Iterable, started: float, prefix: str = "") -> None:
     print(f"[{prefix}{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
-def show(pieces, reasoning: bool, hide_thinking: bool) -> None:
-    """Print an answer as its pieces come; of a reasoning model thinking and answer apart."""
-    from model.reasoning import split_stream
+def show(pieces, reasoning: bool, hide_thinking: bool, opened: bool = False) -> None:
+    """Print an answer as its pieces come; of a reasoning model thinking and answer apart.
+
+    Args:
+        opened: the prompt has already begun a thought.
+    """
+    from model.reasoning import THOUGHT_BEGUN, split_stream
 
     shown = ""
+    if opened:
+        pieces = itertools.chain((THOUGHT_BEGUN,), pieces)
     for part, text in split_stream(pieces) if reasoning else (("", piece) for piece in pieces):
         if part == "thinking" and hide_thinking:
             continue

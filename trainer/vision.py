@@ -17,10 +17,11 @@ from model.fingerprint import hash_weights
 from model.images import image_processor, image_token_id, to_pixels
 from model.model_vlm import MiniMindVLM, VisionTower, VLMConfig, load_tower, tower_output
 from model.tokenizer import special_ids
+from trainer.architecture import architecture, positions
 from trainer.errors import UserError
 from trainer.folder_layouts import read_json
 from trainer.runtime import Runtime
-from trainer.weights import architecture, load_weights, read_settings
+from trainer.weights import load_weights, read_settings
 
 # of a CLIPVisionConfig: what its weights do not tell, and their output depends on
 TOWER_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size")
@@ -85,7 +86,10 @@ def load_vlm(
         raise UserError(f"--tokenizer {tokenizer.name_or_path}: {error}") from None
 
     def build(config: LMConfig) -> MiniMindVLM:
-        fields = architecture(config) | special_ids(tokenizer) | {"max_seq_len": config.max_seq_len}
+        if config.generation != 2:
+            raise UserError(f"{path}: a vision-language model is of generation 2, not {config.generation}")
+        fields = architecture(config) | special_ids(tokenizer) | positions(config)
+        del fields["generation"]  # which every VLMConfig has
         return MiniMindVLM(VLMConfig(image_token_id=place, **fields), vision.tower)
 
     return load_weights(path, wanted, tokenizer, missing, build)

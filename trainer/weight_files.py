@@ -45,11 +45,12 @@ def read_content(path: Path) -> object:
         raise UserError(f"{path} is truncated or not a safetensors file ({error})") from None
 
 
-def read_weights(path: Path, n_heads: int = 8, n_kv_heads: int = 2) -> Recognised:
+def read_weights(path: Path, n_heads: int = 8, n_kv_heads: int = 2, generation: int | None = None) -> Recognised:
     """The parameters in a file, fp32, under MiniMind's names; see `recognise`.
 
     Args:
         n_heads, n_kv_heads: of the model they are for (default: MiniMind2's).
+        generation: of that model, for an adapter; None: told by the content.
 
     Raises:
         UserError: as in `read_content`; or the file is not a MiniMind, or only a part of one.
@@ -60,6 +61,6 @@ def read_weights(path: Path, n_heads: int = 8, n_kv_heads: int = 2) -> Recognise
             f"{path.parent}, or convert it to a .pth with convert_model.py from-transformers {path.parent} out/NAME.pth"
         )
     try:
-        return recognise(read_content(path), n_heads, n_kv_heads)
+        return recognise(read_content(path), n_heads, n_kv_heads, generation)
     except ValueError as error:
         raise UserError(f"{path} {error}") from None

@@ -1,7 +1,6 @@
 """Weights and tokenizers on disk: their names, the json beside them, and strict loading."""
 
 import contextlib
-import copy
 import json
 import os
 import re
@@ -11,10 +10,21 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from model import LMConfig, MiniMindLM
+from model import LMConfig, MiniMindLM, build_model
+from model.minimind3 import our_fields
 from model.model_lora import LoRASettings, attach_lora, is_lora
+from model.rope_scaling import MINIMIND3_YARN
 from model.tokenizer import special_ids, tokenizer_hash
 from model.tokenizer_check import check_tokenizer
+from trainer.architecture import (
+    DELIMITERS,
+    architecture,
+    changed_config,
+    config_from_sizes,
+    infer_sizes,
+    saved_config,
+    untold_sizes,
+)
 from trainer.arguments import ROOT
 from trainer.errors import UserError, print_notice
 from trainer.files import check_hash
@@ -28,15 +38,13 @@ SCRIPT_OF_STAGE = {
     "rlhf": "train_dpo.py",
     "full_dist": "train_distillation.py",
     "reason": "train_distill_reason.py",
+    "grpo": "train_grpo.py",
+    "ppo": "train_ppo.py",
+    "reward": "train_reward.py",
     "pretrain_vlm": "train_pretrain_vlm.py",
     "sft_vlm": "train_sft_vlm.py",
     "sft_vlm_multi": "train_sft_vlm.py --multi",
 }
-ARCHITECTURE = (
-    *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe"),
-    *("num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob"),  # these of MoE only
-)
-DELIMITERS = ("bos_token_id", "eos_token_id")  # that begin and end a text, as the tokenizer has them
 SIZE_IN_NAME = re.compile(r"(?P<stage>.+?)_(?P<dim>\d+)(?P<moe>_moe)?")  # of a file's stem: full_sft_640_moe
 NEWER_BOS = "<|im_start|>"  # of the tokenizer that goes with MiniMind's names of April 2025
 
@@ -155,24 +163,14 @@ def existing(path: Path, by_flags: bool = False, adapter: bool = False) -> Path:
 
 
 def build_config(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
-    """The configuration that the model flags name.
+    """The configuration that a training stage's flags name.
 
     Raises:
         UserError: they do not fit together.
     """
-    return config_from_sizes({name: getattr(args, name) for name in ("dim", "n_layers", "use_moe")}, tokenizer)
-
-
-def config_from_sizes(sizes: dict, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
-    """The configuration with these sizes and the tokenizer's vocabulary and special ids.
-
-    Raises:
-        UserError: they do not fit together.
-    """
-    try:
-        return LMConfig(**sizes | {"vocab_size": len(tokenizer)} | special_ids(tokenizer))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    sizes = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe", "generation") if hasattr(args, name)}
+    sizes |= untold_sizes(args)
+    return config_from_sizes(sizes | {"trained_seq_len": getattr(args, "max_seq_len", None)}, tokenizer)
 
 
 def read_settings(path: Path) -> dict | None:
@@ -201,31 +199,19 @@ def _reading(beside: Path) -> Iterator[None]:
         raise UserError(f"{beside} is damaged ({error!r:.200}): restore it, or delete it to use the flags") from None
 
 
-def saved_config(settings: dict) -> LMConfig:
-    """The model that a json beside weights describes."""
-    known = (*ARCHITECTURE, *DELIMITERS, "max_seq_len")
-    return LMConfig(**{name: value for name, value in settings["config"].items() if name in known})
-
-
-def architecture(config: LMConfig) -> dict:
-    """The fields that decide parameters and maths (the experts' only where there are any), and what ends a text."""
-    names = [name for name in ARCHITECTURE if config.use_moe or ("expert" not in name and name != "norm_topk_prob")]
-    return {name: getattr(config, name) for name in (*names, *DELIMITERS)}
-
-
 def load_weights(
     path: Path,
     wanted: LMConfig | dict | None,
     tokenizer: PreTrainedTokenizerBase,
     missing: tuple[str, ...] = (),
-    build: Callable[[LMConfig], MiniMindLM] = MiniMindLM,
+    build: Callable[[LMConfig], MiniMindLM] = build_model,
 ) -> MiniMindLM:
     """A model with the weights in a file, or in a folder of `transformers`, loaded strictly: fp32, on the CPU.
 
     Args:
         wanted: the configuration that the flags ask for, or some of its fields. What is not said is told by the json
             beside the file or the folder's config.json; and for a downloaded file, which has none, by the shapes of its
-            tensors (with the heads, experts per token and rope of MiniMind2).
+            tensors (with the heads, experts per token and rope of MiniMind2; MiniMind-3's tell their heads).
         tokenizer: must be the one the weights were trained with, by the json or the tokenizer in the folder.
         missing: prefixes of parameters that the weights may lack.
         build: makes the model that the weights go into.
@@ -235,7 +221,7 @@ def load_weights(
     """
     path = existing(path)
     config = wanted if isinstance(wanted, LMConfig) else None
-    sizes = {} if config else wanted or {}
+    sizes = {} if config else _named_once(wanted or {})
     asking, settings, state, saved = "the flags ask", None, None, None
     if path.is_dir():
         state, saved = read_folder(path)
@@ -248,20 +234,34 @@ def load_weights(
     if saved is not None:
         saved.update(special_ids(tokenizer))  # an older json has none, and a folder may have others
         if config is None:
-            config = copy.deepcopy(saved)
-            config.update(sizes)
+            config = changed_config(saved, sizes)
             asking = asking if sizes else f"{origin} asks"
         _compare(path, architecture(saved), f"according to {origin}", architecture(config), asking)
+        _compare_positions(path, saved, config, origin)
     if state is None:
         state = _read_file(path, config or sizes, tokenizer, downloaded=settings is None)
-    found = infer_sizes(state)
+    found = {"generation": 2} | infer_sizes(state)
     if config is None:
-        config = config_from_sizes(found | sizes, tokenizer)
+        told = {name: value for name, value in found.items() if name != "vocab_size" or _assumed(found, tokenizer)}
+        config = config_from_sizes(told | sizes, tokenizer)
     _compare(path, found, "according to its tensors", architecture(config), asking)
     model = build(config)
     _fill(model, state, path, missing)
     check_hash(path, path.with_suffix(".json"), settings or {})
     return model
+
+
+def _named_once(sizes: dict) -> dict:
+    try:
+        return our_fields(sizes)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _assumed(found: dict, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a MiniMind-3's file came alone, so that the shipped tokenizer, which is not its own, was assumed: a
+    notice says so, and its own embeddings count."""
+    return found["generation"] == 3 and Path(tokenizer.name_or_path) == SHIPPED_TOKENIZER
 
 
 def _read_file(
@@ -270,12 +270,14 @@ def _read_file(
     """The parameters in a file, and a line on stderr about what had to be done or assumed."""
     known = known if isinstance(known, dict) else architecture(known)
     heads = {name: known[name] for name in ("n_heads", "n_kv_heads") if name in known}
-    state, done, newer = read_weights(path, **heads)
+    state, done, newer, generation = read_weights(path, **heads)
     if done:
         print_notice(f"{path}: {done}")
     if downloaded:
         assumed = f"{path} has no json beside it; assuming the tokenizer {tokenizer.name_or_path}"
-        warning = f", but MiniMind's of April 2025 began turns with {NEWER_BOS}: give its folder with --tokenizer"
+        whose = "MiniMind-3's begins" if generation == 3 else "MiniMind's of April 2025 began"
+        warning = f", but {whose} turns with {NEWER_BOS}: give its folder with --tokenizer"
+        newer = newer or generation == 3
         print_notice(assumed + (warning if newer and tokenizer.bos_token != NEWER_BOS else ""))
     if adapter := next(filter(is_lora, state), None):
         raise UserError(
@@ -306,7 +308,8 @@ def load_adapter(path: Path, model: MiniMindLM) -> LoRASettings:
         UserError: missing, damaged, or made for another base; the message names both sides.
     """
     path = existing(path, adapter=True)
-    state = read_weights(path, model.config.n_heads, model.config.n_kv_heads).state
+    config = model.config
+    state = read_weights(path, config.n_heads, config.n_kv_heads, config.generation).state
     about, beside = {}, path.with_suffix(".json")
     if beside.is_file():
         with _reading(beside):
@@ -350,31 +353,29 @@ def _compare_tokenizer_in(folder: Path, saved: LMConfig, tokenizer: PreTrainedTo
 
 def _compare(path: Path, ours: dict, by: str, theirs: dict, asking: str) -> None:
     different = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    if "generation" in different:
+        different = ["generation"]  # most others follow from it
     if different:
         has = ", ".join(f"{name} {ours[name]}" for name in different)
         asked = ", ".join(f"{name} {theirs[name]}" for name in different)
-        flags = [f"--{name} {ours[name]}" for name in different if name in ("dim", "n_layers")]
+        flags = [f"--{name} {ours[name]}" for name in different if name in ("generation", "dim", "n_layers")]
         flags += ["--use_moe" if ours["use_moe"] else "--no-use_moe"] if "use_moe" in different else []
         hint = f": give {' '.join(flags)}" if flags and asking == "the flags ask" else ""
         raise UserError(f"{path} has {has} {by}, but {asking} for {asked}{hint}")
 
 
+def _compare_positions(path: Path, saved: LMConfig, config: LMConfig, origin: str) -> None:
+    """Refuse to drop a scaling of the positions that the weights were trained with, and nobody asked to."""
+    if saved.rope_scaling and not config.rope_scaling:
+        kind, factor = saved.rope_scaling["rope_type"], saved.rope_scaling["factor"]
+        flags = [f"{kind}:{factor:g}", str(saved.rope_scaling.get("original_max_position_embeddings", ""))]
+        flag = f"--rope_scaling {':'.join(filter(None, flags))}"
+        if saved.rope_scaling == MINIMIND3_YARN:
+            flag = "--inference_rope_scaling"
+        raise UserError(
+            f"{path} has rope_scaling {kind} according to {origin}, and the flags ask for none: give {flag}"
+        )
+
+
 def _few(keys: list[str]) -> str:
     return "none" if not keys else ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-def infer_sizes(state: dict[str, Tensor]) -> dict:
-    """The architecture that the tensors of a state dict imply, as keyword arguments of LMConfig."""
-    layers = {key.split(".")[1] for key in state if key.startswith("layers.")}
-    experts = {key.split(".")[4] for key in state if ".feed_forward.experts." in key}
-    shape = {"n_layers": len(layers), "use_moe": bool(experts)}
-    if experts:
-        shape["n_routed_experts"] = len(experts)
-        shape["n_shared_experts"] = any(".shared_experts." in key for key in state)
-    embedding = state.get("tok_embeddings.weight")
-    if embedding is not None and embedding.dim() == 2:
-        shape |= {"vocab_size": embedding.size(0), "dim": embedding.size(1)}
-    w1 = next((value for key, value in state.items() if key.endswith(".w1.weight")), None)
-    if w1 is not None:
-        shape["hidden_dim"] = w1.size(0)
-    return shape

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.fault_injection.disturbed import BrokenPromise, Disturbed
-from benchmarks.fault_injection.world import SAVE_INTERVAL, STEPS
+from benchmarks.fault_injection.small_stages import SAVE_INTERVAL, STEPS
 
 CHANGES_OF_A_SAVE = 40  # of the file system: files opened, renamed and removed
 FLUSHES_OF_A_SAVE = 22
@@ -18,19 +18,27 @@ Happen = Callable[[Disturbed, random.Random], None]
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of fault, of a run of so many processes."""
+    """A kind of fault.
+
+    Attributes:
+        happen: does it to a run.
+        processes: of the run.
+        most: steps that may be taken again: those since the last save, and since the one before it where that was still
+            being written, or is what was damaged.
+    """
 
     name: str
     happen: Happen
     processes: int = 1
+    most: int = 2 * SAVE_INTERVAL
 
 
 KINDS: list[Kind] = []
 
 
-def kind(name: str, processes: int = 1) -> Callable[[Happen], Happen]:
+def kind(name: str, **how: int) -> Callable[[Happen], Happen]:
     def add(happen: Happen) -> Happen:
-        KINDS.append(Kind(name, happen, processes))
+        KINDS.append(Kind(name, happen, **how))
         return happen
 
     return add
@@ -58,7 +66,7 @@ def kill_in_save(run: Disturbed, rng: random.Random) -> None:
     run.wait(-9, 0)
 
 
-@kind("SIGTERM at any instant")
+@kind("SIGTERM at any instant", most=0)
 def terminate(run: Disturbed, rng: random.Random) -> None:
     run.start()
     time.sleep(rng.uniform(0, run.reference.seconds))
@@ -77,7 +85,7 @@ def kill_a_rank(run: Disturbed, rng: random.Random) -> None:
 def leave_a_rank(run: Disturbed, rng: random.Random) -> None:
     struck = rng.choice("01")
     run.start("kill", any_step(rng), STRUCK_RANK=struck)
-    said = run.wait(-9, 2, 1, within=60)
+    said = run.wait(-9, 2)
     if f"rank {1 - int(struck)} stops" not in said:
         raise BrokenPromise(f"the other does not say why it ends:\n{said}")
 
@@ -106,7 +114,7 @@ def start_twice(run: Disturbed, rng: random.Random) -> None:
 @kind("full disk during a save")
 def fill_disk(run: Disturbed, rng: random.Random) -> None:
     run.stop_after(any_step(rng))
-    run.start("full_disk", rng.randint(1000, run.weights.stat().st_size * 2), "--resume")
+    run.start("full_disk", rng.randint(20_000, run.weights.stat().st_size * 2), "--resume")
     if "cannot write" not in run.wait(2, 0):
         run.wait(0)
 
@@ -185,14 +193,14 @@ def refused_with(run: Disturbed, content: bytes) -> None:
     run.data.write_bytes(before)
 
 
-@kind("data grown")
+@kind("data grown", most=0)
 def grow(run: Disturbed, rng: random.Random) -> None:
     own_data(run, rng)
     lines = run.data.read_bytes().splitlines(keepends=True)
     refused_with(run, b"".join([*lines, rng.choice(lines)]))
 
 
-@kind("data shrunk")
+@kind("data shrunk", most=0)
 def shrink(run: Disturbed, rng: random.Random) -> None:
     own_data(run, rng)
     lines = run.data.read_bytes().splitlines(keepends=True)
@@ -200,7 +208,7 @@ def shrink(run: Disturbed, rng: random.Random) -> None:
     refused_with(run, b"".join(lines))
 
 
-@kind("data changed")
+@kind("data changed", most=0)
 def change(run: Disturbed, rng: random.Random) -> None:
     own_data(run, rng)
     content = bytearray(run.data.read_bytes())
@@ -209,7 +217,7 @@ def change(run: Disturbed, rng: random.Random) -> None:
     refused_with(run, bytes(content))
 
 
-@kind("data moved")
+@kind("data moved", most=0)
 def move(run: Disturbed, rng: random.Random) -> None:
     own_data(run, rng)
     run.data = run.data.rename(run.data.with_name("moved.jsonl"))
@@ -230,7 +238,7 @@ def not_finite(fault: str) -> Happen:
 
 
 for where in ("loss", "gradient", "input"):
-    kind(f"NaN in the {where}")(not_finite(f"nan_{where}"))
+    kind(f"NaN in the {where}", most=STEPS)(not_finite(f"nan_{where}"))
 
 
 @kind("clock set back")

@@ -5,9 +5,10 @@ import multiprocessing
 import os
 import socket
 import tempfile
+import threading
 from pathlib import Path
 
-STRIKING = "benchmarks.fault_injection.striking"
+PRELOADED = "benchmarks.fault_injection.preloaded"
 
 
 class Forked:
@@ -25,7 +26,7 @@ class Forked:
         self._folder = tempfile.TemporaryDirectory(prefix="minimind-faults-")
         self._said = Path(self._folder.name)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([STRIKING, "trainer.evaluation", "trainer.schedule", "matplotlib.figure"])
+        context.set_forkserver_preload([PRELOADED])
         self._processes = [
             context.Process(target=_become, args=(arguments, (env or {}) | place, str(self._said)))
             for place in ([{}] if processes == 1 else ranks(processes))
@@ -76,4 +77,5 @@ def _become(arguments: tuple[str, ...], env: dict[str, str], folder: str) -> Non
     try:
         run(*arguments)
     finally:
+        threading._shutdown()  # as Python ends: a save is still being written
         atexit._run_exitfuncs()  # which multiprocessing leaves out

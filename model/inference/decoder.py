@@ -18,17 +18,21 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.attention import rope_angles
-from model.feed_forward import MoEFeedForward
+from model.inference.blocks import effective_weight, parts_of_block
+from model.inference.compiled_step import CompiledStep, best_time, row_kernel
+from model.inference.layers import Experts, Layer, SwiGLU
+from model.inference.matrices import Embedding, Kernels, Matrix, Precision, fastest_kernels, fixed_kernels
 from model.model import MiniMindLM
-from model.model_lora import LoRALinear
 from model.norm import RMSNorm
 
-PACKED_FOR = 512  # rows of input that oneDNN chooses the layout for; as good for one row here (benchmarks/generate.py)
-ROWS = 16  # more rows of input than these are filled up to a multiple of them
-SHAPE = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe")
+SHAPE = (
+    *("generation", "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps"),
+    *("rope_theta", "rope_scaling", "use_moe"),
+)
+TIMED_BEHIND = 64  # keys and values that the steps attend to whose times are compared
 EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob")
 
 
@@ -65,36 +69,57 @@ class Decoder:
         model: Dense or MoE; an adapter on it is merged into the snapshot; a VLM's projection and tower are not used.
         slots: requests that can be in flight.
         slot_len: positions a slot has room for.
-        dtype: of the weights, float32 or bfloat16 (None: as they are). What runs between the matrices is fp32, as are
-            keys and values on a CPU, whose attention is faster in it.
+        dtype: of the weights, torch.float32, torch.bfloat16, "int8" or "int4" (None: as they are). What runs between
+            the matrices is fp32, as are keys and values on a CPU, whose attention is faster in it.
+        deterministic: one kernel for any number of rows, so that an answer does not depend on its company; else the
+            fastest for each, timed now.
+        compile: decode one answer by a compiled step, where that can be made and is faster; takes seconds.
+
+    Attributes:
+        compiled: whether there is such a step.
 
     Raises:
-        ValueError: `slot_len` is beyond the model's `max_seq_len`.
+        ValueError: `slot_len` is beyond the model's `max_seq_len`; a matrix that int4 cannot divide into groups.
     """
 
-    def __init__(self, model: MiniMindLM, slots: int, slot_len: int, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: MiniMindLM,
+        slots: int,
+        slot_len: int,
+        dtype: Precision | None = None,
+        deterministic: bool = True,
+        compile: bool = False,
+    ):
         config = copy.deepcopy(model.config)
         if not 0 < slot_len <= config.max_seq_len:
             raise ValueError(f"slots of {slot_len} tokens: the model takes 1 to {config.max_seq_len}")
         self.config = config
         self.slots, self.slot_len = slots, slot_len
         self.device = model.tok_embeddings.weight.device
-        self.dtype = dtype or model.tok_embeddings.weight.dtype
-        self._packed = self.device.type == "cpu" and _can_pack(self.dtype)
-        self._linear = _packed_linear if self._packed else F.linear
-        self._weights = list(self._taken(model))
+        self.precision = dtype or model.tok_embeddings.weight.dtype
+        self.dtype = torch.float32 if isinstance(self.precision, str) else self.precision  # of what a matrix reads
+        compile = compile and self.device.type == "cpu" and not config.use_moe
+        self._kernels = self._pick_kernels(model, deterministic, compile)
+        self._weights = [self._keep(kind, weight) for kind, weight in self._weights_of(model)]
         weights = iter(self._weights)
         self._embeddings = next(weights)
         self._layers = [self._layer(weights) for _ in range(config.n_layers)]
         self._norm, self._output = weights
         self._eps = torch.tensor(math.sqrt(config.dim * config.norm_eps), device=self.device)
-        cos, sin = rope_angles(torch.arange(slot_len, device=self.device)[None], config.head_dim, config.rope_theta)
+        places = torch.arange(slot_len, device=self.device)[None]
+        cos, sin = rope_angles(places, config.head_dim, config.rope_theta, config.rope_scaling)
         self._rope = torch.complex(cos, sin)[0]  # (slot_len, 1, head_dim / 2)
         shape = (config.n_layers, slots, slot_len, 2, config.n_kv_heads, config.head_dim)
         if self.device.type == "cpu":
             self._kv = torch.from_numpy(np.zeros(shape, dtype=np.float32))  # pages come into being when written to
         else:
             self._kv = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        self._step = self._compile_step() if compile else None
+
+    @property
+    def compiled(self) -> bool:
+        return self._step is not None
 
     # ------------------------------------------------------------------------------------------------- the weights
 
@@ -111,73 +136,72 @@ class Decoder:
             ours, theirs = getattr(self.config, name), getattr(model.config, name)
             if ours != theirs:
                 raise ValueError(f"the decoder was made for a model with {name} {ours}, and this one has {theirs}")
-        for mine, new in zip(self._weights, self._taken(model), strict=True):
+        for mine, (_, new) in zip(self._weights, self._weights_of(model), strict=True):
             mine.copy_(new)
+        if self._step is not None:
+            self._step.refresh(self._layers)
 
-    def _taken(self, model: MiniMindLM) -> Iterator[Tensor]:
-        """Copies of the model's weights as a pass reads them, in the order of `__init__`, one at a time."""
-        yield self._copied(model.tok_embeddings.weight, self.dtype)
+    def _weights_of(self, model: MiniMindLM) -> Iterator[tuple[str, Tensor]]:
+        """What a pass reads, in the order of `__init__`, and as what: "embedding", "vector", "matrix" or "output"."""
+        yield "embedding", model.tok_embeddings.weight.detach()
         for block in model.layers:
-            a, f = block.attention, block.feed_forward
-            yield self._scaled(block.attention_norm)
-            yield self._matrix(a.wq, a.wk, a.wv)
-            yield self._matrix(a.wo)
-            yield self._scaled(block.ffn_norm)
-            experts = [f]
-            if isinstance(f, MoEFeedForward):
-                yield self._copied(f.gate.weight, torch.float32)
-                experts = [*f.experts, *([f.shared_experts] if f.shared_experts is not None else [])]
-            for expert in experts:
-                yield self._matrix(expert.w1, expert.w3)
-                yield self._matrix(expert.w2)
-        yield self._scaled(model.norm)
-        yield self._matrix(model.output)
+            parts = parts_of_block(block)
+            yield "vector", self._scaled(parts.attention_norm)
+            yield "matrix", torch.cat(parts.qkv)
+            yield "matrix", parts.wo
+            if parts.qk_norm is not None:
+                yield "vector", parts.qk_norm.detach()
+            yield "vector", self._scaled(parts.ffn_norm)
+            if parts.router is not None:
+                yield "vector", parts.router.detach()
+            for into, out_of in parts.experts:
+                yield "matrix", torch.cat(into)
+                yield "matrix", out_of
+        yield "vector", self._scaled(model.norm)
+        yield "output", effective_weight(model.output)
 
-    def _copied(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return weight.detach().to(self.device, dtype, copy=True)
-
-    def _matrix(self, *linears: nn.Linear) -> Tensor:
-        """The weights of Linears that read the same input, one below the other, as `self._linear` takes them."""
-        weight = self._copied(torch.cat([_effective_weight(linear) for linear in linears]), self.dtype)
-        return torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR) if self._packed else weight
+    def _keep(self, kind: str, weight: Tensor) -> Tensor | Matrix:
+        """A copy of a weight as a pass reads it."""
+        if kind == "embedding":
+            return Embedding(weight, self.precision)
+        if kind == "vector":
+            return weight.to(self.device, torch.float32, copy=True)
+        return Matrix(weight.to(self.device), self._kernels[kind])
 
     def _scaled(self, norm: RMSNorm) -> Tensor:
-        return self._copied(norm.weight, torch.float32) * math.sqrt(self.config.dim)  # see _normed
+        return norm.weight.detach().float() * math.sqrt(self.config.dim)  # see _normed
 
-    def _layer(self, weights: Iterator[Tensor]) -> tuple:
-        attention_norm, qkv, wo, ffn_norm = itertools.islice(weights, 4)
-        feed_forward = self._experts(weights) if self.config.use_moe else self._feed_forward(weights)
-        return attention_norm, qkv, wo, ffn_norm, feed_forward
+    def _pick_kernels(self, model: MiniMindLM, deterministic: bool, compile: bool) -> dict[str, Kernels]:
+        """The kernels of the blocks' matrices and of the output's, which int4 leaves at 8 bits."""
+        parts = parts_of_block(model.layers[0])
+        layer = [
+            torch.cat(parts.qkv),
+            parts.wo,
+            *(torch.cat(into) for into, _ in parts.experts[:1]),
+            parts.experts[0][1],
+        ]
+        shapes = {"matrix": [tuple(weight.shape) for weight in layer], "output": [tuple(model.output.weight.shape)]}
+        precisions = {"matrix": self.precision, "output": "int8" if self.precision == "int4" else self.precision}
+        if deterministic:
+            kernels = {kind: fixed_kernels(precisions[kind], self.device) for kind in shapes}
+        else:
+            kernels = {kind: fastest_kernels(precisions[kind], self.device, shapes[kind]) for kind in shapes}
+        if compile:
+            kernels = {kind: k.with_first(row_kernel(precisions[kind])) for kind, k in kernels.items()}
+        return kernels
 
-    def _feed_forward(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
-        """(tokens, dim) -> the same, w2(silu(w1 x) * w3 x)."""
-        linear, w13, w2 = self._linear, next(weights), next(weights)
+    def _layer(self, weights: Iterator) -> Layer:
+        attention_norm, wqkv, wo = itertools.islice(weights, 3)
+        qk_norm = next(weights) if self.config.generation == 3 else None
+        ffn_norm = next(weights)
+        feed_forward = self._experts(weights) if self.config.use_moe else SwiGLU(next(weights), next(weights))
+        return Layer(attention_norm, wqkv, wo, qk_norm, ffn_norm, feed_forward)
 
-        def forward(x: Tensor) -> Tensor:
-            gate, up = linear(x, w13).chunk(2, -1)
-            return linear(F.silu(gate).mul_(up), w2)
-
-        return forward
-
-    def _experts(self, weights: Iterator[Tensor]) -> Callable[[Tensor], Tensor]:
-        """(tokens, dim) -> the same, fp32: each token's best experts, weighted, and the shared one."""
+    def _experts(self, weights: Iterator) -> Experts:
         router = next(weights)
-        experts = [self._feed_forward(weights) for _ in range(self.config.n_routed_experts)]
-        shared = self._feed_forward(weights) if self.config.n_shared_experts else None
-        k, norm_topk_prob = self.config.num_experts_per_tok, self.config.norm_topk_prob
-
-        def forward(x: Tensor) -> Tensor:
-            weights, chosen = F.linear(x.float(), router).softmax(-1).topk(k, dim=-1)
-            if norm_topk_prob and k > 1:
-                weights = weights / weights.sum(-1, keepdim=True)
-            order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs by expert, as in MoEFeedForward
-            counts = torch.bincount(chosen.flatten(), minlength=len(experts)).tolist()
-            batches = zip(experts, x[order // k].split(counts), strict=True)
-            outs = torch.cat([expert(tokens) for expert, tokens in batches if len(tokens)])
-            out = (outs[order.argsort()].view(-1, k, x.size(1)).float() * weights[..., None]).sum(1)
-            return out if shared is None else out + shared(x)
-
-        return forward
+        experts = [SwiGLU(next(weights), next(weights)) for _ in range(self.config.n_routed_experts)]
+        shared = SwiGLU(next(weights), next(weights)) if self.config.n_shared_experts else None
+        return Experts(self.config, router, experts, shared)
 
     # ------------------------------------------------------------------------------------------------- one pass
 
@@ -200,32 +224,80 @@ class Decoder:
         rope = self._rope[torch.tensor(positions, device=self.device)]  # (tokens, 1, head_dim / 2) complex
         rows = torch.tensor(rows, device=self.device)
 
-        x = self._embeddings[tokens].float()  # (tokens, dim)
+        x = self._embeddings(tokens)  # (tokens, dim)
         at = 0
         for span, size in zip(spans, sizes, strict=True):
             if span.embeddings is not None:
                 x[at : at + len(span.tokens)] = span.embeddings
             at += size
 
-        linear, attend = self._linear, self._attention(spans, sizes)
+        attend = self._attention(spans, sizes)
         q_width = self.config.n_heads * self.config.head_dim
         rotated = q_width + self.config.n_kv_heads * self.config.head_dim
         pairs = (len(tokens), -1, self.config.head_dim // 2, 2)
         # for each layer (slots * slot_len, 2 * n_kv_heads * head_dim): a row is a token's keys, then its values
         stores = self._kv.view(self.config.n_layers, self.slots * self.slot_len, -1).unbind(0)
-        for layer, (attention_norm, wqkv, wo, ffn_norm, feed_forward) in enumerate(self._layers):
-            qkv = linear(self._normed(x, attention_norm), wqkv).float()  # (tokens, q, k and v side by side)
+        for layer, (attention_norm, wqkv, wo, qk_norm, ffn_norm, feed_forward) in enumerate(self._layers):
+            qkv = wqkv(self._normed(x, attention_norm)).float()  # (tokens, q, k and v side by side)
+            if qk_norm is not None:
+                heads = qkv[:, :rotated].unflatten(1, qk_norm.shape)  # (tokens, heads of q and k, head_dim)
+                heads.copy_(F.rms_norm(heads, heads.shape[-1:], eps=self.config.norm_eps).mul_(qk_norm))
             torch.view_as_complex(qkv[:, :rotated].view(pairs)).mul_(rope)  # a rotation is a product of complex numbers
             qkv = qkv.to(self._kv.dtype)
             stores[layer].index_copy_(0, rows, qkv[:, q_width:])
-            x += linear(attend(qkv[:, :q_width], layer).to(self.dtype), wo)
+            x += wo(attend(qkv[:, :q_width], layer).to(self.dtype))
             x += feed_forward(self._normed(x, ffn_norm))
         return self._normed(x, self._norm)
 
     @torch.inference_mode()
+    def predict(self, spans: Sequence[Span], rows: Sequence[int]) -> Tensor:
+        """`read`, and the logits after some of the tokens.
+
+        Args:
+            rows: which of the tokens of all spans, counted one after another.
+
+        Returns:
+            (rows, vocab) fp32.
+        """
+        if self._step is not None and len(rows) == 1 and len(spans) == 1 and self._fits_step(spans[0]):
+            return self._step_through(spans[0])
+        hidden = self.read(spans)
+        if not rows:
+            return hidden.new_zeros(0, self.config.vocab_size, dtype=torch.float32)
+        return self.logits(hidden if len(rows) == len(hidden) else hidden[rows])
+
+    @staticmethod
+    def _fits_step(span: Span) -> bool:
+        """A single token behind at least two: the compiled graph is made for any number of those but 0 and 1."""
+        return len(span.tokens) == 1 and span.start >= 2 and span.embeddings is None and not span.branches
+
+    def _step_through(self, span: Span) -> Tensor:
+        """One token through the compiled step -> logits (1, vocab)."""
+        angles = self._rope[span.start, 0]  # (head_dim / 2,) complex
+        x = self._embeddings(torch.tensor(span.tokens))[0]
+        past = self._kv[:, span.slot, : span.start]
+        logits, new = self._step(x, torch.stack((angles.real, angles.imag)), past)
+        self._kv[:, span.slot, span.start] = new
+        return logits[None]
+
+    @torch.inference_mode()
+    def _compile_step(self) -> CompiledStep | None:
+        """The compiled step, or None where it cannot be made or is not faster than `read` and `logits`."""
+        span = Span(0, min(TIMED_BEHIND, self.slot_len - 1), [0])
+        if not self._fits_step(span):
+            return None
+        try:
+            self._step = CompiledStep(self.config, self.precision, self._layers, self._norm, self._output)
+            compiled = best_time(lambda: self._step_through(span))
+        except Exception:  # no headers, no write access, an unknown chip: whatever it is, the eager pass works
+            return None
+        eager = best_time(lambda: self.logits(self.read([span])))
+        return self._step if compiled < eager else None
+
+    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """(tokens, dim) as `read` returns it -> (tokens, vocab) fp32."""
-        return self._linear(hidden, self._output).float()
+        return self._output(hidden).float()
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm in few operations: x / rms = x sqrt(dim) / hypot(|x|, sqrt(dim eps)), with sqrt(dim) in `weight`."""
@@ -315,21 +387,3 @@ class Decoder:
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first `length` positions of two slots."""
         self._kv[:, [a, b], :length] = self._kv[:, [b, a], :length]
-
-
-def _effective_weight(linear: nn.Linear) -> Tensor:
-    return (linear.effective_weight() if isinstance(linear, LoRALinear) else linear.weight).detach()
-
-
-def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:
-    rows = len(x)
-    if rows > ROWS:  # oneDNN keeps half a megabyte for every number of rows it ever met
-        x = F.pad(x, (0, 0, 0, -rows % ROWS))
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")[:rows]
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes in this dtype here."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

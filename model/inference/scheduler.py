@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from model.generation import warn_beyond_training
 from model.inference.answer import Answer, _Slot
 from model.inference.decoder import Decoder, Span
+from model.inference.matrices import Precision
 from model.inference.request import Piece, Request, Token
 from model.inference.sampling import sample_token
 from model.model import MiniMindLM
@@ -40,7 +42,10 @@ class Engine:
         slot_len: maximum length of prompt and answer together; None = the model's `max_seq_len`.
         token_budget: maximum tokens per step. Long prompts are prefilled in chunks, so that running answers do not
             wait for them.
-        dtype: of the weights, float32 or bfloat16; None = as they are.
+        dtype: of the weights, torch.float32, torch.bfloat16, "int8" or "int4"; None = as they are.
+        deterministic: one kernel of each matrix for any number of answers; False = the fastest for each, timed now. In
+            fp32 an answer may then differ from the one that it is alone where two tokens are as likely to 1e-4.
+        compile: decode an answer that runs alone by a compiled step, where that is faster; takes seconds.
     """
 
     def __init__(
@@ -50,11 +55,13 @@ class Engine:
         slots: int = 16,
         slot_len: int | None = None,
         token_budget: int = 256,
-        dtype: torch.dtype | None = None,
+        dtype: Precision | None = None,
+        deterministic: bool = True,
+        compile: bool = False,
     ):
         if slots < 1 or token_budget < 1:
             raise ValueError(f"slots and token_budget must be at least 1, not {slots} and {token_budget}")
-        self.decoder = Decoder(model, slots, slot_len or model.config.max_seq_len, dtype)
+        self.decoder = Decoder(model, slots, slot_len or model.config.max_seq_len, dtype, deterministic, compile)
         self.token_bytes = token_bytes(tokenizer)
         self.eos_token_id = tokenizer.eos_token_id
         self.token_budget = token_budget
@@ -63,6 +70,7 @@ class Engine:
         self._news: list[tuple[Answer, Piece]] = []  # not yet returned by a step
         self._numbers = itertools.count()
         self._steps = 0
+        self._warned = False  # that a text outgrows those trained on
 
     @property
     def waiting(self) -> int:
@@ -203,17 +211,17 @@ class Engine:
         if not slots:
             return
         spans = [self._span(slot, n) for slot, n in slots.items()]
-        hidden = self.decoder.read(spans)
-
-        rows, predicted, first = [], [], 0  # hidden states that predict a token: of which answer, which of its ids
+        longest = max(span.start + n for span, n in zip(spans, slots.values(), strict=True))
+        self._warned = self._warned or warn_beyond_training(self.decoder.config, longest)
+        rows, predicted, first = [], [], 0  # tokens whose successor is predicted: of which answer, which of its ids
         for (slot, n), span in zip(slots.items(), spans, strict=True):
             slot.holds += slot.answer.keys[span.start : span.start + n]
             places = slot.answer.predicted(span.start, n)
             rows += [first + place - span.start - 1 for place in places]
             predicted += [(slot.answer, place) for place in places]
             first += n
+        logits = self.decoder.predict(spans, rows)
         if rows:
-            logits = self.decoder.logits(hidden if len(rows) == len(hidden) else hidden[rows])
             self._predict(logits, predicted)
         for slot in slots:
             if slot.answer.limit == 0 and not slot.answer.unread():

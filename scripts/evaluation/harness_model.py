@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from model import MiniMindLM
-from model.chat_template import CHAT_TEMPLATE
+from model.chat_template import chat_template_of
 from model.inference.request import Request
 from model.inference.scheduler import Engine
 from scripts.evaluation.likelihoods import Likelihoods, Question
@@ -33,7 +33,7 @@ class MiniMindHarness(HFLM):
     def __init__(self, model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16):
         longest = model.config.max_seq_len
         super().__init__(model, "causal", tokenizer=tokenizer, batch_size=batch_size, max_length=longest)
-        self.tokenizer.chat_template = CHAT_TEMPLATE  # the layout that a MiniMind learns, whatever the tokenizer had
+        self.tokenizer.chat_template = chat_template_of(tokenizer)  # the layout that a MiniMind learns
         self._likelihoods = Likelihoods(model, batch_size)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

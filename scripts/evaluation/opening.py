@@ -14,6 +14,7 @@ from model.fingerprint import hash_weights
 from model.model_vlm import MiniMindVLM, VLMConfig
 from model.tokenizer import tokenizer_hash
 from scripts.evaluation.harness_model import MiniMindHarness
+from trainer.architecture import untold_sizes
 from trainer.device import pick_device
 from trainer.errors import UserError, print_notice
 from trainer.folder_layouts import check_config
@@ -60,7 +61,7 @@ def _open(path: Path, args, device: torch.device) -> TemplateLM:
             return _open_other(path, args, device, reason)
     elif PROJECTION in (state := read_weights(path).state):
         return _harness(*_language_half(path, state[PROJECTION], args.tokenizer, adapter), args, device)
-    return _harness(*load_for_inference(path, args.tokenizer, adapter), args, device)
+    return _harness(*load_for_inference(path, args.tokenizer, adapter, **untold_sizes(args)), args, device)
 
 
 def _language_half(

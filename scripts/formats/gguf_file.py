@@ -1,19 +1,26 @@
 """MiniMind in GGUF, the one-file format of llama.cpp, and the Modelfile that Ollama reads beside it.
 
-llama.cpp's "llama" turns the same interleaved pairs of rows as we do, so every matrix goes in as it is. Its tokenizer
-is our byte-level BPE ("gpt2"), told by a name how to cut text before merging.
+llama.cpp's "llama" turns the same interleaved pairs of rows as we do, and its "qwen3" and "qwen3moe" those of a
+MiniMind-3, so every matrix goes in as it is. Its tokenizer is our byte-level BPE ("gpt2"), told by a name how to cut
+text before merging.
 """
 
 import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from model import MiniMindLM
+from model import LMConfig, MiniMindLM
 from model.chat import DEFAULT_SYSTEM_PROMPT
-from model.chat_template import CHAT_TEMPLATE, without_generation_marks
+from model.chat_template import chat_template_of, without_generation_marks
+from model.rope_scaling import ntk_theta
+from model.template_chat import lays_out_thinking
 from model.tokenizer import special_ids
 from trainer.arguments import SAMPLING
 from trainer.errors import UserError
@@ -23,6 +30,7 @@ DTYPES = {  # of matrices, by the name on the command line: how a tensor is stor
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "bf16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),  # the embedding in q8_0
 }
 TENSOR_NAME = {
     "tok_embeddings": "token_embd",
@@ -36,6 +44,22 @@ TENSOR_NAME = {
     "feed_forward.w1": "ffn_gate",
     "feed_forward.w2": "ffn_down",
     "feed_forward.w3": "ffn_up",
+}
+TENSOR_NAME_3 = {  # of generation 3
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.down_proj": "ffn_down",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate": "ffn_gate_inp",  # the router, which llama.cpp wants in fp32
 }
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 SINGLE_DIGITS = {"type": "Digits", "individual_digits": True}
@@ -63,24 +87,26 @@ def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path, dtype: str, name: str) -> None:
-    """Write weights, tokenizer and chat template of a Dense model into one file; norms stay fp32.
+    """Write weights, tokenizer and chat template into one file; norms and routers stay fp32.
 
     Args:
         dtype: of the matrices, a key of DTYPES.
         name: by which llama.cpp introduces the model.
 
     Raises:
-        UserError: a MoE, a tokenizer that llama.cpp does not know, or a width that q8_0's blocks of 32 do not divide.
+        UserError: a MoE of generation 2, a tokenizer that llama.cpp does not know, or a width that blocks of 32
+            do not divide.
     """
     config = model.config
-    if config.use_moe:
+    third = config.generation == 3
+    if config.use_moe and not third:
         raise UserError("GGUF export does not support MoE: use to-transformers, which writes a Qwen2-MoE")
-    if dtype == "q8_0" and (config.dim % 32 or config.hidden_dim % 32):
+    if dtype.startswith("q") and (config.dim % 32 or config.hidden_dim % 32):
         raise UserError(
-            f"q8_0 stores blocks of 32, but dim {config.dim} and hidden_dim {config.hidden_dim} are not multiples"
+            f"{dtype} stores blocks of 32, but dim {config.dim} and hidden_dim {config.hidden_dim} are not multiples"
         )
     storage, file_type = DTYPES[dtype]
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, ("qwen3moe" if config.use_moe else "qwen3") if third else "llama")
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_context_length(config.max_seq_len)
@@ -90,22 +116,72 @@ def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.n_kv_heads)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_rope_dimension_count(config.head_dim)
+    _add_rope(writer, config)
+    if third:
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+    if config.use_moe:
+        writer.add_expert_count(config.n_routed_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.hidden_dim)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
-    for key, value in model.state_dict().items():
-        if key == "output.weight":  # tied: llama.cpp takes the embedding
-            continue
-        layer, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", key).groups()
-        their_name = TENSOR_NAME[part] if layer is None else f"blk.{layer}.{TENSOR_NAME[part]}"
-        kind = storage if value.dim() == 2 else gguf.GGMLQuantizationType.F32
+    for their_name, value in (_tensors_of_3 if third else _tensors_of_2)(model.state_dict()):
+        matrix = value.dim() >= 2 and not their_name.endswith("ffn_gate_inp")
+        kind = storage if matrix else gguf.GGMLQuantizationType.F32
+        if dtype == "q4_0" and their_name == "token_embd":  # also the output matrix
+            kind = gguf.GGMLQuantizationType.Q8_0
         packed = gguf.quants.quantize(value.float().cpu().numpy(), kind)
         writer.add_tensor(f"{their_name}.weight", packed, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _tensors_of_2(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Each matrix and norm under llama.cpp's name; the output, tied, it takes from the embedding."""
+    for key, value in state.items():
+        if key != "output.weight":
+            layer, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", key).groups()
+            yield TENSOR_NAME[part] if layer is None else f"blk.{layer}.{TENSOR_NAME[part]}", value
+
+
+def _tensors_of_3(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The same of generation 3; a layer's experts lie in one tensor (experts, out, in) for each of their matrices."""
+    experts: dict[str, list[Tensor]] = {}
+    for key, value in state.items():
+        if key == "lm_head.weight":
+            continue
+        layer, expert, part = re.fullmatch(
+            r"(?:model\.layers\.(\d+)\.)?(?:mlp\.experts\.(\d+)\.)?(.+)\.weight", key
+        ).groups()
+        if expert is not None:
+            name = f"blk.{layer}.{TENSOR_NAME_3[f'mlp.{part}']}_exps"
+            experts.setdefault(name, []).append(value)  # in their order, as modules are
+            continue
+        yield TENSOR_NAME_3[part] if layer is None else f"blk.{layer}.{TENSOR_NAME_3[part]}", value
+    for name, matrices in experts.items():
+        yield name, torch.stack(matrices)
+
+
+def _add_rope(writer: gguf.GGUFWriter, config: LMConfig) -> None:
+    """The positions: base and scaling. llama.cpp multiplies YaRN's cosine and sine by 1 + 0.1 ln(factor) on its own, so
+    what it is told is the attention factor divided by that."""
+    scaling = config.rope_scaling or {}
+    kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
+    stretched = kind == "ntk"  # by its other name: a larger base
+    writer.add_rope_freq_base(ntk_theta(config.rope_theta, factor, config.head_dim) if stretched else config.rope_theta)
+    writer.add_rope_dimension_count(config.head_dim)
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(factor)
+        if "original_max_position_embeddings" in scaling:
+            writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    if kind == "yarn":
+        writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / (1 + 0.1 * math.log(factor)))
+        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
+        writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
@@ -133,7 +209,9 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
     writer.add_pad_token_id(ids["pad_token_id"])
     writer.add_add_bos_token(False)  # the chat template begins with it
     writer.add_add_eos_token(False)
-    writer.add_chat_template(without_generation_marks(CHAT_TEMPLATE))  # llama-cpp-python's Jinja is the plain one
+    writer.add_chat_template(
+        without_generation_marks(chat_template_of(tokenizer))
+    )  # llama-cpp-python's Jinja is the plain one
 
 
 def modelfile(weights: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> str:
@@ -145,13 +223,17 @@ def modelfile(weights: Path, tokenizer: PreTrainedTokenizerFast, context: int) -
         context: tokens of prompt and answer together.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if lays_out_thinking(tokenizer):  # without a thought, and without a system prompt of its own
+        empty = "<think>\n\n</think>\n\n"
+        thought, opened, system = f'{{{{ if eq .Role "assistant" }}}}{empty}{{{{ end }}}}', empty, ""
+    else:
+        thought, opened, system = "", "", f'SYSTEM """{DEFAULT_SYSTEM_PROMPT}"""\n'
     return f'''FROM ./{weights.name}
 TEMPLATE """{{{{ range .Messages }}}}{bos}{{{{ .Role }}}}
-{{{{ .Content }}}}{eos}
+{thought}{{{{ .Content }}}}{eos}
 {{{{ end }}}}{bos}assistant
-"""
-SYSTEM """{DEFAULT_SYSTEM_PROMPT}"""
-PARAMETER stop "{eos}"
+{opened}"""
+{system}PARAMETER stop "{eos}"
 PARAMETER num_ctx {context}
 PARAMETER temperature {SAMPLING["temperature"]}
 PARAMETER top_p {SAMPLING["top_p"]}

@@ -2,7 +2,8 @@
 
 It has two forms there. For a MiniMind folder, as `save_pretrained` writes it, its layers keep their names. For the
 Llama or Qwen2-MoE that `convert_model.py to-transformers` makes, they have that architecture's, and what is done to a
-matrix W is done to B, whose rows are those of W's change B A. No way there or back costs a bit.
+matrix W is done to B, whose rows are those of W's change B A. No way there or back costs a bit. A MiniMind-3's layers
+have one name everywhere.
 """
 
 import json
@@ -37,9 +38,10 @@ def to_peft_state(adapter: Mapping[str, Tensor], config: LMConfig, as_llama: boo
                     f"{layer}: a Qwen2-MoE keeps all experts in one tensor, which peft cannot adapt; "
                     "--layout minimind keeps them apart"
                 )
-            if side == "B":
-                value = _as_theirs(layer, value, config)
-            layer = "model." + ".".join(THEIR_NAME.get(part, part) for part in layer.split("."))
+            if config.generation == 2:
+                if side == "B":
+                    value = _as_theirs(layer, value, config)
+                layer = "model." + ".".join(THEIR_NAME.get(part, part) for part in layer.split("."))
         state[f"{PREFIX}{layer}.lora_{side}.weight"] = value.contiguous()
     return state
 
@@ -56,7 +58,7 @@ def to_our_state(state: Mapping[str, Tensor], config: LMConfig) -> dict[str, Ten
         if side not in ("A", "B"):
             raise UserError(f"{key} is not an A or B of a plain LoRA, and a MiniMind adapter has nothing else")
         value = value.float()
-        if layer.startswith("model."):
+        if layer.startswith("model.") and config.generation == 2:
             layer = ".".join(OUR_NAME.get(part, part) for part in layer.removeprefix("model.").split("."))
             if side == "B":
                 value = _as_ours(layer, value, config)
@@ -84,7 +86,7 @@ def write_folder(
     from peft import LoraConfig
 
     state = to_peft_state(adapter, config, as_llama)
-    targets = [THEIR_NAME[name] for name in settings.targets] if as_llama else list(settings.targets)
+    targets = [THEIR_NAME.get(name, name) for name in settings.targets] if as_llama else list(settings.targets)
     about = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

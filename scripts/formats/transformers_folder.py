@@ -1,4 +1,5 @@
-"""Writing a MiniMind as one of the architectures that every tool knows: a Dense model is a Llama, a MoE a Qwen2-MoE.
+"""Writing a MiniMind as one of the architectures that every tool knows: a Dense model is a Llama, a MoE a Qwen2-MoE; of
+generation 3 a Qwen3 and a Qwen3-MoE.
 
 `trainer/folder_layouts.py` says what differs, and reads the folders back, bit for bit. One is written as plain files
 (config.json, generation_config.json, model.safetensors, tokenizer), readable by transformers 4 and 5 and by what reads
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from model import LMConfig, MiniMindLM
-from model.chat_template import CHAT_TEMPLATE
+from model.chat_template import chat_template_of
+from model.rope_scaling import ntk_theta
 from model.weight_layouts import THEIR_NAME, half_split
 from trainer.arguments import SAMPLING
 from trainer.errors import UserError
@@ -25,11 +27,13 @@ from trainer.folder_layouts import WEIGHTS
 
 
 def to_their_state(state: Mapping[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """MiniMind's state dict as a Llama's, or, with `use_moe`, as a Qwen2-MoE's.
+    """MiniMind's state dict as a Llama's, or, with `use_moe`, as a Qwen2-MoE's; generation 3's names are Qwen3's.
 
     The output matrix, tied to the embedding, is left out, as transformers does. A MoE without a shared expert gets one
     of zeros.
     """
+    if config.generation == 3:
+        return {name: value.contiguous() for name, value in state.items() if name != "lm_head.weight"}
     theirs = {}
     for name, value in state.items():
         if name == "output.weight":
@@ -57,11 +61,20 @@ def to_their_state(state: Mapping[str, Tensor], config: LMConfig) -> dict[str, T
 # ------------------------------------------------------------------------------------------------------ settings
 
 
+ARCHITECTURES = {  # by generation, and whether there are experts
+    (2, False): ("llama", "LlamaForCausalLM"),
+    (2, True): ("qwen2_moe", "Qwen2MoeForCausalLM"),
+    (3, False): ("qwen3", "Qwen3ForCausalLM"),
+    (3, True): ("qwen3_moe", "Qwen3MoeForCausalLM"),
+}
+
+
 def to_their_config(config: LMConfig) -> dict:
     """The content of config.json. The rope's base stands in it twice: under the names of transformers 4 and 5."""
-    common = {
-        "architectures": ["Qwen2MoeForCausalLM" if config.use_moe else "LlamaForCausalLM"],
-        "model_type": "qwen2_moe" if config.use_moe else "llama",
+    kind, architecture = ARCHITECTURES[config.generation, config.use_moe]
+    theirs = {
+        "architectures": [architecture],
+        "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.hidden_dim,
@@ -72,32 +85,51 @@ def to_their_config(config: LMConfig) -> dict:
         "hidden_act": "silu",
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **_rope(config),
         "initializer_range": 0.02,
         "tie_word_embeddings": True,
         "bos_token_id": config.bos_token_id,
         "eos_token_id": config.eos_token_id,
         "pad_token_id": config.pad_token_id,
         "torch_dtype": "float32",
+        "attention_dropout": 0.0,
     }
-    if not config.use_moe:
-        return common | {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
-    return common | {
+    if config.use_moe:
+        theirs |= _experts(config)
+    if config.generation == 3 or not config.use_moe:
+        theirs["attention_bias"] = False
+    if kind == "llama":
+        theirs["mlp_bias"] = False
+    else:
+        theirs |= {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.n_layers}
+    return theirs
+
+
+def _rope(config: LMConfig) -> dict:
+    """The positions' base and scaling. YaRN's attention factor is always there: transformers has its own default."""
+    theta, scaling = config.rope_theta, config.rope_scaling or {"rope_type": "default"}
+    if scaling["rope_type"] == "ntk":  # by its other name: a larger base
+        theta, scaling = ntk_theta(theta, scaling["factor"], config.head_dim), {"rope_type": "default"}
+    rope = {"rope_theta": theta, "rope_parameters": scaling | {"rope_theta": theta}}
+    return rope | ({"rope_scaling": scaling} if scaling["rope_type"] != "default" else {})
+
+
+def _experts(config: LMConfig) -> dict:
+    common = {
         "moe_intermediate_size": config.hidden_dim,
-        "shared_expert_intermediate_size": config.hidden_dim,
         "num_experts": config.n_routed_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
-        "norm_topk_prob": config.norm_topk_prob and config.num_experts_per_tok > 1,  # a single weight stays as it is
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "router_aux_loss_coef": config.aux_loss_alpha,
         "output_router_logits": False,
+    }
+    if config.generation == 3:
+        return common | {"norm_topk_prob": True}
+    return common | {
+        "shared_expert_intermediate_size": config.hidden_dim,
+        "norm_topk_prob": config.norm_topk_prob and config.num_experts_per_tok > 1,  # a single weight stays as it is
         "qkv_bias": True,
-        "use_sliding_window": False,
-        "sliding_window": None,
-        "max_window_layers": config.n_layers,
-        "attention_dropout": 0.0,
     }
 
 
@@ -118,7 +150,7 @@ def write_folder(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, folder: 
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     about = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     about["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 4 knows no other name for it
-    about["chat_template"] = CHAT_TEMPLATE  # whatever the tokenizer had: this is the layout a MiniMind learns
+    about["chat_template"] = chat_template_of(tokenizer)  # whatever it had: this is the layout a MiniMind learns
     about["padding_side"] = "left"  # a batch is continued at the end of its rows
     about["model_max_length"] = config.max_seq_len
     _write_json(about, folder / "tokenizer_config.json")

@@ -6,16 +6,8 @@ from pathlib import Path
 
 from scripts.preparing.field_map import parse_map
 from scripts.preparing.stage_records import STAGES
-from trainer.arguments import (
-    BooleanFlag,
-    add_device_argument,
-    check_mix,
-    mix_part,
-    non_negative_float,
-    non_negative_int,
-    positive_int,
-    seed,
-)
+from trainer.argument_types import BooleanFlag, mix_part, non_negative_float, non_negative_int, positive_int, seed
+from trainer.arguments import add_device_argument, check_mix
 from trainer.errors import UserError
 
 LANGUAGES = ("zh", "en", "other")

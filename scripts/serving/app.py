@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from model.chat import render_chat, render_text
 from model.inference import scheduler as engine
+from model.template_chat import lays_out_thinking
 from model.tokenizer import StreamDecoder
 from scripts.serving import schema as schema
 from scripts.serving.admission import read_request
@@ -26,6 +27,7 @@ from scripts.serving.responses import (
     chat_chunks,
     completion_chunks,
     events,
+    opens_thought,
     whole_chat,
     whole_completion,
 )
@@ -74,6 +76,8 @@ async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.R
     Raises:
         ApiError: its messages cannot be read.
     """
+    if opens_thought(body) and not lays_out_thinking(server.tokenizer):
+        raise ApiError(400, "open_thinking: this model's chats open no thought", "chat_template_kwargs")
     turns = await asyncio.to_thread(read_turns, body.messages, server.place_images is not None, server.fetch)
     embeddings = None
     try:
@@ -81,7 +85,10 @@ async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.R
             look = asyncio.get_running_loop().run_in_executor(server.looking, server.place_images, turns)
             prompt, embeddings = await look
         else:
-            prompt, _ = await asyncio.to_thread(render_chat, server.tokenizer, turns, add_generation_prompt=True)
+            thinking = {"open_thinking": True} if opens_thought(body) else {}
+            prompt, _ = await asyncio.to_thread(
+                render_chat, server.tokenizer, turns, add_generation_prompt=True, **thinking
+            )
     except ValueError as error:  # half a character; an image that is none
         raise ApiError(400, str(error), "messages") from error
     return choices(

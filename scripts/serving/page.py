@@ -44,6 +44,7 @@ WORDS = {
         "attach": "点输入框里的回形针，放上一张或几张图片，再提问。",
         "describe": "请描述这张图片。",
         "thinking": "思考过程",
+        "think": "先思考，再回答",
         "stop": "停止",
         "stopped": "已停止",
         "again": "重新回答",
@@ -82,6 +83,7 @@ WORDS = {
         "attach": "Attach one or more pictures with the paper clip in the input field, and ask about them.",
         "describe": "Describe the picture.",
         "thinking": "Thinking",
+        "think": "Think before answering",
         "stop": "Stop",
         "stopped": "stopped",
         "again": "Answer again",
@@ -210,6 +212,8 @@ def side_bar(words: dict, args, vision: bool) -> Settings:
     settings.sampling |= (
         {"max_tokens": longest} if remote else {"max_new_tokens": longest, "repetition_penalty": penalty}
     )
+    if getattr(settings.backend, "opens_thoughts", False) and st.toggle(words["think"], key="think"):
+        settings.sampling["open_thinking"] = True
     return settings
 
 

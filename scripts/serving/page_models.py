@@ -88,8 +88,10 @@ class LocalModel:
     def __init__(self, model, tokenizer, processor=None, pretrained: bool = False):
         from model.inference.scheduler import Engine
         from model.inference.thread import EngineThread
+        from model.template_chat import lays_out_thinking
 
         self.model, self.tokenizer, self.processor, self.pretrained = model, tokenizer, processor, pretrained
+        self.opens_thoughts = not pretrained and processor is None and lays_out_thinking(tokenizer)
         self._thread = EngineThread(Engine(model, tokenizer, slots=AT_ONCE))
         weakref.finalize(self, self._thread.close)
 
@@ -100,17 +102,22 @@ class LocalModel:
             system: the system turn, or nothing for the default one.
             turns: the talk so far, a question last; content is a string, or a list of pictures (their bytes) and
                 strings.
-            wishes: settings of an engine's `Request`.
+            wishes: settings of an engine's `Request`; `open_thinking`: the answer begins with a thought.
 
         Raises:
             ValueError: the question does not fit, a picture cannot be read, or a wish is out of range.
             RuntimeError: the engine failed.
         """
         from model.inference.request import Request
-        from model.reasoning import ReasoningStream
+        from model.reasoning import THOUGHT_BEGUN, ReasoningStream
 
-        ids, seen = self._prompt(system, list(turns), self.model.config.max_seq_len - sampling["max_new_tokens"])
+        sampling = dict(sampling)
+        thinking = {"open_thinking": True} if sampling.pop("open_thinking", False) else {}
+        room = self.model.config.max_seq_len - sampling["max_new_tokens"]
+        ids, seen = self._prompt(system, list(turns), room, **thinking)
         pieces, reader = queue.SimpleQueue(), ReasoningStream()
+        if thinking:
+            reader.push(THOUGHT_BEGUN)
         answer = self._thread.submit(Request(prompt=ids, embeddings=seen, **sampling), pieces.put)
         try:
             ended = None
@@ -124,7 +131,7 @@ class LocalModel:
         if ended == "error":
             raise RuntimeError("the engine failed; see the terminal")
 
-    def _prompt(self, system: list[dict], turns: list[dict], room: int):
+    def _prompt(self, system: list[dict], turns: list[dict], room: int, **thinking):
         """Ids, and for pictures in them the embeddings, else None."""
         from model.chat import fit_history, render_text
         from model.images import prepare_chat, prompt_embeddings
@@ -134,7 +141,7 @@ class LocalModel:
             return prompt.input_ids[0].tolist(), prompt_embeddings(self.model, prompt)
         if self.pretrained:
             return render_text(self.tokenizer, [turns[-1]["content"]])[0][:-1], None
-        return fit_history(self.tokenizer, system, turns, room)[0], None
+        return fit_history(self.tokenizer, system, turns, room, **thinking)[0], None
 
 
 class RemoteModel:
@@ -172,7 +179,7 @@ def _as_parts(content: str | list[str | bytes]) -> str | list[dict]:
 
 def weights_in(out_dir: Path, vision: bool) -> list[Path]:
     """The .pth files a page can talk to, those that chat first, the newest of a kind before older ones."""
-    order = ("full_sft", "rlhf", "full_dist", "reason", "sft_vlm", "pretrain")
+    order = ("full_sft", "rlhf", "full_dist", "reason", "grpo", "ppo", "sft_vlm", "pretrain")
 
     def rank(path: Path) -> tuple[int, float]:
         kinds = [i for i, kind in enumerate(order) if path.name.startswith(kind)]
@@ -183,6 +190,7 @@ def weights_in(out_dir: Path, vision: bool) -> list[Path]:
         for path in out_dir.rglob("*.pth")
         if not any(part == "lora" or part.endswith(".resume") for part in path.relative_to(out_dir).parts[:-1])
         and ("_vlm" in path.stem) == vision
+        and not path.stem.startswith("reward_")  # which judges answers and writes none
     ]
     return sorted(found, key=rank)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from model.inference.answer import Answer
 from model.inference.request import Token
-from model.reasoning import ReasoningStream, split_reasoning
+from model.reasoning import THOUGHT_BEGUN, ReasoningStream, split_reasoning
 from model.tokenizer import StreamDecoder
 from scripts.serving.requests import RunningRequest, ServerState
 from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
@@ -93,6 +93,11 @@ async def events(writing: RunningRequest, chunks: AsyncIterator[dict]) -> AsyncI
         writing.cancel()
 
 
+def opens_thought(body: ChatRequest) -> bool:
+    """Whether the prompt of a chat ends with the beginning of a thought."""
+    return bool(body.chat_template_kwargs and body.chat_template_kwargs.open_thinking)
+
+
 async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) -> AsyncIterator[dict]:
     """A chat's answers chunk by chunk."""
     server = writing.server
@@ -101,6 +106,9 @@ async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) ->
     if counted:
         head |= {"usage": None}
     parts = [ReasoningStream() for _ in writing.answers]
+    opened = opens_thought(body)
+    for part in parts if opened else ():
+        part.push(THOUGHT_BEGUN)
 
     def chunk(index: int, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -111,7 +119,7 @@ async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) ->
     async for index, piece in writing.pieces():
         logprobs = chat_logprobs(server, piece.tokens) if body.logprobs and piece.tokens else None
         deltas = [{"content": piece.text}] if piece.text or logprobs else []
-        if server.reasoning:
+        if server.reasoning or opened:
             told = parts[index].push(piece.text) + (parts[index].flush() if piece.finish_reason else [])
             names = {"thinking": "reasoning_content", "answer": "content"}
             deltas = [{names[part]: text} for part, text in told] or ([{"content": ""}] if logprobs else [])
@@ -130,8 +138,8 @@ async def whole_chat(writing: RunningRequest, body: ChatRequest, head: dict) -> 
     said = []
     for index, (answer, reason) in enumerate(zip(writing.answers, reasons, strict=True)):
         message = {"role": "assistant", "content": answer.text}
-        if server.reasoning:
-            thinking, text = split_reasoning(answer.text)
+        if server.reasoning or opens_thought(body):
+            thinking, text = split_reasoning((THOUGHT_BEGUN if opens_thought(body) else "") + answer.text)
             message |= {"content": text, "reasoning_content": thinking}
         logprobs = chat_logprobs(server, answer.tokens) if body.logprobs else None
         said.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})

@@ -10,6 +10,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    StrictBool,
     StringConstraints,
     ValidationError,
     ValidationInfo,
@@ -115,8 +116,15 @@ class Message(Form):
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
 
 
+class TemplateSettings(Form):
+    model_config = ConfigDict(extra="forbid")
+
+    open_thinking: StrictBool | None = Field(None, description="MiniMind-3: think before the answer")
+
+
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1, fail_fast=True)
+    chat_template_kwargs: TemplateSettings | None = Field(None, description="extension of OpenAI's API, as of vLLM")
     max_completion_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(None, description="-1: as many as fit")
     max_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(
         None, description="older name of max_completion_tokens"

@@ -61,7 +61,12 @@ IN_REQUESTS = (
     ),
     Undone(("continue_final_message", "echo"), NO_BEGINNING),
     Undone(("add_generation_prompt",), NO_TEMPLATE, (True,)),
-    Undone(("chat_template", "chat_template_kwargs", "documents"), NO_TEMPLATE),
+    Undone(("chat_template", "documents"), NO_TEMPLATE),
+    Undone(
+        ("chat_template_kwargs",),
+        f"{NO_TEMPLATE}: it takes open_thinking alone, of a MiniMind-3",
+        ({"open_thinking": True}, {"open_thinking": False}, {}),
+    ),
     Undone(("truncate_prompt_tokens",), "a prompt is read whole or refused", ()),
     Undone(("use_beam_search",), NO_SAMPLER),
     Undone(("min_p", "mirostat", "xtc_probability", "dry_multiplier", "dynatemp_range", "top_a"), NO_SAMPLER, (0,)),
@@ -101,6 +106,8 @@ def refuse_undone(body: dict[str, Any], kind: type[Form]) -> None:
     _refuse(
         {name: value for name, value in body.items() if name not in kind.model_fields.keys() | uncalled}, IN_REQUESTS
     )
+    if "chat_template_kwargs" in kind.model_fields:  # used, and yet no other setting of it
+        _refuse({name: body[name] for name in body.keys() & {"chat_template_kwargs"}}, IN_REQUESTS)
     messages = body.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         if not isinstance(message, dict):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import generate, serve_load, train_throughput
+from benchmarks import few_bits, generate, serve_load, train_throughput
 from trainer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_contenders_are_compared_with_the_first_round_by_round(clock, capsys):
 
 def test_writing_is_timed_for_real(monkeypatch, capsys):
     monkeypatch.setattr(generate, "llama_cpp", lambda *_: {})
-    flags = "--dim 64 --n_layers 1 --tokens 2 --rounds 1 --dtype float32 --device cpu"
+    flags = "--dim 64 --n_layers 1 --tokens 2 --rounds 1 --dtype float32 int4 --device cpu --compile 0"
     monkeypatch.setattr("sys.argv", ["generate.py", *flags.split()])
     generate.main()
     said = capsys.readouterr().out
@@ -158,3 +158,22 @@ def test_memory_is_what_the_system_says_in_kibibytes(monkeypatch, tmp_path):
     (tmp_path / "status").write_text("Name:\tpython\nVmPeak:\t 999 kB\nVmRSS:\t 2048 kB\nRssAnon:\t 1 kB\n", "utf-8")
     monkeypatch.setattr(serve_load, "Path", lambda path: tmp_path / path.removeprefix("/proc/7/"))
     assert serve_load.resident(7) == 2 * 1024 * 1024
+
+
+def test_the_cost_of_few_bits_is_measured_for_real(monkeypatch, tiny_out, tokenizer_dir, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("The sun is hot. 水是湿的。", encoding="utf-8")
+    files = ("--ppl", str(tmp_path / "text.txt"), "--plot", str(tmp_path / "x.png"), "--tokenizer", str(tokenizer_dir))
+    monkeypatch.setattr("sys.argv", ["few_bits.py", str(tiny_out / "full_sft_32.pth"), *files])
+    few_bits.main()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [row[1] for row in rows] == ["as", "int8", "int4"]
+    exact, eight, four = (float(row[3 if row[1] == "as" else 2]) for row in rows)
+    assert 0 < abs(eight - exact) < abs(four - exact) < 0.1
+    assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_a_text_without_words_is_refused(monkeypatch, tiny_out, tmp_path):
+    (tmp_path / "text.txt").write_text("", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["few_bits.py", "x.pth", "--ppl", str(tmp_path / "text.txt")])
+    with pytest.raises(UserError, match="holds no text"):
+        few_bits.main()

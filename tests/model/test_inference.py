@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import LMConfig, MiniMindLM
-from model.inference import decoder as inference
+from model.inference import matrices
 from model.inference.decoder import Decoder, Span
 from model.model_lora import apply_lora, lora_off, lora_state_dict
 from tests.model.networks import network, random_ids
@@ -37,7 +37,7 @@ def expected(model, ids: list[list[int]]) -> torch.Tensor:
 def test_ragged_requests_get_the_logits_of_the_model(kind, packed, monkeypatch):
     """Prompts whole and in chunks, single tokens beside them, slots in any order with holes between."""
     if not packed:
-        monkeypatch.setattr(inference, "_can_pack", lambda dtype: False)
+        monkeypatch.setattr(matrices, "can_pack", lambda dtype: False)
     model = network(**KINDS[kind])
     ids = ids_of(4, 40)
     right = expected(model, ids)
@@ -131,7 +131,7 @@ def test_a_published_checkpoint_gives_the_reference_logits(name, shared):
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
 def test_bfloat16_weights_are_as_near_as_the_models_own(packed, monkeypatch):
     if not packed:
-        monkeypatch.setattr(inference, "_can_pack", lambda dtype: False)
+        monkeypatch.setattr(matrices, "can_pack", lambda dtype: False)
     model = network()
     ids = ids_of(1, 40)
     right = expected(model, ids)[0]
@@ -162,15 +162,6 @@ def test_the_router_is_not_rounded_with_the_other_weights():
     assert apart.sum() <= 3, "a score near 0 may change its sign"
 
 
-@pytest.mark.skipif(not inference._can_pack(torch.float32), reason="no oneDNN here")
-@pytest.mark.parametrize("rows", [1, 16, 17, 32, 33])
-def test_packed_matrices_multiply_any_number_of_rows(rows):
-    generator = torch.Generator().manual_seed(rows)
-    x, weight = torch.randn(rows, 24, generator=generator), torch.randn(40, 24, generator=generator)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, inference.PACKED_FOR)
-    torch.testing.assert_close(inference._packed_linear(x, packed), x @ weight.T)
-
-
 def test_slots_longer_than_the_model_are_refused():
     for slot_len in (0, 257):
         with pytest.raises(ValueError, match="the model takes 1 to 256"):
@@ -183,7 +174,18 @@ STATES = {
     **{kind: (settings, None) for kind, settings in KINDS.items()},
     "bfloat16": ({}, torch.bfloat16),
     "moe in bfloat16": ({"use_moe": True}, torch.bfloat16),
+    "int8": ({}, "int8"),
+    "moe in int4": ({"use_moe": True}, "int4"),
 }
+
+
+def addresses(decoder: Decoder) -> list[int]:
+    """Where the weights lie; packed ones do not say."""
+    kept = []
+    for weight in decoder._weights:
+        parts = weight.kept.values() if isinstance(weight, matrices.Matrix) else [getattr(weight, "kept", (weight,))]
+        kept += [part for tensors in parts for part in tensors]
+    return [part.layout == torch.strided and part.data_ptr() for part in kept]
 
 
 def logits_of(decoder: Decoder, ids: list[list[int]]) -> torch.Tensor:
@@ -197,7 +199,7 @@ def logits_of(decoder: Decoder, ids: list[list[int]]) -> torch.Tensor:
 def test_a_snapshot_stays_until_it_is_refreshed(kind, packed, monkeypatch):
     """Whatever a training step does to the model's parameters, in place."""
     if not packed:
-        monkeypatch.setattr(inference, "_can_pack", lambda dtype: False)
+        monkeypatch.setattr(matrices, "can_pack", lambda dtype: False)
     settings, dtype = STATES[kind]
     model, ids = network(**settings), ids_of(3, 12)
     decoder = Decoder(model, 3, 16, dtype)
@@ -210,9 +212,9 @@ def test_a_snapshot_stays_until_it_is_refreshed(kind, packed, monkeypatch):
     new = logits_of(decoder, ids)
     assert torch.equal(new, logits_of(Decoder(model, 3, 16, dtype), ids))
     assert (new - old).abs().max() > 0.1
-    at = [weight.layout == torch.strided and weight.data_ptr() for weight in decoder._weights]
+    at = addresses(decoder)
     decoder.refresh(model)
-    assert at == [weight.layout == torch.strided and weight.data_ptr() for weight in decoder._weights]
+    assert at == addresses(decoder)
     assert torch.equal(logits_of(decoder, ids), new)
 
 

@@ -154,7 +154,6 @@ def one(name: str, **others) -> dict:
         ({"model": one("a"), "state_dict": one("b")}, "holds several models, model and state_dict"),
         (one("layers.0.attention.wq.weight", b=torch.zeros(0)), "is one rank's part of a model"),
         ({"module": {"layers.0.attention.wq.weight": torch.zeros(0)}}, "zero_to_fp32.py"),
-        (one("model.layers.0.self_attn.q_norm.weight"), "looks like a MiniMind-3 or Qwen3"),
         (one("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"), "looks like peft's LoRA adapter"),
         (one("model.layers.0.self_attn.q_proj.bias"), "looks like a Qwen2"),
         (one("vision_model.encoder.layers.0.mlp.fc1.weight"), "looks like a CLIP"),

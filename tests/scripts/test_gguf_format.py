@@ -48,7 +48,9 @@ def write(model, tokenizer, path, dtype="f32"):
     return path
 
 
-@pytest.mark.parametrize(("dtype", "off"), [("f32", 0), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)])
+@pytest.mark.parametrize(
+    ("dtype", "off"), [("f32", 0), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127), ("q4_0", 1 / 8)]
+)
 def test_every_matrix_is_there_within_its_rounding(model, tiny_tokenizer, tmp_path, dtype, off):
     reader = gguf.GGUFReader(write(model, tiny_tokenizer, tmp_path / "x.gguf", dtype))
     tensors = {tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
@@ -193,7 +195,7 @@ def test_llama_cpp_cuts_text_as_we_do(llama_cpp, which, plain_tokenizer, tmp_pat
         assert llama.tokenize(text.encode(), add_bos=False, special=False) == ours, repr(text)
 
 
-@pytest.mark.parametrize(("dtype", "number"), [("f32", 0), ("f16", 1), ("bf16", 32), ("q8_0", 7)])
+@pytest.mark.parametrize(("dtype", "number"), [("f32", 0), ("f16", 1), ("bf16", 32), ("q8_0", 7), ("q4_0", 2)])
 def test_what_a_file_calls_itself(model, tiny_tokenizer, tmp_path, dtype, number):
     """llama.cpp's numbers of file types, see llama_ftype in its llama.h."""
     reader = gguf.GGUFReader(write(model, tiny_tokenizer, tmp_path / "x.gguf", dtype))

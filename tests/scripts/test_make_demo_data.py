@@ -15,7 +15,7 @@ from scripts.make_demo_data import MINIMIND, POLITE, WILLOW, as_jsonl, build, id
 from tests.running import run_script
 from trainer.errors import UserError
 
-CHATS = ("sft_mini_512", "sft_1024", "lora_identity", "lora_astronomy", "r1_mix_1024", "eval_sft")
+CHATS = ("sft_mini_512", "sft_1024", "lora_identity", "lora_astronomy", "r1_mix_1024", "rl_cold_start", "eval_sft")
 EXAMS = ("eval_facts", "eval_arithmetic", "eval_identity", "eval_lora_identity", "eval_reason")
 OPENING = re.compile("|".join(re.escape(opening) for openings in POLITE.values() for opening in openings))
 SUM = re.compile(r"(\d+) ([-+*]) (\d+)(?: = (\d+))?")
@@ -221,6 +221,43 @@ def test_every_sum_and_story_is_right(files, training_texts):
         assert a + b - c == int(answer), question
 
 
+BY_KIND = {
+    "story": lambda a, b, c: a + b - c,
+    "larger": lambda a, b, c: a + b - c,
+    "more": lambda a, b, c, d: a + b + c - d,
+    "two_step": lambda a, b, c: a * b - c,
+}
+
+
+def test_problems_to_try_are_right_and_those_asked_were_never_tried(files, training_texts):
+    def numbers(line):
+        return tuple(map(int, re.findall(r"\d+", line["question"])))
+
+    for line in files["rl_math"] + files["eval_rl"]:
+        assert list(line) == ["question", "answer", "kind", "lang"]
+        if line["kind"] == "units":
+            a, b = numbers(line)
+            assert line["answer"] == a * (100 if re.search("cm|厘米", line["question"]) else 60) + b
+        else:
+            assert line["answer"] == BY_KIND[line["kind"]](*numbers(line)), line
+        assert line["answer"] >= 0
+    kinds = [Counter(line["kind"] for line in files[name]) for name in ("rl_math", "eval_rl")]
+    assert [of_one["story"] for of_one in kinds] == [3000, 600]
+    assert all(len(set(of_one.values()) - {of_one["story"]}) == 1 and len(of_one) == 5 for of_one in kinds)
+    tried = {line["question"] for line in files["rl_math"]} | set(training_texts)
+    assert tried.isdisjoint(line["question"] for line in files["eval_rl"])
+
+    def story(a, b, c):
+        return frozenset((a, b)), c
+
+    shown = [tuple(map(int, re.findall(r"\d+", text))) for text in training_texts if not SUM.search(text)]
+    learned = {story(*found) for found in shown if len(found) == 3}
+    learned |= {story(*numbers(line)) for line in files["rl_math"] if line["kind"] == "story"}
+    assert learned.isdisjoint(story(*numbers(line)) for line in files["eval_rl"] if line["kind"] == "story")
+    thoughts = [answer for _, answer in questions_and_answers(files, "rl_cold_start") if "<think>" in answer]
+    assert len(thoughts) == 300
+
+
 def test_a_question_has_one_taught_answer(files):
     taught = defaultdict(set)
     names = ("sft_mini_512", "sft_1024", "lora_astronomy", "eval_sft")
@@ -281,7 +318,7 @@ def test_opposites_are_opposites_both_ways():
 
 
 def test_the_grammar_of_what_is_filled_in(files, training_texts):
-    asked = [line["question"] for name in EXAMS for line in files[name]]
+    asked = [line["question"] for name in (*EXAMS, "rl_math", "eval_rl") for line in files[name]]
     for text in (*training_texts, *asked):
         assert not re.search(r"\b[Aa] (?=[aeiou])|\b[Aa]n (?!hour|[aeiou])", text), text
         assert not re.search(r"\b1 (?:apple|book|coin|pen|stone|card)s", text), text

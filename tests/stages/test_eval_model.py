@@ -90,7 +90,8 @@ def test_a_seed_makes_sampling_repeatable(ask):
 
 
 @pytest.mark.parametrize(
-    ("mode", "maker"), [("0", "train_pretrain.py"), ("2", "train_dpo.py"), ("3", "train_distill_reason.py")]
+    ("mode", "maker"),
+    [("0", "train_pretrain.py"), ("2", "train_dpo.py"), ("4", "train_grpo.py"), ("5", "train_ppo.py")],
 )
 def test_missing_weights_name_the_script_that_makes_them(ask, tmp_path, mode, maker):
     line = one_error_line(ask("--out_dir", tmp_path, "--model_mode", mode, exit_code=2))
@@ -136,7 +137,7 @@ def test_a_transformers_folder(ask, talker, tiny_tokenizer, tmp_path):
         (("--top_p", "0"), "--top_p"),
         (("--repetition_penalty", "0"), "--repetition_penalty"),
         (("--max_new_tokens", "8192"), "8192"),
-        (("--model_mode", "4"), "--model_mode"),
+        (("--model_mode", "6"), "--model_mode"),
         (("--load", "2"), "--load"),
         (("--device", "cuda"), "--device cpu"),
         (("--prompt", "long " * 9000), " fit"),

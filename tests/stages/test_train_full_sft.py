@@ -33,3 +33,16 @@ def test_a_step_is_the_same_however_it_is_cut_up(sft, tmp_path):
         sft(out, *flags, "--batch_size", *how, processes=processes)
         assert losses(out, name) == pytest.approx(losses(tmp_path / "whole", name), abs=1e-5)
         assert distance(weights(out, name), weights(tmp_path / "whole", name)) < 1e-5
+
+
+def test_quantization_aware_training_learns_weights_that_int4_can_hold(sft, tmp_path):
+    """Its loss is that of the rounded weights, and its file holds exact ones under the usual names."""
+    sft(tmp_path / "exact", "--learning_rate", "1e-9", "--max_steps", "1")
+    sft(tmp_path / "aware", "--learning_rate", "1e-9", "--max_steps", "1", "--qat", "int4")
+    exact, aware = losses(tmp_path / "exact", "full_sft_32")[0], losses(tmp_path / "aware", "full_sft_32")[0]
+    assert exact != aware
+    assert aware == pytest.approx(exact, abs=0.05)
+    saved = weights(tmp_path / "aware", "full_sft_32")
+    assert distance(saved, weights(tmp_path / "exact", "full_sft_32")) < 1e-6
+    done = sft(tmp_path / "aware", "--max_steps", "2", "--resume", exit_code=2)
+    assert "qat" in done.stderr

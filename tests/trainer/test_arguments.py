@@ -12,23 +12,25 @@ import train_pretrain
 from model import MiniMindLM
 from model.generation import TextGeneration
 from model.inference.request import Request
-from trainer.arguments import (
-    SAMPLING,
+from trainer.argument_types import (
     BooleanFlag,
-    Parser,
-    add_sampling_arguments,
     byte_size,
-    check_training_arguments,
-    deepspeed_config,
     mix_part,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
     probability,
-    sampling_settings,
     seed,
     text,
+)
+from trainer.arguments import (
+    SAMPLING,
+    Parser,
+    add_sampling_arguments,
+    check_training_arguments,
+    deepspeed_config,
+    sampling_settings,
     training_parser,
 )
 from trainer.errors import UserError

@@ -482,7 +482,8 @@ MAY_CHANGE = {
     *("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype"),
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_path", "resume", "overwrite"),
     *("compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
-    *("dim", "n_layers", "use_moe", "tokenizer"),  # by the architecture and the tokenizer's hash
+    *("dim", "n_layers", "use_moe", "tokenizer"),  # by the architecture and the tokenizer's hash,
+    *("generation", "num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling"),  # and these, too
     *("data_path", "cache_limit"),  # the data by what it holds
     *("save_minutes", "keep_last", "keep_every", "save_best", "stop_after", "stall_timeout"),
 }

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from trainer.errors import UserError
-from trainer.files import check_hash, file_hash, left_by_a_kill, load_tensors, replacing, save_json, save_tensors
+from trainer.files import (
+    check_hash,
+    file_hash,
+    left_by_a_kill,
+    load_tensors,
+    make_folder,
+    replacing,
+    save_json,
+    save_tensors,
+)
 
 
 def test_what_is_written_replaces_what_was_there(tmp_path):
@@ -202,6 +211,20 @@ def test_content_is_on_the_disk_before_its_name_is_and_the_name_before_it_return
     with replacing(path) as temporary:
         temporary.write_text("12345")
     assert order == ["flush of 5 bytes", "rename to a.txt", "flush of the folder"]
+
+
+def test_new_folders_are_in_their_own_folders_after_a_power_loss(tmp_path, monkeypatch):
+    flushed, flush = [], os.fsync
+
+    def fsync(handle: int) -> None:
+        flushed.append(os.fstat(handle).st_ino)
+        flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    make_folder(tmp_path / "out" / "lora")
+    assert set(flushed) == {tmp_path.stat().st_ino, (tmp_path / "out").stat().st_ino}
+    make_folder(tmp_path / "out" / "lora")
+    assert len(flushed) == 2
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])

@@ -83,6 +83,16 @@ def test_the_group_outlives_the_model(run, monkeypatch):
     assert registered == [torch.distributed.destroy_process_group]
 
 
+def test_a_rank_that_is_done_waits_for_what_rank_0_still_writes(run, monkeypatch):
+    """Stopped, it ends with an error code, and torchrun kills the others half a minute later."""
+    waited = []
+    run.rank, run.world_size, run._preparation = 1, 2, "gloo's"
+    monkeypatch.setattr(torch.distributed, "barrier", lambda group: waited.append(group))
+    with pytest.raises(SystemExit):
+        run.finish(finished=False)
+    assert waited == ["gloo's"]
+
+
 @pytest.fixture
 def caught(run, handlers):
     """A runtime that catches signals, until the test ends."""

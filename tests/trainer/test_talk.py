@@ -10,7 +10,8 @@ import pytest
 from model.inference.request import Piece
 from scripts.chat_openai_api import lines
 from tests.running import ROOT
-from trainer.arguments import Parser, text
+from trainer.argument_types import text
+from trainer.arguments import Parser
 from trainer.errors import UserError
 from trainer.talk import piped_lines, questions, read_line, report_speed, room_for_prompt, show, stream_texts
 
@@ -132,3 +133,10 @@ def test_the_speed_of_two_pieces(monkeypatch, capsys):
 def test_what_is_shown_to_the_letter(reasoning, hide, shown, capsys):
     show(["<think>\na\n</think>\n", "<answer>\nb\n</answer>"], reasoning, hide)
     assert capsys.readouterr().out == shown
+
+
+def test_a_thought_that_the_prompt_has_begun_is_shown_as_one(capsys):
+    show(["12 + 30", "\n</think>\n", "\n42"], reasoning=True, hide_thinking=False, opened=True)
+    assert capsys.readouterr().out == "[thinking]\n12 + 30\n[answer]\n42\n"
+    show(["12 + 30\n</think>\n\n42"], reasoning=True, hide_thinking=True, opened=True)
+    assert capsys.readouterr().out == "42\n"

@@ -266,6 +266,7 @@ def test_every_stage_is_made_by_the_script_that_is_named():
     assert SCRIPT_OF_STAGE == {
         **{"pretrain": "train_pretrain.py", "full_sft": "train_full_sft.py", "rlhf": "train_dpo.py"},
         **{"full_dist": "train_distillation.py", "reason": "train_distill_reason.py"},
+        **{"grpo": "train_grpo.py", "ppo": "train_ppo.py", "reward": "train_reward.py"},
         **{"pretrain_vlm": "train_pretrain_vlm.py", "sft_vlm": "train_sft_vlm.py"},
         "sft_vlm_multi": "train_sft_vlm.py --multi",
     }
@@ -351,5 +352,5 @@ def test_the_fields_of_experts_are_told_of_a_mixture_alone():
     assert moe - dense == of_experts
     assert dense == {
         *("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta", "use_moe"),
-        *("bos_token_id", "eos_token_id"),
+        *("bos_token_id", "eos_token_id", "generation"),
     }

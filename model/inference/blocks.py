@@ -1,0 +1,75 @@
+"""A block's weights as the inference decoder takes them, of whichever generation the block is.
+
+The decoder rotates the pairs (2i, 2i + 1), as generation 2 does. Generation 3 turns (i, i + head_dim / 2), so the rows
+of each head of its q and k, and the weights of their norms, are put in the other order: a norm does not mind, and as
+queries and keys change alike, neither do their products.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.feed_forward import MoEFeedForward
+from model.minimind3 import MiniMind3Block, MiniMind3MoE
+from model.model import MiniMindBlock
+from model.model_lora import LoRALinear
+from model.norm import RMSNorm
+from model.weight_layouts import interleaved
+
+
+class Parts(NamedTuple):
+    """What a block computes with; an adapter is merged.
+
+    qkv: (rows, dim) each. qk_norm: (n_heads + n_kv_heads, head_dim), a row per head; None in generation 2.
+    router: (experts, dim), None in a dense block. experts: of each the two matrices into it, and the one out of it; a
+    shared one is the last.
+    """
+
+    attention_norm: RMSNorm
+    qkv: tuple[Tensor, Tensor, Tensor]
+    wo: Tensor
+    qk_norm: Tensor | None
+    ffn_norm: RMSNorm
+    router: Tensor | None
+    experts: list[tuple[tuple[Tensor, Tensor], Tensor]]
+
+
+def parts_of_block(block: MiniMindBlock | MiniMind3Block) -> Parts:
+    """The weights of a block."""
+    return _parts_of_3(block) if isinstance(block, MiniMind3Block) else _parts_of_2(block)
+
+
+def _parts_of_2(block: MiniMindBlock) -> Parts:
+    attention, feed_forward = block.attention, block.feed_forward
+    qkv = tuple(map(effective_weight, (attention.wq, attention.wk, attention.wv)))
+    router, experts = None, [feed_forward]
+    if isinstance(feed_forward, MoEFeedForward):
+        shared = feed_forward.shared_experts
+        router, experts = feed_forward.gate.weight, [*feed_forward.experts, *([] if shared is None else [shared])]
+    matrices = [((effective_weight(e.w1), effective_weight(e.w3)), effective_weight(e.w2)) for e in experts]
+    wo = effective_weight(attention.wo)
+    return Parts(block.attention_norm, qkv, wo, None, block.ffn_norm, router, matrices)
+
+
+def _parts_of_3(block: MiniMind3Block) -> Parts:
+    attention, mlp = block.self_attn, block.mlp
+    head_dim = attention.head_dim
+    q, k, v = map(effective_weight, (attention.q_proj, attention.k_proj, attention.v_proj))
+    heads = (q.size(0) // head_dim, k.size(0) // head_dim)
+    qkv = (interleaved(q, heads[0]), interleaved(k, heads[1]), v)
+    norms = [
+        interleaved(norm.weight.detach()[:, None], 1).T.expand(count, -1)
+        for norm, count in zip((attention.q_norm, attention.k_norm), heads, strict=True)
+    ]
+    router, experts = (mlp.gate.weight, [*mlp.experts]) if isinstance(mlp, MiniMind3MoE) else (None, [mlp])
+    matrices = [
+        ((effective_weight(e.gate_proj), effective_weight(e.up_proj)), effective_weight(e.down_proj)) for e in experts
+    ]
+    wo = effective_weight(attention.o_proj)
+    return Parts(block.input_layernorm, qkv, wo, torch.cat(norms), block.post_attention_layernorm, router, matrices)
+
+
+def effective_weight(linear: nn.Linear) -> Tensor:
+    """(out, in), with an adapter's update in it."""
+    return (linear.effective_weight() if isinstance(linear, LoRALinear) else linear.weight).detach()

@@ -1,0 +1,57 @@
+"""benchmarks/generations.py: both layouts are trained, a finished seed is not trained again, a stopped one goes on."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import generations
+from tests.conftest import write_jsonl
+
+
+@pytest.fixture
+def call(tmp_path, tokenizer_dir, monkeypatch, capsys):
+    monkeypatch.setattr(generations, "SIZES", {"26M": {"dim": 32, "n_layers": 1}})
+    lines = [{"text": f"The little robot counts {n} yellow birds above the sea."} for n in range(220)]
+    data = write_jsonl(tmp_path / "texts.jsonl", lines)
+    common = ("--minutes", "0.004", "--max_seq_len", "32", "--out_dir", str(tmp_path / "out"), "--device", "cpu")
+
+    def run(*flags: str) -> str:
+        named = ("--data_path", str(data), "--tokenizer", str(tokenizer_dir))
+        monkeypatch.setattr("sys.argv", ["generations.py", *named, *common, *flags])
+        generations.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_a_table_of_both_grows_seed_by_seed(call, tmp_path):
+    first = call()
+    assert [line.split()[0] for line in first.splitlines()[-2:]] == ["2", "3"]
+    assert "±" not in first
+    again = call()
+    assert "minutes on cpu" not in again, "nothing is trained twice"
+    assert again.splitlines()[-3:] == first.splitlines()[-3:]
+    both = call("--seed", "2")
+    assert [line.split()[3] for line in both.splitlines()[-2:]] == ["2", "2"]
+    assert both.count("±") == 2
+    (folder,) = (tmp_path / "out").iterdir()
+    results = [json.loads(path.read_text()) for path in folder.glob("generation_*.json")]
+    assert sorted((r["generation"], r["seed"]) for r in results) == [(2, 1), (2, 2), (3, 1), (3, 2)]
+    assert not list(folder.glob("*.state.pt"))
+
+
+def test_a_call_that_was_stopped_goes_on(call, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generations, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            call()
+    (state,) = (tmp_path / "out").glob("*/generation_2_seed_1.state.pt")
+    steps = torch.load(state, weights_only=True)["steps"]
+    said = call()
+    assert f"{steps} steps" in said
+    result = json.loads((state.parent / "generation_2_seed_1.json").read_text())
+    assert result["steps"] == steps, "its minutes were over"

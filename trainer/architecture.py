@@ -1,0 +1,136 @@
+"""What a model is: its configuration from flags, from a json, or from the shapes of its tensors."""
+
+import copy
+import inspect
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from model import GENERATIONS, LMConfig
+from model.minimind3 import OUR_FIELD, our_fields
+from model.rope_scaling import checked_scaling
+from model.tokenizer import special_ids
+from trainer.errors import UserError
+
+ARCHITECTURE = (
+    *("generation", "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta"),
+    *("use_moe", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob"),  # the last: of MoE
+)
+DELIMITERS = ("bos_token_id", "eos_token_id")  # that begin and end a text, as the tokenizer has them
+POSITIONS = ("max_seq_len", "rope_scaling", "trained_seq_len")  # promised, how they are stretched, learned
+UNTOLD = ("num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling")  # by tensors; flags name them
+SIZES = {*inspect.signature(LMConfig).parameters, *OUR_FIELD, "inference_rope_scaling"} - {"kwargs"}
+
+
+def architecture(config: LMConfig) -> dict:
+    """The fields that decide parameters and maths (the experts' only where there are any), and what ends a text."""
+    names = [name for name in ARCHITECTURE if config.use_moe or ("expert" not in name and name != "norm_topk_prob")]
+    return {name: getattr(config, name) for name in (*names, *DELIMITERS)}
+
+
+def positions(config: LMConfig) -> dict:
+    """For the json beside weights: the positions that the model takes, and those that it was trained on."""
+    return {name: getattr(config, name) for name in POSITIONS}
+
+
+def saved_config(settings: dict) -> LMConfig:
+    """The model that a json beside weights describes.
+
+    Raises:
+        KeyError, ValueError, TypeError: it describes none.
+    """
+    said = settings["config"]
+    known = (*ARCHITECTURE[1:], *DELIMITERS, *POSITIONS)
+    config_class, _ = GENERATIONS[said.get("generation", 2)]
+    return config_class(**{name: value for name, value in said.items() if name in known})
+
+
+def untold_sizes(args) -> dict:
+    """The flags of `add_untold_arguments` that were given, as fields of LMConfig."""
+    return {name: value for name in UNTOLD if (value := getattr(args, name, None))}
+
+
+def config_from_sizes(sizes: dict, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
+    """The configuration with these sizes and the tokenizer's vocabulary and special ids.
+
+    Args:
+        sizes: fields of LMConfig, or the same by MiniMind-3's names, and `generation` (default: 2).
+
+    Raises:
+        UserError: they do not fit together.
+    """
+    try:
+        sizes = _stretched(our_fields(sizes), sizes.get("trained_seq_len"))
+        config_class, _ = GENERATIONS[sizes.pop("generation", 2)]
+        return config_class(**{"vocab_size": len(tokenizer)} | sizes | special_ids(tokenizer))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def changed_config(config: LMConfig, sizes: dict) -> LMConfig:
+    """A copy with other sizes, under either's names.
+
+    Raises:
+        UserError: a scaling of the positions that there is not.
+    """
+    config = copy.deepcopy(config)
+    try:
+        sizes = _stretched(our_fields(sizes), config.trained_seq_len)
+        if "rope_scaling" in sizes:
+            sizes["rope_scaling"] = checked_scaling(sizes["rope_scaling"])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    config.update({name: value for name, value in sizes.items() if name != "generation"})
+    return config
+
+
+def _stretched(sizes: dict, trained: int | None) -> dict:
+    """The sizes with a scaling that stretches the trained length, where it does not say which length."""
+    scaling = sizes.get("rope_scaling")
+    if scaling and trained and scaling.get("original_max_position_embeddings") is None:
+        scaling = scaling | {"original_max_position_embeddings": trained}
+    return sizes | ({"rope_scaling": scaling} if scaling else {})
+
+
+def infer_sizes(state: dict[str, Tensor]) -> dict:
+    """The architecture that the tensors of a state dict imply, as keyword arguments of LMConfig; with `generation` 3
+    of MiniMind3Config, and then the heads, too."""
+    third = any(key.startswith("model.layers.") for key in state)
+    if third:
+        state = {_name_of_2(key): value for key, value in state.items()}
+    layers = {key.split(".")[1] for key in state if key.startswith("layers.")}
+    experts = {key.split(".")[4] for key in state if ".feed_forward.experts." in key}
+    shape = {"n_layers": len(layers), "use_moe": bool(experts)}
+    if experts:
+        shape["n_routed_experts"] = len(experts)
+        shape["n_shared_experts"] = any(".shared_experts." in key for key in state)
+    embedding = state.get("tok_embeddings.weight")
+    if embedding is not None and embedding.dim() == 2:
+        shape |= {"vocab_size": embedding.size(0), "dim": embedding.size(1)}
+    w1 = next((value for key, value in state.items() if key.endswith(".w1.weight")), None)
+    if w1 is not None:
+        shape["hidden_dim"] = w1.size(0)
+    if third:
+        shape |= {"generation": 3} | _heads(state)
+    return shape
+
+
+def _name_of_2(name: str) -> str:
+    """A parameter's name of generation 3, as far as its sizes are told by it, as in generation 2."""
+    for theirs, ours in (
+        *(("model.", ""), ("embed_tokens", "tok_embeddings"), ("mlp", "feed_forward"), ("gate_proj", "w1")),
+        *(("self_attn", "attention"), ("q_proj", "wq"), ("k_proj", "wk")),
+    ):
+        name = name.replace(theirs, ours, 1)
+    return name
+
+
+def _heads(state: dict[str, Tensor]) -> dict:
+    """How many heads queries and keys have: their norm is as wide as one."""
+    sides = {"n_heads": ("wq", "q_norm"), "n_kv_heads": ("wk", "k_norm")}
+    found = {}
+    for size, names in sides.items():
+        matrix, norm = (state.get(f"layers.0.attention.{name}.weight") for name in names)
+        if matrix is not None and norm is not None and matrix.dim() == 2 and norm.numel():
+            found[size] = matrix.size(0) // norm.numel()
+    return found

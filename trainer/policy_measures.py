@@ -1,0 +1,63 @@
+"""What a policy finds probable, laid out answer by answer, and what is reported of a step of learning by trying."""
+
+import torch
+from torch import Tensor, nn
+
+from model.loss import target_mask
+from trainer.preference import token_log_probs
+from trainer.runtime import Runtime, Totals
+
+LEARNING_METRICS = ("loss", "kl", "entropy", "clipped")
+
+
+def spread(values: Tensor, mask: Tensor) -> Tensor:
+    """One value per target token, (target tokens,), at its place: mask (answers, n) bool -> (answers, n), 0 outside."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+@torch.no_grad()
+def reference_log_probs(
+    frozen: nn.Module, batch: dict[str, Tensor], labels: Tensor, mask: Tensor, temperature: float
+) -> Tensor:
+    """log p of each answer's tokens under the model that training began with, (answers, n), 0 outside the mask."""
+    logits = frozen(**batch, logits_to_keep=target_mask(labels)).logits
+    return spread(token_log_probs(logits / temperature, labels), mask)
+
+
+@torch.no_grad()
+def token_entropies(logits: Tensor) -> Tensor:
+    """The entropy of each prediction in nats: logits (tokens, vocab) -> (tokens,) fp32."""
+    log_probs = logits.float().log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def step_values(
+    learned: Tensor, written: dict[str, float], totals: Totals, updates: int, seconds: float, run: Runtime
+) -> dict[str, float]:
+    """What to report of a step, over all ranks, which must all call it.
+
+    Args:
+        learned: LEARNING_METRICS summed over this rank's tokens and all updates; the loss is a share already.
+        written: sums over this rank's answers, see `Rollouts.write`.
+        seconds: that the learning took.
+
+    Returns:
+        loss, reward and reward_NAME (means over answers), kl, entropy, clipped (over tokens), length (tokens an
+        answer), finished (share of answers that ended by themselves), no_signal (share of groups whose answers all got
+        the same), resampled (groups replaced), writing_seconds and learning_seconds (of the slowest rank).
+    """
+    names = list(written)
+    sums = dict(zip((*LEARNING_METRICS, *names), run.sums(*learned.tolist(), *written.values()), strict=True))
+    slowest = [max(times) for times in zip(*run.gather((written["writing_seconds"], seconds)), strict=True)]
+    answers, groups = max(1.0, sums.pop("answers")), max(1.0, sums.pop("groups"))
+    values = {"loss": sums.pop("loss") / updates}
+    for name, value in sums.items():
+        if name in LEARNING_METRICS:
+            values[name] = value / updates / max(1.0, totals.target_tokens)
+        elif name == "no_signal":
+            values[name] = value / groups
+        elif name == "resampled":
+            values[name] = value
+        elif name != "writing_seconds":
+            values[name] = value / answers
+    return values | {"writing_seconds": round(slowest[0], 3), "learning_seconds": round(slowest[1], 3)}

@@ -1,0 +1,172 @@
+"""What an answer is worth: small rules, picked by name and weighed, or a function of the user's own.
+
+    --rewards format:0.2 accuracy:1 my_rewards:politeness:0.5
+
+A rule takes a `Reply` and returns a number. DeepSeek-R1 (arXiv:2501.12948, section 2.2) was trained by the first two,
+and by the share of the thought that is in the question's language.
+"""
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from model.reasoning import TAGS, is_well_formed
+from trainer.answer_check import is_right_answer
+from trainer.errors import UserError
+
+WHOLE = re.compile(r"\s*<think>(?P<thought>.*?)</think>\s*<answer>(?P<answer>.*?)</answer>\s*", re.DOTALL)
+CHINESE = re.compile("[\u3400-\u9fff]")
+LATIN = re.compile("[A-Za-z]")
+NGRAM = 4  # tokens; a repetition is one of these that occurred before
+
+
+class Reply(NamedTuple):
+    """An answer to be judged.
+
+    question: the chat it answers, a list of {"role", "content"}, the last one the user's.
+    text: what the model wrote, tags included.
+    expected: the right answer, of the data.
+    tokens: the ids it is made of, without the one that ended it.
+    finished: whether it ended by itself, and not at the length limit.
+    limit: most tokens it may have.
+    """
+
+    question: Sequence[dict]
+    text: str
+    expected: str
+    tokens: Sequence[int]
+    finished: bool
+    limit: int
+
+
+Reward = Callable[[Reply], float]
+
+
+def split_strictly(text: str) -> tuple[str, str] | None:
+    """Thought and answer of a text that has one of each, in this order, each tag once and nothing outside them; a text
+    without any tag is an answer without a thought. None for anything else, which could hide a second answer."""
+    if not any(tag in text for tag in TAGS):
+        return "", text
+    found = WHOLE.fullmatch(text)
+    if found is None or any(text.count(tag) != 1 for tag in TAGS):
+        return None
+    return found["thought"].strip(), found["answer"]
+
+
+def format_reward(reply: Reply) -> float:
+    """1 for exactly the form of model/reasoning.py, with something in the thought, and ended; else 0."""
+    parts = split_strictly(reply.text)
+    return float(reply.finished and is_well_formed(reply.text) and parts is not None and bool(parts[0]))
+
+
+def accuracy_reward(reply: Reply) -> float:
+    """1 where the answer is the expected one, by `is_right_answer`; else 0.
+
+    Only what stands between the answer tags counts, once, so that neither several answers, nor one in the thought, nor
+    tags twice get anything; tags around an empty thought do not either.
+    """
+    parts = split_strictly(reply.text)
+    if parts is None or not reply.finished or (not parts[0] and TAGS[0] in reply.text):
+        return 0.0
+    return float(is_right_answer(parts[1], reply.expected))
+
+
+def length_reward(reply: Reply) -> float:
+    """0 up to three quarters of the length limit, from there down to -1 at the limit: the soft punishment of overlong
+    answers in DAPO (Yu et al. 2025, arXiv:2503.14476, equation 13); an answer that was cut off gets -1."""
+    if not reply.finished:
+        return -1.0
+    buffer = max(1.0, reply.limit / 4)
+    return -min(1.0, max(0.0, (len(reply.tokens) - (reply.limit - buffer)) / buffer))
+
+
+def repetition_reward(reply: Reply) -> float:
+    """Minus the share of n-grams of tokens that occurred before: 0 without repetition, near -1 in a loop."""
+    ngrams = [tuple(reply.tokens[i : i + NGRAM]) for i in range(len(reply.tokens) - NGRAM + 1)]
+    return len(set(ngrams)) / len(ngrams) - 1 if ngrams else 0.0
+
+
+def language_reward(reply: Reply) -> float:
+    """The share of the letters that are in the question's language, Chinese or Latin script; 1 without any letters."""
+    question = reply.question[-1]["content"]
+    text = re.sub("|".join(TAGS), "", reply.text)
+    chinese, latin = len(CHINESE.findall(text)), len(LATIN.findall(text))
+    if chinese + latin == 0:
+        return 1.0
+    return (chinese if CHINESE.search(question) else latin) / (chinese + latin)
+
+
+REWARDS: dict[str, Reward] = {
+    "format": format_reward,
+    "accuracy": accuracy_reward,
+    "length": length_reward,
+    "repetition": repetition_reward,
+    "language": language_reward,
+}
+
+
+class WeighedReward(NamedTuple):
+    """A rule with its name, as metrics show it, and its weight in the sum."""
+
+    name: str
+    weight: float
+    rule: Reward
+
+
+def read_rewards(parts: Sequence[str]) -> list[WeighedReward]:
+    """What --rewards names: `name:weight`, `module:function:weight` or either without a weight, which is then 1.
+
+    Raises:
+        UserError: there is no such rule, module or function; a weight that is not a number; a rule named twice.
+    """
+    rewards = []
+    for part in parts:
+        name, weight = _name_and_weight(part)
+        rule = REWARDS.get(name) or _own_rule(name)
+        rewards.append(WeighedReward(name.rpartition(":")[2], weight, rule))
+    names = [reward.name for reward in rewards]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"--rewards names {twice} twice: give its weight once")
+    return rewards
+
+
+def _name_and_weight(part: str) -> tuple[str, float]:
+    name, _, last = part.rpartition(":")
+    try:
+        weight = float(last)
+    except ValueError:
+        return part, 1.0
+    if not name or not math.isfinite(weight):
+        raise UserError(f"--rewards {part}: give NAME:WEIGHT, such as accuracy:1")
+    return name, weight
+
+
+def _own_rule(name: str) -> Reward:
+    module, _, function = name.rpartition(":")
+    if not module:
+        known = ", ".join(REWARDS)
+        raise UserError(f"--rewards {name}: there is {known}; a rule of your own is MODULE:FUNCTION:WEIGHT")
+    try:
+        rule = getattr(importlib.import_module(module), function, None)
+    except ImportError as error:
+        raise UserError(f"--rewards {name}: {module} cannot be imported ({error}); is it beside the script?") from error
+    if not callable(rule):
+        raise UserError(f"--rewards {name}: {module} has no function {function}")
+    return rule
+
+
+def judge(reply: Reply, rewards: Sequence[WeighedReward]) -> list[float]:
+    """What each rule gives, not yet weighed.
+
+    Raises:
+        UserError: a rule gives something that is not a finite number.
+    """
+    values = []
+    for name, _, rule in rewards:
+        value = rule(reply)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"the reward {name} gave {value!r:.40} for {reply.text[:60]!r}: it must be a finite number")
+        values.append(float(value))
+    return values
