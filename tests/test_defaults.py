@@ -38,7 +38,7 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
     return TRAINING | first | {"warmup_iters": warmup_iters} | own
 
 
-STREAM = {"stream": False, "stream_buffer": 8 << 20}
+STREAM = {"stream": False, "stream_buffer": 8 << 20, "fsdp": False}
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
@@ -208,7 +208,8 @@ DEFAULTS |= {
     "benchmarks.training_memory": {
         **{"dim": 512, "n_layers": 8, "use_moe": False, "batch_size": 8, "max_seq_len": 512, "dtype": "bfloat16"},
         **{"optimizer": "adamw", "deepspeed": None, "zero_stage": 2, "rounds": 5, "device": None},
-        **{"seed": 42, "grad_clip": 1.0, "learning_rate": 1e-4},
+        **{"seed": 42, "grad_clip": 1.0, "learning_rate": 1e-4, "fsdp": False},
+        **{"stop_after": 0, "save_minutes": 0, "stall_timeout": 0},
     },
     "benchmarks.stream_start": {"size": 20_000_000_000, "rounds": 3, "num_workers": 0, "folder": None},
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},

@@ -294,6 +294,13 @@ def add_mix_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fsdp_argument(parser: argparse.ArgumentParser) -> None:
+    """--fsdp, of a stage that PyTorch's FSDP2 can share out."""
+    parser.add_argument(
+        "--fsdp", action=BooleanFlag, help="share weights, gradients and optimizer out by PyTorch's FSDP2"
+    )
+
+
 def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     """--stream, of a stage that can read its data while it trains."""
     parser.add_argument(
@@ -348,6 +355,13 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     check_untold_arguments(args)
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
+    if getattr(args, "fsdp", False):
+        if args.deepspeed:
+            raise UserError("--fsdp and --deepspeed both share the model out: choose one")
+        if getattr(args, "qat", None):
+            raise UserError("--qat rounds whole matrices, which --fsdp shards: leave out --fsdp")
+        if args.optimizer == "muon":
+            raise UserError("--optimizer muon needs whole matrices, which --fsdp shards: use --optimizer adamw")
 
 
 def check_untold_arguments(args: argparse.Namespace) -> None:

@@ -63,6 +63,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     deepspeed_config: dict | None = None
+    fsdp_clip: float | None = None  # with --fsdp, whose engine clips the gradient: at this norm
     engine: str = "eager"  # what `wrap_model` made of the model, for people to read
     _signals: Signals = field(default_factory=Signals)
     _clock: Clock = field(default_factory=Clock)
@@ -207,6 +208,10 @@ def start_runtime(args) -> Runtime:
             raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node N, or deepspeed --num_gpus N")
         config = deepspeed_config(args)
     runtime = Runtime(device, DTYPES[args.dtype or default_dtype(device)], place.rank, place.world_size, config)
+    if getattr(args, "fsdp", False):
+        if place.world_size == 1:
+            raise UserError("--fsdp shares a model out among processes: torchrun --nproc_per_node N starts them")
+        runtime.fsdp_clip = args.grad_clip
     if place.launched:
         _meet(backend_of(device))
     if place.world_size > 1:
