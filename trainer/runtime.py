@@ -137,8 +137,9 @@ class Runtime:
         rank 0 has written what it had to."""
         if self._watchdog is not None:
             self._watchdog.stop()
-        if self._preparation is not None:  # a rank that ends with an error code has torchrun kill the others soon
-            dist.barrier(group=self._preparation)
+        # They meet here: a rank that ends with an error code has torchrun kill the others soon. That SIGTERM nobody asked
+        # for, so the code is of a signal that has come to any rank by now.
+        came = [first for first in self.gather(self._signals.first) if first is not None]
         if dist.is_initialized():
             # Once the model is gone. Were DDP's reducer the last to hold a group, it would wait for gloo's threads and
             # keep the GIL meanwhile, for which one of them may be waiting: a run that never ends.
@@ -146,7 +147,7 @@ class Runtime:
         if self._fault is not None:
             raise self._fault
         if not finished:
-            sys.exit(128 + self._signals.first if self._signalled else EXIT_TIME_IS_UP)
+            sys.exit(128 + came[0] if came and self._signalled else EXIT_TIME_IS_UP)
 
     def gather(self, value) -> list:
         """What each rank has, in their order; all ranks must call it, with anything that can be pickled."""
