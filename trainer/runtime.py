@@ -137,7 +137,7 @@ class Runtime:
         rank 0 has written what it had to."""
         if self._watchdog is not None:
             self._watchdog.stop()
-        # They meet here: a rank that ends with an error code has torchrun kill the others soon. That SIGTERM nobody asked
+        # They meet here: once a rank has ended with an error code, torchrun kills the others. That SIGTERM nobody asked
         # for, so the code is of a signal that has come to any rank by now.
         came = [first for first in self.gather(self._signals.first) if first is not None]
         if dist.is_initialized():
