@@ -99,6 +99,11 @@ class Runtime:
             dist.all_reduce(tensor)
         return tensor.tolist()
 
+    @property
+    def sharded(self) -> bool:
+        """Whether DeepSpeed or FSDP2 shares the model and its optimizer out; a step is then their engine's."""
+        return self.deepspeed_config is not None or self.fsdp_clip is not None
+
     def totals(self, batches: list[dict[str, Tensor]]) -> Totals:
         """Count a step's micro-batches over all ranks, so that each token of it weighs the same wherever it lies."""
         target_tokens = sum(int(target_mask(batch["labels"]).sum()) for batch in batches)
