@@ -120,7 +120,7 @@ def add_engine_arguments(parser, dtype: str | None = None) -> None:
         "--deterministic",
         action=BooleanFlag,
         help="one kernel for any number of concurrent answers, not the fastest for each: "
-        "an answer does not depend on its company",
+        "an answer does not depend on the others",
     )
     parser.add_argument(
         "--compile",

@@ -135,7 +135,6 @@ def open_engine(
             model,
             tokenizer,
             slots,
-            None,
             dtype=DTYPES.get(args.dtype, args.dtype),
             deterministic=args.deterministic,
             compile=compile,
