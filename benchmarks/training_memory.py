@@ -149,7 +149,7 @@ def main():
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows")
     parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens of a row")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--optimizer", choices=("adamw", "muon", "adamw8bit"), default="adamw")
     parser.add_argument("--deepspeed", nargs="?", const=True, default=None, metavar="JSON")
     parser.add_argument("--zero_stage", type=int, choices=(1, 2, 3), default=2)
     parser.add_argument("--rounds", type=positive_int, default=5)

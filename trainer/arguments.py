@@ -193,7 +193,12 @@ def training_parser(description: str, **defaults) -> Parser:
         "--accumulation_steps", type=positive_int, default=1, help="gradient accumulation: batches per optimizer step"
     )
     training.add_argument("--learning_rate", type=positive_float, help="peak learning rate")
-    training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for hidden matrices")
+    training.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon", "adamw8bit"),
+        default="adamw",
+        help="muon: for hidden matrices; adamw8bit: state in a quarter of the memory",
+    )
     training.add_argument("--warmup_iters", type=non_negative_int, default=0, help="linear warm-up steps")
     training.add_argument("--grad_clip", type=positive_float, default=1.0, help="maximum gradient norm")
     training.add_argument("--seed", type=seed, default=42)
@@ -335,6 +340,8 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     check_untold_arguments(args)
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
+    if args.deepspeed and args.optimizer == "adamw8bit":
+        raise UserError("--optimizer adamw8bit is not one that DeepSpeed's ZeRO can shard: use --optimizer adamw")
 
 
 def check_untold_arguments(args: argparse.Namespace) -> None:
