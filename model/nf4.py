@@ -80,7 +80,7 @@ class NF4Weight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix (out, in) that the codes stand for."""
-        return dequantize(*self.buffers(), self.shape, dtype)
+        return dequantize(self.codes, self.scales, self.outer, self.mean, self.shape, dtype)
 
 
 def dequantize(
@@ -130,7 +130,8 @@ class NF4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        return NF4Product.apply(x, *self.frozen.buffers(), self.frozen.shape)
+        one = self.frozen
+        return NF4Product.apply(x, one.codes, one.scales, one.outer, one.mean, one.shape)
 
 
 class NF4LoRALinear(NF4Linear, LoRALinear):
