@@ -205,6 +205,7 @@ DEFAULTS |= {
         **{"dim": 512, "n_layers": 8, "use_moe": False, "batch_size": 8, "max_seq_len": 512, "dtype": "bfloat16"},
         **{"optimizer": "adamw", "adapter": None, "deepspeed": None, "zero_stage": 2, "rounds": 5, "device": None},
         **{"seed": 42, "grad_clip": 1.0, "learning_rate": 1e-4},
+        **{"stop_after": 0, "save_minutes": 0, "stall_timeout": 0},
     },
     "benchmarks.stream_start": {"size": 20_000_000_000, "rounds": 3, "num_workers": 0, "folder": None},
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
