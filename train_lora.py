@@ -17,6 +17,7 @@ import torch
 from dataset import SFTDataset
 from model.loss import next_token_loss, target_mask
 from model.model_lora import apply_lora, base_hash, is_lora
+from model.nf4 import describe_nf4, quantize_nf4
 from trainer.argument_types import positive_int
 from trainer.arguments import ROOT, add_mix_argument, check_training_arguments, training_parser
 from trainer.checkpoint import Checkpoint
@@ -51,6 +52,7 @@ def get_args():
         metavar="wq,wk,wv,wo,w1,w2,w3",
         help="Linears to adapt, also in experts (default: all square ones: wq and wo; generation 3: q_proj and o_proj)",
     )
+    lora.add_argument("--quantize", choices=("nf4",), help="QLoRA: freeze the blocks' weights in 4 bits while training")
     return parser.parse_args()
 
 
@@ -72,8 +74,11 @@ def main():
     facts = {"base": base.name, "base_hash": base_hash(model)}
     try:
         rank, alpha, targets = apply_lora(model, args.rank, args.alpha, args.target_modules)
+        if args.quantize:
+            quantize_nf4(model)
+            run.print(describe_nf4(model))
     except ValueError as error:
-        raise UserError(f"--rank, --alpha, --target_modules: {error}") from None
+        raise UserError(f"--rank, --alpha, --target_modules, --quantize: {error}") from None
     model.to(run.device)  # now: the adapter begins with the same numbers on every device
     facts |= {"rank": rank, "alpha": alpha, "targets": list(targets)}
     checkpoint = Checkpoint(args, f"lora/{args.lora_name}", config, tokenizer, run, keep=is_lora, **facts)

@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_map_only
 
 from model import LMConfig, MiniMindLM
 from model.loss import next_token_loss, target_mask
+from model.model_lora import apply_lora
+from model.nf4 import quantize_nf4
 from scripts.planning.estimates import Work, peak_bytes
 from scripts.planning.memory import ALONE, DDP, ENGINES, FSDP2, Engine, saved_bytes, state_bytes, working_bytes
 from trainer.argument_types import BooleanFlag, positive_int
@@ -112,6 +114,10 @@ def measure(args, run: Runtime, config: LMConfig, checkpointing: bool) -> dict[s
     ids = torch.randint(0, config.vocab_size, (args.batch_size, args.max_seq_len), device=run.device)
     with counting(run.device) as live:
         model = MiniMindLM(config).to(run.device).train()
+        if args.adapter:
+            apply_lora(model)
+        if args.adapter == "qlora":
+            quantize_nf4(model)
         model.gradient_checkpointing = checkpointing
         scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
         model, optimizer, scaler = wrap_model(model, make_optimizer(model, args), scaler, run, compile_blocks=False)
@@ -152,7 +158,8 @@ def main():
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows")
     parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens of a row")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    parser.add_argument("--optimizer", choices=("adamw", "muon", "adamw8bit"), default="adamw")
+    parser.add_argument("--adapter", choices=("lora", "qlora"), help="train an adapter of rank 16; without formulas")
     parser.add_argument("--deepspeed", nargs="?", const=True, default=None, metavar="JSON")
     parser.add_argument("--zero_stage", type=int, choices=(1, 2, 3), default=2)
     add_fsdp_argument(parser)
@@ -170,6 +177,12 @@ def main():
     rows = f"{args.batch_size} rows of {args.max_seq_len}, {run.dtype_name}, {run.device.type}"
     run.print(f"{run.engine}, {run.world_size} processes, {rows}; formula in brackets")
     for kind, one in found.items():
+        if args.adapter:
+            run.print(
+                f"{args.adapter}, {'with' if kind else 'without'} checkpointing: held {one['held'] / 1e6:,.1f} MB, "
+                f"peak {one['peak'] / 1e6:,.1f} MB"
+            )
+            continue
         held = state.total - (0 if engine.splits_gradients else state.gradients)
         saved = saved_bytes(config, args.batch_size, args.max_seq_len, half, kind, fused_norm=fused)
         work = Work(args.max_seq_len, args.batch_size, 1, kind, half)

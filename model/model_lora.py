@@ -118,7 +118,7 @@ def apply_lora(
         raise ValueError(f"a LoRA needs a rank of at least 1 and an alpha above 0, not {rank} and {alpha}")
     if lora_layers(model):
         raise ValueError("the model already has a LoRA adapter: remove it with remove_lora first")
-    linears = _linears(model, settings.targets)
+    linears = block_linears(model, settings.targets)
     model.requires_grad_(False)
     for name, layer in linears.items():
         model.set_submodule(name, LoRALinear(layer, rank, settings.alpha))
@@ -127,11 +127,11 @@ def apply_lora(
 
 def square_projections(model: nn.Module) -> tuple[str, ...]:
     """Names of the square Linears in the model's blocks."""
-    linears = _linears(model).items()
+    linears = block_linears(model).items()
     return tuple(dict.fromkeys(_last(name) for name, layer in linears if layer.in_features == layer.out_features))
 
 
-def _linears(model: nn.Module, targets: Iterable[str] | None = None) -> dict[str, nn.Linear]:
+def block_linears(model: nn.Module, targets: Iterable[str] | None = None) -> dict[str, nn.Linear]:
     """The Linears of the model's blocks by their full name, all or those whose last name is one of `targets`.
 
     Raises:
@@ -293,7 +293,7 @@ def attach_lora(model: nn.Module, state: Mapping[str, Tensor], about: Mapping) -
         raise ValueError(f"this is not a LoRA adapter: it has {strange[0] if strange else 'no tensors'}")
     key, first = next(iter(state.items()))
     rank = first.size(0) if key.endswith("A.weight") else first.size(1)
-    linears = _linears(model, sorted({_last(key.rpartition(".lora.")[0]) for key in state}))
+    linears = block_linears(model, sorted({_last(key.rpartition(".lora.")[0]) for key in state}))
     found = LoRASettings(rank, about.get("alpha", rank), tuple(dict.fromkeys(map(_last, linears))))
 
     has = {key: tuple(value.shape) for key, value in state.items()}

@@ -36,7 +36,7 @@ def get_args():
     run.add_argument("--step_tokens", type=positive_int, default=32768, help="tokens of an optimizer step, in all")
     run.add_argument("--tokens", type=positive_int, help="tokens of the run (default: 20 a parameter)")
     run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of autocast")
-    run.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
+    run.add_argument("--optimizer", choices=("adamw", "muon", "adamw8bit"), default="adamw")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--gpus", type=positive_int, default=1, help="how many, in all")
     machine.add_argument("--gpu", choices=GPU_NAMES, default="a100", help="which one")

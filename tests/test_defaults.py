@@ -52,7 +52,7 @@ DEFAULTS = {
     "train_lora": stage(
         *("lora_identity", 16, 1e-3, 10),
         **{"epochs": 10, "from_weight": "full_sft", "mix": None, "lora_name": "identity"},
-        **{"rank": 16, "alpha": None, "target_modules": None},
+        **{"rank": 16, "alpha": None, "target_modules": None, "quantize": None},
     ),
     "train_distillation": stage(
         *("sft_1024", 16, 3e-4, 20),
@@ -207,7 +207,7 @@ DEFAULTS |= {
     },
     "benchmarks.training_memory": {
         **{"dim": 512, "n_layers": 8, "use_moe": False, "batch_size": 8, "max_seq_len": 512, "dtype": "bfloat16"},
-        **{"optimizer": "adamw", "deepspeed": None, "zero_stage": 2, "rounds": 5, "device": None},
+        **{"optimizer": "adamw", "adapter": None, "deepspeed": None, "zero_stage": 2, "rounds": 5, "device": None},
         **{"seed": 42, "grad_clip": 1.0, "learning_rate": 1e-4, "fsdp": False},
         **{"stop_after": 0, "save_minutes": 0, "stall_timeout": 0},
     },
@@ -368,11 +368,12 @@ def test_the_least_that_a_flag_takes(line, flag, least, monkeypatch):
 CHOICES = {
     "train_full_sft": {
         "dtype": ["float32", "bfloat16", "float16"],
-        "optimizer": ["adamw", "muon"],
+        "optimizer": ["adamw", "muon", "adamw8bit"],
         "zero_stage": [0, 1, 2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
         "qat": ["int8", "int4"],
     },
+    "train_lora": {"quantize": ["nf4"]},
     "train_grpo": {"loss": ["grpo", "dr_grpo", "dapo", "gspo", "cispo"]},
     "eval_model": {"model_mode": [0, 1, 2, 3, 4, 5], "load": [0, 1], "dtype": ["float32", "bfloat16", "int8", "int4"]},
     "eval_vlm": {"model_mode": [0, 1, 2], "load": [0, 1]},
@@ -383,7 +384,7 @@ CHOICES = {
     },
     "scripts.plan": {
         "dtype": ["float32", "bfloat16", "float16"],
-        "optimizer": ["adamw", "muon"],
+        "optimizer": ["adamw", "muon", "adamw8bit"],
         "gpu": ["rtx3090", "rtx4090", "l40s", "a100", "h100", "h200", "b200"],
     },
     "scripts.inspect_data FILE": {"stage": ["pretrain", "sft", "lora", "distill", "reason", "dpo", "vlm"]},

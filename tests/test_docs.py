@@ -27,6 +27,7 @@ PAGES = (
         "docs/results",
         "docs/serving",
         "docs/quantization",
+        "docs/memory",
     ),
     *("docs/scaling", "docs/windows"),
     *("docs/benchmarks", "docs/formats", "docs/generations", "docs/coming_from_minimind2", "docs/troubleshooting"),

@@ -206,7 +206,12 @@ def training_parser(description: str, **defaults) -> Parser:
         "--accumulation_steps", type=positive_int, default=1, help="gradient accumulation: batches per optimizer step"
     )
     training.add_argument("--learning_rate", type=positive_float, help="peak learning rate")
-    training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for hidden matrices")
+    training.add_argument(
+        "--optimizer",
+        choices=("adamw", "muon", "adamw8bit"),
+        default="adamw",
+        help="muon: for hidden matrices; adamw8bit: 8-bit state",
+    )
     training.add_argument("--warmup_iters", type=non_negative_int, default=0, help="linear warm-up steps")
     training.add_argument("--grad_clip", type=positive_float, default=1.0, help="maximum gradient norm")
     training.add_argument("--seed", type=seed, default=42)
@@ -353,15 +358,14 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if getattr(args, "stream", False):
         check_stream(args)
     check_untold_arguments(args)
-    if args.deepspeed and args.optimizer == "muon":
-        raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
-    if getattr(args, "fsdp", False):
+    if fsdp := getattr(args, "fsdp", False):
         if args.deepspeed:
             raise UserError("--fsdp and --deepspeed both share the model out: choose one")
         if getattr(args, "qat", None):
             raise UserError("--qat rounds whole matrices, which --fsdp shards: leave out --fsdp")
-        if args.optimizer == "muon":
-            raise UserError("--optimizer muon needs whole matrices, which --fsdp shards: use --optimizer adamw")
+    if (fsdp or args.deepspeed) and args.optimizer != "adamw":
+        by = f"which {'--fsdp' if fsdp else 'DeepSpeed'} shards: use --optimizer adamw"
+        raise UserError(f"--optimizer {args.optimizer} needs whole matrices, {by}")
 
 
 def check_untold_arguments(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import re
 import torch
 from torch import nn
 
+from trainer.adamw8bit import AdamW8bit
 from trainer.muon import Muon
 
 
@@ -57,7 +58,8 @@ def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
     """The optimizer of all trainable parameters, as --optimizer and --learning_rate say.
 
     AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, decays matrices only. --optimizer muon hands the
-    matrices between embedding and output to Muon, whose update is scaled so that one learning rate serves both.
+    matrices between embedding and output to Muon, whose update is scaled so that one learning rate serves both;
+    adamw8bit is AdamW with its moments in 8 bits.
     """
     muon = args.optimizer == "muon"
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -74,7 +76,9 @@ def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
     optimizers = []
     if muon and hidden:
         optimizers.append(Muon(hidden, args.learning_rate, weight_decay=weight_decay))
-    if groups:
+    if groups and args.optimizer == "adamw8bit":
+        optimizers.append(AdamW8bit(groups, args.learning_rate))
+    elif groups:
         optimizers.append(torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True))
     return optimizers[0] if len(optimizers) == 1 else OptimizerPair(*optimizers)
 

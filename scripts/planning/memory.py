@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from model import LMConfig
 from scripts.planning.sizes import count_parameters, count_tensors
+from trainer.adamw8bit import BLOCK, SMALLEST
 
 FP32 = 4  # bytes
 BUCKET = 500_000_000  # numbers in the buffer through which DeepSpeed's ZeRO 1 and 2 reduce gradients, by default
@@ -37,7 +38,7 @@ class State(NamedTuple):
 
     weights, gradients: fp32, 4 bytes a parameter.
     optimizer: AdamW's two moments, 8 bytes a parameter, or Muon's one of the matrices between embedding and output, and
-        a step count of 4 bytes for each of AdamW's tensors.
+        a step count of 4 bytes for each of AdamW's tensors. AdamW in 8 bits: see `moments_in_8_bits`.
     copies: what the engine holds once more. DDP: the gradients, in the buckets that it sends (PyTorch's
         DistributedDataParallel, `gradient_as_bucket_view`). ZeRO: its share of the weights, which the optimizer steps,
         and up to stage 2 a buffer of `reduce_bucket_size` numbers (DeepSpeed's configuration, zero_optimization).
@@ -66,6 +67,8 @@ def state_bytes(config: LMConfig, engine: Engine = ALONE, processes: int = 1, op
         hidden = parameters.attention + _matrices(config) * 3 * config.dim * config.hidden_dim
         moments -= FP32 * hidden
         tensors -= config.n_layers * 4 + 3 * _matrices(config)
+    elif optimizer == "adamw8bit":
+        moments, tensors = moments_in_8_bits(config), 0  # its step counts are no tensors
     of_all = FP32 * parameters.total
 
     def share(size: int, split: bool) -> int:
@@ -82,6 +85,22 @@ def state_bytes(config: LMConfig, engine: Engine = ALONE, processes: int = 1, op
         share(of_all, engine.splits_gradients),
         share(moments, engine.splits_optimizer) + FP32 * tensors,
         copies,
+    )
+
+
+def moments_in_8_bits(config: LMConfig) -> int:
+    """Bytes of both moments in trainer/adamw8bit.py: a byte each and 4 for every block; small tensors stay in fp32."""
+    dim, kv_dim, layers = config.dim, config.n_kv_heads * config.head_dim, config.n_layers
+    sizes = {  # numbers of a tensor: how many such tensors there are
+        "embedding": (config.vocab_size * dim, 1),
+        "wq, wo": (dim * dim, 2 * layers),
+        "wk, wv": (dim * kv_dim, 2 * layers),
+        "w1, w2, w3": (dim * config.hidden_dim, 3 * _matrices(config)),
+        "router": (config.n_routed_experts * dim, layers * config.use_moe),
+        "norms": (dim, 2 * layers + 1),
+    }
+    return sum(
+        count * 2 * (FP32 * n if n < SMALLEST else n + FP32 * -(-n // BLOCK)) for n, count in sizes.values() if count
     )
 
 

@@ -41,7 +41,7 @@ def all_plans(
 ) -> list[tuple[Engine, Plan | None]]:
     """Every engine that can share the work among so many GPUs, the simplest first, with its best plan."""
     engines = [ALONE] if machines.gpus == 1 else [engine for engine in ENGINES if engine is not ALONE]
-    if optimizer == "muon":  # it needs whole matrices
+    if optimizer != "adamw":  # ZeRO shards that alone
         engines = [engine for engine in engines if not engine.splits_optimizer]
     return [(engine, best_plan(config, engine, machines, n, step_rows, half, optimizer)) for engine in engines]
 

@@ -80,7 +80,7 @@ def _command(plan: Plan, gpus: int, args, per_machine: int) -> str:
     flags += [f"--max_seq_len {args.max_seq_len}", f"--batch_size {plan.work.rows}"]
     flags += [f"--accumulation_steps {plan.work.accumulation}", f"--dtype {args.dtype}"]
     flags += ["--gradient_checkpointing"] if plan.work.checkpointing else []
-    flags += ["--optimizer muon"] if args.optimizer == "muon" else []
+    flags += [f"--optimizer {args.optimizer}"] if args.optimizer != "adamw" else []
     flags += [plan.engine.flags] if plan.engine.flags else []
     launcher = "python"
     if gpus > 1:

@@ -83,6 +83,7 @@ def test_sft(sft, tmp_path):
         ((), "torchrun --nproc_per_node N"),
         (("--deepspeed",), "--fsdp and --deepspeed"),
         (("--optimizer", "muon"), "--optimizer muon"),
+        (("--optimizer", "adamw8bit"), "--optimizer adamw8bit"),
     ],
 )
 def test_what_it_does_not_go_with(pretrain, tmp_path, capsys, flags, told):

@@ -19,6 +19,7 @@ KINDS = {
         "pretrain_32_moe",
         ("--optimizer", "muon", "--use_moe", "--num_workers", "2", "--batch_size", "2", "--accumulation_steps", "2"),
     ),
+    "AdamW in 8 bits": ("pretrain_32", ("--optimizer", "adamw8bit")),
 }
 
 

@@ -101,6 +101,30 @@ def test_the_adapter_lowers_the_held_out_loss(out, train, tiny_data, tiny_tokeni
     assert load_lora(model, out / "lora" / "identity_32.pth") == (16, 16, ("wq", "wo"))
 
 
+def test_qlora_trains_an_adapter_for_the_base_as_it_was_saved(out, base, train, alone, tokenizer_dir):
+    """Interrupted, and on two processes; what it has learned is close to LoRA's, and merges into the exact base."""
+    told = train(out, *EXPERTS, "--quantize", "nf4", "--max_steps", "2").stdout
+    assert "bytes each; not quantized: embedding and norms" in told
+    refused = one_error_line(train(out, *EXPERTS, "--resume", exit_code=2))
+    assert "the saved run had quantize nf4, this one has None" in refused
+    train(out, *EXPERTS, "--quantize", "nf4", "--resume", "--batch_size", "2", processes=2)
+    ours, theirs = adapter(out), adapter(alone)
+    assert ours.keys() == theirs.keys()
+    moved = {key: value for key, value in theirs.items() if key.endswith("B.weight")}  # from zero
+    apart = sum((ours[key] - value).square().sum() for key, value in moved.items()).sqrt()
+    assert 0 < apart < 0.7 * sum(value.square().sum() for value in moved.values()).sqrt()
+    about = json.loads((out / "lora" / "me_32_moe.json").read_text(encoding="utf-8"))
+    same = json.loads((alone / "lora" / "me_32_moe.json").read_text(encoding="utf-8"))
+    assert about["base_hash"] == same["base_hash"]
+    weights, merged = out / "full_sft_32_moe.pth", out / "merged_32_moe.pth"
+    lora = out / "lora" / "me_32_moe.pth"
+    run_script("scripts/convert_model.py", "merge-lora", weights, lora, merged, "--tokenizer", tokenizer_dir)
+    exact, state = (torch.load(path, weights_only=True) for path in (weights, merged))
+    update = ours["layers.0.attention.wq.lora.B.weight"] @ ours["layers.0.attention.wq.lora.A.weight"]
+    key = "layers.0.attention.wq.weight"
+    torch.testing.assert_close(state[key], exact[key] + 8 / 4 * update)
+
+
 def test_eval_model_puts_the_adapter_on(out, train, tokenizer_dir):
     def ask(name, **how):
         settings = ("--temperature", "0", "--max_new_tokens", "8", "--prompt", "Who are you?", "--lora_name", name)

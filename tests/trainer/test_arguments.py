@@ -127,6 +127,7 @@ def test_a_wrong_value_is_told_with_its_flag(flag, value, told):
         ("--max_seq_len 1", "--max_seq_len"),
         ("--resume --overwrite", "choose one"),
         ("--deepspeed --optimizer muon", "muon"),
+        ("--deepspeed --optimizer adamw8bit", "adamw8bit needs whole matrices, which DeepSpeed"),
     ],
 )
 def test_settings_that_cannot_work_together(arguments, told):

@@ -161,7 +161,7 @@ class NoFloat64(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_a_training_step_needs_no_float64(use_moe, optimizer):
     model = network(use_moe=use_moe)

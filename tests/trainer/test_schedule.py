@@ -36,7 +36,7 @@ def test_short_runs_have_a_rate_too(total, warmup):
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_every_parameter_is_taken_once_and_only_matrices_decay(use_moe):
     model = MiniMindLM(LMConfig(**TINY, use_moe=use_moe))
-    for kind in ("adamw", "muon"):
+    for kind in ("adamw", "muon", "adamw8bit"):
         optimizer = make_optimizer(model, settings(optimizer=kind))
         taken = [p for group in optimizer.param_groups for p in group["params"]]
         assert sorted(map(id, taken)) == sorted(map(id, model.parameters()))
