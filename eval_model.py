@@ -72,9 +72,9 @@ def get_args():
     parser.add_argument(
         "--votes", type=positive_int, default=1, help="sample this many answers and take a majority vote"
     )
-    parser.add_argument("--open_thinking", action=BooleanFlag, help="have a MiniMind-3 think before it answers")
+    parser.add_argument("--open_thinking", action=BooleanFlag, help="make a MiniMind-3 think before it answers")
     parser.add_argument(
-        "--verifier", metavar="WEIGHTS", help="let this reward model choose among --votes, not a majority"
+        "--verifier", metavar="WEIGHTS", help="let this reward model choose among --votes instead of a majority"
     )
     parser.add_argument("--hide_thinking", action=BooleanFlag, help="hide a reasoning model's thinking")
     return parser.parse_args()

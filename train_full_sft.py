@@ -47,7 +47,7 @@ def get_args():
     add_mix_argument(parser)
     add_stream_arguments(parser)
     add_fsdp_argument(parser)
-    parser.add_argument("--qat", choices=BITS, help="train for weights of so few bits (quantization-aware training)")
+    parser.add_argument("--qat", choices=BITS, help="train for weights of this precision (quantisation-aware training)")
     return parser.parse_args()
 
 

@@ -44,7 +44,9 @@ def get_args():
         learning_rate=1e-3,
         warmup_iters=50,
     )
-    parser.add_argument("--from_weight", default="none", help="stage, .pth or folder to go on from (none: nothing)")
+    parser.add_argument(
+        "--from_weight", default="none", help="stage, .pth or folder to continue from (none: train from scratch)"
+    )
     add_mix_argument(parser)
     add_stream_arguments(parser)
     add_fsdp_argument(parser)

@@ -32,12 +32,12 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=3, help="how many: 1, 2, 3, …")
     parser.add_argument("--epochs", default=SFT[SFT.index("--epochs") + 1], help="(default: the demo's)")
-    parser.add_argument("--lines", type=positive_int, help="learn from the first so many of the demo's SFT lines alone")
+    parser.add_argument("--lines", type=positive_int, help="train on only the first N of the demo's SFT lines")
     args = parser.parse_args()
     start, teacher = OUT / "pretrain_128.pth", OUT / "full_sft_256.pth"
     for weights in (start, teacher):
         if not weights.exists():
-            raise UserError(f"{weights} is missing: make demo-all makes it")
+            raise UserError(f"{weights} is missing: run make demo-all to create it")
     data = DATA / "sft_mini_512.jsonl"
     if args.lines:
         data = first_lines(data, args.lines, OUT / "distillation_gain" / f"first_{args.lines}.jsonl")

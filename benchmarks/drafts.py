@@ -69,9 +69,11 @@ def main():
     parser.add_argument("--n_layers", type=positive_int, default=8)
     parser.add_argument("--dtype", choices=PRECISIONS, default="float32")
     parser.add_argument("--compile", action=BooleanFlag, default=True, help="a compiled step (default: on)")
-    parser.add_argument("--speculate", type=positive_int, default=16, help="tokens drafted by look-up at most")
-    parser.add_argument("--agreement", type=float, default=0.8, help="of the draft model with the text")
-    parser.add_argument("--tokens", type=positive_int, default=256, help="tokens of an answer")
+    parser.add_argument("--speculate", type=positive_int, default=16, help="maximum tokens drafted by look-up")
+    parser.add_argument(
+        "--agreement", type=float, default=0.8, help="share of tokens on which the draft model agrees with the text"
+    )
+    parser.add_argument("--tokens", type=positive_int, default=256, help="tokens per answer")
     parser.add_argument("--rounds", type=positive_int, default=5)
     add_device_argument(parser)
     args = parser.parse_args()

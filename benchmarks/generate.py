@@ -281,7 +281,7 @@ def main():
             theirs = written["transformers, batch of 16"]
             together, alone = written["engine, 16 at once"], written["engine, 16 one by one"]
             same = same_but_for_ties(model, together, theirs) and same_but_for_ties(model, alone, theirs)
-            print(f"  the same text as transformers, alone and in company: {'yes' if same else 'NO'}")
+            print(f"  the same text as transformers, alone and in a batch: {'yes' if same else 'NO'}")
         print("  length   a step    attention alone   the rest")
         for length, step, attention in growth(model, tokenizer, precision, args):
             print(f"  {length:>6}{step:>9.2f} ms{attention:>14.2f} ms{step - attention:>12.2f} ms")

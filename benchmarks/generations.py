@@ -72,7 +72,7 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         seconds, steps, tokens = state["seconds"], state["steps"], state["tokens"]
-        print(f"goes on after {seconds / 60:.1f} minutes, {steps} steps", flush=True)
+        print(f"continues after {seconds / 60:.1f} minutes, {steps} steps", flush=True)
     budget, saved = 60 * args.minutes, seconds
     loader = StepLoader(rows, args.batch_size, 1, 1_000_000, args.seed)
     model.train()

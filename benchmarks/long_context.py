@@ -209,7 +209,7 @@ def main():
     plain, tokenizer = opened("none", args.longest, args)
     trained = args.trained or plain.config.trained_seq_len
     if not trained:
-        raise UserError(f"{args.weights} does not say which rows it was trained on: give --trained")
+        raise UserError(f"{args.weights} does not record the row length it was trained on: give --trained")
     lengths = [edge for edge in EDGES if edge <= args.longest]
     ids = joined_texts(args.data_path, tokenizer, args.longest, args.rows).to(plain.device)
     long_rows = None

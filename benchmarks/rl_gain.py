@@ -36,11 +36,11 @@ def more_sft(cold: trying.Stage, root, seconds: float, seed: int) -> trying.Stag
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--seed", type=seed, default=1)
-    parser.add_argument("--problems", type=positive_int, help="ask the first so many unseen problems (default: all)")
+    parser.add_argument("--problems", type=positive_int, help="ask only the first N unseen problems (default: all)")
     args = parser.parse_args()
     start = OUT / "full_sft_256.pth"
     if not start.exists():
-        raise UserError(f"{start} is missing: make demo makes it")
+        raise UserError(f"{start} is missing: run make demo to create it")
     folder = OUT / "rl_gain" / identify_training(start)  # other weights, other results
     root = folder / str(args.seed)
     root.mkdir(parents=True, exist_ok=True)

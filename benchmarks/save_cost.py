@@ -40,7 +40,7 @@ def get_args():
     parser.add_argument("--rounds", type=positive_int, default=3, help="saves to measure, after the first")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to save (default: a temporary folder)")
-    parser.add_argument("--device", default=None, help="where the weights lie (default: the accelerator, else cpu)")
+    parser.add_argument("--device", default=None, help="device of the weights (default: the accelerator, else cpu)")
     return parser.parse_args()
 
 

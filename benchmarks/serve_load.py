@@ -152,7 +152,7 @@ async def load(address: str, pid: int, args) -> None:
         f"{args.clients} clients, {seconds:.0f} s: {outcome.answers} answers, {tokens / seconds:.0f} tokens/s together"
     )
     print(f"errors: {sum(outcome.errors.values())} {dict(outcome.errors) if outcome.errors else ''}")
-    print(f"answers other than alone: {len(outcome.wrong)}")
+    print(f"answers that differ from those alone: {len(outcome.wrong)}")
     for difference in outcome.wrong[:5]:
         print(f"  {difference}")
     print(f"first text, s:            {spread(outcome.first)}")
@@ -178,9 +178,7 @@ def main():
     parser.add_argument("--seconds", type=positive_int, default=300)
     parser.add_argument("--max_concurrency", type=positive_int, default=16, help="the server's slots")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--random_weights", action=BooleanFlag, help="a model that has learned nothing, of the sizes given"
-    )
+    parser.add_argument("--random_weights", action=BooleanFlag, help="an untrained model of the given size")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.random_weights:

@@ -44,14 +44,14 @@ def tokenise(kind: type[RowDataset], path: Path, tokenizer, by: str) -> tuple[fl
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="where the files lie")
+    parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="folder of the files")
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     parser.add_argument("--rounds", type=positive_int, default=3)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
     print(f"{os.cpu_count()} cores, {args.rounds} rounds, {tokenizer.name_or_path}")
     if fast_bpe.fast_bpe(tokenizer.backend_tokenizer) is None:
-        raise UserError(f"--tokenizer {args.tokenizer} is not one that tiktoken can stand in for")
+        raise UserError(f"--tokenizer {args.tokenizer} is a tokenizer that tiktoken cannot reproduce")
     for name, kind in FILES.items():
         source = args.data_dir / name
         if not source.is_file():

@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--n_layers", type=positive_int, default=8)
     parser.add_argument("--use_moe", action=BooleanFlag)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows")
-    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens of a row")
+    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens per row")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--deepspeed", nargs="?", const=True, default=None, metavar="JSON")

@@ -95,7 +95,7 @@ class RowDataset(Dataset):
     def changed_since(self, identity: dict) -> str | None:
         """What is no longer as it was when `identity` was noted, in words; None where all is."""
         if "position" in identity:
-            return "the saved run had --stream, which this one has not"
+            return "the saved run used --stream, but this one does not"
         ours = self.cache.data_sha256
         if identity.get("sha256", ours) == ours:
             return None

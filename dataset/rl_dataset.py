@@ -71,7 +71,7 @@ class RLDataset(RowDataset):
         lengths = self.cache.lengths[samples]
         fits = np.flatnonzero(lengths + self._room <= self.max_seq_len)
         if dropped := len(samples) - len(fits):
-            self.notes = [(dropped, f"dropped because {self._room} tokens of an answer do not fit behind them")]
+            self.notes = [(dropped, f"dropped because {self._room} tokens of an answer do not fit after them")]
         return Pieces(fits, np.zeros_like(fits), lengths[fits])
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:

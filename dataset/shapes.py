@@ -109,7 +109,7 @@ def file_advice(path: Path, shape: str) -> str:
     """To follow what `foreign_file` says of a file: the command that makes one of ours of it, where there is one."""
     if not shape.startswith(READ_BY_PREPARING):
         return ""
-    return f"; or have it read as it is: {prepare_command(path, 'pretrain|sft|dpo|reason')}"
+    return f"; or convert it with: {prepare_command(path, 'pretrain|sft|dpo|reason')}"
 
 
 def line_advice(path: Path, line: bytes) -> str:
@@ -119,7 +119,7 @@ def line_advice(path: Path, line: bytes) -> str:
     except (ValueError, RecursionError):
         return ""
     stage = raw_stage(record) if isinstance(record, dict) else None
-    return f"; {prepare_command(path, stage)} makes lines of ours of such" if stage else ""
+    return f"; convert such lines with: {prepare_command(path, stage)}" if stage else ""
 
 
 def raw_stage(record: dict) -> str | None:

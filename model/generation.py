@@ -17,8 +17,8 @@ def warn_beyond_training(config, length: int) -> bool:
     if learned is None or length <= max(learned, UNTOLD_LENGTH):
         return False
     logging.getLogger("minimind").warning(
-        f"this text has {length} tokens or more, but the model was trained on rows of {learned}: what follows may be "
-        "worse (docs/generations.md says how positions are stretched)"
+        f"this text has {length} tokens or more, but the model was trained on rows of {learned}: quality may "
+        "drop beyond that (docs/generations.md shows how to scale the positions)"
     )
     return True
 

@@ -70,7 +70,7 @@ def load_tower(folder: str | Path) -> VisionTower:
         str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True
     )
     if report["missing_keys"]:
-        raise ValueError(f"{folder} lacks {sorted(report['missing_keys'])[:3]} of its CLIP's vision half")
+        raise ValueError(f"{folder} lacks {sorted(report['missing_keys'])[:3]} of its CLIP's vision tower")
     return tower.requires_grad_(False).eval()
 
 

@@ -45,7 +45,7 @@ def with_thought(thought: str, answer: str) -> ThoughtfulAnswer:
     """
     for name, text in (("thought", thought), ("answer", answer)):
         if found := _TAG.search(text):
-            raise ValueError(f"the {name} holds the tag {found[0]}, and is to get tags of its own")
+            raise ValueError(f"the {name} already contains the tag {found[0]}")
     text = ThoughtfulAnswer(f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>")
     text.thought, text.answer = thought, answer
     return text

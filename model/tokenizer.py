@@ -38,7 +38,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
         if token_id in added:
             table.append(b"" if added[token_id].special else token.encode())
         elif token is None or not BYTE_OF.keys() >= set(token):
-            raise ValueError(f"token {token_id} ({token!r}) is none of a byte-level BPE: this tokenizer cannot be used")
+            raise ValueError(
+                f"token {token_id} ({token!r}) is not from a byte-level BPE: this tokenizer cannot be used"
+            )
         else:
             table.append(bytes(BYTE_OF[char] for char in token))
     return table

@@ -162,7 +162,7 @@ def merge_adapter(args) -> None:
     model, tokenizer = load(args, args.adapter)
     base = {k: v for k, v in (read_settings(args.weights) or {}).items() if k not in ("config", "tokenizer")}
     save(model, tokenizer, args.out, base | {"merged": str(args.adapter)})
-    print(f"{args.out}: {args.weights} with {args.adapter} in its weights")
+    print(f"{args.out}: {args.weights} with {args.adapter} merged in")
 
 
 def to_peft(args) -> None:

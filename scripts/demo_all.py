@@ -155,7 +155,7 @@ def examined(stage: Stage, known: dict) -> dict:
     now = stage.state()
     if known.items() >= now.items():
         return known
-    print(f"\nexamining {stage.name} …", flush=True)
+    print(f"\nevaluating {stage.name} …", flush=True)
     start, end = (stage.measure(*opened(weights, stage.end)) for weights in (stage.start, stage.end))
     found = {"minutes": read_settings(OUT / f"{stage.end}.pth")["seconds"] / 60, "start": start, "end": end}
     if stage.answers:

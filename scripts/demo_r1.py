@@ -35,7 +35,7 @@ def main():
 
     def remember(name: str, weights, minutes: float) -> None:
         if name not in results:
-            print(f"\nexamining {name} …", flush=True)
+            print(f"\nevaluating {name} …", flush=True)
             found = trying.examine(weights, verifier)._asdict()
             results[name] = found | {"minutes": minutes, "facts": facts(*open_model(weights))}
             save_json(results, file)

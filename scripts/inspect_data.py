@@ -66,7 +66,7 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("data_path", type=Path, metavar="FILE", help="jsonl file to inspect")
     parser.add_argument(
-        "--stage", choices=tuple(STAGES), help="the stage to train on it (default: inferred from its first line)"
+        "--stage", choices=tuple(STAGES), help="stage that will train on it (default: inferred from its first line)"
     )
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     parser.add_argument("--max_seq_len", type=positive_int, help="row length in tokens (default: the stage's)")
@@ -122,15 +122,13 @@ def show_raw(path: Path, samples: int) -> None:
         with open(path, "rb") as file:
             shape = foreign_file(file.read(512))
         why = f"it is {shape}" if shape else "; ".join([*look.unusable, *look.faults[:1], *look.lost]) or "it is empty"
-        raise UserError(f"{path}: no stage learns from it: {why}")
+        raise UserError(f"{path}: no stage can train on it: {why}")
     for number, piece in enumerate(look.examples[:samples], 1):
         print(f"--- record {number}, {piece.shape}\n{show_piece(piece)}\n")
     if look.faults:
         print(f"{look.bad:,} bad lines:", *(f"  {fault}" for fault in look.faults), sep="\n")
     print(*look.describe(), *look.lost, sep="\n")
-    raise UserError(
-        f"{path}: no stage learns from it as it is, but from what this makes: {prepare_command(path, look.stage)}"
-    )
+    raise UserError(f"{path}: no stage can train on it as it is; convert it with: {prepare_command(path, look.stage)}")
 
 
 def open_stage(stage: str, args, tokenizer):
@@ -250,7 +248,7 @@ def report(data, is_text: bool) -> None:
     if learned < every:
         print(f"lost by cutting and dropping: {every - learned:,} target tokens ({1 - learned / every:.1%})")
     if data.group == 1 and (repeated := duplicates(data.cache)):
-        print(f"samples that repeat another: {repeated:,}")
+        print(f"duplicate samples: {repeated:,}")
     print("samples by tokens:", *histogram(lengths), sep="\n")
     print("samples, by --max_seq_len:", *what_rows_cut(lengths, data.cache.first_target, is_text), sep="\n")
 
@@ -266,7 +264,7 @@ def main():
         show_raw(args.data_path, args.samples)
     tokenizer = load_tokenizer(args.tokenizer)
     data = open_stage(stage, args, tokenizer)
-    print(f"{args.data_path} as --stage {stage} has it ({type(data).__name__})\n")
+    print(f"{args.data_path} as --stage {stage} reads it ({type(data).__name__})\n")
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     show_samples(data, Spelling(tokenizer, COLOURS if colours else BRACKETS), args.samples, args.seed)
     report(data, is_text=stage == "pretrain")
@@ -282,7 +280,7 @@ def main():
     if data.cache.bad_lines and not args.skip_bad_lines:
         raise UserError(
             f"{args.data_path}: {data.cache.bad_lines:,} bad lines, listed above: training stops at the first, "
-            "or leaves them out with --skip_bad_lines"
+            "or skips them with --skip_bad_lines"
         )
 
 

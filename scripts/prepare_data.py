@@ -41,8 +41,8 @@ def main():
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(
-            f"stopped by the disk: {error.strerror or error}{where}; what is done is kept: make room, or mend that, "
-            "and run again"
+            f"stopped by a disk error: {error.strerror or error}{where}; finished work is kept: free some space, or "
+            "fix that, and run again"
         ) from error
 
 

@@ -26,13 +26,15 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("questions", type=Path, help="jsonl of questions with their answers")
     parser.add_argument("answers", type=Path, help="jsonl to write")
-    parser.add_argument("--from_weight", default="grpo", help="who answers: stage, .pth or folder")
+    parser.add_argument("--from_weight", default="grpo", help="model that answers: stage, .pth or folder")
     add_model_arguments(parser)
     add_device_argument(parser)
     parser.add_argument("--accept", nargs="+", default=["format:1", "accuracy:1"], metavar="NAME:LEAST")
-    parser.add_argument("--pairs", type=Path, default=None, metavar="FILE", help="also write pairs, passed and not")
+    parser.add_argument(
+        "--pairs", type=Path, default=None, metavar="FILE", help="also write pairs of an accepted and a rejected answer"
+    )
     parser.add_argument("--samples", type=positive_int, default=8, help="answers to each question")
-    parser.add_argument("--most", type=positive_int, default=1, help="different answers kept of a question at most")
+    parser.add_argument("--most", type=positive_int, default=1, help="most different answers kept per question")
     parser.add_argument("--temperature", type=positive_float, default=1.0)
     parser.add_argument("--max_new_tokens", type=positive_int, default=512, help="maximum answer length in tokens")
     parser.add_argument("--max_seq_len", type=positive_int, default=1024, help="of question and answer, in tokens")

@@ -25,16 +25,18 @@ def default_folder() -> Path:
 
 def get_args():
     parser = Parser(__doc__)
-    parser.add_argument("--out_dir", type=Path, help="where weights lie (default: out/demo if it has any, else out)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the shipped one)")
     parser.add_argument(
-        "--ppl", type=Path, metavar="FILE", help="predict this .jsonl or .txt (default: the demo's own)"
+        "--out_dir", type=Path, help="folder of the weights (default: out/demo if it has any, else out)"
     )
-    parser.add_argument("--data_dir", type=Path, metavar="DIR", help="ask the benchmarks whose files are in DIR/NAME/")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the shipped one)")
+    parser.add_argument("--ppl", type=Path, metavar="FILE", help="score this .jsonl or .txt (default: the demo's own)")
+    parser.add_argument("--data_dir", type=Path, metavar="DIR", help="run the benchmarks whose files are in DIR/NAME/")
     parser.add_argument(
         "--num_fewshot", type=non_negative_int, default=0, help="examples before a benchmark's question"
     )
-    parser.add_argument("--limit", type=positive_int, help="ask only the first so many of each benchmark or subject")
+    parser.add_argument(
+        "--limit", type=positive_int, help="ask only the first N questions of each benchmark or subject"
+    )
     add_device_argument(parser)
     return parser.parse_args()
 

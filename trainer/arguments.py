@@ -57,7 +57,7 @@ def check_mix(mix: list[tuple[str, float]]) -> None:
 
 def add_untold_arguments(parser: argparse.ArgumentParser) -> None:
     """What no shape of a tensor tells about a language model, for files without a json, and longer texts."""
-    group = parser.add_argument_group("what weights alone do not tell")
+    group = parser.add_argument_group("what the weights alone do not show")
     group.add_argument(
         "--num_experts_per_tok", type=positive_int, help="experts per token (default: 2; of generation 3: 1)"
     )
@@ -67,7 +67,7 @@ def add_untold_arguments(parser: argparse.ArgumentParser) -> None:
         "--rope_scaling",
         type=rope_scaling,
         metavar="TYPE:FACTOR[:TRAINED]",
-        help="stretch the positions: yarn, ntk or linear",
+        help="scale the positions: yarn, ntk or linear",
     )
 
 
@@ -126,7 +126,7 @@ def add_engine_arguments(parser, dtype: str | None = None) -> None:
         "--compile",
         action=BooleanFlag,
         default=None,
-        help="compile the decode step of an answer that runs alone: up to twice as fast on a CPU, "
+        help="compile the decode step of a single answer: up to twice as fast on a CPU, "
         "half a minute at the first start (default: only in the server, for models of 10M parameters or more)",
     )
     parser.add_argument(
@@ -134,13 +134,13 @@ def add_engine_arguments(parser, dtype: str | None = None) -> None:
         type=non_negative_int,
         default=0,
         metavar="N",
-        help="draft up to N tokens by looking up how the text went on before, and keep those that the model would "
-        "write: sooner where an answer repeats its prompt (default: 0, none)",
+        help="draft up to N tokens by prompt look-up and keep those that the model would generate: faster when an "
+        "answer repeats its prompt (default: 0, off)",
     )
     parser.add_argument(
         "--draft",
         metavar="WEIGHTS",
-        help="draft by these smaller weights: a name in --out_dir, a .pth or a transformers folder",
+        help="smaller model that drafts: a name in --out_dir, a .pth or a transformers folder",
     )
 
 
@@ -249,7 +249,7 @@ def training_parser(description: str, **defaults) -> Parser:
     )
     saving.add_argument("--keep_last", type=positive_int, default=2, metavar="N", help="keep the last N checkpoints")
     saving.add_argument(
-        "--keep_every", type=non_negative_int, default=0, metavar="N", help="and those of every N-th step; 0: none"
+        "--keep_every", type=non_negative_int, default=0, metavar="N", help="also keep every N-th step; 0: none"
     )
     saving.add_argument(
         "--save_best", action=BooleanFlag, help="copy the weights with the lowest held-out loss to NAME_best_D.pth"
@@ -259,14 +259,14 @@ def training_parser(description: str, **defaults) -> Parser:
         type=non_negative_float,
         default=0,
         metavar="MINUTES",
-        help="then save and end with exit code 75, for a job with a time limit; 0: never",
+        help="then save and exit with code 75, for a job with a time limit; 0: never",
     )
     saving.add_argument(
         "--stall_timeout",
         type=non_negative_float,
         default=0,
         metavar="SECONDS",
-        help="say where every rank stands and end when no step is finished for so long; 0: wait forever",
+        help="if no step finishes for this long, say where every rank is stuck and exit; 0: wait forever",
     )
     saving.add_argument(
         "--eval_interval", type=non_negative_int, default=100, help="steps between evaluations; 0: never"
@@ -290,14 +290,14 @@ def add_mix_argument(parser: argparse.ArgumentParser) -> None:
         type=mix_part,
         nargs="+",
         metavar="FILE:SHARE",
-        help="learn from several files, each with its share of the tokens, in place of --data_path",
+        help="train on several files, each with its share of the tokens, instead of --data_path",
     )
 
 
 def add_fsdp_argument(parser: argparse.ArgumentParser) -> None:
     """--fsdp, of a stage that PyTorch's FSDP2 can share out."""
     parser.add_argument(
-        "--fsdp", action=BooleanFlag, help="share weights, gradients and optimizer out by PyTorch's FSDP2"
+        "--fsdp", action=BooleanFlag, help="shard weights, gradients and optimizer with PyTorch's FSDP2"
     )
 
 
@@ -327,9 +327,9 @@ def check_stream(args: argparse.Namespace) -> None:
     if not args.max_steps:
         raise UserError("--stream needs --max_steps: a stream has no end")
     if args.epochs > 1:
-        raise UserError("--stream ends after --max_steps and begins anew where the data ends: leave out --epochs")
+        raise UserError("--stream ends after --max_steps and starts over when the data runs out: leave out --epochs")
     if args.mix:
-        raise UserError("--stream reads --data_path alone: leave out --mix, or --stream")
+        raise UserError("--stream reads --data_path only: leave out --mix, or --stream")
 
 
 def check_training_arguments(args: argparse.Namespace) -> None:
@@ -357,7 +357,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
     if getattr(args, "fsdp", False):
         if args.deepspeed:
-            raise UserError("--fsdp and --deepspeed both share the model out: choose one")
+            raise UserError("--fsdp and --deepspeed both shard the model: choose one")
         if getattr(args, "qat", None):
             raise UserError("--qat rounds whole matrices, which --fsdp shards: leave out --fsdp")
         if args.optimizer == "muon":
@@ -371,7 +371,7 @@ def check_untold_arguments(args: argparse.Namespace) -> None:
         UserError: both flags were given.
     """
     if args.inference_rope_scaling and args.rope_scaling:
-        raise UserError("--inference_rope_scaling is a --rope_scaling of its own: choose one")
+        raise UserError("--inference_rope_scaling and --rope_scaling both scale the positions: choose one")
 
 
 def deepspeed_config(args) -> dict:

@@ -264,7 +264,7 @@ class Checkpoint:
         for rank, theirs in enumerate(settings):
             for name, value in theirs.items():
                 if value != settings[0].get(name):
-                    raise UserError(f"rank {rank} has {name} {value}, and rank 0 has {settings[0].get(name)}")
+                    raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {settings[0].get(name)}")
 
     def _mend(self, folder: Path) -> None:
         """Put right what a crash between the parts of a save left, or what has been damaged since."""

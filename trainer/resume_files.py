@@ -54,7 +54,7 @@ def find_whole_state(pointer: Path) -> tuple[str, list[str]]:
             return name, damages
         except Damaged as damage:
             damages.append(str(damage))
-    raise UserError(f"{damages[-len(names)]}, and no state before it is whole: start over with --overwrite")
+    raise UserError(f"{damages[-len(names)]}, and no earlier state is intact: start over with --overwrite")
 
 
 def seal(folder: Path, state: dict, hashes: dict[str, str]) -> None:

@@ -147,7 +147,7 @@ def _own_rule(name: str) -> Reward:
     module, _, function = name.rpartition(":")
     if not module:
         known = ", ".join(REWARDS)
-        raise UserError(f"--rewards {name}: there is {known}; a rule of your own is MODULE:FUNCTION:WEIGHT")
+        raise UserError(f"--rewards {name}: choose from {known}, or give your own rule as MODULE:FUNCTION:WEIGHT")
     try:
         rule = getattr(importlib.import_module(module), function, None)
     except ImportError as error:

@@ -216,7 +216,7 @@ def start_runtime(args) -> Runtime:
     runtime = Runtime(device, DTYPES[args.dtype or default_dtype(device)], place.rank, place.world_size, config)
     if getattr(args, "fsdp", False):
         if place.world_size == 1:
-            raise UserError("--fsdp shares a model out among processes: torchrun --nproc_per_node N starts them")
+            raise UserError("--fsdp shards a model across processes: start them with torchrun --nproc_per_node N")
         runtime.fsdp_clip = args.grad_clip
     if place.launched:
         _meet(backend_of(device))

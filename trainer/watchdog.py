@@ -88,16 +88,16 @@ class Watchdog(threading.Thread):
             text = str(error)
             if "failed to pass monitoredBarrier" in text:  # rank 0 alone knows who
                 ranks = re.search(r"Ranks? ([\d, ]*\d)", text.partition("failed to pass")[0].rpartition("]")[2])
-                self._end(f"rank {ranks[1] if ranks else '?'} has given no sign of life for {SILENT:.0f} s")
+                self._end(f"rank {ranks[1] if ranks else '?'} has sent no heartbeat for {SILENT:.0f} s")
             if "imed out" in text:
-                self._end(f"rank 0 has given no sign of life for {SILENT:.0f} s")
+                self._end(f"rank 0 has sent no heartbeat for {SILENT:.0f} s")
             return False, stalled  # a connection is closed: the main thread's next collective fails and tells
         return not ending[0], bool(ending[1])
 
     def _end(self, why: str) -> None:
         text = (
-            f"error: rank {self.rank}: {why}; this rank stands after {self._steps} steps at {self._where()}: continue "
-            "from the last checkpoint with --resume\n"
+            f"error: rank {self.rank}: {why}; this rank is stuck after {self._steps} steps at {self._where()}: "
+            "continue from the last checkpoint with --resume\n"
         )
         os.write(2, text.encode(errors="replace"))
         time.sleep(BEAT)  # the others hear of it over this process's connections
@@ -109,5 +109,5 @@ class Watchdog(threading.Thread):
         while frame is not None and not is_ours(Path(frame.f_code.co_filename)):
             frame = frame.f_back
         if frame is None:
-            return "no line of MiniMind's"
+            return "no line of MiniMind"
         return f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno} ({inner.f_code.co_name})"

@@ -99,7 +99,7 @@ def held_out_text(file: Path | None, stages: Iterable[Found]) -> HeldOut | None:
     if file is not None:
         texts = list(read_texts(file))
         if not any(texts):
-            raise UserError(f"--ppl {file} holds no text")
+            raise UserError(f"--ppl {file} contains no text")
         return HeldOut(file.name, texts)
     file = DATA / "pretrain_hq.jsonl"
     if not any(found.is_of_the_demo for found in stages) or not file.is_file():

@@ -99,7 +99,7 @@ def test_nothing_is_whole(out):
     for step in (2, 4):
         flip(out / "pretrain_32.resume" / f"step_0000000{step}" / "model.pth")
     done = inspect(out, exit_code=2)
-    assert "no state is whole: start over with --overwrite" in done.stdout
+    assert "no state is intact: start over with --overwrite" in done.stdout
     assert "torchrun" not in done.stdout
 
 
@@ -129,7 +129,7 @@ def test_a_run_of_an_earlier_version_is_not_called_whole(out):
     path.write_text(json.dumps(state))
     done = inspect(out)
     assert "not checked" in told(done, "step_00000004")
-    assert "the command that began it, with --resume" in done.stdout
+    assert "the command that started it, with --resume" in done.stdout
 
 
 def test_a_run_that_is_under_way(out):
@@ -140,7 +140,7 @@ def test_a_run_that_is_under_way(out):
 
 
 def test_nothing_there(tmp_path):
-    assert "holds no run" in one_error_line(inspect(tmp_path, exit_code=2))
+    assert "contains no run" in one_error_line(inspect(tmp_path, exit_code=2))
     assert "is neither a folder" in one_error_line(inspect(tmp_path / "x.pth", exit_code=2))
 
 

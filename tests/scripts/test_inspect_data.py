@@ -142,7 +142,7 @@ def test_bad_lines_are_listed_and_an_error_unless_they_may_be_skipped(inspect):
 )
 def test_another_shape_is_shown_with_the_command_for_it(inspect, tmp_path, lines, shape, stage):
     printed, error = inspect(lines, exit_code=2)
-    assert error.startswith(f"error: {tmp_path / 'data.jsonl'}: no stage learns from it")
+    assert error.startswith(f"error: {tmp_path / 'data.jsonl'}: no stage can train on it")
     assert error.count("\n") == 1
     if shape is None:
         assert not printed
@@ -155,7 +155,7 @@ def test_another_shape_is_shown_with_the_command_for_it(inspect, tmp_path, lines
 def test_lengths_duplicates_languages_and_roles_are_told(inspect, tmp_path):
     lines = [chat("Where are the seven old rivers?", "a" * n) for n in (1, 1, 300)]
     printed, _ = inspect(lines, "--plot", tmp_path / "lengths.png")
-    assert "samples that repeat another: 1\n" in printed
+    assert "duplicate samples: 1\n" in printed
     assert "roles: user 3, assistant 3\n" in printed
     assert "languages: en 3\n" in printed
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")

@@ -585,5 +585,5 @@ def test_ranks_with_other_settings_than_rank_0_are_named(open_checkpoint, monkey
     checkpoint, parts = open_checkpoint(resume=False)
     monkeypatch.setattr(checkpoint.runtime, "gather", lambda value: [value, value, value | theirs], raising=False)
     (name,) = theirs
-    with pytest.raises(UserError, match=f"rank 2 has {name} {theirs[name]}, and rank 0 has "):
+    with pytest.raises(UserError, match=f"rank 2 has {name} {theirs[name]}, but rank 0 has "):
         checkpoint.load(*parts)
