@@ -1,10 +1,10 @@
-"""Talk to a model: fixed questions or your own, answers as they are written, tokens per second.
+"""Chat with a model: sample questions or your own, streamed answers, tokens per second.
 
 python eval_model.py --model_mode 1                       asks whether to chat or to run through sample questions
 python eval_model.py --prompt "中国的首都是哪里？"           one answer (repeat --prompt for more), no terminal needed
 echo "What is the capital of France?" | python eval_model.py
 python eval_model.py --model_mode 3 --votes 8             a reasoning model's most frequent answer of eight
-python eval_model.py --votes 8 --verifier reward          the one of eight that a reward model finds best
+python eval_model.py --votes 8 --verifier reward          the one of eight that a reward model scores best
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Show images to a vision-language model: those of a folder one by one, or your own; answers as they are written.
+"""Show images to a vision-language model: those of a folder one by one, or your own; streamed answers.
 
 python eval_vlm.py                                                  goes through dataset/eval_images/
 python eval_vlm.py --image cat.jpg --prompt "What is this?"         one question (repeat --prompt for more)

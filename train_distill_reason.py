@@ -1,6 +1,6 @@
-"""Reasoning: a model that thinks before it answers, by learning from answers that show their thinking.
+"""Reasoning: a model that thinks before it answers, trained on answers that show their thinking.
 
-Answers read <think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>; the tags, few as they are, weigh more than other tokens.
+Answers read <think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>; the few tag tokens weigh more in the loss than others.
 
 Learns from dataset/r1_mix_1024.jsonl ({"conversations": [...]} lines), starts from out/rlhf_D.pth,
 writes out/reason_D.pth.

@@ -1,4 +1,4 @@
-"""White-box distillation: a small model learns what a larger one thinks of every token, not only which one came.
+"""White-box distillation: a small model learns a larger one's probabilities of all next tokens, not only the right one.
 
 Learns from dataset/sft_1024.jsonl ({"conversations": [...]} lines) and from the teacher, which is any MiniMind of
 the same tokenizer (full_sft_768, a .pth, with its json beside it) or any local transformers folder with that tokenizer;

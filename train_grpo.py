@@ -1,9 +1,9 @@
-"""Learning by trying (GRPO): the model answers each question several times, rules judge the answers, and those that are
-better than the others of their group become more probable. No teacher, no reward model.
+"""Reinforcement learning (GRPO): the model answers each question several times, rules score the answers, and those that
+are better than the others of their group become more likely. No teacher, no reward model.
 
 Learns from dataset/rl_math.jsonl ({"question" or "conversations", "answer"} lines), starts from out/reason_D.pth, which
-stays as the frozen reference, writes out/grpo_D.pth. A step is to write, to judge, and to learn from that once, or
---updates_per_rollout times.
+stays as the frozen reference, writes out/grpo_D.pth. A step generates answers, scores them and learns from them
+--updates_per_rollout times (default: once).
 
     python train_grpo.py                                      one GPU, or the CPU
     torchrun --nproc_per_node 2 train_grpo.py                 several GPUs (or processes): DDP

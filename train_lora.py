@@ -1,7 +1,7 @@
-"""LoRA: teach a model one more thing (who it is, a field of knowledge) by a small correction, its weights untouched.
+"""LoRA: teach a model one more thing (who it is, a field of knowledge) with a low-rank update; its weights stay fixed.
 
 Learns from dataset/lora_identity.jsonl or lora_medical.jsonl ({"conversations": [...]} lines), starts from
-out/full_sft_D.pth, writes the adapter alone to out/lora/NAME_D.pth. `eval_model.py --lora_name NAME` talks to both.
+out/full_sft_D.pth, writes only the adapter to out/lora/NAME_D.pth. `eval_model.py --lora_name NAME` uses both.
 
     python train_lora.py --lora_name identity                           one GPU, or the CPU
     torchrun --nproc_per_node 2 train_lora.py --lora_name identity      several GPUs (or processes): DDP

@@ -1,8 +1,8 @@
-"""Learning by trying with a critic (PPO): what each token of an answer was worth is told by a second network.
+"""Reinforcement learning with a critic (PPO): a second network estimates the value of each token of an answer.
 
 Learns from dataset/rl_math.jsonl ({"question" or "conversations", "answer"} lines), starts from out/reason_D.pth, which
-stays as the frozen reference, writes out/ppo_D.pth: the policy alone. The critic lies in out/ppo_D.resume. Answers are
-judged by rules, or with --reward_model by out/reward_D.pth.
+stays as the frozen reference, writes out/ppo_D.pth: the policy alone. The critic is saved in out/ppo_D.resume. Answers
+are scored by rules, or with --reward_model by out/reward_D.pth.
 
     python train_ppo.py                                       one GPU, or the CPU
     torchrun --nproc_per_node 2 train_ppo.py                  several GPUs (or processes): DDP

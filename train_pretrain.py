@@ -1,7 +1,7 @@
-"""Pretraining: from nothing to a model that continues text, by predicting each next token.
+"""Pretraining: from scratch to a model that continues text, by predicting each next token.
 
-Learns from dataset/pretrain_hq.jsonl ({"text": ...} lines), writes out/pretrain_D.pth. With --from_weight it goes on
-from weights that there are (continued pretraining), with --mix from several files at once.
+Learns from dataset/pretrain_hq.jsonl ({"text": ...} lines), writes out/pretrain_D.pth. With --from_weight it continues
+from existing weights (continued pretraining), with --mix it trains on several files at once.
 
     python train_pretrain.py                                       one GPU, or the CPU
     torchrun --nproc_per_node 2 train_pretrain.py                  several GPUs (or processes): DDP

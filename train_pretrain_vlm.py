@@ -1,4 +1,4 @@
-"""Vision pretraining: teach one linear layer to say in the language model's terms what a frozen CLIP sees.
+"""Vision pretraining: train one linear layer that maps a frozen CLIP's features into the language model's space.
 
 Learns from dataset/pretrain_vlm_data.jsonl ({"image": ..., "conversations": [...]} lines, images in
 dataset/pretrain_images/), starts from out/full_sft_D.pth, writes out/pretrain_vlm_D.pth.

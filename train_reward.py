@@ -1,4 +1,4 @@
-"""A reward model: from pairs of answers, a better and a worse one, learn to give an answer a number.
+"""A reward model: from pairs of answers, a better and a worse one, learn to score an answer.
 
 Learns from dataset/dpo.jsonl ({"chosen": [...], "rejected": [...]} lines), starts from out/full_sft_D.pth, writes
 out/reward_D.pth: the same parameters, and score.weight (1, dim), read at the last </s>.

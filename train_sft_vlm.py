@@ -1,8 +1,8 @@
-"""Vision fine-tuning: from a model that describes images to one that answers questions about them, text at its side.
+"""Vision fine-tuning: from a model that describes images to one that answers questions about them, mixed with text.
 
 Learns from dataset/sft_vlm_data.jsonl ({"image": ..., "conversations": [...]} lines, images in dataset/sft_images/),
-starts from out/pretrain_vlm_D.pth, writes out/sft_vlm_D.pth. The projection and the language model learn, the tower
-does not. With --multi, several images a line: sft_vlm_data_multi.jsonl, sft_multi_images/, sft_vlm_multi_D.pth.
+starts from out/pretrain_vlm_D.pth, writes out/sft_vlm_D.pth. The projection and the language model are trained,
+the tower is not. With --multi, several images a line: sft_vlm_data_multi.jsonl, sft_multi_images/, sft_vlm_multi_D.pth.
 
     python train_sft_vlm.py                                        one GPU, or the CPU
     torchrun --nproc_per_node 2 train_sft_vlm.py                   several GPUs (or processes): DDP

@@ -1,11 +1,11 @@
-"""What a teacher is worth: a student with a quarter of its parameters, trained with and without it for the same steps.
+"""What a teacher adds: a student with a quarter of its parameters, trained with and without it for the same steps.
 
     python -m benchmarks.distillation_gain               after `make demo-all`, whose weights and data it uses
     python -m benchmarks.distillation_gain --lines 1200 --epochs 20
 
-Many lines and few: a teacher has more to say where the student has seen too little to tell by itself. Both start from
-the same pretrained student and see the same batches in the same order; each seed is another order. What is measured:
-nats per token on SFT's held-out answers, and facts right in phrasings never seen, greedy.
+Run it with many lines and with few: a teacher helps most where the student has seen little data. Both start from the
+same pretrained student and see the same batches in the same order; each seed gives another order. Measured: nats per
+token on SFT's held-out answers, and the share of facts right in unseen phrasings, greedy.
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""Writing speed with drafts and without, on text that repeats its prompt and on text that does not.
+"""Generation speed with and without drafts, on text that repeats its prompt and on text that does not.
 
     python -m benchmarks.drafts                          26M, fp32, one answer at a time
     python -m benchmarks.drafts --dtype bfloat16 --speculate 8
     python -m benchmarks.drafts --dim 768 --n_layers 16 --compile 0
 
-The weights are random, and so would be their text: the answers' logits are raised where the text wants it, and
-everything is computed as always. One answer is its prompt with every twentieth token another; one is a page of
-documentation that the prompt is not. The draft model is of dim 128 with two layers, and agrees with the text in
-`--agreement` of all places. All take turns; a figure is the median of the rounds.
+The weights are random, so the logits are biased to produce a given text; everything else is computed as usual. One
+answer repeats its prompt with every twentieth token changed; one is a page of documentation unrelated to the prompt.
+The draft model has dim 128 and two layers, and agrees with the text at a share `--agreement` of the tokens. All take
+turns; a figure is the median of the rounds.
 """
 
 import statistics

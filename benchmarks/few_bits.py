@@ -1,9 +1,9 @@
-"""What 8 and 4 bits cost: bits per byte of a text under a model as it is, in int8 and in int4, and how its weights lie.
+"""What 8 and 4 bits cost: bits per byte of a text as saved, in int8 and in int4, and a plot of the weights.
 
     python -m benchmarks.few_bits out/pretrain_512.pth --ppl ../shared/data/pretrain_hq.jsonl --limit 300
     python -m benchmarks.few_bits out/full_sft_512.pth qat/full_sft_512.pth --ppl FILE --plot weights.png
 
-Several models stand side by side, such as one trained with `train_full_sft.py --qat int4` and one without. The plot
+Several models can be compared, such as one trained with `train_full_sft.py --qat int4` and one without. The plot
 shows the first model's weights over the largest of those that share their scale: a row's in int8, a group's in int4.
 """
 

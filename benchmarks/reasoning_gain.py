@@ -1,4 +1,4 @@
-"""What thinking is worth: the demo's reasoning model beside one that learned the answers alone.
+"""What thinking adds: the demo's reasoning model against one trained on the answers only.
 
     python -m benchmarks.reasoning_gain                  after `make demo-all`, whose weights and data it uses
 

@@ -1,9 +1,9 @@
-"""Does learning by trying pay? GRPO beside more SFT on the same 300 thoughts, for the same minutes; one seed a call.
+"""Does reinforcement learning pay off? GRPO against more SFT on the same 300 thoughts, for the same minutes.
 
     python -m benchmarks.rl_gain --seed 1                 after `make demo`, whose weights and data it uses
 
-Both go on from the same cold start. What is there from an earlier call is used again, and an interrupted training goes
-on. With the results of several seeds in the folder their means and spreads are printed.
+One seed per call. Both start from the same cold start. Results of an earlier call are reused, and interrupted training
+continues. With the results of several seeds in the folder, their means and spreads are printed.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Many clients at one server: are all answers whole and right, how long do they wait, does the server's memory grow.
+"""Many clients on one server: are all answers complete and correct, how long do they wait, does memory grow.
 
     python -m benchmarks.serve_load                                         64 clients for 5 minutes, full_sft_512
     python -m benchmarks.serve_load --seconds 30 --out_dir out/demo --dim 256
@@ -6,7 +6,7 @@
 
 Starts scripts/serve_openai_api.py on a free port. First every question is asked alone; under load each client asks one
 after another, streamed, greedy, and what it gets must be the same to the last token: nothing lost, nothing mixed up.
-Memory is the server's resident set after the first minute (a fifth of the time, where that is shorter) and at the end.
+Memory is the server's resident set after the first minute (or a fifth of the time, if shorter) and at the end.
 """
 
 import asyncio

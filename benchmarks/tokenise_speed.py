@@ -1,10 +1,10 @@
-"""Speed of tokenising, by tiktoken and by the tokenizers library, from a jsonl file to its cache; and that both agree.
+"""Tokenising speed with tiktoken and with the tokenizers library, from a jsonl file to its cache; both must agree.
 
     python -m benchmarks.tokenise_speed --data_dir DIR      pretrain_hq.jsonl, sft_mini_512.jsonl, dpo.jsonl in DIR
 
-Both take turns, round after round: a figure is the median of the rounds, a ratio the median of each round's own. What a
-first start of training waits for is timed: reading, checking, rendering, encoding and writing. Below each file: what of
-it is not the tokenizer's, and the SHA-256 of the ids, which is the same both ways.
+Both take turns, round after round: a figure is the median of the rounds, a ratio the median of each round's own. The
+time covers what the first start of training waits for: reading, checking, rendering, encoding and writing. Below each
+file: the part that is not the tokenizer's, and the SHA-256 of the ids, which is the same both ways.
 """
 
 import hashlib

@@ -6,8 +6,8 @@ scripts/plan.py.
     torchrun --nproc_per_node 2 -m benchmarks.training_memory --deepspeed --zero_stage 2       ZeRO
     torchrun --nproc_per_node 2 -m benchmarks.training_memory --fsdp                           FSDP2
 
-Memory is what rank 0 has allocated in tensors: on CUDA as its allocator counts it, elsewhere as every operator that
-returns a new storage does. Not counted elsewhere: what an operator needs within itself, and DDP's own buckets.
+Memory is what rank 0 has allocated in tensors: on CUDA as its allocator counts it, elsewhere by counting every
+operator that returns a new storage, without what an operator needs internally and without DDP's own buckets.
 "Held" is between two steps, "peak" within one. Times are medians of --rounds steps; the two kinds take turns.
 """
 

@@ -3,8 +3,8 @@
 python scripts/chat_openai_api.py                                          the server of this project, on this machine
 python scripts/chat_openai_api.py --base_url http://host:8000/v1 --model NAME --api_key KEY
 
-/reset forgets the talk, /system TEXT gives the model another system prompt, /help says the rest. Ctrl-C stops an
-answer, Ctrl-D ends.
+/reset clears the conversation, /system TEXT sets another system prompt, /help lists the rest. Ctrl-C stops an
+answer, Ctrl-D ends the chat.
 """
 
 import contextlib

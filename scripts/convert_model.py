@@ -1,4 +1,4 @@
-"""Take a model away: to and from `transformers`, to GGUF for llama.cpp and Ollama, an adapter merged into its base.
+"""Convert a model: to and from `transformers`, to GGUF for llama.cpp and Ollama, an adapter merged into its base.
 
 python scripts/convert_model.py to-transformers out/full_sft_512.pth FOLDER [--lora out/lora/NAME_512.pth]
 python scripts/convert_model.py from-transformers FOLDER out/mine_512.pth
@@ -7,7 +7,7 @@ python scripts/convert_model.py merge-lora out/full_sft_512.pth out/lora/NAME_51
 python scripts/convert_model.py to-peft out/full_sft_512.pth out/lora/NAME_512.pth FOLDER [--layout minimind]
 python scripts/convert_model.py from-peft FOLDER out/full_sft_512.pth out/lora/mine_512.pth
 
-Sizes come from the json beside the weights; a downloaded .pth has none, and its tensors and the flags tell them.
+Sizes come from the json beside the weights; for a downloaded .pth, which has none, from its tensors and the flags.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""How good a model is on the field's own tests: C-Eval, CMMLU, OpenBookQA, ARC, HellaSwag, PIQA, SIQA, SciQ and others.
+"""Evaluate models on standard benchmarks: C-Eval, CMMLU, OpenBookQA, ARC, HellaSwag, PIQA, SIQA, SciQ and others.
 
     python scripts/eval_benchmarks.py --tasks cmmlu --data_dir DIR --num_fewshot 5 --weights out/full_sft_512.pth
     python scripts/eval_benchmarks.py --tasks ceval openbookqa --weights out/full_sft_512.pth SmolLM2-135M-Instruct
@@ -6,9 +6,9 @@
     python scripts/eval_benchmarks.py --ppl held_out.jsonl --weights out/pretrain_512.pth out/full_sft_512.pth
     python scripts/eval_benchmarks.py --compare before.json after.json
 
-EleutherAI's harness words the questions, and MiniMind's own engine answers them. Beside every score stand its standard
-error, what chance alone would give, and whether the two can be told apart. Without --data_dir the harness fetches the
-questions; with it they are read from the publishers' own files, DIR/NAME/….
+EleutherAI's harness supplies the tasks and prompts, and MiniMind's own engine scores them. Every score comes with its
+standard error, the chance level, and the significance of the difference. Without --data_dir the harness downloads the
+questions; with it they are read from the published files, DIR/NAME/….
 """
 
 import itertools

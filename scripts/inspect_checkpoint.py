@@ -1,11 +1,11 @@
-"""What lies in an output folder: every run, which of its states are whole, and the command that goes on from it.
+"""List the runs in an output folder, which of their states are intact, and the command that resumes each.
 
     python scripts/inspect_checkpoint.py                          of out/
     python scripts/inspect_checkpoint.py /mnt/out
     python scripts/inspect_checkpoint.py out/pretrain_512.pth     of one run
 
-Every file is read and compared with the checksum that was written with it. Where one is damaged the exit code is 2, and
-the command goes on from the newest state that is whole. Nothing is changed.
+Every file is read and compared with the checksum that was written with it. If one is damaged the exit code is 2, and
+the command resumes from the newest intact state. Nothing is changed.
 """
 
 import os

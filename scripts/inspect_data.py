@@ -1,21 +1,20 @@
-"""What a model will see of a data file, to look at before a night of training: the first samples, and what is counted.
+"""What a model will see of a data file, to check before a long training run: the first samples, and statistics.
 
     python scripts/inspect_data.py dataset/sft_mini_512.jsonl
     python scripts/inspect_data.py my.jsonl --stage dpo --max_seq_len 1024 --samples 10 --seed 1
     python scripts/inspect_data.py export.json.gz
 
-The samples are those that training makes of the file, by the same code: with the system prompt, cut where a row ends.
-What is learned is green on a terminal and in ⟦brackets⟧ elsewhere. Control tokens and tags stand as they are; text that
-only spells one has a backslash before it.
+The samples are built by the same code as in training: with the system prompt, cut where a row ends. Target tokens are
+green on a terminal and in ⟦brackets⟧ elsewhere. Control tokens and tags are shown as they are; text that only spells
+one has a backslash before it.
 
-Then: how long the samples are (--plot draws it), what each --max_seq_len would cut or drop, how many repeat another,
-languages and roles.
+Then: sample lengths (--plot draws them), what each --max_seq_len would cut or drop, duplicates, languages and roles.
 
-A file of another shape (json, csv, parquet, ShareGPT, Alpaca, whatever scripts/prepare_data.py reads) is shown as it is
-understood, with the command that makes a stage's file of it; the exit code is 2, as no stage learns from it so.
+A file of another shape (json, csv, parquet, ShareGPT, Alpaca, whatever scripts/prepare_data.py reads) is shown as
+detected, with the command that converts it; the exit code is 2, because no stage can train on it as it is.
 
-Bad lines are listed. Where there are any the exit code is 2, as training would stop at the first; not with
---skip_bad_lines, which leaves them out, as it does in training.
+Bad lines are listed. If there are any the exit code is 2, because training would stop at the first, unless
+--skip_bad_lines is given, which skips them here as in training.
 """
 
 import os

@@ -1,11 +1,11 @@
-"""Write the demo's data: a small true world, in Chinese and English, in the formats of every stage.
+"""Generate the demo's data: a small set of true facts, in Chinese and English, in the formats of every stage.
 
     python scripts/make_demo_data.py                writes dataset/demo/
 
 The same seed writes the same bytes. Files that this script did not write are never replaced.
 
-Arithmetic: an unordered pair of operands belongs to training or to the examination, so no sum that is asked there was
-seen either way round.
+Arithmetic: an unordered pair of operands belongs either to training or to the test, so no sum in the test was seen in
+either order.
 """
 
 import hashlib

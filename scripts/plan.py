@@ -3,8 +3,8 @@
     python scripts/plan.py --dim 768 --n_layers 16                     one A100
     python scripts/plan.py --dim 2048 --n_layers 24 --gpus 8 --gpu_memory 24GB --step_tokens 1000000
 
-Parameters, operations and the bytes of weights, gradients and optimizer are exact; what the backward pass needs is
-right within 10 %; communication, time and price are estimates. The formulas stand in scripts/planning/.
+Parameters, operations and the bytes of weights, gradients and optimizer are exact; activation memory is right
+to within 10%; communication, time and price are estimates. The formulas are in scripts/planning/.
 """
 
 import _repo  # noqa: F401  (lets `python scripts/plan.py` find the packages)

@@ -1,19 +1,19 @@
-"""From raw text to what a stage learns: recognised, cleaned, without duplicates, mixed, shuffled, held out and counted.
+"""From raw text to training data: recognised, cleaned, deduplicated, mixed, shuffled, split and counted.
 
     python scripts/prepare_data.py wiki/ books/*.txt.gz --stage pretrain --out dataset/pretrain_hq.jsonl
     python scripts/prepare_data.py chats.json alpaca.parquet --stage sft --out dataset/sft_mini_512.jsonl
     python scripts/prepare_data.py pairs.csv --map "user=q chosen=good rejected=bad" --stage dpo --out dataset/dpo.jsonl
     python scripts/prepare_data.py --mix zh.jsonl:0.7 en.jsonl:0.3 --stage pretrain --out dataset/mixed.jsonl
 
-Reads json, jsonl, csv, tsv, parquet, txt and md, plain or packed (.gz, .zst, .xz, .bz2), in the usual shapes: plain
-text, Alpaca, ShareGPT, OpenAI's messages, question and answer, preferences, reasoning, ours. Which one is found out
-line by line; --map names the keys where it is not. A broken line costs that line, a broken archive the rest of that
-file; both are counted and named.
+Reads json, jsonl, csv, tsv, parquet, txt and md, plain or compressed (.gz, .zst, .xz, .bz2), in the usual shapes: plain
+text, Alpaca, ShareGPT, OpenAI's messages, question and answer, preferences, reasoning, ours. The shape is
+detected line by line; if that fails, --map names the keys. A broken line is dropped, and so is the rest of a corrupt
+archive; both are counted and reported.
 
-Writes OUT.jsonl, OUT.val.jsonl with the lines that are held out, and OUT.report.md with OUT.report.png: what came in,
-what each filter removed, with examples, and what is left. A run that was stopped goes on where it was when it is
-started again the same way. The same seed gives the same bytes, whatever the number of --workers. docs/data.md has all
-filters and their defaults.
+Writes OUT.jsonl, OUT.val.jsonl with the held-out lines, and OUT.report.md with OUT.report.png: what came in,
+what each filter removed, with examples, and what is left. A run that was stopped continues where it was when it is
+started again with the same arguments. The same seed gives the same bytes, for any number of --workers. docs/data.md
+has all filters and their defaults.
 """
 
 import os

@@ -1,12 +1,12 @@
-"""Rejection sampling: a model answers each question several times, and what passes every check is kept to learn from.
+"""Rejection sampling: a model answers each question several times; answers that pass every check are kept.
 
     python scripts/rejection_sampling.py dataset/rl_math.jsonl dataset/kept.jsonl --from_weight grpo
     python scripts/rejection_sampling.py dataset/rl_math.jsonl dataset/kept.jsonl --from_weight grpo
         --accept format:1 accuracy:1 my_checks:is_polite:0.5 --samples 8 --most 1 --pairs dataset/pairs.jsonl
 
-A check is a rule of train_grpo.py's --rewards, or one of your own, and the least that it must give. What is kept are
-lines for train_full_sft.py and train_distill_reason.py. --pairs also writes an answer that passed and one that did not,
-to one question: lines for train_reward.py and train_dpo.py.
+A check is a rule of train_grpo.py's --rewards, or one of your own, and its minimum value. The kept answers are lines
+for train_full_sft.py and train_distill_reason.py. --pairs also writes, for a question, an answer that passed and one
+that did not: lines for train_reward.py and train_dpo.py.
 """
 
 import json

@@ -3,9 +3,9 @@
     python scripts/report.py
     python scripts/report.py --out_dir out --ppl held_out.jsonl --data_dir DIR --num_fewshot 5
 
-Of each stage: what its training took, its losses, bits per byte of one text, benchmarks, the demo's
-exams where it is the demo's model, and what it says to a few questions. What is known from an earlier call is not
-computed again, and a call that was cut short goes on.
+For each stage: training time and tokens, losses, bits per byte on one text, benchmarks, the demo's tests if it is the
+demo's model, and its answers to a few questions. Results of an earlier call are not computed again, and an interrupted
+call continues.
 """
 
 from pathlib import Path
