@@ -97,7 +97,7 @@ def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason
         ({"train": "false"}, "\"train\" is 'false', but must be true or false"),
         ({"weight": 1, "train": False}, '"weight" and "train" contradict each other'),
         ({"reasoning_content": ["t"]}, '"reasoning_content" is not a string'),
-        ({"reasoning_content": "a </think> b"}, "the thought holds the tag </think>"),
+        ({"reasoning_content": "a </think> b"}, "the thought already contains the tag </think>"),
         ({"reasoning_content": "t", "content": "<answer>a"}, "the answer already contains the tag <answer>"),
         ({"reasoning_content": "t", "content": ""}, "an empty answer would train the model to stop at once"),
         ({"reasoning_content": "\ud83d"}, '"reasoning_content" contains a lone surrogate (half a character)'),

@@ -159,7 +159,7 @@ def test_ranks_that_begin_with_other_weights(sft, tiny_out, tmp_path):
 def test_ranks_with_other_settings(pretrain, tmp_path):
     each = [(), ("--grad_clip", "0.5")]
     line = one_error_line(pretrain(tmp_path, *FOUR_STEPS, processes=2, each=each, exit_code=2))
-    assert "rank 1 has grad_clip 0.5, and rank 0 has 1.0" in line
+    assert "rank 1 has grad_clip 0.5, but rank 0 has 1.0" in line
 
 
 def test_half_a_launcher(pretrain, tmp_path):
