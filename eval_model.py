@@ -137,7 +137,7 @@ def main():
         )
     if args.verifier and args.votes == 1:
         raise UserError("--verifier chooses among several answers: ask for them with --votes 8")
-    from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
+    from model.chat import fit_history, render_text  # imported late, so that --help is quick
     from trainer.device import pick_device
     from trainer.loading import load_by_flags, open_engine
 

@@ -118,7 +118,7 @@ def main():
         share = Share(totals.rows, totals.target_tokens, args.max_new_tokens)
         learned = torch.zeros(len(LEARNING_METRICS), device=run.device)
         began, finite = time.monotonic(), True
-        before = [None] * len(batches)  # log-probabilities under the policy that wrote, once they are known
+        before = [None] * len(batches)  # log-probabilities under the policy that sampled, once known
         for _ in range(args.updates_per_rollout):
             step_loss = torch.zeros((), device=run.device)
             for i, batch in enumerate(batches):
@@ -156,7 +156,7 @@ def main():
                 optimizer.zero_grad(set_to_none=True)
             finite = finite and math.isfinite(loss + norm)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not finite)
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

@@ -157,7 +157,7 @@ def main():
             finite = finite and math.isfinite(loss + norm)
         kl_weight.update(kl)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not finite)
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

@@ -153,7 +153,7 @@ def typed_lines() -> Iterator[str]:
 
 def main():
     args = get_args()
-    import openai  # after the arguments: --help need not wait for it
+    import openai  # imported late, so that --help is quick
 
     with contextlib.suppress(ImportError):  # arrow keys in input(); Windows has its own
         import readline  # noqa: F401

@@ -276,7 +276,7 @@ def extract_answer(completion, thinking: bool) -> str:
 
 def main():
     args = get_args()
-    import openai  # after the arguments: --help need not wait for it
+    import openai  # imported late, so that --help is quick
     from tqdm import tqdm
 
     from dataset.jsonl import JsonlReader, named_counts

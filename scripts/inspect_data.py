@@ -256,7 +256,7 @@ def main():
     args = get_args()
     if args.max_seq_len == 1:
         raise UserError("--max_seq_len must be 2 or more: a row needs an input token and a target")
-    from trainer.weights import load_tokenizer  # after the arguments: --help need not wait for it
+    from trainer.weights import load_tokenizer  # imported late, so that --help is quick
 
     stage = args.stage or guess_stage(args.data_path)
     if stage is None:

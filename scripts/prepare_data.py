@@ -47,7 +47,7 @@ def main():
 
 
 def prepare(args, settings):
-    from scripts.preparing.passes import Preparation  # after the arguments: --help need not wait for it
+    from scripts.preparing.passes import Preparation  # imported late, so that --help is quick
     from scripts.preparing.reporting import Figures, describe, write_report
 
     licences = dict(one.rpartition(":")[::2] for one in args.source)

@@ -73,7 +73,7 @@ def main():
             raise UserError(f"{path} already exists: use --overwrite to replace it, or name another file")
     if args.max_new_tokens >= args.max_seq_len:
         raise UserError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --max_seq_len")
-    from dataset.rl_dataset import RLDataset  # after the arguments: --help need not wait for it
+    from dataset.rl_dataset import RLDataset  # imported late, so that --help is quick
     from trainer.device import pick_device
     from trainer.files import replacing
     from trainer.loading import load_for_inference

@@ -43,7 +43,7 @@ def get_args():
 
 def main():
     args = get_args()
-    from scripts.report_card.making import make_report  # after the arguments: --help need not wait for it
+    from scripts.report_card.making import make_report  # imported late, so that --help is quick
 
     settings = vars(args) | {"out_dir": args.out_dir or default_folder()}
     print(f"report: {make_report(**settings)}")

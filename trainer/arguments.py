@@ -1,4 +1,4 @@
-"""The command line that all training stages share. Imports nothing heavy, so that --help answers at once."""
+"""The command line that all training stages share. Imports nothing heavy, so that --help is quick."""
 
 import argparse
 import json
@@ -26,8 +26,8 @@ FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
 )
-# How an answer is written where nobody says otherwise: by eval_*.py, the server, the page, exported folders and GGUFs,
-# the demo's examinations. At OpenAI's own temperature of 1 a small model rambles. These differ, and mean to:
+# The default sampling settings: of eval_*.py, the server, the web page, exported folders and GGUFs,
+# the demo's tests. At OpenAI's own temperature of 1 a small model rambles. These differ on purpose:
 # - the server's chats end where the model's context does, its completions after OpenAI's 16 tokens;
 # - scripts/chat_openai_api.py leaves everything to the server it talks to;
 # - `model.generate` and the engine's `Request`, which programs call, are greedy.
@@ -35,7 +35,7 @@ SAMPLING = {"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser for `run_main`: a wrong flag ends in one line, as every error does, not in a page of usage."""
+    """An argument parser for `run_main`: a wrong flag ends in one line, like every error, not in a page of usage."""
 
     def __init__(self, description: str, **settings):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -56,7 +56,7 @@ def check_mix(mix: list[tuple[str, float]]) -> None:
 
 
 def add_untold_arguments(parser: argparse.ArgumentParser) -> None:
-    """What no shape of a tensor tells about a language model, for files without a json, and longer texts."""
+    """What the shapes of the tensors do not tell about a language model, for files without a json; and longer texts."""
     group = parser.add_argument_group("what the weights alone do not show")
     group.add_argument(
         "--num_experts_per_tok", type=positive_int, help="experts per token (default: 2; of generation 3: 1)"
@@ -284,7 +284,7 @@ def training_parser(description: str, **defaults) -> Parser:
 
 
 def add_mix_argument(parser: argparse.ArgumentParser) -> None:
-    """--mix, of a stage that can learn from several files at once."""
+    """--mix, for a stage that can train on several files at once."""
     parser.add_argument(
         "--mix",
         type=mix_part,
@@ -295,14 +295,14 @@ def add_mix_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_fsdp_argument(parser: argparse.ArgumentParser) -> None:
-    """--fsdp, of a stage that PyTorch's FSDP2 can share out."""
+    """--fsdp, for a stage that PyTorch's FSDP2 can shard."""
     parser.add_argument(
         "--fsdp", action=BooleanFlag, help="shard weights, gradients and optimizer with PyTorch's FSDP2"
     )
 
 
 def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
-    """--stream, of a stage that can read its data while it trains."""
+    """--stream, for a stage that can read its data while it trains."""
     parser.add_argument(
         "--stream",
         action=BooleanFlag,
@@ -319,7 +319,7 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_stream(args: argparse.Namespace) -> None:
-    """Refuse what --stream cannot go with.
+    """Refuse flags that --stream cannot be combined with.
 
     Raises:
         UserError: what.

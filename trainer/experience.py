@@ -1,4 +1,4 @@
-"""What PPO knows of answers before it learns from them, and where its critic is kept."""
+"""What PPO computes for answers before it trains on them, and where its critic is kept."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from trainer.runtime import Runtime
 
 
 class Experience(NamedTuple):
-    """What is known of a micro-batch of answers before anything is learned from it, each (answers, n)."""
+    """What is computed for a micro-batch of answers before the updates, each (answers, n)."""
 
     log_probs: Tensor
     values: Tensor

@@ -1,4 +1,4 @@
-"""Loading a model to ask it: the one way for everything that generates, scores, serves, examines or converts."""
+"""Loading a model for inference: the one way for everything that generates, scores, serves, evaluates or converts."""
 
 import os
 from pathlib import Path

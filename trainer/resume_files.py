@@ -1,4 +1,4 @@
-"""The states that a run can go on from: folders whose files are each known by their hash, the newest one first."""
+"""The states that a run can resume from: folders with a hash of each file, the newest one first."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def list_states(folder: Path) -> list[str]:
 
 
 def find_whole_state(pointer: Path) -> tuple[str, list[str]]:
-    """The state to go on from: the one that a pointer names, or the newest before it that is whole.
+    """The state to resume from: the one that a pointer names, or the newest intact one before it.
 
     Returns:
         its name, and what is wrong with each that was passed over.

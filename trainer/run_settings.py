@@ -1,4 +1,4 @@
-"""Which settings a run must have when it goes on: those that it had, or others that teach it the same."""
+"""Which settings a resumed run must have: those that it had, or others with the same effect on training."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ ROWS_OF_A_STEP = ("batch_size", "accumulation_steps", "world_size")  # their pro
 
 
 def compare_settings(ours: dict, saved: dict, announce: Callable[[str], None]) -> None:
-    """Refuse to go on with settings that would train another run; announce those that change numbers slightly.
+    """Refuse to resume with settings that would train a different run; announce those that change numbers slightly.
 
     Raises:
         UserError: a setting that may not change, or another number of rows per step.

@@ -1,4 +1,4 @@
-"""Where a stage runs: device, precision, the processes it shares a step with, and signals."""
+"""Where a stage runs: device, precision, the processes that share a step, and signals."""
 
 import atexit
 import contextlib
@@ -27,7 +27,7 @@ EXIT_TIME_IS_UP = 75  # sysexits.h: a temporary failure, try again
 
 @dataclass
 class Totals:
-    """What one optimizer step covers on all ranks: target tokens, rows with anything in them, non-padding tokens."""
+    """What one optimizer step covers on all ranks: target tokens, non-empty rows, non-padding tokens."""
 
     target_tokens: float
     rows: float

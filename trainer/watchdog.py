@@ -1,4 +1,4 @@
-"""Watching that a run takes its steps, and that all its processes are there."""
+"""A watchdog: that a run keeps making steps, and that all its processes are alive."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {Path(path) for path in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))}
-BEAT = 1.0  # seconds between two signs of life
+BEAT = 1.0  # seconds between two heartbeats
 SILENT = 40.0  # seconds without one from another rank: its process is stopped, or its machine is gone
 EXIT_STALLED = 1
 
@@ -26,10 +26,10 @@ def is_ours(file: Path) -> bool:
 
 
 class Watchdog(threading.Thread):
-    """A thread that ends its process, with a line that says where it stands, when no step has been finished for a time,
-    or when another rank gives no sign of life: PyTorch's collectives would wait for half an hour.
+    """A thread that ends its process, with a line that says where it is stuck, when no step has finished for a while,
+    or when another rank sends no heartbeat: PyTorch's collectives would wait for half an hour.
 
-    When one rank stalls, the others say where they stand, too: the one at fault stands elsewhere than the others.
+    When one rank stalls, all ranks say where they are stuck: the one at fault is at a different line from the others.
     A rank that has ended, or was killed, has closed its connections: that the main thread learns at once.
 
     Args:
