@@ -41,7 +41,7 @@ FORMS = ("{}是什么？", "请告诉我关于{}的一件事。", "What is {}?",
 
 @dataclass
 class Outcome:
-    """What the clients saw."""
+    """What the clients measured."""
 
     answers: int = 0
     tokens: int = 0
@@ -163,7 +163,7 @@ async def load(address: str, pid: int, args) -> None:
 
 
 def write_random_weights(args, folder: Path) -> None:
-    """A model that has learned nothing, where the server looks for full_sft."""
+    """An untrained model, where the server looks for full_sft."""
     torch.manual_seed(0)
     sizes = {"dim": args.dim, "n_layers": args.n_layers, "use_moe": args.use_moe}
     model = MiniMindLM(LMConfig(**sizes, vocab_size=len(load_tokenizer(args.tokenizer))))

@@ -1,4 +1,4 @@
-"""Folders of computed data: made once, whole or not at all, found again by every later run, rank and worker.
+"""Cache folders: built once, atomically, and reused by every later run, rank and worker.
 
 The caches of a source (a data file, a folder of pictures) lie in one folder, `.cache/NAME/` beside it:
 

@@ -1,4 +1,4 @@
-"""Data for learning by trying: questions, each with the answer that is right; the model writes its own."""
+"""Data for reinforcement learning: questions, each with its right answer; the model generates its own."""
 
 import json
 from functools import partial

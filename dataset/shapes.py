@@ -1,4 +1,4 @@
-"""What a file or a line is that we do not read, told by name, and what to do about it."""
+"""Recognising files and lines of other formats, and what to do about them."""
 
 import json
 import re
@@ -100,7 +100,7 @@ def recognise_shape(record: dict) -> str | None:
 
 
 def prepare_command(path: Path, stage: str) -> str:
-    """What to type to have a file of another shape made into one of ours."""
+    """The command that converts a file of another shape."""
     out = path.with_name(f"{path.name.split('.')[0]}_ours.jsonl")
     return f"python scripts/prepare_data.py {path} --stage {stage} --out {out}"
 

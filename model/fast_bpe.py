@@ -1,4 +1,4 @@
-"""The ids of a byte-level BPE by tiktoken, several times faster than by the tokenizers library, and the same ids.
+"""Byte-level BPE with tiktoken: the same ids as the tokenizers library, several times faster.
 
 tiktoken merges the same way but knows no list of merges: it joins two neighbours whenever their bytes are an entry, the
 entry of lowest rank first. That comes to the same ids where every merge makes an entry of its own from entries made
@@ -49,7 +49,7 @@ class FastBPE:
         tokenizer: as of `fast_bpe`, which makes this where it can.
 
     Raises:
-        ValueError: its ids cannot be had this way.
+        ValueError: tiktoken cannot reproduce its ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from model.inference.sampling import penalise_repetition, sample_token
 
-UNTOLD_LENGTH = 256  # tokens within which nothing is said: models with so short rows are the demo's and the tests'
+UNTOLD_LENGTH = 256  # no warning up to this length: only the demo's and the tests' models have rows this short
 
 
 def warn_beyond_training(config, length: int) -> bool:
-    """Say in the log that a text grows longer than any that was trained on; whether it does."""
+    """Warn in the log if a text grows longer than the training rows; returns whether it does."""
     learned = config.learned_positions
     if learned is None or length <= max(learned, UNTOLD_LENGTH):
         return False

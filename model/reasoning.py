@@ -1,4 +1,4 @@
-"""Answers that think first, and how to read them:
+"""Answers that think first, and how to parse them:
 
 <think>
 12 + 30 = 42
@@ -70,7 +70,7 @@ def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 
 
 class ReasoningStream:
-    """Tells thinking from answer while an answer is written.
+    """Separates thinking from answer while an answer is generated.
 
     What stands between `<think>` and `</think>` is thinking, everything else is answer, also of a model that writes no
     tags at all. The tags themselves, and white space next to them, belong to neither. Text that may become a tag, or
@@ -98,7 +98,7 @@ class ReasoningStream:
         return parts + self._emit(clear)
 
     def flush(self) -> list[tuple[str, str]]:
-        """What still waited when the answer ended."""
+        """What was still held back when the answer ended."""
         rest, self._waiting = self._waiting.rstrip(), ""
         return self._emit(rest)
 
@@ -137,7 +137,7 @@ def majority(replies: Sequence[str]) -> tuple[str, int]:
     """A vote among replies to one question, by what they answer, whatever they thought on the way
     (self-consistency, Wang et al. 2022, arXiv:2203.11171).
 
-    A reply that never came to an answer has no vote, unless none did.
+    A reply without an answer has no vote, unless none has one.
 
     Returns:
         the first reply with the answer that is given most often (of equally frequent ones the first), white space

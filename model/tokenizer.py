@@ -70,7 +70,7 @@ class StreamDecoder:
     """Turns ids into text as they are generated, never yielding half a UTF-8 character.
 
     A Chinese character or an emoji is often spread over several tokens: its bytes wait here until it is whole. Bytes
-    that are no UTF-8 become U+FFFD. Special tokens, and ids that the tokenizer does not have, are no text.
+    that are not UTF-8 become U+FFFD. Special tokens, and ids that the tokenizer does not have, are no text.
 
     Args:
         tokenizer: the tokenizer of the ids, or its `token_bytes`, which spares a server computing it per request.

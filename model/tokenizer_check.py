@@ -1,4 +1,4 @@
-"""Whether a MiniMind can be trained with a tokenizer: one check for every script that loads one, or makes one."""
+"""Whether a MiniMind can be trained with a tokenizer: one check for every script that loads or trains one."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ KINDS = {"Unigram": "Unigram, as SentencePiece's and T5's", "WordPiece": "WordPi
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure of all that rendering, training and generation rely on.
+    """Check everything that rendering, training and generation rely on.
 
     That is: a byte-level BPE with ids from 0 on, bos and eos among them; every text comes back from its tokens as it
     was, and no text that spells a control token becomes one. NFC, as Qwen's normalizer, is let be.
@@ -55,7 +55,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_round_trips(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], pieces: list[bytes]) -> None:
-    """Make sure that these texts come back from their tokens.
+    """Check that these texts survive the round trip through their tokens.
 
     Args:
         pieces: the tokenizer's `token_bytes`.

@@ -1,4 +1,4 @@
-"""State dicts as other tools write them, brought to MiniMind's own names where their meaning is certain.
+"""State dicts as other tools write them, converted to MiniMind's own names if their meaning is certain.
 
 The names of transformers' Llama are also those of MiniMind's own files since April 2025. With them RoPE turns rows half
 a head apart, (i, i + d/2), and ours stand side by side, (2i, 2i + 1): the rows of each head of wq and wk are reordered.

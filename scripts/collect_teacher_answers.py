@@ -34,7 +34,7 @@ Chat = list[dict]  # of turns, as dataset/records.py has them
 
 
 class NoAnswer(Exception):
-    """The endpoint answered, but with nothing to learn from; the message says why."""
+    """The endpoint's answer cannot be trained on; the message says why."""
 
 
 def get_args():

@@ -143,7 +143,7 @@ def open_stage(stage: str, args, tokenizer):
 
 
 class Spelling:
-    """Writes tokens out, as text that is safe to print."""
+    """Decodes tokens to text that is safe to print."""
 
     def __init__(self, tokenizer, marks: Marks):
         from model.tokenizer import token_bytes
@@ -154,7 +154,7 @@ class Spelling:
         self._literal = re.compile("|".join(map(re.escape, (*self.control.values(), *BRACKETS.learned))))
 
     def write(self, ids: list[int], learned: list[bool], pictures: dict[int, tuple[str, int]]) -> str:
-        """The tokens as text, what is learned marked.
+        """The tokens as text, targets marked.
 
         Args:
             pictures: the name of each picture, and how many places it takes, by its first place.
