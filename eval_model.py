@@ -113,7 +113,7 @@ def reply(engine, ids: list[int], args, by_hand: bool, turns: Sequence[dict] = (
         if not by_hand:
             raise
         engine.abandon()  # wherever in a step it was
-        print(" [stopped]")  # the answer ends here, the talk goes on
+        print(" [stopped]")  # the answer ends here, the chat continues
         answer = "".join(piece.text for piece in pieces)
     report_speed(pieces, started, election)
     return answer

@@ -103,7 +103,7 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
 
 
 def measure(generation: int, args, folder: Path) -> dict:
-    """Train one generation, or go on, and examine it."""
+    """Train one generation, or continue training it, and evaluate it."""
     device = pick_device(args.device)
     here = Runtime(device, getattr(torch, args.dtype))
     tokenizer = load_tokenizer(args.tokenizer)

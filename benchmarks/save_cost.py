@@ -47,7 +47,7 @@ def get_args():
 class Cost(NamedTuple):
     """Of one save, in seconds."""
 
-    held_up: float  # until training may go on
+    held_up: float  # until training continues
     computing: float  # of that, on the CPU: other programs on the machine make the rest
     longer: float  # that 100 steps took than without a save
 

@@ -165,7 +165,7 @@ def parse_pair(record: dict, ignored: Ignored) -> Pair:
 
     Both go the same way up to a turn that the assistant answers differently; answers before it are not targets, they
     have "weight" 0. With a "prompt", a list of turns or a user's text, which comes in front of both, the two may be
-    lists of turns that go on from it, or that repeat it, or texts of the assistant.
+    lists of turns that continue it, or that repeat it, or texts of the assistant.
 
     Raises:
         BadRecord: as in `parse_chat`; or they part before an answer does, and so do not answer one prompt.

@@ -45,7 +45,7 @@ def foreign_file(head: bytes) -> str | None:
 
 
 def foreign_first_line(path: Path, line: bytes) -> str | None:
-    """What a file seems to be whose first line is no JSON object."""
+    """What a file seems to be if its first line is not a JSON object."""
     text = line.decode("utf-8", errors="replace").strip()
     if text == "{":
         return "JSON spread over several lines; write one object per line (jq -c .)"

@@ -112,7 +112,7 @@ class StreamedRows:
         hold_out: keep some blocks back, see `held_out`.
 
     Attributes:
-        position: where the next row is: "window" and "row" in it, JSON values; to be set where a run goes on.
+        position: where the next row is: "window" and "row" in it, JSON values; to be set when a run is resumed.
         windows: in an epoch.
         summary: one line to print at the start of a run.
 

@@ -19,7 +19,7 @@ from model.chat import render_text
 from model.tokenizer import token_bytes
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-THOUGHT_BEGUN = "<think>\n"  # what a prompt that opens a thought ends with: an answer to it goes on from there
+THOUGHT_BEGUN = "<think>\n"  # the end of a prompt that opens a thought: the answer continues from there
 _TAG = re.compile("|".join(TAGS))
 _NO_TAG = rf"(?:(?!{_TAG.pattern}).)+"
 FORMAT = re.compile(rf"<think>\n{_NO_TAG}\n</think>\n<answer>\n{_NO_TAG}\n</answer>", re.DOTALL)

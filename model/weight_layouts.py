@@ -2,7 +2,7 @@
 
 The names of transformers' Llama are also those of MiniMind's own files since April 2025. With them RoPE turns rows half
 a head apart, (i, i + d/2), and ours stand side by side, (2i, 2i + 1): the rows of each head of wq and wk are reordered.
-A MiniMind-3 has these names, too, and is told by its norms of queries and keys: its names and rows stay as they are.
+A MiniMind-3 also has these names, and is recognised by its norms of queries and keys: its names and rows stay as is.
 """
 
 import re
@@ -39,7 +39,7 @@ OURS, THEIRS = (
 )
 IN_A_LAYER = re.compile(rf"(?P<prefix>(?:.*\.)?)layers\.\d+\.(?:(?P<ours>{OURS})|(?P<theirs>{THEIRS}))\.")
 
-OTHERS = (  # what is no MiniMind, by one of its names
+OTHERS = (  # what is not a MiniMind, by one of its names
     (r"\.lora_(A|B|embedding_A|embedding_B)\b", "peft's LoRA adapter: `convert_model.py from-peft` reads its folder"),
     (r"\bself_attn\.[qkv]_proj\.bias$|\bshared_expert_gate\.", "a Qwen2 or Qwen2-MoE: `convert_model.py "
      "from-transformers` reads its folder"),

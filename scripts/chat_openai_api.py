@@ -56,7 +56,7 @@ def get_args():
 
 
 class Chat:
-    """A talk with a server: what was said, and how to go on."""
+    """A conversation with a server: its history, and how to continue it."""
 
     def __init__(self, client, args):
         self.client = client

@@ -91,7 +91,7 @@ def save(model, tokenizer, out: Path, about: dict) -> None:
 
 
 def check_targets(args, suffix: str, beside: str) -> None:
-    """Refuse to replace what is there, or to write a file under a name that says something else."""
+    """Refuse to replace existing output, or to write a file under a misleading name."""
     if args.out.suffix != suffix:
         raise UserError(f"{args.out}: {args.command} writes a {suffix} file")
     for path in (args.out, args.out.with_suffix(beside)):

@@ -24,7 +24,7 @@ from trainer.errors import UserError, run_main, shown
 
 
 class Run(NamedTuple):
-    """What there is of a run: its weights, which may be missing, and the folder to go on from, which may be, too."""
+    """A run on disk: its weights and the folder to resume from, either of which may be missing."""
 
     weights: Path
     resume: Path
@@ -134,7 +134,7 @@ def _writer(folder: Path) -> str | None:
 
 
 def command_of(state: dict) -> str:
-    """The command line that goes on from a saved state, as a shell takes it."""
+    """The command line that resumes a saved state, quoted for a shell."""
     if "command" not in state:  # of an earlier version
         return "the command that started it, with --resume"
     script, *flags = state["command"]

@@ -148,7 +148,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=8192,
-        padding_side="left",  # where a model goes on at the end of each row
+        padding_side="left",  # a model continues at the end of each row
     )
     new = folder.with_name(f".{folder.name}.new")
     try:

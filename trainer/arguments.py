@@ -22,7 +22,7 @@ from trainer.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # of the weights of a model that writes
-FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
+FLAGS_DECIDE = (  # settings that a DeepSpeed JSON may contain but our flags decide
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
 )

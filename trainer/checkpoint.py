@@ -32,7 +32,7 @@ from trainer.weights import weights_path
 class Checkpoint:
     """A stage's weights `out/NAME_D.pth`, their json, and `out/NAME_D.resume/`, which only one run at a time may write.
 
-    A save copies all that is needed to resume in memory, and goes on in a thread: it writes a new folder in `resume/`,
+    A save copies everything needed to resume in memory, and continues in a thread: it writes a new folder in `resume/`,
     moves the pointer `resume/latest` to it, and copies its weights and their json to their usual place. A crash at any
     moment leaves a complete state, and a run that resumes from it repairs the copies. The states before it stay as
     --keep_last and --keep_every say; from a damaged one a run goes back to the one before.
@@ -45,7 +45,7 @@ class Checkpoint:
             json, and a run that is resumed must have the same.
 
     Raises (on construction):
-        UserError: there is an earlier run, and neither --resume nor --overwrite was given, or nothing to go on from;
+        UserError: there is an earlier run, and neither --resume nor --overwrite was given, or nothing to resume from;
             another run is writing there; nothing can be written there.
     """
 
@@ -180,7 +180,7 @@ class Checkpoint:
         except OSError as error:
             raise write_error(final, error) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # what hindered the write may hinder this, too
+            shutil.rmtree(temporary, ignore_errors=True)  # what prevented the write may also prevent this
 
     def _tidy(self) -> None:
         """Delete the states that are not to be kept, and those of a run that this one replaces."""
@@ -289,7 +289,7 @@ class Checkpoint:
             )
         load_full_state_dict(model, optimizer, load_tensors(folder / "model.pth"), self.keep)
         optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # float16 had one; a run that goes on in it from another dtype begins with its own
+        if state["scaler"]:  # float16 had one; a run that resumes in it from another dtype starts with a fresh one
             scaler.load_state_dict(state["scaler"])
         mine = folder / f"rank_{self.runtime.rank}.pt"
         if mine.is_file():  # a run that had fewer processes saved none for the others

@@ -1,4 +1,4 @@
-"""The device of the computation: the CPU, or the accelerator that PyTorch finds (cuda, ROCm's name, too; mps; xpu; …),
+"""The device of the computation: the CPU, or the accelerator that PyTorch finds (cuda, also for ROCm; mps; xpu; …),
 and what differs between them.
 
 The code runs on PyTorch 2.6 and newer. What later versions brought or renamed is looked up here by name.

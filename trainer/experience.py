@@ -25,7 +25,7 @@ class Experience(NamedTuple):
 
 
 class WithCritic:
-    """An optimizer whose state holds the critic and the KL's coefficient, too: they lie in the resume folder with it,
+    """An optimizer whose state also holds the critic and the KL's coefficient: they are saved in the resume folder,
     while the weights that are published are the policy's alone."""
 
     def __init__(self, optimizer, model: nn.Module, kl: AdaptiveKL):

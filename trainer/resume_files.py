@@ -62,7 +62,7 @@ def seal(folder: Path, state: dict, hashes: dict[str, str]) -> None:
 
     Args:
         state: JSON values, without a key "sha256".
-        hashes: the SHA-256 of every other file that is read to go on, by its path in the folder.
+        hashes: the SHA-256 of every other file that is read to resume, by its path in the folder.
     """
     save_json(state | {"sha256": hashes | {STATE: _hash_state(state, hashes)}}, folder / STATE)
 

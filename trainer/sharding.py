@@ -83,7 +83,7 @@ class ShardScaler(torch.amp.GradScaler):
 
 
 class WholeStateOptimizer:
-    """An AdamW over shares, whose state is read and written whole: what one engine saved, any other goes on from."""
+    """An AdamW over shares, whose state is read and written whole: what one engine saved, any other can resume."""
 
     def __init__(self, optimizer: torch.optim.AdamW):
         self.optimizer = optimizer

@@ -74,7 +74,7 @@ def keep_or_replace(
 
 
 class Lookup:
-    """Where each n-gram of a growing text occurred last, and so how the text may go on."""
+    """Where each n-gram of a growing text occurred last, and so how the text may continue."""
 
     def __init__(self):
         self._behind: dict[tuple[int, ...], int] = {}  # n-gram -> the place after its last occurrence

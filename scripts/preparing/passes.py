@@ -1,4 +1,4 @@
-"""The passes in their order; each goes on from what an earlier run has left in the work folder."""
+"""The passes in order; each continues from what an earlier run has left in the work folder."""
 
 import re
 from collections import Counter, defaultdict

@@ -50,7 +50,7 @@ def sections(
     """The report.
 
     Args:
-        results: {model: {part: what was found}}, see `examine`; a model that was not examined is not there.
+        results: {model: {part: what was found}}, see `examine`; a model that was not evaluated is missing.
         problems: {model: why not}.
         held_out: the name of the text that all predict.
         drawn: whether there is a picture of the losses.
@@ -68,7 +68,7 @@ def sections(
     if said := {name: found["answers"] for name, found in results.items() if "answers" in found}:
         yield Section("Answers", "Greedy; a pretrained model continues the text.", answers=side_by_side(said))
     if problems:
-        yield Section("Not examined", points=[*problems.items()])
+        yield Section("Not evaluated", points=[*problems.items()])
 
 
 # -------------------------------------------------------------------------------------------------------- sections

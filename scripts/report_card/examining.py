@@ -126,7 +126,7 @@ def predict(texts: list[str], model: MiniMindLM, tokenizer: PreTrainedTokenizerB
 def write_answers(
     questions: tuple[str, ...], chats: bool, model: MiniMindLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
-    """{question: what the model says, greedy}; to one that does not chat, a question is a text to go on with."""
+    """{question: what the model says, greedy}; to one that does not chat, a question is a text to continue."""
     turns = [[{"role": "user", "content": question}] for question in questions]
     prompts = [ids for ids, _ in render_chats(tokenizer, turns, add_generation_prompt=True)]
     if not chats:

@@ -42,7 +42,7 @@ class Found:
 
     @property
     def chats(self) -> bool:
-        """Whether it has learned to answer; a pretrained model goes on with a text."""
+        """Whether it has learned to answer; a pretrained model continues text."""
         return self.stage != "pretrain"
 
     @property

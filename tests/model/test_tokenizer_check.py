@@ -118,7 +118,7 @@ def with_a_greedy_tag():
         (lambda: lossy(normalizers.NFD()), "the round trip of"),
         (with_prefix_space, "gives ' \\n\\n"),
         (without_spaces, "the round trip of ' ' gives ''"),
-        (without_a_byte, "1 of the 256 bytes have no entry, b'\\x80' for one"),
+        (without_a_byte, "1 of the 256 bytes have no entry, for example b'\\x80'"),
         (with_one_letter_as_control, "text that spells its token '中' is encoded as that token"),
         (with_a_greedy_tag, "a chat does not survive the round trip through its tokens"),
     ],

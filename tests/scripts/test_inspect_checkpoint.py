@@ -59,7 +59,7 @@ def test_a_whole_run(trained, which):
     for name in ("pretrain_32.pth", "step_00000004", "step_00000002"):
         assert " whole" in told(done, name)
     assert "2 processes" in told(done, "step_00000004")
-    assert "goes on from step_00000004:" in done.stdout
+    assert "resumes from step_00000004:" in done.stdout
     assert "writing" not in done.stdout
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_named_and_the_state_before_it_is_gone_on_from(out, na
     done = inspect(out, exit_code=2)
     assert f"{name} is damaged" in told(done, "step_00000004")
     assert " whole" in told(done, "step_00000002")
-    assert "goes on from step_00000002:" in done.stdout
+    assert "resumes from step_00000002:" in done.stdout
     assert file_hash(out / "pretrain_32.resume" / "latest") == before
 
 
@@ -107,7 +107,7 @@ def test_damaged_weights_and_a_damaged_pointer(out):
     flip(out / "pretrain_32.pth")
     done = inspect(out, exit_code=2)
     assert "does not match the sha256" in told(done, "pretrain_32.pth")
-    assert "goes on from step_00000004:" in done.stdout
+    assert "resumes from step_00000004:" in done.stdout
     shutil.copy(out / "pretrain_32.resume" / "step_00000004" / "model.pth", out / "pretrain_32.pth")
     (out / "pretrain_32.resume" / "latest").write_text("step_00000007")
     done = inspect(out, exit_code=2)
@@ -116,7 +116,7 @@ def test_damaged_weights_and_a_damaged_pointer(out):
 
 def test_weights_without_a_run(out):
     shutil.rmtree(out / "pretrain_32.resume")
-    assert "nothing to go on from" in inspect(out).stdout
+    assert "nothing to resume from" in inspect(out).stdout
     (out / "pretrain_32.json").unlink()
     assert "not checked" in told(inspect(out), "pretrain_32.pth")
 

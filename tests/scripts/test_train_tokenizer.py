@@ -204,7 +204,7 @@ def broken_bytes():
     vocabulary["spelledinletters"] = vocabulary.pop(byte)
     state["model"]["merges"] = []
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    return tokenizer, "1 of the 256 bytes have no entry, b'\\x80' for one"
+    return tokenizer, "1 of the 256 bytes have no entry, for example b'\\x80'"
 
 
 def broken_alphabet():

@@ -289,14 +289,14 @@ def test_what_is_there_is_kept_unless_it_may_go(prepare, tmp_path, three_hundred
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("nowhere.jsonl",), "nowhere.jsonl is not there"),
+        (("nowhere.jsonl",), "nowhere.jsonl does not exist"),
         ((), "name what to read: IN…"),
         (("FILE", "--map", "user=q"), "does not describe a whole record"),
         (("FILE", "--languages", "fr"), "languages are zh, en, other"),
         (("FILE", "--near_dup", "0.2"), "--near_dup must be 0.5 to 1"),
         (("FILE", "--source", "x"), "must be NAME:LICENCE"),
         (("FILE", "--min_chars", "100000"), "of 300 lines nothing is left (length: 300)"),
-        (("FILE", "--ppl_model", "no.pth"), "--ppl_model no.pth is not there"),
+        (("FILE", "--ppl_model", "no.pth"), "--ppl_model no.pth does not exist"),
     ],
 )
 def test_what_cannot_be_ends_in_one_line(prepare, three_hundred, flags, words):

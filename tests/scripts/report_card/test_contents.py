@@ -92,4 +92,4 @@ def test_only_what_there_is_has_a_section():
     assert [s.title for s in sections([stage], {}, {}, None, drawn=False)] == ["Training"]
     results = {"full_sft_8": {"answers": {"Who?": "I."}, "held out": PREDICTED}}
     whole = [s.title for s in sections([stage], results, {"x": "damaged"}, "t", drawn=True)]
-    assert whole == ["Training", "Losses", "Bits per byte", "Answers", "Not examined"]
+    assert whole == ["Training", "Losses", "Bits per byte", "Answers", "Not evaluated"]
