@@ -87,7 +87,7 @@ def load_vlm(
 
     def build(config: LMConfig) -> MiniMindVLM:
         if config.generation != 2:
-            raise UserError(f"{path}: a vision-language model is of generation 2, not {config.generation}")
+            raise UserError(f"{path}: a vision-language model must be of generation 2, not {config.generation}")
         fields = architecture(config) | special_ids(tokenizer) | positions(config)
         del fields["generation"]  # which every VLMConfig has
         return MiniMindVLM(VLMConfig(image_token_id=place, **fields), vision.tower)
