@@ -13,14 +13,22 @@ from typing import Any, NamedTuple
 
 from dataset.jsonl import BadRecord, Ignored
 from dataset.shapes import foreign_turn, recognise_shape
-from model.chat import IMAGE_MARKER
-from model.reasoning import with_thought
+from dataset.tool_records import (
+    IN_LINE,
+    IN_TURN,
+    OTHER_RESULT_ROLES,
+    RESULT_ROLES,
+    read_calls,
+    read_tools,
+    settle,
+    uses_tools,
+)
+from model.chat import IMAGE_MARKER, ROLES
+from model.reasoning import thought_before_calls, with_thought
 
-ROLES = ("system", "user", "assistant")
 OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
-TOOL_ROLES = ("tool", "function", "observation", "ipython")
 
-Turn = dict[str, Any]  # "role", "content", and "weight": 0 if the assistant's content is not trained on
+Turn = dict[str, Any]  # "role", "content", "weight": 0 if an answer is not trained on, "tool_calls"; the first: "tools"
 Turns = list[Turn]
 Pair = tuple[Turns, Turns]  # chosen, rejected
 
@@ -59,7 +67,8 @@ def _letters(key: str) -> str:
     return "".join(filter(str.isalnum, key)).lower()
 
 
-NO_TOOLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool use is not supported")
+CALLS_IN_TURNS = dict.fromkeys(("tool_calls", "function_call"), "it belongs in a turn, not in the line")
+TOOLS_IN_LINE = {"functions": 'what a turn calls is its "tool_calls", what may be called are the line\'s "tools"'}
 NO_WEIGHT = dict.fromkeys(("weight", "train"), "it belongs in a turn, not in the line")
 NO_PICTURES = dict.fromkeys(("image", "images"), "only train_pretrain_vlm.py and train_sft_vlm.py train on pictures")
 NO_MEDIA = dict.fromkeys(("video", "videos", "audio", "audios"), "only text and pictures are supported")
@@ -84,25 +93,24 @@ ELSEWHERE = {
 }
 
 TEXT = Keys(("text",), (), dict.fromkeys(NO_WEIGHT, "a text cannot be masked: leave its line out"))
-CHAT_REFUSED = {**NO_TOOLS, **NO_WEIGHT, **NO_MEDIA, **SECOND_CHAT, **OTHER_SYSTEM, **ELSEWHERE}
-CHAT = Keys(("conversations",), ("system", "prompt"), {**CHAT_REFUSED, **NO_PICTURES})
-PICTURES = Keys(("conversations",), ("system", "prompt", "image"), {**CHAT_REFUSED, **OTHER_PICTURES})
+CHAT_REFUSED = {**CALLS_IN_TURNS, **NO_WEIGHT, **NO_MEDIA, **SECOND_CHAT, **OTHER_SYSTEM, **ELSEWHERE}
+CHAT = Keys(("conversations",), ("system", "prompt", *IN_LINE), {**CHAT_REFUSED, **NO_PICTURES})
+PICTURES = Keys(("conversations",), ("system", "prompt", "image", *IN_LINE), {**CHAT_REFUSED, **OTHER_PICTURES})
 PAIR = Keys(
     ("chosen", "rejected"),
-    ("prompt", "system"),
+    ("prompt", "system", *IN_LINE),
     {**CHAT.refused, "conversations": 'the key for what both answer is "prompt"'},
 )
 QUESTION = Keys(
     ("question",),
-    ("system",),
+    ("system", *IN_LINE),
     {**CHAT.refused, **dict.fromkeys(("conversations", "prompt"), 'a second question, beside "question"')},
 )
 TURN = Keys(
     (),
-    ("role", "content", "reasoning_content", "weight", "train"),
+    ("role", "content", "reasoning_content", "weight", "train", *IN_TURN),
     {
-        **NO_TOOLS,
-        "tool_call_id": NO_TOOLS["tools"],
+        **TOOLS_IN_LINE,
         **NO_PICTURES,
         **NO_MEDIA,
         **OTHER_THOUGHT,
@@ -131,11 +139,12 @@ def parse_chat(record: dict, ignored: Ignored) -> Turns:
 
     A turn without a role is the user's, or the assistant's when the turn before it was the user's. A system turn may
     only come first; the record's "system" is one. An answer may have its thought beside it, "reasoning_content", and
-    "weight" 0 or "train" false where it is not to be learned.
+    "weight" 0 or "train" false where it is not to be learned. It may call tools; what may be called stands at the first
+    turn then, "tools", see `dataset.tool_records`.
 
     Raises:
         BadRecord: not such a list, an unknown role, content that is no string, an empty answer, no answer to learn
-            from, or a key that is refused.
+            from, calls and results that do not fit, or a key that is refused.
     """
     return _chat(record, CHAT, ignored)
 
@@ -154,6 +163,8 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise BadRecord('"image" must be a name, comma-separated names, or a list of names')
     chat = _chat(record, PICTURES, ignored)
+    if uses_tools(chat):
+        raise BadRecord("it uses tools, which the stages with pictures do not learn")
     markers = sum(turn["content"].count(IMAGE_MARKER) for turn in chat)
     if markers < len(names):
         raise BadRecord(f"{len(names)} images, but only {markers} {IMAGE_MARKER} markers")
@@ -184,7 +195,8 @@ def parse_pair(record: dict, ignored: Ignored) -> Pair:
         if not any(_is_learned(turn) for turn in chat[shared:]):
             raise BadRecord(f'"{key}" has no answer to train on after the two diverge')
     given = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in chosen[:shared]]
-    return given + chosen[shared:], given + rejected[shared:]
+    tools = read_tools(record)
+    return settle(given + chosen[shared:], tools, "chosen"), settle(given + rejected[shared:], tools, "rejected")
 
 
 def parse_question(record: dict, ignored: Ignored) -> Turns:
@@ -209,7 +221,7 @@ def parse_question(record: dict, ignored: Ignored) -> Turns:
         raise BadRecord('it has neither "question" nor "conversations"' + _looks_like(record))
     if not chat or not chat[-1]["content"].strip():
         raise BadRecord("it contains no question")
-    return _with_system(record, chat)
+    return settle(_with_system(record, chat), read_tools(record), "conversations")
 
 
 def _chat(record: dict, keys: Keys, ignored: Ignored) -> Turns:
@@ -218,7 +230,7 @@ def _chat(record: dict, keys: Keys, ignored: Ignored) -> Turns:
     _check_answers(chat, "conversations")
     _check_has_answer(chat, "conversations")
     _check_beginning(record, chat, ignored)
-    return _with_system(record, chat)
+    return settle(_with_system(record, chat), read_tools(record), "conversations")
 
 
 def _turns(record: dict, key: str, ignored: Ignored, roles_given: bool = False) -> Turns:
@@ -246,30 +258,48 @@ def _turn(turn: object, before: Turns, ignored: Ignored) -> Turn:
     TURN.check(turn, ignored, " (turn)")
     role = turn.get("role")
     if role is None:
-        role = "assistant" if before and before[-1]["role"] == "user" else "user"
+        role = "assistant" if before and before[-1]["role"] in ("user", "tool") else "user"
+    role = RESULT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise BadRecord(_why_no_role(role))
     if role == "system" and before:
         raise BadRecord("a system turn can only come first")
     answers = role == "assistant"
-    content, thought = _string(turn, "content"), _thought(turn)
+    tools = _tools_of(turn, role)
+    content = "" if tools.get("tool_calls") and turn.get("content") is None else _string(turn, "content")
+    thought = _thought(turn)
     if thought and not answers:
         raise BadRecord('only the assistant\'s turns can have "reasoning_content"')
-    if thought and content.strip():  # an answer that is empty stays so, thought or not
+    if thought and (content.strip() or tools):  # an answer that is empty stays so, thought or not
         try:
-            content = with_thought(thought, content)
+            content = with_thought(thought, content) if content.strip() else thought_before_calls(thought)
         except ValueError as fault:
             raise BadRecord(str(fault)) from fault
     wanted = _wanted(turn)
     if wanted and not answers:
         raise BadRecord(f"only the assistant's turns can be trained on, not a {role} turn")
-    return {"role": role, "content": content} | ({"weight": 0} if answers and wanted is False else {})
+    return {"role": role, "content": content} | ({"weight": 0} if answers and wanted is False else {}) | tools
+
+
+def _tools_of(turn: dict, role: str) -> Turn:
+    """What a turn lists or calls, or whose result it is."""
+    found: Turn = {}
+    for key, speaker, said in (
+        ("tools", "system", read_tools(turn)),
+        ("tool_calls", "assistant", read_calls(turn)),
+        ("tool_call_id", "tool", turn.get("tool_call_id")),
+    ):
+        if not _says_nothing(said):
+            if role != speaker:
+                raise BadRecord(f'only a turn of the role "{speaker}" can have "{key}"')
+            found[key] = said
+    return found
 
 
 def _why_no_role(role: object) -> str:
     told = f"unknown role {role!r:.40}"
-    if role in TOOL_ROLES:
-        return f"{told}: {NO_TOOLS['tools']}"
+    if role in OTHER_RESULT_ROLES:
+        return f'{told}: use "tool"'
     if isinstance(role, str) and (name := OTHER_NAMES.get(role.lower(), role.lower())) in ROLES:
         return f'{told}: use "{name}"'
     return f"{told}: use {', '.join(ROLES)}"
@@ -302,7 +332,7 @@ def _is_learned(turn: Turn) -> bool:
 
 def _check_answers(chat: Turns, key: str) -> None:
     for number, turn in enumerate(chat, 1):
-        if _is_learned(turn) and not turn["content"].strip():
+        if _is_learned(turn) and not turn["content"].strip() and not turn.get("tool_calls"):
             raise BadRecord(f'turn {number} of "{key}": an empty answer would train the model to stop at once')
 
 
@@ -366,7 +396,7 @@ def _begins_with(chat: Turns, prompt: Turns) -> bool:
 
 
 def _same(turn: Turn, other: Turn) -> bool:
-    return (turn["role"], turn["content"]) == (other["role"], other["content"])
+    return all(turn.get(name) == other.get(name) for name in ("role", "content", "tool_calls"))
 
 
 def _with_system(record: dict, chat: Turns) -> Turns:
