@@ -27,6 +27,7 @@ from scripts.serving.responses import (
     chat_chunks,
     completion_chunks,
     events,
+    may_call,
     opens_thought,
     whole_chat,
     whole_completion,
@@ -79,6 +80,8 @@ async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.R
     if opens_thought(body) and not lays_out_thinking(server.tokenizer):
         raise ApiError(400, "open_thinking: this model's chats open no thought", "chat_template_kwargs")
     turns = await asyncio.to_thread(read_turns, body.messages, server.place_images is not None, server.fetch)
+    if may_call(body):
+        turns[0]["tools"] = [tool.function.model_dump(exclude_unset=True, exclude={"strict"}) for tool in body.tools]
     embeddings = None
     try:
         if any(isinstance(turn["content"], list) for turn in turns):

@@ -23,6 +23,7 @@ MOST_CHOICES = 16
 MOST_PROMPTS = 64
 MOST_TOP_LOGPROBS = 20
 MOST_IMAGES = 16
+MOST_TOOLS = 128
 
 Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
@@ -111,9 +112,34 @@ def usual_part(part: Any) -> Any:
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type"), BeforeValidator(usual_part)]
 
 
+class CalledFunction(Form):
+    name: Annotated[str, StringConstraints(min_length=1)]
+    arguments: str = Field("", description="a JSON object, as text")
+
+
+class ToolCall(Form):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Form):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(None, description="of an assistant")
+    tool_call_id: str | None = Field(None, description="of a tool: whose result it is")
+
+
+class Function(Form):
+    name: Annotated[str, StringConstraints(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema")
+    strict: bool | None = Field(None, description="changes nothing")
+
+
+class Tool(Form):
+    type: Literal["function"]
+    function: Function
 
 
 class TemplateSettings(Form):
@@ -124,6 +150,8 @@ class TemplateSettings(Form):
 
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1, fail_fast=True)
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Literal["auto", "none"] | None = Field(None, description="default: auto")
     chat_template_kwargs: TemplateSettings | None = Field(None, description="extension of OpenAI's API, as of vLLM")
     max_completion_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(None, description="-1: as many as fit")
     max_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(
@@ -185,17 +213,28 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class AnsweredCall(BaseModel):
+    class Function(BaseModel):
+        name: str
+        arguments: str
+
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     reasoning_content: str | None = None
+    tool_calls: list[AnsweredCall] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):

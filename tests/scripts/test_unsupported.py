@@ -25,7 +25,6 @@ BOTH = [
     ("response_format", {"type": "json_object"}),
     ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
     *(("tool_choice", choice) for choice in ("required", {"type": "function", "function": {"name": "f"}})),
-    ("tools", [TOOL]),
     ("functions", [TOOL["function"]]),
     ("function_call", {"name": "f"}),
     ("logit_bias", {"5": -100}),
@@ -105,10 +104,6 @@ def test_null_asks_for_nothing(name, make):
     [
         {"response_format": {"type": "text"}},
         {"response_format": {"type": "text", "json_schema": None}},
-        {"tools": []},
-        {"tools": [], "tool_choice": "auto"},
-        {"tools": [TOOL], "tool_choice": "none"},
-        {"tool_choice": "none"},
         {"functions": [TOOL["function"]], "function_call": "none"},
         {"logit_bias": {}},
         {"modalities": ["text"]},
@@ -141,10 +136,9 @@ def test_as_many_as_the_best_of_them_is_nothing_either():
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls"),
         ({"role": "assistant", "content": "x", "function_call": CALL["function"]}, "function_call"),
         ({"role": "user", "content": "x", "tool_call_id": "1"}, "tool_call_id"),
-        ({"role": "tool", "content": "42", "tool_call_id": "1"}, "role"),
         ({"role": "function", "name": "f", "content": "42"}, "role"),
         ({"role": "assistant", "content": "So", "prefix": True}, "prefix"),
         ({"role": "assistant", "content": "So", "partial": True}, "partial"),
@@ -158,8 +152,28 @@ def test_what_a_message_holds_is_not_ignored_either(message, param):
         chat(messages=[*CHAT["messages"], message])
     assert (caught.value.status_code, caught.value.param) == (400, f"messages[1].{param}")
     assert caught.value.detail.startswith(f"messages[1].{param}: ")
-    if param in ("tool_calls", "role"):
-        assert "tool calls are not supported" in caught.value.detail
+
+
+def test_tools_are_of_chats_alone_and_no_call_can_be_forced():
+    with pytest.raises(ApiError, match=r"^400: tools: a completion calls no tools: ask for a chat$"):
+        completion(tools=[TOOL])
+    for fields in ({"tools": []}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
+        assert completion(**fields) == completion()
+        chat(**fields)
+    answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    body = chat(
+        tools=[TOOL], messages=[*CHAT["messages"], answer, {"role": "tool", "content": "42", "tool_call_id": "1"}]
+    )
+    assert body.tools[0].function.name == body.messages[1].tool_calls[0].function.name == "f"
+    for wrong, place in (
+        ({}, "tools[0]"),
+        (TOOL | {"type": "code"}, "tools[0].type"),
+        ({"type": "function"}, "tools[0]"),
+    ):
+        with pytest.raises(ApiError) as caught:
+            chat(tools=[wrong])
+        assert caught.value.status_code == 400
+        assert caught.value.param.startswith(place)
 
 
 def test_an_answer_of_ours_can_be_sent_back_as_it_came():
