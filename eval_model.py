@@ -5,6 +5,7 @@ python eval_model.py --prompt "中国的首都是哪里？"           one answer
 echo "What is the capital of France?" | python eval_model.py
 python eval_model.py --model_mode 3 --votes 8             a reasoning model's most frequent answer of eight
 python eval_model.py --votes 8 --verifier reward          the one of eight that a reward model finds best
+python eval_model.py --tools calculator,calendar          the model may call these, and answers with what they say
 """
 
 import sys
@@ -20,11 +21,12 @@ from trainer.arguments import (
     add_engine_arguments,
     add_model_arguments,
     add_sampling_arguments,
+    add_tool_arguments,
     add_untold_arguments,
     sampling_settings,
 )
 from trainer.errors import UserError, run_main
-from trainer.talk import questions, read_line, report_speed, room_for_prompt, show, stream_texts
+from trainer.talk import questions, read_line, recent, report_speed, room_for_prompt, show, stream_texts
 
 SAMPLE_QUESTIONS = (
     "你是谁？",
@@ -76,6 +78,7 @@ def get_args():
     parser.add_argument(
         "--verifier", metavar="WEIGHTS", help="let this reward model choose among --votes, not a majority"
     )
+    add_tool_arguments(parser)
     parser.add_argument("--hide_thinking", action=BooleanFlag, help="hide a reasoning model's thinking")
     return parser.parse_args()
 
@@ -137,10 +140,18 @@ def main():
         )
     if args.verifier and args.votes == 1:
         raise UserError("--verifier chooses among several answers: ask for them with --votes 8")
+    if args.tools and (args.votes > 1 or args.model_mode == 0):
+        raise UserError(
+            "--tools needs a model of chats, and one answer to each question: no --votes, no --model_mode 0"
+        )
     from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
+    from model.tool_calls import split_calls
+    from scripts.tool_use.builtin import open_tools
+    from scripts.tool_use.react import act
     from trainer.device import pick_device
     from trainer.loading import load_by_flags, open_engine
 
+    tools = open_tools(args)
     device = pick_device(args.device)
     model, tokenizer = load_by_flags(args)
     model.to(device)
@@ -150,20 +161,31 @@ def main():
     pretrained = args.model_mode == 0
     samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
     system = [{"role": "system", "content": args.system}] if args.system else []
-    turns: list[dict[str, str]] = []
+    turns: list[dict] = []
+    layout = {"open_thinking": args.open_thinking} | ({"tools": tools.schemas} if tools else {})
+
+    def ask(talk: list[dict]) -> dict:
+        ids, _ = fit_history(tokenizer, system, talk, room, **layout)
+        said, calls = split_calls(reply(engine, ids, args, by_hand))
+        return {"role": "assistant", "content": said, "tool_calls": calls}
+
     by_hand = not args.prompt and sys.stdin.isatty() and read_line("[0] sample prompts  [1] type your own: ") == "1"
     for number, question in enumerate(questions(args.prompt, samples, by_hand)):
         if not by_hand:
             print(f"{chr(10) if number else ''}> {question}")
         asked = {"role": "user", "content": question}
-        kept = turns[-2 * args.history_cnt :] if args.history_cnt else []
+        kept = recent(turns, args.history_cnt)
         try:
             if pretrained:
                 ids = render_text(tokenizer, [question])[0][:-1]
                 if len(ids) > room:
                     raise ValueError(f"the text has {len(ids)} tokens, but only {room} fit")
+            elif tools:
+                said = act(ask, [*kept, asked], tools, args.max_calls, lambda call, got: print(f"[{call} = {got}]"))
+                turns = [*kept, asked, *said]
+                continue
             else:
-                ids, turns = fit_history(tokenizer, system, [*kept, asked], room, open_thinking=args.open_thinking)
+                ids, turns = fit_history(tokenizer, system, [*kept, asked], room, **layout)
         except ValueError as error:
             if not by_hand:
                 raise UserError(f"{question[:40]!r}: {error}") from None

@@ -91,7 +91,7 @@ DEFAULTS = {
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "verifier": None},
         **{"hide_thinking": False},
         **{"dtype": None, "deterministic": False, "compile": None},
-        "open_thinking": False,
+        **{"open_thinking": False, "tools": None, "max_calls": 8},
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
@@ -101,7 +101,7 @@ DEFAULTS = {
     "scripts.chat_openai_api": {
         **{"base_url": "http://127.0.0.1:8998/v1", "api_key": None, "model": None, "system": None},
         **{"history_cnt": None, "max_tokens": None, "temperature": None, "top_p": None, "seed": None},
-        **{"stream": True, "hide_thinking": False},
+        **{"stream": True, "hide_thinking": False, "tools": None, "max_calls": 8},
     },
     "scripts.serve_openai_api": {
         **MODEL | UNTOLD | ENGINE | TOWER,
@@ -322,9 +322,9 @@ LEAST = {
     "train_pretrain_vlm": {"unfreeze_last": 0},
     "eval_model": {
         **{"max_new_tokens": 1, "temperature": 0, "top_p": None, "top_k": 0, "repetition_penalty": None, "seed": 0},
-        **{"history_cnt": 0, "votes": 1},
+        **{"history_cnt": 0, "votes": 1, "max_calls": 1},
     },
-    "scripts.chat_openai_api": {"history_cnt": 0, "max_tokens": 1, "seed": 0},
+    "scripts.chat_openai_api": {"history_cnt": 0, "max_tokens": 1, "seed": 0, "max_calls": 1},
     "scripts.serve_openai_api": {"max_concurrency": 1, "max_queue": 0, "port": 0, "keep_alive": 1, "drain_seconds": 0},
     "scripts.inspect_data FILE": {"max_seq_len": 1, "samples": 0, "seed": 0},
     "scripts.prepare_data FILE --stage=sft --out=x.jsonl": {

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from scripts.tool_use.calculating import evaluate, written
 from scripts.tool_use.registry import Registry, tool_of
+from trainer.errors import UserError
 
 UNITS = {  # of each quantity: how many of its first unit one of a unit is
     "length": {"m": "1", "km": "1000", "cm": "0.01", "mm": "0.001", "mi": "1609.344", "ft": "0.3048", "in": "0.0254"},
@@ -80,6 +81,20 @@ def look_up(name: str) -> str:
     if found is None:
         raise ValueError(f"there is no {name!r:.40} in the table")
     return str(found)
+
+
+def open_tools(args) -> Registry | None:
+    """What --tools names; None where it is not given.
+
+    Raises:
+        UserError: a name that is not a tool's.
+    """
+    if args.tools is None:
+        return None
+    try:
+        return registry_of([name.strip() for name in args.tools.split(",")])
+    except ValueError as error:
+        raise UserError(f"--tools: {error}") from None
 
 
 BUILT_IN = {function.__name__: function for function in (calculator, calendar, convert_units, look_up)}
