@@ -141,9 +141,7 @@ def main():
     if args.verifier and args.votes == 1:
         raise UserError("--verifier chooses among several answers: ask for them with --votes 8")
     if args.tools and (args.votes > 1 or args.model_mode == 0):
-        raise UserError(
-            "--tools needs a model of chats, and one answer to each question: no --votes, no --model_mode 0"
-        )
+        raise UserError("--tools needs a model of chats and one answer to each question: no --votes, no --model_mode 0")
     from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
     from model.tool_calls import split_calls
     from scripts.tool_use.builtin import open_tools

@@ -17,7 +17,6 @@ import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the p
 
 from scripts.serving.client import answer_parts, explain_failure, models_at, open_client
 from scripts.tool_use.builtin import open_tools
-from scripts.tool_use.react import act
 from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, seed, text
 from trainer.arguments import Parser, add_tool_arguments
 from trainer.errors import UserError, run_main
@@ -87,6 +86,8 @@ class Chat:
 
     def act(self, question: str) -> None:
         """Have the question answered with what the tools say, and show it all; the whole of it joins the history."""
+        from scripts.tool_use.react import act  # only here, as it brings PyTorch with it
+
         messages = self._messages(question)
 
         def ask(talk: list[dict]) -> dict:
@@ -114,10 +115,10 @@ class Chat:
 
 def _noted(parts: Iterator[tuple[str, str]], said: list[str]) -> Iterator[tuple[str, str]]:
     """The parts of an answer, and its text in `said`."""
-    for part, text in parts:
+    for part, words in parts:
         if part == "answer":
-            said.append(text)
-        yield part, text
+            said.append(words)
+        yield part, words
 
 
 def obey(command: str, chat: Chat) -> bool:
