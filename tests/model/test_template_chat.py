@@ -112,7 +112,7 @@ def test_no_call_and_no_tool_brings_a_control_token_or_loses_a_character(tokeniz
     chat = [turn("user", odd), turn("assistant", "", tool_calls=calls), turn("tool", odd)]
     ids, _ = render_chat(tokenizer, chat, tools=[tool])
     assert ids.count(tokenizer.eos_token_id) == 4
-    assert ids.count(tokenizer.convert_tokens_to_ids("<tool_call>")) == 1 + 2, "the template's own and the calls'"
+    assert ids.count(tokenizer.convert_tokens_to_ids("<tool_call>")) == 2 + 2, "the template's own and the calls'"
     pieces = token_bytes(tokenizer)
     assert b"".join(pieces[i] for i in ids).decode().count(odd) == 5
     assert render_chat(tokenizer, [chat[0] | {"tools": [tool]}, *chat[1:]])[0] == ids
