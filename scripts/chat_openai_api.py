@@ -61,13 +61,13 @@ def get_args():
 class Chat:
     """A talk with a server: what was said, and how to go on."""
 
-    def __init__(self, client, args):
+    def __init__(self, client, args, tools=None):
         self.client = client
         self.args = args
         self.model = args.model
         self.system = args.system
         self.turns: list[dict] = []
-        self.tools = open_tools(args)
+        self.tools = tools
 
     def ask(self, question: str) -> Iterator[tuple[str, str]]:
         """Yield ("thinking" | "answer", text) as it comes; whatever came of the answer joins the history, also when
@@ -93,7 +93,7 @@ class Chat:
         def ask(talk: list[dict]) -> dict:
             calls: list[dict] = []
             said: list[str] = []
-            with contextlib.closing(self._answer(talk, calls, tools=self.tools.schemas)) as parts:
+            with contextlib.closing(self._answer(talk, calls=calls, tools=self.tools.schemas)) as parts:
                 show(_noted(parts, said), self.args.hide_thinking)
             return {"role": "assistant", "content": "".join(said) or None} | ({"tool_calls": calls} if calls else {})
 
@@ -108,9 +108,9 @@ class Chat:
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *earlier, {"role": "user", "content": question}]
 
-    def _answer(self, messages: list[dict], calls: list[dict] | None = None, **more) -> Iterator[tuple[str, str]]:
+    def _answer(self, messages: list[dict], **more) -> Iterator[tuple[str, str]]:
         wishes = {name: getattr(self.args, name) for name in ("max_tokens", "temperature", "top_p", "seed")} | more
-        return answer_parts(self.client, self.model, messages, self.args.stream, calls, **wishes)
+        return answer_parts(self.client, self.model, messages, self.args.stream, **wishes)
 
 
 def _noted(parts: Iterator[tuple[str, str]], said: list[str]) -> Iterator[tuple[str, str]]:
@@ -186,6 +186,7 @@ def typed_lines() -> Iterator[str]:
 
 def main():
     args = get_args()
+    tools = open_tools(args)
     import openai  # after the arguments: --help need not wait for it
 
     with contextlib.suppress(ImportError):  # arrow keys in input(); Windows has its own
@@ -193,7 +194,7 @@ def main():
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     client = open_client(args.base_url, api_key)
-    chat = Chat(client, args)
+    chat = Chat(client, args, tools)
     if not chat.model:
         chat.model = next(iter(models_at(client)), None)
     if not chat.model:
