@@ -110,6 +110,7 @@ DEFAULTS = {
         **{"max_concurrency": 16, "max_queue": 112, "host": "127.0.0.1", "port": 8998, "api_key": None, "cors": None},
         **{"keep_alive": 75, "drain_seconds": 30},
     },
+    "scripts.tools": {"name": None, "arguments": "{}"},
     "scripts.train_clip": {
         **{"data_path": "dataset/demo/clip_captions.jsonl", "eval_path": "dataset/demo/eval_clip.jsonl"},
         **{"images_path": "dataset/demo/images", "skip_bad_lines": False, "out_dir": "out/demo/clip"},

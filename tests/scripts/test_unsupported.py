@@ -179,7 +179,7 @@ def test_tools_are_of_chats_alone_and_no_call_can_be_forced():
 def test_an_answer_of_ours_can_be_sent_back_as_it_came():
     names = ("name", "tool_calls", "function_call", "refusal", "audio", "annotations")
     answer = {"role": "assistant", "content": "x", "reasoning_content": "hm"} | dict.fromkeys(names)
-    assert chat(messages=[answer | {"tool_calls": []}]).messages == chat(messages=[answer]).messages
+    assert not chat(messages=[answer | {"tool_calls": []}]).messages[0].tool_calls
     assert chat(messages=[answer]).messages[0].content == "x"
 
 
