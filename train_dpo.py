@@ -145,7 +145,7 @@ def main():
             step_metrics += dpo_metrics(losses, margins, policy, log_probs - reference_log_probs, batch, labels) / pairs
             scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
         values = dict(zip(DPO_METRICS, run.sums(*step_metrics.tolist()), strict=True))
-        if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+        if run.sharded:  # DeepSpeed and FSDP2 clip, step and zero the gradients in one
             norm = scaler.clip_and_step()
         else:
             scaler.unscale_(optimizer)

@@ -16,7 +16,14 @@ import torch
 from dataset import SFTDataset
 from model.loss import next_token_loss, target_mask
 from model.quantization import BITS, make_quantization_aware
-from trainer.arguments import ROOT, add_mix_argument, add_stream_arguments, check_training_arguments, training_parser
+from trainer.arguments import (
+    ROOT,
+    add_fsdp_argument,
+    add_mix_argument,
+    add_stream_arguments,
+    check_training_arguments,
+    training_parser,
+)
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import run_main
@@ -39,9 +46,8 @@ def get_args():
     parser.add_argument("--from_weight", default="pretrain", help="stage, .pth or folder to start from")
     add_mix_argument(parser)
     add_stream_arguments(parser)
-    parser.add_argument(
-        "--qat", choices=BITS, help="train to bear weights of so few bits (quantization-aware training)"
-    )
+    add_fsdp_argument(parser)
+    parser.add_argument("--qat", choices=BITS, help="train for weights of so few bits (quantization-aware training)")
     return parser.parse_args()
 
 
@@ -91,7 +97,7 @@ def main():
             step_loss += loss.detach()
             scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
         loss = run.sum(step_loss)
-        if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+        if run.sharded:  # DeepSpeed and FSDP2 clip, step and zero the gradients in one
             norm = scaler.clip_and_step()
         else:
             scaler.unscale_(optimizer)

@@ -145,7 +145,7 @@ def main():
                 step_loss += loss.detach()
                 scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
             loss = run.sum(step_loss)
-            if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+            if run.sharded:  # DeepSpeed and FSDP2 clip, step and zero the gradients in one
                 norm = scaler.clip_and_step()
             else:
                 scaler.unscale_(optimizer)

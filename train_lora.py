@@ -49,7 +49,7 @@ def get_args():
         "--target_modules",
         type=lambda names: names.replace(" ", "").split(","),
         metavar="wq,wk,wv,wo,w1,w2,w3",
-        help="Linears to adapt, also in experts (default: all square ones, i.e. wq and wo)",
+        help="Linears to adapt, also in experts (default: all square ones: wq and wo; generation 3: q_proj and o_proj)",
     )
     return parser.parse_args()
 
@@ -110,7 +110,7 @@ def main():
             step_loss += loss.detach()
             scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
         loss = run.sum(step_loss)
-        if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+        if run.sharded:  # DeepSpeed and FSDP2 clip, step and zero the gradients in one
             norm = scaler.clip_and_step()
         else:
             scaler.unscale_(optimizer)

@@ -16,7 +16,14 @@ import torch
 from dataset import PretrainDataset
 from model import build_model
 from model.loss import next_token_loss, target_mask
-from trainer.arguments import ROOT, add_mix_argument, add_stream_arguments, check_training_arguments, training_parser
+from trainer.arguments import (
+    ROOT,
+    add_fsdp_argument,
+    add_mix_argument,
+    add_stream_arguments,
+    check_training_arguments,
+    training_parser,
+)
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import run_main
@@ -40,6 +47,7 @@ def get_args():
     parser.add_argument("--from_weight", default="none", help="stage, .pth or folder to go on from (none: nothing)")
     add_mix_argument(parser)
     add_stream_arguments(parser)
+    add_fsdp_argument(parser)
     return parser.parse_args()
 
 
@@ -91,7 +99,7 @@ def main():
             step_loss += loss.detach()
             scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
         loss = run.sum(step_loss)
-        if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+        if run.sharded:  # DeepSpeed and FSDP2 clip, step and zero the gradients in one
             norm = scaler.clip_and_step()
         else:
             scaler.unscale_(optimizer)

@@ -105,7 +105,7 @@ def main():
             step_metrics += reward_metrics(losses, scores) / pairs
             scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
         values = dict(zip(REWARD_METRICS, run.sums(*step_metrics.tolist()), strict=True))
-        if args.deepspeed:  # its engine clips, steps and zeroes the gradients in one
+        if run.sharded:  # DeepSpeed and FSDP2 clip, step and zero the gradients in one
             norm = scaler.clip_and_step()
         else:
             scaler.unscale_(optimizer)

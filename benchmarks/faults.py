@@ -43,7 +43,7 @@ def print_table(rounds: Sequence[tuple[str, str, int | None]]) -> None:
 def main():
     args = get_args()
     if not hasattr(signal, "SIGKILL"):
-        raise UserError("the faults are signals and limits that this system has not: run it on Linux or macOS")
+        raise UserError("the faults are signals and limits that this system does not have: run it on Linux or macOS")
     from benchmarks.fault_injection.disturbed import BrokenPromise, Laboratory
     from benchmarks.fault_injection.kinds import KINDS
     from benchmarks.fault_injection.processes import Forked

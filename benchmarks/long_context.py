@@ -4,7 +4,9 @@
     python -m benchmarks.long_context --weights out/pretrain_512.pth --data_path held_out.jsonl --finetune_steps 100
 
 The texts of the file are joined to rows of the greatest length, and the nats of their tokens counted by position: what
-a model cannot use costs it beyond the length it was trained on. The needle is a fact about an invented place, somewhere
+a model cannot use costs it beyond the length it was trained on. A packed row of training holds several samples, each
+read alone: a model that saw short ones learned fewer positions than its rows have, and long texts tell more than many
+short ones joined. The needle is a fact about an invented place, somewhere
 among true statements of the demo's world; at the end it is asked for, and right is a model whose likeliest next tokens
 are the answer. With --finetune_steps each way is then trained so many steps on rows of --finetune_len tokens, joined
 texts and haystacks by turns, and examined again. Results go to a json, a table and a plot.
@@ -182,6 +184,7 @@ def table(results: dict[str, dict], lengths: list[int], trained: int) -> str:
 def plot(results: dict[str, dict], trained: int, path: Path) -> None:
     """A PNG: perplexity over position, on logarithmic axes, before and after fine-tuning."""
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
+    from matplotlib.ticker import NullLocator
 
     panels = [""] + ([", fine-tuned"] if any("fine-tuned" in name for name in results) else [])
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
@@ -192,7 +195,9 @@ def plot(results: dict[str, dict], trained: int, path: Path) -> None:
         axes.axvline(trained, color="grey", linestyle="--", linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel="up to position", title=panel.removeprefix(", ") or "as trained")
         axes.set_xticks(EDGES, [str(edge) for edge in EDGES])
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     figure.axes[0].set(ylabel="perplexity")
     figure.axes[-1].legend()
     with replacing(path) as temporary:

@@ -4,6 +4,7 @@ scripts/plan.py.
     python -m benchmarks.training_memory                                                       one process
     torchrun --nproc_per_node 2 -m benchmarks.training_memory                                  DDP
     torchrun --nproc_per_node 2 -m benchmarks.training_memory --deepspeed --zero_stage 2       ZeRO
+    torchrun --nproc_per_node 2 -m benchmarks.training_memory --fsdp                           FSDP2
 
 Memory is what rank 0 has allocated in tensors: on CUDA as its allocator counts it, elsewhere as every operator that
 returns a new storage does. Not counted elsewhere: what an operator needs within itself, and DDP's own buckets.
@@ -24,9 +25,9 @@ from torch.utils._pytree import tree_map_only
 from model import LMConfig, MiniMindLM
 from model.loss import next_token_loss, target_mask
 from scripts.planning.estimates import Work, peak_bytes
-from scripts.planning.memory import ALONE, DDP, ENGINES, Engine, saved_bytes, state_bytes, working_bytes
+from scripts.planning.memory import ALONE, DDP, ENGINES, FSDP2, Engine, saved_bytes, state_bytes, working_bytes
 from trainer.argument_types import BooleanFlag, positive_int
-from trainer.arguments import Parser, add_device_argument
+from trainer.arguments import Parser, add_device_argument, add_fsdp_argument
 from trainer.errors import run_main
 from trainer.parallel import sync_gradients, wrap_model
 from trainer.runtime import Runtime, start_runtime
@@ -90,14 +91,14 @@ def counting(device: torch.device) -> Iterator[LiveBytes | CudaBytes]:
         yield live
 
 
-def training_step(model, optimizer, scaler, run: Runtime, ids: torch.Tensor, deepspeed: bool) -> None:
+def training_step(model, optimizer, scaler, run: Runtime, ids: torch.Tensor, engine_steps: bool) -> None:
     """A step of train_pretrain.py's loop, of one micro-batch of rows without padding."""
     sync_gradients(model, last=True)
     with run.autocast():
         out = model(input_ids=ids, logits_to_keep=target_mask(ids))
         loss = next_token_loss(out.logits, ids) / ids.numel() + out.aux_loss
     scaler.scale(loss).backward()
-    if deepspeed:
+    if engine_steps:
         scaler.clip_and_step()
         return
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -116,7 +117,7 @@ def measure(args, run: Runtime, config: LMConfig, checkpointing: bool) -> dict[s
         model, optimizer, scaler = wrap_model(model, make_optimizer(model, args), scaler, run, compile_blocks=False)
 
         def step() -> None:
-            training_step(model, optimizer, scaler, run, ids, bool(args.deepspeed))
+            training_step(model, optimizer, scaler, run, ids, bool(args.deepspeed or args.fsdp))
 
         step()
         step()
@@ -138,6 +139,8 @@ def timed(step, device: torch.device) -> float:
 def engine_of(args, run: Runtime) -> Engine:
     if args.deepspeed:
         return next(engine for engine in ENGINES if engine.name == f"ZeRO-{args.zero_stage}")
+    if args.fsdp:
+        return FSDP2
     return DDP if run.world_size > 1 else ALONE
 
 
@@ -152,9 +155,10 @@ def main():
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw")
     parser.add_argument("--deepspeed", nargs="?", const=True, default=None, metavar="JSON")
     parser.add_argument("--zero_stage", type=int, choices=(1, 2, 3), default=2)
+    add_fsdp_argument(parser)
     parser.add_argument("--rounds", type=positive_int, default=5)
     add_device_argument(parser)
-    parser.set_defaults(seed=42, grad_clip=1.0, learning_rate=1e-4)
+    parser.set_defaults(seed=42, grad_clip=1.0, learning_rate=1e-4, stop_after=0, save_minutes=0, stall_timeout=0)
     args = parser.parse_args()
     run = start_runtime(args)
     config = LMConfig(dim=args.dim, n_layers=args.n_layers, use_moe=args.use_moe)

@@ -29,4 +29,4 @@ class ActorCritic(MiniMindLM):
     def copy_policy_to_critic(self) -> None:
         """Let the critic begin where the policy does; it finds everything worth 0 then."""
         policy = {key: value for key, value in self.state_dict().items() if not key.startswith(CRITIC)}
-        self.critic.load_state_dict(policy, strict=False)
+        self.critic.load_state_dict(policy, strict=False)  # all but the head, which the policy does not have

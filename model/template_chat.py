@@ -27,7 +27,7 @@ Cut = Callable[[str, re.Pattern], list[str]]
 
 def lays_out_thinking(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether chats are laid out by the tokenizer's own template: one that MiniMind-3's tokenizer has."""
-    template = tokenizer.chat_template
+    template = getattr(tokenizer, "chat_template", None)
     return isinstance(template, str) and "open_thinking" in template and {OPEN, CLOSE} <= _added(tokenizer).keys()
 
 

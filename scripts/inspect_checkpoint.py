@@ -135,7 +135,9 @@ def _writer(folder: Path) -> str | None:
 
 def command_of(state: dict) -> str:
     """The command line that goes on from a saved state, as a shell takes it."""
-    script, *flags = state.get("command") or ["train_….py"]
+    if "command" not in state:  # of an earlier version
+        return "the command that began it, with --resume"
+    script, *flags = state["command"]
     processes = state["settings"].get("world_size", 1)
     launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]
     words = [*launcher, script, *_without(flags, "--overwrite", "--resume", "--local_rank"), "--resume"]

@@ -17,6 +17,11 @@ GPU_NAMES = ("rtx3090", "rtx4090", "l40s", "a100", "h100", "h200", "b200")
 PER_MACHINE = 8  # GPUs
 
 
+def memory_size(text: str) -> int:
+    """Bytes of a size; a bare number is in GB, as cards are sold."""
+    return byte_size(f"{text}GB" if text.strip().replace(".", "", 1).isdigit() else text)
+
+
 def get_args():
     parser = Parser(__doc__)
     model = parser.add_argument_group("model")
@@ -35,7 +40,9 @@ def get_args():
     machine = parser.add_argument_group("machine")
     machine.add_argument("--gpus", type=positive_int, default=1, help="how many, in all")
     machine.add_argument("--gpu", choices=GPU_NAMES, default="a100", help="which one")
-    machine.add_argument("--gpu_memory", type=byte_size, metavar="SIZE", help="its memory (default: as --gpu has it)")
+    machine.add_argument(
+        "--gpu_memory", type=memory_size, metavar="SIZE", help="its memory, 24 or 24GB (default: as --gpu has it)"
+    )
     machine.add_argument(
         "--tflops", type=positive_float, help="its peak, 10^12 operations/s (default: as --gpu has it)"
     )

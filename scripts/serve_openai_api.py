@@ -29,7 +29,6 @@ from trainer.arguments import (
 from trainer.errors import UserError, print_notice, run_main
 
 API_KEY = "MINIMIND_API_KEY"
-COMPILE_FROM = 10_000_000  # parameters; the decode step of a smaller model is fast enough as it is
 LAST_WORDS = 5  # seconds in which answers that were cut off are told so
 THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits too long for the one that sends
 
@@ -204,8 +203,7 @@ def main():
     from trainer.loading import open_engine
 
     model, tokenizer, place_images = load(args)
-    worth_compiling = sum(parameter.numel() for parameter in model.parameters()) >= COMPILE_FROM
-    engine = open_engine(model, tokenizer, args, slots=args.max_concurrency, compile_by_default=worth_compiling)
+    engine = open_engine(model, tokenizer, args, slots=args.max_concurrency, compile_large=True)
     del model  # the engine has its own copy of the weights
     if args.host not in ("127.0.0.1", "localhost", "::1") and not api_key:
         print_notice(

@@ -38,7 +38,7 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
     return TRAINING | first | {"warmup_iters": warmup_iters} | own
 
 
-STREAM = {"stream": False, "stream_buffer": 8 << 20}
+STREAM = {"stream": False, "stream_buffer": 8 << 20, "fsdp": False}
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
@@ -90,13 +90,13 @@ DEFAULTS = {
         **MODEL | UNTOLD | WRITING | ENGINE,
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "verifier": None},
         **{"hide_thinking": False},
-        **{"dtype": None, "deterministic": False, "compile": None},
+        **{"dtype": None, "deterministic": False, "compile": None, "speculate": 0, "draft": None},
         **{"open_thinking": False, "tools": None, "max_calls": 8},
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
         **{"image_dir": "dataset/eval_images", "skip_bad_images": False, "system": None, "stream": True},
-        **{"dtype": None, "deterministic": False, "compile": None},
+        **{"dtype": None, "deterministic": False, "compile": None, "speculate": 0, "draft": None},
     },
     "scripts.chat_openai_api": {
         **{"base_url": "http://127.0.0.1:8998/v1", "api_key": None, "model": None, "system": None},
@@ -106,7 +106,7 @@ DEFAULTS = {
     "scripts.serve_openai_api": {
         **MODEL | UNTOLD | ENGINE | TOWER,
         **{"vlm": False, "fetch_images": False, "fetch_private": False, "dtype": "float32"},
-        **{"deterministic": False, "compile": None},
+        **{"deterministic": False, "compile": None, "speculate": 0, "draft": None},
         **{"max_concurrency": 16, "max_queue": 112, "host": "127.0.0.1", "port": 8998, "api_key": None, "cors": None},
         **{"keep_alive": 75, "drain_seconds": 30},
     },
@@ -189,6 +189,10 @@ DEFAULTS |= {
     },
     "benchmarks.generate": MEASURED
     | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5, "deterministic": False, "compile": True},
+    "benchmarks.drafts": {
+        **{"dim": 512, "n_layers": 8, "dtype": "float32", "device": None, "compile": True},
+        **{"tokens": 256, "rounds": 5, "speculate": 16, "agreement": 0.8},
+    },
     "benchmarks.train_throughput --data_path FILE": {
         **MEASURED | {"data_path": "FILE", "batch_size": 8, "max_seq_len": 512, "rounds": 5, "seconds": 12},
         **{"compile": True, "optimizer": "adamw"},
@@ -205,7 +209,8 @@ DEFAULTS |= {
     "benchmarks.training_memory": {
         **{"dim": 512, "n_layers": 8, "use_moe": False, "batch_size": 8, "max_seq_len": 512, "dtype": "bfloat16"},
         **{"optimizer": "adamw", "deepspeed": None, "zero_stage": 2, "rounds": 5, "device": None},
-        **{"seed": 42, "grad_clip": 1.0, "learning_rate": 1e-4},
+        **{"seed": 42, "grad_clip": 1.0, "learning_rate": 1e-4, "fsdp": False},
+        **{"stop_after": 0, "save_minutes": 0, "stall_timeout": 0},
     },
     "benchmarks.stream_start": {"size": 20_000_000_000, "rounds": 3, "num_workers": 0, "folder": None},
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
@@ -323,7 +328,7 @@ LEAST = {
     "train_pretrain_vlm": {"unfreeze_last": 0},
     "eval_model": {
         **{"max_new_tokens": 1, "temperature": 0, "top_p": None, "top_k": 0, "repetition_penalty": None, "seed": 0},
-        **{"history_cnt": 0, "votes": 1, "max_calls": 1},
+        **{"history_cnt": 0, "votes": 1, "speculate": 0, "max_calls": 1},
     },
     "scripts.chat_openai_api": {"history_cnt": 0, "max_tokens": 1, "seed": 0, "max_calls": 1},
     "scripts.serve_openai_api": {"max_concurrency": 1, "max_queue": 0, "port": 0, "keep_alive": 1, "drain_seconds": 0},

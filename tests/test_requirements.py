@@ -15,7 +15,7 @@ if sys.version_info >= (3, 11):
 else:  # pytest brings it there
     import tomli as tomllib
 
-OURS = {"model", "dataset", "trainer", "scripts", "benchmarks", "tests", "_repo", "tomli"} | {
+OURS = {"model", "dataset", "trainer", "scripts", "benchmarks", "tests", "_repo", "_own_python", "tomli"} | {
     path.stem for path in ROOT.glob("*.py")
 }
 PACKAGE_OF = {"PIL": "pillow", "charset_normalizer": "charset-normalizer"}  # where a module's name is not its package's

@@ -53,9 +53,8 @@ def generalised_advantages(
 def whiten(advantages: list[Tensor], masks: list[Tensor], run: Runtime) -> list[Tensor]:
     """The advantages of a step's micro-batches with mean 0 and standard deviation 1 over all tokens of all ranks, which
     must all call it."""
-    tokens = [
-        values[mask].cpu().double() for values, mask in zip(advantages, masks, strict=True)
-    ]  # not all have float64
+    # on the CPU, as not all devices have float64
+    tokens = [values[mask].cpu().double() for values, mask in zip(advantages, masks, strict=True)]
     sums = [(len(values), values.sum().item(), values.square().sum().item()) for values in tokens]
     count, total, squares = run.sums(*map(sum, zip(*sums, strict=True)))
     mean = total / max(1.0, count)

@@ -131,7 +131,7 @@ def add_engine_arguments(parser, dtype: str | None = None) -> None:
         "--deterministic",
         action=BooleanFlag,
         help="one kernel for any number of concurrent answers, not the fastest for each: "
-        "an answer does not depend on its company",
+        "an answer does not depend on the others",
     )
     parser.add_argument(
         "--compile",
@@ -139,6 +139,19 @@ def add_engine_arguments(parser, dtype: str | None = None) -> None:
         default=None,
         help="compile the decode step of an answer that runs alone: up to twice as fast on a CPU, "
         "half a minute at the first start (default: only in the server, for models of 10M parameters or more)",
+    )
+    parser.add_argument(
+        "--speculate",
+        type=non_negative_int,
+        default=0,
+        metavar="N",
+        help="draft up to N tokens by looking up how the text went on before, and keep those that the model would "
+        "write: sooner where an answer repeats its prompt (default: 0, none)",
+    )
+    parser.add_argument(
+        "--draft",
+        metavar="WEIGHTS",
+        help="draft by these smaller weights: a name in --out_dir, a .pth or a transformers folder",
     )
 
 
@@ -292,6 +305,13 @@ def add_mix_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_fsdp_argument(parser: argparse.ArgumentParser) -> None:
+    """--fsdp, of a stage that PyTorch's FSDP2 can share out."""
+    parser.add_argument(
+        "--fsdp", action=BooleanFlag, help="share weights, gradients and optimizer out by PyTorch's FSDP2"
+    )
+
+
 def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
     """--stream, of a stage that can read its data while it trains."""
     parser.add_argument(
@@ -346,6 +366,13 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     check_untold_arguments(args)
     if args.deepspeed and args.optimizer == "muon":
         raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
+    if getattr(args, "fsdp", False):
+        if args.deepspeed:
+            raise UserError("--fsdp and --deepspeed both share the model out: choose one")
+        if getattr(args, "qat", None):
+            raise UserError("--qat rounds whole matrices, which --fsdp shards: leave out --fsdp")
+        if args.optimizer == "muon":
+            raise UserError("--optimizer muon needs whole matrices, which --fsdp shards: use --optimizer adamw")
 
 
 def check_untold_arguments(args: argparse.Namespace) -> None:

@@ -111,8 +111,6 @@ class Checkpoint:
             UserError: the save before could not be written; the one before that is intact.
         """
         run = self.runtime
-        if self._dataset is not None:  # a stream also says where it is
-            self.settings["data"] = self._dataset.identity
         content = {
             "model": full_state_dict(model, run, self.keep),
             "optimizer": {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
@@ -121,6 +119,8 @@ class Checkpoint:
         self._saved_step = progress.step
         if run.is_main:
             self.wait()  # its memory is used again
+            if self._dataset is not None:  # a stream also says where it is
+                self.settings["data"] = self._dataset.identity
             content, counted, metrics = self._snapshot.copy(content), dataclasses.asdict(progress), dict(metrics)
             self._background.start(lambda: self._write(content, counted, metrics))
 

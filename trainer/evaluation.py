@@ -11,6 +11,7 @@ from dataset import StepLoader
 from model.loss import next_token_loss, target_mask
 from model.tokenizer import token_bytes
 from trainer.runtime import Runtime
+from trainer.sharding import is_sharded
 
 
 class EvaluationError(Exception):
@@ -79,5 +80,5 @@ def sum_over_ranks(measure: Callable[[], list[float]], count: int, model: nn.Mod
 
 
 def gathers_weights(model: nn.Module) -> bool:
-    """Whether each layer waits for all ranks (ZeRO-3), so that one of them cannot leave alone."""
-    return getattr(model, "zero_optimization_stage", int)() == 3
+    """Whether each layer waits for all ranks (ZeRO-3, FSDP2), so that one of them cannot leave alone."""
+    return getattr(model, "zero_optimization_stage", int)() == 3 or is_sharded(model)

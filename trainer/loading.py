@@ -24,6 +24,7 @@ from trainer.weights import (
     read_settings,
 )
 
+COMPILE_FROM = 10_000_000  # parameters; the decode step of a smaller model is fast enough as it is
 STAGES = ("pretrain", "full_sft", "rlhf", "reason", "grpo", "ppo")  # by --model_mode
 VLM_STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")  # likewise
 
@@ -108,23 +109,37 @@ def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
 
 
 def open_engine(
-    model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, args, slots: int, compile_by_default: bool = False
+    model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, args, slots: int, compile_large: bool = False
 ) -> Engine:
     """An inference engine by the flags of `trainer.arguments.add_engine_arguments`.
 
+    Args:
+        compile_large: where --compile is not given, compile the decode step of a model of `COMPILE_FROM` parameters.
+
     Raises:
-        UserError: the model's matrices cannot take the precision.
+        UserError: the model's matrices, or the draft model's, cannot take the precision; a draft model that is missing,
+            damaged, or has another tokenizer.
     """
-    compile = compile_by_default if args.compile is None else args.compile
+    compile = args.compile
+    if compile is None:
+        compile = compile_large and sum(parameter.numel() for parameter in model.parameters()) >= COMPILE_FROM
+    draft = None
+    if args.draft is not None:
+        draft, _ = load_for_inference(find_weights(args.draft, args), tokenizer)
+        draft.to(model.device)
+        ours, theirs = model.config.vocab_size, draft.config.vocab_size
+        if ours != theirs:
+            raise UserError(f"--draft {args.draft} has a vocabulary of {theirs} tokens, the model one of {ours}")
     try:
         return Engine(
             model,
             tokenizer,
             slots,
-            None,
             dtype=DTYPES.get(args.dtype, args.dtype),
             deterministic=args.deterministic,
             compile=compile,
+            speculate=args.speculate,
+            draft=draft,
         )
     except ValueError as error:
         raise UserError(f"--dtype {args.dtype}: {error}") from error

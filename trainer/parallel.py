@@ -1,4 +1,4 @@
-"""What the loop calls as its model: compiled, and shared with other processes by DDP or DeepSpeed."""
+"""What the loop calls as its model: compiled, and shared with other processes by DDP, DeepSpeed or FSDP2."""
 
 import contextlib
 import os
@@ -14,6 +14,7 @@ from model.fingerprint import hash_weights
 from trainer.device import device_ids
 from trainer.errors import UserError
 from trainer.runtime import Runtime
+from trainer.sharding import ShardScaler, WholeStateOptimizer, is_sharded, load_whole, shard, whole
 from trainer.zero import DeepSpeedScaler, ShardedOptimizer, deepspeed_engine
 
 COMPILE_PAYS_FROM = 2_000_000  # tokens; compiling takes about as long as a few hundred thousand of them on a CPU
@@ -22,7 +23,7 @@ COMPILE_PAYS_FROM = 2_000_000  # tokens; compiling takes about as long as a few 
 def wrap_model(
     model: nn.Module, optimizer, scaler: torch.amp.GradScaler, runtime: Runtime, compile_blocks: bool
 ) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
-    """Compile the blocks, then hand the model to DeepSpeed or DDP where there are several processes.
+    """Compile the blocks, then hand the model to DeepSpeed, FSDP2 or DDP where there are several processes.
 
     Returns:
         the model, the optimizer and the scaler that the loop is to use.
@@ -39,6 +40,10 @@ def wrap_model(
         model, optimizer = deepspeed_engine(model, optimizer, runtime)
         scaler = DeepSpeedScaler(model, scaler)
         runtime.engine += f", DeepSpeed ZeRO-{model.zero_optimization_stage()} on {runtime.world_size} processes"
+    elif runtime.fsdp_clip is not None:
+        model, optimizer = shard(model, optimizer, runtime)
+        scaler = ShardScaler(model, optimizer, scaler, runtime.fsdp_clip)
+        runtime.engine += f", FSDP2 on {runtime.world_size} processes"
     elif runtime.world_size > 1:
         model = DistributedDataParallel(model, device_ids=device_ids(runtime.device))
         runtime.engine += f", DDP on {runtime.world_size} processes"
@@ -51,10 +56,12 @@ def sync_gradients(model: nn.Module, last: bool) -> None:
         model.require_backward_grad_sync = last
     elif hasattr(model, "set_gradient_accumulation_boundary"):  # DeepSpeed's
         model.set_gradient_accumulation_boundary(last)
+    elif is_sharded(model):
+        model.set_requires_gradient_sync(last)
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model inside DDP's or DeepSpeed's wrapper."""
+    """The model inside DDP's or DeepSpeed's wrapper; FSDP2 has none."""
     return getattr(model, "module", model)
 
 
@@ -62,18 +69,18 @@ def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bo
     """Each parameter that `keep` names, whole, fp32, where it lies, under its plain name; one with two names is held
     once.
 
-    All ranks must call it: ZeRO-3 gathers.
+    All ranks must call it: ZeRO-3 and FSDP2 gather.
     """
-    plain, held, whole = plain_model(model), {}, {}
+    plain, held, found = plain_model(model), {}, {}
     with _gathered(plain, runtime):
         for key, value in plain.state_dict().items():
             if keep(key):
-                place = (value.data_ptr(), value.shape)
+                place = ((value.to_local() if is_sharded(model) else value).data_ptr(), value.shape)
                 if place not in held:
-                    value = value.detach().float()
+                    value = whole(value.detach()).float()
                     held[place] = value.clone() if runtime.deepspeed_config else value  # what is gathered goes again
-                whole[key] = held[place]
-    return whole
+                found[key] = held[place]
+    return found
 
 
 def load_full_state_dict(model: nn.Module, optimizer, weights: dict[str, Tensor], keep: Callable[[str], bool]) -> None:
@@ -85,6 +92,9 @@ def load_full_state_dict(model: nn.Module, optimizer, weights: dict[str, Tensor]
     plain = plain_model(model)
     if isinstance(optimizer, ShardedOptimizer):
         optimizer.load_weights({p: weights[key] for key, p in plain.named_parameters() if keep(key)})
+        return
+    if isinstance(optimizer, WholeStateOptimizer):
+        load_whole(model, {key: weights[key] for key, _ in plain.named_parameters() if keep(key)})
         return
     given = {key: value for key, value in plain.state_dict().items() if not keep(key)}
     plain.load_state_dict(given | weights)
@@ -98,7 +108,7 @@ def require_same_weights(model: nn.Module, runtime: Runtime) -> None:
     """
     plain = plain_model(model)
     parted = any(hasattr(parameter, "ds_numel") for parameter in plain.parameters())  # ZeRO-3: each has a share
-    if runtime.world_size == 1 or parted:
+    if runtime.world_size == 1 or parted or is_sharded(model):
         return
     rank = runtime.first_that_differs(hash_weights(plain.state_dict()))
     if rank is not None:
@@ -121,7 +131,8 @@ def _gathered(plain: nn.Module, runtime: Runtime) -> contextlib.AbstractContextM
 
 def should_compile(args, runtime: Runtime, steps: int) -> bool:
     """Whether to use torch.compile: as --compile says, else where it works and the run is long enough to pay off
-    (unpacked rows vary in length, and each length would be recompiled; ZeRO-3's hooks compile over and over).
+    (unpacked rows vary in length, and each length would be recompiled; the hooks of ZeRO-3 and FSDP2 compile over and
+    over).
 
     Raises:
         UserError: --compile was given but does not work here.
@@ -129,7 +140,8 @@ def should_compile(args, runtime: Runtime, steps: int) -> bool:
     if args.compile is None:
         tokens = steps * args.batch_size * args.accumulation_steps * args.max_seq_len
         zero = (runtime.deepspeed_config or {}).get("zero_optimization", {})
-        pays = args.packing and tokens >= COMPILE_PAYS_FROM and zero.get("stage") != 3
+        hooked = zero.get("stage") == 3 or runtime.fsdp_clip is not None
+        pays = args.packing and tokens >= COMPILE_PAYS_FROM and not hooked
         prototype = runtime.device.type == "mps"  # by PyTorch's own word
         return pays and not prototype and why_not_compile(runtime.device) is None
     if args.compile and (why_not := why_not_compile(runtime.device)):

@@ -17,7 +17,7 @@ MAY_CHANGE = (
 # …these do, and are announced…
 MAY_CHANGE_WITH_NOTICE = ("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype")
 # …these share a step's rows and a model's state out among processes: the same rows in each step, sums in another order
-SHARING = ("world_size", "deepspeed", "zero_stage")
+SHARING = ("world_size", "deepspeed", "zero_stage", "fsdp")
 ROWS_OF_A_STEP = ("batch_size", "accumulation_steps", "world_size")  # their product
 
 

@@ -63,6 +63,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     deepspeed_config: dict | None = None
+    fsdp_clip: float | None = None  # with --fsdp, whose engine clips the gradient: at this norm
     engine: str = "eager"  # what `wrap_model` made of the model, for people to read
     _signals: Signals = field(default_factory=Signals)
     _clock: Clock = field(default_factory=Clock)
@@ -97,6 +98,11 @@ class Runtime:
             tensor = tensor.to(self.device)  # where the ranks meet; not all devices have float64 (mps)
             dist.all_reduce(tensor)
         return tensor.tolist()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether DeepSpeed or FSDP2 shares the model and its optimizer out; a step is then their engine's."""
+        return self.deepspeed_config is not None or self.fsdp_clip is not None
 
     def totals(self, batches: list[dict[str, Tensor]]) -> Totals:
         """Count a step's micro-batches over all ranks, so that each token of it weighs the same wherever it lies."""
@@ -136,8 +142,9 @@ class Runtime:
         rank 0 has written what it had to."""
         if self._watchdog is not None:
             self._watchdog.stop()
-        if self._preparation is not None:  # a rank that ends with an error code has torchrun kill the others soon
-            dist.barrier(group=self._preparation)
+        # They meet here: once a rank has ended with an error code, torchrun kills the others. That SIGTERM nobody asked
+        # for, so the code is of a signal that has come to any rank by now.
+        came = [first for first in self.gather(self._signals.first) if first is not None]
         if dist.is_initialized():
             # Once the model is gone. Were DDP's reducer the last to hold a group, it would wait for gloo's threads and
             # keep the GIL meanwhile, for which one of them may be waiting: a run that never ends.
@@ -145,7 +152,7 @@ class Runtime:
         if self._fault is not None:
             raise self._fault
         if not finished:
-            sys.exit(128 + self._signals.first if self._signalled else EXIT_TIME_IS_UP)
+            sys.exit(128 + came[0] if came and self._signalled else EXIT_TIME_IS_UP)
 
     def gather(self, value) -> list:
         """What each rank has, in their order; all ranks must call it, with anything that can be pickled."""
@@ -207,6 +214,10 @@ def start_runtime(args) -> Runtime:
             raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node N, or deepspeed --num_gpus N")
         config = deepspeed_config(args)
     runtime = Runtime(device, DTYPES[args.dtype or default_dtype(device)], place.rank, place.world_size, config)
+    if getattr(args, "fsdp", False):
+        if place.world_size == 1:
+            raise UserError("--fsdp shares a model out among processes: torchrun --nproc_per_node N starts them")
+        runtime.fsdp_clip = args.grad_clip
     if place.launched:
         _meet(backend_of(device))
     if place.world_size > 1:

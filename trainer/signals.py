@@ -39,9 +39,9 @@ class Signals:
         return asked > 0
 
     @property
-    def first(self) -> int:
-        """The first one; SIGTERM where it came to another rank."""
-        return self._came[0][0] if self._came else signal.SIGTERM
+    def first(self) -> int | None:
+        """The number of the first one; None where none has come."""
+        return self._came[0][0] if self._came else None
 
     def catch(self, speak: bool) -> None:
         """From now on signals are noted, not obeyed; `speak`: and told on stderr."""

@@ -77,7 +77,3 @@ class Background:
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-    def failed(self) -> bool:
-        """Whether the work has ended with an error that `wait` is yet to raise."""
-        return self._error is not None

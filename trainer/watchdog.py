@@ -4,6 +4,7 @@ import datetime
 import os
 import re
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -11,10 +12,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).parents[1]
+LIBRARIES = {Path(path) for path in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))}
 BEAT = 1.0  # seconds between two signs of life
 SILENT = 40.0  # seconds without one from another rank: its process is stopped, or its machine is gone
 EXIT_STALLED = 1
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a source file belongs to MiniMind; an environment inside its folder, such as `.venv`, does not."""
+    folders = set(file.parents)
+    return ROOT in folders and not folders & LIBRARIES
 
 
 class Watchdog(threading.Thread):
@@ -98,7 +106,7 @@ class Watchdog(threading.Thread):
     def _where(self) -> str:
         """The innermost line of ours that the main thread is in, and the function that it is in at all."""
         frame = inner = sys._current_frames().get(self._main.ident)
-        while frame is not None and ROOT not in Path(frame.f_code.co_filename).parents:
+        while frame is not None and not is_ours(Path(frame.f_code.co_filename)):
             frame = frame.f_back
         if frame is None:
             return "no line of MiniMind's"

@@ -128,3 +128,9 @@ class _Slot:
         self.holds: list[Hashable] = []  # one key per position
         self.answer: Answer | None = None
         self.last_used = 0
+
+
+def common_prefix_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """How many items two sequences have in common at their start."""
+    # as far as the shorter one goes, hence not strict
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

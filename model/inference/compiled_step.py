@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.config import LMConfig
-from model.inference.matrices import INT4, INT8, PLAIN, Kernel, Matrix, Precision
+from model.inference.matrices import INT4, INT8, PLAIN, Kernel, Matrix, Precision, output_precision
 
 
 class Stacked(NamedTuple):
@@ -63,7 +63,7 @@ def build_step(config: LMConfig, precision: Precision) -> Callable[..., tuple[Te
     so far (n_layers, length, 2, n_kv_heads, head_dim) and the weights; it returns logits (vocab,) fp32, the token's own
     keys and values (n_layers, 2, n_kv_heads, head_dim), and what was `stored`.
     """
-    kernel, last_kernel = row_kernel(precision), row_kernel("int8" if precision == "int4" else precision)
+    kernel, last_kernel = row_kernel(precision), row_kernel(output_precision(precision))
     heads, kv_heads, head_dim = config.n_heads, config.n_kv_heads, config.head_dim
 
     def normed(x: Tensor, weight: Tensor) -> Tensor:  # the weight has sqrt(dim) in it, as in the decoder

@@ -24,7 +24,15 @@ from model.attention import rope_angles
 from model.inference.blocks import effective_weight, parts_of_block
 from model.inference.compiled_step import CompiledStep, best_time, row_kernel
 from model.inference.layers import Experts, Layer, SwiGLU
-from model.inference.matrices import Embedding, Kernels, Matrix, Precision, fastest_kernels, fixed_kernels
+from model.inference.matrices import (
+    Embedding,
+    Kernels,
+    Matrix,
+    Precision,
+    fastest_kernels,
+    fixed_kernels,
+    output_precision,
+)
 from model.model import MiniMindLM
 from model.norm import RMSNorm
 
@@ -181,7 +189,7 @@ class Decoder:
             parts.experts[0][1],
         ]
         shapes = {"matrix": [tuple(weight.shape) for weight in layer], "output": [tuple(model.output.weight.shape)]}
-        precisions = {"matrix": self.precision, "output": "int8" if self.precision == "int4" else self.precision}
+        precisions = {"matrix": self.precision, "output": output_precision(self.precision)}
         if deterministic:
             kernels = {kind: fixed_kernels(precisions[kind], self.device) for kind in shapes}
         else:

@@ -2,8 +2,8 @@
 
 One row of input reads every weight once, so the time of a matrix is its bytes over the memory's bandwidth, if the
 kernel is good; many rows are bound by arithmetic. Which kernel is good differs between processors: the candidates are
-timed at start (`time_kernels`), for one row, a few, and many. Where an answer must not depend on its company, one
-kernel serves all (`FIXED`).
+timed at start (`fastest_kernels`), for one row, a few, and many. Where an answer must not depend on the others, one
+kernel serves all (`fixed_kernels`).
 """
 
 import math
@@ -130,6 +130,11 @@ def candidates(precision: Precision, device: torch.device) -> list[Kernel]:
         if can_pack(torch.float32):  # three times the memory, and twice as fast with a few rows
             kernels.append(Kernel("widened, packed", lambda weight: (_pack(weight.bfloat16().float()),), _packed))
     return kernels
+
+
+def output_precision(precision: Precision) -> Precision:
+    """What the output matrix takes, and the embedding that it is tied to: 8 bits where the others have 4."""
+    return "int8" if precision == "int4" else precision
 
 
 def can_pack(dtype: torch.dtype) -> bool:

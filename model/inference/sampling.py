@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model.inference.request import Token
+
 WITHOUT_FLOAT64 = ("mps",)  # devices
 
 NUCLEUS = 128  # most likely tokens that top-p tries before it sorts the whole vocabulary
@@ -88,5 +90,24 @@ def sample_token(
     """The next token of each row: logits (batch, vocab) -> (batch,) int64. Temperature 0 is greedy."""
     if temperature < GREEDY_BELOW:
         return logits.argmax(-1)
-    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    return sample_from(logits.softmax(-1), generator)
+    return sample_from(probabilities(logits, temperature, top_k, top_p), generator)
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """What the next token is sampled from: logits (batch, vocab) -> the same; not for temperature 0."""
+    return keep_top_p(keep_top_k(logits / temperature, top_k), top_p).softmax(-1)
+
+
+def with_logprobs(logits: Tensor, tokens: list[int], asked: list[int | None]) -> list[Token]:
+    """Each row's token, if requested with its log-probability and so many of the most likely: logits (rows, vocab)."""
+    facts = [Token(token) for token in tokens]
+    rows = [row for row, best in enumerate(asked) if best is not None]
+    if rows:
+        logprobs = logits[rows].log_softmax(-1)
+        chosen = torch.tensor([[tokens[row]] for row in rows], device=logits.device)
+        best = logprobs.topk(max(asked[row] for row in rows))
+        columns = (logprobs.gather(1, chosen)[:, 0].tolist(), best.indices.tolist(), best.values.tolist())
+        for row, logprob, ids, values in zip(rows, *columns, strict=True):
+            top = zip(ids[: asked[row]], values[: asked[row]], strict=True)
+            facts[row] = Token(tokens[row], logprob, tuple(top))
+    return facts

@@ -10,18 +10,19 @@ import itertools
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from model.generation import warn_beyond_training
-from model.inference.answer import Answer, _Slot
+from model.inference.answer import Answer, _Slot, common_prefix_length
 from model.inference.decoder import Decoder, Span
 from model.inference.matrices import Precision
-from model.inference.request import Piece, Request, Token
-from model.inference.sampling import sample_token
+from model.inference.request import Piece, Request
+from model.inference.sampling import sample_token, with_logprobs
+from model.inference.speculation import Draft, make_speculation
 from model.model import MiniMindLM
 from model.tokenizer import token_bytes
 
@@ -46,6 +47,13 @@ class Engine:
         deterministic: one kernel of each matrix for any number of answers; False = the fastest for each, timed now. In
             fp32 an answer may then differ from the one that it is alone where two tokens are as likely to 1e-4.
         compile: decode an answer that runs alone by a compiled step, where that is faster; takes seconds.
+        speculate: tokens drafted at most by looking up how the text went on before; 0 = none. An answer stays the
+            same (in fp32), and comes sooner where it repeats its prompt or itself; see `model.inference.speculation`.
+        draft: a smaller model of the same vocabulary that drafts where no look-up does; `refresh` leaves it as it is.
+            An answer without a seed is then another one of the same probabilities.
+
+    Raises:
+        ValueError: a setting out of range; a draft model of another vocabulary; see `Decoder`.
     """
 
     def __init__(
@@ -58,10 +66,15 @@ class Engine:
         dtype: Precision | None = None,
         deterministic: bool = True,
         compile: bool = False,
+        speculate: int = 0,
+        draft: MiniMindLM | None = None,
     ):
-        if slots < 1 or token_budget < 1:
-            raise ValueError(f"slots and token_budget must be at least 1, not {slots} and {token_budget}")
-        self.decoder = Decoder(model, slots, slot_len or model.config.max_seq_len, dtype, deterministic, compile)
+        if slots < 1 or token_budget < 1 or speculate < 0:
+            raise ValueError(
+                f"slots and token_budget must be at least 1, speculate 0, not {slots}, {token_budget} and {speculate}"
+            )
+        slot_len = slot_len or model.config.max_seq_len
+        self.decoder = Decoder(model, slots, slot_len, dtype, deterministic, compile)
         self.token_bytes = token_bytes(tokenizer)
         self.eos_token_id = tokenizer.eos_token_id
         self.token_budget = token_budget
@@ -71,6 +84,7 @@ class Engine:
         self._numbers = itertools.count()
         self._steps = 0
         self._warned = False  # that a text outgrows those trained on
+        self.speculation = make_speculation(self.decoder, speculate, draft, token_budget, deterministic, compile)
 
     @property
     def waiting(self) -> int:
@@ -207,22 +221,34 @@ class Engine:
         self._end_early()
         self._admit()
         self._compact_slots()
-        slots = self._plan_prefills()
-        if not slots:
+        reading = self._plan_prefills()
+        if not reading:
             return
-        spans = [self._span(slot, n) for slot, n in slots.items()]
-        longest = max(span.start + n for span, n in zip(spans, slots.values(), strict=True))
+        drafts: dict[_Slot, Draft] = {}
+        if self.speculation is not None:
+            drafts = self.speculation.drafts(reading, self.token_budget - sum(reading.values()))
+        slots = sorted(reading, key=drafts.__contains__)  # those with a draft come last
+        spans = [self._span(slot, reading[slot], drafts.get(slot)) for slot in slots]
+        longest = max(span.start + n for span, n in zip(spans, map(reading.get, slots), strict=True))
         self._warned = self._warned or warn_beyond_training(self.decoder.config, longest)
         rows, predicted, first = [], [], 0  # tokens whose successor is predicted: of which answer, which of its ids
-        for (slot, n), span in zip(slots.items(), spans, strict=True):
-            slot.holds += slot.answer.keys[span.start : span.start + n]
-            places = slot.answer.predicted(span.start, n)
+        for slot, span in zip(slots, spans, strict=True):
+            n = len(span.tokens)
+            slot.holds += slot.answer.keys[span.start : span.start + n]  # of a draft nothing yet
+            places = range(span.start + 1, span.start + n + 1)
+            if slot not in drafts:
+                places = slot.answer.predicted(span.start, n)
+                predicted += [(slot.answer, place) for place in places]
             rows += [first + place - span.start - 1 for place in places]
-            predicted += [(slot.answer, place) for place in places]
             first += n
         logits = self.decoder.predict(spans, rows)
-        if rows:
-            self._predict(logits, predicted)
+        if predicted:
+            self._predict(logits[: len(predicted)], predicted)
+        at = len(predicted)
+        for slot in slots[len(slots) - len(drafts) :]:
+            draft = drafts[slot]
+            self.speculation.verify(slot, draft, logits[at : at + len(draft.tokens) + 1], self._predict)
+            at += len(draft.tokens) + 1
         for slot in slots:
             if slot.answer.limit == 0 and not slot.answer.unread():
                 self._news.append((slot.answer, slot.answer.end("length")))
@@ -314,20 +340,24 @@ class Engine:
                 break
         return dict(sorted(reading.items(), key=lambda item: item[1] > 1))
 
-    def _span(self, slot: _Slot, n: int) -> Span:
-        """The next n tokens for a slot."""
+    def _span(self, slot: _Slot, n: int, draft: Draft | None) -> Span:
+        """The next n tokens for a slot, and its draft."""
         start, answer = len(slot.holds), slot.answer
         embeddings = answer.request.embeddings
         if embeddings is not None:
             embeddings = embeddings[start : start + n] if start < len(embeddings) else None
-        return Span(slot.number, start, answer.ids[start : start + n], embeddings)
+        drafted = draft.tokens if draft else []
+        return Span(slot.number, start, answer.ids[start : start + n] + drafted, embeddings)
 
-    def _predict(self, logits: Tensor, predicted: list[tuple[Answer, int]]) -> None:
+    def _predict(
+        self, logits: Tensor, predicted: list[tuple[Answer, int]], choose: Callable[..., Tensor] = sample_token
+    ) -> None:
         """Sample the next tokens, and record the requested log-probabilities of prompt tokens.
 
         Args:
             logits: (rows, vocab) fp32.
             predicted: for each row the answer, and the index in its `ids` that the row predicts.
+            choose: `sample_token`, or what takes its place.
         """
         tokens = [answer.ids[place] if place < len(answer.ids) else None for answer, place in predicted]
         penalised = logits
@@ -340,36 +370,16 @@ class Engine:
                 penalised[row] = answer.penalised(logits[row : row + 1])
         for settings, rows in alike.items():
             of_rows = penalised if len(rows) == len(logits) else penalised[rows]
-            chosen = sample_token(of_rows, *settings, [predicted[row][0].generator for row in rows])
+            chosen = choose(of_rows, *settings, [predicted[row][0].generator for row in rows])
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 tokens[row] = token
-        facts = self._logprobs(logits, tokens, [answer.request.logprobs for answer, _ in predicted])
+        facts = with_logprobs(logits, tokens, [answer.request.logprobs for answer, _ in predicted])
         for (answer, place), token in zip(predicted, facts, strict=True):
             if place < len(answer.ids):
                 answer.prompt_tokens.append(token)
             else:
                 self._news.append((answer, answer.write(token)))
 
-    def _logprobs(self, logits: Tensor, tokens: list[int], asked: list[int | None]) -> list[Token]:
-        """Each row's token, if requested with its log-probability and the most likely ones: logits (rows, vocab)."""
-        facts = [Token(token) for token in tokens]
-        rows = [row for row, best in enumerate(asked) if best is not None]
-        if rows:
-            logprobs = logits[rows].log_softmax(-1)
-            chosen = torch.tensor([[tokens[row]] for row in rows], device=logits.device)
-            best = logprobs.topk(max(asked[row] for row in rows))
-            columns = (logprobs.gather(1, chosen)[:, 0].tolist(), best.indices.tolist(), best.values.tolist())
-            for row, logprob, ids, values in zip(rows, *columns, strict=True):
-                top = zip(ids[: asked[row]], values[: asked[row]], strict=True)
-                facts[row] = Token(tokens[row], logprob, tuple(top))
-        return facts
-
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and value >= 0
-
-
-def common_prefix_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """How many items two sequences have in common at their start."""
-    # as far as the shorter one goes, hence not strict
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

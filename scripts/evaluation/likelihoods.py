@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from model import MiniMindLM
+from model.inference.answer import common_prefix_length
 from model.inference.decoder import Decoder, Span
-from model.inference.scheduler import common_prefix_length
 
 WORTH_SHARING = 16  # tokens: a shorter beginning is read anew with each text
 BATCH_TOKENS = 1024  # that one pass reads, or little more: fills the cores, and fits their caches

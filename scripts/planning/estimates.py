@@ -73,8 +73,8 @@ def sent_bytes(config: LMConfig, engine: Engine, gpus: int, accumulation: int) -
 
     To sum up over N devices in a ring, each sends 2 (N - 1) / N times what is summed (Patarasuk & Yuan 2009, "Bandwidth
     optimal all-reduce algorithms"); a reduce-scatter or an all-gather is half of that. DDP and ZeRO-1 sum the gradients
-    once per step; ZeRO-2 scatters them in each micro-batch, and gathers the weights once; ZeRO-3 gathers the weights
-    twice in each micro-batch and scatters the gradients (Rajbhandari et al. 2020, arXiv:1910.02054, section 7).
+    once per step; ZeRO-2 scatters them in each micro-batch, and gathers the weights once; ZeRO-3 and FSDP2 gather the
+    weights twice in each micro-batch and scatter the gradients (Rajbhandari et al. 2020, arXiv:1910.02054, section 7).
     """
     if gpus == 1:
         return 0
@@ -89,7 +89,7 @@ def sent_bytes(config: LMConfig, engine: Engine, gpus: int, accumulation: int) -
 def peak_bytes(config: LMConfig, engine: Engine, gpus: int, work: Work, optimizer: str) -> int:
     """Memory of one GPU at its peak: the state (exact), what the backward needs (within 10 %), what comes and goes.
 
-    ZeRO-3 holds the whole weights of what it computes, which is here one block and the embedding.
+    ZeRO-3 and FSDP2 hold the whole weights of what they compute, which is here one block and the embedding.
     """
     gathered = 0
     if engine.splits_weights:

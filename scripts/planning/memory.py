@@ -28,7 +28,8 @@ DDP = Engine("DDP", copies="gradients")
 ZERO_1 = Engine("ZeRO-1", "--deepspeed --zero_stage 1", splits_optimizer=True, copies="master")
 ZERO_2 = Engine("ZeRO-2", "--deepspeed --zero_stage 2", splits_gradients=True, splits_optimizer=True, copies="master")
 ZERO_3 = Engine("ZeRO-3", "--deepspeed --zero_stage 3", True, True, True, copies="master")
-ENGINES = (ALONE, DDP, ZERO_1, ZERO_2, ZERO_3)
+FSDP2 = Engine("FSDP2", "--fsdp", True, True, True)
+ENGINES = (ALONE, DDP, ZERO_1, ZERO_2, FSDP2, ZERO_3)
 
 
 class State(NamedTuple):

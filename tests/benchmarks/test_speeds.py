@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import few_bits, generate, serve_load, train_throughput
+from benchmarks import drafts, few_bits, generate, serve_load, train_throughput
 from trainer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -177,3 +177,12 @@ def test_a_text_without_words_is_refused(monkeypatch, tiny_out, tmp_path):
     monkeypatch.setattr("sys.argv", ["few_bits.py", "x.pth", "--ppl", str(tmp_path / "text.txt")])
     with pytest.raises(UserError, match="holds no text"):
         few_bits.main()
+
+
+def test_writing_with_drafts_is_timed_for_real(monkeypatch, capsys):
+    flags = "--dim 32 --n_layers 1 --tokens 24 --rounds 1 --device cpu --compile 0 --speculate 4"
+    monkeypatch.setattr("sys.argv", ["drafts.py", *flags.split()])
+    drafts.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("text")] == ["text that repeats its prompt", "text that does not"]
+    assert sum("x without" in line for line in lines) == 6

@@ -86,7 +86,7 @@ def test_masks_and_large_ids_of_any_length_come_back(data, vocabulary):
     given = iter(zip(ids, masks, strict=True))
 
     class Tokenizer:
-        bos_token_id, eos_token_id = 1, 2
+        bos_token_id, eos_token_id, chat_template = 1, 2, None
         backend_tokenizer = type("", (), {"to_str": lambda self: '{"added_tokens": [], "normalizer": 0, '
                                                                  '"pre_tokenizer": 0, "model": 0}'})()  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from model import LMConfig, MiniMind3Config
+from model import LMConfig, MiniMind3Config, generation
 from model.inference.request import Request
 from model.inference.scheduler import Engine
 from tests.model.networks import network, random_ids
@@ -30,6 +30,11 @@ def test_what_training_has_made_good(settings, positions):
 
 def test_minimind3s_own_scaling_promises_what_it_stretches():
     assert MiniMind3Config(inference_rope_scaling=True).learned_positions == 32768
+
+
+@pytest.fixture(autouse=True)
+def short_texts_count(monkeypatch):
+    monkeypatch.setattr(generation, "UNTOLD_LENGTH", 0)
 
 
 def said(caplog) -> list[str]:

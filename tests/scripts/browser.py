@@ -82,6 +82,12 @@ def wait_for(condition: Callable, seconds: float = PATIENCE):
     return found
 
 
+FIND_AND_CLICK = """
+    const found = [...document.querySelectorAll("button")].filter(button => button.innerText.trim() == arguments[0]);
+    if (found.length) found[found.length - 1].click();
+"""
+
+
 class Page:
     """What a person does on a chat page, and sees there."""
 
@@ -123,7 +129,8 @@ class Page:
         """Click until the last message says something: what a growing answer moves may slip from under a click. Rarely,
         as each click begins a run of the page anew."""
         for _ in range(PATIENCE // 60):
-            self._try_click(words)
+            if not self._try_click(words):  # on a slow machine it is drawn anew between being found and clicked
+                self.browser.execute_script(FIND_AND_CLICK, words)
             with contextlib.suppress(AssertionError):
                 return wait_for(lambda: said in self.messages()[-1], 60)
         raise AssertionError(f"no {said!r} in {self.messages()}")

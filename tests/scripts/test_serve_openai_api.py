@@ -689,7 +689,10 @@ def started(monkeypatch):
         monkeypatch.setattr(sys, "argv", ["serve_openai_api.py", *flags])
         monkeypatch.setattr(serve_openai_api, "listen", lambda *at: got.update(at=at))
         monkeypatch.setattr(serve_openai_api, "load", lambda args: ("model", "tokenizer", None))
-        monkeypatch.setattr("model.inference.scheduler.Engine", lambda *given, **how: got.update(engine=(given, how)))
+        monkeypatch.setattr(
+            "trainer.loading.open_engine",
+            lambda model, tokenizer, args, **how: got.update(engine=(model, tokenizer, args.dtype, how)),
+        )
         thread = SimpleNamespace(close=lambda: got.update(closed=True))
         monkeypatch.setattr("model.inference.thread.EngineThread", lambda engine: thread)
         monkeypatch.setattr(
@@ -725,7 +728,7 @@ def test_what_is_served_where_nothing_is_said(started, capsys):
     served = got.pop("served")
     assert got == {
         **{"at": ("127.0.0.1", 8998), "key": None, "origins": (), "seconds": (30, 75), "switch": 0.001},
-        **{"engine": (("model", "tokenizer"), {"slots": 16, "dtype": torch.float32}), "closed": True},
+        **{"engine": ("model", "tokenizer", "float32", {"slots": 16, "compile_large": True}), "closed": True},
     }
     assert (served.capacity, served.reasoning, served.fetch) == (128, False, None)
     assert capsys.readouterr().err == ""
@@ -760,7 +763,7 @@ def test_other_flags_reach_what_they_are_for(started):
     flags = ("--max_concurrency", "3", "--max_queue", "0", "--dtype", "bfloat16", "--cors", "a", "--cors", "b")
     got = started(*flags, "--drain_seconds", "1.5", "--keep_alive", "9", "--model_mode", "3")
     assert got["served"].capacity == 3
-    assert got["engine"][1] == {"slots": 3, "dtype": torch.bfloat16}
+    assert got["engine"][2:] == ("bfloat16", {"slots": 3, "compile_large": True})
     assert (got["origins"], got["seconds"], got["served"].reasoning) == (["a", "b"], (1.5, 9), True)
     assert not started("--model_mode", "2")["served"].reasoning
     assert started("--vlm", "--fetch_images")["served"].fetch == ("fetches", False)

@@ -55,7 +55,9 @@ def test_every_vote_has_a_seed_of_its_own(capsys):
             return [SimpleNamespace(text="<answer>\n4\n</answer>", tokens=[1]) for _ in asked]
 
     sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    args = SimpleNamespace(**sampling, seed=7, votes=3, model_mode=3, stream=True, hide_thinking=True)
+    args = SimpleNamespace(
+        **sampling, seed=7, votes=3, model_mode=3, stream=True, hide_thinking=True, open_thinking=False
+    )
     assert "4" in eval_model.reply(Engine(), [1, 5], args, by_hand=False)
     assert [request.seed for request in asked] == [7, 8, 9]
     assert "3 of 3 votes, 3 tokens" in capsys.readouterr().err
@@ -91,7 +93,7 @@ def test_an_answer_as_long_as_the_context_leaves_no_room_to_ask(script, monkeypa
     model = SimpleNamespace(config=SimpleNamespace(max_seq_len=64), to=lambda device: done.append(device.type))
     monkeypatch.setattr("trainer.loading.load_by_flags", lambda args: (model, None))
     monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, None, None))
-    monkeypatch.setattr("model.inference.scheduler.Engine", lambda given, *_, **settings: done.append(given))
+    monkeypatch.setattr("trainer.loading.open_engine", lambda given, *_, **settings: done.append(given))
     asked = ["--prompt", "q", "--max_new_tokens", "64", "--device", "cpu"]
     asked += ["--image", str(tmp_path / "a.png")] if script is eval_vlm else []
     monkeypatch.setattr(sys, "argv", ["script", *asked])
@@ -120,13 +122,13 @@ def evaluate(monkeypatch):
         model = SimpleNamespace(config=SimpleNamespace(max_seq_len=context), to=lambda device: None)
         monkeypatch.setattr("trainer.loading.load_by_flags", lambda args: (model, "tokenizer"))
         monkeypatch.setattr(
-            "model.inference.scheduler.Engine",
+            "trainer.loading.open_engine",
             lambda *_, slots: setattr(engine, "slots", slots) or engine,
         )
         monkeypatch.setattr("model.chat.render_text", lambda tokenizer, texts: [[1] * len(texts[0]) + [2]])
         monkeypatch.setattr(
             "model.chat.fit_history",
-            lambda tokenizer, system, turns, room: ([turn["content"] for turn in [*system, *turns]], turns),
+            lambda tokenizer, system, turns, room, **_: ([turn["content"] for turn in [*system, *turns]], turns),
         )
         monkeypatch.setattr(sys, "argv", ["eval_model.py", "--device", "cpu", *flags])
         eval_model.main()
@@ -186,7 +188,9 @@ def test_ctrl_c_ends_an_answer_by_hand_and_else_everything(capsys):
             self.abandoned += 1
 
     sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
-    args = SimpleNamespace(**sampling, seed=None, votes=1, model_mode=1, stream=True, hide_thinking=False)
+    args = SimpleNamespace(
+        **sampling, seed=None, votes=1, model_mode=1, stream=True, hide_thinking=False, open_thinking=False
+    )
     engine = Interrupted()
     assert eval_model.reply(engine, [1], args, by_hand=True) == "half"
     assert engine.abandoned == 1
@@ -209,7 +213,7 @@ def test_what_is_asked_about_pictures_where_nobody_asks(images, asked, monkeypat
     model = SimpleNamespace(config=SimpleNamespace(max_seq_len=600), to=lambda device: None)
     prompt = SimpleNamespace(input_ids=[SimpleNamespace(tolist=lambda: [7, 8])])
     monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, "tokenizer", "processor"))
-    monkeypatch.setattr("model.inference.scheduler.Engine", lambda *_, slots: setattr(engine, "slots", slots) or engine)
+    monkeypatch.setattr("trainer.loading.open_engine", lambda *_, slots: setattr(engine, "slots", slots) or engine)
     monkeypatch.setattr(
         "model.images.prepare_chat", lambda tokenizer, chat, *rest: chats.append((chat, rest[-1])) or prompt
     )

@@ -17,7 +17,7 @@ import torch
 from tests.trainer.accelerators import pretend
 from trainer import runtime, signals
 from trainer.errors import UserError
-from trainer.runtime import Runtime, start_runtime
+from trainer.runtime import EXIT_TIME_IS_UP, Runtime, start_runtime
 
 CPU = torch.device("cpu")
 # what torchrun tells the second of two processes
@@ -86,11 +86,22 @@ def test_the_group_outlives_the_model(run, monkeypatch):
 def test_a_rank_that_is_done_waits_for_what_rank_0_still_writes(run, monkeypatch):
     """Stopped, it ends with an error code, and torchrun kills the others half a minute later."""
     waited = []
-    run.rank, run.world_size, run._preparation = 1, 2, "gloo's"
-    monkeypatch.setattr(torch.distributed, "barrier", lambda group: waited.append(group))
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(type(run), "gather", lambda run, value: waited.append(value) or [value, None])
+    with pytest.raises(SystemExit) as end:
         run.finish(finished=False)
-    assert waited == ["gloo's"]
+    assert waited == [None]
+    assert end.value.code == EXIT_TIME_IS_UP
+
+
+@pytest.mark.parametrize("own", [signal.SIGTERM, None])
+def test_all_ranks_end_with_the_code_of_the_first_that_a_signal_came_to(run, monkeypatch, own):
+    """Also one that the launcher has since sent its own SIGTERM, as another has ended already."""
+    monkeypatch.setattr(type(run), "gather", lambda run, value: [None, signal.SIGINT, value])
+    monkeypatch.setattr(type(run._signals), "first", property(lambda signals: own))
+    run._signalled = True
+    with pytest.raises(SystemExit) as end:
+        run.finish(finished=False)
+    assert end.value.code == 128 + signal.SIGINT
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import LMConfig, MiniMindLM, attention
 from model.loss import next_token_loss, target_mask
+from scripts.plan import memory_size
 from scripts.planning.estimates import GPUS, Machines, Work, estimate_step, peak_bytes, sent_bytes
-from scripts.planning.memory import ALONE, DDP, ENGINES, ZERO_1, ZERO_2, ZERO_3, saved_bytes, state_bytes
+from scripts.planning.memory import ALONE, DDP, ENGINES, FSDP2, ZERO_1, ZERO_2, ZERO_3, saved_bytes, state_bytes
 from scripts.planning.recommending import all_plans, recommend
 from scripts.planning.sizes import count_active, count_parameters, count_tensors, forward_flops, training_flops
 from tests.running import call_script
@@ -122,6 +123,8 @@ def test_gradient_checkpointing_saves_a_blocks_input_instead_of_the_block():
 def test_the_stages_of_zero_share_what_their_paper_says():
     """Rajbhandari et al., figure 1: the optimizer, then the gradients, then the weights, too."""
     states = [state_bytes(M_26, engine, 64) for engine in (DDP, ZERO_1, ZERO_2, ZERO_3)]
+    assert state_bytes(M_26, FSDP2, 64)[:3] == states[-1][:3]
+    assert state_bytes(M_26, FSDP2, 64).copies == 0
     whole = 4 * count_parameters(M_26).total
     part = whole / 64
     counts = 4 * count_tensors(M_26)
@@ -133,7 +136,7 @@ def test_the_stages_of_zero_share_what_their_paper_says():
     assert [state.copies for state in states] == pytest.approx([whole, whole + part, whole + part, part], abs=1)
 
 
-@pytest.mark.parametrize(("engine", "halves"), [(DDP, 2), (ZERO_1, 2), (ZERO_2, 6), (ZERO_3, 15)])
+@pytest.mark.parametrize(("engine", "halves"), [(DDP, 2), (ZERO_1, 2), (ZERO_2, 6), (ZERO_3, 15), (FSDP2, 15)])
 def test_what_travels_in_a_step_of_five_micro_batches(engine, halves):
     assert sent_bytes(M_26, engine, 1, 5) == 0
     assert sent_bytes(M_26, engine, 4, 5) == halves * 3 * count_parameters(M_26).total
@@ -161,7 +164,7 @@ def test_the_simplest_engine_is_recommended_that_is_about_as_fast_as_any():
     names = [recommended(memory)[1] for memory in (60e9, 30e9, 12e9, 6e9)]
     order = [ENGINES.index(plan.engine) for plan in names]
     assert order == sorted(order)
-    assert order[-1] == ENGINES.index(ZERO_3)
+    assert order[-1] == ENGINES.index(FSDP2)
 
 
 def test_what_is_recommended_fits_and_is_the_whole_step():
@@ -193,6 +196,11 @@ def test_a_plan_for_a_model_that_fits_nowhere(capsys):
     assert "does not fit" in out
     assert "docs/scaling.md" in out
     assert "train_pretrain.py trains 8 query" in out
+
+
+@pytest.mark.parametrize(("said", "gigabytes"), [("24", 24), ("24GB", 24), ("1.5", 1.5), ("500MB", 0.5)])
+def test_a_bare_number_of_memory_is_in_gigabytes(said, gigabytes):
+    assert memory_size(said) == gigabytes * 10**9
 
 
 def test_a_model_that_cannot_be(capsys):

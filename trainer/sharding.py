@@ -1,0 +1,133 @@
+"""PyTorch's own FSDP2 (`fully_shard`), behind the same lines as plain training: each rank keeps a share of every
+weight, gradient and moment, and gathers a block's weights while it computes with them.
+
+PyTorch FSDP: Zhao et al. 2023, arXiv:2304.11277; what it shares is ZeRO's stage 3.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from trainer.runtime import Runtime
+
+
+def shard(model: nn.Module, optimizer, runtime: Runtime) -> tuple[nn.Module, "WholeStateOptimizer"]:
+    """Share a model out among the ranks, block by block, and let its optimizer step the shares.
+
+    The embedding, which is also the output matrix, and the last norm are the root's, gathered once for a pass.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    shares = dict(model.named_parameters())  # others than before
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [shares[name] for name in members]
+    return model, WholeStateOptimizer(optimizer)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has shared it out."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor whole, from the ranks' shares of it; all ranks must call it."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def share_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's share of a whole tensor, as `like` is shared: along its first dimension, as torch.chunk cuts it."""
+    from torch.distributed.tensor import DTensor
+
+    local = like.to_local()
+    chunks = value.to(local.device, local.dtype).chunk(dist.get_world_size())
+    rank = dist.get_rank()
+    mine = chunks[rank] if rank < len(chunks) else value.new_empty(local.shape)
+    return DTensor.from_local(
+        mine.clone(), like.device_mesh, like.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
+
+
+class ShardScaler(torch.amp.GradScaler):
+    """What the loop calls as its GradScaler where the gradients are shared out.
+
+    `scaler.scale(loss).backward()` is as ever; all that follows a backward is `clip_and_step`.
+
+    Args:
+        grad_clip: the largest norm of the gradient.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: "WholeStateOptimizer", scaler, grad_clip: float):
+        super().__init__(next(model.parameters()).device.type, enabled=scaler.is_enabled())
+        self.model, self.optimizer, self.grad_clip = model, optimizer, grad_clip
+
+    def clip_and_step(self) -> float:
+        """Clip, take the step unless the gradient is not finite, and zero it.
+
+        Returns:
+            the gradient's norm before clipping, of all shares together.
+        """
+        self.unscale_(self.optimizer)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
+        if torch.isfinite(norm):
+            self.step(self.optimizer)
+        self.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm.item()
+
+
+class WholeStateOptimizer:
+    """An AdamW over shares, whose state is read and written whole: what one engine saved, any other goes on from."""
+
+    def __init__(self, optimizer: torch.optim.AdamW):
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optimizer.param_groups
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        """As a plain AdamW's. All ranks must call it."""
+        state = self.optimizer.state_dict()
+        states = {
+            number: {name: whole(value) for name, value in moments.items()}
+            for number, moments in sorted(state["state"].items())
+        }
+        return state | {"state": states}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over a plain AdamW's state, of which each rank keeps its share."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        states = {
+            number: {
+                name: share_of(value, parameters[number]) if value.dim() else value for name, value in moments.items()
+            }
+            for number, moments in state["state"].items()
+        }
+        self.optimizer.load_state_dict(state | {"state": states})
+
+
+def load_whole(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fill a model that is shared out with whole weights, by name; those that are not named stay.
+
+    Raises:
+        RuntimeError: a weight has another shape.
+    """
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            if weights[name].shape != parameter.shape:
+                raise RuntimeError(f"{name} is {tuple(weights[name].shape)}, not {tuple(parameter.shape)}")
+            with torch.no_grad():
+                parameter.copy_(share_of(weights[name], parameter))
