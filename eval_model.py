@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
+from scripts.tool_use.tool_flags import add_tool_arguments
 from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, text
 from trainer.arguments import (
     Parser,
@@ -21,7 +22,6 @@ from trainer.arguments import (
     add_engine_arguments,
     add_model_arguments,
     add_sampling_arguments,
-    add_tool_arguments,
     add_untold_arguments,
     sampling_settings,
 )

@@ -24,7 +24,7 @@ def read_tools(found: dict[str, Any]) -> list[dict]:
     Raises:
         BadRecord: neither a list of objects with a "name" nor the JSON of one; a name twice; two lists that differ.
     """
-    lists = [_list_of(found, key, _tool) for key in IN_LINE if _says(found.get(key))]
+    lists = [_list_of(found, key, _tool) for key in IN_LINE if not says_nothing(found.get(key))]
     if not lists:
         return []
     if any(other != lists[0] for other in lists[1:]):
@@ -41,8 +41,8 @@ def read_calls(turn: dict[str, Any]) -> list[dict]:
     Raises:
         BadRecord: neither such a list nor the JSON of one, no name, or arguments that are not an object.
     """
-    calls = _list_of(turn, "tool_calls", _call) if _says(turn.get("tool_calls")) else []
-    if not _says(turn.get("function_call")):
+    calls = _list_of(turn, "tool_calls", _call) if not says_nothing(turn.get("tool_calls")) else []
+    if says_nothing(turn.get("function_call")):
         return calls
     if calls:
         raise BadRecord('it has both "tool_calls" and "function_call"')
@@ -143,5 +143,6 @@ def _check_text(value: dict, where: str) -> None:
         raise BadRecord(f"{where} contains a lone surrogate (half a character)") from None
 
 
-def _says(value: object) -> bool:
-    return value is not None and (not isinstance(value, str | list | dict) or bool(value))
+def says_nothing(value: object) -> bool:
+    """Whether a key is as good as absent: null, or an empty text, list or object."""
+    return value is None or (isinstance(value, str | list | dict) and not value)

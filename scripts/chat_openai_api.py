@@ -17,8 +17,9 @@ import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the p
 
 from scripts.serving.client import answer_parts, explain_failure, models_at, open_client
 from scripts.tool_use.builtin import open_tools
+from scripts.tool_use.tool_flags import add_tool_arguments
 from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, seed, text
-from trainer.arguments import Parser, add_tool_arguments
+from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
 from trainer.talk import piped_lines, recent, typed_line
 

@@ -89,17 +89,6 @@ def add_device_argument(parser) -> None:
     parser.add_argument("--device", default=None, help=what)
 
 
-def add_tool_arguments(parser) -> None:
-    parser.add_argument(
-        "--tools",
-        type=text,
-        default=None,
-        metavar="NAMES",
-        help="let the model call these, comma-separated: calculator, calendar, convert_units, look_up, or all",
-    )
-    parser.add_argument("--max_calls", type=positive_int, default=8, help="calls per question that are carried out")
-
-
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """The sampling flags; `sampling_settings` reads them."""
     group = parser.add_argument_group("writing")
