@@ -10,6 +10,7 @@ from model.tool_calls import in_call_order, parse_arguments
 from scripts.serving.schema import MOST_IMAGES, ApiError, Message
 
 SHORTEST = 32  # characters; what is shorter can be a path or a name, but no image
+TODAYS_ROLES = {"developer": "system", "function": "tool"}
 URL_SAFE = str.maketrans("-_", "+/")
 Fetch = Callable[[Sequence[str]], list[bytes]]
 
@@ -34,7 +35,7 @@ def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> 
     images = iter(read_images(urls, fetch))
     turns = [
         {
-            "role": "system" if message.role == "developer" else message.role,
+            "role": TODAYS_ROLES.get(message.role, message.role),
             "content": _content([part.text if part.type == "text" else next(images) for part in _parts(message)])
             if isinstance(message.content, list)
             else message.content or "",
@@ -52,14 +53,13 @@ def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> 
 def _calls(message: Message) -> dict:
     """What a message calls, or whose result it is, for its turn."""
     found: dict = {} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id}
-    if message.tool_calls:
-        for call in message.tool_calls:
-            arguments = parse_arguments(call.function.arguments)
-            if arguments is None:  # as the model wrote it, perhaps: it is text like any other
-                arguments = call.function.arguments
-            found.setdefault("tool_calls", []).append(
-                {"id": call.id, "name": call.function.name, "arguments": arguments}
-            )
+    calls = [(call.id, call.function) for call in message.tool_calls or ()]
+    calls += [(None, message.function_call)] if message.function_call else []
+    for call_id, function in calls:
+        arguments = parse_arguments(function.arguments)
+        if arguments is None:  # as the model wrote it, perhaps: it is text like any other
+            arguments = function.arguments
+        found.setdefault("tool_calls", []).append({"id": call_id, "name": function.name, "arguments": arguments})
     return found
 
 

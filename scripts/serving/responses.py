@@ -10,6 +10,7 @@ from model.inference.request import Token
 from model.reasoning import THOUGHT_BEGUN, ReasoningStream, split_reasoning
 from model.tokenizer import StreamDecoder
 from model.tool_calls import Call, CallStream, as_json, split_calls
+from scripts.serving.constraining import listed_functions, one_call
 from scripts.serving.requests import RunningRequest, ServerState
 from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
 
@@ -101,11 +102,6 @@ def opens_thought(body: ChatRequest) -> bool:
     return bool(body.chat_template_kwargs and body.chat_template_kwargs.open_thinking)
 
 
-def may_call(body: ChatRequest) -> bool:
-    """Whether calls are listed in the prompt of a chat, and looked for in its answers."""
-    return bool(body.tools) and body.tool_choice != "none"
-
-
 def answered_call(call: Call) -> dict:
     """A call in the form of OpenAI's API, with an id of its own."""
     function = {"name": call["name"], "arguments": as_json(call["arguments"])}
@@ -119,11 +115,12 @@ class ChatParts:
         calls: how many there were.
     """
 
-    def __init__(self, reasoning: bool, opened: bool, calling: bool):
-        self._thoughts = ReasoningStream() if reasoning or opened else None
-        if opened:
+    def __init__(self, reasoning: bool, body: ChatRequest):
+        self._thoughts = ReasoningStream() if reasoning or opens_thought(body) else None
+        if opens_thought(body):
             self._thoughts.push(THOUGHT_BEGUN)
-        self._calls = CallStream() if calling else None
+        self._calls = CallStream() if listed_functions(body) else None
+        self._one, self._older = one_call(body), bool(body.functions)
         self.calls = 0
 
     def deltas(self, text: str, last: bool) -> list[dict]:
@@ -145,13 +142,19 @@ class ChatParts:
             if isinstance(part, str):
                 deltas.append({"content": part})
                 continue
+            if self.calls and self._one:
+                continue
             whole = answered_call(part) | {"index": self.calls}
             arguments = whole["function"]["arguments"]
-            begun = whole | {"function": whole["function"] | {"arguments": ""}}
-            deltas += [{"tool_calls": [begun]}] + [
-                {"tool_calls": [{"index": self.calls, "function": {"arguments": arguments[i : i + PIECE_CHARS]}}]}
-                for i in range(0, len(arguments), PIECE_CHARS)
-            ]
+            pieces = [arguments[i : i + PIECE_CHARS] for i in range(0, len(arguments), PIECE_CHARS)]
+            begun = whole["function"] | {"arguments": ""}
+            if self._older:
+                deltas += [{"function_call": each} for each in (begun, *({"arguments": piece} for piece in pieces))]
+            else:
+                deltas.append({"tool_calls": [whole | {"function": begun}]})
+                deltas += [
+                    {"tool_calls": [{"index": self.calls, "function": {"arguments": piece}}]} for piece in pieces
+                ]
             self.calls += 1
         return deltas
 
@@ -163,7 +166,7 @@ async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) ->
     counted = bool(body.stream_options and body.stream_options.include_usage)
     if counted:
         head |= {"usage": None}
-    parts = [ChatParts(server.reasoning, opens_thought(body), may_call(body)) for _ in writing.answers]
+    parts = [ChatParts(server.reasoning, body) for _ in writing.answers]
 
     def chunk(index: int, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -178,14 +181,15 @@ async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) ->
             yield chunk(index, delta, logprobs)
             logprobs = None
         if piece.finish_reason:
-            yield chunk(index, {}, None, reason_of(piece.finish_reason, parts[index].calls))
+            yield chunk(index, {}, None, reason_of(piece.finish_reason, parts[index].calls, body))
     if counted:
         yield head | {"choices": [], "usage": usage(writing.answers, [writing.answers[0].request.prompt])}
 
 
-def reason_of(finish_reason: str, calls: int) -> str:
+def reason_of(finish_reason: str, calls: int, body: ChatRequest) -> str:
     """Why an answer ended, as clients of tools expect it: one that was cut off still says so."""
-    return "tool_calls" if calls and finish_reason == "stop" else finish_reason
+    called = "function_call" if body.functions else "tool_calls"
+    return called if calls and finish_reason == "stop" else finish_reason
 
 
 async def whole_chat(writing: RunningRequest, body: ChatRequest, head: dict) -> dict:
@@ -198,11 +202,14 @@ async def whole_chat(writing: RunningRequest, body: ChatRequest, head: dict) -> 
             thinking, text = split_reasoning((THOUGHT_BEGUN if opens_thought(body) else "") + answer.text)
             message |= {"content": text, "reasoning_content": thinking}
         calls: list[Call] = []
-        if may_call(body):
+        if listed_functions(body):
             message["content"], calls = split_calls(message["content"])
+            calls = calls[:1] if one_call(body) else calls
         if calls:
-            message |= {"content": message["content"] or None, "tool_calls": [answered_call(call) for call in calls]}
-        reason = reason_of(reason, len(calls))
+            answered = [answered_call(call) for call in calls]
+            said_so = {"function_call": answered[0]["function"]} if body.functions else {"tool_calls": answered}
+            message |= {"content": message["content"] or None, **said_so}
+        reason = reason_of(reason, len(calls), body)
         logprobs = chat_logprobs(server, answer.tokens) if body.logprobs else None
         said.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
     counted = usage(writing.answers, [writing.answers[0].request.prompt])
