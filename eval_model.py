@@ -140,16 +140,22 @@ def main():
         )
     if args.verifier and args.votes == 1:
         raise UserError("--verifier chooses among several answers: ask for them with --votes 8")
-    if args.tools and (args.votes > 1 or args.model_mode == 0):
+    from scripts.tool_use.open_tools import open_tools, wants_tools
+
+    if wants_tools(args) and (args.votes > 1 or args.model_mode == 0):
         raise UserError("--tools needs a model of chats and one answer to each question: no --votes, no --model_mode 0")
+    with open_tools(args) as tools:
+        talk(args, tools)
+
+
+def talk(args, tools) -> None:
+    """Answer one question after another, with what the tools say where there are any."""
     from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
     from model.tool_calls import split_calls
-    from scripts.tool_use.builtin import open_tools
     from scripts.tool_use.react import act
     from trainer.device import pick_device
     from trainer.loading import load_by_flags, open_engine
 
-    tools = open_tools(args)
     device = pick_device(args.device)
     model, tokenizer = load_by_flags(args)
     model.to(device)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the packages)
 
 from scripts.serving.client import answer_parts, explain_failure, models_at, open_client
-from scripts.tool_use.builtin import open_tools
+from scripts.tool_use.open_tools import open_tools
 from scripts.tool_use.tool_flags import add_tool_arguments
 from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, seed, text
 from trainer.arguments import Parser
@@ -187,7 +187,12 @@ def typed_lines() -> Iterator[str]:
 
 def main():
     args = get_args()
-    tools = open_tools(args)
+    with open_tools(args) as tools:
+        talk(args, tools)
+
+
+def talk(args, tools) -> None:
+    """Send what is typed or piped in, and show what is answered."""
     import openai  # after the arguments: --help need not wait for it
 
     with contextlib.suppress(ImportError):  # arrow keys in input(); Windows has its own

@@ -91,7 +91,7 @@ DEFAULTS = {
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "verifier": None},
         **{"hide_thinking": False},
         **{"dtype": None, "deterministic": False, "compile": None, "speculate": 0, "draft": None},
-        **{"open_thinking": False, "tools": None, "max_calls": 8},
+        **{"open_thinking": False, "tools": None, "max_calls": 8, "mcp": None, "mcp_http": None, "yes": False},
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
@@ -101,7 +101,15 @@ DEFAULTS = {
     "scripts.chat_openai_api": {
         **{"base_url": "http://127.0.0.1:8998/v1", "api_key": None, "model": None, "system": None},
         **{"history_cnt": None, "max_tokens": None, "temperature": None, "top_p": None, "seed": None},
-        **{"stream": True, "hide_thinking": False, "tools": None, "max_calls": 8},
+        **{
+            "stream": True,
+            "hide_thinking": False,
+            "tools": None,
+            "max_calls": 8,
+            "mcp": None,
+            "mcp_http": None,
+            "yes": False,
+        },
     },
     "scripts.serve_openai_api": {
         **MODEL | UNTOLD | ENGINE | TOWER,

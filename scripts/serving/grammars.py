@@ -25,8 +25,9 @@ MOST_CALLS = 8  # in an answer that must call
 KEPT = 64  # grammars of late that need not be made again
 WATCHED = 128  # last tokens of an answer, at least, in which it is seen to that what is open can be closed
 LONGEST_WAY = 4096  # tokens of the shortest answer that is looked for
+NEVER, LATER = 1 << 40, 1 << 20  # ranks
 NEAR = 16  # tokens to spare, below which even those that open nothing are looked at
-OPENING = b'{["<,:'  # bytes of tokens that may open something
+OPENING = b'{["<,:\n'  # bytes of tokens that may open something
 OUT_OF_JSON = b']}",:0123456789ntf[{-'  # the order in which single bytes end a JSON text soonest…
 OUT_OF_TEXT = b'"' + OUT_OF_JSON  # …and one whose string is open
 OUT_OF_PATTERN = bytes(range(33, 48)) + bytes(range(58, 65)) + b"0123456789" + b" \n"  # of a regular expression
@@ -72,10 +73,13 @@ class Grammar:
     Args:
         matcher: at the beginning of the text.
         ways_out: the ranks of tokens by how soon they end a text: outside of JSON's strings, and within one.
+        pattern: it is not JSON: any token may open something, and none of those that lead out leads out twice.
     """
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, ways_out: tuple[np.ndarray, np.ndarray]):
-        self.matcher, self.vocabulary, self.ways_out = matcher, vocabulary, ways_out
+    def __init__(
+        self, matcher: LLMatcher, vocabulary: Vocabulary, ways_out: tuple[np.ndarray, np.ndarray], pattern: bool
+    ):
+        self.matcher, self.vocabulary, self.ways_out, self.pattern = matcher, vocabulary, ways_out, pattern
         self.watched = max(WATCHED, 2 * len(self.way_out(matcher.deep_copy(), LONGEST_WAY) or ()))
 
     def begin(self) -> "Text":
@@ -88,6 +92,7 @@ class Grammar:
             matcher: where the text stands; it goes along.
         """
         way: list[int] = []
+        used = np.zeros(len(self.vocabulary.tokens), np.int64)  # a pattern's loops are left by what was not tried yet
         while not matcher.is_accepting():
             step = self.vocabulary.spell(matcher.compute_ff_bytes())  # what can only come next
             if not step:
@@ -95,7 +100,8 @@ class Grammar:
                 if not allowed.any():
                     return None
                 in_text = allowed[self.vocabulary.brace] and allowed[self.vocabulary.bracket]  # never both in JSON
-                step = [int(np.where(allowed, self.ways_out[int(in_text)], np.iinfo(np.int64).max).argmin())]
+                step = [int(np.where(allowed, self.ways_out[int(in_text)] + used, NEVER).argmin())]
+                used[step] += LATER if self.pattern else 0
             if len(way) + len(step) > most or matcher.try_consume_tokens(step) < len(step):
                 return None
             way += step
@@ -113,6 +119,7 @@ class Text:
     def __init__(self, grammar: Grammar):
         self._grammar = grammar
         self._matcher = grammar.matcher.deep_copy()
+        self._way: list[int] | None = None  # tokens that make the text whole from here on, where they are known
         self._spare = 0  # tokens to spare if what was open at the last look had been closed; 0: not looked yet
 
     @property
@@ -131,17 +138,23 @@ class Text:
             return token
         spelled = self._grammar.vocabulary.tokens[token]
         self._spare -= 1 + len(spelled)  # as if each byte of it were one more to be closed
-        if self._spare > NEAR and not any(byte in OPENING for byte in spelled):
+        opens = self._grammar.pattern or self.whole or any(byte in OPENING for byte in spelled)
+        if self._spare > NEAR and not opens:
+            self._way = None
             return token
         after = self._matcher.deep_copy()
         after.consume_token(token)
         way = self._grammar.way_out(after, left - 1)
         if way is not None:
-            self._spare = left - 1 - len(way)
+            self._way, self._spare = way, left - 1 - len(way)
             return token
+        if self._way is None:
+            self._way = self._grammar.way_out(self._matcher.deep_copy(), left)
         self._spare = 0
-        way = self._grammar.way_out(self._matcher.deep_copy(), left)
-        return way[0] if way else token
+        if self._way is None:
+            return token
+        first, *self._way = self._way or [self._grammar.vocabulary.eos_token_id]
+        return first
 
     def take(self, token: int) -> None:
         self._matcher.consume_token(token)
@@ -173,7 +186,7 @@ class Grammars:
         matcher = LLMatcher(self.vocabulary.for_matchers, LLMatcher.grammar_from_lark(f"start: {form}"), log_level=0)
         if matcher.is_error():
             raise ValueError(_told(matcher.get_error()))
-        grammar = Grammar(matcher, self.vocabulary, self._pattern if pattern else self._json)
+        grammar = Grammar(matcher, self.vocabulary, self._pattern if pattern else self._json, pattern)
         with self._lock:
             self._kept[form] = grammar
             if len(self._kept) > KEPT:

@@ -32,6 +32,7 @@ from scripts.serving.tool_forms import (
     Tool,
     ToolCall,
     ToolChoice,
+    without_empty_forms,
 )
 
 MOST_CHOICES = 16
@@ -82,6 +83,11 @@ class Sampling(Form):
     guided_json: Schema | None = Field(None, description="vLLM's older name for a schema")
     guided_regex: Pattern | None = Field(None, description="vLLM's older name for regex")
     guided_choice: Choices | None = Field(None, description="vLLM's older name for choice")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _free_text_is_no_form(cls, given: Any) -> Any:
+        return without_empty_forms(given)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -138,7 +144,7 @@ class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = Field(None, description="default: auto")
-    parallel_tool_calls: StrictBool | None = Field(None, description="false: one call in an answer at most")
+    parallel_tool_calls: bool | None = Field(None, description="false: one call in an answer at most")
     functions: Annotated[list[Function], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = Field(
         None, description="older form of tools; an answer calls one by function_call"
     )

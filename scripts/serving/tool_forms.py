@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StringConstraints
 
-from scripts.serving.forms import Form
+from scripts.serving.forms import Form, without_nulls
 
 MOST_CHOICES_OF_TEXT = 1000
 LONGEST_PATTERN = 10_000  # characters
@@ -12,7 +12,7 @@ LONGEST_PATTERN = 10_000  # characters
 Name = Annotated[str, StringConstraints(min_length=1)]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_PATTERN)]
 Choices = Annotated[list[Name], Field(min_length=1, max_length=MOST_CHOICES_OF_TEXT, fail_fast=True)]
-Schema = dict[str, Any] | StrictBool
+Schema = dict[str, Any] | StrictBool  # as JSON Schema has it, true is a schema
 
 
 class CalledFunction(Form):
@@ -83,3 +83,14 @@ class StructuredOutputs(Form):
     json_: Schema | None = Field(None, alias="json", description="a JSON schema")
     regex: Pattern | None = None
     choice: Choices | None = None
+
+
+def without_empty_forms(given: Any) -> Any:
+    """A request without the fields that ask for free text."""
+    if not isinstance(given, dict):
+        return given
+    named = ("regex", "choice", "structured_outputs", "guided_json", "guided_regex", "guided_choice")
+    empty = [name for name in named if given.get(name) in (False, "", [], {})]
+    if without_nulls(given.get("response_format")) in ({}, {"type": "text"}):
+        empty.append("response_format")
+    return {name: value for name, value in given.items() if name not in empty}

@@ -5,8 +5,7 @@ import random
 from fractions import Fraction
 
 from scripts.tool_use.calculating import evaluate, written
-from scripts.tool_use.registry import Registry, tool_of
-from trainer.errors import UserError
+from scripts.tool_use.registry import Registry, Tool, tool_of
 
 UNITS = {  # of each quantity: how many of its first unit one of a unit is
     "length": {"m": "1", "km": "1000", "cm": "0.01", "mm": "0.001", "mi": "1609.344", "ft": "0.3048", "in": "0.0254"},
@@ -83,24 +82,10 @@ def look_up(name: str) -> str:
     return str(found)
 
 
-def open_tools(args) -> Registry | None:
-    """What --tools names; None where it is not given.
-
-    Raises:
-        UserError: a name that is not a tool's.
-    """
-    if args.tools is None:
-        return None
-    try:
-        return registry_of([name.strip() for name in args.tools.split(",")])
-    except ValueError as error:
-        raise UserError(f"--tools: {error}") from None
-
-
 BUILT_IN = {function.__name__: function for function in (calculator, calendar, convert_units, look_up)}
 
 
-def registry_of(names: list[str]) -> Registry:
+def built_in_tools(names: list[str]) -> list[Tool]:
     """The built-in tools of these names, "all" for all of them.
 
     Raises:
@@ -109,4 +94,9 @@ def registry_of(names: list[str]) -> Registry:
     if other := next((name for name in names if name not in BUILT_IN and name != "all"), None):
         raise ValueError(f"there is no tool {other!r}; there are all, {', '.join(BUILT_IN)}")
     chosen = BUILT_IN if "all" in names else dict.fromkeys(names)
-    return Registry(tool_of(BUILT_IN[name]) for name in chosen)
+    return [tool_of(BUILT_IN[name]) for name in chosen]
+
+
+def registry_of(names: list[str]) -> Registry:
+    """`built_in_tools`, ready to be called."""
+    return Registry(built_in_tools(names))

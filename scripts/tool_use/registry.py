@@ -14,10 +14,12 @@ class Tool(NamedTuple):
     """A function that a model may call.
 
     schema: {"name", "description", "parameters"}, as in OpenAI's "function".
+    foreign: somebody else's, who also checks the arguments; a person is asked before it acts.
     """
 
     function: Callable[..., object]
     schema: dict[str, Any]
+    foreign: bool = False
 
 
 def tool_of(function: Callable[..., object]) -> Tool:
@@ -55,11 +57,17 @@ def _json_type(function: Callable, name: str, hint: object) -> dict[str, Any]:
 class Registry:
     """Tools by name.
 
+    Args:
+        allow: asked with the name and the arguments before a foreign tool acts.
+
     Raises (on construction):
         ValueError: two of one name.
     """
 
-    def __init__(self, tools: Iterable[Tool]):
+    def __init__(
+        self, tools: Iterable[Tool], allow: Callable[[str, dict[str, Any]], bool] = lambda name, arguments: False
+    ):
+        self.allow = allow
         self._tools: dict[str, Tool] = {}
         for tool in tools:
             if tool.schema["name"] in self._tools:
@@ -76,8 +84,12 @@ class Registry:
         tool = self._tools.get(name)
         if tool is None:
             return f"{ERROR}there is no tool {name!r:.40}; there are {', '.join(self._tools)}"
-        if fault := _fault(tool.schema["parameters"], arguments):
+        if not isinstance(arguments, dict):
+            return f"{ERROR}the arguments must be a JSON object"
+        if not tool.foreign and (fault := _fault(tool.schema["parameters"], arguments)):
             return ERROR + fault
+        if tool.foreign and not self.allow(name, arguments):
+            return f"{ERROR}the user does not allow this call"
         try:
             result = str(tool.function(**arguments))
         except Exception as error:  # whatever a tool does wrong, the talk goes on
@@ -85,10 +97,8 @@ class Registry:
         return result if len(result) <= MOST_CHARS else f"{result[:MOST_CHARS]}…"
 
 
-def _fault(parameters: dict[str, Any], arguments: object) -> str | None:
+def _fault(parameters: dict[str, Any], arguments: dict[str, Any]) -> str | None:
     """What is wrong with a call's arguments; None if nothing is."""
-    if not isinstance(arguments, dict):
-        return "the arguments must be a JSON object"
     known: dict[str, dict] = parameters["properties"]
     if other := next((name for name in arguments if name not in known), None):
         return f"there is no argument {other!r:.40}; there are {', '.join(known)}"

@@ -45,7 +45,7 @@ def client(http):
 
 
 def ask(client, **settings):
-    given = {"model": "minimind", "messages": QUESTION, "temperature": 1, "seed": 3, "max_tokens": 60}
+    given = {"model": "minimind", "messages": QUESTION, "temperature": 1, "seed": 3, "max_tokens": 300}
     return client.chat.completions.create(**given | settings)
 
 

@@ -81,7 +81,9 @@ def test_drafts_change_nothing(tiny_tokenizer, grammars, engine):
     assert [answer.text for answer in drafting.run(asked)] == [answer.text for answer in engine.run(asked)]
 
 
-@pytest.mark.parametrize("pattern", [r"\d+-\d+", r"[a-z/\"]{2,}@[a-z]+\.(com|org)", "(yes|no)\n.{0,5}", "为+"])
+@pytest.mark.parametrize(
+    "pattern", [r"\d+-\d+", r"[0-9]+-[0-9]+", r"[a-z/\"]{2,}@[a-z]+\.(com|org)", "(yes|no)\n.{0,5}", "为+"]
+)
 def test_a_pattern_is_matched_as_a_whole(engine, grammars, pattern):
     for answer in engine.run(requests(grammars.make(pattern_form(pattern), pattern=True), 4, 30)):
         assert re.fullmatch(pattern, answer.text)

@@ -41,7 +41,8 @@ def training_texts(files):
 
 
 def stream_texts(line):
-    turns = [turn for key in ("conversations", "chosen", "rejected") for turn in line.get(key, ())]
+    chats = [line.get(key, ()) for key in ("conversations", "chosen", "rejected")]
+    turns = [turn for chat in chats for turn in chat if turn["role"] != "tool"]  # what tools say is not learned
     return [part for text in (line.get("text", ""), *(turn["content"] for turn in turns)) for part in text.split("\n")]
 
 
