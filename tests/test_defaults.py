@@ -197,6 +197,9 @@ DEFAULTS |= {
     },
     "benchmarks.generate": MEASURED
     | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5, "deterministic": False, "compile": True},
+    "benchmarks.constrained": {
+        **{"answers": 1000, "dim": 512, "n_layers": 8, "tokens": 100, "rounds": 5, "device": None},
+    },
     "benchmarks.drafts": {
         **{"dim": 512, "n_layers": 8, "dtype": "float32", "device": None, "compile": True},
         **{"tokens": 256, "rounds": 5, "speculate": 16, "agreement": 0.8},
@@ -236,6 +239,7 @@ DEFAULTS |= {
     },
     "benchmarks.rl_gain": {"seed": 1, "problems": None},
     "scripts.demo_r1": {"seed": 42},
+    "scripts.demo_tools": {"seed": 42},
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(

@@ -6,7 +6,7 @@ import re
 import jsonschema
 import pytest
 
-from benchmarks.answer_schemas import SCHEMAS
+from benchmarks.constrained import SCHEMAS
 from model.inference.request import Request
 from model.inference.scheduler import Engine
 from model.tool_calls import split_calls
