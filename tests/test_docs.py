@@ -28,7 +28,7 @@ PAGES = (
         "docs/serving",
         "docs/quantization",
     ),
-    *("docs/scaling", "docs/windows"),
+    *("docs/scaling", "docs/windows", "docs/tools"),
     *("docs/benchmarks", "docs/formats", "docs/generations", "docs/coming_from_minimind2", "docs/troubleshooting"),
     "docs/glossary",
 )
