@@ -150,7 +150,7 @@ def main():
 
 def talk(args, tools) -> None:
     """Answer one question after another, with what the tools say where there are any."""
-    from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
+    from model.chat import fit_history, render_text  # imported late, so that --help is quick
     from model.tool_calls import split_calls
     from scripts.tool_use.react import act
     from trainer.device import pick_device

@@ -193,7 +193,7 @@ def main():
 
 def talk(args, tools) -> None:
     """Send what is typed or piped in, and show what is answered."""
-    import openai  # after the arguments: --help need not wait for it
+    import openai  # imported late, so that --help is quick
 
     with contextlib.suppress(ImportError):  # arrow keys in input(); Windows has its own
         import readline  # noqa: F401
