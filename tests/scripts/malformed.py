@@ -63,7 +63,9 @@ def bodies_by_schema(document: dict, operation: dict, count: int, seed: int, rar
     whole = operation["requestBody"]["content"]["application/json"]["schema"]
     for _ in range(count):
         body = _draw(whole, document, order, 0)
-        body = {name: value for name, value in body.items() if name not in rarely or order.random() < 0.05}
+        for part in (body, *body.get("messages", ())):
+            for name in [name for name in part if name in rarely and order.random() > 0.05]:
+                del part[name]
         yield mutated(body, order) if order.random() < 0.2 else body
 
 

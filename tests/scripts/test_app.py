@@ -389,7 +389,7 @@ def test_malformed_bodies_never_harm_the_server(path, serve, model):
 
 FORMS = (
     *("response_format", "regex", "choice", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
-    *("tool_choice", "functions", "function_call"),
+    *("tool_choice", "functions", "function_call", "tool_calls", "tool_call_id"),
 )
 
 
