@@ -389,13 +389,13 @@ def test_malformed_bodies_never_harm_the_server(path, serve, model):
 
 FORMS = (
     *("response_format", "regex", "choice", "structured_outputs", "guided_json", "guided_regex", "guided_choice"),
-    *("tool_choice", "functions", "function_call", "tool_calls", "tool_call_id"),
+    *("tools", "tool_choice", "functions", "function_call", "tool_calls", "tool_call_id"),
 )
 
 
 @pytest.mark.parametrize("path", ANSWERS)
 def test_bodies_drawn_from_the_openapi_document_get_documented_answers(path, serve, model):
-    client = serve(model, slot_len=64)
+    client = serve(model, slot_len=192)
     document = client.get("/openapi.json").json()
     operation = document["paths"][path]["post"]
     assert {"200", "4XX", "5XX"} == operation["responses"].keys()
