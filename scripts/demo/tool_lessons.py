@@ -136,7 +136,7 @@ def _ended(tally: Asked, question: Question, text: str) -> Asked:
     if question.kind == "fact":
         right = is_right(text, question.answers)
     else:
-        right = question.answers[0] in re.findall(r"-?\d[\d.]*(?:e[+-]\d+)?\d?", text)
+        right = question.answers[0] in re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]\d+)?", text)
     broken = text.count(CALL_BEGIN)  # a call that could not be read, or one too many
     return tally._replace(right=right, called=tally.called or broken > 0, calls=tally.calls + broken)
 

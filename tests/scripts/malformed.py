@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 STRANGE = (
     *(None, True, False, 0, -1, 1, 2, 0.5, 1e308, -1e308, 10**30, -(10**30), math.nan, math.inf, -math.inf),
@@ -53,12 +53,19 @@ def malformed_bodies(body: dict, count: int, seed: int) -> Iterator[bytes]:
         yield data
 
 
-def bodies_by_schema(document: dict, operation: dict, count: int, seed: int) -> Iterator:
-    """Bodies that the document's schema allows; one in five has something in it that it does not."""
+def bodies_by_schema(document: dict, operation: dict, count: int, seed: int, rarely: Collection[str] = ()) -> Iterator:
+    """Bodies that the document's schema allows; one in five has something in it that it does not.
+
+    Args:
+        rarely: fields that one in twenty has, as they exclude each other.
+    """
     order = random.Random(seed)
     whole = operation["requestBody"]["content"]["application/json"]["schema"]
     for _ in range(count):
         body = _draw(whole, document, order, 0)
+        for part in (body, *body.get("messages", ())):
+            for name in [name for name in part if name in rarely and order.random() > 0.05]:
+                del part[name]
         yield mutated(body, order) if order.random() < 0.2 else body
 
 
@@ -73,7 +80,7 @@ def _draw(schema: dict, document: dict, order: random.Random, depth: int):
     kind = schema["type"]
     if kind == "object":
         required = schema.get("required", ())
-        chosen = [name for name in schema["properties"] if name in required or order.random() < 0.4]
+        chosen = [name for name in schema.get("properties", ()) if name in required or order.random() < 0.4]
         return {name: _draw(schema["properties"][name], document, order, depth + 1) for name in chosen}
     if kind == "array":
         least = schema.get("minItems", 0)
