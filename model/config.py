@@ -6,6 +6,13 @@ from transformers import PretrainedConfig
 
 from model.rope_scaling import checked_scaling
 
+VARIANTS = {  # fields, and their values; the first is the plain decoder's
+    "attention": ("gqa", "mla"),
+    "balance": ("loss", "bias"),
+    "mtp_depth": (0, 1, 2),
+    "mtp": ("sequential", "parallel"),
+}
+
 
 class LMConfig(PretrainedConfig):
     """Configuration of the Dense and the MoE decoder.
@@ -23,13 +30,19 @@ class LMConfig(PretrainedConfig):
         use_moe: a mixture of experts in place of the dense feed-forward; the fields below apply only then.
         num_experts_per_tok: routed experts per token (top-k).
         n_routed_experts: routed experts per layer.
-        n_shared_experts: whether one more expert sees every token.
-        scoring_func: how the router scores; only 'softmax'.
+        n_shared_experts: experts that see every token; more than one are one of so many times the width.
+        scoring_func: how the router scores; only 'softmax' (with `balance` 'bias' it is a sigmoid).
         aux_loss_alpha: weight of the load-balancing loss.
         seq_aux: balance each row separately, then average; otherwise balance the whole batch.
         norm_topk_prob: normalise the top-k routing weights to sum to one.
         rope_scaling: for texts longer than those trained on, a dict as in `model.rope_scaling`; None: none.
         trained_seq_len: the longest row that it was trained on; None: not known. `max_seq_len` promises more.
+        attention: 'gqa', or 'mla', as in `model.latent_attention`; the two fields below apply only to that.
+        kv_latent_dim: width of the latent that keys and values are made of; None: 2 head sizes.
+        rope_head_dim: the part of a query, and the key that all heads share, that is rotated; None: half a head size.
+        balance: what keeps experts evenly loaded, 'loss' (see `aux_loss_alpha`) or 'bias', as in `model.balanced_moe`.
+        mtp_depth: further tokens that are predicted in training, as in `model.multi_token`; 0: none.
+        mtp: how, 'sequential' or 'parallel'.
 
     Raises:
         ValueError: an invalid value or combination.
@@ -66,13 +79,19 @@ class LMConfig(PretrainedConfig):
         use_moe: bool = False,
         num_experts_per_tok: int = 2,
         n_routed_experts: int = 4,
-        n_shared_experts: bool = True,
+        n_shared_experts: int = True,
         scoring_func: str = "softmax",
         aux_loss_alpha: float = 0.1,
         seq_aux: bool = True,
         norm_topk_prob: bool = True,
         rope_scaling: dict | None = None,
         trained_seq_len: int | None = None,
+        attention: str = "gqa",
+        kv_latent_dim: int | None = None,
+        rope_head_dim: int | None = None,
+        balance: str = "loss",
+        mtp_depth: int = 0,
+        mtp: str = "sequential",
         **kwargs,
     ):
         if hidden_dim is None:
@@ -92,13 +111,19 @@ class LMConfig(PretrainedConfig):
         self.use_moe = use_moe
         self.num_experts_per_tok = num_experts_per_tok
         self.n_routed_experts = n_routed_experts
-        self.n_shared_experts = bool(n_shared_experts)
+        self.n_shared_experts = n_shared_experts if n_shared_experts > 1 else bool(n_shared_experts)
         self.scoring_func = scoring_func
         self.aux_loss_alpha = aux_loss_alpha
         self.seq_aux = seq_aux
         self.norm_topk_prob = norm_topk_prob
         self.rope_scaling = checked_scaling(rope_scaling)
         self.trained_seq_len = trained_seq_len
+        self.attention = attention
+        self.kv_latent_dim = kv_latent_dim or 2 * (dim // n_heads)
+        self.rope_head_dim = rope_head_dim or 2 * (dim // n_heads // 4) or 2
+        self.balance = balance
+        self.mtp_depth = mtp_depth
+        self.mtp = mtp
         self._check()
         kwargs.pop("head_dim", None)  # which a folder of MiniMind-3's own has, and which follows from two others
         super().__init__(
@@ -115,6 +140,13 @@ class LMConfig(PretrainedConfig):
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func must be 'softmax', not {self.scoring_func!r}")
+        for name, values in VARIANTS.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, values))}, not {getattr(self, name)}")
+        if self.rope_head_dim % 2:
+            raise ValueError(f"rope_head_dim {self.rope_head_dim} must be even")
+        if self.balance == "bias" and not self.use_moe:
+            raise ValueError("balance 'bias' is for a mixture of experts: use_moe is off")
         if self.use_moe and not 0 < self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and "
@@ -134,3 +166,18 @@ class LMConfig(PretrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """How many numbers of a head are rotated."""
+        return self.rope_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def variant(self) -> str | None:
+        """In words what this has that neither MiniMind2 nor MiniMind-3 has, for what cannot take it; None: nothing."""
+        named = [
+            f"{name} {getattr(self, name)}" for name, values in VARIANTS.items() if getattr(self, name) != values[0]
+        ]
+        if self.n_shared_experts > 1:
+            named.append(f"n_shared_experts {self.n_shared_experts}")
+        return ", ".join(named) or None

@@ -38,11 +38,18 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
     return TRAINING | first | {"warmup_iters": warmup_iters} | own
 
 
+VARIANTS = {
+    **dict.fromkeys(("attention", "kv_latent_dim", "rope_head_dim", "hidden_dim", "n_routed_experts", "mtp_depth")),
+    **{"n_shared_experts": None, "balance": None, "mtp": None, "balance_rate": 0.001, "mtp_weight": 0.3},
+}
 STREAM = {"stream": False, "stream_buffer": 8 << 20, "fsdp": False}
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
-    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None, **STREAM),
+    "train_pretrain": stage(
+        *("pretrain_hq", 32, 1e-3, 50),
+        **{"accumulation_steps": 2, "from_weight": "none", "mix": None, **STREAM, **VARIANTS},
+    ),
     "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None, qat=None, **STREAM),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
