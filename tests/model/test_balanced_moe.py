@@ -93,11 +93,11 @@ def test_without_the_bias_it_stays_crowded_and_with_it_the_load_evens_out():
         alike = torch.randn(32)  # what all tokens have in common draws them to the same experts
         found = []
         for _ in range(150):
-            layer(alike + 2 * torch.randn(1, 64, 32), None)
+            layer(alike + torch.randn(1, 64, 32), None)
             found.append(balance_experts(layer, rate, RUN))
         return sum(found[-20:]) / 20
 
-    assert violation(0.02) < 0.5 * violation(0.0)
+    assert violation(0.01) < 0.6 * violation(0.0)
 
 
 def test_two_halves_of_a_step_count_as_one():
