@@ -45,13 +45,14 @@ def check_variant_arguments(args: argparse.Namespace) -> None:
     experts = [name for name in ("n_routed_experts", "n_shared_experts", "balance") if name in given]
     if experts and not args.use_moe:
         raise UserError(f"--{experts[0]} is for a mixture of experts: give --use_moe")
+    check_variant_engine(args, args)
 
 
 def check_variant_engine(config, args: argparse.Namespace) -> None:
     """Refuse to share out a model whose variant needs it whole.
 
     Args:
-        config: the LMConfig that is trained.
+        config: the LMConfig that is trained, or the flags.
 
     Raises:
         UserError: what, and why.
