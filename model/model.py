@@ -70,7 +70,7 @@ class MiniMindOutput(ModelOutput):
     last_hidden_state: (…, dim) at the same positions, after the final norm: the input of the output matrix.
     cache: pass it back as `past_key_values` to continue; None unless `use_cache`.
     aux_loss: fp32 scalar, the experts' load-balancing loss over all layers; 0 for Dense and outside training.
-    mtp_loss: fp32 scalar, the weighed sum of multi-token prediction's losses, in nats; 0 where there is none.
+    mtp_loss: fp32 scalar, the weighed sum of multi-token prediction's losses, in nats; None where none runs.
     """
 
     loss: Tensor | None = None
@@ -198,7 +198,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
                 x, aux = layer(x, rope, mask, non_padding, cache)
             if aux is not None:
                 aux_loss = aux_loss + aux
-        mtp_loss = torch.zeros((), device=x.device)
+        mtp_loss = None
         if self.mtp is not None and self.mtp.weight and self.training and isinstance(logits_to_keep, Tensor):
             parts = {"rope": rope, "mask": mask, "non_padding": non_padding}
             mtp_loss, aux = self.mtp.loss(x, input_ids, logits_to_keep, self.tok_embeddings, self.output, **parts)

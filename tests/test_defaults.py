@@ -227,6 +227,19 @@ DEFAULTS |= {
         **{"learning_rate": 1e-3, "optimizer": "muon", "dtype": "float32", "use_moe": 0, "tokenizer": None},
         **{"out_dir": "out/generations", "device": None},
     },
+    "benchmarks.architectures --data_path FILE --row mla": {
+        **{
+            "data_path": "FILE",
+            "row": "mla",
+            "seed": 1,
+            "minutes": 4.0,
+            "steps": 0,
+            "batch_size": 8,
+            "max_seq_len": 256,
+        },
+        **{"learning_rate": 2e-3, "optimizer": "muon", "dtype": "float32", "balance_rate": 0.001, "mtp_weight": 0.3},
+        **{"tokenizer": None, "out_dir": "out/architectures", "device": None},
+    },
     "benchmarks.long_context --weights W --data_path D": {
         **{"weights": "W", "data_path": "D", "tokenizer": None, "trained": None, "longest": 8192, "rows": 4},
         **{"needles": 8, "finetune_steps": 0, "finetune_len": 2048, "learning_rate": 2e-4},
