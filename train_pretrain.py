@@ -100,9 +100,9 @@ def main():
             labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
-                nats = (
-                    next_token_loss(out.logits, labels) + out.mtp_loss
-                )  # sums over the tokens; the second is mostly 0
+                nats = next_token_loss(out.logits, labels)  # a sum over the tokens
+                if out.mtp_loss is not None:  # with --mtp_depth, another sum
+                    nats = nats + out.mtp_loss
                 loss = nats / totals.target_tokens
                 rows = batch["attention_mask"].any(1).sum()  # the last batch of an epoch is filled up with empty ones
                 loss = loss + out.aux_loss * rows / totals.rows  # MoE's load balance, 0 in a dense model

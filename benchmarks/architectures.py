@@ -134,7 +134,9 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
         with here.autocast():
             out = model(**batch, logits_to_keep=learned)
             loss = next_token_loss(out.logits, labels) / learned.sum()
-            total = loss + out.mtp_loss / learned.sum() + out.aux_loss
+            total = loss + out.aux_loss
+            if out.mtp_loss is not None:
+                total = total + out.mtp_loss / learned.sum()
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -71,11 +71,11 @@ def test_the_loss_is_that_of_a_slow_loop_also_in_packed_rows(how):
 def test_what_is_not_trained_neither_runs_nor_has_gradients(how):
     model, ids = random_model(mtp=how).train(), torch.randint(0, 64, (1, 9))
     kept = torch.ones(1, 9, dtype=torch.bool)
-    assert model(ids, logits_to_keep=kept).mtp_loss == 0
+    assert model(ids, logits_to_keep=kept).mtp_loss is None
     assert not any(parameter.requires_grad for parameter in model.mtp.parameters())
     model.mtp.learn(0.3)
     assert model(ids, logits_to_keep=kept).mtp_loss > 0
-    assert model.eval()(ids, logits_to_keep=kept).mtp_loss == 0
+    assert model.eval()(ids, logits_to_keep=kept).mtp_loss is None
 
 
 def test_the_models_own_logits_are_those_without_modules():
