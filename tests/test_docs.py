@@ -30,7 +30,14 @@ PAGES = (
         "docs/memory",
     ),
     *("docs/scaling", "docs/windows"),
-    *("docs/benchmarks", "docs/formats", "docs/generations", "docs/coming_from_minimind2", "docs/troubleshooting"),
+    *(
+        "docs/benchmarks",
+        "docs/formats",
+        "docs/generations",
+        "docs/architectures",
+        "docs/coming_from_minimind2",
+        "docs/troubleshooting",
+    ),
     "docs/glossary",
 )
 DATA_OF = {
