@@ -76,7 +76,7 @@ def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bo
     with _gathered(plain, runtime):
         for key, value in plain.state_dict().items():
             if keep(key):
-                place = ((value.to_local() if is_sharded(model) else value).data_ptr(), value.shape)
+                place = ((value.to_local() if hasattr(value, "to_local") else value).data_ptr(), value.shape)
                 if place not in held:
                     value = whole(value.detach()).float()
                     held[place] = value.clone() if runtime.deepspeed_config else value  # what is gathered goes again

@@ -1,5 +1,4 @@
-"""benchmarks/architectures.py: a row and a seed a call, nothing is trained twice, a stopped one goes on; and the rows are
-of equal parameters."""
+"""benchmarks/architectures.py: a row and a seed a call, nothing is trained twice, a stopped one goes on; same sizes."""
 
 import json
 
