@@ -17,6 +17,7 @@ def balance_experts(model: nn.Module, rate: float, run: Runtime) -> float:
         the largest violation of all layers: how much more than the mean the fullest expert had, as a part of the mean.
     """
     routers = [module for module in plain_model(model).modules() if isinstance(module, BiasedRouter)]
+    routers = [router for router in routers if router.load is not None]  # multi-token modules may not be trained
     counted = torch.stack([router.load for router in routers])  # (layers, experts)
     loads = torch.tensor(run.sums(*counted.flatten().tolist()), dtype=torch.float64).view(counted.shape)
     above = loads / loads.mean(1, keepdim=True).clamp(min=1) - 1  # the mean, as a part of it
