@@ -38,7 +38,7 @@ from trainer.weights import load_tokenizer
 
 DENSE = {"dim": 256, "n_layers": 8, "n_heads": 8, "n_kv_heads": 2, "hidden_dim": 704}
 COARSE = DENSE | {"use_moe": True, "n_routed_experts": 4, "num_experts_per_tok": 2, "hidden_dim": 144}
-FINE = COARSE | {"n_routed_experts": 16, "n_shared_experts": 4, "num_experts_per_tok": 8, "hidden_dim": 36}
+FINE = COARSE | {"n_routed_experts": 16, "shared_width": 4, "num_experts_per_tok": 8, "hidden_dim": 36}
 ROWS = {  # feed-forwards as much narrower as the attention is larger
     "gqa": DENSE,
     "mha": DENSE | {"n_kv_heads": 8, "hidden_dim": 576},

@@ -42,7 +42,7 @@ class BiasedRouter(Router):
 
 
 class BalancedMoE(MoEFeedForward):
-    """Each token goes to its `num_experts_per_tok` experts with the highest score and bias, and to the shared ones."""
+    """Each token goes to its `num_experts_per_tok` experts with the highest score and bias, and to a shared one."""
 
     def __init__(self, config: LMConfig):
         super().__init__(config)

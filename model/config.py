@@ -30,7 +30,7 @@ class LMConfig(PretrainedConfig):
         use_moe: a mixture of experts in place of the dense feed-forward; the fields below apply only then.
         num_experts_per_tok: routed experts per token (top-k).
         n_routed_experts: routed experts per layer.
-        n_shared_experts: experts that see every token; more than one are one of so many times the width.
+        n_shared_experts: whether one more expert sees every token.
         scoring_func: how the router scores; only 'softmax' (with `balance` 'bias' it is a sigmoid).
         aux_loss_alpha: weight of the load-balancing loss.
         seq_aux: balance each row separately, then average; otherwise balance the whole batch.
@@ -40,6 +40,7 @@ class LMConfig(PretrainedConfig):
         attention: 'gqa', or 'mla', as in `model.latent_attention`; the two fields below apply only to that.
         kv_latent_dim: width of the latent that keys and values are made of; None: 2 head sizes.
         rope_head_dim: the part of a query, and the key that all heads share, that is rotated; None: half a head size.
+        shared_width: of the shared expert, in routed ones: what DeepSeek calls so many shared experts.
         balance: what keeps experts evenly loaded, 'loss' (see `aux_loss_alpha`) or 'bias', as in `model.balanced_moe`.
         mtp_depth: further tokens that are predicted in training, as in `model.multi_token`; 0: none.
         mtp: how, 'sequential' or 'parallel'.
@@ -79,7 +80,7 @@ class LMConfig(PretrainedConfig):
         use_moe: bool = False,
         num_experts_per_tok: int = 2,
         n_routed_experts: int = 4,
-        n_shared_experts: int = True,
+        n_shared_experts: bool = True,
         scoring_func: str = "softmax",
         aux_loss_alpha: float = 0.1,
         seq_aux: bool = True,
@@ -89,6 +90,7 @@ class LMConfig(PretrainedConfig):
         attention: str = "gqa",
         kv_latent_dim: int | None = None,
         rope_head_dim: int | None = None,
+        shared_width: int = 1,
         balance: str = "loss",
         mtp_depth: int = 0,
         mtp: str = "sequential",
@@ -111,7 +113,7 @@ class LMConfig(PretrainedConfig):
         self.use_moe = use_moe
         self.num_experts_per_tok = num_experts_per_tok
         self.n_routed_experts = n_routed_experts
-        self.n_shared_experts = n_shared_experts if n_shared_experts > 1 else bool(n_shared_experts)
+        self.n_shared_experts = bool(n_shared_experts)
         self.scoring_func = scoring_func
         self.aux_loss_alpha = aux_loss_alpha
         self.seq_aux = seq_aux
@@ -119,8 +121,10 @@ class LMConfig(PretrainedConfig):
         self.rope_scaling = checked_scaling(rope_scaling)
         self.trained_seq_len = trained_seq_len
         self.attention = attention
-        self.kv_latent_dim = kv_latent_dim or 2 * (dim // n_heads)
-        self.rope_head_dim = rope_head_dim or 2 * (dim // n_heads // 4) or 2
+        head_dim = dim // max(1, n_heads)
+        self.kv_latent_dim = kv_latent_dim or 2 * head_dim
+        self.rope_head_dim = rope_head_dim or 2 * (head_dim // 4) or 2
+        self.shared_width = shared_width
         self.balance = balance
         self.mtp_depth = mtp_depth
         self.mtp = mtp
@@ -131,7 +135,16 @@ class LMConfig(PretrainedConfig):
         )
 
     def _check(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len"):
+        for name in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "vocab_size",
+            "hidden_dim",
+            "max_seq_len",
+            "shared_width",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
@@ -178,6 +191,6 @@ class LMConfig(PretrainedConfig):
         named = [
             f"{name} {getattr(self, name)}" for name, values in VARIANTS.items() if getattr(self, name) != values[0]
         ]
-        if self.n_shared_experts > 1:
-            named.append(f"n_shared_experts {self.n_shared_experts}")
+        if self.shared_width > 1:
+            named.append(f"shared_width {self.shared_width}")
         return ", ".join(named) or None

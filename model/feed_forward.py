@@ -84,7 +84,7 @@ def run_experts(experts: nn.ModuleList, x: Tensor, weights: Tensor, chosen: Tens
 
 
 class MoEFeedForward(nn.Module):
-    """Each token goes to its top `num_experts_per_tok` experts, and to the shared ones, which are one wide expert."""
+    """Each token goes to its top `num_experts_per_tok` experts, and to a shared one."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -94,7 +94,7 @@ class MoEFeedForward(nn.Module):
         self.seq_aux = config.seq_aux
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
         self.gate = Router(config)
-        self.shared_experts = FeedForward(config, config.n_shared_experts) if config.n_shared_experts else None
+        self.shared_experts = FeedForward(config, config.shared_width) if config.n_shared_experts else None
 
     def forward(self, x: Tensor, non_padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (batch, n, dim), non_padding (batch, n) bool or None for no padding -> same shape, and the weighted

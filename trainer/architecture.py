@@ -21,6 +21,7 @@ VARIANT = {  # fields beyond the plain decoder, named only where there is such a
     "attention": lambda config: config.attention != "gqa",
     "kv_latent_dim": lambda config: config.attention != "gqa",
     "rope_head_dim": lambda config: config.attention != "gqa",
+    "shared_width": lambda config: config.use_moe and config.shared_width > 1,
     "balance": lambda config: config.balance != "loss",
     "mtp_depth": lambda config: config.mtp_depth > 0,
     "mtp": lambda config: config.mtp_depth > 0,
@@ -114,8 +115,9 @@ def infer_sizes(state: dict[str, Tensor]) -> dict:
     if experts:
         shape["n_routed_experts"] = len(experts)
         shared, routed = (state.get(f"layers.0.feed_forward.{of}.w1.weight") for of in ("shared_experts", "experts.0"))
-        times = 0 if shared is None or routed is None else len(shared) // len(routed)
-        shape["n_shared_experts"] = times if times > 1 else bool(times)
+        shape["n_shared_experts"] = any(".shared_experts." in key for key in state)
+        if shared is not None and routed is not None and len(shared) > len(routed):
+            shape["shared_width"] = len(shared) // len(routed)
     embedding = state.get("tok_embeddings.weight")
     if embedding is not None and embedding.dim() == 2:
         shape |= {"vocab_size": embedding.size(0), "dim": embedding.size(1)}

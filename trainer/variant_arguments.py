@@ -5,9 +5,9 @@ import argparse
 from trainer.argument_types import non_negative_float, non_negative_int, positive_int
 from trainer.errors import UserError
 
-FIELDS = (  # of LMConfig, which the flags of the same name set
+FIELDS = (  # of LMConfig, which the flags of the same name set; --n_shared_experts sets two of them
     *("hidden_dim", "n_routed_experts", "n_shared_experts", "attention", "kv_latent_dim", "rope_head_dim", "balance"),
-    *("mtp_depth", "mtp"),
+    *("mtp_depth", "mtp", "shared_width"),
 )
 
 
@@ -39,7 +39,7 @@ def check_variant_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: what.
     """
-    given = [name for name in FIELDS if getattr(args, name) is not None]
+    given = [name for name in FIELDS if getattr(args, name, None) is not None]
     if given and args.generation != 2:
         raise UserError(f"--{given[0]} is for --generation 2")
     experts = [name for name in ("n_routed_experts", "n_shared_experts", "balance") if name in given]

@@ -183,7 +183,10 @@ def _variant(args) -> dict:
             said = (read_settings(path) or {}).get("config", {}) if path.is_file() else {}
             if all(said.get(size) == getattr(args, size) for size in ("dim", "use_moe")):
                 found = {name: said[name] for name in FIELDS if name in said}
-    return found | {name: value for name in FIELDS if (value := getattr(args, name, None)) is not None}
+    found |= {name: value for name in FIELDS if (value := getattr(args, name, None)) is not None}
+    if (shared := getattr(args, "n_shared_experts", None)) is not None:  # one so many times as wide
+        found |= {"n_shared_experts": shared > 0, "shared_width": max(1, shared)}
+    return found
 
 
 def read_settings(path: Path) -> dict | None:

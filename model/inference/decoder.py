@@ -42,7 +42,7 @@ SHAPE = (
     *("rope_theta", "rope_scaling", "use_moe", "attention", "kv_latent_dim", "rope_head_dim"),
 )
 TIMED_BEHIND = 64  # keys and values that the steps attend to whose times are compared
-EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob", "balance")
+EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob", "balance", "shared_width")
 
 
 @dataclass

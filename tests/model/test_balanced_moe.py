@@ -12,7 +12,7 @@ from model.inference.scheduler import Engine
 from trainer.balancing import balance_experts
 from trainer.runtime import Runtime
 
-EXPERTS = {"use_moe": True, "num_experts_per_tok": 3, "n_routed_experts": 8, "n_shared_experts": 2, "balance": "bias"}
+EXPERTS = {"use_moe": True, "num_experts_per_tok": 3, "n_routed_experts": 8, "shared_width": 2, "balance": "bias"}
 SIZES = EXPERTS | {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 24, "vocab_size": 64}
 RUN = Runtime(torch.device("cpu"), torch.float32)
 

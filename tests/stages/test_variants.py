@@ -39,7 +39,7 @@ def test_the_json_says_what_it_is(trained):
     assert (said["mtp_depth"], said["mtp"]) == (1, "sequential")
     assert "balance" not in said
     said = about(trained, "pretrain_32_moe")["config"]
-    assert (said["balance"], said["n_routed_experts"], said["n_shared_experts"]) == ("bias", 6, 2)
+    assert (said["balance"], said["n_routed_experts"], said["shared_width"]) == ("bias", 6, 2)
     state = weights(trained, "pretrain_32_moe")
     assert state["layers.0.feed_forward.shared_experts.w1.weight"].shape == (64, 32)
     assert state["layers.0.feed_forward.gate.expert_bias"].abs().max() > 0
