@@ -15,25 +15,25 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt requirements-eval.txt $(VENV
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-demo: $(VENV)/.core  ## from nothing to a model that answers, in minutes
+demo: $(VENV)/.core  ## from scratch to a model that answers, in minutes
 	$(BIN)/python scripts/demo.py
 
-demo-all: $(VENV)/.core  ## on from there: DPO, LoRA, distillation, reasoning, each measured
+demo-all: $(VENV)/.core  ## continues from demo: DPO, LoRA, distillation, reasoning, each evaluated
 	$(BIN)/python scripts/demo_all.py
 
-demo-r1: $(VENV)/.core  ## on from the demo: it learns by trying, by the recipe of DeepSeek-R1
+demo-r1: $(VENV)/.core  ## continues from demo: reinforcement learning with the DeepSeek-R1 recipe
 	$(BIN)/python scripts/demo_r1.py
 
 demo-vlm: $(VENV)/.core  ## the demo's model learns to see
 	$(BIN)/python scripts/demo_vlm.py
 
-report: $(VENV)/.core  ## how good the models in out/ are, on a page: report.html beside them
+report: $(VENV)/.core  ## a report on the models in out/: report.html beside them
 	$(BIN)/python scripts/report.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2
 
-quick: $(VENV)/.dev  ## the tests that compute next to nothing, in less than a minute
+quick: $(VENV)/.dev  ## the fast half of the tests, in less than a minute
 	$(BIN)/python -m pytest -q -n 2 -m quick
 
 lint: $(VENV)/.dev

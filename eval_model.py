@@ -1,10 +1,10 @@
-"""Talk to a model: fixed questions or your own, answers as they are written, tokens per second.
+"""Chat with a model: sample questions or your own, streamed answers, tokens per second.
 
 python eval_model.py --model_mode 1                       asks whether to chat or to run through sample questions
 python eval_model.py --prompt "中国的首都是哪里？"           one answer (repeat --prompt for more), no terminal needed
 echo "What is the capital of France?" | python eval_model.py
 python eval_model.py --model_mode 3 --votes 8             a reasoning model's most frequent answer of eight
-python eval_model.py --votes 8 --verifier reward          the one of eight that a reward model finds best
+python eval_model.py --votes 8 --verifier reward          the one of eight that a reward model scores best
 """
 
 import sys
@@ -72,9 +72,9 @@ def get_args():
     parser.add_argument(
         "--votes", type=positive_int, default=1, help="sample this many answers and take a majority vote"
     )
-    parser.add_argument("--open_thinking", action=BooleanFlag, help="have a MiniMind-3 think before it answers")
+    parser.add_argument("--open_thinking", action=BooleanFlag, help="make a MiniMind-3 think before it answers")
     parser.add_argument(
-        "--verifier", metavar="WEIGHTS", help="let this reward model choose among --votes, not a majority"
+        "--verifier", metavar="WEIGHTS", help="let this reward model choose among --votes instead of a majority"
     )
     parser.add_argument("--hide_thinking", action=BooleanFlag, help="hide a reasoning model's thinking")
     return parser.parse_args()
@@ -113,7 +113,7 @@ def reply(engine, ids: list[int], args, by_hand: bool, turns: Sequence[dict] = (
         if not by_hand:
             raise
         engine.abandon()  # wherever in a step it was
-        print(" [stopped]")  # the answer ends here, the talk goes on
+        print(" [stopped]")  # the answer ends here, the chat continues
         answer = "".join(piece.text for piece in pieces)
     report_speed(pieces, started, election)
     return answer
@@ -137,7 +137,7 @@ def main():
         )
     if args.verifier and args.votes == 1:
         raise UserError("--verifier chooses among several answers: ask for them with --votes 8")
-    from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
+    from model.chat import fit_history, render_text  # imported late, so that --help is quick
     from trainer.device import pick_device
     from trainer.loading import load_by_flags, open_engine
 

@@ -1,4 +1,4 @@
-"""Show images to a vision-language model: those of a folder one by one, or your own; answers as they are written.
+"""Show images to a vision-language model: those of a folder one by one, or your own; streamed answers.
 
 python eval_vlm.py                                                  goes through dataset/eval_images/
 python eval_vlm.py --image cat.jpg --prompt "What is this?"         one question (repeat --prompt for more)
@@ -84,7 +84,7 @@ def groups_of_images(args) -> list[list[Path]]:
 
 def whole_images(images: list[Path], skip: bool | None = None) -> list[Path]:
     """These images, without those that are broken if they are to be skipped; None: that is no choice."""
-    from dataset.pictures import picture_faults  # after the arguments: --help need not wait for it
+    from dataset.pictures import picture_faults  # imported late, so that --help is quick
 
     faults = picture_faults(images)
     bad = [f"{image} {fault}" for image, fault in zip(images, faults, strict=True) if fault]

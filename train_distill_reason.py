@@ -1,6 +1,6 @@
-"""Reasoning: a model that thinks before it answers, by learning from answers that show their thinking.
+"""Reasoning: a model that thinks before it answers, trained on answers that show their thinking.
 
-Answers read <think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>; the tags, few as they are, weigh more than other tokens.
+Answers read <think>\\n…\\n</think>\\n<answer>\\n…\\n</answer>; the few tag tokens weigh more in the loss than others.
 
 Learns from dataset/r1_mix_1024.jsonl ({"conversations": [...]} lines), starts from out/rlhf_D.pth,
 writes out/reason_D.pth.
@@ -123,12 +123,12 @@ def main():
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
+        totals = run.totals(batches)  # target tokens and rows of the whole step, over all ranks
         step_loss = torch.zeros((), device=run.device)
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where there is no target
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
                 weights = tag_weights(labels, tags, args.tag_weight)
@@ -148,7 +148,7 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not math.isfinite(loss + norm))
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

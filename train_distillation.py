@@ -1,4 +1,4 @@
-"""White-box distillation: a small model learns what a larger one thinks of every token, not only which one came.
+"""White-box distillation: a small model learns a larger one's probabilities of all next tokens, not only the right one.
 
 Learns from dataset/sft_1024.jsonl ({"conversations": [...]} lines) and from the teacher, which is any MiniMind of
 the same tokenizer (full_sft_768, a .pth, with its json beside it) or any local transformers folder with that tokenizer;
@@ -120,12 +120,12 @@ def main():
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
+        totals = run.totals(batches)  # target tokens and rows of the whole step, over all ranks
         step_loss = torch.zeros((), device=run.device)
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where there is no target
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
                 # loss_of(out.logits, batch, labels), a few rows at a time: 287 MiB at the peak instead of 549
@@ -145,7 +145,7 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not math.isfinite(loss + norm))
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

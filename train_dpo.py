@@ -107,7 +107,7 @@ def main():
     if args.cache_reference:  # each batch then brings the reference's log-probabilities along
         for dataset in filter(None, (loader.dataset, held_out)):
             attach_reference_log_probs(dataset, model, start_hash, run, args.batch_size)
-    limit_caches([args.data_path], args.cache_limit)  # delete those that nobody has used for the longest time
+    limit_caches([args.data_path], args.cache_limit)  # delete the least recently used
     per_answer = mean_per_answer if args.length_normalize else sum_per_answer
 
     # Optimizer
@@ -124,13 +124,13 @@ def main():
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
+        totals = run.totals(batches)  # target tokens and rows of the whole step, over all ranks
         pairs = run.sum(count_pairs(batches))  # a row holds whole pairs: chosen, rejected, chosen, rejected, …
         step_metrics = torch.zeros(len(DPO_METRICS), device=run.device)
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where there is no target
             cached = batch.pop("reference", None)  # log-probabilities, where they were computed beforehand
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
@@ -155,7 +155,7 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not math.isfinite(values["loss"] + norm))
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

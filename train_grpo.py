@@ -1,9 +1,9 @@
-"""Learning by trying (GRPO): the model answers each question several times, rules judge the answers, and those that are
-better than the others of their group become more probable. No teacher, no reward model.
+"""Reinforcement learning (GRPO): the model answers each question several times, rules score the answers, and those that
+are better than the others of their group become more likely. No teacher, no reward model.
 
 Learns from dataset/rl_math.jsonl ({"question" or "conversations", "answer"} lines), starts from out/reason_D.pth, which
-stays as the frozen reference, writes out/grpo_D.pth. A step is to write, to judge, and to learn from that once, or
---updates_per_rollout times.
+stays as the frozen reference, writes out/grpo_D.pth. A step generates answers, scores them and learns from them
+--updates_per_rollout times (default: once).
 
     python train_grpo.py                                      one GPU, or the CPU
     torchrun --nproc_per_node 2 train_grpo.py                 several GPUs (or processes): DDP
@@ -48,18 +48,18 @@ def get_args():
         packing=False,
     )
     parser.add_argument("--from_weight", default="reason", help="stage, .pth or folder to start from, and reference")
-    rl = parser.add_argument_group("trying")
+    rl = parser.add_argument_group("reinforcement learning")
     rl.add_argument("--rewards", nargs="+", default=["format:0.2", "accuracy:1"], metavar="NAME:WEIGHT")
     rl.add_argument("--group_size", type=positive_int, default=8, help="answers to each question")
     rl.add_argument("--max_new_tokens", type=positive_int, default=512, help="maximum answer length in tokens")
-    rl.add_argument("--temperature", type=positive_float, default=1.0, help="of the sampling")
+    rl.add_argument("--temperature", type=positive_float, default=1.0, help="sampling temperature")
     rl.add_argument("--loss", choices=tuple(LOSSES), default="grpo", help="objective; see trainer/policy_losses.py")
-    rl.add_argument("--beta", type=non_negative_float, default=0.0, help="weight of the KL to the start; 0: none")
-    rl.add_argument("--epsilon", type=positive_float, help="clip below 1 (default: as the loss's paper has it)")
-    rl.add_argument("--epsilon_high", type=positive_float, help="clip above 1 (default: likewise)")
+    rl.add_argument("--beta", type=non_negative_float, default=0.0, help="weight of the KL to the reference; 0: none")
+    rl.add_argument("--epsilon", type=positive_float, help="clip below 1 (default: from the loss's paper)")
+    rl.add_argument("--epsilon_high", type=positive_float, help="clip above 1 (default: from the loss's paper)")
     rl.add_argument("--updates_per_rollout", type=positive_int, default=1, help="optimizer steps on the same answers")
     rl.add_argument(
-        "--resample", type=non_negative_int, help="times a question whose answers all got the same is replaced"
+        "--resample", type=non_negative_int, help="how often to replace a question whose rewards are all equal"
     )
     return parser.parse_args()
 
@@ -67,13 +67,13 @@ def get_args():
 def check(args) -> None:
     check_training_arguments(args)
     if args.packing:
-        raise UserError("--packing: an answer is written alone in its row; leave it out")
+        raise UserError("--packing: each answer has a row to itself; leave it out")
     if args.group_size < 2:
         raise UserError("--group_size must be 2 or more: an answer is compared with the others of its group")
     if args.max_new_tokens >= args.max_seq_len:
         raise UserError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --max_seq_len")
     if args.deepspeed and args.zero_stage == 3:
-        raise UserError("--zero_stage 3 shards the weights that the answers are written with: use 2 or less")
+        raise UserError("--zero_stage 3 shards the weights that generate the answers: use 2 or less")
 
 
 def main():
@@ -118,7 +118,7 @@ def main():
         share = Share(totals.rows, totals.target_tokens, args.max_new_tokens)
         learned = torch.zeros(len(LEARNING_METRICS), device=run.device)
         began, finite = time.monotonic(), True
-        before = [None] * len(batches)  # log-probabilities under the policy that wrote, once they are known
+        before = [None] * len(batches)  # log-probabilities under the policy that sampled, once known
         for _ in range(args.updates_per_rollout):
             step_loss = torch.zeros((), device=run.device)
             for i, batch in enumerate(batches):
@@ -156,7 +156,7 @@ def main():
                 optimizer.zero_grad(set_to_none=True)
             finite = finite and math.isfinite(loss + norm)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not finite)
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

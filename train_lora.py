@@ -1,7 +1,7 @@
-"""LoRA: teach a model one more thing (who it is, a field of knowledge) by a small correction, its weights untouched.
+"""LoRA: teach a model one more thing (who it is, a field of knowledge) with a low-rank update; its weights stay fixed.
 
 Learns from dataset/lora_identity.jsonl or lora_medical.jsonl ({"conversations": [...]} lines), starts from
-out/full_sft_D.pth, writes the adapter alone to out/lora/NAME_D.pth. `eval_model.py --lora_name NAME` talks to both.
+out/full_sft_D.pth, writes only the adapter to out/lora/NAME_D.pth. `eval_model.py --lora_name NAME` uses both.
 
     python train_lora.py --lora_name identity                           one GPU, or the CPU
     torchrun --nproc_per_node 2 train_lora.py --lora_name identity      several GPUs (or processes): DDP
@@ -79,7 +79,7 @@ def main():
             run.print(describe_nf4(model))
     except ValueError as error:
         raise UserError(f"--rank, --alpha, --target_modules, --quantize: {error}") from None
-    model.to(run.device)  # now: the adapter begins with the same numbers on every device
+    model.to(run.device)  # now: the adapter starts from the same numbers on every device
     facts |= {"rank": rank, "alpha": alpha, "targets": list(targets)}
     checkpoint = Checkpoint(args, f"lora/{args.lora_name}", config, tokenizer, run, keep=is_lora, **facts)
 
@@ -101,12 +101,12 @@ def main():
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
+        totals = run.totals(batches)  # target tokens and rows of the whole step, over all ranks
         step_loss = torch.zeros((), device=run.device)
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where there is no target
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
                 loss = next_token_loss(out.logits, labels) / totals.target_tokens  # a sum over the tokens
@@ -125,7 +125,7 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not math.isfinite(loss + norm))
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

@@ -1,8 +1,8 @@
-"""Learning by trying with a critic (PPO): what each token of an answer was worth is told by a second network.
+"""Reinforcement learning with a critic (PPO): a second network estimates the value of each token of an answer.
 
 Learns from dataset/rl_math.jsonl ({"question" or "conversations", "answer"} lines), starts from out/reason_D.pth, which
-stays as the frozen reference, writes out/ppo_D.pth: the policy alone. The critic lies in out/ppo_D.resume. Answers are
-judged by rules, or with --reward_model by out/reward_D.pth.
+stays as the frozen reference, writes out/ppo_D.pth: the policy alone. The critic is saved in out/ppo_D.resume. Answers
+are scored by rules, or with --reward_model by out/reward_D.pth.
 
     python train_ppo.py                                       one GPU, or the CPU
     torchrun --nproc_per_node 2 train_ppo.py                  several GPUs (or processes): DDP
@@ -49,19 +49,21 @@ def get_args():
         packing=False,
     )
     parser.add_argument("--from_weight", default="reason", help="stage, .pth or folder to start from, and reference")
-    rl = parser.add_argument_group("trying")
+    rl = parser.add_argument_group("reinforcement learning")
     rl.add_argument("--rewards", nargs="*", default=["format:0.2", "accuracy:1"], metavar="NAME:WEIGHT")
     rl.add_argument("--reward_model", metavar="WEIGHTS", help="reward model whose score is added to the rules'")
     rl.add_argument("--max_new_tokens", type=positive_int, default=512, help="maximum answer length in tokens")
-    rl.add_argument("--temperature", type=positive_float, default=1.0, help="of the sampling")
+    rl.add_argument("--temperature", type=positive_float, default=1.0, help="sampling temperature")
     rl.add_argument("--gamma", type=probability, default=1.0, help="discount of later rewards")
     rl.add_argument("--gae_lambda", type=probability, default=0.95, help="1: trust rewards; near 0: trust the critic")
     rl.add_argument("--epsilon", type=positive_float, default=0.2, help="clip of the policy's ratio")
-    rl.add_argument("--value_epsilon", type=positive_float, default=0.2, help="clip of the critic's change")
-    rl.add_argument("--value_weight", type=positive_float, default=0.5, help="weight of the critic's loss")
-    rl.add_argument("--beta", type=non_negative_float, default=0.05, help="first weight of the KL to the start")
     rl.add_argument(
-        "--kl_target", type=positive_float, default=0.05, help="KL that the weight is adapted to, nats/token"
+        "--value_epsilon", type=positive_float, default=0.2, help="clip of the change in the critic's values"
+    )
+    rl.add_argument("--value_weight", type=positive_float, default=0.5, help="weight of the critic's loss")
+    rl.add_argument("--beta", type=non_negative_float, default=0.05, help="initial weight of the KL to the reference")
+    rl.add_argument(
+        "--kl_target", type=positive_float, default=0.05, help="target KL that the weight adapts to, nats/token"
     )
     rl.add_argument("--updates_per_rollout", type=positive_int, default=2, help="optimizer steps on the same answers")
     return parser.parse_args()
@@ -70,7 +72,7 @@ def get_args():
 def check(args) -> None:
     check_training_arguments(args)
     if args.packing:
-        raise UserError("--packing: an answer is written alone in its row; leave it out")
+        raise UserError("--packing: each answer has a row to itself; leave it out")
     if not args.rewards and not args.reward_model:
         raise UserError("--rewards names no rule: name one, or a --reward_model")
     if args.max_new_tokens >= args.max_seq_len:
@@ -155,7 +157,7 @@ def main():
             finite = finite and math.isfinite(loss + norm)
         kl_weight.update(kl)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not finite)
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

@@ -1,7 +1,7 @@
-"""Pretraining: from nothing to a model that continues text, by predicting each next token.
+"""Pretraining: from scratch to a model that continues text, by predicting each next token.
 
-Learns from dataset/pretrain_hq.jsonl ({"text": ...} lines), writes out/pretrain_D.pth. With --from_weight it goes on
-from weights that there are (continued pretraining), with --mix from several files at once.
+Learns from dataset/pretrain_hq.jsonl ({"text": ...} lines), writes out/pretrain_D.pth. With --from_weight it continues
+from existing weights (continued pretraining), with --mix it trains on several files at once.
 
     python train_pretrain.py                                       one GPU, or the CPU
     torchrun --nproc_per_node 2 train_pretrain.py                  several GPUs (or processes): DDP
@@ -46,7 +46,9 @@ def get_args():
         learning_rate=1e-3,
         warmup_iters=50,
     )
-    parser.add_argument("--from_weight", default="none", help="stage, .pth or folder to go on from (none: nothing)")
+    parser.add_argument(
+        "--from_weight", default="none", help="stage, .pth or folder to continue from (none: train from scratch)"
+    )
     add_mix_argument(parser)
     add_stream_arguments(parser)
     add_fsdp_argument(parser)
@@ -92,12 +94,12 @@ def main():
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
+        totals = run.totals(batches)  # target tokens and rows of the whole step, over all ranks
         step_loss = torch.zeros((), device=run.device)
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where there is no target
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
                 nats = next_token_loss(out.logits, labels)  # a sum over the tokens
@@ -122,7 +124,7 @@ def main():
         if config.balance == "bias":  # no gradient leads there
             measured["violation"] = balance_experts(model, args.balance_rate * math.isfinite(loss + norm), run)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not math.isfinite(loss + norm))
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

@@ -1,4 +1,4 @@
-"""Vision pretraining: teach one linear layer to say in the language model's terms what a frozen CLIP sees.
+"""Vision pretraining: train one linear layer that maps a frozen CLIP's features into the language model's space.
 
 Learns from dataset/pretrain_vlm_data.jsonl ({"image": ..., "conversations": [...]} lines, images in
 dataset/pretrain_images/), starts from out/full_sft_D.pth, writes out/pretrain_vlm_D.pth.
@@ -84,12 +84,12 @@ def main():
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
+        totals = run.totals(batches)  # target tokens and rows of the whole step, over all ranks
         step_loss = torch.zeros((), device=run.device)
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where there is no target
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
                 loss = next_token_loss(out.logits, labels) / totals.target_tokens  # a sum over the tokens
@@ -108,7 +108,7 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not math.isfinite(loss + norm))
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

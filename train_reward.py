@@ -1,4 +1,4 @@
-"""A reward model: from pairs of answers, a better and a worse one, learn to give an answer a number.
+"""A reward model: from pairs of answers, a better and a worse one, learn to score an answer.
 
 Learns from dataset/dpo.jsonl ({"chosen": [...], "rejected": [...]} lines), starts from out/full_sft_D.pth, writes
 out/reward_D.pth: the same parameters, and score.weight (1, dim), read at the last </s>.
@@ -88,13 +88,13 @@ def main():
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
+        totals = run.totals(batches)  # target tokens and rows of the whole step, over all ranks
         pairs = run.sum(count_pairs(batches))  # a row holds whole pairs: chosen, rejected, chosen, rejected, …
         step_metrics = torch.zeros(len(REWARD_METRICS), device=run.device)
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where there is no target
             with run.autocast():
                 scores, aux_loss = answer_scores(model, batch, labels)  # read at each answer's last token
                 scores = scores.view(-1, 2)  # (pairs, 2): chosen, rejected
@@ -115,7 +115,7 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not math.isfinite(values["loss"] + norm))
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

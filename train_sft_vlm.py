@@ -1,8 +1,8 @@
-"""Vision fine-tuning: from a model that describes images to one that answers questions about them, text at its side.
+"""Vision fine-tuning: from a model that describes images to one that answers questions about them, mixed with text.
 
 Learns from dataset/sft_vlm_data.jsonl ({"image": ..., "conversations": [...]} lines, images in dataset/sft_images/),
-starts from out/pretrain_vlm_D.pth, writes out/sft_vlm_D.pth. The projection and the language model learn, the tower
-does not. With --multi, several images a line: sft_vlm_data_multi.jsonl, sft_multi_images/, sft_vlm_multi_D.pth.
+starts from out/pretrain_vlm_D.pth, writes out/sft_vlm_D.pth. The projection and the language model are trained,
+the tower is not. With --multi, several images a line: sft_vlm_data_multi.jsonl, sft_multi_images/, sft_vlm_multi_D.pth.
 
     python train_sft_vlm.py                                        one GPU, or the CPU
     torchrun --nproc_per_node 2 train_sft_vlm.py                   several GPUs (or processes): DDP
@@ -85,12 +85,12 @@ def main():
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)
         set_learning_rate(optimizer, lr)
-        totals = run.totals(batches)  # target tokens and rows of the whole step, on all ranks together
+        totals = run.totals(batches)  # target tokens and rows of the whole step, over all ranks
         step_loss = torch.zeros((), device=run.device)
         for batch in batches:
             sync_gradients(model, last=batch is batches[-1])
             batch = run.to_device(batch)
-            labels = batch.pop("labels")  # the input ids, not shifted; -100 where nothing is learned
+            labels = batch.pop("labels")  # the input ids, not shifted; -100 where there is no target
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
                 loss = next_token_loss(out.logits, labels) / totals.target_tokens  # a sum over the tokens
@@ -109,7 +109,7 @@ def main():
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
-        # Log, save, evaluate: what is learned is safe before it is measured
+        # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not math.isfinite(loss + norm))
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):

@@ -1,11 +1,11 @@
-"""What a teacher is worth: a student with a quarter of its parameters, trained with and without it for the same steps.
+"""What a teacher adds: a student with a quarter of its parameters, trained with and without it for the same steps.
 
     python -m benchmarks.distillation_gain               after `make demo-all`, whose weights and data it uses
     python -m benchmarks.distillation_gain --lines 1200 --epochs 20
 
-Many lines and few: a teacher has more to say where the student has seen too little to tell by itself. Both start from
-the same pretrained student and see the same batches in the same order; each seed is another order. What is measured:
-nats per token on SFT's held-out answers, and facts right in phrasings never seen, greedy.
+Run it with many lines and with few: a teacher helps most where the student has seen little data. Both start from the
+same pretrained student and see the same batches in the same order; each seed gives another order. Measured: nats per
+token on SFT's held-out answers, and the share of facts right in unseen phrasings, greedy.
 """
 
 from pathlib import Path
@@ -32,12 +32,12 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--seeds", type=positive_int, default=3, help="how many: 1, 2, 3, …")
     parser.add_argument("--epochs", default=SFT[SFT.index("--epochs") + 1], help="(default: the demo's)")
-    parser.add_argument("--lines", type=positive_int, help="learn from the first so many of the demo's SFT lines alone")
+    parser.add_argument("--lines", type=positive_int, help="train on only the first N of the demo's SFT lines")
     args = parser.parse_args()
     start, teacher = OUT / "pretrain_128.pth", OUT / "full_sft_256.pth"
     for weights in (start, teacher):
         if not weights.exists():
-            raise UserError(f"{weights} is missing: make demo-all makes it")
+            raise UserError(f"{weights} is missing: run make demo-all to create it")
     data = DATA / "sft_mini_512.jsonl"
     if args.lines:
         data = first_lines(data, args.lines, OUT / "distillation_gain" / f"first_{args.lines}.jsonl")

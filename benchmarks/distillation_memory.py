@@ -3,8 +3,8 @@
     python -m benchmarks.distillation_memory                     student 26M, teacher 104M, 8 rows of 512 tokens
     python -m benchmarks.distillation_memory --batch_size 32
 
-all logits       the student's and the teacher's logits of every position, then the loss where something is learned
-learned logits   only the positions that predict an answer token, of both models as a whole
+all logits       the student's and the teacher's logits of every position, then the loss at the target tokens
+learned logits   only the positions that predict an answer token, of both models, all at once
 in parts         what train_distillation.py does: the teacher a few rows at a time
 
 Memory is what the step needs above the two models: torch's own count on a GPU, the process's peak (Linux) on a CPU.

@@ -1,13 +1,13 @@
-"""Writing speed with drafts and without, on text that repeats its prompt and on text that does not.
+"""Generation speed with and without drafts, on text that repeats its prompt and on text that does not.
 
     python -m benchmarks.drafts                          26M, fp32, one answer at a time
     python -m benchmarks.drafts --dtype bfloat16 --speculate 8
     python -m benchmarks.drafts --dim 768 --n_layers 16 --compile 0
 
-The weights are random, and so would be their text: the answers' logits are raised where the text wants it, and
-everything is computed as always. One answer is its prompt with every twentieth token another; one is a page of
-documentation that the prompt is not. The draft model is of dim 128 with two layers, and agrees with the text in
-`--agreement` of all places. All take turns; a figure is the median of the rounds.
+The weights are random, so the logits are biased to produce a given text; everything else is computed as usual. One
+answer repeats its prompt with every twentieth token changed; one is a page of documentation unrelated to the prompt.
+The draft model has dim 128 and two layers, and agrees with the text at a share `--agreement` of the tokens. All take
+turns; a figure is the median of the rounds.
 """
 
 import statistics
@@ -69,9 +69,11 @@ def main():
     parser.add_argument("--n_layers", type=positive_int, default=8)
     parser.add_argument("--dtype", choices=PRECISIONS, default="float32")
     parser.add_argument("--compile", action=BooleanFlag, default=True, help="a compiled step (default: on)")
-    parser.add_argument("--speculate", type=positive_int, default=16, help="tokens drafted by look-up at most")
-    parser.add_argument("--agreement", type=float, default=0.8, help="of the draft model with the text")
-    parser.add_argument("--tokens", type=positive_int, default=256, help="tokens of an answer")
+    parser.add_argument("--speculate", type=positive_int, default=16, help="maximum tokens drafted by look-up")
+    parser.add_argument(
+        "--agreement", type=float, default=0.8, help="share of tokens on which the draft model agrees with the text"
+    )
+    parser.add_argument("--tokens", type=positive_int, default=256, help="tokens per answer")
     parser.add_argument("--rounds", type=positive_int, default=5)
     add_device_argument(parser)
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Speed of an examination, side by side with the harness's own `hf` model: CMMLU, few-shot, fp32, the same batch size.
+"""Evaluation speed, side by side with the harness's own `hf` model: CMMLU, few-shot, fp32, the same batch size.
 
     python -m benchmarks.eval_speed --data_dir DIR              26M, 5-shot, 16 questions of each subject in DIR/cmmlu
     python -m benchmarks.eval_speed --data_dir DIR --use_moe --limit 8
 
-Weights are random: what they say takes as long. The peer reads the same network as transformers' own class (Llama;
+Weights are random, which does not affect the time. The peer runs the same network as transformers' own class (Llama;
 Qwen2-MoE for a mixture of experts). Both take turns, round after round; a figure is the median of the rounds, and a
 ratio the median of each round's own. Only answering is timed: from the texts of all questions to their log-likelihoods.
 """

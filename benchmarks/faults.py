@@ -1,11 +1,11 @@
-"""Whether a run can be lost: faults of every kind, at random, to every stage, and what each cost.
+"""Fault injection: random faults of every kind in every stage, and what each one cost.
 
     python -m benchmarks.faults --rounds 200
     python -m benchmarks.faults --rounds 20 --seed 7 --kind power
 
-A round is one fault, in processes of its own: a process is killed, a file is damaged, the disk fills, … Then a whole
-state must be there, --resume must go on, and the weights at the end must be, bit for bit, those of the same run
-undisturbed (on the CPU, in fp32). Kinds take turns, the stages are drawn. The exit code is 1 where anything was lost.
+Each round injects one fault, in separate processes: a process is killed, a file is damaged, the disk fills, … Then an
+intact state must exist, --resume must continue, and the final weights must be, bit for bit, those of the same run
+undisturbed (on the CPU, in fp32). Kinds take turns, stages are drawn. The exit code is 1 if anything was lost.
 """
 
 import random

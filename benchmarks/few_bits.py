@@ -1,9 +1,9 @@
-"""What 8 and 4 bits cost: bits per byte of a text under a model as it is, in int8 and in int4, and how its weights lie.
+"""What 8 and 4 bits cost: bits per byte of a text as saved, in int8 and in int4, and a plot of the weights.
 
     python -m benchmarks.few_bits out/pretrain_512.pth --ppl ../shared/data/pretrain_hq.jsonl --limit 300
     python -m benchmarks.few_bits out/full_sft_512.pth qat/full_sft_512.pth --ppl FILE --plot weights.png
 
-Several models stand side by side, such as one trained with `train_full_sft.py --qat int4` and one without. The plot
+Several models can be compared, such as one trained with `train_full_sft.py --qat int4` and one without. The plot
 shows the first model's weights over the largest of those that share their scale: a row's in int8, a group's in int4.
 """
 
@@ -66,15 +66,15 @@ def draw(model: MiniMindLM, path: Path) -> None:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("weights", nargs="+", help="a .pth or a folder; several stand side by side")
-    parser.add_argument("--ppl", type=Path, required=True, metavar="FILE", help="text to predict: .jsonl or plain")
+    parser.add_argument("weights", nargs="+", help="a .pth or a folder; several are compared side by side")
+    parser.add_argument("--ppl", type=Path, required=True, metavar="FILE", help="text to score: .jsonl or plain")
     parser.add_argument("--limit", type=positive_int, help="only the first texts of FILE")
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw how the first model's weights lie")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="plot the distribution of the first model's weights")
     args = parser.parse_args()
     texts = list(itertools.islice(read_texts(args.ppl), args.limit))
     if not any(texts):
-        raise UserError(f"--ppl {args.ppl} holds no text")
+        raise UserError(f"--ppl {args.ppl} contains no text")
     print(f"bits per byte of {len(texts):,} texts of {args.ppl.name}")
     for number, weights in enumerate(args.weights):
         model, tokenizer = load_for_inference(weights, args.tokenizer)

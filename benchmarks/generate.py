@@ -1,4 +1,4 @@
-"""Writing speed, side by side with `transformers`: tokens per second alone and sixteen at once, and the first token.
+"""Generation speed, side by side with `transformers`: tokens/s for one stream and sixteen, and time to first token.
 
     python -m benchmarks.generate                             26M, fp32 and bf16, on this machine's cores or its GPU
     python -m benchmarks.generate --dtype int8 int4           beside llama.cpp's q8_0 and q4_0
@@ -6,10 +6,10 @@
     python -m benchmarks.generate --dim 768 --n_layers 16 --rounds 3
 
 The peer is transformers' own class for the same network with the same weights (Llama; Qwen2-MoE for a mixture of
-experts), its `generate`, greedy, a batch padded to nothing, fp32 where we have 8 or 4 bits. Where llama-cpp-python is
-installed, llama.cpp writes too, from the same weights as GGUF, alone and sixteen sequences in its own batch. All take
+experts), its `generate`, greedy, in a batch without padding, fp32 where we use 8 or 4 bits. Where llama-cpp-python is
+installed, llama.cpp runs too, from the same weights as GGUF, one stream and a batch of sixteen sequences. All take
 turns, round after round, so that a noisy machine disturbs them alike; a figure is the median of the rounds. In fp32 the
-texts must be the same, but for places where two tokens are as likely to 1e-4.
+texts must be the same, except where two tokens are equally likely to within 1e-4.
 """
 
 import ctypes
@@ -281,7 +281,7 @@ def main():
             theirs = written["transformers, batch of 16"]
             together, alone = written["engine, 16 at once"], written["engine, 16 one by one"]
             same = same_but_for_ties(model, together, theirs) and same_but_for_ties(model, alone, theirs)
-            print(f"  the same text as transformers, alone and in company: {'yes' if same else 'NO'}")
+            print(f"  the same text as transformers, alone and in a batch: {'yes' if same else 'NO'}")
         print("  length   a step    attention alone   the rest")
         for length, step, attention in growth(model, tokenizer, precision, args):
             print(f"  {length:>6}{step:>9.2f} ms{attention:>14.2f} ms{step - attention:>12.2f} ms")

@@ -1,12 +1,12 @@
-"""Generation 2 or 3: which layout learns better from the same text in the same minutes, of the same width and depth.
+"""Generation 2 or 3: which layout learns better from the same text in the same time, at the same width and depth.
 
     python -m benchmarks.generations --data_path dataset/pretrain_hq.jsonl --size 26M --minutes 20 --seed 1
     python -m benchmarks.generations --data_path dataset/pretrain_hq.jsonl --size 26M --minutes 20 --seed 2
 
-A call trains both with one seed and prints the table of all that is there so far; a call that was stopped goes on where
-it last saved. Both see the same rows in the same order, one of them further than the other. Minutes are those that the
-processor computed, on a CPU summed over its cores, so that other work on the machine costs neither anything; on a GPU
-they are the clock's. What is measured: nats per token on every hundredth sample, which neither learned from.
+Each call trains both with one seed and prints the table of all results so far; an interrupted call continues from its
+last save. Both see the same rows in the same order, but the faster one gets further. On a CPU, minutes are CPU time
+summed over the cores, so that other work on the machine does not count; on a GPU they are wall-clock time. Measured:
+nats per token on every hundredth sample, which is held out.
 """
 
 import json
@@ -72,7 +72,7 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         seconds, steps, tokens = state["seconds"], state["steps"], state["tokens"]
-        print(f"goes on after {seconds / 60:.1f} minutes, {steps} steps", flush=True)
+        print(f"continues after {seconds / 60:.1f} minutes, {steps} steps", flush=True)
     budget, saved = 60 * args.minutes, seconds
     loader = StepLoader(rows, args.batch_size, 1, 1_000_000, args.seed)
     model.train()
@@ -103,7 +103,7 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
 
 
 def measure(generation: int, args, folder: Path) -> dict:
-    """Train one generation, or go on, and examine it."""
+    """Train one generation, or continue training it, and evaluate it."""
     device = pick_device(args.device)
     here = Runtime(device, getattr(torch, args.dtype))
     tokenizer = load_tokenizer(args.tokenizer)

@@ -1,15 +1,15 @@
-"""Longer texts than those trained on: perplexity by position, and a needle in a haystack, for each way to stretch.
+"""Longer texts than those trained on: perplexity by position, and a needle in a haystack, for each position scaling.
 
     python -m benchmarks.long_context --weights out/pretrain_512.pth --data_path held_out.jsonl
     python -m benchmarks.long_context --weights out/pretrain_512.pth --data_path held_out.jsonl --finetune_steps 100
 
-The texts of the file are joined to rows of the greatest length, and the nats of their tokens counted by position: what
-a model cannot use costs it beyond the length it was trained on. A packed row of training holds several samples, each
-read alone: a model that saw short ones learned fewer positions than its rows have, and long texts tell more than many
-short ones joined. The needle is a fact about an invented place, somewhere
-among true statements of the demo's world; at the end it is asked for, and right is a model whose likeliest next tokens
-are the answer. With --finetune_steps each way is then trained so many steps on rows of --finetune_len tokens, joined
-texts and haystacks by turns, and examined again. Results go to a json, a table and a plot.
+The texts of the file are joined into rows of the greatest length, and the loss is reported by position: beyond the
+trained length it shows how well the model copes. A packed training row holds several samples, each with its own
+positions: a model trained on short samples has seen fewer positions than its rows have, and long texts are more
+informative than many short ones joined. The needle is a fact about an invented place, somewhere among true statements
+of the demo's data; at the end the model is asked for it, and is right if its most likely next tokens are the answer.
+With --finetune_steps each variant is then trained on rows of --finetune_len tokens, joined texts and haystacks in
+turn, and tested again. Results go to a json, a table and a plot.
 """
 
 import json
@@ -209,7 +209,7 @@ def main():
     plain, tokenizer = opened("none", args.longest, args)
     trained = args.trained or plain.config.trained_seq_len
     if not trained:
-        raise UserError(f"{args.weights} does not say which rows it was trained on: give --trained")
+        raise UserError(f"{args.weights} does not record the row length it was trained on: give --trained")
     lengths = [edge for edge in EDGES if edge <= args.longest]
     ids = joined_texts(args.data_path, tokenizer, args.longest, args.rows).to(plain.device)
     long_rows = None

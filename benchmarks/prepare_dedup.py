@@ -1,12 +1,12 @@
-"""What deduplication finds of what was planted: near-duplicates among 200,000 lines, and questions inside longer lines.
+"""Recall and precision of deduplication: planted near-duplicates among 200,000 lines, questions inside longer lines.
 
     python -m benchmarks.prepare_dedup
     python -m benchmarks.prepare_dedup --lines 20000 --planted 200 --workers 1
 
 Lines are drawn, half of them Chinese and half English, of 10 to some 1,000 characters: words by Zipf's law, so that
-common phrases are shared. A planted line is a copy with 1 to 10 % of its characters replaced, put in or taken out.
-Recall is of planted pairs of which one line is dropped. Precision is of dropped lines, by a Levenshtein distance to the
-kept line that is worked out anew.
+common phrases are shared. A planted line is a copy with 1 to 10 % of its characters replaced, inserted or deleted.
+Recall is of planted pairs of which one line is dropped. Precision is of dropped lines, by an independently
+computed Levenshtein distance to the kept line.
 """
 
 import itertools

@@ -1,12 +1,12 @@
-"""scripts/prepare_data.py on text that is made on the spot: MB/s, peak memory, and runs that are killed.
+"""scripts/prepare_data.py on generated text: MB/s, peak memory, and runs that are killed.
 
     python benchmarks/prepare_speed.py                              # 200 MB: cleaning, then with near-deduplication
     python benchmarks/prepare_speed.py --megabytes 5000 --only near # peak memory on 5 GB
     python benchmarks/prepare_speed.py --megabytes 60 --only kill   # killed at 10 random instants: the same bytes
 
-Half of the lines are Chinese, half English, about 400 bytes each, in sentences that no other line has; one in a hundred
-has something for a filter to find. MB are 10^6 bytes of input. Peak memory is the sum over all processes of what each
-has for itself, and its share of what it has with others (PSS of Linux; elsewhere nothing is said).
+Half of the lines are Chinese, half English, about 400 bytes each, in unique sentences; one in a hundred has something
+for a filter to find. MB are 10^6 bytes of input. Peak memory is the sum over all processes of what each
+has for itself, and its share of shared memory (PSS on Linux; not reported elsewhere).
 """
 
 import hashlib

@@ -1,9 +1,9 @@
 """LoRA, DPO and reasoning on real text: each stage's own measure before and after it, on held-out lines.
 
-    python -m benchmarks.real_text --data_dir ../shared/data          a model of the demo's size, made on the way
+    python -m benchmarks.real_text --data_dir ../shared/data          trains a model of the demo's size first
 
-Learns from pretrain_hq, sft_mini_512, lora_medical, dpo and r1_mix_1024 (.jsonl) of a folder; the last lines of each
-are held out. The model and the split files lie in out/real_text; a second call trains nothing that is there.
+Trains on pretrain_hq, sft_mini_512, lora_medical, dpo and r1_mix_1024 (.jsonl) of a folder; the last lines of each
+are held out. The model and the split files are in out/real_text; a second call reuses what is there.
 """
 
 from pathlib import Path

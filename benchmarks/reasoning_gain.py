@@ -1,4 +1,4 @@
-"""What thinking is worth: the demo's reasoning model beside one that learned the answers alone.
+"""What thinking adds: the demo's reasoning model against one trained on the answers only.
 
     python -m benchmarks.reasoning_gain                  after `make demo-all`, whose weights and data it uses
 
@@ -34,7 +34,7 @@ def main():
     Parser(__doc__).parse_args()
     for weights in (OUT / "rlhf_256.pth", OUT / "reason_256.pth"):
         if not weights.exists():
-            raise UserError(f"{weights} is missing: make demo-all makes it")
+            raise UserError(f"{weights} is missing: run make demo-all to create it")
     out = OUT / "reasoning_gain" / identify_training(OUT / "rlhf_256.pth")  # another start, another comparison
     out.mkdir(parents=True, exist_ok=True)
     data = out / "answers_alone.jsonl"

@@ -1,9 +1,9 @@
-"""Does learning by trying pay? GRPO beside more SFT on the same 300 thoughts, for the same minutes; one seed a call.
+"""Does reinforcement learning pay off? GRPO against more SFT on the same 300 thoughts, for the same minutes.
 
     python -m benchmarks.rl_gain --seed 1                 after `make demo`, whose weights and data it uses
 
-Both go on from the same cold start. What is there from an earlier call is used again, and an interrupted training goes
-on. With the results of several seeds in the folder their means and spreads are printed.
+One seed per call. Both start from the same cold start. Results of an earlier call are reused, and interrupted training
+continues. With the results of several seeds in the folder, their means and spreads are printed.
 """
 
 import json
@@ -36,11 +36,11 @@ def more_sft(cold: trying.Stage, root, seconds: float, seed: int) -> trying.Stag
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--seed", type=seed, default=1)
-    parser.add_argument("--problems", type=positive_int, help="ask the first so many unseen problems (default: all)")
+    parser.add_argument("--problems", type=positive_int, help="ask only the first N unseen problems (default: all)")
     args = parser.parse_args()
     start = OUT / "full_sft_256.pth"
     if not start.exists():
-        raise UserError(f"{start} is missing: make demo makes it")
+        raise UserError(f"{start} is missing: run make demo to create it")
     folder = OUT / "rl_gain" / identify_training(start)  # other weights, other results
     root = folder / str(args.seed)
     root.mkdir(parents=True, exist_ok=True)

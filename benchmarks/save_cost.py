@@ -1,11 +1,11 @@
-"""What a save costs a run: how much longer 100 steps take with a save among them than without.
+"""What a save costs a run: how much longer 100 steps take with a save than without.
 
     python -m benchmarks.save_cost                            the 26M and the 104M shape
     python -m benchmarks.save_cost --rounds 5 --folder /mnt/out
 
-A step is a wait of 60 ms (26M) or 200 ms (104M), as long as a GPU takes for it while the CPU has nothing to do; the
-save is the real one, of weights and AdamW's state, written to --folder and flushed. The rounds with and without one
-take turns. The first save of a run is told by itself: its memory is new.
+A step is a wait of 60 ms (26M) or 200 ms (104M), the time a GPU takes for it while the CPU is idle; the save is the
+real one, of weights and AdamW's state, written to --folder and flushed. Rounds with and without a save alternate. The
+first save of a run is reported separately, because it allocates its memory.
 """
 
 import shutil
@@ -40,14 +40,14 @@ def get_args():
     parser.add_argument("--rounds", type=positive_int, default=3, help="saves to measure, after the first")
     parser.add_argument("--shapes", nargs="+", choices=tuple(SHAPES), default=list(SHAPES))
     parser.add_argument("--folder", type=Path, metavar="DIR", help="where to save (default: a temporary folder)")
-    parser.add_argument("--device", default=None, help="where the weights lie (default: the accelerator, else cpu)")
+    parser.add_argument("--device", default=None, help="device of the weights (default: the accelerator, else cpu)")
     return parser.parse_args()
 
 
 class Cost(NamedTuple):
     """Of one save, in seconds."""
 
-    held_up: float  # until training may go on
+    held_up: float  # until training continues
     computing: float  # of that, on the CPU: other programs on the machine make the rest
     longer: float  # that 100 steps took than without a save
 

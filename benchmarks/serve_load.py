@@ -1,4 +1,4 @@
-"""Many clients at one server: are all answers whole and right, how long do they wait, does the server's memory grow.
+"""Many clients on one server: are all answers complete and correct, how long do they wait, does memory grow.
 
     python -m benchmarks.serve_load                                         64 clients for 5 minutes, full_sft_512
     python -m benchmarks.serve_load --seconds 30 --out_dir out/demo --dim 256
@@ -6,7 +6,7 @@
 
 Starts scripts/serve_openai_api.py on a free port. First every question is asked alone; under load each client asks one
 after another, streamed, greedy, and what it gets must be the same to the last token: nothing lost, nothing mixed up.
-Memory is the server's resident set after the first minute (a fifth of the time, where that is shorter) and at the end.
+Memory is the server's resident set after the first minute (or a fifth of the time, if shorter) and at the end.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ FORMS = ("{}是什么？", "请告诉我关于{}的一件事。", "What is {}?",
 
 @dataclass
 class Outcome:
-    """What the clients saw."""
+    """What the clients measured."""
 
     answers: int = 0
     tokens: int = 0
@@ -152,7 +152,7 @@ async def load(address: str, pid: int, args) -> None:
         f"{args.clients} clients, {seconds:.0f} s: {outcome.answers} answers, {tokens / seconds:.0f} tokens/s together"
     )
     print(f"errors: {sum(outcome.errors.values())} {dict(outcome.errors) if outcome.errors else ''}")
-    print(f"answers other than alone: {len(outcome.wrong)}")
+    print(f"answers that differ from those alone: {len(outcome.wrong)}")
     for difference in outcome.wrong[:5]:
         print(f"  {difference}")
     print(f"first text, s:            {spread(outcome.first)}")
@@ -163,7 +163,7 @@ async def load(address: str, pid: int, args) -> None:
 
 
 def write_random_weights(args, folder: Path) -> None:
-    """A model that has learned nothing, where the server looks for full_sft."""
+    """An untrained model, where the server looks for full_sft."""
     torch.manual_seed(0)
     sizes = {"dim": args.dim, "n_layers": args.n_layers, "use_moe": args.use_moe}
     model = MiniMindLM(LMConfig(**sizes, vocab_size=len(load_tokenizer(args.tokenizer))))
@@ -178,9 +178,7 @@ def main():
     parser.add_argument("--seconds", type=positive_int, default=300)
     parser.add_argument("--max_concurrency", type=positive_int, default=16, help="the server's slots")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument(
-        "--random_weights", action=BooleanFlag, help="a model that has learned nothing, of the sizes given"
-    )
+    parser.add_argument("--random_weights", action=BooleanFlag, help="an untrained model of the given size")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.random_weights:

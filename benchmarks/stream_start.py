@@ -1,11 +1,11 @@
-"""How soon a run with --stream takes its first step, and in how much memory: of a large file beside a small one.
+"""Time to the first step of a run with --stream, and its peak memory: a large file against a small one.
 
     python -m benchmarks.stream_start                       20 GB beside 10 MB
     python -m benchmarks.stream_start --size 5GB
 
 Both files are written here, full of lines, and deleted afterwards. Each run is a process of its own: the time is from
 its start to its first step, imports included, of a small model, so that the step itself takes next to nothing; the
-memory is the most that the process has had. They take turns; a figure is the median of the rounds.
+memory is the peak of the process. They take turns; a figure is the median of the rounds.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Speed of tokenising, by tiktoken and by the tokenizers library, from a jsonl file to its cache; and that both agree.
+"""Tokenising speed with tiktoken and with the tokenizers library, from a jsonl file to its cache; both must agree.
 
     python -m benchmarks.tokenise_speed --data_dir DIR      pretrain_hq.jsonl, sft_mini_512.jsonl, dpo.jsonl in DIR
 
-Both take turns, round after round: a figure is the median of the rounds, a ratio the median of each round's own. What a
-first start of training waits for is timed: reading, checking, rendering, encoding and writing. Below each file: what of
-it is not the tokenizer's, and the SHA-256 of the ids, which is the same both ways.
+Both take turns, round after round: a figure is the median of the rounds, a ratio the median of each round's own. The
+time covers what the first start of training waits for: reading, checking, rendering, encoding and writing. Below each
+file: the part that is not the tokenizer's, and the SHA-256 of the ids, which is the same both ways.
 """
 
 import hashlib
@@ -44,14 +44,14 @@ def tokenise(kind: type[RowDataset], path: Path, tokenizer, by: str) -> tuple[fl
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="where the files lie")
+    parser.add_argument("--data_dir", type=Path, required=True, metavar="DIR", help="folder of the files")
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     parser.add_argument("--rounds", type=positive_int, default=3)
     args = parser.parse_args()
     tokenizer = load_tokenizer(args.tokenizer)
     print(f"{os.cpu_count()} cores, {args.rounds} rounds, {tokenizer.name_or_path}")
     if fast_bpe.fast_bpe(tokenizer.backend_tokenizer) is None:
-        raise UserError(f"--tokenizer {args.tokenizer} is not one that tiktoken can stand in for")
+        raise UserError(f"--tokenizer {args.tokenizer} is a tokenizer that tiktoken cannot reproduce")
     for name, kind in FILES.items():
         source = args.data_dir / name
         if not source.is_file():

@@ -3,7 +3,7 @@
     python -m benchmarks.train_throughput                  the 26M shape on ../shared/data, else on the demo's data
     python -m benchmarks.train_throughput --dim 256 --rounds 3
 
-The peer is a LlamaForCausalLM of the same shape, SDPA, fp32, torch's AdamW, one sample a row, padded to --max_seq_len.
+The peer is a LlamaForCausalLM of the same shape, SDPA, fp32, torch's AdamW, a sample per row, padded to --max_seq_len.
 All contenders take turns, round after round, so that a noisy machine disturbs them alike; a figure is the median of
 the rounds. Tokenising, compiling and the first steps are not timed.
 """

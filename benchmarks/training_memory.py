@@ -6,8 +6,8 @@ scripts/plan.py.
     torchrun --nproc_per_node 2 -m benchmarks.training_memory --deepspeed --zero_stage 2       ZeRO
     torchrun --nproc_per_node 2 -m benchmarks.training_memory --fsdp                           FSDP2
 
-Memory is what rank 0 has allocated in tensors: on CUDA as its allocator counts it, elsewhere as every operator that
-returns a new storage does. Not counted elsewhere: what an operator needs within itself, and DDP's own buckets.
+Memory is what rank 0 has allocated in tensors: on CUDA as its allocator counts it, elsewhere by counting every
+operator that returns a new storage, without what an operator needs internally and without DDP's own buckets.
 "Held" is between two steps, "peak" within one. Times are medians of --rounds steps; the two kinds take turns.
 """
 
@@ -156,7 +156,7 @@ def main():
     parser.add_argument("--n_layers", type=positive_int, default=8)
     parser.add_argument("--use_moe", action=BooleanFlag)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows")
-    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens of a row")
+    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="tokens per row")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--optimizer", choices=("adamw", "muon", "adamw8bit"), default="adamw")
     parser.add_argument("--adapter", choices=("lora", "qlora"), help="train an adapter of rank 16; without formulas")

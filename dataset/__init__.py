@@ -1,4 +1,4 @@
-"""What a stage reads: jsonl files checked line by line, tokenised once, packed into rows, dealt out in steps."""
+"""The data of a stage: jsonl files checked line by line, tokenised once, packed into rows, batched into steps."""
 
 from dataset.dpo_dataset import DPODataset
 from dataset.jsonl import DataError

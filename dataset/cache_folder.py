@@ -1,4 +1,4 @@
-"""Folders of computed data: made once, whole or not at all, found again by every later run, rank and worker.
+"""Cache folders: built once, atomically, and reused by every later run, rank and worker.
 
 The caches of a source (a data file, a folder of pictures) lie in one folder, `.cache/NAME/` beside it:
 
@@ -33,7 +33,7 @@ from dataset.locks import NoLocksError, lock
 Loaded = TypeVar("Loaded")
 
 ABOUT, IN_USE = "about.json", "in_use"
-CACHE = re.compile("(features|[0-9a-f]{16})-.+-[0-9a-f]{16}")  # names of ours: another program may have a `.cache`, too
+CACHE = re.compile("(features|[0-9a-f]{16})-.+-[0-9a-f]{16}")  # our names: another program may also use a `.cache`
 LEFT_OVER = re.compile("partial|partial-[0-9]+-[0-9a-f]{8}|removed-[0-9a-f]{8}")  # the first by earlier versions
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

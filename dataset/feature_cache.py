@@ -1,4 +1,4 @@
-"""What a frozen vision tower makes of a folder of images: computed once, then memory-mapped by every run and worker.
+"""A frozen vision tower's features of a folder of images: computed once, then memory-mapped by every run and worker.
 
 A cache is a folder: `features.bin`, fp16 (images, image_tokens, vision_dim), and `info.json`, their names in that
 order and the shape of one. At ViT-B/16's 196 x 768 an image takes 301 kB.

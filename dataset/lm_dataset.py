@@ -20,7 +20,7 @@ MAX_EVAL_SAMPLES = 500
 
 
 class RowDataset(Dataset):
-    """Rows of tokens over a token cache; a subclass says what a line is and what becomes of a long sample.
+    """Rows of tokens over a token cache; a subclass defines what a line is and how a long sample is handled.
 
     An item is one row: a dict of `input_ids`, `labels`, `position_ids`, int64 (n,), 2 <= n <= max_seq_len.
     `labels[t]` is `input_ids[t]` if that token is a target, else -100 (the model does the shift); the first token
@@ -95,7 +95,7 @@ class RowDataset(Dataset):
     def changed_since(self, identity: dict) -> str | None:
         """What is no longer as it was when `identity` was noted, in words; None where all is."""
         if "position" in identity:
-            return "the saved run had --stream, which this one has not"
+            return "the saved run used --stream, but this one does not"
         ours = self.cache.data_sha256
         if identity.get("sha256", ours) == ours:
             return None
@@ -128,7 +128,7 @@ class RowDataset(Dataset):
 
     @property
     def empty_row(self) -> dict[str, torch.Tensor]:
-        """A row of no tokens, which fills a micro-batch up."""
+        """A row without tokens, to fill up a micro-batch."""
         return {name: torch.zeros(0, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
 
     def _pieces_in(self, row: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""From rows to optimizer steps: shuffled by seed and epoch, shared among ranks, resumable at any step."""
+"""From rows to optimizer steps: shuffled by seed and epoch, divided among ranks, resumable at any step."""
 
 import math
 from collections.abc import Callable, Iterator

@@ -90,9 +90,9 @@ class MixedRows(Dataset):
             return None
         before = identity.get("files", [])
         if len(before) != len(self.files):
-            return f"the saved run learned from another number of files than --mix names now, {len(self.files)}"
+            return f"the saved run used {len(before)} files, but --mix names {len(self.files)}"
         changes = (file.changed_since(then) for file, then in zip(self.files, before, strict=True))
-        return next(filter(None, changes), "the shares of --mix are not those of the saved run")
+        return next(filter(None, changes), "the shares of --mix differ from those of the saved run")
 
 
 def _some_rows(tokens: np.ndarray, wanted: float, seed: tuple[int, int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Which tokens share a row: long samples are split or cut, and the pieces are packed into rows with little waste.
+"""Packing: long samples are split or cut, and the pieces are packed into rows with little padding.
 
 A sample is what a line of the data gives; a piece is a stretch of one sample, no longer than a row; a row is what the
 model reads, one or several pieces. Arrays here have one number for each of them: (samples,), (pieces,), (rows,).

@@ -1,4 +1,4 @@
-"""Pictures checked before training: each is decoded once, whole, and what is wrong with it is kept until it changes.
+"""Pictures checked before training: each is fully decoded once, and the result is kept until the file changes.
 
 What was found lies beside the caches of the lines' file, in `pictures-….json`: the names that the lines hold, and of
 each picture its fingerprint, the hash of its bytes, and its fault.
@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 def picture_faults(paths: Sequence[Path]) -> list[str | None]:
-    """What is wrong with each of these pictures, "does not exist"; None where nothing is."""
+    """What is wrong with each of these pictures, such as "does not exist"; None if nothing is."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [picture.fault for picture in pool.map(examine, paths)]
 

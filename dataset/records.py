@@ -1,6 +1,6 @@
-"""What a line of a data file must hold: each function takes the line's JSON object, checks it, returns its content.
+"""The formats of data lines: each function takes a line's JSON object, checks it and returns its content.
 
-No key of a line is passed over in silence. A function says which keys of an object it uses and which it refuses, since
+No key of a line is silently ignored. A function says which keys of an object it uses and which it refuses, since
 leaving them out would change the training; the others, which mean nothing here (an id, a source, a score), it counts
 by name in `ignored`. A refused key that is null or empty says nothing, and is counted, too. Keys that differ from ours
 in letter case or underscores alone ("System", "toolCalls") mean the same, and are refused.
@@ -165,7 +165,7 @@ def parse_pair(record: dict, ignored: Ignored) -> Pair:
 
     Both go the same way up to a turn that the assistant answers differently; answers before it are not targets, they
     have "weight" 0. With a "prompt", a list of turns or a user's text, which comes in front of both, the two may be
-    lists of turns that go on from it, or that repeat it, or texts of the assistant.
+    lists of turns that continue it, or that repeat it, or texts of the assistant.
 
     Raises:
         BadRecord: as in `parse_chat`; or they part before an answer does, and so do not answer one prompt.
@@ -284,7 +284,7 @@ def _thought(turn: dict) -> str:
 
 
 def _wanted(turn: dict) -> bool | None:
-    """Whether a turn says that it is to be learned, by "weight" or "train"; None where it does not say."""
+    """Whether a turn is to be trained on, by "weight" or "train"; None if it does not say."""
     weight, train = turn.get("weight"), turn.get("train")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
         raise BadRecord(f'"weight" is {weight!r:.40}, but must be 0 or 1')

@@ -1,4 +1,4 @@
-"""Data for learning by trying: questions, each with the answer that is right; the model writes its own."""
+"""Data for reinforcement learning: questions, each with its right answer; the model generates its own."""
 
 import json
 from functools import partial
@@ -71,7 +71,7 @@ class RLDataset(RowDataset):
         lengths = self.cache.lengths[samples]
         fits = np.flatnonzero(lengths + self._room <= self.max_seq_len)
         if dropped := len(samples) - len(fits):
-            self.notes = [(dropped, f"dropped because {self._room} tokens of an answer do not fit behind them")]
+            self.notes = [(dropped, f"dropped because {self._room} tokens of an answer do not fit after them")]
         return Pieces(fits, np.zeros_like(fits), lengths[fits])
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:

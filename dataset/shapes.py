@@ -1,4 +1,4 @@
-"""What a file or a line is that we do not read, told by name, and what to do about it."""
+"""Recognising files and lines of other formats, and what to do about them."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def foreign_file(head: bytes) -> str | None:
 
 
 def foreign_first_line(path: Path, line: bytes) -> str | None:
-    """What a file seems to be whose first line is no JSON object."""
+    """What a file seems to be if its first line is not a JSON object."""
     text = line.decode("utf-8", errors="replace").strip()
     if text == "{":
         return "JSON spread over several lines; write one object per line (jq -c .)"
@@ -100,7 +100,7 @@ def recognise_shape(record: dict) -> str | None:
 
 
 def prepare_command(path: Path, stage: str) -> str:
-    """What to type to have a file of another shape made into one of ours."""
+    """The command that converts a file of another shape."""
     out = path.with_name(f"{path.name.split('.')[0]}_ours.jsonl")
     return f"python scripts/prepare_data.py {path} --stage {stage} --out {out}"
 
@@ -109,7 +109,7 @@ def file_advice(path: Path, shape: str) -> str:
     """To follow what `foreign_file` says of a file: the command that makes one of ours of it, where there is one."""
     if not shape.startswith(READ_BY_PREPARING):
         return ""
-    return f"; or have it read as it is: {prepare_command(path, 'pretrain|sft|dpo|reason')}"
+    return f"; or convert it with: {prepare_command(path, 'pretrain|sft|dpo|reason')}"
 
 
 def line_advice(path: Path, line: bytes) -> str:
@@ -119,7 +119,7 @@ def line_advice(path: Path, line: bytes) -> str:
     except (ValueError, RecursionError):
         return ""
     stage = raw_stage(record) if isinstance(record, dict) else None
-    return f"; {prepare_command(path, stage)} makes lines of ours of such" if stage else ""
+    return f"; convert such lines with: {prepare_command(path, stage)}" if stage else ""
 
 
 def raw_stage(record: dict) -> str | None:

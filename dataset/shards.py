@@ -129,7 +129,7 @@ def list_shards(data_path: str) -> list[Shard]:
         shards = [Shard(str(path), path.stat().st_size) for path in paths if path.is_file()]
     shards = [shard for shard in shards if shard.size]
     if not shards:
-        raise DataError(f"{data_path}: no file with anything in it is there; a folder is searched for {PATTERN}")
+        raise DataError(f"{data_path}: there is no file with content; a folder is searched for {PATTERN}")
     for shard in _some(shards):
         if shape := foreign_file(shard.read(0, HEAD_BYTES)):
             raise DataError(f"{shard.address} is {shape}{file_advice(Path(shard.address), shape)}")
@@ -148,7 +148,7 @@ def _remote_shards(address: str) -> list[Shard]:
         raise unreadable(address, error) from error
     shards = [Shard(files.unstrip_protocol(path), size) for path, size in zip(paths, sizes, strict=True)]
     if unknown := next((shard.address for shard in shards if shard.size is None), None):
-        raise DataError(f"{unknown} does not tell its size, without which it cannot be read in pieces: download it")
+        raise DataError(f"{unknown} does not report its size, which reading in pieces needs: download it")
     return shards
 
 

@@ -1,4 +1,4 @@
-"""From the windows of a stream to optimizer steps: dealt out among ranks, without end, resumable at any step."""
+"""From the windows of a stream to optimizer steps: divided among ranks, endless, resumable at any step."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Training rows from files of any size and number, read while the training goes on: nothing is cached or kept.
+"""Training rows from any number of files of any size, read during training: nothing is cached or kept.
 
 The files are cut into blocks of equal length. Each epoch takes the blocks in an order of its own, and reads them window
 by window: the lines of a window's blocks, from as many places of the data, are tokenised, split or cut, packed and
@@ -96,7 +96,7 @@ class Window(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What keeps a window from being read, in words."""
+    """Why a window cannot be read, in words."""
 
     reason: str
 
@@ -112,7 +112,7 @@ class StreamedRows:
         hold_out: keep some blocks back, see `held_out`.
 
     Attributes:
-        position: where the next row is: "window" and "row" in it, JSON values; to be set where a run goes on.
+        position: where the next row is: "window" and "row" in it, JSON values; to be set when a run is resumed.
         windows: in an epoch.
         summary: one line to print at the start of a run.
 
@@ -171,7 +171,7 @@ class StreamedRows:
 
     @property
     def empty_row(self) -> dict[str, torch.Tensor]:
-        """A row of no tokens, which fills a micro-batch up."""
+        """A row without tokens, to fill up a micro-batch."""
         return {name: torch.zeros(0, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
 
     def held_out(self) -> "ListedRows | None":

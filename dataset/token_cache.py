@@ -112,7 +112,7 @@ class TokenCache:
         return bits[begin % 8 : begin % 8 + length].astype(bool)
 
     def note(self, sample: int) -> Any:
-        """What else belongs to a sample; None where the samples came without."""
+        """The note that belongs to a sample; None if the samples have none."""
         if self._notes is None:
             return None
         begin, end = self._note_offsets[sample : sample + 2]

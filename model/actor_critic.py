@@ -1,4 +1,4 @@
-"""The two networks of PPO in one module: the policy, and the critic that says what each position is worth."""
+"""The two networks of PPO in one module: the policy, and the critic, which estimates the value of each position."""
 
 from torch import Tensor
 
@@ -27,6 +27,6 @@ class ActorCritic(MiniMindLM):
         return out, judged.logits
 
     def copy_policy_to_critic(self) -> None:
-        """Let the critic begin where the policy does; it finds everything worth 0 then."""
+        """Initialise the critic from the policy; its values are 0 then."""
         policy = {key: value for key, value in self.state_dict().items() if not key.startswith(CRITIC)}
         self.critic.load_state_dict(policy, strict=False)  # all but the head, which the policy does not have

@@ -1,10 +1,10 @@
-"""From chats and texts to token ids, with the loss mask: the one place where a prompt is laid out.
+"""From chats and texts to token ids, with the loss mask: the one place where prompts are built.
 
 A chat reads
 
     <s>system\n{system}</s>\n<s>user\n{content}</s>\n<s>assistant\n{answer}</s>\n
 
-It is encoded piece by piece, with the control tokens inserted between the pieces as ids. So the mask is exact, and
+It is encoded piece by piece, with the control tokens inserted between the pieces as ids. Hence the mask is exact, and
 typed text can never turn into a control token.
 """
 

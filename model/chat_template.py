@@ -5,7 +5,7 @@
 spells a control token becomes one, and leading white space of a content may merge with the newline before it.
 
 Beyond what `render_chat` takes it accepts what clients send: content that is null or a list of text parts, `developer`
-for system, a thought in `reasoning_content`, tool calls and tool turns. What it cannot lay out is refused by name.
+for system, a thought in `reasoning_content`, tool calls and tool turns. What it cannot render is refused by name.
 """
 
 import re

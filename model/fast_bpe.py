@@ -1,4 +1,4 @@
-"""The ids of a byte-level BPE by tiktoken, several times faster than by the tokenizers library, and the same ids.
+"""Byte-level BPE with tiktoken: the same ids as the tokenizers library, several times faster.
 
 tiktoken merges the same way but knows no list of merges: it joins two neighbours whenever their bytes are an entry, the
 entry of lowest rank first. That comes to the same ids where every merge makes an entry of its own from entries made
@@ -49,7 +49,7 @@ class FastBPE:
         tokenizer: as of `fast_bpe`, which makes this where it can.
 
     Raises:
-        ValueError: its ids cannot be had this way.
+        ValueError: tiktoken cannot reproduce its ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -68,7 +68,7 @@ class FastBPE:
         self._exact = tokenizer
         probes = [[probe] for probe in (*PROBES, *(f"a {content}{content} z" for content in added), _every_number())]
         if not all(map(np.array_equal, self.encode(probes), _exact_ids(tokenizer, probes))):
-            raise ValueError("tiktoken gives other ids")
+            raise ValueError("tiktoken gives different ids")
 
     def encode(self, texts: Sequence[list[str]]) -> list[np.ndarray]:
         """The ids of each text, int64 (n,), whose parts are encoded apart and joined: those of the tokenizers library.
@@ -135,9 +135,9 @@ def _check_added(tokens: list[dict]) -> None:
     """Added tokens are found by their plain text alone, and none where another begins."""
     contents = sorted(token["content"] for token in tokens)
     if any(token[name] for token in tokens for name in ("single_word", "lstrip", "rstrip", "normalized")):
-        raise ValueError("an added token takes what is around it, too")
+        raise ValueError("an added token also strips the text around it")
     if any(other.startswith(content) for content, other in itertools.pairwise(contents)):
-        raise ValueError("an added token begins as another")
+        raise ValueError("an added token is a prefix of another")
 
 
 def _pattern(state: dict) -> str:
@@ -149,7 +149,7 @@ def _pattern(state: dict) -> str:
     for known, pattern in PATTERNS:
         if steps == known:
             return pattern
-    raise ValueError("it splits another way")
+    raise ValueError("it splits text differently")
 
 
 def _entries(model: dict, tokenizer: Tokenizer) -> dict[bytes, int]:
@@ -165,9 +165,9 @@ def _entries(model: dict, tokenizer: Tokenizer) -> dict[bytes, int]:
         raise ValueError("it lacks bytes")
     for left, right in model["merges"]:
         if left not in made or right not in made or left + right in made:
-            raise ValueError("its merges are not in the order of a training")
+            raise ValueError("its merges are not in training order")
         if [token.id for token in tokenizer.model.tokenize(left + right)] != [vocabulary[left + right]]:
-            raise ValueError("an entry is not what its own bytes become")
+            raise ValueError("an entry is not what its own bytes encode to")
         made[left + right] = vocabulary[left + right]
     return {bytes(BYTE_OF[char] for char in token): token_id for token, token_id in made.items()}
 

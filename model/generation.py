@@ -8,17 +8,17 @@ from torch import Tensor
 
 from model.inference.sampling import penalise_repetition, sample_token
 
-UNTOLD_LENGTH = 256  # tokens within which nothing is said: models with so short rows are the demo's and the tests'
+UNTOLD_LENGTH = 256  # no warning up to this length: only the demo's and the tests' models have rows this short
 
 
 def warn_beyond_training(config, length: int) -> bool:
-    """Say in the log that a text grows longer than any that was trained on; whether it does."""
+    """Warn in the log if a text grows longer than the training rows; returns whether it does."""
     learned = config.learned_positions
     if learned is None or length <= max(learned, UNTOLD_LENGTH):
         return False
     logging.getLogger("minimind").warning(
-        f"this text has {length} tokens or more, but the model was trained on rows of {learned}: what follows may be "
-        "worse (docs/generations.md says how positions are stretched)"
+        f"this text has {length} tokens or more, but the model was trained on rows of {learned}: quality may "
+        "drop beyond that (docs/generations.md shows how to scale the positions)"
     )
     return True
 

@@ -1,4 +1,4 @@
-"""A MiniMind with a scalar head: it judges whole answers (a reward model) or each token of one (PPO's critic)."""
+"""A MiniMind with a scalar head: it scores whole answers (a reward model) or each token of one (PPO's critic)."""
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ class MiniMindReward(MiniMindLM):
     def __init__(self, config: LMConfig | None = None):
         super().__init__(config)
         self.score = nn.Linear(self.config.dim, 1, bias=False)
-        nn.init.zeros_(self.score.weight)  # it begins by finding all the same
+        nn.init.zeros_(self.score.weight)  # it starts by scoring everything 0
 
     def forward(self, *args, logits_to_keep: Tensor, **others) -> MiniMindOutput:
         """Scores at the positions that `logits_to_keep`, (batch, n) bool, picks; see `MiniMindLM.forward`."""
@@ -28,7 +28,7 @@ class MiniMindReward(MiniMindLM):
 
 
 def answer_scores(model: nn.Module, batch: dict[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """One score a sample, read at the last token of its last answer: the `</s>` that closes it.
+    """One score per sample, read at the last token of its last answer: the `</s>` that closes it.
 
     Args:
         batch: input_ids, attention_mask, position_ids (rows, n), samples possibly packed.

@@ -1,4 +1,4 @@
-"""MiniMind-V: a frozen CLIP looks at the images, and one linear layer puts what it saw into the prompt.
+"""MiniMind-V: a frozen CLIP encodes the images, and one linear layer projects its features into the prompt.
 
 An image takes a run of `image_tokens` places in the prompt, each the id `image_token_id`. The vision tower makes as
 many vectors of it, one a patch; projected to the model's width they are read in place of the ids' embeddings, and
@@ -19,7 +19,7 @@ Images = Tensor | Sequence[Tensor | None]
 
 
 class VLMConfig(LMConfig):
-    """Configuration of the vision-language model: `LMConfig` and what an image is to it.
+    """Configuration of the vision-language model: `LMConfig` and the layout of an image.
 
     Args:
         image_token_id: the id that holds an image's places; 34 is `@` of the tokenizer published with MiniMind2.
@@ -59,7 +59,7 @@ def load_tower(folder: str | Path) -> VisionTower:
     """The vision half of a `transformers` CLIP folder, fp32, frozen, in eval mode.
 
     Raises:
-        ValueError: the folder holds no CLIP, or not all of one.
+        ValueError: the folder has no CLIP, or an incomplete one.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json: it is not a transformers folder")
@@ -70,12 +70,12 @@ def load_tower(folder: str | Path) -> VisionTower:
         str(folder), local_files_only=True, dtype=torch.float32, output_loading_info=True
     )
     if report["missing_keys"]:
-        raise ValueError(f"{folder} lacks {sorted(report['missing_keys'])[:3]} of its CLIP's vision half")
+        raise ValueError(f"{folder} lacks {sorted(report['missing_keys'])[:3]} of its CLIP's vision tower")
     return tower.requires_grad_(False).eval()
 
 
 def tower_output(tower: VisionTower) -> tuple[int, int]:
-    """How many vectors the tower makes of an image, and their width."""
+    """How many vectors the tower gives for an image, and their width."""
     return (tower.config.image_size // tower.config.patch_size) ** 2, tower.config.hidden_size
 
 
@@ -113,7 +113,7 @@ class MiniMindVLM(MiniMindLM):
         return self._tower[0]
 
     def set_tower(self, tower: VisionTower) -> None:
-        """Look through this tower from now on.
+        """Use this tower from now on.
 
         Raises:
             ValueError: its output has not the width or the number of tokens that the config says.
@@ -130,7 +130,7 @@ class MiniMindVLM(MiniMindLM):
 
     @torch.no_grad()
     def encode_images(self, pixel_values: Tensor) -> Tensor:
-        """What the tower sees: its last hidden layer without the class token.
+        """The tower's features: its last hidden layer without the class token.
 
         Args:
             pixel_values: (images, 3, H, W), preprocessed as the tower wants them.

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: how they are rounded, what they stand for, and a linear layer that is trained to bear it.
+"""Weights in 8 and 4 bits: quantisation, dequantisation, and a linear layer for quantisation-aware training.
 
 int8: a row (output channel) of a matrix shares a scale, w ~ q * scale with q in -127 … 127 (symmetric, per channel).
 int4: 32 neighbours of a row share one, with q in -8 … 7 (symmetric, in groups). A group's largest weight decides how
@@ -80,7 +80,7 @@ def bits_of(name: str, bits: int) -> int:
 
 @torch.no_grad()
 def quantize_weights(model: nn.Module, bits: int) -> None:
-    """Replace the model's matrices by what they would be after quantisation, in place: to measure what it costs.
+    """Replace the model's matrices by what they would be after quantisation, in place, to measure the loss in quality.
 
     A router stays exact, as in the engine: it is small, and a rounding error could reroute a token.
 
@@ -119,7 +119,7 @@ class QuantizationAwareLinear(nn.Linear):
 
 
 def make_quantization_aware(model: nn.Module, bits: int) -> None:
-    """Let every matrix of the blocks learn to bear `bits`; names and shapes of the parameters stay.
+    """Quantisation-aware training of every matrix of the blocks in `bits`; names and shapes of the parameters stay.
 
     The embedding and the output matrix, which int4 leaves at 8 bits, are trained as they are.
 

@@ -1,4 +1,4 @@
-"""Answers that think first, and how to read them:
+"""Answers that think first, and how to parse them:
 
 <think>
 12 + 30 = 42
@@ -19,7 +19,7 @@ from model.chat import render_text
 from model.tokenizer import token_bytes
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-THOUGHT_BEGUN = "<think>\n"  # what a prompt that opens a thought ends with: an answer to it goes on from there
+THOUGHT_BEGUN = "<think>\n"  # the end of a prompt that opens a thought: the answer continues from there
 _TAG = re.compile("|".join(TAGS))
 _NO_TAG = rf"(?:(?!{_TAG.pattern}).)+"
 FORMAT = re.compile(rf"<think>\n{_NO_TAG}\n</think>\n<answer>\n{_NO_TAG}\n</answer>", re.DOTALL)
@@ -45,7 +45,7 @@ def with_thought(thought: str, answer: str) -> ThoughtfulAnswer:
     """
     for name, text in (("thought", thought), ("answer", answer)):
         if found := _TAG.search(text):
-            raise ValueError(f"the {name} holds the tag {found[0]}, and is to get tags of its own")
+            raise ValueError(f"the {name} already contains the tag {found[0]}")
     text = ThoughtfulAnswer(f"<think>\n{thought}\n</think>\n<answer>\n{answer}\n</answer>")
     text.thought, text.answer = thought, answer
     return text
@@ -70,7 +70,7 @@ def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 
 
 class ReasoningStream:
-    """Tells thinking from answer while an answer is written.
+    """Separates thinking from answer while an answer is generated.
 
     What stands between `<think>` and `</think>` is thinking, everything else is answer, also of a model that writes no
     tags at all. The tags themselves, and white space next to them, belong to neither. Text that may become a tag, or
@@ -98,7 +98,7 @@ class ReasoningStream:
         return parts + self._emit(clear)
 
     def flush(self) -> list[tuple[str, str]]:
-        """What still waited when the answer ended."""
+        """What was still held back when the answer ended."""
         rest, self._waiting = self._waiting.rstrip(), ""
         return self._emit(rest)
 
@@ -137,7 +137,7 @@ def majority(replies: Sequence[str]) -> tuple[str, int]:
     """A vote among replies to one question, by what they answer, whatever they thought on the way
     (self-consistency, Wang et al. 2022, arXiv:2203.11171).
 
-    A reply that never came to an answer has no vote, unless none did.
+    A reply without an answer has no vote, unless none has one.
 
     Returns:
         the first reply with the answer that is given most often (of equally frequent ones the first), white space

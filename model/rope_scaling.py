@@ -44,7 +44,7 @@ def checked_scaling(scaling: dict | None) -> dict | None:
     if kind == "default":
         return None
     if kind not in TYPES:
-        why = ": its base changes while a text grows, and cached keys would not fit" if kind == "dynamic" else ""
+        why = ": its base changes as the text grows, and cached keys would not match" if kind == "dynamic" else ""
         raise ValueError(f"rope_scaling of type {kind!r}{why}: use {', '.join(TYPES)}")
     scaling.pop("rope_theta", None)  # a field of its own here
     keys = KEYS[1:] + (YARN_KEYS if kind == "yarn" else ())

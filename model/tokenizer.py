@@ -38,7 +38,9 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
         if token_id in added:
             table.append(b"" if added[token_id].special else token.encode())
         elif token is None or not BYTE_OF.keys() >= set(token):
-            raise ValueError(f"token {token_id} ({token!r}) is none of a byte-level BPE: this tokenizer cannot be used")
+            raise ValueError(
+                f"token {token_id} ({token!r}) is not from a byte-level BPE: this tokenizer cannot be used"
+            )
         else:
             table.append(bytes(BYTE_OF[char] for char in token))
     return table
@@ -68,7 +70,7 @@ class StreamDecoder:
     """Turns ids into text as they are generated, never yielding half a UTF-8 character.
 
     A Chinese character or an emoji is often spread over several tokens: its bytes wait here until it is whole. Bytes
-    that are no UTF-8 become U+FFFD. Special tokens, and ids that the tokenizer does not have, are no text.
+    that are not UTF-8 become U+FFFD. Special tokens, and ids that the tokenizer does not have, are no text.
 
     Args:
         tokenizer: the tokenizer of the ids, or its `token_bytes`, which spares a server computing it per request.

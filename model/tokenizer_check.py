@@ -1,4 +1,4 @@
-"""Whether a MiniMind can be trained with a tokenizer: one check for every script that loads one, or makes one."""
+"""Whether a MiniMind can be trained with a tokenizer: one check for every script that loads or trains one."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ KINDS = {"Unigram": "Unigram, as SentencePiece's and T5's", "WordPiece": "WordPi
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make sure of all that rendering, training and generation rely on.
+    """Check everything that rendering, training and generation rely on.
 
     That is: a byte-level BPE with ids from 0 on, bos and eos among them; every text comes back from its tokens as it
     was, and no text that spells a control token becomes one. NFC, as Qwen's normalizer, is let be.
@@ -41,19 +41,21 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = sorted(tokenizer.get_vocab().values())
     if ids != list(range(len(ids))):
         hole = next(place for place, token_id in enumerate(ids) if place != token_id)
-        raise ValueError(f"its ids have a hole or a double: it has {len(ids)} entries, and none of its own for {hole}")
+        raise ValueError(
+            f"its ids have a gap or a duplicate: it has {len(ids)} entries, but none of its own for {hole}"
+        )
     for name in ("bos", "eos"):
         _check_delimiter(tokenizer, name)
     pieces = token_bytes(tokenizer)
     lacking = {bytes([byte]) for byte in range(256)}.difference(pieces)
     if lacking:  # then not every text has tokens
-        raise ValueError(f"{len(lacking)} of the 256 bytes have no entry, {min(lacking)} for one")
+        raise ValueError(f"{len(lacking)} of the 256 bytes have no entry, for example {min(lacking)}")
     check_round_trips(tokenizer, PROBES, pieces)
     _check_chat(tokenizer, pieces)
 
 
 def check_round_trips(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], pieces: list[bytes]) -> None:
-    """Make sure that these texts come back from their tokens.
+    """Check that these texts survive the round trip through their tokens.
 
     Args:
         pieces: the tokenizer's `token_bytes`.
@@ -65,19 +67,19 @@ def check_round_trips(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], 
         if (back := _spelled(ids, pieces)) != text:
             raise ValueError(
                 f"the round trip of {text!r:.80} gives {back!r:.80}: its normalizer, pre-tokenizer or added tokens "
-                "change what is written, and another text would be learned"
+                "change the text, and a different text would be learned"
             )
 
 
 def _check_kind(tokenizer: PreTrainedTokenizerBase) -> None:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"it is a {type(tokenizer).__name__}, and not one of the tokenizers library")
+        raise ValueError(f"it is a {type(tokenizer).__name__}, not a tokenizer of the tokenizers library")
     backend = tokenizer.backend_tokenizer
     kind = type(backend.model).__name__
     if kind != "BPE" or "ByteLevel" not in f"{backend.pre_tokenizer} {backend.normalizer}":
         kind = "BPE of characters, as SentencePiece's and Llama 2's" if kind == "BPE" else KINDS.get(kind, kind)
         raise ValueError(
-            f"it is no byte-level BPE, which spells any text, but a {kind}: scripts/train_tokenizer.py makes one"
+            f"it is not a byte-level BPE, which encodes any text, but a {kind}: scripts/train_tokenizer.py trains one"
         )
 
 
@@ -91,7 +93,7 @@ def _check_delimiter(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
             f'write "{name}_token": "{usual}" into its tokenizer_config.json'
         )
     if entries.get(token) != token_id or not tokenizer.added_tokens_decoder[token_id].special:
-        raise ValueError(f"its {name} token {token!r} is no entry of its own that no text becomes")
+        raise ValueError(f"its {name} token {token!r} is not a special entry of its own")
 
 
 def _check_chat(tokenizer: PreTrainedTokenizerFast, pieces: list[bytes]) -> None:
@@ -104,8 +106,8 @@ def _check_chat(tokenizer: PreTrainedTokenizerFast, pieces: list[bytes]) -> None
     if control != [tokenizer.bos_token_id, tokenizer.eos_token_id] * len(chat):
         strange = next((i for i in control if i not in (tokenizer.bos_token_id, tokenizer.eos_token_id)), control[0])
         raise ValueError(
-            f"text that spells its token {added[strange].content!r} becomes that token: what a user types could not be "
-            "told from a control token"
+            f"text that spells its token {added[strange].content!r} is encoded as that token: user text could not be "
+            "distinguished from a control token"
         )
     shown = {tokenizer.bos_token_id: tokenizer.bos_token, tokenizer.eos_token_id: tokenizer.eos_token}
     pieces = [shown[i].encode() if i in shown else piece for i, piece in enumerate(pieces)]
@@ -115,7 +117,7 @@ def _check_chat(tokenizer: PreTrainedTokenizerFast, pieces: list[bytes]) -> None
     if (back := _spelled(ids, pieces)) != layout:
         place = next(i for i, (a, b) in enumerate(zip(back + "\0", layout + "\0", strict=False)) if a != b)
         raise ValueError(
-            f"a chat comes back from its tokens as another one: {back[place : place + 20]!r} in place of "
+            f"a chat does not survive the round trip through its tokens: {back[place : place + 20]!r} instead of "
             f"{layout[place : place + 20]!r}"
         )
 

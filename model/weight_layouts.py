@@ -1,8 +1,8 @@
-"""State dicts as other tools write them, brought to MiniMind's own names where their meaning is certain.
+"""State dicts as other tools write them, converted to MiniMind's own names if their meaning is certain.
 
 The names of transformers' Llama are also those of MiniMind's own files since April 2025. With them RoPE turns rows half
 a head apart, (i, i + d/2), and ours stand side by side, (2i, 2i + 1): the rows of each head of wq and wk are reordered.
-A MiniMind-3 has these names, too, and is told by its norms of queries and keys: its names and rows stay as they are.
+A MiniMind-3 also has these names, and is recognised by its norms of queries and keys: its names and rows stay as is.
 """
 
 import re
@@ -39,15 +39,15 @@ OURS, THEIRS = (
 )
 IN_A_LAYER = re.compile(rf"(?P<prefix>(?:.*\.)?)layers\.\d+\.(?:(?P<ours>{OURS})|(?P<theirs>{THEIRS}))\.")
 
-OTHERS = (  # what is no MiniMind, by one of its names
+OTHERS = (  # what is not a MiniMind, by one of its names
     (r"\.lora_(A|B|embedding_A|embedding_B)\b", "peft's LoRA adapter: `convert_model.py from-peft` reads its folder"),
     (r"\bself_attn\.[qkv]_proj\.bias$|\bshared_expert_gate\.", "a Qwen2 or Qwen2-MoE: `convert_model.py "
      "from-transformers` reads its folder"),
-    (r"^(vision_model|text_model)\.|\bvision_encoder\.", "a CLIP, or a model with one inside: a vision tower is named "
-     "by its folder, with --vision_model"),
+    (r"^(vision_model|text_model)\.|\bvision_encoder\.", "a CLIP, or a model with one inside: pass a vision tower as "
+     "its folder, with --vision_model"),
     (r"(^|\.)h\.\d+\.(attn|mlp|ln_1)\.|(^|\.)wte\.weight$", "a GPT-2"),
     (r"\.(qweight|qzeros|absmax|quant_state|SCB)\b", "quantised weights, which cannot be trained on"),
-    (r"^(base_model\.)?encoder\.|\.encoder\.layer\.", "an encoder, as BERT or T5"),
+    (r"^(base_model\.)?encoder\.|\.encoder\.layer\.", "an encoder such as BERT or T5"),
 )  # fmt: skip
 
 
@@ -101,17 +101,17 @@ def recognise(content: object, n_heads: int, n_kv_heads: int, generation: int | 
     tensors, notes = _tensors_in(content)
     names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
     if taken_off := sorted({part for name in names for part in name.split(".") if part in WRAPPERS}):
-        notes.append(f"{' and '.join(taken_off)} taken out of its names")
+        notes.append(f"{' and '.join(taken_off)} removed from its names")
     _refuse_others(list(names.values()))
     found = next(filter(None, map(IN_A_LAYER.match, names.values())), None)
     if found is None:
-        raise ValueError(f"holds nothing of a MiniMind: {_some(tensors)}")
+        raise ValueError(f"contains nothing of a MiniMind model: {_some(tensors)}")
     prefix, newer = found["prefix"], found["theirs"] is not None
     if generation is None:
         generation = 3 if any(map(QK_NORM.search, names.values())) else 2
     outer = prefix.removesuffix("model.") if newer else prefix  # `lm_head` and `vision_proj` stand beside `model`
     if outer:
-        notes.append(f"{outer} taken off its names")
+        notes.append(f"{outer} removed from its names")
     newer = newer and generation == 2
     if newer:
         heads = f"{n_heads} and {n_kv_heads} heads"
@@ -127,10 +127,10 @@ def recognise(content: object, n_heads: int, n_kv_heads: int, generation: int | 
         if ours.rpartition(".")[2] in TABLES:
             continue
         if ours in state:
-            raise ValueError(f"holds {ours} twice")
+            raise ValueError(f"contains {ours} twice")
         value = tensors[name].detach()
         if value.dtype not in PRECISIONS:
-            raise ValueError(f"holds {name} as {value.dtype}: quantised weights cannot be used")
+            raise ValueError(f"has {name} as {value.dtype}: quantised weights cannot be used")
         state[ours] = _in_pairs(ours, value.float(), n_heads, n_kv_heads) if newer else value.float()
     return Recognised(_tied(state, TIED[generation]), "; ".join(notes), newer, generation)
 
@@ -142,25 +142,25 @@ def _tensors_in(content: object) -> tuple[Mapping[str, Tensor], list[str]]:
         if content and all(isinstance(value, Tensor) for value in content.values()):
             if any(value.numel() == 0 for value in content.values()):
                 raise ValueError(
-                    "is one rank's part of a model that DeepSpeed's ZeRO stage 3 or FSDP spread over files: "
-                    "zero_to_fp32.py, which DeepSpeed leaves beside it, puts them together"
+                    "is one rank's shard of a model that DeepSpeed's ZeRO stage 3 or FSDP saved: merge the shards with "
+                    "zero_to_fp32.py, which DeepSpeed leaves beside them"
                 )
             return content, notes
         held = [key for key in HOLDERS if isinstance(content.get(key), Mapping)]
         if len(held) != 1:
             raise ValueError(_no_state_dict(content, held))
-        notes.append(f"its weights lie under {held[0]!r}")
+        notes.append(f"its weights are under {held[0]!r}")
         content = content[held[0]]
-    raise ValueError(f"holds a {type(content).__name__}, and no state dict of tensors")
+    raise ValueError(f"contains a {type(content).__name__}, not a state dict of tensors")
 
 
 def _no_state_dict(content: Mapping, held: list[str]) -> str:
     if not content:
-        return "is empty: it holds no tensor"
+        return "is empty: it contains no tensors"
     if held:
-        return f"holds several models, {' and '.join(held)}: save one of them alone"
+        return f"contains several models, {' and '.join(held)}: save only one of them"
     if {"optimizer", "optimizer_state_dict", "param_groups", "base_optimizer_state"} & content.keys():
-        return "holds an optimizer's state, and no weights"
+        return "contains an optimizer's state, but no weights"
     strange = next(key for key, value in content.items() if not isinstance(value, Tensor))
     return f"is not a plain state dict of tensors: its {strange!r} is a {type(content[strange]).__name__}"
 
@@ -190,7 +190,7 @@ def _in_pairs(name: str, value: Tensor, n_heads: int, n_kv_heads: int) -> Tensor
         return value
     heads = n_heads if found[1] == "wq" else n_kv_heads
     if value.dim() != 2 or value.size(0) % (2 * heads):
-        raise ValueError(f"holds {name} as {[*value.shape]}, which are no rows of {heads} heads")
+        raise ValueError(f"has {name} of shape {[*value.shape]}, which does not fit {heads} heads")
     return interleaved(value, heads)
 
 
@@ -198,5 +198,5 @@ def _tied(state: dict[str, Tensor], pair: tuple[str, str]) -> dict[str, Tensor]:
     """The state dict with embedding and output, if it has one of them."""
     there = [state[name] for name in pair if name in state]
     if len(there) == 2 and (there[0].shape != there[1].shape or not torch.equal(*map(torch.nan_to_num, there))):
-        raise ValueError(f"holds {' and '.join(pair)} that differ, and a MiniMind has one matrix for both")
+        raise ValueError(f"has different {' and '.join(pair)}, but a MiniMind has one matrix for both")
     return state | dict.fromkeys(pair, there[0]) if there else state

@@ -1,12 +1,12 @@
-"""What training keeps on disk to save time: tokens, pictures' features, the reference's log-probabilities.
+"""List and free the caches of training: tokens, image features, the reference's log-probabilities.
 
     python scripts/cache.py list                            of dataset/ and of ~/.cache/minimind
-    python scripts/cache.py list ~/data                     of what lies in ~/data, and in the folders in it
+    python scripts/cache.py list ~/data                     of what is in ~/data, and in the folders in it
     python scripts/cache.py free --all                      all but those that a run uses
     python scripts/cache.py free --older_than 30            not opened for 30 days
     python scripts/cache.py free ~/data --name sft_mini     of files and folders with this in their name
 
-Whatever is removed is computed again when it is needed. Training removes the least recently used by itself, beyond
+Whatever is removed is computed again when it is needed. Training itself removes the least recently used beyond
 --cache_limit.
 """
 

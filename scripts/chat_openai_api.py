@@ -3,8 +3,8 @@
 python scripts/chat_openai_api.py                                          the server of this project, on this machine
 python scripts/chat_openai_api.py --base_url http://host:8000/v1 --model NAME --api_key KEY
 
-/reset forgets the talk, /system TEXT gives the model another system prompt, /help says the rest. Ctrl-C stops an
-answer, Ctrl-D ends.
+/reset clears the conversation, /system TEXT sets another system prompt, /help lists the rest. Ctrl-C stops an
+answer, Ctrl-D ends the chat.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def get_args():
 
 
 class Chat:
-    """A talk with a server: what was said, and how to go on."""
+    """A conversation with a server: its history, and how to continue it."""
 
     def __init__(self, client, args):
         self.client = client
@@ -153,7 +153,7 @@ def typed_lines() -> Iterator[str]:
 
 def main():
     args = get_args()
-    import openai  # after the arguments: --help need not wait for it
+    import openai  # imported late, so that --help is quick
 
     with contextlib.suppress(ImportError):  # arrow keys in input(); Windows has its own
         import readline  # noqa: F401

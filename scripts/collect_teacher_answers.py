@@ -1,16 +1,16 @@
-"""Black-box distillation: ask a larger model behind any OpenAI-compatible endpoint, keep its answers to learn from.
+"""Black-box distillation: ask a larger model behind any OpenAI-compatible endpoint, and keep its answers to train on.
 
     python scripts/collect_teacher_answers.py questions.jsonl dataset/answers.jsonl --model NAME
         --base_url http://127.0.0.1:8998/v1 --concurrency 16
 
 A question is a line {"question": "…"}, or {"conversations": […]}, of which everything up to the last user turn is sent;
-"system" beside either is its system prompt. What else a line has is counted by name.
-An answer is written the moment it comes, as a line to fine-tune on, so that Ctrl-C loses none, and a second run asks
-only what has no answer yet. When all have one, the lines stand in the order of the questions. --thinking keeps what a
-reasoning model thought, in the form that train_distill_reason.py learns.
+"system" beside either is its system prompt. Other keys of a line are counted by name.
+Each answer is written as soon as it arrives, as a line to fine-tune on, so that Ctrl-C loses none, and a second run
+asks only the questions without an answer. When all are answered, the lines are in the order of the questions.
+--thinking keeps a reasoning model's thoughts, in the form that train_distill_reason.py learns.
 
 The address is --base_url or the environment's OPENAI_BASE_URL, or else OpenAI's own; the key --api_key or the
-environment's OPENAI_API_KEY, and local servers mostly want none.
+environment's OPENAI_API_KEY; most local servers need none.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ Chat = list[dict]  # of turns, as dataset/records.py has them
 
 
 class NoAnswer(Exception):
-    """The endpoint answered, but with nothing to learn from; the message says why."""
+    """The endpoint's answer cannot be trained on; the message says why."""
 
 
 def get_args():
@@ -276,7 +276,7 @@ def extract_answer(completion, thinking: bool) -> str:
 
 def main():
     args = get_args()
-    import openai  # after the arguments: --help need not wait for it
+    import openai  # imported late, so that --help is quick
     from tqdm import tqdm
 
     from dataset.jsonl import JsonlReader, named_counts

@@ -2,8 +2,8 @@
 
     python scripts/contact_sheet.py --out docs/images/demo_vlm.png           after `make demo-vlm`
 
-Questions are drawn at random from the examination's English ones (no font that comes with Python has Chinese), right
-and wrong answers as they come.
+Questions are drawn at random from the test's English ones (no font that comes with Python has Chinese), whether
+answered right or wrong.
 """
 
 import math

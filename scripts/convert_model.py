@@ -1,4 +1,4 @@
-"""Take a model away: to and from `transformers`, to GGUF for llama.cpp and Ollama, an adapter merged into its base.
+"""Convert a model: to and from `transformers`, to GGUF for llama.cpp and Ollama, an adapter merged into its base.
 
 python scripts/convert_model.py to-transformers out/full_sft_512.pth FOLDER [--lora out/lora/NAME_512.pth]
 python scripts/convert_model.py from-transformers FOLDER out/mine_512.pth
@@ -7,7 +7,7 @@ python scripts/convert_model.py merge-lora out/full_sft_512.pth out/lora/NAME_51
 python scripts/convert_model.py to-peft out/full_sft_512.pth out/lora/NAME_512.pth FOLDER [--layout minimind]
 python scripts/convert_model.py from-peft FOLDER out/full_sft_512.pth out/lora/mine_512.pth
 
-Sizes come from the json beside the weights; a downloaded .pth has none, and its tensors and the flags tell them.
+Sizes come from the json beside the weights; for a downloaded .pth, which has none, from its tensors and the flags.
 """
 
 import argparse
@@ -91,7 +91,7 @@ def save(model, tokenizer, out: Path, about: dict) -> None:
 
 
 def check_targets(args, suffix: str, beside: str) -> None:
-    """Refuse to replace what is there, or to write a file under a name that says something else."""
+    """Refuse to replace existing output, or to write a file under a misleading name."""
     if args.out.suffix != suffix:
         raise UserError(f"{args.out}: {args.command} writes a {suffix} file")
     for path in (args.out, args.out.with_suffix(beside)):
@@ -162,7 +162,7 @@ def merge_adapter(args) -> None:
     model, tokenizer = load(args, args.adapter)
     base = {k: v for k, v in (read_settings(args.weights) or {}).items() if k not in ("config", "tokenizer")}
     save(model, tokenizer, args.out, base | {"merged": str(args.adapter)})
-    print(f"{args.out}: {args.weights} with {args.adapter} in its weights")
+    print(f"{args.out}: {args.weights} with {args.adapter} merged in")
 
 
 def to_peft(args) -> None:

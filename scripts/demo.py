@@ -1,7 +1,7 @@
-"""The whole way in minutes: demo data, pretraining, fine-tuning, an examination. `make demo` runs it.
+"""The whole pipeline in minutes: demo data, pretraining, fine-tuning, a test. `make demo` runs it.
 
-Everything lies in dataset/demo/ and out/demo/; what is there from an earlier call is used again, and an interrupted
-training goes on where it stopped.
+Everything is in dataset/demo/ and out/demo/; results of an earlier call are reused, and interrupted training
+continues where it stopped.
 """
 
 import _own_python  # noqa: F401  (makes .venv where packages are missing, and goes on there)

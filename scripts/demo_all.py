@@ -1,7 +1,7 @@
 """Every way to teach the demo's model more, measured: preferences, an adapter, a student, thinking. `make demo-all`.
 
-It goes on from `make demo`, whose data and weights it uses (and makes where they are missing). What is there from an
-earlier call is used again, and an interrupted training goes on where it stopped.
+It continues from `make demo`, whose data and weights it uses (and creates if they are missing). Results of an earlier
+call are reused, and interrupted training continues where it stopped.
 """
 
 import json
@@ -155,7 +155,7 @@ def examined(stage: Stage, known: dict) -> dict:
     now = stage.state()
     if known.items() >= now.items():
         return known
-    print(f"\nexamining {stage.name} …", flush=True)
+    print(f"\nevaluating {stage.name} …", flush=True)
     start, end = (stage.measure(*opened(weights, stage.end)) for weights in (stage.start, stage.end))
     found = {"minutes": read_settings(OUT / f"{stage.end}.pth")["seconds"] / 60, "start": start, "end": end}
     if stage.answers:

@@ -1,8 +1,8 @@
-"""DeepSeek-R1's whole recipe with the demo's model: cold start, GRPO, rejection sampling, SFT, GRPO. `make demo-r1`.
+"""The whole DeepSeek-R1 recipe with the demo's model: cold start, GRPO, rejection sampling, SFT, GRPO. `make demo-r1`.
 
-It goes on from `make demo`, whose data and weights it uses (and makes where they are missing), and writes into
-out/demo/r1 alone. What is there from an earlier call is used again; an interrupted training goes on where it stopped.
-Afterwards GRPO from the chat model, which has never seen a thought (R1-Zero), is shown beside it.
+It continues from `make demo`, whose data and weights it uses (and creates if they are missing), and writes only to
+out/demo/r1. Results of an earlier call are reused; interrupted training continues where it stopped. Finally GRPO from
+the chat model, which has never seen a thought (R1-Zero), is run for comparison.
 """
 
 import json
@@ -35,7 +35,7 @@ def main():
 
     def remember(name: str, weights, minutes: float) -> None:
         if name not in results:
-            print(f"\nexamining {name} …", flush=True)
+            print(f"\nevaluating {name} …", flush=True)
             found = trying.examine(weights, verifier)._asdict()
             results[name] = found | {"minutes": minutes, "facts": facts(*open_model(weights))}
             save_json(results, file)

@@ -1,12 +1,12 @@
-"""Eyes for the demo's model in minutes: pictures, a tower, two stages, an examination. `make demo-vlm` runs it.
+"""Vision for the demo's model in minutes: pictures, a tower, two stages, a test. `make demo-vlm` runs it.
 
-Everything lies in dataset/demo/ and out/demo/; what is there from an earlier call is used again, and an interrupted
-training goes on where it stopped; from other pictures all is learned anew. Where the language model is missing,
-scripts/demo.py makes it first.
+Everything is in dataset/demo/ and out/demo/; results of an earlier call are reused, and interrupted training continues
+where it stopped; if the pictures change, everything is trained again. If the language model is missing,
+scripts/demo.py trains it first.
 
-The examination shows pictures of things whose colour and shape no picture to learn from has together. Beside each share
-stand two that need no eyes: that of the most frequent answer, and what is right when the pictures are shuffled among
-the questions of a kind. If the second is not down at the first, the questions gave something away.
+The test shows pictures of objects whose colour and shape no training picture combines. Beside each score are two that
+need no vision: that of the most frequent answer, and that with the pictures shuffled among the questions of a kind. If
+the second is clearly above the first, the questions give the answer away.
 """
 
 import json

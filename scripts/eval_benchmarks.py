@@ -1,4 +1,4 @@
-"""How good a model is on the field's own tests: C-Eval, CMMLU, OpenBookQA, ARC, HellaSwag, PIQA, SIQA, SciQ and others.
+"""Evaluate models on standard benchmarks: C-Eval, CMMLU, OpenBookQA, ARC, HellaSwag, PIQA, SIQA, SciQ and others.
 
     python scripts/eval_benchmarks.py --tasks cmmlu --data_dir DIR --num_fewshot 5 --weights out/full_sft_512.pth
     python scripts/eval_benchmarks.py --tasks ceval openbookqa --weights out/full_sft_512.pth SmolLM2-135M-Instruct
@@ -6,9 +6,9 @@
     python scripts/eval_benchmarks.py --ppl held_out.jsonl --weights out/pretrain_512.pth out/full_sft_512.pth
     python scripts/eval_benchmarks.py --compare before.json after.json
 
-EleutherAI's harness words the questions, and MiniMind's own engine answers them. Beside every score stand its standard
-error, what chance alone would give, and whether the two can be told apart. Without --data_dir the harness fetches the
-questions; with it they are read from the publishers' own files, DIR/NAME/….
+EleutherAI's harness supplies the tasks and prompts, and MiniMind's own engine scores them. Every score comes with its
+standard error, the chance level, and the significance of the difference. Without --data_dir the harness downloads the
+questions; with it they are read from the published files, DIR/NAME/….
 """
 
 import itertools
@@ -25,20 +25,24 @@ from trainer.errors import UserError, print_notice, run_main
 
 def get_args():
     parser = Parser(__doc__)
-    what = parser.add_argument_group("what to ask")
+    what = parser.add_argument_group("what to evaluate")
     what.add_argument("--tasks", nargs="+", default=[], metavar="NAME", help="benchmarks, or .jsonl files of your own")
-    what.add_argument("--data_dir", type=Path, metavar="DIR", help="the publishers' files (default: fetched)")
+    what.add_argument("--data_dir", type=Path, metavar="DIR", help="folder of the published files (default: download)")
     what.add_argument("--num_fewshot", type=non_negative_int, default=0, help="examples before a question")
-    what.add_argument("--limit", type=positive_int, help="ask only the first so many of each subject or task")
+    what.add_argument("--limit", type=positive_int, help="ask only the first N questions of each subject or task")
     what.add_argument("--prompt", nargs="+", choices=("raw", "chat"), default=["raw"], help="as text, as a chat, both")
     what.add_argument("--control", choices=("shuffle",), help="shuffle: each question's options under another question")
     what.add_argument("--seed", type=seed, default=1234, help="random seed of the examples, and of --control")
-    what.add_argument("--ppl", nargs="+", type=Path, default=[], metavar="FILE", help="predict these .jsonl or .txt")
     what.add_argument(
-        "--window", type=positive_int, default=512, help="tokens read at once for --ppl; they overlap by half"
+        "--ppl", nargs="+", type=Path, default=[], metavar="FILE", help="perplexity on these .jsonl or .txt"
     )
-    what.add_argument("--compare", nargs="+", type=Path, metavar="JSON", help="test one or two --output files' models")
-    who = parser.add_argument_group("whom to ask", "--weights, or the flags by which eval_model.py finds a model")
+    what.add_argument(
+        "--window", type=positive_int, default=512, help="window in tokens for --ppl; windows overlap by half"
+    )
+    what.add_argument(
+        "--compare", nargs="+", type=Path, metavar="JSON", help="compare the models of one or two --output files"
+    )
+    who = parser.add_argument_group("which model", "--weights, or the flags that select a model in eval_model.py")
     who.add_argument("--weights", nargs="+", default=[], metavar="W", help=".pth files, or transformers folders")
     who.add_argument(
         "--model_mode",
@@ -48,17 +52,21 @@ def get_args():
         help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 grpo, 5 ppo",
     )
     who.add_argument("--load", type=int, choices=(0, 1), default=0, help="1: --out_dir is a transformers folder")
-    who.add_argument("--lora_name", default=None, metavar="NAME", help="adapter to put on")
-    who.add_argument("--batch_size", type=positive_int, default=16, help="questions in flight")
+    who.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load")
+    who.add_argument("--batch_size", type=positive_int, default=16, help="questions at once")
     add_model_arguments(parser)
     add_untold_arguments(parser)
     add_device_argument(who)
-    out = parser.add_argument_group("what to write")
+    out = parser.add_argument_group("output")
     out.add_argument("--output", type=Path, metavar="JSON", help="results; a chart, NAME.png, is drawn beside it")
-    out.add_argument("--log_samples", type=Path, metavar="JSONL", help="a line a question, with every log-likelihood")
-    out.add_argument("--submission", type=Path, metavar="JSON", help="C-Eval's test split, for its site to mark")
-    out.add_argument("--resume", action=BooleanFlag, help="go on with a run that was cut short")
-    out.add_argument("--overwrite", action=BooleanFlag, help="replace what an earlier run wrote")
+    out.add_argument(
+        "--log_samples", type=Path, metavar="JSONL", help="one line per question, with every log-likelihood"
+    )
+    out.add_argument(
+        "--submission", type=Path, metavar="JSON", help="answers to C-Eval's test split, for its site to grade"
+    )
+    out.add_argument("--resume", action=BooleanFlag, help="continue an interrupted run")
+    out.add_argument("--overwrite", action=BooleanFlag, help="replace the output of an earlier run")
     return parser.parse_args()
 
 
@@ -68,11 +76,11 @@ def check(args) -> None:
     if args.compare:
         return
     if not args.tasks and not args.ppl:
-        raise UserError("nothing to ask: give --tasks NAME, --ppl FILE or --compare JSON")
+        raise UserError("nothing to evaluate: give --tasks NAME, --ppl FILE or --compare JSON")
     if args.submission and (args.tasks != ["ceval"] or len(args.weights) > 1 or len(args.prompt) > 1):
-        raise UserError("--submission is for --tasks ceval alone, and one model with one --prompt")
+        raise UserError("--submission is for --tasks ceval only, with one model and one --prompt")
     if args.resume and (not args.output or args.overwrite):
-        raise UserError("--resume goes on with the run of an --output, and --overwrite replaces it: choose one")
+        raise UserError("--resume continues the run of an --output, and --overwrite replaces it: choose one")
     chart = args.output and args.output.with_suffix(".png")
     for path in filter(None, (args.output, chart, args.log_samples, args.submission)):
         if path.exists() and not args.overwrite:
@@ -81,7 +89,7 @@ def check(args) -> None:
         if args.overwrite:
             partial_of(args.output).unlink()
         elif not args.resume:
-            raise UserError(f"{args.output}: a run was cut short; --resume goes on with it, --overwrite replaces it")
+            raise UserError(f"{args.output}: a run was interrupted; --resume continues it, --overwrite replaces it")
 
 
 def partial_of(output: Path) -> Path:
@@ -155,7 +163,7 @@ def compare_files(paths: list[Path]) -> None:
     models = [list(read_results(path).items()) for path in paths]
     pairs = list(itertools.product(*models) if len(models) == 2 else itertools.combinations(models[0], 2))
     if not pairs:
-        raise UserError(f"--compare {paths[0]}: it is of one model; name a second file")
+        raise UserError(f"--compare {paths[0]}: it has only one model; name a second file")
     print(compared_table((first, second, compare(a, b)) for (first, a), (second, b) in pairs))
 
 

@@ -1,11 +1,11 @@
-"""What lies in an output folder: every run, which of its states are whole, and the command that goes on from it.
+"""List the runs in an output folder, which of their states are intact, and the command that resumes each.
 
     python scripts/inspect_checkpoint.py                          of out/
     python scripts/inspect_checkpoint.py /mnt/out
     python scripts/inspect_checkpoint.py out/pretrain_512.pth     of one run
 
-Every file is read and compared with the checksum that was written with it. Where one is damaged the exit code is 2, and
-the command goes on from the newest state that is whole. Nothing is changed.
+Every file is read and compared with the checksum that was written with it. If one is damaged the exit code is 2, and
+the command resumes from the newest intact state. Nothing is changed.
 """
 
 import os
@@ -24,7 +24,7 @@ from trainer.errors import UserError, run_main, shown
 
 
 class Run(NamedTuple):
-    """What there is of a run: its weights, which may be missing, and the folder to go on from, which may be, too."""
+    """A run on disk: its weights and the folder to resume from, either of which may be missing."""
 
     weights: Path
     resume: Path
@@ -52,7 +52,7 @@ def find_runs(path: Path) -> list[Run]:
     else:
         raise UserError(f"{path} is neither a folder nor a run's weights")
     if not stems:
-        raise UserError(f"{path} holds no run: neither NAME.pth nor NAME.resume")
+        raise UserError(f"{path} contains no run: neither NAME.pth nor NAME.resume")
     return [Run(Path(f"{stem}.pth"), Path(f"{stem}.resume")) for stem in sorted(stems)]
 
 
@@ -81,16 +81,16 @@ def describe(run: Run) -> tuple[list[str], bool]:
     if owner := _writer(run.resume):
         lines.append(f"  a run is writing there: process {owner}")
     if not names:
-        lines.append("  nothing to go on from" if run.weights.exists() else "  nothing is saved yet")
+        lines.append("  nothing to resume from" if run.weights.exists() else "  nothing is saved yet")
         return lines, whole
     try:
         name, damages = find_whole_state(run.resume / "latest")
     except UserError:
-        lines.append("  no state is whole: start over with --overwrite")
+        lines.append("  no state is intact: start over with --overwrite")
         return lines, False
     if damages and whole:  # it is the pointer that is damaged
         lines.append(f"  {damages[0]}")
-    lines.append(f"  goes on from {name}:")
+    lines.append(f"  resumes from {name}:")
     lines.append(f"    {command_of(verify(run.resume / name))}")
     return lines, whole and not damages
 
@@ -105,7 +105,7 @@ def _check_weights(path: Path) -> tuple[str, bool]:
         check_hash(path, path.with_suffix(".json"), about)
     except UserError as error:
         return str(error), False
-    return "whole" if "sha256" in about else "not checked: its json tells no checksum, or there is none", True
+    return "whole" if "sha256" in about else "not checked: there is no json, or no checksum in it", True
 
 
 def _what_is_saved(state: dict) -> str:
@@ -134,9 +134,9 @@ def _writer(folder: Path) -> str | None:
 
 
 def command_of(state: dict) -> str:
-    """The command line that goes on from a saved state, as a shell takes it."""
+    """The command line that resumes a saved state, quoted for a shell."""
     if "command" not in state:  # of an earlier version
-        return "the command that began it, with --resume"
+        return "the command that started it, with --resume"
     script, *flags = state["command"]
     processes = state["settings"].get("world_size", 1)
     launcher = ["python"] if processes == 1 else ["torchrun", "--nproc_per_node", str(processes)]

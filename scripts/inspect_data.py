@@ -1,21 +1,20 @@
-"""What a model will see of a data file, to look at before a night of training: the first samples, and what is counted.
+"""What a model will see of a data file, to check before a long training run: the first samples, and statistics.
 
     python scripts/inspect_data.py dataset/sft_mini_512.jsonl
     python scripts/inspect_data.py my.jsonl --stage dpo --max_seq_len 1024 --samples 10 --seed 1
     python scripts/inspect_data.py export.json.gz
 
-The samples are those that training makes of the file, by the same code: with the system prompt, cut where a row ends.
-What is learned is green on a terminal and in ⟦brackets⟧ elsewhere. Control tokens and tags stand as they are; text that
-only spells one has a backslash before it.
+The samples are built by the same code as in training: with the system prompt, cut where a row ends. Target tokens are
+green on a terminal and in ⟦brackets⟧ elsewhere. Control tokens and tags are shown as they are; text that only spells
+one has a backslash before it.
 
-Then: how long the samples are (--plot draws it), what each --max_seq_len would cut or drop, how many repeat another,
-languages and roles.
+Then: sample lengths (--plot draws them), what each --max_seq_len would cut or drop, duplicates, languages and roles.
 
-A file of another shape (json, csv, parquet, ShareGPT, Alpaca, whatever scripts/prepare_data.py reads) is shown as it is
-understood, with the command that makes a stage's file of it; the exit code is 2, as no stage learns from it so.
+A file of another shape (json, csv, parquet, ShareGPT, Alpaca, whatever scripts/prepare_data.py reads) is shown as
+detected, with the command that converts it; the exit code is 2, because no stage can train on it as it is.
 
-Bad lines are listed. Where there are any the exit code is 2, as training would stop at the first; not with
---skip_bad_lines, which leaves them out, as it does in training.
+Bad lines are listed. If there are any the exit code is 2, because training would stop at the first, unless
+--skip_bad_lines is given, which skips them here as in training.
 """
 
 import os
@@ -66,7 +65,7 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("data_path", type=Path, metavar="FILE", help="jsonl file to inspect")
     parser.add_argument(
-        "--stage", choices=tuple(STAGES), help="the stage to train on it (default: inferred from its first line)"
+        "--stage", choices=tuple(STAGES), help="stage that will train on it (default: inferred from its first line)"
     )
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     parser.add_argument("--max_seq_len", type=positive_int, help="row length in tokens (default: the stage's)")
@@ -122,15 +121,13 @@ def show_raw(path: Path, samples: int) -> None:
         with open(path, "rb") as file:
             shape = foreign_file(file.read(512))
         why = f"it is {shape}" if shape else "; ".join([*look.unusable, *look.faults[:1], *look.lost]) or "it is empty"
-        raise UserError(f"{path}: no stage learns from it: {why}")
+        raise UserError(f"{path}: no stage can train on it: {why}")
     for number, piece in enumerate(look.examples[:samples], 1):
         print(f"--- record {number}, {piece.shape}\n{show_piece(piece)}\n")
     if look.faults:
         print(f"{look.bad:,} bad lines:", *(f"  {fault}" for fault in look.faults), sep="\n")
     print(*look.describe(), *look.lost, sep="\n")
-    raise UserError(
-        f"{path}: no stage learns from it as it is, but from what this makes: {prepare_command(path, look.stage)}"
-    )
+    raise UserError(f"{path}: no stage can train on it as it is; convert it with: {prepare_command(path, look.stage)}")
 
 
 def open_stage(stage: str, args, tokenizer):
@@ -146,7 +143,7 @@ def open_stage(stage: str, args, tokenizer):
 
 
 class Spelling:
-    """Writes tokens out, as text that is safe to print."""
+    """Decodes tokens to text that is safe to print."""
 
     def __init__(self, tokenizer, marks: Marks):
         from model.tokenizer import token_bytes
@@ -157,7 +154,7 @@ class Spelling:
         self._literal = re.compile("|".join(map(re.escape, (*self.control.values(), *BRACKETS.learned))))
 
     def write(self, ids: list[int], learned: list[bool], pictures: dict[int, tuple[str, int]]) -> str:
-        """The tokens as text, what is learned marked.
+        """The tokens as text, targets marked.
 
         Args:
             pictures: the name of each picture, and how many places it takes, by its first place.
@@ -250,7 +247,7 @@ def report(data, is_text: bool) -> None:
     if learned < every:
         print(f"lost by cutting and dropping: {every - learned:,} target tokens ({1 - learned / every:.1%})")
     if data.group == 1 and (repeated := duplicates(data.cache)):
-        print(f"samples that repeat another: {repeated:,}")
+        print(f"duplicate samples: {repeated:,}")
     print("samples by tokens:", *histogram(lengths), sep="\n")
     print("samples, by --max_seq_len:", *what_rows_cut(lengths, data.cache.first_target, is_text), sep="\n")
 
@@ -259,14 +256,14 @@ def main():
     args = get_args()
     if args.max_seq_len == 1:
         raise UserError("--max_seq_len must be 2 or more: a row needs an input token and a target")
-    from trainer.weights import load_tokenizer  # after the arguments: --help need not wait for it
+    from trainer.weights import load_tokenizer  # imported late, so that --help is quick
 
     stage = args.stage or guess_stage(args.data_path)
     if stage is None:
         show_raw(args.data_path, args.samples)
     tokenizer = load_tokenizer(args.tokenizer)
     data = open_stage(stage, args, tokenizer)
-    print(f"{args.data_path} as --stage {stage} has it ({type(data).__name__})\n")
+    print(f"{args.data_path} as --stage {stage} reads it ({type(data).__name__})\n")
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     show_samples(data, Spelling(tokenizer, COLOURS if colours else BRACKETS), args.samples, args.seed)
     report(data, is_text=stage == "pretrain")
@@ -282,7 +279,7 @@ def main():
     if data.cache.bad_lines and not args.skip_bad_lines:
         raise UserError(
             f"{args.data_path}: {data.cache.bad_lines:,} bad lines, listed above: training stops at the first, "
-            "or leaves them out with --skip_bad_lines"
+            "or skips them with --skip_bad_lines"
         )
 
 

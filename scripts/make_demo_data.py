@@ -1,11 +1,11 @@
-"""Write the demo's data: a small true world, in Chinese and English, in the formats of every stage.
+"""Generate the demo's data: a small set of true facts, in Chinese and English, in the formats of every stage.
 
     python scripts/make_demo_data.py                writes dataset/demo/
 
 The same seed writes the same bytes. Files that this script did not write are never replaced.
 
-Arithmetic: an unordered pair of operands belongs to training or to the examination, so no sum that is asked there was
-seen either way round.
+Arithmetic: an unordered pair of operands belongs either to training or to the test, so no sum in the test was seen in
+either order.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ SMALL_TALK = (
     ("再见。", "再见！"),
     ("你好吗？", "我很好，谢谢。"),
 )
-COLD_START = 300  # written thoughts to begin learning by trying with
+COLD_START = 300  # written thoughts for the cold start of reinforcement learning
 FOLLOW_UP = {"en": "And {x}?", "zh": "那{x}呢？"}
 PLANETS = (
     ("Mercury", "水星", "1"), ("Venus", "金星", "2"), ("Earth", "地球", "3"), ("Mars", "火星", "4"),
@@ -164,7 +164,7 @@ def fact_texts(world: list[Relation], rng: random.Random) -> list[dict]:
 
 
 def is_examined(a: int, b: int) -> bool:
-    """Whether the pair, in either order, is kept for the examination: one in ten."""
+    """Whether the pair, in either order, is kept for the test: one in ten."""
     low, high = sorted((a, b))
     return hashlib.sha256(f"{low},{high}".encode()).digest()[0] % 10 == 0
 

@@ -1,16 +1,16 @@
-"""Draw the demo's pictures and write what is said and asked of them: for the tower, for both VLM stages, for the exams.
+"""Draw the demo's pictures and write their captions and questions: for the tower, both VLM stages and the tests.
 
     python scripts/make_demo_images.py                    writes dataset/demo/images/ and five jsonl files beside it
     python scripts/make_demo_images.py --eval_images      draws the few pictures of dataset/eval_images/ instead
 
     clip_captions.jsonl       {"image", "captions": [...]}                       for scripts/train_clip.py
-    eval_clip.jsonl           {"image", "kind", "lang", "choices", "answer"}     and its examination
+    eval_clip.jsonl           {"image", "kind", "lang", "choices", "answer"}     and its test
     pretrain_vlm_data.jsonl   {"image", "conversations"}: descriptions           for train_pretrain_vlm.py
     sft_vlm_data.jsonl        the same: questions, two pictures at once, text    for train_sft_vlm.py
     eval_vlm.jsonl            {"image": [...], "question", "answers", "kind", "lang"}
 
-The same seed gives the same bytes. No file that this script did not write is replaced. Pictures of an examination show
-only pairs of colour and shape that no picture to learn from has (`scripts.demo.scenes.is_held_out`).
+The same seed gives the same bytes. No file that this script did not write is replaced. Test pictures show only pairs of
+colour and shape that no training picture has (`scripts.demo.scenes.is_held_out`).
 """
 
 import io

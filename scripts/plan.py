@@ -3,8 +3,8 @@
     python scripts/plan.py --dim 768 --n_layers 16                     one A100
     python scripts/plan.py --dim 2048 --n_layers 24 --gpus 8 --gpu_memory 24GB --step_tokens 1000000
 
-Parameters, operations and the bytes of weights, gradients and optimizer are exact; what the backward pass needs is
-right within 10 %; communication, time and price are estimates. The formulas stand in scripts/planning/.
+Parameters, operations and the bytes of weights, gradients and optimizer are exact; activation memory is right
+to within 10%; communication, time and price are estimates. The formulas are in scripts/planning/.
 """
 
 import _repo  # noqa: F401  (lets `python scripts/plan.py` find the packages)
@@ -33,22 +33,22 @@ def get_args():
     model.add_argument("--vocab_size", type=positive_int, default=6400)
     run = parser.add_argument_group("run")
     run.add_argument("--max_seq_len", type=positive_int, default=512, help="row length in tokens")
-    run.add_argument("--step_tokens", type=positive_int, default=32768, help="tokens of an optimizer step, in all")
-    run.add_argument("--tokens", type=positive_int, help="tokens of the run (default: 20 a parameter)")
-    run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="of autocast")
+    run.add_argument("--step_tokens", type=positive_int, default=32768, help="tokens per optimizer step, over all GPUs")
+    run.add_argument("--tokens", type=positive_int, help="tokens of the run (default: 20 per parameter)")
+    run.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16", help="autocast precision"
+    )
     run.add_argument("--optimizer", choices=("adamw", "muon", "adamw8bit"), default="adamw")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--gpus", type=positive_int, default=1, help="how many, in all")
-    machine.add_argument("--gpu", choices=GPU_NAMES, default="a100", help="which one")
+    machine.add_argument("--gpus", type=positive_int, default=1, help="number of GPUs")
+    machine.add_argument("--gpu", choices=GPU_NAMES, default="a100", help="type of GPU")
     machine.add_argument(
-        "--gpu_memory", type=memory_size, metavar="SIZE", help="its memory, 24 or 24GB (default: as --gpu has it)"
+        "--gpu_memory", type=memory_size, metavar="SIZE", help="memory per GPU, 24 or 24GB (default: from --gpu)"
     )
-    machine.add_argument(
-        "--tflops", type=positive_float, help="its peak, 10^12 operations/s (default: as --gpu has it)"
-    )
-    machine.add_argument("--mfu", type=probability, default=0.35, help="part of the peak that is reached")
+    machine.add_argument("--tflops", type=positive_float, help="peak per GPU, 10^12 operations/s (default: from --gpu)")
+    machine.add_argument("--mfu", type=probability, default=0.35, help="fraction of the peak that is reached")
     machine.add_argument("--bandwidth", type=positive_float, default=25.0, help="GB/s that a GPU sends to the others")
-    machine.add_argument("--price", type=positive_float, help="of a GPU for an hour")
+    machine.add_argument("--price", type=positive_float, help="price of a GPU per hour")
     return parser.parse_args()
 
 

@@ -1,19 +1,19 @@
-"""From raw text to what a stage learns: recognised, cleaned, without duplicates, mixed, shuffled, held out and counted.
+"""From raw text to training data: recognised, cleaned, deduplicated, mixed, shuffled, split and counted.
 
     python scripts/prepare_data.py wiki/ books/*.txt.gz --stage pretrain --out dataset/pretrain_hq.jsonl
     python scripts/prepare_data.py chats.json alpaca.parquet --stage sft --out dataset/sft_mini_512.jsonl
     python scripts/prepare_data.py pairs.csv --map "user=q chosen=good rejected=bad" --stage dpo --out dataset/dpo.jsonl
     python scripts/prepare_data.py --mix zh.jsonl:0.7 en.jsonl:0.3 --stage pretrain --out dataset/mixed.jsonl
 
-Reads json, jsonl, csv, tsv, parquet, txt and md, plain or packed (.gz, .zst, .xz, .bz2), in the usual shapes: plain
-text, Alpaca, ShareGPT, OpenAI's messages, question and answer, preferences, reasoning, ours. Which one is found out
-line by line; --map names the keys where it is not. A broken line costs that line, a broken archive the rest of that
-file; both are counted and named.
+Reads json, jsonl, csv, tsv, parquet, txt and md, plain or compressed (.gz, .zst, .xz, .bz2), in the usual shapes: plain
+text, Alpaca, ShareGPT, OpenAI's messages, question and answer, preferences, reasoning, ours. The shape is
+detected line by line; if that fails, --map names the keys. A broken line is dropped, and so is the rest of a corrupt
+archive; both are counted and reported.
 
-Writes OUT.jsonl, OUT.val.jsonl with the lines that are held out, and OUT.report.md with OUT.report.png: what came in,
-what each filter removed, with examples, and what is left. A run that was stopped goes on where it was when it is
-started again the same way. The same seed gives the same bytes, whatever the number of --workers. docs/data.md has all
-filters and their defaults.
+Writes OUT.jsonl, OUT.val.jsonl with the held-out lines, and OUT.report.md with OUT.report.png: what came in,
+what each filter removed, with examples, and what is left. A run that was stopped continues where it was when it is
+started again with the same arguments. The same seed gives the same bytes, for any number of --workers. docs/data.md
+has all filters and their defaults.
 """
 
 import os
@@ -41,13 +41,13 @@ def main():
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(
-            f"stopped by the disk: {error.strerror or error}{where}; what is done is kept: make room, or mend that, "
-            "and run again"
+            f"stopped by a disk error: {error.strerror or error}{where}; finished work is kept: free some space, or "
+            "fix that, and run again"
         ) from error
 
 
 def prepare(args, settings):
-    from scripts.preparing.passes import Preparation  # after the arguments: --help need not wait for it
+    from scripts.preparing.passes import Preparation  # imported late, so that --help is quick
     from scripts.preparing.reporting import Figures, describe, write_report
 
     licences = dict(one.rpartition(":")[::2] for one in args.source)

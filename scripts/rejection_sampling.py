@@ -1,12 +1,12 @@
-"""Rejection sampling: a model answers each question several times, and what passes every check is kept to learn from.
+"""Rejection sampling: a model answers each question several times; answers that pass every check are kept.
 
     python scripts/rejection_sampling.py dataset/rl_math.jsonl dataset/kept.jsonl --from_weight grpo
     python scripts/rejection_sampling.py dataset/rl_math.jsonl dataset/kept.jsonl --from_weight grpo
         --accept format:1 accuracy:1 my_checks:is_polite:0.5 --samples 8 --most 1 --pairs dataset/pairs.jsonl
 
-A check is a rule of train_grpo.py's --rewards, or one of your own, and the least that it must give. What is kept are
-lines for train_full_sft.py and train_distill_reason.py. --pairs also writes an answer that passed and one that did not,
-to one question: lines for train_reward.py and train_dpo.py.
+A check is a rule of train_grpo.py's --rewards, or one of your own, and its minimum value. The kept answers are lines
+for train_full_sft.py and train_distill_reason.py. --pairs also writes, for a question, an answer that passed and one
+that did not: lines for train_reward.py and train_dpo.py.
 """
 
 import json
@@ -26,13 +26,15 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("questions", type=Path, help="jsonl of questions with their answers")
     parser.add_argument("answers", type=Path, help="jsonl to write")
-    parser.add_argument("--from_weight", default="grpo", help="who answers: stage, .pth or folder")
+    parser.add_argument("--from_weight", default="grpo", help="model that answers: stage, .pth or folder")
     add_model_arguments(parser)
     add_device_argument(parser)
     parser.add_argument("--accept", nargs="+", default=["format:1", "accuracy:1"], metavar="NAME:LEAST")
-    parser.add_argument("--pairs", type=Path, default=None, metavar="FILE", help="also write pairs, passed and not")
+    parser.add_argument(
+        "--pairs", type=Path, default=None, metavar="FILE", help="also write pairs of an accepted and a rejected answer"
+    )
     parser.add_argument("--samples", type=positive_int, default=8, help="answers to each question")
-    parser.add_argument("--most", type=positive_int, default=1, help="different answers kept of a question at most")
+    parser.add_argument("--most", type=positive_int, default=1, help="most different answers kept per question")
     parser.add_argument("--temperature", type=positive_float, default=1.0)
     parser.add_argument("--max_new_tokens", type=positive_int, default=512, help="maximum answer length in tokens")
     parser.add_argument("--max_seq_len", type=positive_int, default=1024, help="of question and answer, in tokens")
@@ -71,7 +73,7 @@ def main():
             raise UserError(f"{path} already exists: use --overwrite to replace it, or name another file")
     if args.max_new_tokens >= args.max_seq_len:
         raise UserError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --max_seq_len")
-    from dataset.rl_dataset import RLDataset  # after the arguments: --help need not wait for it
+    from dataset.rl_dataset import RLDataset  # imported late, so that --help is quick
     from trainer.device import pick_device
     from trainer.files import replacing
     from trainer.loading import load_for_inference

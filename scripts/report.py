@@ -3,9 +3,9 @@
     python scripts/report.py
     python scripts/report.py --out_dir out --ppl held_out.jsonl --data_dir DIR --num_fewshot 5
 
-Of each stage: what its training took, its losses, bits per byte of one text, benchmarks, the demo's
-exams where it is the demo's model, and what it says to a few questions. What is known from an earlier call is not
-computed again, and a call that was cut short goes on.
+For each stage: training time and tokens, losses, bits per byte on one text, benchmarks, the demo's tests if it is the
+demo's model, and its answers to a few questions. Results of an earlier call are not computed again, and an interrupted
+call continues.
 """
 
 from pathlib import Path
@@ -25,23 +25,25 @@ def default_folder() -> Path:
 
 def get_args():
     parser = Parser(__doc__)
-    parser.add_argument("--out_dir", type=Path, help="where weights lie (default: out/demo if it has any, else out)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the shipped one)")
     parser.add_argument(
-        "--ppl", type=Path, metavar="FILE", help="predict this .jsonl or .txt (default: the demo's own)"
+        "--out_dir", type=Path, help="folder of the weights (default: out/demo if it has any, else out)"
     )
-    parser.add_argument("--data_dir", type=Path, metavar="DIR", help="ask the benchmarks whose files are in DIR/NAME/")
+    parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer folder (default: the shipped one)")
+    parser.add_argument("--ppl", type=Path, metavar="FILE", help="score this .jsonl or .txt (default: the demo's own)")
+    parser.add_argument("--data_dir", type=Path, metavar="DIR", help="run the benchmarks whose files are in DIR/NAME/")
     parser.add_argument(
         "--num_fewshot", type=non_negative_int, default=0, help="examples before a benchmark's question"
     )
-    parser.add_argument("--limit", type=positive_int, help="ask only the first so many of each benchmark or subject")
+    parser.add_argument(
+        "--limit", type=positive_int, help="ask only the first N questions of each benchmark or subject"
+    )
     add_device_argument(parser)
     return parser.parse_args()
 
 
 def main():
     args = get_args()
-    from scripts.report_card.making import make_report  # after the arguments: --help need not wait for it
+    from scripts.report_card.making import make_report  # imported late, so that --help is quick
 
     settings = vars(args) | {"out_dir": args.out_dir or default_folder()}
     print(f"report: {make_report(**settings)}")

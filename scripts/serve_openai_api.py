@@ -1,12 +1,12 @@
-"""Serve a model by the OpenAI API: chats and completions, streamed or whole, to any client that speaks it.
+"""Serve a model over the OpenAI API: chats and completions, streamed or not, for any client that speaks it.
 
 python scripts/serve_openai_api.py                                      full_sft_512, at http://127.0.0.1:8998/v1
 python scripts/serve_openai_api.py --dim 256 --out_dir out/demo --lora_name identity
-python scripts/serve_openai_api.py --vlm --vision_model out/demo/clip --out_dir out/demo       images in chats, too
+python scripts/serve_openai_api.py --vlm --vision_model out/demo/clip --out_dir out/demo       also images in chats
 MINIMIND_API_KEY=secret python scripts/serve_openai_api.py --host 0.0.0.0            callers need the key
 
-What a client asks for: that address, the model's name, which is minimind, and the key, or any text where there is none.
-SIGTERM and Ctrl-C finish what is being written and refuse what is new; a second one ends at once.
+A client needs that address, the model name minimind, and the key (any text if the server has none). SIGTERM and Ctrl-C
+finish the running answers and refuse new requests; a second one ends at once.
 """
 
 import os

@@ -1,17 +1,16 @@
-"""Contrastive learning: a small CLIP from nothing, which learns to tell which caption belongs to which picture.
+"""Contrastive learning: a small CLIP from scratch, which learns to tell which caption belongs to which picture.
 
     python scripts/train_clip.py              learns from dataset/demo/clip_captions.jsonl, writes out/demo/clip/
 
-Two networks meet in one space (Radford et al. 2021, arXiv:2103.00020): a vision transformer makes a vector of a
-picture, a text transformer one of a caption. In a batch every picture is compared with every caption; the loss asks
-that each find its own. Nobody tells the network what a colour or a star is: it must see them to tell captions apart.
-The result is a `transformers` CLIP folder, and its vision half is the tower of the vision-language model.
+Two networks share one embedding space (Radford et al. 2021, arXiv:2103.00020): a vision transformer embeds a picture, a
+text transformer a caption. In a batch every picture is compared with every caption, and the loss is that of picking the
+matching one. Nothing tells the network what a colour or a star is: it must see them to tell captions apart. The result
+is a `transformers` CLIP folder, whose vision half is the tower of the vision-language model.
 
-What the tower gives to the language model is its patch tokens, of which CLIP's own loss, read from the class token,
-trains those of the last layer not at all. So here the mean of the patch tokens is taught to find its caption as well.
+The language model reads the tower's patch tokens, but CLIP's own loss uses the class token and does not train the patch
+tokens of the last layer. So here the mean of the patch tokens is trained to match the caption as well.
 
-At the end it is examined on pictures of things it never saw, without any training for it (zero-shot): which of several
-captions is nearest?
+At the end it is tested zero-shot on pictures of objects it never saw: which of several captions is nearest?
 """
 
 import math

@@ -7,7 +7,7 @@ The shipped one was made by
         dataset/demo/pretrain_hq.jsonl dataset/demo/sft_mini_512.jsonl dataset/demo/r1_mix_1024.jsonl
 
 A tenth of the texts is held out (by a hash of the text, so that no text is on both sides); characters per token are
-measured there. With --only_measure a tokenizer that is there already is verified and measured:
+measured there. With --only_measure an existing tokenizer is verified and measured:
 
     python scripts/train_tokenizer.py --only_measure --data_path ../shared/data/*.jsonl
 """
@@ -148,7 +148,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=8192,
-        padding_side="left",  # where a model goes on at the end of each row
+        padding_side="left",  # a model continues at the end of each row
     )
     new = folder.with_name(f".{folder.name}.new")
     try:

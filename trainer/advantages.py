@@ -10,7 +10,7 @@ from trainer.runtime import Runtime
 
 
 def token_rewards(rewards: Tensor, log_ratios: Tensor, mask: Tensor, coefficient: float) -> Tensor:
-    """What each token earns: -coefficient * log(policy / start), and the answer's reward with its last token
+    """The reward of each token: -coefficient * log(policy / start), and the answer's reward with its last token
     (InstructGPT, Ouyang et al. 2022, arXiv:2203.02155, equation 2, as its reward model is used in PPO).
 
     Args:
@@ -31,7 +31,7 @@ def generalised_advantages(
 
         A_t = delta_t + gamma decay A_t+1,   delta_t = r_t + gamma V_t+1 - V_t
 
-    Nothing follows an answer: behind its last token V and A are 0.
+    Nothing follows an answer: after its last token V and A are 0.
 
     Args:
         rewards, values: (answers, n).
@@ -80,13 +80,13 @@ def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tenso
 
 
 class AdaptiveKL:
-    """The weight of the KL to the start, held so that the KL stays near a target: raised when it is above, lowered when
-    it is below (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
+    """The weight of the KL to the reference, adapted to keep the KL near a target: raised when it is above, lowered
+    when it is below (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
 
     Args:
-        coefficient: to begin with.
-        target: nats a token.
-        rate: the most that a step changes it by is rate / 5 of its size.
+        coefficient: initial value.
+        target: nats per token.
+        rate: a step changes it by at most rate / 5 of its size.
     """
 
     def __init__(self, coefficient: float, target: float, rate: float = 0.1):

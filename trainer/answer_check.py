@@ -31,7 +31,7 @@ class Quantity(NamedTuple):
 
 
 def is_right_answer(answer: str, expected: str) -> bool:
-    """Whether `answer` says what is expected, and nothing beside it.
+    """Whether `answer` is the expected answer, and nothing else.
 
     Numbers are compared by value, so that "= 42.", full-width digits, "四十二", "42.0" and "84/2" are all 42, and
     "1,234" is 1234. A unit behind the number is ignored where none is expected ("42 apples" for 42); where one is, it

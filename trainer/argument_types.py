@@ -113,6 +113,6 @@ def rope_scaling(text: str) -> dict:
         return scaling | ({"original_max_position_embeddings": positive_int(trained)} if trained else {})
     except (ValueError, argparse.ArgumentTypeError):
         raise argparse.ArgumentTypeError(
-            f"must be yarn, ntk or linear, a factor and, where no json tells it, the trained length, such as yarn:4 or "
+            f"must be yarn, ntk or linear, a factor and, if no json gives it, the trained length, such as yarn:4 or "
             f"yarn:4:512, not {text}"
         ) from None

@@ -1,4 +1,4 @@
-"""The command line that all training stages share. Imports nothing heavy, so that --help answers at once."""
+"""The command line that all training stages share. Imports nothing heavy, so that --help is quick."""
 
 import argparse
 import json
@@ -22,12 +22,12 @@ from trainer.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # of the weights of a model that writes
-FLAGS_DECIDE = (  # what a DeepSpeed JSON may hold, too, and what our flags say
+FLAGS_DECIDE = (  # settings that a DeepSpeed JSON may contain but our flags decide
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
 )
-# How an answer is written where nobody says otherwise: by eval_*.py, the server, the page, exported folders and GGUFs,
-# the demo's examinations. At OpenAI's own temperature of 1 a small model rambles. These differ, and mean to:
+# The default sampling settings: of eval_*.py, the server, the web page, exported folders and GGUFs,
+# the demo's tests. At OpenAI's own temperature of 1 a small model rambles. These differ on purpose:
 # - the server's chats end where the model's context does, its completions after OpenAI's 16 tokens;
 # - scripts/chat_openai_api.py leaves everything to the server it talks to;
 # - `model.generate` and the engine's `Request`, which programs call, are greedy.
@@ -35,7 +35,7 @@ SAMPLING = {"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser for `run_main`: a wrong flag ends in one line, as every error does, not in a page of usage."""
+    """An argument parser for `run_main`: a wrong flag ends in one line, like every error, not in a page of usage."""
 
     def __init__(self, description: str, **settings):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -56,8 +56,8 @@ def check_mix(mix: list[tuple[str, float]]) -> None:
 
 
 def add_untold_arguments(parser: argparse.ArgumentParser) -> None:
-    """What no shape of a tensor tells about a language model, for files without a json, and longer texts."""
-    group = parser.add_argument_group("what weights alone do not tell")
+    """What the shapes of the tensors do not tell about a language model, for files without a json; and longer texts."""
+    group = parser.add_argument_group("what the weights alone do not show")
     group.add_argument(
         "--num_experts_per_tok", type=positive_int, help="experts per token (default: 2; of generation 3: 1)"
     )
@@ -67,7 +67,7 @@ def add_untold_arguments(parser: argparse.ArgumentParser) -> None:
         "--rope_scaling",
         type=rope_scaling,
         metavar="TYPE:FACTOR[:TRAINED]",
-        help="stretch the positions: yarn, ntk or linear",
+        help="scale the positions: yarn, ntk or linear",
     )
 
 
@@ -126,7 +126,7 @@ def add_engine_arguments(parser, dtype: str | None = None) -> None:
         "--compile",
         action=BooleanFlag,
         default=None,
-        help="compile the decode step of an answer that runs alone: up to twice as fast on a CPU, "
+        help="compile the decode step of a single answer: up to twice as fast on a CPU, "
         "half a minute at the first start (default: only in the server, for models of 10M parameters or more)",
     )
     parser.add_argument(
@@ -134,13 +134,13 @@ def add_engine_arguments(parser, dtype: str | None = None) -> None:
         type=non_negative_int,
         default=0,
         metavar="N",
-        help="draft up to N tokens by looking up how the text went on before, and keep those that the model would "
-        "write: sooner where an answer repeats its prompt (default: 0, none)",
+        help="draft up to N tokens by prompt look-up and keep those that the model would generate: faster when an "
+        "answer repeats its prompt (default: 0, off)",
     )
     parser.add_argument(
         "--draft",
         metavar="WEIGHTS",
-        help="draft by these smaller weights: a name in --out_dir, a .pth or a transformers folder",
+        help="smaller model that drafts: a name in --out_dir, a .pth or a transformers folder",
     )
 
 
@@ -254,7 +254,7 @@ def training_parser(description: str, **defaults) -> Parser:
     )
     saving.add_argument("--keep_last", type=positive_int, default=2, metavar="N", help="keep the last N checkpoints")
     saving.add_argument(
-        "--keep_every", type=non_negative_int, default=0, metavar="N", help="and those of every N-th step; 0: none"
+        "--keep_every", type=non_negative_int, default=0, metavar="N", help="also keep every N-th step; 0: none"
     )
     saving.add_argument(
         "--save_best", action=BooleanFlag, help="copy the weights with the lowest held-out loss to NAME_best_D.pth"
@@ -264,14 +264,14 @@ def training_parser(description: str, **defaults) -> Parser:
         type=non_negative_float,
         default=0,
         metavar="MINUTES",
-        help="then save and end with exit code 75, for a job with a time limit; 0: never",
+        help="then save and exit with code 75, for a job with a time limit; 0: never",
     )
     saving.add_argument(
         "--stall_timeout",
         type=non_negative_float,
         default=0,
         metavar="SECONDS",
-        help="say where every rank stands and end when no step is finished for so long; 0: wait forever",
+        help="if no step finishes for this long, say where every rank is stuck and exit; 0: wait forever",
     )
     saving.add_argument(
         "--eval_interval", type=non_negative_int, default=100, help="steps between evaluations; 0: never"
@@ -289,25 +289,25 @@ def training_parser(description: str, **defaults) -> Parser:
 
 
 def add_mix_argument(parser: argparse.ArgumentParser) -> None:
-    """--mix, of a stage that can learn from several files at once."""
+    """--mix, for a stage that can train on several files at once."""
     parser.add_argument(
         "--mix",
         type=mix_part,
         nargs="+",
         metavar="FILE:SHARE",
-        help="learn from several files, each with its share of the tokens, in place of --data_path",
+        help="train on several files, each with its share of the tokens, instead of --data_path",
     )
 
 
 def add_fsdp_argument(parser: argparse.ArgumentParser) -> None:
-    """--fsdp, of a stage that PyTorch's FSDP2 can share out."""
+    """--fsdp, for a stage that PyTorch's FSDP2 can shard."""
     parser.add_argument(
-        "--fsdp", action=BooleanFlag, help="share weights, gradients and optimizer out by PyTorch's FSDP2"
+        "--fsdp", action=BooleanFlag, help="shard weights, gradients and optimizer with PyTorch's FSDP2"
     )
 
 
 def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
-    """--stream, of a stage that can read its data while it trains."""
+    """--stream, for a stage that can read its data while it trains."""
     parser.add_argument(
         "--stream",
         action=BooleanFlag,
@@ -324,7 +324,7 @@ def add_stream_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_stream(args: argparse.Namespace) -> None:
-    """Refuse what --stream cannot go with.
+    """Refuse flags that --stream cannot be combined with.
 
     Raises:
         UserError: what.
@@ -332,9 +332,9 @@ def check_stream(args: argparse.Namespace) -> None:
     if not args.max_steps:
         raise UserError("--stream needs --max_steps: a stream has no end")
     if args.epochs > 1:
-        raise UserError("--stream ends after --max_steps and begins anew where the data ends: leave out --epochs")
+        raise UserError("--stream ends after --max_steps and starts over when the data runs out: leave out --epochs")
     if args.mix:
-        raise UserError("--stream reads --data_path alone: leave out --mix, or --stream")
+        raise UserError("--stream reads --data_path only: leave out --mix, or --stream")
 
 
 def check_training_arguments(args: argparse.Namespace) -> None:
@@ -360,7 +360,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     check_untold_arguments(args)
     if fsdp := getattr(args, "fsdp", False):
         if args.deepspeed:
-            raise UserError("--fsdp and --deepspeed both share the model out: choose one")
+            raise UserError("--fsdp and --deepspeed both shard the model: choose one")
         if getattr(args, "qat", None):
             raise UserError("--qat rounds whole matrices, which --fsdp shards: leave out --fsdp")
     if (fsdp or args.deepspeed) and args.optimizer != "adamw":
@@ -375,7 +375,7 @@ def check_untold_arguments(args: argparse.Namespace) -> None:
         UserError: both flags were given.
     """
     if args.inference_rope_scaling and args.rope_scaling:
-        raise UserError("--inference_rope_scaling is a --rope_scaling of its own: choose one")
+        raise UserError("--inference_rope_scaling and --rope_scaling both scale the positions: choose one")
 
 
 def deepspeed_config(args) -> dict:

@@ -1,4 +1,4 @@
-"""Saving a run whole, and going on where it stopped."""
+"""Saving the complete state of a run, and resuming it."""
 
 import dataclasses
 import json
@@ -32,12 +32,12 @@ from trainer.weights import weights_path
 class Checkpoint:
     """A stage's weights `out/NAME_D.pth`, their json, and `out/NAME_D.resume/`, which only one run at a time may write.
 
-    A save copies all that is needed to resume in memory, and goes on in a thread: it writes a new folder in `resume/`,
+    A save copies everything needed to resume in memory, and continues in a thread: it writes a new folder in `resume/`,
     moves the pointer `resume/latest` to it, and copies its weights and their json to their usual place. A crash at any
     moment leaves a complete state, and a run that resumes from it repairs the copies. The states before it stay as
     --keep_last and --keep_every say; from a damaged one a run goes back to the one before.
 
-    What is saved does not depend on how the work was shared: a plain process, DDP or any ZeRO stage goes on from it.
+    The saved state does not depend on how the work was distributed: a single process, DDP or any ZeRO stage resumes it.
 
     Args:
         keep: which of the model's keys are saved (an adapter's, say); the others are as the stage loaded them.
@@ -45,7 +45,7 @@ class Checkpoint:
             json, and a run that is resumed must have the same.
 
     Raises (on construction):
-        UserError: there is an earlier run, and neither --resume nor --overwrite was given, or nothing to go on from;
+        UserError: there is an earlier run, and neither --resume nor --overwrite was given, or nothing to resume from;
             another run is writing there; nothing can be written there.
     """
 
@@ -105,7 +105,7 @@ class Checkpoint:
         self._lock = lock_run(self.folder, self.path)
 
     def save(self, model: nn.Module, optimizer, scaler, progress: Progress, metrics: dict) -> None:
-        """Copy everything in memory and begin to write it, see `wait`; all ranks must call it.
+        """Copy everything in memory and start writing it, see `wait`; all ranks must call it.
 
         Raises:
             UserError: the save before could not be written; the one before that is intact.
@@ -125,7 +125,7 @@ class Checkpoint:
             self._background.start(lambda: self._write(content, counted, metrics))
 
     def wait(self) -> None:
-        """Wait until what was saved last is on the disk.
+        """Wait until the last save is on disk.
 
         Raises:
             UserError: it could not be written; the checkpoint before it is intact.
@@ -152,7 +152,7 @@ class Checkpoint:
             self._best = loss
 
     def _write(self, content: dict, progress: dict, metrics: dict) -> None:
-        """Write a new folder; when all of it is on the disk, it becomes the one to go on from."""
+        """Write a new folder; once all of it is on disk, it becomes the state to resume from."""
         temporary, final = self.folder / ".saving", self.folder / f"step_{progress['step']:08d}"
         try:
             if temporary.exists():
@@ -180,7 +180,7 @@ class Checkpoint:
         except OSError as error:
             raise write_error(final, error) from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # what hindered the write may hinder this, too
+            shutil.rmtree(temporary, ignore_errors=True)  # what prevented the write may also prevent this
 
     def _tidy(self) -> None:
         """Delete the states that are not to be kept, and those of a run that this one replaces."""
@@ -194,14 +194,14 @@ class Checkpoint:
                 shutil.rmtree(left)
 
     def _clear(self) -> None:
-        """Delete what a killed run was writing."""
+        """Delete the partial files of a killed run."""
         beside = (".pth", ".json", ".metrics.jsonl", ".png")
         for path in (self.pointer, *(self.path.with_suffix(suffix) for suffix in beside)):
             for left in left_by_a_kill(path):
                 left.unlink()
 
     def _publish(self, folder: Path, to: Path) -> None:
-        """Copy a state's weights and json to where they are looked for."""
+        """Copy a state's weights and json to their usual place."""
         for name, path in (("model.pth", to), ("model.json", to.with_suffix(".json"))):
             with replacing(path) as temporary:
                 shutil.copyfile(folder / name, temporary)
@@ -209,7 +209,7 @@ class Checkpoint:
     def load(self, model: nn.Module, optimizer, scaler, dataset: RowDataset | StreamedRows | None = None) -> Progress:
         """Continue: fill model, optimizer, scaler and random state with what was saved last; nothing saved = a start.
 
-        All ranks must call it: rank 0 decides. From here on Ctrl-C and its like save first.
+        All ranks must call it: rank 0 decides. From here on Ctrl-C and similar signals save first.
 
         Args:
             dataset: the training data; it must be unchanged.
@@ -259,15 +259,15 @@ class Checkpoint:
         return name
 
     def _compare_ranks(self) -> None:
-        """Refuse ranks that would not train one and the same run: other data, another tokenizer or teacher, say."""
+        """Refuse ranks that would not train the same run: different data, tokenizer or teacher, for example."""
         settings = self.runtime.gather({name: value for name, value in self.settings.items() if name != "data_path"})
         for rank, theirs in enumerate(settings):
             for name, value in theirs.items():
                 if value != settings[0].get(name):
-                    raise UserError(f"rank {rank} has {name} {value}, and rank 0 has {settings[0].get(name)}")
+                    raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {settings[0].get(name)}")
 
     def _mend(self, folder: Path) -> None:
-        """Put right what a crash between the parts of a save left, or what has been damaged since."""
+        """Repair what a crash in the middle of a save left behind, or what has been damaged since."""
         beside, saved = self.path.with_suffix(".json"), folder / "model.json"
         there = self.path.is_file() and beside.is_file()
         weights = json.loads(saved.read_text(encoding="utf-8")).get("sha256")  # None: saved by an earlier version
@@ -289,7 +289,7 @@ class Checkpoint:
             )
         load_full_state_dict(model, optimizer, load_tensors(folder / "model.pth"), self.keep)
         optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # float16 had one; a run that goes on in it from another dtype begins with its own
+        if state["scaler"]:  # float16 had one; a run that resumes in it from another dtype starts with a fresh one
             scaler.load_state_dict(state["scaler"])
         mine = folder / f"rank_{self.runtime.rank}.pt"
         if mine.is_file():  # a run that had fewer processes saved none for the others

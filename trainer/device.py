@@ -1,4 +1,4 @@
-"""Where the numbers are computed: the CPU, or the accelerator that PyTorch finds (cuda, ROCm's name, too; mps; xpu; …),
+"""The device of the computation: the CPU, or the accelerator that PyTorch finds (cuda, also for ROCm; mps; xpu; …),
 and what differs between them.
 
 The code runs on PyTorch 2.6 and newer. What later versions brought or renamed is looked up here by name.
@@ -52,7 +52,7 @@ def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> str:
-    """The fastest dtype to train in: bfloat16 where the machine computes in it, which needs no loss scaling."""
+    """The fastest dtype to train in: bfloat16 if the hardware supports it, which needs no loss scaling."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if device.type == "cpu":
@@ -62,7 +62,7 @@ def default_dtype(device: torch.device) -> str:
 
 
 def _accelerator() -> torch.device | None:
-    """The machine's accelerator, if it is there and works."""
+    """The machine's accelerator, if there is one and it works."""
     current = torch.accelerator.current_accelerator
     if "check_available" in inspect.signature(current).parameters:  # from PyTorch 2.7 on
         return current(check_available=True)
@@ -70,7 +70,7 @@ def _accelerator() -> torch.device | None:
 
 
 def backend_of(device: torch.device) -> str:
-    """What ranks on such devices talk by: nccl for cuda, gloo for the CPU."""
+    """The backend for ranks on such devices: nccl for cuda, gloo for the CPU."""
     if hasattr(dist, "get_default_backend_for_device"):
         return dist.get_default_backend_for_device(device)
     return "nccl" if device.type == "cuda" else "gloo"

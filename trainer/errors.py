@@ -1,4 +1,4 @@
-"""How a script ends when the user can mend what is wrong: one line that says what to do, exit code 2, no traceback."""
+"""How a script ends on an error that the user can fix: one line that says what to do, exit code 2, no traceback."""
 
 import importlib.util
 import os

@@ -15,12 +15,12 @@ from trainer.sharding import is_sharded
 
 
 class EvaluationError(Exception):
-    """An evaluation that could not be done; its cause is known on the rank where it failed."""
+    """An evaluation that failed; its cause is known on the rank where it failed."""
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Dataset, tokenizer, runtime: Runtime, batch_size: int) -> dict[str, float]:
-    """Loss over all target tokens of `held_out`, shared out over the ranks.
+    """Loss over all target tokens of `held_out`, divided among the ranks.
 
     Returns:
         eval_loss: nats per token. eval_bits_per_byte: bits per UTF-8 byte of the text those tokens stand for, which

@@ -1,4 +1,4 @@
-"""What PPO knows of answers before it learns from them, and where its critic is kept."""
+"""What PPO computes for answers before it trains on them, and where its critic is kept."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from trainer.runtime import Runtime
 
 
 class Experience(NamedTuple):
-    """What is known of a micro-batch of answers before anything is learned from it, each (answers, n)."""
+    """What is computed for a micro-batch of answers before the updates, each (answers, n)."""
 
     log_probs: Tensor
     values: Tensor
@@ -25,7 +25,7 @@ class Experience(NamedTuple):
 
 
 class WithCritic:
-    """An optimizer whose state holds the critic and the KL's coefficient, too: they lie in the resume folder with it,
+    """An optimizer whose state also holds the critic and the KL's coefficient: they are saved in the resume folder,
     while the weights that are published are the policy's alone."""
 
     def __init__(self, optimizer, model: nn.Module, kl: AdaptiveKL):

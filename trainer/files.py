@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then renamed over it."""
+"""Atomic writes: a file is written under a temporary name, then renamed into place."""
 
 import contextlib
 import errno

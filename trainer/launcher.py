@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, deepspeed, accelerate launch) tells each process of a run: its place among them."""
+"""What a launcher (torchrun, deepspeed, accelerate launch) tells each process: its rank, and how many there are."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -75,7 +75,7 @@ def _tell_accelerate(environment: Mapping[str, str]) -> None:
 
 
 def _tell_copies(environment: Mapping[str, str]) -> None:
-    """srun and mpirun start copies that know nothing of each other, which is seldom what was meant."""
+    """srun and mpirun start independent copies, which is seldom what was meant."""
     for name, launcher in COPIES.items():
         if environment.get(name, "1") not in ("0", "1"):
             print_notice(

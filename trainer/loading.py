@@ -1,4 +1,4 @@
-"""Loading a model to ask it: the one way for everything that generates, scores, serves, examines or converts."""
+"""Loading a model for inference: the one way for everything that generates, scores, serves, evaluates or converts."""
 
 import os
 from pathlib import Path
@@ -129,7 +129,7 @@ def open_engine(
         draft.to(model.device)
         ours, theirs = model.config.vocab_size, draft.config.vocab_size
         if ours != theirs:
-            raise UserError(f"--draft {args.draft} has a vocabulary of {theirs} tokens, the model one of {ours}")
+            raise UserError(f"--draft {args.draft} has a vocabulary of {theirs} tokens, but the model has {ours}")
     try:
         return Engine(
             model,

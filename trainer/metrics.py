@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar or log lines, a metrics file, a loss curve, a tracker."""
+"""Reporting a run: a progress bar or log lines, a metrics file, a loss curve, a tracker."""
 
 import json
 import math
@@ -88,8 +88,8 @@ class Metrics:
                 print(f"step {progress.step}/{self.total_steps}  {short}  {_clock(left)} left", flush=True)
 
     def log_evaluation(self, evaluate: Callable[[], dict[str, float]]) -> None:
-        """Evaluate on held-out lines and report it. One that fails costs an evaluation and not the training: the rank
-        where it failed says why, and all of them go on."""
+        """Evaluate on held-out lines and report it. A failed evaluation does not stop training: the rank
+        where it failed says why, and all of them continue."""
         try:
             values = evaluate()
         except EvaluationError as error:

@@ -1,4 +1,4 @@
-"""Muon: momentum whose update of each matrix is made orthogonal, so that all its directions are learned alike."""
+"""Muon: momentum whose update of each matrix is orthogonalised, so that all its directions are learned equally."""
 
 import math
 from collections.abc import Iterable

@@ -23,7 +23,7 @@ COMPILE_PAYS_FROM = 2_000_000  # tokens; compiling takes about as long as a few 
 def wrap_model(
     model: nn.Module, optimizer, scaler: torch.amp.GradScaler, runtime: Runtime, compile_blocks: bool
 ) -> tuple[nn.Module, Optimizer, torch.amp.GradScaler]:
-    """Compile the blocks, then hand the model to DeepSpeed, FSDP2 or DDP where there are several processes.
+    """Compile the blocks, then wrap the model in DeepSpeed, FSDP2 or DDP if there are several processes.
 
     Returns:
         the model, the optimizer and the scaler that the loop is to use.
@@ -52,7 +52,7 @@ def wrap_model(
 
 
 def sync_gradients(model: nn.Module, last: bool) -> None:
-    """Let the next backward add up the ranks' gradients, or not: only that of a step's `last` micro-batch has to."""
+    """Whether the next backward synchronises gradients across ranks: only a step's `last` micro-batch needs to."""
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
     elif hasattr(model, "set_gradient_accumulation_boundary"):  # DeepSpeed's

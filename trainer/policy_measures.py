@@ -1,4 +1,4 @@
-"""What a policy finds probable, laid out answer by answer, and what is reported of a step of learning by trying."""
+"""Log-probabilities of a policy, laid out answer by answer, and the metrics of a reinforcement-learning step."""
 
 import torch
 from torch import Tensor, nn

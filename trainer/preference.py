@@ -1,4 +1,4 @@
-"""How probable a model finds the two answers of a pair, and how probable the one it started from did."""
+"""The log-probabilities of a pair's two answers, under the model and under the reference it started from."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The states that a run can go on from: folders whose files are each known by their hash, the newest one first."""
+"""The states that a run can resume from: folders with a hash of each file, the newest one first."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def list_states(folder: Path) -> list[str]:
 
 
 def find_whole_state(pointer: Path) -> tuple[str, list[str]]:
-    """The state to go on from: the one that a pointer names, or the newest before it that is whole.
+    """The state to resume from: the one that a pointer names, or the newest intact one before it.
 
     Returns:
         its name, and what is wrong with each that was passed over.
@@ -54,7 +54,7 @@ def find_whole_state(pointer: Path) -> tuple[str, list[str]]:
             return name, damages
         except Damaged as damage:
             damages.append(str(damage))
-    raise UserError(f"{damages[-len(names)]}, and no state before it is whole: start over with --overwrite")
+    raise UserError(f"{damages[-len(names)]}, and no earlier state is intact: start over with --overwrite")
 
 
 def seal(folder: Path, state: dict, hashes: dict[str, str]) -> None:
@@ -62,7 +62,7 @@ def seal(folder: Path, state: dict, hashes: dict[str, str]) -> None:
 
     Args:
         state: JSON values, without a key "sha256".
-        hashes: the SHA-256 of every other file that is read to go on, by its path in the folder.
+        hashes: the SHA-256 of every other file that is read to resume, by its path in the folder.
     """
     save_json(state | {"sha256": hashes | {STATE: _hash_state(state, hashes)}}, folder / STATE)
 

@@ -1,4 +1,4 @@
-"""What a reward model finds of answers: of held-out pairs, and of those that another model has just written."""
+"""Scores of a reward model: of held-out pairs, and of answers that another model has just generated."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

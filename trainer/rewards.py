@@ -1,4 +1,4 @@
-"""What an answer is worth: small rules, picked by name and weighed, or a function of the user's own.
+"""The reward of an answer: small rules, chosen by name and weighted, or the user's own function.
 
     --rewards format:0.2 accuracy:1 my_rewards:politeness:0.5
 
@@ -23,7 +23,7 @@ NGRAM = 4  # tokens; a repetition is one of these that occurred before
 
 
 class Reply(NamedTuple):
-    """An answer to be judged.
+    """An answer to be scored.
 
     question: the chat it answers, a list of {"role", "content"}, the last one the user's.
     text: what the model wrote, tags included.
@@ -147,7 +147,7 @@ def _own_rule(name: str) -> Reward:
     module, _, function = name.rpartition(":")
     if not module:
         known = ", ".join(REWARDS)
-        raise UserError(f"--rewards {name}: there is {known}; a rule of your own is MODULE:FUNCTION:WEIGHT")
+        raise UserError(f"--rewards {name}: choose from {known}, or give your own rule as MODULE:FUNCTION:WEIGHT")
     try:
         rule = getattr(importlib.import_module(module), function, None)
     except ImportError as error:

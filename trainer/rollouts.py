@@ -1,4 +1,4 @@
-"""Answers that a model writes while it learns: asked for by the engine, judged, and laid out as training rows."""
+"""Answers that a model generates while it is trained: sampled by the engine, scored, and laid out as training rows."""
 
 import hashlib
 import time
@@ -84,7 +84,7 @@ class Writer:
 
 
 class Rollouts:
-    """Writes, judges and lays out the answers of a step. The answers of a rank depend on its questions alone.
+    """Generates, scores and lays out the answers of a step. The answers of a rank depend only on its questions.
 
     Args:
         dataset: where the questions come from.

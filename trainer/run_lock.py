@@ -17,7 +17,7 @@ def lock_run(folder: Path, weights: Path) -> BinaryIO | None:
     """The open file whose lock says that `weights` and `folder` are this run's; it ends with this process.
 
     Returns:
-        None on a file system that has no locks: said in one line, and the run goes on.
+        None on a file system that has no locks: reported in one line, and the run continues.
 
     Raises:
         UserError: another run holds it; nothing can be written there.

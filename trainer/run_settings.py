@@ -1,4 +1,4 @@
-"""Which settings a run must have when it goes on: those that it had, or others that teach it the same."""
+"""Which settings a resumed run must have: those that it had, or others with the same effect on training."""
 
 import math
 from collections.abc import Callable
@@ -22,7 +22,7 @@ ROWS_OF_A_STEP = ("batch_size", "accumulation_steps", "world_size")  # their pro
 
 
 def compare_settings(ours: dict, saved: dict, announce: Callable[[str], None]) -> None:
-    """Refuse to go on with settings that would train another run; announce those that change numbers slightly.
+    """Refuse to resume with settings that would train a different run; announce those that change numbers slightly.
 
     Raises:
         UserError: a setting that may not change, or another number of rows per step.
@@ -39,7 +39,7 @@ def compare_settings(ours: dict, saved: dict, announce: Callable[[str], None]) -
     for name, (then, now) in changed.items():
         announce(f"--resume: {name} was {then} and is now {now}")
     if changed.keys() & {*SHARING, *ROWS_OF_A_STEP}:
-        announce("--resume: each step has the same rows as before, added up in another order: equal up to rounding")
+        announce("--resume: each step has the same rows as before, summed in another order: equal up to rounding")
 
 
 def _compare_rows(ours: dict, saved: dict) -> None:
@@ -50,7 +50,7 @@ def _compare_rows(ours: dict, saved: dict) -> None:
     each = then // ours["world_size"] if then % ours["world_size"] == 0 else None
     advice = f"with {ours['world_size']} processes, --batch_size x --accumulation_steps must be {each}"
     if each is None:
-        advice = f"{then} rows cannot be shared by {ours['world_size']} processes: use {processes}"
+        advice = f"{then} rows cannot be divided among {ours['world_size']} processes: use {processes}"
     raise UserError(
         f"--resume: a step of the saved run had batch_size {batch} x accumulation_steps {accumulation} x {processes} "
         f"processes = {then} rows, this one has {now}: {advice}; or start over with --overwrite"

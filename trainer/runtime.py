@@ -1,4 +1,4 @@
-"""Where a stage runs: device, precision, the processes it shares a step with, and signals."""
+"""Where a stage runs: device, precision, the processes that share a step, and signals."""
 
 import atexit
 import contextlib
@@ -27,7 +27,7 @@ EXIT_TIME_IS_UP = 75  # sysexits.h: a temporary failure, try again
 
 @dataclass
 class Totals:
-    """What one optimizer step covers on all ranks: target tokens, rows with anything in them, non-padding tokens."""
+    """What one optimizer step covers on all ranks: target tokens, non-empty rows, non-padding tokens."""
 
     target_tokens: float
     rows: float
@@ -216,7 +216,7 @@ def start_runtime(args) -> Runtime:
     runtime = Runtime(device, DTYPES[args.dtype or default_dtype(device)], place.rank, place.world_size, config)
     if getattr(args, "fsdp", False):
         if place.world_size == 1:
-            raise UserError("--fsdp shares a model out among processes: torchrun --nproc_per_node N starts them")
+            raise UserError("--fsdp shards a model across processes: start them with torchrun --nproc_per_node N")
         runtime.fsdp_clip = args.grad_clip
     if place.launched:
         _meet(backend_of(device))

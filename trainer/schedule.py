@@ -1,4 +1,4 @@
-"""How large a step is, and what takes it."""
+"""The learning-rate schedule and the optimizer."""
 
 import math
 import re

@@ -12,7 +12,7 @@ from trainer.runtime import Runtime
 
 
 def shard(model: nn.Module, optimizer, runtime: Runtime) -> tuple[nn.Module, "WholeStateOptimizer"]:
-    """Share a model out among the ranks, block by block, and let its optimizer step the shares.
+    """Shard a model across the ranks, block by block, and let its optimizer step the shards.
 
     The embedding, which is also the output matrix, and the last norm are the root's, gathered once for a pass.
     """
@@ -32,7 +32,7 @@ def shard(model: nn.Module, optimizer, runtime: Runtime) -> tuple[nn.Module, "Wh
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has shared it out."""
+    """Whether `shard` has sharded it."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
@@ -83,7 +83,7 @@ class ShardScaler(torch.amp.GradScaler):
 
 
 class WholeStateOptimizer:
-    """An AdamW over shares, whose state is read and written whole: what one engine saved, any other goes on from."""
+    """An AdamW over shares, whose state is read and written whole: what one engine saved, any other can resume."""
 
     def __init__(self, optimizer: torch.optim.AdamW):
         self.optimizer = optimizer

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save or to stop, and a terminal that is gone: neither may cost what was learned."""
+"""Signals that ask a run to save or to stop, and a closed terminal: neither may lose progress."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""A copy of a run's tensors in memory, to be written to disk while training goes on."""
+"""A copy of a run's tensors in memory, to be written to disk while training continues."""
 
 import threading
 from collections.abc import Callable

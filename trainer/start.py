@@ -25,7 +25,7 @@ def missing(packages):
 def _what_to_type():
     own = os.path.join(ROOT, ".venv", *(("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")))
     if os.path.exists(own) and not os.path.samefile(sys.prefix, os.path.join(ROOT, ".venv")):
-        return f"type {own} in its place"
+        return f"type {own} instead"
     requirements = os.path.join(ROOT, "requirements.txt")
     return f"run make demo to set everything up in .venv, or {sys.executable} -m pip install -r {requirements}"
 

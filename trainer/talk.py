@@ -1,4 +1,4 @@
-"""Talking to a model at a terminal or in a pipe: where questions come from, and how an answer is shown."""
+"""Chatting with a model in a terminal or a pipe: where questions come from, and how an answer is shown."""
 
 import itertools
 import sys

@@ -1,4 +1,4 @@
-"""The frozen model a student learns from: loading it, making sure it reads the same tokens, and asking it."""
+"""The frozen model a student learns from: loading it, checking that it uses the same tokens, and running it."""
 
 import json
 from pathlib import Path

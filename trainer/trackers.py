@@ -1,4 +1,4 @@
-"""Reporting a run elsewhere, too: Weights & Biases, SwanLab, TensorBoard. Imported only when asked for."""
+"""Experiment trackers: Weights & Biases, SwanLab, TensorBoard. Imported only when asked for."""
 
 from pathlib import Path
 from typing import Protocol

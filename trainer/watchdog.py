@@ -1,4 +1,4 @@
-"""Watching that a run takes its steps, and that all its processes are there."""
+"""A watchdog: that a run keeps making steps, and that all its processes are alive."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = {Path(path) for path in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))}
-BEAT = 1.0  # seconds between two signs of life
+BEAT = 1.0  # seconds between two heartbeats
 SILENT = 40.0  # seconds without one from another rank: its process is stopped, or its machine is gone
 EXIT_STALLED = 1
 
@@ -26,10 +26,10 @@ def is_ours(file: Path) -> bool:
 
 
 class Watchdog(threading.Thread):
-    """A thread that ends its process, with a line that says where it stands, when no step has been finished for a time,
-    or when another rank gives no sign of life: PyTorch's collectives would wait for half an hour.
+    """A thread that ends its process, with a line that says where it is stuck, when no step has finished for a while,
+    or when another rank sends no heartbeat: PyTorch's collectives would wait for half an hour.
 
-    When one rank stalls, the others say where they stand, too: the one at fault stands elsewhere than the others.
+    When one rank stalls, all ranks say where they are stuck: the one at fault is at a different line from the others.
     A rank that has ended, or was killed, has closed its connections: that the main thread learns at once.
 
     Args:
@@ -88,16 +88,16 @@ class Watchdog(threading.Thread):
             text = str(error)
             if "failed to pass monitoredBarrier" in text:  # rank 0 alone knows who
                 ranks = re.search(r"Ranks? ([\d, ]*\d)", text.partition("failed to pass")[0].rpartition("]")[2])
-                self._end(f"rank {ranks[1] if ranks else '?'} has given no sign of life for {SILENT:.0f} s")
+                self._end(f"rank {ranks[1] if ranks else '?'} has sent no heartbeat for {SILENT:.0f} s")
             if "imed out" in text:
-                self._end(f"rank 0 has given no sign of life for {SILENT:.0f} s")
+                self._end(f"rank 0 has sent no heartbeat for {SILENT:.0f} s")
             return False, stalled  # a connection is closed: the main thread's next collective fails and tells
         return not ending[0], bool(ending[1])
 
     def _end(self, why: str) -> None:
         text = (
-            f"error: rank {self.rank}: {why}; this rank stands after {self._steps} steps at {self._where()}: continue "
-            "from the last checkpoint with --resume\n"
+            f"error: rank {self.rank}: {why}; this rank is stuck after {self._steps} steps at {self._where()}: "
+            "continue from the last checkpoint with --resume\n"
         )
         os.write(2, text.encode(errors="replace"))
         time.sleep(BEAT)  # the others hear of it over this process's connections
@@ -109,5 +109,5 @@ class Watchdog(threading.Thread):
         while frame is not None and not is_ours(Path(frame.f_code.co_filename)):
             frame = frame.f_back
         if frame is None:
-            return "no line of MiniMind's"
+            return "no line of MiniMind"
         return f"{Path(frame.f_code.co_filename).relative_to(ROOT)}:{frame.f_lineno} ({inner.f_code.co_name})"

@@ -25,7 +25,7 @@ def is_file_name(name: str) -> bool:
 
 
 def read_content(path: Path) -> object:
-    """What a file holds: tensors, and plain values around them. Nothing in it is run.
+    """The contents of a file: tensors, and plain values around them. No code in it is executed.
 
     Raises:
         UserError: missing, damaged, or no such file; the message says what it looks like.

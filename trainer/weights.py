@@ -389,7 +389,7 @@ def _compare_positions(path: Path, saved: LMConfig, config: LMConfig, origin: st
         if saved.rope_scaling == MINIMIND3_YARN:
             flag = "--inference_rope_scaling"
         raise UserError(
-            f"{path} has rope_scaling {kind} according to {origin}, and the flags ask for none: give {flag}"
+            f"{path} has rope_scaling {kind} according to {origin}, but the flags ask for none: give {flag}"
         )
 
 

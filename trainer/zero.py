@@ -111,7 +111,7 @@ class _EngineLoss:
 
 class ShardedOptimizer:
     """ZeRO's optimizer, whose state is read and written whole, as that of the AdamW that it shards: what one engine
-    saved, any other, or none, goes on from.
+    saved, any other, or none, can resume from.
 
     Args:
         sharded: DeepSpeed's optimizer, of stage 1, 2 or 3.

@@ -19,7 +19,7 @@ PATIENCE = 600  # seconds; only what hangs takes as long
 
 
 class BrokenPromise(AssertionError):
-    """After a fault something was lost, or did not go on."""
+    """After a fault something was lost, or could not be resumed."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class Disturbed:
         self.wait(143)
 
     def newest(self) -> Path:
-        """The state that it would go on from."""
+        """The state that it would resume from."""
         return self.resume / (self.resume / "latest").read_text(encoding="utf-8")
 
     def check(self) -> int:
-        """What was promised: a whole state exists, --resume goes on from it, and the weights at the end are those of
+        """The guarantee: an intact state exists, --resume continues from it, and the weights at the end are those of
         the run that was never disturbed.
 
         Returns:
@@ -113,7 +113,7 @@ class Disturbed:
         if list_states(self.resume):
             saved = int(find_whole_state(self.resume / "latest")[0][5:].rstrip("_"))
         elif self.weights.exists():
-            raise BrokenPromise("weights, and nothing to go on from")
+            raise BrokenPromise("weights, but nothing to resume from")
         run = self.start("none", 0, "--resume")
         reached = self.reached
         self.wait(0)

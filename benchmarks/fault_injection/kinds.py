@@ -95,7 +95,7 @@ def halt_a_rank(run: Disturbed, rng: random.Random) -> None:
     struck = rng.choice("01")
     run.start("halt", any_step(rng), STRUCK_RANK=struck, SILENT="6")
     said = run.wait(1, alone=True)
-    if f"rank {struck} has given no sign of life" not in said:
+    if f"rank {struck} has sent no heartbeat" not in said:
         raise BrokenPromise(f"the halted rank is not named:\n{said}")
 
 

@@ -20,6 +20,7 @@ COMMON = (
 )
 ROWS = 4  # of a step
 COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
+TRYING = ("--rewards", "repetition:1", "language:1", "--max_new_tokens", "12")  # rules that random weights can meet
 WORDS = "The little robot counts seven yellow birds above the sea and then it counts them all again".split()
 
 
@@ -47,6 +48,9 @@ STAGES = (
     Stage("train_dpo.py", "rlhf", "pairs.jsonl", "start.pth"),
     Stage("train_distillation.py", "full_dist", "chats.jsonl", "start.pth", ("--teacher_weight", "teacher.pth")),
     Stage("train_distill_reason.py", "reason", "thoughts.jsonl", "start.pth"),
+    Stage("train_reward.py", "reward", "pairs.jsonl", "start.pth"),
+    Stage("train_grpo.py", "grpo", "problems.jsonl", "start.pth", ("--group_size", "4", *TRYING)),
+    Stage("train_ppo.py", "ppo", "problems.jsonl", "start.pth", TRYING),
     Stage("train_pretrain_vlm.py", "pretrain_vlm", "pictures.jsonl", "start.pth", ("--unfreeze_last", "1")),
     Stage("train_sft_vlm.py", "sft_vlm", "pictures.jsonl", "start_vlm.pth"),
 )
@@ -77,6 +81,7 @@ def make_world(folder: Path) -> World:
     (folder / "images").mkdir(parents=True)
     said = [" ".join(WORDS[: 2 + n * 7 % 15]) for n in range(20)]
     asked = [f"What is {n} + {n}?" for n in range(20)]
+    _write(folder / "problems.jsonl", [{"question": text, "answer": 2 * n} for n, text in enumerate(asked)])
     thoughts = [f"<think>\n{text}\n</think>\n<answer>\n{n}\n</answer>" for n, text in enumerate(said)]
     _write(folder / "texts.jsonl", [{"text": f"{n}. {text}"} for n, text in enumerate(said)])
     _write(folder / "chats.jsonl", [_chat(*turns) for turns in zip(asked, said, strict=True)])

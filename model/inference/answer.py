@@ -22,7 +22,7 @@ class Answer:
         prompt_tokens: the prompt with its log-probabilities, after prefill; empty unless requested.
         count: generated tokens, including those that ended it and are not part of its text.
         end_token: the token that ended it; None if something else did.
-        reused: prompt tokens that needed no prefill, since a slot already held them.
+        reused: prompt tokens that needed no prefill, because a slot already held them.
     """
 
     def __init__(

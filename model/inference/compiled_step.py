@@ -1,6 +1,6 @@
 """One token of one answer through the whole network as a single compiled graph.
 
-Decoding one answer is bound by reading the weights. Between the matrices, eager mode spends as long again on starting
+Decoding one answer is bound by reading the weights. Between the matmuls, eager mode spends as much time again launching
 small operations and on kernels that are made for many rows. One graph has none of that: a product with one row is
 written as a sum over elementwise products, which the compiler turns into a loop at the memory's speed; int8 and int4
 call PyTorch's kernels. A dense model on a CPU with a C++ compiler only; anything else goes through `Decoder.read`.

@@ -80,7 +80,7 @@ class Decoder:
         slot_len: positions a slot has room for.
         dtype: of the weights, torch.float32, torch.bfloat16, "int8" or "int4" (None: as they are). What runs between
             the matrices is fp32, as are keys and values on a CPU, whose attention is faster in it.
-        deterministic: one kernel for any number of rows, so that an answer does not depend on its company; else the
+        deterministic: one kernel for any number of rows, so that an answer does not depend on the others; else the
             fastest for each, timed now.
         compile: decode one answer by a compiled step, where that can be made and is faster; takes seconds.
 

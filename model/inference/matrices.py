@@ -1,6 +1,6 @@
 """The matrices of a decoder: what each precision keeps of them, and which kernel multiplies them.
 
-One row of input reads every weight once, so the time of a matrix is its bytes over the memory's bandwidth, if the
+One row of input reads every weight once, so the time of a matmul is its bytes over the memory bandwidth, if the
 kernel is good; many rows are bound by arithmetic. Which kernel is good differs between processors: the candidates are
 timed at start (`fastest_kernels`), for one row, a few, and many. Where an answer must not depend on the others, one
 kernel serves all (`fixed_kernels`).
@@ -25,7 +25,7 @@ TIMED_WEIGHTS = 16_000_000  # more than a processor's caches hold, less than a s
 
 
 class Kernel(NamedTuple):
-    """A way to multiply by a matrix.
+    """A kernel: one way to multiply by a matrix.
 
     keep: weight (out, in) fp32 -> the tensors that it reads.
     multiply: x (rows, in) fp32 or bf16, then those tensors -> (rows, out) fp32 or bf16.
@@ -61,7 +61,7 @@ def _pack(weight: Tensor) -> Tensor:
 
 def _packed(x: Tensor, weight: Tensor) -> Tensor:
     rows = len(x)
-    if rows > 16:  # oneDNN keeps half a megabyte for every number of rows it ever met
+    if rows > 16:  # oneDNN keeps half a megabyte for every number of rows it has seen
         x = F.pad(x, (0, 0, 0, -rows % 16))
     return torch.ops.mkldnn._linear_pointwise(x.to(weight.dtype), weight, None, "none", [], "")[:rows]
 

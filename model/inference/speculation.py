@@ -74,7 +74,7 @@ def keep_or_replace(
 
 
 class Lookup:
-    """Where each n-gram of a growing text occurred last, and so how the text may go on."""
+    """Where each n-gram of a growing text occurred last, and so how the text may continue."""
 
     def __init__(self):
         self._behind: dict[tuple[int, ...], int] = {}  # n-gram -> the place after its last occurrence
@@ -286,7 +286,7 @@ def make_speculation(
         return Speculation(decoder, most) if most else None
     ours, theirs = decoder.config.vocab_size, draft.config.vocab_size
     if ours != theirs:
-        raise ValueError(f"the draft model has a vocabulary of {theirs} tokens, the model one of {ours}")
+        raise ValueError(f"the draft model has a vocabulary of {theirs} tokens, but the model has {ours}")
     longest = min(decoder.slot_len, draft.config.max_seq_len)
     own = Decoder(draft, decoder.slots, longest, decoder.precision, deterministic, compile)
     return Speculation(decoder, most, DraftModel(own, token_budget))

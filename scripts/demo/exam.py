@@ -1,4 +1,4 @@
-"""What scripts that train and examine share: running a stage, reading questions, asking a model many at once."""
+"""Shared by scripts that train and evaluate: running a stage, reading questions, generating many answers at once."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""The first model of the demo: making it, and examining it with held-out questions."""
+"""The first model of the demo: training it, and testing it on held-out questions."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def make_model() -> None:
 
 
 def run_demo() -> None:
-    """Make the model where it is missing, examine it, and say what it took."""
+    """Train the model if it is missing, test it, and report what it took."""
     started = time.monotonic()
     make_model()
     shares = show_examination(OUT / "full_sft_256.pth")

@@ -1,7 +1,7 @@
 """The recipe of DeepSeek-R1 (arXiv:2501.12948, section 2.3) in small: its stages as commands, and what each achieves.
 
     cold start    SFT on 300 written thoughts and some general chats, from the demo's chat model
-    first GRPO    learning by trying
+    first GRPO    reinforcement learning
     rejection     what it now gets right and in form becomes SFT lines, with general chats among them
     SFT           of the chat model, on these
     second GRPO   from there
@@ -74,7 +74,7 @@ def _from(weights: Path) -> tuple[str, str]:
 
 
 def train(stage: Stage, root: Path) -> None:
-    """Run a stage, or go on with it; nothing where it is finished."""
+    """Run a stage, or continue it; nothing if it is finished."""
     run(stage.command[0], *SIZES, *stage.command[1:], "--out_dir", str(root / stage.folder), "--resume")
 
 

@@ -1,4 +1,4 @@
-"""What a score is made of: how much of it is there without the question, and how much is a liking for a letter."""
+"""Controls: how much of a score remains without the question, and how much is a preference for a letter."""
 
 import random
 from collections import Counter

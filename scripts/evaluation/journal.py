@@ -1,4 +1,4 @@
-"""What a model has answered already, in a file beside the results: a run that was cut short goes on from there."""
+"""What a model has answered already, in a file beside the results: an interrupted run continues from there."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Log-likelihoods of many continuations of many texts; what several have in common at their beginning is read once."""
+"""Log-likelihoods of many continuations of many texts; common prefixes are prefilled once."""
 
 import itertools
 from collections.abc import Iterator, Sequence

@@ -91,14 +91,14 @@ def _open_other(path: Path, args, device: torch.device, reason: UserError) -> HF
         reason: why it is not a MiniMind.
     """
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no config.json: it is not a folder of a transformers model")
+        raise UserError(f"{path} has no config.json: it is not a transformers model folder")
     try:
         lm = HFLM(str(path), device=str(device), dtype="float32", batch_size=args.batch_size, tokenizer=args.tokenizer)
     except Exception as error:  # transformers' and the harness's, of any class
         raise UserError(
-            f"{path}: {reason}; nor does transformers read it: {' '.join(str(error).split())[:160]}"
+            f"{path}: {reason}; nor can transformers load it: {' '.join(str(error).split())[:160]}"
         ) from None
-    print_notice(f"{path} is asked through transformers, as it is not a MiniMind ({reason})")
+    print_notice(f"{path} is evaluated with transformers, because it is not a MiniMind ({reason})")
     return lm
 
 

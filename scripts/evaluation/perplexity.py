@@ -70,7 +70,7 @@ def perplexity(lm: "TemplateLM", texts: Iterable[str], window: int) -> Predicted
 
     found = predict_texts(texts, min(window, lm.max_length), lm.prefix_token_id, encode, log_probs)
     if not found.bytes:
-        raise UserError("--ppl: there is no text to predict")
+        raise UserError("--ppl: there is no text to score")
     return found
 
 

@@ -83,7 +83,7 @@ def read_results(path: Path) -> dict[str, dict]:
         if not all(model["right"].values() and model["results"] for model in models.values()):
             raise ValueError("it is empty")
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} is none of the files that --output writes ({error!r:.80})") from None
+        raise UserError(f"{path} is not a file written by --output ({error!r:.80})") from None
     return models
 
 
@@ -101,6 +101,6 @@ def compare(first: dict, second: dict) -> dict[str, Paired]:
                 side += [digit == "1" for digit in answered["right"]]
     if not pairs:
         raise UserError(
-            "--compare: the two have no exam with the same questions in common (--limit, --control, files?)"
+            "--compare: the two have no test with the same questions in common (--limit, --control, files?)"
         )
     return {name: mcnemar(*both) for name, both in pairs.items()}

@@ -144,7 +144,7 @@ def read_letters(path: Path, capitals: bool, answered: bool = True) -> list[Row]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not rows:
-        raise UserError(f"{path} holds no question")
+        raise UserError(f"{path} contains no questions")
     return rows
 
 
@@ -173,7 +173,7 @@ def _objects(path: Path, parse: Callable[[dict], Row]) -> list[Row]:
         except BadRecord as error:
             raise UserError(f"{path}, row {number}: {error}") from None
     if not rows:
-        raise UserError(f"{path} holds no question")
+        raise UserError(f"{path} contains no questions")
     return rows
 
 

@@ -120,7 +120,7 @@ def open_exams(
         benchmark = BENCHMARKS[name]
         scored = split or benchmark.scored
         if data_dir is not None and name in FETCHED_ONLY:
-            raise UserError(f"--tasks {name}: the harness fetches it; it is not read from --data_dir")
+            raise UserError(f"--tasks {name}: the harness downloads it; it is not read from --data_dir")
         if not benchmark.subjects:
             splits = None if data_dir is None else read_splits(name, data_dir, scored)
             yield _opened(
@@ -132,7 +132,7 @@ def open_exams(
             by_subject = read_subjects(name, data_dir, ("dev", scored), scored)
         for subject, splits in by_subject.items():
             if subject not in benchmark.subjects:
-                raise UserError(f"{name}: the file {subject}.csv is of no subject that it has")
+                raise UserError(f"{name}: the file {subject}.csv matches none of its subjects")
             exam = Exam(name, None, benchmark.stem, subject, benchmark.subjects[subject])
             config = load_yaml(TASKS / benchmark.path.format(subject))
             if split is not None:
@@ -164,7 +164,7 @@ def _opened(exam: Exam, config: dict, splits: Splits | None, num_fewshot: int, s
             raise
         reason = " ".join(str(error).split())[:160]
         raise UserError(
-            f"{exam.name} could not be fetched ({reason}): without a network, --data_dir names a folder of its files"
+            f"{exam.name} could not be downloaded ({reason}): without a network, --data_dir names a folder of its files"
         ) from None
     exam.task.set_config("num_fewshot", num_fewshot)
     exam.seed = seed

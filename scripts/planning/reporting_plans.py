@@ -63,7 +63,7 @@ def describe_run(config: LMConfig, plan: Plan | None, machines: Machines, args, 
     steps = -(-tokens // step_tokens)
     hours = steps * plan.step.seconds / 3600
     bound = "sending" if plan.step.sending > plan.step.computing else "computing"
-    price = f", {hours * machines.gpus * args.price:,.0f} at {args.price:g} for an hour" if args.price else ""
+    price = f", {hours * machines.gpus * args.price:,.0f} at {args.price:g} per hour" if args.price else ""
     return "\n".join(
         [
             f"recommended   {plan.engine.name}: {_command(plan, machines.gpus, args, per_machine)}",

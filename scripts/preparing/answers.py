@@ -73,15 +73,15 @@ def turns_fault(turns: list[dict]) -> str | None:
         return "no turns"
     for number, turn in enumerate(body):
         if turn["role"] != ("assistant" if number % 2 else "user"):
-            return "not in turn"
+            return "turns that do not alternate"
     if body[-1]["role"] != "assistant":
         return "no answer at the end"
     if not any(turn.get("weight", 1) for turn in body[1::2]):
-        return "no answer that is learned"
+        return "no answer to train on"
     if len(body) > 2:
         said = [turn["content"] for turn in body]
         if any(said[n] == said[n + 2] and len(said[n]) > 20 for n in range(len(said) - 2)):
-            return "a turn said again"
+            return "a repeated turn"
     if any(
         body[n]["content"] == body[n + 1]["content"] and len(body[n]["content"]) > 20 for n in range(0, len(body), 2)
     ):

@@ -46,7 +46,7 @@ def read_questions(paths: Sequence[Path]) -> Iterator[Question]:
             continue
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not files:
-            raise UserError(f"{path} holds no file of questions ({', '.join(SUFFIXES)})")
+            raise UserError(f"{path} has no file of questions ({', '.join(SUFFIXES)})")
         for file in files:
             yield from _of_file(file)
 
@@ -122,7 +122,7 @@ def _questions(record: dict) -> list[str]:
     for keys in NAMES:
         if all(isinstance(record.get(key), str) for key in keys):
             return ["\n".join(record[key] for key in keys)]
-    raise BadRecord(f'no question under a key that is known ("question", "conversations", "text"…) but {list(record)}')
+    raise BadRecord(f'no question under a known key ("question", "conversations", "text"…), only {list(record)}')
 
 
 def _asked(turns: list, key: str) -> list[str]:

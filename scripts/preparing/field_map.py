@@ -23,7 +23,7 @@ def parse_map(spec: str) -> dict[str, tuple[str, ...]]:
         found[target] = tuple(keys.split("+"))
     if not any(parts <= found.keys() for parts in WHOLE):
         wanted = "; ".join(" and ".join(sorted(parts)) for parts in WHOLE)
-        raise UserError(f"--map {spec!r} names no whole record: it needs {wanted}")
+        raise UserError(f"--map {spec!r} does not describe a whole record: it needs {wanted}")
     return found
 
 

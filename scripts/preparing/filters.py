@@ -15,9 +15,9 @@ from scripts.preparing.stage_records import answers
 # In the order in which they look: a line counts for the first that removes it.
 WHAT = {
     "broken": "decoded wrongly, replacement or control characters",
-    "empty": "nothing in it, or an answer that is empty",
-    "turns": "turns that do not alternate, or say a thing again",
-    "thoughts": "<think> and <answer> not as they should stand",
+    "empty": "empty, or an empty answer",
+    "turns": "turns that do not alternate, or repeat",
+    "thoughts": "malformed <think> or <answer>",
     "length": "too short or too long",
     "tokens": "too few or too many tokens",
     "language": "in another language",
@@ -25,9 +25,9 @@ WHAT = {
     "runs": "runs of one character",
     "symbols": "mostly symbols",
     "digits": "mostly digits",
-    "refusals": "an answer that is refused",
-    "cut_off": "an answer that stops before its end",
-    "personal": "holds addresses or numbers of somebody",
+    "refusals": "a refusal",
+    "cut_off": "an answer that was cut off",
+    "personal": "contains personal addresses or numbers",
 }
 
 

@@ -119,71 +119,79 @@ def language_list(text: str) -> tuple[str, ...]:
 def add_arguments(parser: argparse.ArgumentParser, cores: int) -> None:
     """All flags. A filter's default is None, for the stage's own."""
     parser.add_argument("inputs", nargs="*", metavar="IN", help="files, folders or patterns to read")
-    parser.add_argument("--stage", choices=STAGES, required=True, help="what is to learn from it")
+    parser.add_argument("--stage", choices=STAGES, required=True, help="stage that will train on it")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help="the file to write")
-    parser.add_argument("--overwrite", action=BooleanFlag, help="replace files that are there")
-    parser.add_argument("--workers", type=positive_int, default=cores, help="processes (default: one a core)")
-    parser.add_argument("--seed", type=seed, default=42, help="decides the order, what is held out and what is sampled")
+    parser.add_argument("--overwrite", action=BooleanFlag, help="replace existing files")
+    parser.add_argument("--workers", type=positive_int, default=cores, help="processes (default: one per core)")
+    parser.add_argument("--seed", type=seed, default=42, help="seed of the order, the held-out lines and the sampling")
 
     reading = parser.add_argument_group("reading")
-    reading.add_argument(
-        "--map", metavar='"user=q assistant=a"', help="which keys hold what, where it is not recognised"
-    )
+    reading.add_argument("--map", metavar='"user=q assistant=a"', help="which keys hold what, if detection fails")
     reading.add_argument(
         "--text_unit",
         choices=("document", "paragraph", "line"),
         default="document",
-        help="what one text of a txt or md file is",
+        help="unit of text in a txt or md file",
     )
     reading.add_argument(
         "--source", action="append", default=[], metavar="NAME:LICENCE", help="a licence, for the report; repeatable"
     )
 
     filters = parser.add_argument_group("filters (0 is off; the default is the stage's, see docs/data.md)")
-    filters.add_argument("--min_chars", type=non_negative_int, help="characters a line has at least")
-    filters.add_argument("--max_chars", type=non_negative_int, help="… and at most")
-    filters.add_argument("--min_tokens", type=non_negative_int, help="tokens a line has at least")
-    filters.add_argument("--max_tokens", type=non_negative_int, help="… and at most")
+    filters.add_argument("--min_chars", type=non_negative_int, help="minimum characters of a line")
+    filters.add_argument("--max_chars", type=non_negative_int, help="maximum characters of a line")
+    filters.add_argument("--min_tokens", type=non_negative_int, help="minimum tokens of a line")
+    filters.add_argument("--max_tokens", type=non_negative_int, help="maximum tokens of a line")
     filters.add_argument(
         "--languages", type=language_list, default=("zh", "en"), metavar="zh,en,other", help="languages to keep"
     )
-    filters.add_argument("--language_share", type=share, help="least share of a line's letters that is in these")
-    filters.add_argument("--max_repeated", type=share, help="largest share of n-grams that stand in the line before")
-    filters.add_argument("--max_runs", type=share, help="largest share of characters in runs of one character")
-    filters.add_argument("--max_symbols", type=share, help="largest share of symbols")
-    filters.add_argument("--max_digits", type=share, help="largest share of digits")
-    filters.add_argument("--max_broken", type=share, help="largest share of characters that were decoded wrongly")
+    filters.add_argument("--language_share", type=share, help="minimum share of a line's letters in these")
     filters.add_argument(
-        "--boilerplate", type=non_negative_int, metavar="N", help="remove lines that stand in N documents or more"
+        "--max_repeated", type=share, help="maximum share of n-grams that occurred earlier in the line"
+    )
+    filters.add_argument("--max_runs", type=share, help="maximum share of characters in runs of one character")
+    filters.add_argument("--max_symbols", type=share, help="maximum share of symbols")
+    filters.add_argument("--max_digits", type=share, help="maximum share of digits")
+    filters.add_argument("--max_broken", type=share, help="maximum share of wrongly decoded characters")
+    filters.add_argument(
+        "--boilerplate", type=non_negative_int, metavar="N", help="remove lines that occur in N documents or more"
     )
     filters.add_argument("--drop_refusals", action=BooleanFlag, default=None, help='"As an AI…", 很抱歉…')
-    filters.add_argument("--drop_cut_off", action=BooleanFlag, default=None, help="answers that stop before their end")
+    filters.add_argument("--drop_cut_off", action=BooleanFlag, default=None, help="answers that were cut off")
     filters.add_argument("--check_turns", action=BooleanFlag, default=None, help="chats whose turns do not alternate")
-    filters.add_argument("--check_thoughts", action=BooleanFlag, default=None, help="<think> where it should not stand")
+    filters.add_argument("--check_thoughts", action=BooleanFlag, default=None, help="malformed <think> or <answer>")
     for name, what in zip(PERSONAL, ("URLs", "e-mail addresses", "phone numbers", "ID and card numbers"), strict=True):
         filters.add_argument(f"--{name}", choices=WHAT_TO_DO, help=f"what to do with {what}")
     filters.add_argument("--normalise", action=BooleanFlag, default=None, help="NFC, plain letters, digits and spaces")
 
     same = parser.add_argument_group("duplicates")
-    same.add_argument("--exact_dup", action=BooleanFlag, default=True, help="drop lines that repeat another")
-    same.add_argument("--near_dup", type=share, help="drop lines that are so similar to another (0.8: a fifth differs)")
-    same.add_argument("--near_dup_questions", type=share, help="the same of the questions alone")
+    same.add_argument("--exact_dup", action=BooleanFlag, default=True, help="drop exact duplicates")
+    same.add_argument("--near_dup", type=share, help="drop lines this similar to another (0.8: a fifth differs)")
+    same.add_argument("--near_dup_questions", type=share, help="the same for questions alone")
     same.add_argument(
-        "--against", nargs="+", default=[], metavar="FILE", help="evaluations whose questions are dropped"
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="drop lines that contain a question of these evaluations",
     )
 
     quality = parser.add_argument_group("quality, by a model")
-    quality.add_argument("--ppl_model", metavar="WEIGHTS", help="a small model that reads every line")
-    quality.add_argument("--drop_worst", type=percentage, default=0.1, help="share of the lines it reads worst")
+    quality.add_argument("--ppl_model", metavar="WEIGHTS", help="small model that scores every line")
+    quality.add_argument(
+        "--drop_worst", type=percentage, default=0.1, help="share of lines with the highest perplexity, to drop"
+    )
     add_device_argument(quality)
 
-    out = parser.add_argument_group("what is written")
+    out = parser.add_argument_group("output")
     out.add_argument("--mix", type=mix_part, nargs="+", default=[], metavar="IN:SHARE", help="inputs with their shares")
-    out.add_argument("--max_lines", type=non_negative_int, default=0, help="lines at most; 0: all")
-    out.add_argument("--shuffle", action=BooleanFlag, default=True, help="the lines in an order drawn by the seed")
-    out.add_argument("--val_share", type=share, default=0.01, help="share of the lines that is held out")
-    out.add_argument("--val_lines", type=non_negative_int, default=2000, help="lines held out at most")
-    out.add_argument("--shard_lines", type=non_negative_int, default=0, help="several files of so many lines; 0: one")
+    out.add_argument("--max_lines", type=non_negative_int, default=0, help="maximum lines; 0: all")
+    out.add_argument("--shuffle", action=BooleanFlag, default=True, help="shuffle the lines by the seed")
+    out.add_argument("--val_share", type=share, default=0.01, help="share of lines held out")
+    out.add_argument("--val_lines", type=non_negative_int, default=2000, help="maximum lines held out")
+    out.add_argument(
+        "--shard_lines", type=non_negative_int, default=0, help="split into files of this many lines; 0: one"
+    )
     out.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
     out.add_argument("--count_tokens", action=BooleanFlag, help="count all tokens, not those of 20,000 lines")
 
@@ -206,7 +214,7 @@ def check(args: argparse.Namespace) -> Settings:
         if not name or not licence:
             raise UserError(f"--source {one}: must be NAME:LICENCE, such as wiki.jsonl:CC-BY-SA-4.0")
     if args.ppl_model and not Path(args.ppl_model).exists():
-        raise UserError(f"--ppl_model {args.ppl_model} is not there: name a file or folder of weights")
+        raise UserError(f"--ppl_model {args.ppl_model} does not exist: name a file or folder of weights")
     place = STAGES.index(args.stage)
     values = {name: values[place] for name, values in DEFAULTS.items()}
     values |= {name: value for name in values if (value := getattr(args, name)) is not None}

@@ -1,4 +1,4 @@
-"""The passes in their order; each goes on from what an earlier run has left in the work folder."""
+"""The passes in order; each continues from what an earlier run has left in the work folder."""
 
 import re
 from collections import Counter, defaultdict
@@ -75,9 +75,9 @@ class Preparation:
         self._check_targets(identity, overwrite)
         self.work = WorkFolder(self.work_path, identity)
         if self.work.goes_on:
-            print_notice(f"{self.work_path}: an earlier run stopped here; going on from what it has done")
+            print_notice(f"{self.work_path}: continuing an earlier run that stopped here")
         elif self.work.other:
-            print_notice(f"{self.work_path}: what was there is of other settings or inputs; starting anew")
+            print_notice(f"{self.work_path}: left by a run with other settings or inputs; starting over")
 
     def _check_targets(self, identity: dict, overwrite: bool) -> None:
         """Nothing that is there is replaced unless that is wanted, or this run itself was about to."""
@@ -236,7 +236,7 @@ class Preparation:
             from scripts.preparing.quality import worst_lines
 
             dropped = worst_lines(self.cleaned, self.starts, self.kept, self.settings, self.device, self.work)
-            self._drop(f"read worst by {self.settings.ppl_model}", dropped)
+            self._drop(f"highest perplexity under {self.settings.ppl_model}", dropped)
 
     def write(self) -> Chosen:
         """Pass 5: choose, shuffle and write into the work folder."""

@@ -41,9 +41,9 @@ ROLES = {
     **{"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"},
     **{"ai": "assistant", "助手": "assistant", "teacher": "assistant"},
 }
-TOOLS = "uses tools, which no stage learns"
-PICTURES = "has pictures or sound, which no text stage learns"
-NO_SHAPE = "a shape that is not known: name its keys with --map"
+TOOLS = "uses tools, which no stage supports"
+PICTURES = "has pictures or sound, which no text stage supports"
+NO_SHAPE = "an unknown shape: name its keys with --map"
 
 
 def recognise(record: dict) -> Piece:
@@ -159,7 +159,7 @@ def read_turns(turns: list) -> tuple[list[Turn], str]:
         name = name or ROLES.get(str(role).strip().lower())
         if name is None:
             known = str(role).lower() in ("tool", "function", "observation", "function_call", "ipython", "environment")
-            raise Unusable(TOOLS if known else "a role that is not known: name its keys with --map")
+            raise Unusable(TOOLS if known else "an unknown role: name its keys with --map")
         one = {"role": name, "content": content if isinstance(content, str) and content.isascii() else clean(content)}
         if len(turn) > 2 and name == "assistant":
             _add_extras(turn, one)
@@ -261,9 +261,9 @@ def _pair(record: dict) -> Piece:
         shared += 1
     turns, chosen, rejected = chats[0][:shared], chats[0][shared:], chats[1][shared:]
     if chats[0] == chats[1]:
-        raise Unusable("two answers that are the same")
+        raise Unusable("two identical answers")
     if not turns or not all(side and side[0]["role"] == "assistant" for side in (chosen, rejected)):
-        raise Unusable("two answers that do not follow one prompt")
+        raise Unusable("two answers that do not share one prompt")
     return Piece(shape, turns=_with_system(record, turns), chosen=chosen, rejected=rejected)
 
 

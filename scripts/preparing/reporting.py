@@ -106,7 +106,7 @@ def shapes_read(found: Findings) -> list[str]:
         shapes = counts["shapes"]
         packed = f", {source.compression}" if source.compression else ""
         encoded = f", {source.encoding}" if source.encoding != "utf-8" else ""
-        named = ", ".join(f"{shape} ({count:,})" for shape, count in shapes.most_common(6)) or "no shape that is known"
+        named = ", ".join(f"{shape} ({count:,})" for shape, count in shapes.most_common(6)) or "no known shape"
         if not shapes and not counts["lines"]["read"]:
             named = "nothing to read"
         said.append(f"{source.name} ({source.format}{packed}{encoded}): {named}")

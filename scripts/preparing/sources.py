@@ -89,7 +89,7 @@ def _files(name: str) -> list[Path]:
     files = sorted(Path(found) for found in glob.glob(name, recursive=True))
     files = [file for file in files if file.is_file()]
     if not files:
-        raise UserError(f"{name} is not there" + (": no file has such a name" if glob.has_magic(name) else ""))
+        raise UserError(f"{name} does not exist" + (": no file has such a name" if glob.has_magic(name) else ""))
     return files
 
 

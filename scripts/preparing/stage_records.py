@@ -25,10 +25,10 @@ def build(piece: Piece, stage: str) -> dict:
         turns = (piece.turns or []) + (piece.chosen or [])
         return {"text": "\n".join(turn["content"] for turn in turns if turn["role"] != "system")}
     if piece.turns is None:
-        raise Unusable(f"a plain text, where --stage {stage} wants chats")
+        raise Unusable(f"a plain text, but --stage {stage} needs chats")
     if stage == "dpo":
         if piece.chosen is None:
-            raise Unusable("no two answers, which --stage dpo wants")
+            raise Unusable("no pair of answers, which --stage dpo needs")
         return {"chosen": piece.turns + piece.chosen, "rejected": piece.turns + piece.rejected}
     turns = piece.turns + (piece.chosen or [])
     while turns and turns[-1]["role"] == "user":  # a question that nobody answered

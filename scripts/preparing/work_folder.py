@@ -1,4 +1,4 @@
-"""OUT.work/: what is done of a run, chunk by chunk, so that one that was killed goes on from there."""
+"""OUT.work/: the finished work of a run, chunk by chunk, so that a killed run continues from there."""
 
 import contextlib
 import hashlib

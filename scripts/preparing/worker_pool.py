@@ -60,8 +60,8 @@ class WorkerPool:
                 yield waiting.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was ended from outside: out of memory? Run again, which goes on from here, with "
-                "fewer --workers"
+                "a worker process was killed: out of memory? Run again with fewer --workers; the run continues from "
+                "here"
             ) from None
 
 

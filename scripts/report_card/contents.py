@@ -50,7 +50,7 @@ def sections(
     """The report.
 
     Args:
-        results: {model: {part: what was found}}, see `examine`; a model that was not examined is not there.
+        results: {model: {part: what was found}}, see `examine`; a model that was not evaluated is missing.
         problems: {model: why not}.
         held_out: the name of the text that all predict.
         drawn: whether there is a picture of the losses.
@@ -66,9 +66,9 @@ def sections(
     for part in names:
         yield benchmark(part.removeprefix("benchmark "), {n: f[part] for n, f in results.items() if part in f})
     if said := {name: found["answers"] for name, found in results.items() if "answers" in found}:
-        yield Section("Answers", "Greedy; a pretrained model goes on with a text.", answers=side_by_side(said))
+        yield Section("Answers", "Greedy; a pretrained model continues the text.", answers=side_by_side(said))
     if problems:
-        yield Section("Not examined", points=[*problems.items()])
+        yield Section("Not evaluated", points=[*problems.items()])
 
 
 # -------------------------------------------------------------------------------------------------------- sections
@@ -93,8 +93,8 @@ def training(stages: Iterable[Found], results: Mapping[str, dict]) -> Section:
                 Cell(_data(about)),
             ]
         )
-    columns = ("", "parameters", "steps", "tokens", "time", "loss", "held out", "learned from")
-    note = "Of an adapter, its own parameters. Losses are each stage's own, and on its own data: not to be compared."
+    columns = ("", "parameters", "steps", "tokens", "time", "loss", "held out", "trained on")
+    note = "For an adapter, its own parameters. Each stage has its own loss and data, so losses cannot be compared."
     return Section("Training", note, columns, rows)
 
 
@@ -111,7 +111,7 @@ def predicted_text(found: Mapping[str, dict], title: str | None) -> Section:
         for name, of in predicted.items()
     ]
     one = next(iter(predicted.values()))
-    note = f"{title}: {one.texts:,} texts, {one.bytes:,} bytes. They compare models with different tokenizers, too."
+    note = f"{title}: {one.texts:,} texts, {one.bytes:,} bytes. Comparable across tokenizers."
     return Section("Bits per byte", note, ("", "bits per byte", "nats per token"), rows)
 
 
@@ -128,8 +128,8 @@ def exams(results: Mapping[str, dict]) -> Section:
             counts = [found.get(part, {}).get(lang) for part, lang in columns]
             rows.append([Cell(name), *(_share(*count) if count else Cell(NOTHING) for count in counts)])
     titles = (f"{DEMO_EXAMS[part.removeprefix('exam ')].title}, {lang} ({n:,})" for (part, lang), n in columns.items())
-    note = "Held-out questions of the demo, greedy, right where an answer equals an accepted one; asked: in brackets."
-    return Section("The demo's exams", note, ("", *titles), rows)
+    note = "Held-out questions of the demo, greedy, right if equal to an accepted answer; number asked in brackets."
+    return Section("The demo's tests", note, ("", *titles), rows)
 
 
 def benchmark(name: str, found: Mapping[str, dict]) -> Section:
@@ -147,7 +147,7 @@ def benchmark(name: str, found: Mapping[str, dict]) -> Section:
             ]
         )
     one = next(iter(found.values()))[name]
-    chance = "" if one["chance"] is None else f" Chance alone gets {one['chance']:.1%}."
+    chance = "" if one["chance"] is None else f" Chance level: {one['chance']:.1%}."
     note = f"{one['n']:,} questions.{chance} p: of chance alone (exact, two-sided); * below {ALPHA}."
     return Section(name, note, ("", "accuracy", "length-normalised", "p"), rows)
 

@@ -99,7 +99,7 @@ def held_out_text(file: Path | None, stages: Iterable[Found]) -> HeldOut | None:
     if file is not None:
         texts = list(read_texts(file))
         if not any(texts):
-            raise UserError(f"--ppl {file} holds no text")
+            raise UserError(f"--ppl {file} contains no text")
         return HeldOut(file.name, texts)
     file = DATA / "pretrain_hq.jsonl"
     if not any(found.is_of_the_demo for found in stages) or not file.is_file():
@@ -126,7 +126,7 @@ def predict(texts: list[str], model: MiniMindLM, tokenizer: PreTrainedTokenizerB
 def write_answers(
     questions: tuple[str, ...], chats: bool, model: MiniMindLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
-    """{question: what the model says, greedy}; to one that does not chat, a question is a text to go on with."""
+    """{question: what the model says, greedy}; to one that does not chat, a question is a text to continue."""
     turns = [[{"role": "user", "content": question}] for question in questions]
     prompts = [ids for ids, _ in render_chats(tokenizer, turns, add_generation_prompt=True)]
     if not chats:

@@ -8,7 +8,7 @@ from trainer.files import save_json
 
 
 class Kept:
-    """One json a model. Each result is written as soon as it is there, so that a run cut short goes on from it.
+    """One json per model. Each result is written as soon as it is known, so that an interrupted run continues from it.
 
     Args:
         path: the json; one that is damaged, or not of these weights, counts as empty.

@@ -55,7 +55,7 @@ def make_report(
             kept = kept_of(found, out_dir, tokenizer)
             results[found.name] = examine(found, parts_of(found, held_out, benchmarks), kept, tokenizer, device)
         except UserError as error:
-            print_notice(f"{found.name} is not examined: {error}")
+            print_notice(f"{found.name} cannot be evaluated: {error}")
             problems[found.name] = str(error)
 
     curves = {found.name: read_curves(found.path.with_suffix(".metrics.jsonl")) for found in stages}

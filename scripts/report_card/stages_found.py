@@ -42,7 +42,7 @@ class Found:
 
     @property
     def chats(self) -> bool:
-        """Whether it has learned to answer; a pretrained model goes on with a text."""
+        """Whether it has learned to answer; a pretrained model continues text."""
         return self.stage != "pretrain"
 
     @property
@@ -92,7 +92,7 @@ def find_stages(out_dir: Path) -> list[Found]:
             if path.is_file() and not path.name.startswith("."):  # which a save was writing
                 files.setdefault(path.relative_to(out_dir).with_suffix("").as_posix(), path)
     if not files:
-        raise UserError(f"{out_dir} holds no weights (*.pth): train a stage, or name another folder with --out_dir")
+        raise UserError(f"{out_dir} has no weights (*.pth): train a stage, or name another folder with --out_dir")
     return sorted((found_at(path, name) for name, path in files.items()), key=_place)
 
 

@@ -109,7 +109,7 @@ def models_at(client) -> list[str]:
             host = urlsplit(address).hostname
             raise UserError(
                 f"{address} does not answer through the proxy of {through}{why}: "
-                f"mend or unset {through}, or add {host} to NO_PROXY"
+                f"fix or unset {through}, or add {host} to NO_PROXY"
             ) from None
         raise UserError(
             f"nothing answers at {address}{why}: start scripts/serve_openai_api.py, or give another address"

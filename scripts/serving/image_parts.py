@@ -21,7 +21,7 @@ def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> 
         fetch: from http(s) addresses to what is there; None where fetching is off.
 
     Raises:
-        ApiError: an image that there is not, too many, or a model that takes none.
+        ApiError: a missing image, too many, or a model that takes none.
     """
     urls = [part.image_url.url for message in messages for part in _parts(message) if part.type == "image_url"]
     if urls and not sees:

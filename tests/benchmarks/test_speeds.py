@@ -64,7 +64,7 @@ def test_writing_is_timed_for_real(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["generate.py", *flags.split()])
     generate.main()
     said = capsys.readouterr().out
-    assert "alone and in company: yes" in said
+    assert "alone and in a batch: yes" in said
     assert [line.split()[0] for line in said.splitlines()[-3:]] == ["128", "1024", "4096"]
 
 
@@ -116,13 +116,13 @@ class TestLoad:
         assert f"first text, s:            p5 {p5:.3f}  p50 {p50:.3f}  p95 {p95:.3f}\n" in said
         assert f"{len(seconds)} answers" in said
         assert "tokens/s of an answer:    p5 2.000  p50 2.000  p95 2.000\n" in said  # four behind the first, in 2 s
-        assert "answers other than alone: 0\n" in said
+        assert "answers that differ from those alone: 0\n" in said
         assert "memory: 7 MiB early, 7 MiB at the end, +0.0%\n" in said
 
     def test_an_answer_other_than_alone_is_a_failure(self, load, capsys):
         with pytest.raises(UserError, match="lost or mixed up"):
             load(answers=lambda question: question + "!")
-        assert "answers other than alone: 0\n" not in capsys.readouterr().out
+        assert "answers that differ from those alone: 0\n" not in capsys.readouterr().out
 
 
 def asked_of(lines: list[dict | str]) -> tuple[str, int, float, float]:
@@ -175,7 +175,7 @@ def test_the_cost_of_few_bits_is_measured_for_real(monkeypatch, tiny_out, tokeni
 def test_a_text_without_words_is_refused(monkeypatch, tiny_out, tmp_path):
     (tmp_path / "text.txt").write_text("", encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["few_bits.py", "x.pth", "--ppl", str(tmp_path / "text.txt")])
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="contains no text"):
         few_bits.main()
 
 

@@ -251,7 +251,7 @@ class TestPlaces:
         ("address", "told"),
         [
             ("nowhere.jsonl", "does not exist"),
-            ("nothing-*.jsonl", "no file with anything in it"),
+            ("nothing-*.jsonl", "no file with content"),
             ("memory://nothing.jsonl", "cannot be read"),
             ("nosuch://a.jsonl", "Protocol not known"),
         ],
@@ -275,5 +275,5 @@ class TestPlaces:
     def test_a_run_that_streamed_goes_on_streaming(self, folder, streamed, tiny_tokenizer):
         path = folder / "part-1.jsonl"
         rows, whole = streamed(path), PretrainDataset(path, tiny_tokenizer, 64)
-        assert "had --stream" in whole.changed_since(rows.identity)
+        assert "used --stream" in whole.changed_since(rows.identity)
         assert "did not --stream" in rows.changed_since(whole.identity)

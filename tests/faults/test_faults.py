@@ -52,7 +52,7 @@ def test_a_run_that_is_lost_is_found_out(laboratory):
         run.stop_after(5)
         shutil.rmtree(run.out)
 
-    told = {lose: "no state before it is whole", change: "other weights than", forget: "steps lost, at most 4"}
+    told = {lose: "no earlier state is intact", change: "other weights than", forget: "steps lost, at most 4"}
     for happen, why in told.items():
         with pytest.raises(BrokenPromise, match=why):
             laboratory.disturb(Kind("", happen, most=4), STAGES[0], random.Random(1))

@@ -62,7 +62,7 @@ def test_what_is_not_said_is_filled_in():
 @pytest.mark.parametrize(
     ("scaling", "said"),
     [
-        ({"rope_type": "dynamic", "factor": 2}, "'dynamic': its base changes while a text grows"),
+        ({"rope_type": "dynamic", "factor": 2}, "'dynamic': its base changes as the text grows"),
         ({"rope_type": "llama3", "factor": 2}, "'llama3': use linear, ntk, yarn"),
         ({"rope_type": "linear"}, "factor must be a number of 1 or more, not None"),
         ({"rope_type": "linear", "factor": 0.5}, "not 0.5"),

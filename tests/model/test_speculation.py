@@ -321,5 +321,5 @@ def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer, mo
 def test_what_cannot_be_is_said(models, tiny_tokenizer):
     with pytest.raises(ValueError, match="speculate 0, not 1, 256 and -1"):
         Engine(models["dense"], tiny_tokenizer, slots=1, speculate=-1)
-    with pytest.raises(ValueError, match=f"vocabulary of 96 tokens, the model one of {len(tiny_tokenizer)}"):
+    with pytest.raises(ValueError, match=f"vocabulary of 96 tokens, but the model has {len(tiny_tokenizer)}"):
         Engine(models["dense"], tiny_tokenizer, slots=1, draft=network())

@@ -110,7 +110,7 @@ def with_a_greedy_tag():
     [
         (lambda: family("qwen"), '"bos_token": "<|im_start|>" into its tokenizer_config.json'),
         (no_eos, 'no eos token, which ends every text and every turn of a chat: write "eos_token": "<|im_end|>"'),
-        (unigram, "no byte-level BPE, which spells any text, but a Unigram, as SentencePiece's and T5's"),
+        (unigram, "not a byte-level BPE, which encodes any text, but a Unigram, as SentencePiece's and T5's"),
         (bpe_of_characters, "but a BPE of characters, as SentencePiece's and Llama 2's"),
         (with_hole, "none of its own for"),
         (lambda: lossy(normalizers.Lowercase()), "the round trip of 'Hello, world!' gives 'hello, world!'"),
@@ -118,9 +118,9 @@ def with_a_greedy_tag():
         (lambda: lossy(normalizers.NFD()), "the round trip of"),
         (with_prefix_space, "gives ' \\n\\n"),
         (without_spaces, "the round trip of ' ' gives ''"),
-        (without_a_byte, "1 of the 256 bytes have no entry, b'\\x80' for one"),
-        (with_one_letter_as_control, "text that spells its token '中' becomes that token"),
-        (with_a_greedy_tag, "a chat comes back from its tokens as another one"),
+        (without_a_byte, "1 of the 256 bytes have no entry, for example b'\\x80'"),
+        (with_one_letter_as_control, "text that spells its token '中' is encoded as that token"),
+        (with_a_greedy_tag, "a chat does not survive the round trip through its tokens"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(make, told):

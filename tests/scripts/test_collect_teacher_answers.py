@@ -270,7 +270,7 @@ def test_thinking_is_kept_in_tags(endpoint, tmp_path, capsys):
     assert replies(tmp_path / "a.jsonl") == [("0", answer), ("1", tagged)]
     errors = capsys.readouterr().err
     assert "it has no reasoning_content" in errors
-    assert "the thought holds the tag </think>" in errors
+    assert "the thought already contains the tag </think>" in errors
 
 
 def test_ctrl_c_loses_no_answer(endpoint, questions, tmp_path):

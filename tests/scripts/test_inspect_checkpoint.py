@@ -59,7 +59,7 @@ def test_a_whole_run(trained, which):
     for name in ("pretrain_32.pth", "step_00000004", "step_00000002"):
         assert " whole" in told(done, name)
     assert "2 processes" in told(done, "step_00000004")
-    assert "goes on from step_00000004:" in done.stdout
+    assert "resumes from step_00000004:" in done.stdout
     assert "writing" not in done.stdout
 
 
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_named_and_the_state_before_it_is_gone_on_from(out, na
     done = inspect(out, exit_code=2)
     assert f"{name} is damaged" in told(done, "step_00000004")
     assert " whole" in told(done, "step_00000002")
-    assert "goes on from step_00000002:" in done.stdout
+    assert "resumes from step_00000002:" in done.stdout
     assert file_hash(out / "pretrain_32.resume" / "latest") == before
 
 
@@ -99,7 +99,7 @@ def test_nothing_is_whole(out):
     for step in (2, 4):
         flip(out / "pretrain_32.resume" / f"step_0000000{step}" / "model.pth")
     done = inspect(out, exit_code=2)
-    assert "no state is whole: start over with --overwrite" in done.stdout
+    assert "no state is intact: start over with --overwrite" in done.stdout
     assert "torchrun" not in done.stdout
 
 
@@ -107,7 +107,7 @@ def test_damaged_weights_and_a_damaged_pointer(out):
     flip(out / "pretrain_32.pth")
     done = inspect(out, exit_code=2)
     assert "does not match the sha256" in told(done, "pretrain_32.pth")
-    assert "goes on from step_00000004:" in done.stdout
+    assert "resumes from step_00000004:" in done.stdout
     shutil.copy(out / "pretrain_32.resume" / "step_00000004" / "model.pth", out / "pretrain_32.pth")
     (out / "pretrain_32.resume" / "latest").write_text("step_00000007")
     done = inspect(out, exit_code=2)
@@ -116,7 +116,7 @@ def test_damaged_weights_and_a_damaged_pointer(out):
 
 def test_weights_without_a_run(out):
     shutil.rmtree(out / "pretrain_32.resume")
-    assert "nothing to go on from" in inspect(out).stdout
+    assert "nothing to resume from" in inspect(out).stdout
     (out / "pretrain_32.json").unlink()
     assert "not checked" in told(inspect(out), "pretrain_32.pth")
 
@@ -129,7 +129,7 @@ def test_a_run_of_an_earlier_version_is_not_called_whole(out):
     path.write_text(json.dumps(state))
     done = inspect(out)
     assert "not checked" in told(done, "step_00000004")
-    assert "the command that began it, with --resume" in done.stdout
+    assert "the command that started it, with --resume" in done.stdout
 
 
 def test_a_run_that_is_under_way(out):
@@ -140,7 +140,7 @@ def test_a_run_that_is_under_way(out):
 
 
 def test_nothing_there(tmp_path):
-    assert "holds no run" in one_error_line(inspect(tmp_path, exit_code=2))
+    assert "contains no run" in one_error_line(inspect(tmp_path, exit_code=2))
     assert "is neither a folder" in one_error_line(inspect(tmp_path / "x.pth", exit_code=2))
 
 

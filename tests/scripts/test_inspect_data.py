@@ -42,7 +42,7 @@ def test_a_chat_is_shown_as_it_is_learned(inspect):
         chat("not shown", "no"),
     ]
     printed, _ = inspect(lines, "--samples", "2")
-    assert "data.jsonl as --stage reason has it (SFTDataset)\n" in printed
+    assert "data.jsonl as --stage reason reads it (SFTDataset)\n" in printed
     assert (
         "<s>system\nBe brief.</s>\n<s>user\n2 + 3?</s>\n<s>assistant\n"
         "⟦<think>\nCount.\n</think>\n<answer>\n5\n</answer></s>⟧\n\n--- sample 2: "
@@ -60,14 +60,14 @@ def test_pairs_are_shown_side_by_side(inspect):
     for side, answer in (("chosen", "Hello"), ("rejected", "Go away")):
         assert re.search(rf"--- pair 1, {side}: \d+ tokens, \d+ targets\n", printed)
         assert DEFAULT + f"<s>user\nHi</s>\n<s>assistant\n⟦{answer}</s>⟧\n" in printed
-    assert "as --stage dpo has it (DPODataset)" in printed
+    assert "as --stage dpo reads it (DPODataset)" in printed
 
 
 def test_pictures_are_shown_by_name(inspect, tmp_path, clip_dir):
     Image.new("RGB", (40, 32), "red").save(tmp_path / "red.png")
     line = chat("<image>\nWhat?", "Red.") | {"image": "red.png"}
     printed, _ = inspect([line], "--images_path", tmp_path, "--vision_model", clip_dir)
-    assert "as --stage vlm has it (VLMDataset)" in printed
+    assert "as --stage vlm reads it (VLMDataset)" in printed
     assert DEFAULT + "<s>user\n<image red.png: 4 places>\nWhat?</s>\n<s>assistant\n⟦Red.</s>⟧\n" in printed
 
 
@@ -84,12 +84,12 @@ def test_a_picture_s_name_may_be_any_bytes(inspect, tmp_path, clip_dir):
 @pytest.mark.parametrize(
     ("line", "stage"),
     [
-        ({"text": "a text"}, "pretrain has it (PretrainDataset)"),
-        (chat("q", "a"), "sft has it (SFTDataset)"),
-        (chat("q", "<think>\na\n</think>\n<answer>\nb\n</answer>"), "reason has it (SFTDataset)"),
-        (chat("q", "a", reasoning_content="b"), "reason has it (SFTDataset)"),
-        (chat("q", "a") | {"image": ""}, "sft has it (SFTDataset)"),
-        (chat("q", "a") | {"image": None}, "sft has it (SFTDataset)"),
+        ({"text": "a text"}, "pretrain reads it (PretrainDataset)"),
+        (chat("q", "a"), "sft reads it (SFTDataset)"),
+        (chat("q", "<think>\na\n</think>\n<answer>\nb\n</answer>"), "reason reads it (SFTDataset)"),
+        (chat("q", "a", reasoning_content="b"), "reason reads it (SFTDataset)"),
+        (chat("q", "a") | {"image": ""}, "sft reads it (SFTDataset)"),
+        (chat("q", "a") | {"image": None}, "sft reads it (SFTDataset)"),
     ],
 )
 def test_the_stage_is_told_by_the_first_line(inspect, line, stage):
@@ -98,7 +98,7 @@ def test_the_stage_is_told_by_the_first_line(inspect, line, stage):
 
 def test_a_stage_that_is_named_decides(inspect):
     printed, _ = inspect([{"text": "a text"} | chat("q", "a")], "--stage", "lora")
-    assert "as --stage lora has it (SFTDataset)" in printed
+    assert "as --stage lora reads it (SFTDataset)" in printed
     assert "ignored keys: text 1" in printed
     _, error = inspect([chat("q", "a")], "--stage", "dpo", exit_code=2)
     assert 'the key "chosen" is missing (this is a chat, for train_full_sft.py)' in error
@@ -142,7 +142,7 @@ def test_bad_lines_are_listed_and_an_error_unless_they_may_be_skipped(inspect):
 )
 def test_another_shape_is_shown_with_the_command_for_it(inspect, tmp_path, lines, shape, stage):
     printed, error = inspect(lines, exit_code=2)
-    assert error.startswith(f"error: {tmp_path / 'data.jsonl'}: no stage learns from it")
+    assert error.startswith(f"error: {tmp_path / 'data.jsonl'}: no stage can train on it")
     assert error.count("\n") == 1
     if shape is None:
         assert not printed
@@ -155,7 +155,7 @@ def test_another_shape_is_shown_with_the_command_for_it(inspect, tmp_path, lines
 def test_lengths_duplicates_languages_and_roles_are_told(inspect, tmp_path):
     lines = [chat("Where are the seven old rivers?", "a" * n) for n in (1, 1, 300)]
     printed, _ = inspect(lines, "--plot", tmp_path / "lengths.png")
-    assert "samples that repeat another: 1\n" in printed
+    assert "duplicate samples: 1\n" in printed
     assert "roles: user 3, assistant 3\n" in printed
     assert "languages: en 3\n" in printed
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")

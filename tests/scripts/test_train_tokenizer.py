@@ -204,7 +204,7 @@ def broken_bytes():
     vocabulary["spelledinletters"] = vocabulary.pop(byte)
     state["model"]["merges"] = []
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    return tokenizer, "1 of the 256 bytes have no entry, b'\\x80' for one"
+    return tokenizer, "1 of the 256 bytes have no entry, for example b'\\x80'"
 
 
 def broken_alphabet():
@@ -212,7 +212,7 @@ def broken_alphabet():
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["model"]["vocab"]["▁word"] = len(state["model"]["vocab"])
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    return tokenizer, "is none of a byte-level BPE"
+    return tokenizer, "is not from a byte-level BPE"
 
 
 def broken_round_trip():

@@ -85,7 +85,7 @@ def test_a_talk_with_a_model_of_this_machine(local, greedy):
     assert talk(local)[3] == ("assistant", greedy("你好", system="Be kind.").strip())
 
     local.button_group(key="language").set_value("中文").run()
-    assert local.slider(key="longest").label == "最长回答（词元）"
+    assert local.slider(key="longest").label == "最大回答长度（token）"
     assert local.slider(key="longest").value == 16
     assert len(talk(local)) == 4
     local.button(key="delete 1").click().run()

@@ -101,7 +101,7 @@ def test_a_mixture_that_has_changed_is_not_gone_on_with(pretrain, two_files, tmp
     pretrain(tmp_path, "--mix", *mix, "--max_steps", "2")
     for other, told in (
         (["--mix", mix[0], f"{folder}/old.jsonl:0.5"], "the shares of --mix"),
-        (["--mix", mix[0]], "another number of files"),
+        (["--mix", mix[0]], "the saved run used"),
         (["--mix", mix[1], mix[0]], "old.jsonl has changed since"),
         ([], "has changed since"),
     ):

@@ -116,7 +116,7 @@ def test_a_run_goes_on_with_other_processes_and_engines(pretrain, ddp, tmp_path,
     pretrain.interrupted(tmp_path, "SIGTERM", "log", 10, *flags(before), *first, processes=before, exit_code=143)
     done = pretrain(tmp_path, *flags(after), *second, "--resume", processes=after)
     assert "resumed at step 1" in done.stdout
-    assert "added up in another order" in done.stdout
+    assert "summed in another order" in done.stdout
     assert [line["tokens"] for line in reports(tmp_path)] == [line["tokens"] for line in reports(ddp)]
     assert losses(tmp_path) == pytest.approx(losses(ddp), abs=1e-4)
     assert distance(weights(tmp_path), weights(ddp)) < 1e-3
@@ -159,7 +159,7 @@ def test_ranks_that_begin_with_other_weights(sft, tiny_out, tmp_path):
 def test_ranks_with_other_settings(pretrain, tmp_path):
     each = [(), ("--grad_clip", "0.5")]
     line = one_error_line(pretrain(tmp_path, *FOUR_STEPS, processes=2, each=each, exit_code=2))
-    assert "rank 1 has grad_clip 0.5, and rank 0 has 1.0" in line
+    assert "rank 1 has grad_clip 0.5, but rank 0 has 1.0" in line
 
 
 def test_half_a_launcher(pretrain, tmp_path):

@@ -120,7 +120,7 @@ def test_what_is_refused_is_refused_before_the_data_is_read(tmp_path, capsys):
     unigram().save_pretrained(tmp_path / "t5")
     family("qwen").save_pretrained(tmp_path / "qwen")
     train = ("train_pretrain.py", *TINY_TRAINING, "--out_dir", tmp_path / "out", "--max_steps", "1")
-    for name, told in (("t5", "no byte-level BPE"), ("qwen", "no bos token")):
+    for name, told in (("t5", "not a byte-level BPE"), ("qwen", "no bos token")):
         call_script(*train, "--data_path", "/nowhere", "--tokenizer", tmp_path / name, exit_code=2)
         line = capsys.readouterr().err.strip()
         assert line.startswith(f"error: --tokenizer {tmp_path / name}: it ")
@@ -133,7 +133,7 @@ def test_what_is_refused_is_refused_before_the_data_is_read(tmp_path, capsys):
     for script in ("eval_model.py", "scripts/convert_model.py"):
         flags = ("to-gguf", tmp_path / "out/pretrain_32.pth", tmp_path / "x.gguf") if "convert" in script else TINY
         call_script(script, *flags, "--tokenizer", tmp_path / "t5", exit_code=2)
-        assert "no byte-level BPE" in capsys.readouterr().err
+        assert "not a byte-level BPE" in capsys.readouterr().err
 
 
 def test_the_same_entries_with_another_end_are_not_the_same_tokenizer(tmp_path, capsys):

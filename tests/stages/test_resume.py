@@ -390,7 +390,7 @@ def test_a_flipped_bit_in_what_a_run_goes_on_from(pretrain, tmp_path, whole, cap
     pretrain(out, "--epochs", "3", "--resume", by=call_script, exit_code=2)
     told = capsys.readouterr().err
     assert "step_00000008/optimizer.pt is damaged" in told
-    assert "no state before it is whole" in told
+    assert "no earlier state is intact" in told
     assert snapshot(out) == before
 
 

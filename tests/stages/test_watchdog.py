@@ -34,7 +34,7 @@ def test_a_rank_that_is_halted_is_named_by_the_other(pretrain, tmp_path, struck)
     other = {"0": "1", "1": "0"}[struck]
     said = [line for line in ended(run).splitlines() if line.startswith("error: ")]
     assert len(said) == 1, said
-    assert f"error: rank {other}: rank {struck} has given no sign of life for 6 s" in said[0]
+    assert f"error: rank {other}: rank {struck} has sent no heartbeat for 6 s" in said[0]
     assert re.search(r"after [234] steps at \w+.*\.py:\d+ \(\w+\)", said[0]), said
     assert "--resume" in said[0]
     assert about(tmp_path)["step"] in (1, 2)
@@ -52,7 +52,9 @@ def test_a_run_that_stalls_says_where_every_rank_stands(pretrain, tmp_path):
         time.sleep(0.05)
     said = run.stderr
     assert run.wait().returncode == 1
-    places = dict(re.findall(r"error: rank (\d): no step for \d+ s \(--stall_timeout 4\); this rank stands (.*)", said))
+    places = dict(
+        re.findall(r"error: rank (\d): no step for \d+ s \(--stall_timeout 4\); this rank is stuck (.*)", said)
+    )
     assert places.keys() == {"0", "1"}, said
     assert re.match(r"after 3 steps at tests/stages/crash_points\.py:\d+ \(stay\)", places["1"])
     assert re.match(r"after 3 steps at trainer/runtime\.py:\d+ \(\w+\)", places["0"])
@@ -62,7 +64,7 @@ def test_a_run_that_stalls_says_where_every_rank_stands(pretrain, tmp_path):
 def test_one_process_that_stalls_ends(pretrain, tmp_path):
     flags = (*ENDLESS, "--stall_timeout", "3")
     done = pretrain.interrupted(tmp_path, "SIGALRM", "log", 3, *flags, exit_code=1)
-    said = r"error: rank 0: no step for \d+ s \(--stall_timeout 3\); this rank stands after 3 steps"
+    said = r"error: rank 0: no step for \d+ s \(--stall_timeout 3\); this rank is stuck after 3 steps"
     assert re.search(said, done.stderr)
     assert weights(tmp_path)
 

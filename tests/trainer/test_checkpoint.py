@@ -559,7 +559,7 @@ def test_what_does_not_is_taken(resumed_with, capsys, name, value):
         (8, 1, 1, "this one has 8: with 1 processes, --batch_size x --accumulation_steps must be 4;"),
         (4, 3, 1, "batch_size 4 x accumulation_steps 1 x 1 processes = 4 rows, this one has 12"),
         (4, 1, 2, "this one has 8: with 2 processes, --batch_size x --accumulation_steps must be 2;"),
-        (4, 1, 3, "this one has 12: 4 rows cannot be shared by 3 processes: use 1;"),
+        (4, 1, 3, "this one has 12: 4 rows cannot be divided among 3 processes: use 1;"),
     ],
 )
 def test_a_step_has_the_same_rows_when_a_run_goes_on(
@@ -585,5 +585,5 @@ def test_ranks_with_other_settings_than_rank_0_are_named(open_checkpoint, monkey
     checkpoint, parts = open_checkpoint(resume=False)
     monkeypatch.setattr(checkpoint.runtime, "gather", lambda value: [value, value, value | theirs], raising=False)
     (name,) = theirs
-    with pytest.raises(UserError, match=f"rank 2 has {name} {theirs[name]}, and rank 0 has "):
+    with pytest.raises(UserError, match=f"rank 2 has {name} {theirs[name]}, but rank 0 has "):
         checkpoint.load(*parts)

@@ -54,10 +54,7 @@ def test_what_to_type(monkeypatch, tmp_path):
     own = tmp_path / ".venv" / "bin" / "python"
     own.parent.mkdir(parents=True)
     own.touch()
-    assert (
-        start.missing(["PIL", "gguf"])
-        == f"Pillow, gguf are not installed for /usr/bin/python3: type {own} in its place"
-    )
+    assert start.missing(["PIL", "gguf"]) == f"Pillow, gguf are not installed for /usr/bin/python3: type {own} instead"
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
     assert "pip install" in start.missing(["torch"])  # it is that one already
 

@@ -115,7 +115,7 @@ def test_a_file_by_another_tool_is_loaded_and_the_line_says_how(tiny_out, tokeni
     torch.save({"state_dict": {f"model._orig_mod.{name}": value for name, value in state.items()}, "epoch": 1}, path)
     assert same_weights(load_weights(path, None, load_tokenizer(tokenizer_dir)), state)
     assert capsys.readouterr().err.splitlines() == [
-        f"{path}: its weights lie under 'state_dict'; _orig_mod taken out of its names; model. taken off its names",
+        f"{path}: its weights are under 'state_dict'; _orig_mod removed from its names; model. removed from its names",
         f"{path} has no json beside it; assuming the tokenizer {tokenizer_dir}",
     ]
 

@@ -62,7 +62,7 @@ def test_models_of_every_kind_stand_side_by_side(weights, common, tmp_path, caps
     flags = ("--tasks", "cmmlu", "piqa", "--num_fewshot", "0", "--output", out, "--log_samples", samples)
     call_script(SCRIPT, *flags, *common, "--weights", *these)
     shown = capsys.readouterr()
-    assert "gpt2 is asked through transformers, as it is not a MiniMind" in shown.err
+    assert "gpt2 is evaluated with transformers, because it is not a MiniMind" in shown.err
     for words in ("cmmlu", "  China-specific", "  agronomy", "piqa", "chance", "share of answers by place"):
         assert words in shown.out
     models = read(out)["models"]
@@ -128,7 +128,7 @@ def test_a_run_cut_short_goes_on_to_the_same_results(weights, common, tmp_path, 
         file.write('{"key": "cut in two')
     capsys.readouterr()
     call_script(SCRIPT, *flags, "--output", out, exit_code=2)
-    assert "a run was cut short; --resume goes on with it" in capsys.readouterr().err
+    assert "a run was interrupted; --resume continues it" in capsys.readouterr().err
     call_script(SCRIPT, *flags, "--output", out, "--resume")
     assert f"37 of {8 * N} are known" in capsys.readouterr().err
     assert read(out) == read(tmp_path / "whole.json")
@@ -176,13 +176,13 @@ def test_c_evals_test_split_is_written_for_its_site(weights, common, tmp_path, c
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ((), "nothing to ask: give --tasks NAME, --ppl FILE or --compare JSON"),
+        ((), "nothing to evaluate: give --tasks NAME, --ppl FILE or --compare JSON"),
         (("--tasks", "mmlu"), "--tasks mmlu: choose from ceval"),
-        (("--tasks", "piqa", "--resume"), "--resume goes on with the run of an --output"),
-        (("--tasks", "piqa", "--submission", "x.json"), "--submission is for --tasks ceval alone"),
+        (("--tasks", "piqa", "--resume"), "--resume continues the run of an --output"),
+        (("--tasks", "piqa", "--submission", "x.json"), "--submission is for --tasks ceval only"),
         (("--tasks", "piqa", "--weights", "nowhere.pth"), "nowhere.pth is missing"),
         (("--ppl", "nowhere.txt"), "nowhere.txt is missing"),
-        (("--compare", "nowhere.json"), "nowhere.json is none of the files that --output writes"),
+        (("--compare", "nowhere.json"), "nowhere.json is not a file written by --output"),
     ],
 )
 def test_what_cannot_be_done_ends_in_one_line(weights, common, capsys, flags, told):
@@ -211,7 +211,7 @@ def test_a_damaged_folder_says_both_readers_reasons(weights, common, tmp_path, c
     folder = shutil.copytree(weights / "gpt2", tmp_path / "broken")
     (folder / "model.safetensors").write_bytes(b"nothing")
     call_script(SCRIPT, "--tasks", "piqa", *common, "--weights", folder, exit_code=2)
-    assert "nor does transformers read it" in capsys.readouterr().err
+    assert "nor can transformers load it" in capsys.readouterr().err
 
 
 def test_without_the_harness_it_says_what_to_type(monkeypatch, capsys):

@@ -51,7 +51,7 @@ def test_a_folder_may_be_that_of_the_benchmark_itself(files):
     [
         ("", "row 0: the header lacks Question, A, B, C, D, Answer"),
         (",Question,A,B,C,Answer\n", "row 0: the header lacks D"),
-        (HEADER, "holds no question"),
+        (HEADER, "contains no questions"),
         (HEADER + "0,Q,a,b,c,d,A\n1,Q,a,b,c,A\n", "row 2: 6 fields, and the header has 7"),
         (HEADER + "0,Q,a,b,c,d,A,more\n", "row 1: 8 fields, and the header has 7"),
         (HEADER + "0, ,a,b,c,d,A\n", "row 1: the question is empty"),

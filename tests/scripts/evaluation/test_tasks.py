@@ -71,7 +71,7 @@ def test_examples_come_from_dev_and_are_the_same_for_every_model(files):
     ("names", "shots", "told"),
     [
         (["mmlu"], 0, "--tasks mmlu: choose from ceval, cmmlu"),
-        (["lambada"], 0, "--tasks lambada: the harness fetches it"),
+        (["lambada"], 0, "--tasks lambada: the harness downloads it"),
         (["cmmlu"], 9, "--num_fewshot 9: cmmlu/agronomy has 8 examples beside its questions"),
         (["piqa"], 1, "--num_fewshot 1: piqa has 0 examples"),
     ],
@@ -84,7 +84,7 @@ def test_what_cannot_be_asked_is_named(files, names, shots, told):
 def test_a_file_of_no_subject_is_named(tmp_path):
     write_all(tmp_path)
     (tmp_path / "cmmlu/test/agronomy.csv").rename(tmp_path / "cmmlu/test/alchemy.csv")
-    with pytest.raises(UserError, match=r"cmmlu: the file alchemy.csv is of no subject"):
+    with pytest.raises(UserError, match=r"cmmlu: the file alchemy.csv matches none of its subjects"):
         list(open_exams(["cmmlu"], tmp_path, 0, 0))
 
 
@@ -178,7 +178,7 @@ def test_two_models_are_compared_on_the_questions_they_share(files, tmp_path):
     assert list(found) == ["cmmlu"]
     assert (found["cmmlu"].n, found["cmmlu"].only_first, found["cmmlu"].only_second) == (2 * N, 0, 12)
     _, fewer = asked_of(files, ["cmmlu"], Omniscient(), limit=3)
-    with pytest.raises(UserError, match="no exam with the same questions in common"):
+    with pytest.raises(UserError, match="no test with the same questions in common"):
         compare(first, {"right": right_answers(fewer)})
 
 

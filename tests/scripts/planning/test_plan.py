@@ -186,7 +186,7 @@ def test_a_plan_is_printed(capsys):
     command = "torchrun --nnodes 2 --node_rank N --master_addr A --master_port P --nproc_per_node 8 train_pretrain.py"
     assert f"recommended   DDP: {command} --dim 768 --n_layers 16" in out
     assert "2,080,619,520 tokens" in out  # 20 a parameter
-    assert " at 2 for an hour" in out
+    assert " at 2 per hour" in out
     assert "note" not in out
 
 

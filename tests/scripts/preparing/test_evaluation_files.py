@@ -72,10 +72,10 @@ def test_all_files_of_a_folder(tmp_path):
         ("a.csv", b"question\n\xff\n", "a.csv is not UTF-8"),
         ("a.json", "[1, 2", "a.json is not valid JSON"),
         ("a.json", '[{"question": "Who?"}, 3]', "a.json, row 2: not a JSON object"),
-        ("a.json", '[{"number": "Who?"}]', r"a.json, row 1: no question under a key.*\['number'\]"),
-        ("a.jsonl", '{"question": "Who?"}\n{"number": 1}\n', "a.jsonl, line 2: no question under a key"),
+        ("a.json", '[{"number": "Who?"}]', r"a.json, row 1: no question under a known key.*\['number'\]"),
+        ("a.jsonl", '{"question": "Who?"}\n{"number": 1}\n', "a.jsonl, line 2: no question under a known key"),
         ("a.docx", "x", "a.docx is not a file of questions"),
-        ("none/a.md", "x", "none holds no file of questions"),
+        ("none/a.md", "x", "none has no file of questions"),
     ],
 )
 def test_what_cannot_be_read_is_told_in_one_line(tmp_path, name, content, message):

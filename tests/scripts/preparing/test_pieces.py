@@ -134,13 +134,11 @@ def test_turns_alternate_and_say_no_thing_twice():
     long = "a text that is longer than twenty characters"
     assert turns_fault(chat("q", "a", "q", "b")) is None
     assert turns_fault([{"role": "system", "content": "s"}, *chat("q", "a")]) is None
-    assert turns_fault(chat("q", "a")[::-1]) == "not in turn"
+    assert turns_fault(chat("q", "a")[::-1]) == "turns that do not alternate"
     assert turns_fault(chat("q")) == "no answer at the end"
-    assert turns_fault(chat("q", long, "r", long)) == "a turn said again"
+    assert turns_fault(chat("q", long, "r", long)) == "a repeated turn"
     assert turns_fault(chat(long, long)) == "an answer that only repeats the question"
-    assert (
-        turns_fault([chat("q")[0], {"role": "assistant", "content": "a", "weight": 0}]) == "no answer that is learned"
-    )
+    assert turns_fault([chat("q")[0], {"role": "assistant", "content": "a", "weight": 0}]) == "no answer to train on"
 
 
 @pytest.mark.parametrize("codec", ["latin-1", "cp1252", "gb18030"])

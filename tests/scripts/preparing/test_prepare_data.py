@@ -110,7 +110,7 @@ def test_shapes_become_chats_that_training_reads(prepare, tmp_path):
     ]
     for shape in ("ours (1)", "Alpaca (1)", "ShareGPT (1)", "OpenAI (1)", "question/answer (1)"):
         assert shape in printed
-    assert "not usable: uses tools, which no stage learns 1" in printed
+    assert "not usable: uses tools, which no stage supports 1" in printed
 
 
 def test_pairs_and_reasoning_come_out_in_the_stages_forms(prepare, tmp_path):
@@ -125,7 +125,7 @@ def test_pairs_and_reasoning_come_out_in_the_stages_forms(prepare, tmp_path):
     )
     lines, printed, _ = prepare(pairs, stage="dpo")
     assert sorted(parse_pair(line, {})[1][-1]["content"] for line in lines) == ["The bad answer.", "There."]
-    assert "not usable: a plain text, where --stage dpo wants chats 1" in printed
+    assert "not usable: a plain text, but --stage dpo needs chats 1" in printed
     write_jsonl(
         thoughts,
         [
@@ -150,7 +150,7 @@ def test_keys_can_be_named(prepare, tmp_path):
     source = tmp_path / "own.jsonl"
     write_jsonl(source, [{"meta": {"q": "What is asked"}, "more": "And how", "a": "What is answered"}])
     _, _, error = prepare(source, stage="sft", exit_code=2)
-    assert "a shape that is not known: name its keys with --map (keys: meta, more, a): 1" in error
+    assert "an unknown shape: name its keys with --map (keys: meta, more, a): 1" in error
     lines, _, _ = prepare(source, "--map", "user=meta.q+more assistant=a", stage="sft")
     assert parse_chat(lines[0], {})[0]["content"] == "What is asked\nAnd how"
 
@@ -289,14 +289,14 @@ def test_what_is_there_is_kept_unless_it_may_go(prepare, tmp_path, three_hundred
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("nowhere.jsonl",), "nowhere.jsonl is not there"),
+        (("nowhere.jsonl",), "nowhere.jsonl does not exist"),
         ((), "name what to read: IN…"),
-        (("FILE", "--map", "user=q"), "names no whole record"),
+        (("FILE", "--map", "user=q"), "does not describe a whole record"),
         (("FILE", "--languages", "fr"), "languages are zh, en, other"),
         (("FILE", "--near_dup", "0.2"), "--near_dup must be 0.5 to 1"),
         (("FILE", "--source", "x"), "must be NAME:LICENCE"),
         (("FILE", "--min_chars", "100000"), "of 300 lines nothing is left (length: 300)"),
-        (("FILE", "--ppl_model", "no.pth"), "--ppl_model no.pth is not there"),
+        (("FILE", "--ppl_model", "no.pth"), "--ppl_model no.pth does not exist"),
     ],
 )
 def test_what_cannot_be_ends_in_one_line(prepare, three_hundred, flags, words):
@@ -354,7 +354,7 @@ def test_another_setting_starts_anew(tmp_path, three_hundred, monkeypatch, capsy
     call_script(*command, exit_code=130)
     monkeypatch.setattr(comparing, "prepare", prepare)
     call_script(*command, "--max_lines", "5")
-    assert "x.work: what was there is of other settings or inputs; starting anew" in capsys.readouterr().err
+    assert "x.work: left by a run with other settings or inputs; starting over" in capsys.readouterr().err
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 5
 
 

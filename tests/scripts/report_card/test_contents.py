@@ -73,7 +73,7 @@ def test_a_score_stands_beside_chance_and_says_whether_it_differs():
     score = {"n": 1200, "acc": 0.264, "acc_norm": 0.25, "stderr": 0.0127, "chance": 0.25, "p": 0.26}
     open_ended = {"n": 9, "acc": 0.5, "acc_norm": None, "stderr": 0.1, "chance": None, "p": None}
     section = benchmark("cmmlu", {"a": {"cmmlu": score}, "b": {"cmmlu": score | {"acc": 0.3, "p": 0.0001}}})
-    assert "1,200 questions. Chance alone gets 25.0%." in section.note
+    assert "1,200 questions. Chance level: 25.0%." in section.note
     assert section.rows[0] == [Cell("a"), Cell("26.4% ± 1.3%", 0.264, 0.25), Cell("25.0%"), Cell("0.26")]
     assert section.rows[1][-1] == Cell("0.0001 *")
     assert benchmark("own", {"a": {"own": open_ended}}).rows[0][2:] == [Cell(NOTHING), Cell(NOTHING)]
@@ -92,4 +92,4 @@ def test_only_what_there_is_has_a_section():
     assert [s.title for s in sections([stage], {}, {}, None, drawn=False)] == ["Training"]
     results = {"full_sft_8": {"answers": {"Who?": "I."}, "held out": PREDICTED}}
     whole = [s.title for s in sections([stage], results, {"x": "damaged"}, "t", drawn=True)]
-    assert whole == ["Training", "Losses", "Bits per byte", "Answers", "Not examined"]
+    assert whole == ["Training", "Losses", "Bits per byte", "Answers", "Not evaluated"]

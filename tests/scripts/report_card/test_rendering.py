@@ -14,7 +14,7 @@ SECTIONS = (
     Section("Scores", "A note.", ("", "accuracy"), [[Cell("full_sft_8"), Cell("26.4% ± 1.3%", 0.264, 0.25)]]),
     Section("Losses", picture=True),
     Section("Answers", answers=[("Who?", [("full_sft_8", "I."), ("<b>_8", HOSTILE)])]),
-    Section("Not examined", points=[("x_8", "it is <damaged>")]),
+    Section("Not evaluated", points=[("x_8", "it is <damaged>")]),
 )
 
 

@@ -103,7 +103,7 @@ def test_what_cannot_be_examined_is_named_and_the_rest_is_examined(out, flags, c
     told = capsys.readouterr().err
     page = (out / "report.md").read_text(encoding="utf-8")
     for name in ("foreign_512", "torn_32", "mad_32", "lora/lost_32"):
-        assert f"{name} is not examined: " in told
+        assert f"{name} cannot be evaluated: " in told
         assert f"- {name}: " in page
     assert "held out" in kept(out, "full_sft_32")
 
@@ -143,7 +143,7 @@ def test_what_a_model_says_never_becomes_markup(out, flags, monkeypatch):
     [
         (lambda out: ("--out_dir", out / "none"), "is not a folder"),
         (lambda out: ("--out_dir", out / "pretrain_32.pth"), "is not a folder"),
-        (lambda out: ("--out_dir", out / "pretrain_32.resume"), "holds no weights"),
+        (lambda out: ("--out_dir", out / "pretrain_32.resume"), "has no weights"),
         (lambda out: ("--ppl", out / "none.txt"), "is missing"),
         (lambda out: ("--ppl", out / "pretrain_32.pth"), "is not UTF-8"),
         (lambda out: ("--data_dir", out), "has no folder by the name of a benchmark"),
@@ -172,7 +172,7 @@ def test_benchmarks_are_asked_once(out, flags, tmp_path, monkeypatch):
     scores = kept(out, "full_sft_32")["benchmark cmmlu"]["found"]
     assert scores["cmmlu"]["n"] == 8
     assert scores["cmmlu"]["chance"] == 0.25
-    assert "8 questions. Chance alone gets 25.0%." in (out / "report.html").read_text(encoding="utf-8")
+    assert "8 questions. Chance level: 25.0%." in (out / "report.html").read_text(encoding="utf-8")
     monkeypatch.setattr(examining, "load_for_inference", None)
     call_script("scripts/report.py", *flags)
 
