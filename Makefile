@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-all demo-r1 demo-vlm report test quick lint bench clean
+.PHONY: demo demo-all demo-r1 demo-tools demo-vlm report test quick lint bench clean
 
 $(VENV)/.core: requirements-core.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ demo-all: $(VENV)/.core  ## continues from demo: DPO, LoRA, distillation, reason
 
 demo-r1: $(VENV)/.core  ## continues from demo: reinforcement learning with the DeepSeek-R1 recipe
 	$(BIN)/python scripts/demo_r1.py
+
+demo-tools: $(VENV)/.core  ## on from the demo: it learns to call a calculator, a calendar, a table
+	$(BIN)/python scripts/demo_tools.py
 
 demo-vlm: $(VENV)/.core  ## the demo's model learns to see
 	$(BIN)/python scripts/demo_vlm.py

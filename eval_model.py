@@ -5,6 +5,7 @@ python eval_model.py --prompt "中国的首都是哪里？"           one answer
 echo "What is the capital of France?" | python eval_model.py
 python eval_model.py --model_mode 3 --votes 8             a reasoning model's most frequent answer of eight
 python eval_model.py --votes 8 --verifier reward          the one of eight that a reward model scores best
+python eval_model.py --tools calculator,calendar          the model may call these tools and answers with their results
 """
 
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
+from scripts.tool_use.tool_flags import add_tool_arguments
 from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, text
 from trainer.arguments import (
     Parser,
@@ -24,7 +26,7 @@ from trainer.arguments import (
     sampling_settings,
 )
 from trainer.errors import UserError, run_main
-from trainer.talk import questions, read_line, report_speed, room_for_prompt, show, stream_texts
+from trainer.talk import questions, read_line, recent, report_speed, room_for_prompt, show, stream_texts
 
 SAMPLE_QUESTIONS = (
     "你是谁？",
@@ -76,6 +78,7 @@ def get_args():
     parser.add_argument(
         "--verifier", metavar="WEIGHTS", help="let this reward model choose among --votes instead of a majority"
     )
+    add_tool_arguments(parser)
     parser.add_argument("--hide_thinking", action=BooleanFlag, help="hide a reasoning model's thinking")
     return parser.parse_args()
 
@@ -137,7 +140,19 @@ def main():
         )
     if args.verifier and args.votes == 1:
         raise UserError("--verifier chooses among several answers: ask for them with --votes 8")
-    from model.chat import fit_history, render_text  # imported late, so that --help is quick
+    from scripts.tool_use.open_tools import open_tools, wants_tools
+
+    if wants_tools(args) and (args.votes > 1 or args.model_mode == 0):
+        raise UserError("--tools needs a model of chats and one answer to each question: no --votes, no --model_mode 0")
+    with open_tools(args) as tools:
+        talk(args, tools)
+
+
+def talk(args, tools) -> None:
+    """Answer one question after another, with what the tools say where there are any."""
+    from model.chat import fit_history, render_text  # after the arguments: --help need not wait for it
+    from model.tool_calls import split_calls
+    from scripts.tool_use.react import act
     from trainer.device import pick_device
     from trainer.loading import load_by_flags, open_engine
 
@@ -150,20 +165,31 @@ def main():
     pretrained = args.model_mode == 0
     samples = SAMPLE_BEGINNINGS if pretrained else SAMPLE_QUESTIONS
     system = [{"role": "system", "content": args.system}] if args.system else []
-    turns: list[dict[str, str]] = []
+    turns: list[dict] = []
+    layout = {"open_thinking": args.open_thinking} | ({"tools": tools.schemas} if tools else {})
+
+    def ask(talk: list[dict]) -> dict:
+        ids, _ = fit_history(tokenizer, system, talk, room, **layout)
+        said, calls = split_calls(reply(engine, ids, args, by_hand))
+        return {"role": "assistant", "content": said, "tool_calls": calls}
+
     by_hand = not args.prompt and sys.stdin.isatty() and read_line("[0] sample prompts  [1] type your own: ") == "1"
     for number, question in enumerate(questions(args.prompt, samples, by_hand)):
         if not by_hand:
             print(f"{chr(10) if number else ''}> {question}")
         asked = {"role": "user", "content": question}
-        kept = turns[-2 * args.history_cnt :] if args.history_cnt else []
+        kept = recent(turns, args.history_cnt)
         try:
             if pretrained:
                 ids = render_text(tokenizer, [question])[0][:-1]
                 if len(ids) > room:
                     raise ValueError(f"the text has {len(ids)} tokens, but only {room} fit")
+            elif tools:
+                said = act(ask, [*kept, asked], tools, args.max_calls, lambda call, got: print(f"[{call} = {got}]"))
+                turns = [*kept, asked, *said]
+                continue
             else:
-                ids, turns = fit_history(tokenizer, system, [*kept, asked], room, open_thinking=args.open_thinking)
+                ids, turns = fit_history(tokenizer, system, [*kept, asked], room, **layout)
         except ValueError as error:
             if not by_hand:
                 raise UserError(f"{question[:40]!r}: {error}") from None

@@ -1,116 +1,42 @@
 """The formats of data lines: each function takes a line's JSON object, checks it and returns its content.
 
-No key of a line is silently ignored. A function says which keys of an object it uses and which it refuses, since
-leaving them out would change the training; the others, which mean nothing here (an id, a source, a score), it counts
-by name in `ignored`. A refused key that is null or empty says nothing, and is counted, too. Keys that differ from ours
-in letter case or underscores alone ("System", "toolCalls") mean the same, and are refused.
+No key of a line is silently ignored, see `dataset.record_keys`.
 """
 
-from collections.abc import Mapping
-from functools import lru_cache
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from dataset.jsonl import BadRecord, Ignored
-from dataset.shapes import foreign_turn, recognise_shape
-from model.chat import IMAGE_MARKER
-from model.reasoning import with_thought
+from dataset.record_keys import (
+    CHAT,
+    OTHER_PROMPTS,
+    PAIR,
+    PICTURES,
+    QUESTION,
+    TEXT,
+    TURN,
+    Keys,
+    looks_like,
+    string_at,
+    value_at,
+)
+from dataset.shapes import foreign_turn
+from dataset.tool_records import (
+    OTHER_RESULT_ROLES,
+    RESULT_ROLES,
+    read_calls,
+    read_tools,
+    says_nothing,
+    settle,
+    uses_tools,
+)
+from model.chat import IMAGE_MARKER, ROLES
+from model.reasoning import thought_before_calls, with_thought
 
-ROLES = ("system", "user", "assistant")
 OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
-TOOL_ROLES = ("tool", "function", "observation", "ipython")
 
-Turn = dict[str, Any]  # "role", "content", and "weight": 0 if the assistant's content is not trained on
+Turn = dict[str, Any]  # "role", "content", "weight": 0 if an answer is not trained on, "tool_calls"; the first: "tools"
 Turns = list[Turn]
 Pair = tuple[Turns, Turns]  # chosen, rejected
-
-
-class Keys(NamedTuple):
-    """The keys of an object: those that it must have, others that are used, and why others are refused."""
-
-    needed: tuple[str, ...]
-    used: tuple[str, ...] = ()
-    refused: Mapping[str, str] = MappingProxyType({})
-
-    def check(self, found: dict, ignored: Ignored, where: str = "") -> None:
-        """Count the keys that mean nothing here, as "id", or "id (turn)" with `where` " (turn)".
-
-        Raises:
-            BadRecord: a key is missing, or one that is refused says something.
-        """
-        for key in self.needed:
-            if key not in found:
-                raise BadRecord(f'the key "{key}" is missing{_looks_like(found)}')
-        for key, value in found.items():
-            if key in self.needed or key in self.used:
-                continue
-            why = self._why_refused(key)
-            if why and not _says_nothing(value):
-                raise BadRecord(f'the key "{key}" is refused: {why}')
-            ignored[key + where] += 1
-
-    def _why_refused(self, key: str) -> str | None:
-        ours = {name: f'its name here is "{name}"' for name in (*self.needed, *self.used)}
-        return next((why for name, why in (ours | self.refused).items() if _letters(name) == _letters(key)), None)
-
-
-@lru_cache(1000)
-def _letters(key: str) -> str:
-    return "".join(filter(str.isalnum, key)).lower()
-
-
-NO_TOOLS = dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool use is not supported")
-NO_WEIGHT = dict.fromkeys(("weight", "train"), "it belongs in a turn, not in the line")
-NO_PICTURES = dict.fromkeys(("image", "images"), "only train_pretrain_vlm.py and train_sft_vlm.py train on pictures")
-NO_MEDIA = dict.fromkeys(("video", "videos", "audio", "audios"), "only text and pictures are supported")
-OTHER_THOUGHT = dict.fromkeys(
-    ("reasoning", "reasoning_details", "thinking", "thought", "thoughts", "think", "cot"),
-    'the key for thoughts is "reasoning_content"',
-)
-OTHER_WEIGHT = dict.fromkeys(
-    ("loss", "loss_mask", "loss_weight", "mask", "masked", "training", "trained", "trainable", "weights"),
-    'use "weight" or "train" to mask a turn',
-)
-OTHER_SYSTEM = dict.fromkeys(("system_prompt", "system_message"), 'the key for a system prompt is "system"')
-OTHER_PICTURES = dict.fromkeys(
-    ("images", "image_path", "image_paths", "image_file", "image_url", "img", "picture", "pictures"),
-    'the key for pictures is "image"',
-)
-OTHER_PROMPTS = ("question", "instruction", "query", "input", "context")  # of pairs: for us, it is "prompt"
-SECOND_CHAT = dict.fromkeys(("messages", "conversation"), "a second chat in one line")
-ELSEWHERE = {
-    "history": "earlier turns belong in the chat",
-    "reasoning_content": "it belongs in a turn, not in the line",
-}
-
-TEXT = Keys(("text",), (), dict.fromkeys(NO_WEIGHT, "a text cannot be masked: leave its line out"))
-CHAT_REFUSED = {**NO_TOOLS, **NO_WEIGHT, **NO_MEDIA, **SECOND_CHAT, **OTHER_SYSTEM, **ELSEWHERE}
-CHAT = Keys(("conversations",), ("system", "prompt"), {**CHAT_REFUSED, **NO_PICTURES})
-PICTURES = Keys(("conversations",), ("system", "prompt", "image"), {**CHAT_REFUSED, **OTHER_PICTURES})
-PAIR = Keys(
-    ("chosen", "rejected"),
-    ("prompt", "system"),
-    {**CHAT.refused, "conversations": 'the key for what both answer is "prompt"'},
-)
-QUESTION = Keys(
-    ("question",),
-    ("system",),
-    {**CHAT.refused, **dict.fromkeys(("conversations", "prompt"), 'a second question, beside "question"')},
-)
-TURN = Keys(
-    (),
-    ("role", "content", "reasoning_content", "weight", "train"),
-    {
-        **NO_TOOLS,
-        "tool_call_id": NO_TOOLS["tools"],
-        **NO_PICTURES,
-        **NO_MEDIA,
-        **OTHER_THOUGHT,
-        **OTHER_WEIGHT,
-        "value": 'the key for a turn\'s text is "content"',
-        "channel": 'the key for thoughts is "reasoning_content"',
-    },
-)
 
 
 def parse_text(record: dict, ignored: Ignored) -> str:
@@ -120,7 +46,7 @@ def parse_text(record: dict, ignored: Ignored) -> str:
         BadRecord: key missing, not a string, nothing but whitespace, or not encodable.
     """
     TEXT.check(record, ignored)
-    text = _string(record, "text")
+    text = string_at(record, "text")
     if not text.removeprefix("<s>").removesuffix("</s>").strip():
         raise BadRecord('"text" is empty')
     return text
@@ -131,11 +57,12 @@ def parse_chat(record: dict, ignored: Ignored) -> Turns:
 
     A turn without a role is the user's, or the assistant's when the turn before it was the user's. A system turn may
     only come first; the record's "system" is one. An answer may have its thought beside it, "reasoning_content", and
-    "weight" 0 or "train" false where it is not to be learned.
+    "weight" 0 or "train" false where it is not to be learned. It may call tools; what may be called stands at the first
+    turn then, "tools", see `dataset.tool_records`.
 
     Raises:
         BadRecord: not such a list, an unknown role, content that is no string, an empty answer, no answer to learn
-            from, or a key that is refused.
+            from, calls and results that do not fit, or a key that is refused.
     """
     return _chat(record, CHAT, ignored)
 
@@ -154,6 +81,8 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise BadRecord('"image" must be a name, comma-separated names, or a list of names')
     chat = _chat(record, PICTURES, ignored)
+    if uses_tools(chat):
+        raise BadRecord("it uses tools, which the stages with pictures do not learn")
     markers = sum(turn["content"].count(IMAGE_MARKER) for turn in chat)
     if markers < len(names):
         raise BadRecord(f"{len(names)} images, but only {markers} {IMAGE_MARKER} markers")
@@ -184,7 +113,8 @@ def parse_pair(record: dict, ignored: Ignored) -> Pair:
         if not any(_is_learned(turn) for turn in chat[shared:]):
             raise BadRecord(f'"{key}" has no answer to train on after the two diverge')
     given = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in chosen[:shared]]
-    return given + chosen[shared:], given + rejected[shared:]
+    tools = read_tools(record)
+    return settle(given + chosen[shared:], tools, "chosen"), settle(given + rejected[shared:], tools, "rejected")
 
 
 def parse_question(record: dict, ignored: Ignored) -> Turns:
@@ -195,7 +125,7 @@ def parse_question(record: dict, ignored: Ignored) -> Turns:
     """
     if "question" in record:
         QUESTION.check(record, ignored)
-        chat = [{"role": "user", "content": _string(record, "question")}]
+        chat = [{"role": "user", "content": string_at(record, "question")}]
     elif "conversations" in record:
         CHAT.check(record, ignored)
         chat = _turns(record, "conversations", ignored)
@@ -206,10 +136,10 @@ def parse_question(record: dict, ignored: Ignored) -> Turns:
         _check_answers(chat, "conversations")
         _check_beginning(record, chat, ignored)
     else:
-        raise BadRecord('it has neither "question" nor "conversations"' + _looks_like(record))
+        raise BadRecord('it has neither "question" nor "conversations"' + looks_like(record))
     if not chat or not chat[-1]["content"].strip():
         raise BadRecord("it contains no question")
-    return _with_system(record, chat)
+    return settle(_with_system(record, chat), read_tools(record), "conversations")
 
 
 def _chat(record: dict, keys: Keys, ignored: Ignored) -> Turns:
@@ -218,12 +148,12 @@ def _chat(record: dict, keys: Keys, ignored: Ignored) -> Turns:
     _check_answers(chat, "conversations")
     _check_has_answer(chat, "conversations")
     _check_beginning(record, chat, ignored)
-    return _with_system(record, chat)
+    return settle(_with_system(record, chat), read_tools(record), "conversations")
 
 
 def _turns(record: dict, key: str, ignored: Ignored, roles_given: bool = False) -> Turns:
     """The list of turns at a key, answers not yet checked; with `roles_given` each must say who speaks."""
-    turns = _value(record, key, list, "a list")
+    turns = value_at(record, key, list, "a list")
     if not turns:
         raise BadRecord(f'"{key}" is empty')
     chat: Turns = []
@@ -246,30 +176,48 @@ def _turn(turn: object, before: Turns, ignored: Ignored) -> Turn:
     TURN.check(turn, ignored, " (turn)")
     role = turn.get("role")
     if role is None:
-        role = "assistant" if before and before[-1]["role"] == "user" else "user"
+        role = "assistant" if before and before[-1]["role"] in ("user", "tool") else "user"
+    role = RESULT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         raise BadRecord(_why_no_role(role))
     if role == "system" and before:
         raise BadRecord("a system turn can only come first")
     answers = role == "assistant"
-    content, thought = _string(turn, "content"), _thought(turn)
+    tools = _tools_of(turn, role)
+    content = "" if tools.get("tool_calls") and turn.get("content") is None else string_at(turn, "content")
+    thought = _thought(turn)
     if thought and not answers:
         raise BadRecord('only the assistant\'s turns can have "reasoning_content"')
-    if thought and content.strip():  # an answer that is empty stays so, thought or not
+    if thought and (content.strip() or tools):  # an answer that is empty stays so, thought or not
         try:
-            content = with_thought(thought, content)
+            content = with_thought(thought, content) if content.strip() else thought_before_calls(thought)
         except ValueError as fault:
             raise BadRecord(str(fault)) from fault
     wanted = _wanted(turn)
     if wanted and not answers:
         raise BadRecord(f"only the assistant's turns can be trained on, not a {role} turn")
-    return {"role": role, "content": content} | ({"weight": 0} if answers and wanted is False else {})
+    return {"role": role, "content": content} | ({"weight": 0} if answers and wanted is False else {}) | tools
+
+
+def _tools_of(turn: dict, role: str) -> Turn:
+    """What a turn lists or calls, or whose result it is."""
+    found: Turn = {}
+    for key, speaker, said in (
+        ("tools", "system", read_tools(turn)),
+        ("tool_calls", "assistant", read_calls(turn)),
+        ("tool_call_id", "tool", turn.get("tool_call_id")),
+    ):
+        if not says_nothing(said):
+            if role != speaker:
+                raise BadRecord(f'only a turn of the role "{speaker}" can have "{key}"')
+            found[key] = said
+    return found
 
 
 def _why_no_role(role: object) -> str:
     told = f"unknown role {role!r:.40}"
-    if role in TOOL_ROLES:
-        return f"{told}: {NO_TOOLS['tools']}"
+    if role in OTHER_RESULT_ROLES:
+        return f'{told}: use "tool"'
     if isinstance(role, str) and (name := OTHER_NAMES.get(role.lower(), role.lower())) in ROLES:
         return f'{told}: use "{name}"'
     return f"{told}: use {', '.join(ROLES)}"
@@ -279,7 +227,7 @@ def _thought(turn: dict) -> str:
     """The "reasoning_content" of a turn; empty where it is absent, null or nothing but whitespace."""
     if turn.get("reasoning_content") is None:
         return ""
-    thought = _string(turn, "reasoning_content")
+    thought = string_at(turn, "reasoning_content")
     return thought if thought.strip() else ""
 
 
@@ -302,7 +250,7 @@ def _is_learned(turn: Turn) -> bool:
 
 def _check_answers(chat: Turns, key: str) -> None:
     for number, turn in enumerate(chat, 1):
-        if _is_learned(turn) and not turn["content"].strip():
+        if _is_learned(turn) and not turn["content"].strip() and not turn.get("tool_calls"):
             raise BadRecord(f'turn {number} of "{key}": an empty answer would train the model to stop at once')
 
 
@@ -325,7 +273,7 @@ def _prompt(record: dict, ignored: Ignored) -> Turns:
     if prompt is None:
         return []
     if isinstance(prompt, str):
-        turns = [{"role": "user", "content": _string(record, "prompt")}]
+        turns = [{"role": "user", "content": string_at(record, "prompt")}]
     elif isinstance(prompt, list):
         turns = _turns(record, "prompt", ignored)
         _check_answers(turns, "prompt")
@@ -343,13 +291,13 @@ def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
     if isinstance(record.get(key), str):
         if not prompt:
             raise BadRecord(f'"{key}" is a text without a "prompt" that it answers')
-        chat = [{"role": "assistant", "content": _string(record, key)}]
+        chat = [{"role": "assistant", "content": string_at(record, key)}]
     else:
         chat = _turns(record, key, ignored, roles_given=bool(prompt))
     _check_answers(chat, key)
     _check_has_answer(chat, key)
     if chat[0]["role"] == "assistant":
-        other = next((name for name in OTHER_PROMPTS if not _says_nothing(record.get(name))), None)
+        other = next((name for name in OTHER_PROMPTS if not says_nothing(record.get(name))), None)
         if other and not prompt:
             raise BadRecord(f'the key "{other}" is refused: the key for what both answer is "prompt"')
         return prompt + chat
@@ -366,55 +314,16 @@ def _begins_with(chat: Turns, prompt: Turns) -> bool:
 
 
 def _same(turn: Turn, other: Turn) -> bool:
-    return (turn["role"], turn["content"]) == (other["role"], other["content"])
+    return all(turn.get(name) == other.get(name) for name in ("role", "content", "tool_calls"))
 
 
 def _with_system(record: dict, chat: Turns) -> Turns:
     """The chat with the record's "system", if it has one, as its system turn."""
     if record.get("system") is None:
         return chat
-    system = {"role": "system", "content": _string(record, "system")}
+    system = {"role": "system", "content": string_at(record, "system")}
     if chat[0]["role"] != "system":
         return [system, *chat]
     if not _same(system, chat[0]):
         raise BadRecord('"system" differs from the chat system turn')
     return chat
-
-
-def _looks_like(record: dict) -> str:
-    """What a line is that could not be read, to follow the reason."""
-    shape = recognise_shape(record)
-    return f" (this is {shape})" if shape else ""
-
-
-def _value(found: dict, key: str, kind: type, kind_name: str):
-    if key not in found:
-        raise BadRecord(f'the key "{key}" is missing')
-    if not isinstance(found[key], kind):
-        raise BadRecord(f'"{key}" is not {kind_name}{_what_instead(found[key])}')
-    return found[key]
-
-
-def _what_instead(value: object) -> str:
-    if value is None:
-        return " but null"
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "type" in value[0]:
-        return " but a list of parts: join their texts into one"
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        return " but JSON inside a string: write the list itself"
-    if isinstance(value, dict) and "role" in value:
-        return " but a single turn: put it in a list"
-    return ""
-
-
-def _says_nothing(value: object) -> bool:
-    return value is None or (isinstance(value, str | list | dict) and not value)
-
-
-def _string(record: dict, key: str) -> str:
-    text = _value(record, key, str, "a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a character, "\ud83d", which no tokenizer takes
-        raise BadRecord(f'"{key}" contains a lone surrogate (half a character)') from error
-    return text

@@ -39,7 +39,7 @@ from model.tokenizer import tokenizer_hash
 Ids, Learned = Sequence[int], Sequence[bool] | None
 Sample = tuple[Ids, Learned] | tuple[Ids, Learned, Any]  # ids, which of them are targets (None: all), a JSON value
 
-FORMAT = 4  # to be raised when the files above, or the way text becomes tokens, change
+FORMAT = 5  # to be raised when the files above, or the way text becomes tokens, change
 BATCH_RECORDS = 8192  # given to the tokenizer at once, which spreads them over its threads…
 BATCH_BYTES = 1 << 21  # …but no more than this, as a token takes about 100 bytes on its way
 

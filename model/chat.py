@@ -5,7 +5,8 @@ A chat reads
     <s>system\n{system}</s>\n<s>user\n{content}</s>\n<s>assistant\n{answer}</s>\n
 
 It is encoded piece by piece, with the control tokens inserted between the pieces as ids. Hence the mask is exact, and
-typed text can never turn into a control token.
+typed text can never turn into a control token. With tools the system turn ends with the list of them, an answer may end
+with calls, and `<s>tool\\n{result}</s>\\n` holds what they returned; see `model.tool_calls`.
 """
 
 import re
@@ -18,9 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from model.fast_bpe import encode_parts
 from model.template_chat import LANDMARKS, Landmarks, lays_out_thinking, parts_by_template, targets_by_template
+from model.tool_calls import listing, with_calls
 
 DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 TEXT_BEGIN, TEXT_END = "<s>", "</s>"  # which a pretraining text may contain literally
 IMAGE_MARKER = "<image>"  # an image's placeholder in a data line, and the shipped tokenizer's token for it
 IMAGE_PLACE = -1  # placeholder id of image tokens until they get their own id: no text renders to it
@@ -28,7 +30,7 @@ CALL_CHARS = 1 << 20  # characters per tokenizer call…
 STRETCH_CHARS = 1 << 16  # …and per item in it, so that the tokenizer's threads share a long text
 
 Content = str | list[str | list[int]]  # text, or pieces of text and ids taken as they are, such as an image's tokens
-Chat = Sequence[dict[str, Any]]  # turns {"role": str, "content": Content}, optionally "weight": 0 or 1
+Chat = Sequence[dict[str, Any]]  # turns {"role": str, "content": Content}, optionally "weight": 0 or 1, "tool_calls"
 
 
 def render_chats(
@@ -51,14 +53,16 @@ def render_chat_arrays(
     Args:
         tokenizer: a byte-level BPE with `<s>` as bos and `</s>` as eos; not modified. MiniMind-3's lays chats out by
             its own template, see `model.template_chat`.
-        chats: each a list of {"role": "system" | "user" | "assistant", "content": Content}. One that does not begin
-            with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front. A turn with "weight" 0 is not trained on.
+        chats: each a list of {"role": "system" | "user" | "assistant" | "tool", "content": Content}. One that does not
+            begin with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front. A turn with "weight" 0 is not trained on.
+            An assistant's may have "tool_calls", the first of a chat the "tools" that may be called.
         add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
-        open_thinking: the answer begins with a thought; tools: what the model may call. Of MiniMind-3's layout only.
+        open_thinking: the answer begins with a thought; of MiniMind-3's layout only.
+        tools: what the model may call, where a chat does not say so itself.
 
     Returns:
         for each chat (ids int64, loss mask bool), both (n,); the mask is True exactly at the tokens of an assistant's
-        content and at the `</s>` that closes it, where its turn is trained on.
+        content and calls and at the `</s>` that closes them, where its turn is trained on.
 
     Raises:
         ValueError: an unknown role, content that is not a string or cannot be encoded as UTF-8, or what this layout
@@ -67,7 +71,9 @@ def render_chat_arrays(
     guards = _guards(tokenizer)
     if lays_out_thinking(tokenizer):
         texts = [
-            parts_by_template(tokenizer, chat, guards, _cut, add_generation_prompt, open_thinking, tools)
+            parts_by_template(
+                tokenizer, chat, guards, _cut, add_generation_prompt, open_thinking, _tools_of(chat, tools)
+            )
             for chat in chats
         ]
         encoded = _encode(tokenizer, [*LANDMARKS, *texts])
@@ -76,8 +82,9 @@ def render_chat_arrays(
             (ids.astype(np.int64), targets_by_template(tokenizer, ids, chat, marks))
             for ids, chat in zip(encoded, chats, strict=True)
         ]
-    if open_thinking or tools:
-        raise ValueError("only MiniMind-3's chat layout has tools and thoughts to be opened")
+    if open_thinking:
+        raise ValueError("only MiniMind-3's chat layout has thoughts to be opened")
+    chats = [_listed(chat, _tools_of(chat, tools)) for chat in chats]
     headers = [[f"{role}\n"] for role in ROLES]
     pieces = [(piece, turn["role"]) for chat in chats for turn in chat for piece in _pieces(turn)]
     contents = [_cut(piece, guards[role]) for piece, role in pieces if isinstance(piece, str)]
@@ -151,7 +158,27 @@ def _pieces(turn: dict[str, Any]) -> list[str | list[int]]:
     content = turn["content"]
     if not isinstance(content, str | list):
         raise ValueError(f"the content of a turn must be a string, not {type(content).__name__}")
-    return content if isinstance(content, list) else [content]
+    pieces = content if isinstance(content, list) else [content]
+    calls = turn.get("tool_calls")
+    if not calls:
+        return pieces
+    *before, last = pieces or [""]
+    return [*before, with_calls(last, calls)] if isinstance(last, str) else [*pieces, with_calls("", calls)]
+
+
+def _tools_of(chat: Chat, tools: Sequence[dict] | None) -> Sequence[dict] | None:
+    return (chat[0].get("tools") if chat else None) or tools
+
+
+def _listed(chat: Chat, tools: Sequence[dict] | None) -> Chat:
+    """The chat with the listing of its tools at the end of its system turn."""
+    if not tools:
+        return chat
+    default = {"role": "system", "content": DEFAULT_SYSTEM_PROMPT}
+    system, *rest = chat if chat and chat[0]["role"] == "system" else (default, *chat)
+    *before, last = _pieces(system) or [""]
+    pieces = [*before, last + listing(tools)] if isinstance(last, str) else [*before, last, listing(tools)]
+    return [{"role": "system", "content": pieces}, *rest]
 
 
 def _guards(tokenizer: PreTrainedTokenizerFast) -> dict[str, re.Pattern]:
@@ -162,7 +189,7 @@ def _guards(tokenizer: PreTrainedTokenizerFast) -> dict[str, re.Pattern]:
     added = tokenizer.added_tokens_decoder.values()
     every = _match_any(token.content for token in added)
     special = _match_any(token.content for token in added if token.special)
-    return {"system": every, "user": every, "assistant": special}
+    return {"system": every, "user": every, "assistant": special, "tool": every}
 
 
 def _match_any(literals: Iterable[str]) -> re.Pattern:
@@ -242,15 +269,16 @@ def _stretches(parts: list[str]) -> Iterator[list[str]]:
 def fit_history(
     tokenizer: PreTrainedTokenizerFast, system: list[dict], turns: list[dict], room: int, **thinking
 ) -> tuple[list[int], list[dict]]:
-    """The prompt for the last of `turns`, a question, with as much of the history as fits.
+    """The prompt for the last question in `turns`, with as much of the history as fits.
 
-    Whole turns are dropped from the front, question and answer together; the system prompt stays.
+    Whole turns are dropped from the front, a question with all that follows up to the next one; the system prompt and
+    the last question stay, with the calls and results after it.
 
     Args:
         system: the system turn, or empty for the default one.
-        turns: alternating user and assistant turns, ending with the user's.
+        turns: questions and answers, ending with a question, or with what tools gave back to it.
         room: tokens the prompt may take.
-        thinking: `open_thinking`, as in `render_chat_arrays`.
+        thinking: `open_thinking` and `tools`, as in `render_chat_arrays`.
 
     Returns:
         the prompt's ids, and the turns that are in it.
@@ -262,6 +290,7 @@ def fit_history(
         ids, _ = render_chat(tokenizer, [*system, *turns], add_generation_prompt=True, **thinking)
         if len(ids) <= room:
             return ids, turns
-        if len(turns) <= 1:
+        next_question = next((n for n in range(1, len(turns)) if turns[n]["role"] == "user"), None)
+        if next_question is None:
             raise ValueError(f"the question takes {len(ids)} tokens with its system prompt, but only {room} fit")
-        turns = turns[2:]
+        turns = turns[next_question:]

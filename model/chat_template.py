@@ -5,20 +5,26 @@
 spells a control token becomes one, and leading white space of a content may merge with the newline before it.
 
 Beyond what `render_chat` takes it accepts what clients send: content that is null or a list of text parts, `developer`
-for system, a thought in `reasoning_content`, tool calls and tool turns. What it cannot render is refused by name.
+for system, a thought in `reasoning_content`. What it cannot render is refused by name.
 """
 
+import json
 import re
 
 from transformers import PreTrainedTokenizerBase
 
 from model.chat import DEFAULT_SYSTEM_PROMPT
 from model.template_chat import lays_out_thinking
+from model.tool_calls import LISTING_HEAD, LISTING_TAIL
 
 CHAT_TEMPLATE = (
     "{%- set default_system_prompt = '"
     + DEFAULT_SYSTEM_PROMPT
-    + r"""' -%}
+    + "' -%}\n{%- set listing_head = "
+    + json.dumps(LISTING_HEAD, ensure_ascii=False)
+    + " -%}\n{%- set listing_tail = "
+    + json.dumps(LISTING_TAIL, ensure_ascii=False)
+    + r""" -%}
 
 {%- macro text_of(content) -%}
     {%- if content is string -%}
@@ -58,11 +64,18 @@ CHAT_TEMPLATE = (
     {%- endfor -%}
 {%- endmacro -%}
 
-{%- if tools -%}
-    {{- raise_exception("this model was not trained to call tools: leave tools out") -}}
-{%- endif -%}
+{%- macro listing() -%}
+    {%- if tools -%}
+        {{- listing_head -}}
+        {%- for tool in tools -%}
+            {{- '\n' ~ (tool['function'] or tool) | tojson -}}
+        {%- endfor -%}
+        {{- listing_tail -}}
+    {%- endif -%}
+{%- endmacro -%}
+
 {%- if not messages or messages[0]['role'] not in ['system', 'developer'] -%}
-    {{- bos_token ~ 'system\n' ~ default_system_prompt ~ eos_token ~ '\n' -}}
+    {{- bos_token ~ 'system\n' ~ default_system_prompt ~ listing() ~ eos_token ~ '\n' -}}
 {%- endif -%}
 {%- for message in messages -%}
     {%- set role = 'system' if message['role'] == 'developer' else message['role'] -%}
@@ -75,7 +88,7 @@ CHAT_TEMPLATE = (
             {{- answer_of(message) ~ eos_token -}}
         {%- endgeneration -%}
     {%- else -%}
-        {{- text_of(message['content']) ~ eos_token -}}
+        {{- text_of(message['content']) ~ (listing() if loop.first and role == 'system' else '') ~ eos_token -}}
     {%- endif -%}
     {{- '\n' -}}
 {%- endfor -%}

@@ -183,7 +183,7 @@ def prepare_chat(
         ImageError: an image cannot be read.
         ValueError: the last turn alone does not fit; an unknown role.
     """
-    turns = [{"role": turn["role"], "content": _with_places(turn["content"], config.image_tokens)} for turn in chat]
+    turns = [turn | {"content": _with_places(turn["content"], config.image_tokens)} for turn in chat]
     has_system = bool(turns) and turns[0]["role"] == "system"
     room = config.max_seq_len - 1 if room is None else room
     ids, kept = fit_history(tokenizer, turns[:has_system], turns[has_system:], room)

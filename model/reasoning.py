@@ -51,6 +51,19 @@ def with_thought(thought: str, answer: str) -> ThoughtfulAnswer:
     return text
 
 
+def thought_before_calls(thought: str) -> ThoughtfulAnswer:
+    """The text of a turn that thinks and then calls tools without a word; the calls follow.
+
+    Raises:
+        ValueError: the thought holds a tag.
+    """
+    if found := _TAG.search(thought):
+        raise ValueError(f"the thought holds the tag {found[0]}, and is to get tags of its own")
+    text = ThoughtfulAnswer(f"<think>\n{thought}\n</think>")
+    text.thought, text.answer = thought, ""
+    return text
+
+
 def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """The ids of each tag in an answer: one where the tokenizer has an entry for it, several pieces otherwise.
 

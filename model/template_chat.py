@@ -8,6 +8,7 @@ What the template writes is prompt: the empty block `<think>\\n\\n</think>\\n\\n
 `<think>\\n` before a written one. A written thought, its `</think>`, the answer and the `<|im_end|>` are targets.
 """
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ def parts_by_template(
     Raises:
         ValueError: an unknown role, content that is no text, or what the template refuses.
     """
-    said = "".join(str(turn) for turn in chat)
+    said = json.dumps([*chat, tools], ensure_ascii=False, default=str)
     mark = next(char for char in CUTS if char not in said)
     turns = []
     for turn in chat:
@@ -71,9 +72,8 @@ def parts_by_template(
         content = content if thought is None else content.answer
         more |= {name: turn[name] for name in PASSED_ON if turn.get(name) is not None}
         guard = guards["user" if role == "tool" else role]
-        if isinstance(more.get("reasoning_content"), str):
-            more["reasoning_content"] = mark.join(cut(more["reasoning_content"], guard))
-        turns.append({"role": role, "content": mark.join(cut(content, guard)), **more})
+        turns.append({"role": role, **_cut_texts({"content": content, **more}, mark, cut, guard)})
+    tools = _cut_texts(tools, mark, cut, guards["system"])
     if not turns:
         return [""]
     try:
@@ -83,6 +83,15 @@ def parts_by_template(
     except Exception as error:  # Jinja's, of any class
         raise ValueError(f"the tokenizer's chat template refuses it: {' '.join(str(error).split())[:200]}") from None
     return text.split(mark)
+
+
+def _cut_texts(value: Any, mark: str, cut: Cut, guard: re.Pattern) -> Any:
+    """A JSON value whose texts, keys apart, have a mark wherever they are to be cut."""
+    if isinstance(value, str):
+        return mark.join(cut(value, guard))
+    if isinstance(value, Mapping):
+        return {key: _cut_texts(each, mark, cut, guard) for key, each in value.items()}
+    return [_cut_texts(each, mark, cut, guard) for each in value] if isinstance(value, list | tuple) else value
 
 
 class Landmarks(NamedTuple):

@@ -2,6 +2,7 @@
 
 python scripts/chat_openai_api.py                                          the server of this project, on this machine
 python scripts/chat_openai_api.py --base_url http://host:8000/v1 --model NAME --api_key KEY
+python scripts/chat_openai_api.py --tools calculator,calendar              the model may call these, run on this machine
 
 /reset clears the conversation, /system TEXT sets another system prompt, /help lists the rest. Ctrl-C stops an
 answer, Ctrl-D ends the chat.
@@ -15,10 +16,12 @@ from collections.abc import Iterator
 import _repo  # noqa: F401  (lets `python scripts/chat_openai_api.py` find the packages)
 
 from scripts.serving.client import answer_parts, explain_failure, models_at, open_client
+from scripts.tool_use.open_tools import open_tools
+from scripts.tool_use.tool_flags import add_tool_arguments
 from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, seed, text
 from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
-from trainer.talk import piped_lines, typed_line
+from trainer.talk import piped_lines, recent, typed_line
 
 HELP = """/reset          clear the conversation
 /system TEXT    set the system prompt and clear the conversation; without TEXT: show it
@@ -51,6 +54,7 @@ def get_args():
     parser.add_argument(
         "--stream", action=BooleanFlag, default=True, help="print tokens as they are generated (default: on)"
     )
+    add_tool_arguments(parser)
     parser.add_argument("--hide_thinking", action=BooleanFlag, help="hide a reasoning model's thinking")
     return parser.parse_args()
 
@@ -58,34 +62,64 @@ def get_args():
 class Chat:
     """A conversation with a server: its history, and how to continue it."""
 
-    def __init__(self, client, args):
+    def __init__(self, client, args, tools=None):
         self.client = client
         self.args = args
         self.model = args.model
         self.system = args.system
-        self.turns: list[dict[str, str]] = []
+        self.turns: list[dict] = []
+        self.tools = tools
 
     def ask(self, question: str) -> Iterator[tuple[str, str]]:
         """Yield ("thinking" | "answer", text) as it comes; whatever came of the answer joins the history, also when
         the caller stops early."""
-        earlier = self.turns
-        if self.args.history_cnt is not None:
-            earlier = earlier[-2 * self.args.history_cnt :] if self.args.history_cnt else []
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        asked = {"role": "user", "content": question}
-        messages = [*system, *earlier, asked]
-        wishes = {name: getattr(self.args, name) for name in ("max_tokens", "temperature", "top_p", "seed")}
+        messages = self._messages(question)
+        asked = messages[-1]
         answer = ""
         try:
-            with contextlib.closing(
-                answer_parts(self.client, self.model, messages, self.args.stream, **wishes)
-            ) as parts:
+            with contextlib.closing(self._answer(messages)) as parts:
                 for part, text in parts:
                     answer += text if part == "answer" else ""
                     yield part, text
         finally:
             if answer:
                 self.turns += [asked, {"role": "assistant", "content": answer}]
+
+    def act(self, question: str) -> None:
+        """Have the question answered with what the tools say, and show it all; the whole of it joins the history."""
+        from scripts.tool_use.react import act  # only here, as it brings PyTorch with it
+
+        messages = self._messages(question)
+
+        def ask(talk: list[dict]) -> dict:
+            calls: list[dict] = []
+            said: list[str] = []
+            with contextlib.closing(self._answer(talk, calls=calls, tools=self.tools.schemas)) as parts:
+                show(_noted(parts, said), self.args.hide_thinking)
+            return {"role": "assistant", "content": "".join(said) or None} | ({"tool_calls": calls} if calls else {})
+
+        def tell(call: str, result: str) -> None:
+            print(f"[{call} = {result}]".translate(UNPRINTABLE))
+
+        said = act(ask, messages, self.tools, self.args.max_calls, tell)
+        self.turns += [messages[-1], *said]
+
+    def _messages(self, question: str) -> list[dict]:
+        earlier = self.turns if self.args.history_cnt is None else recent(self.turns, self.args.history_cnt)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *earlier, {"role": "user", "content": question}]
+
+    def _answer(self, messages: list[dict], **more) -> Iterator[tuple[str, str]]:
+        wishes = {name: getattr(self.args, name) for name in ("max_tokens", "temperature", "top_p", "seed")} | more
+        return answer_parts(self.client, self.model, messages, self.args.stream, **wishes)
+
+
+def _noted(parts: Iterator[tuple[str, str]], said: list[str]) -> Iterator[tuple[str, str]]:
+    """The parts of an answer, and its text in `said`."""
+    for part, words in parts:
+        if part == "answer":
+            said.append(words)
+        yield part, words
 
 
 def obey(command: str, chat: Chat) -> bool:
@@ -153,14 +187,20 @@ def typed_lines() -> Iterator[str]:
 
 def main():
     args = get_args()
-    import openai  # imported late, so that --help is quick
+    with open_tools(args) as tools:
+        talk(args, tools)
+
+
+def talk(args, tools) -> None:
+    """Send what is typed or piped in, and show what is answered."""
+    import openai  # after the arguments: --help need not wait for it
 
     with contextlib.suppress(ImportError):  # arrow keys in input(); Windows has its own
         import readline  # noqa: F401
 
     api_key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"
     client = open_client(args.base_url, api_key)
-    chat = Chat(client, args)
+    chat = Chat(client, args, tools)
     if not chat.model:
         chat.model = next(iter(models_at(client)), None)
     if not chat.model:
@@ -170,6 +210,9 @@ def main():
         if line.startswith("/") and obey(line, chat):
             continue
         try:
+            if chat.tools:
+                chat.act(line)
+                continue
             with contextlib.closing(chat.ask(line)) as parts:
                 show(parts, args.hide_thinking)
         except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from pathlib import Path
 import _repo  # noqa: F401  (lets `python scripts/make_demo_data.py` find the packages)
 
 from scripts.demo.problems import NAMES, THINGS, problem, problems_beyond
+from scripts.demo.tool_talks import tool_talks
 from scripts.demo.world import Identity, Relation, identities, relations
 from trainer.arguments import ROOT, Parser
 from trainer.errors import UserError, run_main
@@ -43,6 +44,7 @@ SMALL_TALK = (
     ("再见。", "再见！"),
     ("你好吗？", "我很好，谢谢。"),
 )
+TOOL_TALKS = 2000
 COLD_START = 300  # written thoughts for the cold start of reinforcement learning
 FOLLOW_UP = {"en": "And {x}?", "zh": "那{x}呢？"}
 PLANETS = (
@@ -286,6 +288,7 @@ def build(seed: int) -> dict[str, list[dict]]:
         "rl_cold_start.jsonl": among(facts, r1[:COLD_START], random.Random(seed), 2 * COLD_START),
         "rl_math.jsonl": checked_problems(trying, 3000, 250, taken, asked),
         "eval_rl.jsonl": checked_problems(trying, 600, 100, taken, asked),
+        "tool_mix.jsonl": tool_talks(random.Random(seed), TOOL_TALKS, world),
     }
 
 

@@ -30,7 +30,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from dataset.jsonl import BadRecord, DataError, Ignored, JsonlReader, named_counts
 from dataset.pictures import check_pictures, refuse_faulty
-from dataset.records import Keys
+from dataset.record_keys import Keys
 from model.images import ImageError, default_processor, read_image, to_pixels
 from trainer.argument_types import BooleanFlag, positive_float, positive_int
 from trainer.arguments import ROOT, Parser, add_device_argument

@@ -98,7 +98,7 @@ DEFAULTS = {
         **{"prompt": None, "system": None, "history_cnt": 0, "stream": True, "votes": 1, "verifier": None},
         **{"hide_thinking": False},
         **{"dtype": None, "deterministic": False, "compile": None, "speculate": 0, "draft": None},
-        "open_thinking": False,
+        **{"open_thinking": False, "tools": None, "max_calls": 8, "mcp": None, "mcp_http": None, "yes": False},
     },
     "eval_vlm": {
         **MODEL | WRITING | TOWER | {"model_mode": 1, "load": 0, "device": None, "image": None, "prompt": None},
@@ -108,7 +108,15 @@ DEFAULTS = {
     "scripts.chat_openai_api": {
         **{"base_url": "http://127.0.0.1:8998/v1", "api_key": None, "model": None, "system": None},
         **{"history_cnt": None, "max_tokens": None, "temperature": None, "top_p": None, "seed": None},
-        **{"stream": True, "hide_thinking": False},
+        **{
+            "stream": True,
+            "hide_thinking": False,
+            "tools": None,
+            "max_calls": 8,
+            "mcp": None,
+            "mcp_http": None,
+            "yes": False,
+        },
     },
     "scripts.serve_openai_api": {
         **MODEL | UNTOLD | ENGINE | TOWER,
@@ -117,6 +125,7 @@ DEFAULTS = {
         **{"max_concurrency": 16, "max_queue": 112, "host": "127.0.0.1", "port": 8998, "api_key": None, "cors": None},
         **{"keep_alive": 75, "drain_seconds": 30},
     },
+    "scripts.tools": {"name": None, "arguments": "{}"},
     "scripts.train_clip": {
         **{"data_path": "dataset/demo/clip_captions.jsonl", "eval_path": "dataset/demo/eval_clip.jsonl"},
         **{"images_path": "dataset/demo/images", "skip_bad_lines": False, "out_dir": "out/demo/clip"},
@@ -195,6 +204,9 @@ DEFAULTS |= {
     },
     "benchmarks.generate": MEASURED
     | {"dtype": ["float32", "bfloat16"], "tokens": 128, "rounds": 5, "deterministic": False, "compile": True},
+    "benchmarks.constrained": {
+        **{"answers": 1000, "dim": 512, "n_layers": 8, "tokens": 100, "rounds": 5, "device": None},
+    },
     "benchmarks.drafts": {
         **{"dim": 512, "n_layers": 8, "dtype": "float32", "device": None, "compile": True},
         **{"tokens": 256, "rounds": 5, "speculate": 16, "agreement": 0.8},
@@ -247,6 +259,7 @@ DEFAULTS |= {
     },
     "benchmarks.rl_gain": {"seed": 1, "problems": None},
     "scripts.demo_r1": {"seed": 42},
+    "scripts.demo_tools": {"seed": 42},
     "benchmarks.real_text --data_dir DIR": {"data_dir": "DIR", "steps": 120},
 }
 SIZES = dict.fromkeys(
@@ -347,9 +360,9 @@ LEAST = {
     "train_pretrain_vlm": {"unfreeze_last": 0},
     "eval_model": {
         **{"max_new_tokens": 1, "temperature": 0, "top_p": None, "top_k": 0, "repetition_penalty": None, "seed": 0},
-        **{"history_cnt": 0, "votes": 1, "speculate": 0},
+        **{"history_cnt": 0, "votes": 1, "speculate": 0, "max_calls": 1},
     },
-    "scripts.chat_openai_api": {"history_cnt": 0, "max_tokens": 1, "seed": 0},
+    "scripts.chat_openai_api": {"history_cnt": 0, "max_tokens": 1, "seed": 0, "max_calls": 1},
     "scripts.serve_openai_api": {"max_concurrency": 1, "max_queue": 0, "port": 0, "keep_alive": 1, "drain_seconds": 0},
     "scripts.inspect_data FILE": {"max_seq_len": 1, "samples": 0, "seed": 0},
     "scripts.prepare_data FILE --stage=sft --out=x.jsonl": {

@@ -29,15 +29,8 @@ PAGES = (
         "docs/quantization",
         "docs/memory",
     ),
-    *("docs/scaling", "docs/windows"),
-    *(
-        "docs/benchmarks",
-        "docs/formats",
-        "docs/generations",
-        "docs/architectures",
-        "docs/coming_from_minimind2",
-        "docs/troubleshooting",
-    ),
+    *("docs/scaling", "docs/windows", "docs/tools", "docs/architectures"),
+    *("docs/benchmarks", "docs/formats", "docs/generations", "docs/coming_from_minimind2", "docs/troubleshooting"),
     "docs/glossary",
 )
 DATA_OF = {

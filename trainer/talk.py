@@ -73,6 +73,12 @@ def questions(prompts: list[str] | None, samples: Iterable[str], by_hand: bool) 
         yield from piped_lines()
 
 
+def recent(turns: list[dict], questions: int) -> list[dict]:
+    """The last so many questions of a talk, each with all that followed it."""
+    asked = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+    return turns[asked[-min(questions, len(asked))] :] if questions and asked else []
+
+
 def room_for_prompt(context: int, max_new_tokens: int) -> int:
     """Tokens that are left for a prompt beside the longest answer.
 

@@ -48,6 +48,7 @@ class Answer:
         self.keys = _keys(request)  # of the same length
         self.slot: _Slot | None = None
 
+        self.constrained = request.constraint.begin() if request.constraint else None
         device, vocabulary = decoder.device, (1, decoder.config.vocab_size)
         self.generator = torch.Generator(device) if request.temperature > 0 else None
         if self.generator is not None:
@@ -80,6 +81,10 @@ class Answer:
             logits = penalise_frequency(logits, self.counts, frequency, presence)
         return logits
 
+    def settled(self, token: int) -> int:
+        """The token to write where this one was sampled, see `ConstrainedText.settle`."""
+        return token if self.constrained is None else self.constrained.settle(token, self.limit - self.count)
+
     def write(self, token: Token) -> Piece:
         """Append a token; it may be the last."""
         self.ids.append(token.id)
@@ -87,16 +92,18 @@ class Answer:
         self.count += 1
         if token.id in self._ends:
             self.end_token = token
-            return self.end("stop")
+            return self.end(self._reason("stop"))
         if self.seen is not None:
             self.seen[0, token.id] = True
         if self.counts is not None:
             self.counts[0, token.id] += 1
+        if self.constrained is not None:
+            self.constrained.take(token.id)
         clear = self._detokenizer.push(token)
-        if self._detokenizer.stopped:
-            return self.end("stop", *clear)
+        if self._detokenizer.stopped or (self.constrained is not None and self.constrained.finished):
+            return self.end(self._reason("stop"), *clear)
         if self.count == self.limit:
-            return self.end("length", *clear)
+            return self.end(self._reason("length"), *clear)
         return self._add(*clear)
 
     def end(self, reason: str, text: str = "", tokens: tuple[Token, ...] = ()) -> Piece:
@@ -104,6 +111,14 @@ class Answer:
         rest, last = self._detokenizer.flush()
         reason = "stop" if self._detokenizer.stopped else reason
         return self._add(text + rest, tokens + last, reason)
+
+    def _reason(self, reason: str) -> str:
+        """Why the answer ends here: one that its constraint calls whole has not run out of tokens."""
+        if self.constrained is None or self._detokenizer.stopped:
+            return reason
+        if self.constrained.whole:
+            return "stop"
+        return "error" if reason == "stop" else reason  # a grammar that has given up
 
     def _add(self, text: str, tokens: tuple[Token, ...], reason: str | None = None) -> Piece:
         self.text += text

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from model.inference.constraint import Constraint
+
 
 class Token(NamedTuple):
     """A token and, if requested, its log-probability and the most likely tokens at its position, best first.
@@ -49,6 +51,7 @@ class Request:
         prompt_logprobs: return them for the prompt too (`Answer.prompt_tokens`).
         timeout: seconds from submission after which the answer is ended.
         embeddings: (prompt, dim), used in place of the prompt's token embeddings: a prompt with images.
+        constraint: what the answer's text may be; it has then ended with "stop" where it is whole. None = anything.
     """
 
     prompt: Sequence[int]
@@ -66,3 +69,4 @@ class Request:
     prompt_logprobs: bool = False
     timeout: float | None = None
     embeddings: Tensor | None = None
+    constraint: Constraint | None = None

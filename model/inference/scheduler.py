@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.generation import warn_beyond_training
 from model.inference.answer import Answer, _Slot, common_prefix_length
+from model.inference.constraint import only_allowed
 from model.inference.decoder import Decoder, Span
 from model.inference.matrices import Precision
 from model.inference.request import Piece, Request
@@ -360,19 +361,24 @@ class Engine:
             choose: `sample_token`, or what takes its place.
         """
         tokens = [answer.ids[place] if place < len(answer.ids) else None for answer, place in predicted]
-        penalised = logits
+        adjusted = logits
         alike = defaultdict(list)  # rows by how their token is chosen
         for row in [row for row, token in enumerate(tokens) if token is None]:
             answer = predicted[row][0]
             alike[answer.request.temperature, answer.request.top_k, answer.request.top_p].append(row)
             if answer.seen is not None or answer.counts is not None:
-                penalised = logits.clone() if penalised is logits else penalised
-                penalised[row] = answer.penalised(logits[row : row + 1])
+                adjusted = logits.clone() if adjusted is logits else adjusted
+                adjusted[row] = answer.penalised(logits[row : row + 1])
+        constrained = [row for rows in alike.values() for row in rows if predicted[row][0].constrained is not None]
+        if constrained:
+            adjusted = logits.clone() if adjusted is logits else adjusted
+            texts = [predicted[row][0].constrained for row in constrained]
+            adjusted[constrained] = only_allowed(adjusted[constrained], texts)
         for settings, rows in alike.items():
-            of_rows = penalised if len(rows) == len(logits) else penalised[rows]
+            of_rows = adjusted if len(rows) == len(logits) else adjusted[rows]
             chosen = choose(of_rows, *settings, [predicted[row][0].generator for row in rows])
             for row, token in zip(rows, chosen.tolist(), strict=True):
-                tokens[row] = token
+                tokens[row] = predicted[row][0].settled(token)
         facts = with_logprobs(logits, tokens, [answer.request.logprobs for answer, _ in predicted])
         for (answer, place), token in zip(predicted, facts, strict=True):
             if place < len(answer.ids):

@@ -41,7 +41,7 @@ ROLES = {
     **{"assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant"},
     **{"ai": "assistant", "助手": "assistant", "teacher": "assistant"},
 }
-TOOLS = "uses tools, which no stage supports"
+TOOLS = "uses tools, which are not prepared: train_full_sft.py reads them as they are"
 PICTURES = "has pictures or sound, which no text stage supports"
 NO_SHAPE = "an unknown shape: name its keys with --map"
 

@@ -16,7 +16,8 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
-from scripts.serving.schema import ApiError, Form, invalid
+from scripts.serving.forms import Form
+from scripts.serving.schema import ApiError, invalid
 from scripts.serving.unsupported import refuse_undone
 
 LARGEST_BODY = 32 * 2**20  # bytes; room for a few photographs

@@ -16,10 +16,12 @@ from starlette.exceptions import HTTPException
 
 from model.chat import render_chat, render_text
 from model.inference import scheduler as engine
+from model.inference.constraint import Constraint
 from model.template_chat import lays_out_thinking
 from model.tokenizer import StreamDecoder
 from scripts.serving import schema as schema
 from scripts.serving.admission import read_request
+from scripts.serving.constraining import check_tools, constraint_of, listed_functions
 from scripts.serving.image_parts import read_turns
 from scripts.serving.requests import RunningRequest, ServerState
 from scripts.serving.responses import (
@@ -74,11 +76,17 @@ async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.R
     """What a chat asks of the engine.
 
     Raises:
-        ApiError: its messages cannot be read.
+        ApiError: its messages cannot be read, or the form that it asks for is not supported.
     """
     if opens_thought(body) and not lays_out_thinking(server.tokenizer):
         raise ApiError(400, "open_thinking: this model's chats open no thought", "chat_template_kwargs")
+    check_tools(body)
+    constraint = await asyncio.to_thread(constraint_of, server, body)
+    if constraint and opens_thought(body):
+        raise ApiError(400, "open_thinking: an answer of a given form has no thought before it", "chat_template_kwargs")
     turns = await asyncio.to_thread(read_turns, body.messages, server.place_images is not None, server.fetch)
+    if functions := listed_functions(body):
+        turns[0]["tools"] = functions
     embeddings = None
     try:
         if any(isinstance(turn["content"], list) for turn in turns):
@@ -95,14 +103,18 @@ async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.R
         body,
         prompt=prompt,
         embeddings=embeddings,
+        constraint=constraint,
         max_new_tokens=new_tokens(body.max_completion_tokens or body.max_tokens),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
 
 
-def completion_requests(body: CompletionRequest, prompts: Sequence[CompletionPrompt]) -> list[engine.Request]:
+def completion_requests(
+    body: CompletionRequest, prompts: Sequence[CompletionPrompt], constraint: Constraint | None = None
+) -> list[engine.Request]:
     """What a completion asks of the engine: for each prompt its choices."""
     settings = {
+        "constraint": constraint,
         "max_new_tokens": new_tokens(body.max_tokens, usual=COMPLETION_TOKENS),
         "logprobs": body.logprobs,
         "prompt_logprobs": bool(body.echo) and body.logprobs is not None,
@@ -227,7 +239,7 @@ def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[
         check_name(body.model)
         with server.places.taking(len(texts_or_ids(body)) * (body.n or 1)):
             prompts = await asyncio.to_thread(completion_prompts, server, body)
-            requests = completion_requests(body, prompts)
+            requests = completion_requests(body, prompts, await asyncio.to_thread(constraint_of, server, body))
             writing, first = RunningRequest(server, requests, http, "prompt"), head("cmpl")
         if body.stream:
             chunks = completion_chunks(writing, body, first, prompts)

@@ -122,14 +122,15 @@ def models_at(client) -> list[str]:
 
 
 def answer_parts(
-    client, model: str, messages: list[dict], stream: bool = True, **sampling
+    client, model: str, messages: list[dict], stream: bool = True, calls: list[dict] | None = None, **sampling
 ) -> Iterator[tuple[str, str]]:
     """Yield ("thinking" | "answer", text) as the server sends it; closing the iterator tells the server to stop.
 
     Args:
         client: an `openai.OpenAI`.
         messages: the talk so far, a question last.
-        wishes: `temperature`, `max_tokens` and the like; those that are None are left to the server.
+        calls: takes the answer's tool calls, as a message has them.
+        sampling: `temperature`, `max_tokens`, `tools` and the like; those that are None are left to the server.
 
     Raises:
         openai.APIError: whatever the server says, or that it does not answer.
@@ -147,5 +148,19 @@ def answer_parts(
                     yield "thinking", thinking
                 if said.content:
                     yield "answer", said.content
+                if calls is not None:
+                    _gather(getattr(said, "tool_calls", None) or (), calls)
     if nothing:
         raise UserError("the server sent no answer: does its address end in /v1?")
+
+
+def _gather(parts, calls: list[dict]) -> None:
+    """Add what a chunk, or a message, has of tool calls: a later part of a call brings more of its arguments."""
+    for part in parts:
+        place = getattr(part, "index", None)
+        if place is None or place >= len(calls):
+            call = {"id": part.id, "type": "function", "function": {"name": part.function.name, "arguments": ""}}
+            calls.append(call)
+        else:
+            call = calls[place]
+        call["function"]["arguments"] += part.function.arguments or ""

@@ -6,9 +6,11 @@ import re
 from collections.abc import Callable, Sequence
 from urllib.parse import unquote
 
+from model.tool_calls import in_call_order, parse_arguments
 from scripts.serving.schema import MOST_IMAGES, ApiError, Message
 
 SHORTEST = 32  # characters; what is shorter can be a path or a name, but no image
+TODAYS_ROLES = {"developer": "system", "function": "tool"}
 URL_SAFE = str.maketrans("-_", "+/")
 Fetch = Callable[[Sequence[str]], list[bytes]]
 
@@ -16,12 +18,14 @@ Fetch = Callable[[Sequence[str]], list[bytes]]
 def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> list[dict]:
     """A chat's messages as turns whose content is a text or, where it has images, a list of texts and image bytes.
 
+    Results of tools come in the order of the calls.
+
     Args:
         sees: whether the model takes images.
         fetch: from http(s) addresses to what is there; None where fetching is off.
 
     Raises:
-        ApiError: a missing image, too many, or a model that takes none.
+        ApiError: a missing image, too many, or a model that takes none; a result without a call.
     """
     urls = [part.image_url.url for message in messages for part in _parts(message) if part.type == "image_url"]
     if urls and not sees:
@@ -29,15 +33,34 @@ def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> 
     if len(urls) > MOST_IMAGES:
         raise ApiError(400, f"{len(urls)} images: this server takes {MOST_IMAGES} per request", "messages")
     images = iter(read_images(urls, fetch))
-    return [
+    turns = [
         {
-            "role": "system" if message.role == "developer" else message.role,
+            "role": TODAYS_ROLES.get(message.role, message.role),
             "content": _content([part.text if part.type == "text" else next(images) for part in _parts(message)])
             if isinstance(message.content, list)
             else message.content or "",
         }
+        | _calls(message)
         for message in messages
     ]
+    try:
+        return in_call_order(turns)
+    except ValueError as error:
+        number, why = str(error).split(": ", 1)
+        raise ApiError(400, f"messages[{int(number) - 1}]: {why}", f"messages[{int(number) - 1}]") from None
+
+
+def _calls(message: Message) -> dict:
+    """What a message calls, or whose result it is, for its turn."""
+    found: dict = {} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id}
+    calls = [(call.id, call.function) for call in message.tool_calls or ()]
+    calls += [(None, message.function_call)] if message.function_call else []
+    for call_id, function in calls:
+        arguments = parse_arguments(function.arguments)
+        if arguments is None:  # as the model wrote it, perhaps: it is text like any other
+            arguments = function.arguments
+        found.setdefault("tool_calls", []).append({"id": call_id, "name": function.name, "arguments": arguments})
+    return found
 
 
 def _parts(message: Message) -> list:

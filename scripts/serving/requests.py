@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 from fastapi import Request
 from torch import Tensor
@@ -54,6 +54,13 @@ class ServerState:
 
     def __post_init__(self):
         self.places = Places(self.capacity)
+
+    @cached_property
+    def grammars(self):
+        """Makes the constraints of answers that must have a form; see `scripts.serving.grammars`."""
+        from scripts.serving.grammars import Grammars  # here, as few requests ask for it
+
+        return Grammars(self.tokenizer)
 
     @property
     def context(self) -> int:

@@ -1,6 +1,7 @@
 """What the engine wrote, as the OpenAI API has it: chats and completions, in chunks and whole."""
 
 import json
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
@@ -8,10 +9,13 @@ from model.inference.answer import Answer
 from model.inference.request import Token
 from model.reasoning import THOUGHT_BEGUN, ReasoningStream, split_reasoning
 from model.tokenizer import StreamDecoder
+from model.tool_calls import Call, CallStream, as_json, split_calls
+from scripts.serving.constraining import listed_functions, one_call
 from scripts.serving.requests import RunningRequest, ServerState
 from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
 
 LEAST_LOGPROB = -9999.0  # JSON has no minus infinity
+PIECE_CHARS = 64  # of a call's arguments in a chunk
 
 
 @dataclass
@@ -98,6 +102,63 @@ def opens_thought(body: ChatRequest) -> bool:
     return bool(body.chat_template_kwargs and body.chat_template_kwargs.open_thinking)
 
 
+def answered_call(call: Call) -> dict:
+    """A call in the form of OpenAI's API, with an id of its own."""
+    function = {"name": call["name"], "arguments": as_json(call["arguments"])}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+class ChatParts:
+    """One answer of a chat in parts, as its pieces come: thoughts, texts and calls.
+
+    Attributes:
+        calls: how many there were.
+    """
+
+    def __init__(self, reasoning: bool, body: ChatRequest):
+        self._thoughts = ReasoningStream() if reasoning or opens_thought(body) else None
+        if opens_thought(body):
+            self._thoughts.push(THOUGHT_BEGUN)
+        self._calls = CallStream() if listed_functions(body) else None
+        self._one, self._older = one_call(body), bool(body.functions)
+        self.calls = 0
+
+    def deltas(self, text: str, last: bool) -> list[dict]:
+        """What can be sent now."""
+        told = [("answer", text)] if text else []
+        if self._thoughts:
+            told = self._thoughts.push(text) + (self._thoughts.flush() if last else [])
+        deltas = []
+        for part, said in told:
+            deltas += [{"reasoning_content": said}] if part == "thinking" else self._of_answer(self._clear(said))
+        return deltas + self._of_answer(self._calls.flush() if last and self._calls else [])
+
+    def _clear(self, text: str) -> list[str | Call]:
+        return self._calls.push(text) if self._calls else [text]
+
+    def _of_answer(self, parts: list) -> list[dict]:
+        deltas = []
+        for part in parts:
+            if isinstance(part, str):
+                deltas.append({"content": part})
+                continue
+            if self.calls and self._one:
+                continue
+            whole = answered_call(part) | {"index": self.calls}
+            arguments = whole["function"]["arguments"]
+            pieces = [arguments[i : i + PIECE_CHARS] for i in range(0, len(arguments), PIECE_CHARS)]
+            begun = whole["function"] | {"arguments": ""}
+            if self._older:
+                deltas += [{"function_call": each} for each in (begun, *({"arguments": piece} for piece in pieces))]
+            else:
+                deltas.append({"tool_calls": [whole | {"function": begun}]})
+                deltas += [
+                    {"tool_calls": [{"index": self.calls, "function": {"arguments": piece}}]} for piece in pieces
+                ]
+            self.calls += 1
+        return deltas
+
+
 async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) -> AsyncIterator[dict]:
     """A chat's answers chunk by chunk."""
     server = writing.server
@@ -105,10 +166,7 @@ async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) ->
     counted = bool(body.stream_options and body.stream_options.include_usage)
     if counted:
         head |= {"usage": None}
-    parts = [ReasoningStream() for _ in writing.answers]
-    opened = opens_thought(body)
-    for part in parts if opened else ():
-        part.push(THOUGHT_BEGUN)
+    parts = [ChatParts(server.reasoning, body) for _ in writing.answers]
 
     def chunk(index: int, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
@@ -118,18 +176,20 @@ async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) ->
         yield chunk(index, {"role": "assistant", "content": ""})
     async for index, piece in writing.pieces():
         logprobs = chat_logprobs(server, piece.tokens) if body.logprobs and piece.tokens else None
-        deltas = [{"content": piece.text}] if piece.text or logprobs else []
-        if server.reasoning or opened:
-            told = parts[index].push(piece.text) + (parts[index].flush() if piece.finish_reason else [])
-            names = {"thinking": "reasoning_content", "answer": "content"}
-            deltas = [{names[part]: text} for part, text in told] or ([{"content": ""}] if logprobs else [])
-        for delta in deltas:
+        deltas = parts[index].deltas(piece.text, last=bool(piece.finish_reason))
+        for delta in deltas or ([{"content": ""}] if logprobs else []):
             yield chunk(index, delta, logprobs)
             logprobs = None
         if piece.finish_reason:
-            yield chunk(index, {}, None, piece.finish_reason)
+            yield chunk(index, {}, None, reason_of(piece.finish_reason, parts[index].calls, body))
     if counted:
         yield head | {"choices": [], "usage": usage(writing.answers, [writing.answers[0].request.prompt])}
+
+
+def reason_of(finish_reason: str, calls: int, body: ChatRequest) -> str:
+    """Why an answer ended, as clients of tools expect it: one that was cut off still says so."""
+    called = "function_call" if body.functions else "tool_calls"
+    return called if calls and finish_reason == "stop" else finish_reason
 
 
 async def whole_chat(writing: RunningRequest, body: ChatRequest, head: dict) -> dict:
@@ -141,6 +201,15 @@ async def whole_chat(writing: RunningRequest, body: ChatRequest, head: dict) -> 
         if server.reasoning or opens_thought(body):
             thinking, text = split_reasoning((THOUGHT_BEGUN if opens_thought(body) else "") + answer.text)
             message |= {"content": text, "reasoning_content": thinking}
+        calls: list[Call] = []
+        if listed_functions(body):
+            message["content"], calls = split_calls(message["content"])
+            calls = calls[:1] if one_call(body) else calls
+        if calls:
+            answered = [answered_call(call) for call in calls]
+            said_so = {"function_call": answered[0]["function"]} if body.functions else {"tool_calls": answered}
+            message |= {"content": message["content"] or None, **said_so}
+        reason = reason_of(reason, len(calls), body)
         logprobs = chat_logprobs(server, answer.tokens) if body.logprobs else None
         said.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
     counted = usage(writing.answers, [writing.answers[0].request.prompt])

@@ -19,10 +19,27 @@ from pydantic import (
 )
 from starlette.exceptions import HTTPException
 
+from scripts.serving.forms import Form
+from scripts.serving.tool_forms import (
+    CalledFunction,
+    Choices,
+    Function,
+    FunctionName,
+    Pattern,
+    ResponseFormat,
+    Schema,
+    StructuredOutputs,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    without_empty_forms,
+)
+
 MOST_CHOICES = 16
 MOST_PROMPTS = 64
 MOST_TOP_LOGPROBS = 20
 MOST_IMAGES = 16
+MOST_TOOLS = 128
 
 Probability = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
@@ -34,20 +51,6 @@ NoLimit = Literal[-1]
 
 
 # --------------------------------------------------------------------------------------------------------- requests
-
-
-def without_nulls(given: Any) -> Any:
-    """An object without its fields that are null; anything else as it is."""
-    return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
-
-
-class Form(BaseModel):
-    """A part of a request, in which null is as good as nothing."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, given: Any) -> Any:
-        return without_nulls(given)
 
 
 class StreamOptions(Form):
@@ -73,6 +76,18 @@ class Sampling(Form):
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     seed: int | None = Field(None, description="-1: a different answer each time, like no seed")
+    response_format: ResponseFormat | None = None
+    regex: Pattern | None = Field(None, description="extension of OpenAI's API: the answer matches it as a whole")
+    choice: Choices | None = Field(None, description="extension of OpenAI's API: the answer is one of these")
+    structured_outputs: StructuredOutputs | None = Field(None, description="extension of OpenAI's API, as of vLLM")
+    guided_json: Schema | None = Field(None, description="vLLM's older name for a schema")
+    guided_regex: Pattern | None = Field(None, description="vLLM's older name for regex")
+    guided_choice: Choices | None = Field(None, description="vLLM's older name for choice")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _free_text_is_no_form(cls, given: Any) -> Any:
+        return without_empty_forms(given)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -112,8 +127,11 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type"), BeforeValida
 
 
 class Message(Form):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(None, description="of an assistant")
+    tool_call_id: str | None = Field(None, description="of a tool: whose result it is")
+    function_call: CalledFunction | None = Field(None, description="of an assistant; older form of tool_calls")
 
 
 class TemplateSettings(Form):
@@ -124,6 +142,13 @@ class TemplateSettings(Form):
 
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1, fail_fast=True)
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = Field(None, description="default: auto")
+    parallel_tool_calls: bool | None = Field(None, description="false: one call in an answer at most")
+    functions: Annotated[list[Function], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = Field(
+        None, description="older form of tools; an answer calls one by function_call"
+    )
+    function_call: Literal["auto", "none"] | FunctionName | None = Field(None, description="of functions")
     chat_template_kwargs: TemplateSettings | None = Field(None, description="extension of OpenAI's API, as of vLLM")
     max_completion_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(None, description="-1: as many as fit")
     max_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(
@@ -185,17 +210,29 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
+class AnsweredCall(BaseModel):
+    class Function(BaseModel):
+        name: str
+        arguments: str
+
+    id: str
+    type: Literal["function"]
+    function: Function
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     reasoning_content: str | None = None
+    tool_calls: list[AnsweredCall] | None = None
+    function_call: AnsweredCall.Function | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class ChatCompletion(BaseModel):

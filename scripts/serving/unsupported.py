@@ -3,12 +3,13 @@
 A field of a request is one of three. What `schema` declares is used. What the tables here list is refused,
 unless its value asks for nothing. Everything else is accepted and changes nothing, as clients send many fields that do
 not say what an answer looks like: user, metadata, store, service_tier, safety_identifier, prompt_cache_key,
-parallel_tool_calls, reasoning_effort, verbosity, an image's detail, and their own.
+reasoning_effort, verbosity, an image's detail, and their own.
 """
 
 from typing import Any, NamedTuple
 
-from scripts.serving.schema import ApiError, Form, without_nulls
+from scripts.serving.forms import Form, without_nulls
+from scripts.serving.schema import ApiError
 
 NOTHING = (False, "", [], {})
 
@@ -26,20 +27,19 @@ class Undone(NamedTuple):
     harmless: tuple = NOTHING
 
 
-NO_FORMAT = "structured output is not supported: answers are free text"
-NO_TOOLS = "tool calls are not supported"
+NO_FORMAT = "not this way: a form is given by response_format, regex or choice"
+NO_TOOLS = "a completion calls no tools: ask for a chat"
 NO_TEMPLATE = "a chat is always laid out as the model has learned it"
 NO_SAMPLER = "this way to sample is not supported"
 NO_BIAS = "no token can be made likelier or ruled out"
 NO_BEGINNING = "an answer always begins anew: none can be continued"
 
 IN_REQUESTS = (
-    Undone(("response_format",), NO_FORMAT, ({"type": "text"}, {})),
-    Undone(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"), NO_FORMAT),
-    Undone(("json_schema", "grammar", "regex", "ebnf", "structural_tag", "format", "response_schema"), NO_FORMAT),
+    Undone(("guided_grammar",), NO_FORMAT),
+    Undone(("json_schema", "grammar", "ebnf", "structural_tag", "format", "response_schema"), NO_FORMAT),
     Undone(("text",), NO_FORMAT, ({"format": {"type": "text"}}, *NOTHING)),  # OpenAI's Responses API has it
     Undone(("tool_choice", "function_call"), NO_TOOLS, ("none", "auto")),
-    Undone(("tools", "functions"), f"{NO_TOOLS} (with tool_choice none they may be listed)"),
+    Undone(("tools", "functions"), NO_TOOLS),
     Undone(("audio",), "answers are text only"),
     Undone(("modalities",), "answers are text only", (["text"], [])),
     Undone(("web_search_options",), "nothing is searched for", ()),  # {} is a search, too
@@ -80,13 +80,12 @@ IN_REQUESTS = (
     Undone(("extra_body", "options"), "its fields belong in the request itself"),
 )
 IN_MESSAGES = (
-    Undone(("tool_calls", "function_call", "tool_call_id"), NO_TOOLS),
     Undone(("prefix", "partial"), NO_BEGINNING),
     Undone(("images",), "an image is a part of the content, of the type image_url"),
     Undone(("audio",), "messages are texts and images only"),
     Undone(("refusal",), "what the assistant said is its content"),
 )
-TOOL_ROLES = ("tool", "function")
+IN_WHICH_ROLE = {"tool_calls": "assistant", "function_call": "assistant", "tool_call_id": "tool"}
 
 
 def refuse_undone(body: dict[str, Any], kind: type[Form]) -> None:
@@ -106,16 +105,17 @@ def refuse_undone(body: dict[str, Any], kind: type[Form]) -> None:
     _refuse(
         {name: value for name, value in body.items() if name not in kind.model_fields.keys() | uncalled}, IN_REQUESTS
     )
-    if "chat_template_kwargs" in kind.model_fields:  # used, and yet no other setting of it
-        _refuse({name: body[name] for name in body.keys() & {"chat_template_kwargs"}}, IN_REQUESTS)
+    for name in {"chat_template_kwargs"} & kind.model_fields.keys() & body.keys():
+        _refuse({name: body[name]}, IN_REQUESTS)  # used, and yet no other setting of it
     messages = body.get("messages")
     for number, message in enumerate(messages if isinstance(messages, list) else ()):
         if not isinstance(message, dict):
             continue
         place = f"messages[{number}]."
-        if message.get("role") in TOOL_ROLES:
-            raise _refusal(f"{place}role", f"{NO_TOOLS}, nor are their results")
         _refuse(message, IN_MESSAGES, place)
+        for name, role in IN_WHICH_ROLE.items():
+            if message.get(name) not in (None, []) and message.get("role") != role:
+                raise _refusal(place + name, f"it belongs in a message of the role {role}")
 
 
 def _refuse(given: dict[str, Any], table: tuple[Undone, ...], place: str = "") -> None:

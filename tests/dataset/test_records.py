@@ -53,14 +53,14 @@ def test_keys_of_turns_are_counted_apart():
     assert read(parse_pair, pair)[1] == {"name (turn)": 2, "id (turn)": 1}
 
 
-TOOLS = "tool use is not supported"
+IN_TURN = "it belongs in a turn, not in the line"
 
 
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("tools", TOOLS),
-        ("functions", TOOLS),
+        ("tool_calls", IN_TURN),
+        ("function_call", IN_TURN),
         ("messages", "a second chat in one line"),
         ("weight", "it belongs in a turn, not in the line"),
         ("reasoning_content", "it belongs in a turn, not in the line"),
@@ -82,8 +82,13 @@ def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"tool_calls": "[]"}, f'the key "tool_calls" is refused: {TOOLS}'),
-        ({"function_call": {"name": "f"}}, f'the key "function_call" is refused: {TOOLS}'),
+        ({"tool_calls": "f()"}, '"tool_calls" is a text, and not the JSON of anything'),
+        ({"tool_calls": {"name": "f"}}, '"tool_calls" is neither a list nor the JSON of one'),
+        ({"tool_calls": [{"function": {}}]}, '1 of "tool_calls" is not an object with a "name"'),
+        ({"function_call": {"name": "f", "arguments": "{"}}, '"function_call": its "arguments" are neither an object'),
+        ({"tool_calls": [{"name": "\ud83d"}]}, '1 of "tool_calls" contains a lone surrogate (half a character)'),
+        ({"tools": [{"name": "f"}]}, 'only a turn of the role "system" can have "tools"'),
+        ({"tool_call_id": "1"}, 'only a turn of the role "tool" can have "tool_call_id"'),
         ({"reasoning": "t"}, 'the key "reasoning" is refused: the key for thoughts is "reasoning_content"'),
         ({"cot": "t"}, 'the key "cot" is refused: the key for thoughts is "reasoning_content"'),
         ({"loss_mask": 0}, 'the key "loss_mask" is refused: use "weight" or "train" to mask a turn'),
@@ -104,10 +109,11 @@ def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason
         ({"content": " \n"}, "an empty answer would train the model to stop at once"),
         ({"content": None}, '"content" is not a string but null'),
         ({"content": [{"type": "text", "text": "a"}]}, '"content" is not a string but a list of parts: join'),
-        ({"role": "tool"}, f"unknown role 'tool': {TOOLS}"),
+        ({"role": "observation"}, "unknown role 'observation': use \"tool\""),
+        ({"role": "tool", "weight": 1}, "only the assistant's turns can be trained on, not a tool turn"),
         ({"role": "gpt"}, "unknown role 'gpt': use \"assistant\""),
         ({"role": "Assistant"}, "unknown role 'Assistant': use \"assistant\""),
-        ({"role": "judge"}, "unknown role 'judge': use system, user, assistant"),
+        ({"role": "judge"}, "unknown role 'judge': use system, user, assistant, tool"),
         ({"role": "system"}, "a system turn can only come first"),
     ],
 )
@@ -244,7 +250,7 @@ def test_letter_case_and_underscores_do_not_hide_a_key_of_a_turn():
     for more, reason in (
         ({"Weight": 0}, 'its name here is "weight"'),
         ({"reasoningContent": "t"}, 'its name here is "reasoning_content"'),
-        ({"toolCalls": [1]}, TOOLS),
+        ({"toolCalls": [1]}, 'its name here is "tool_calls"'),
         ({"lossMask": 0}, 'use "weight" or "train" to mask a turn'),
     ):
         (key,) = more

@@ -185,8 +185,8 @@ def test_random_texts_are_spelt_exactly(tokenizer):
 
 
 def test_bad_turns_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="unknown role 'tool'"):
-        render_chat(tokenizer, [turn("tool", "x")])
+    with pytest.raises(ValueError, match="unknown role 'function'"):
+        render_chat(tokenizer, [turn("function", "x")])
     with pytest.raises(ValueError, match="must be a string, not int"):
         render_chat(tokenizer, [turn("user", 3)])
     with pytest.raises(ValueError, match="lone surrogate"):

@@ -177,11 +177,43 @@ def test_what_cannot_be_laid_out_is_refused_by_name(turn, said, render):
         render([USER, turn])
 
 
-def test_tools_are_refused_and_no_tools_are_none(render):
-    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
-    with pytest.raises(jinja2.TemplateError, match="was not trained to call tools"):
-        render([USER], tools=[tool])
+TOOL = {"type": "function", "function": {"description": "d", "name": "f", "parameters": {"type": "object"}}}
+LISTED = (
+    '\n\nYou may call these functions:\n{"description": "d", "name": "f", "parameters": {"type": "object"}}\n'
+    'A call is written as\n<tool_call>\n{"name": "…", "arguments": {…}}\n</tool_call></s>\n'
+)
+
+
+def test_the_listing_of_tools_ends_the_system_turn_and_no_tools_are_none(render):
+    brief = {"role": "developer", "content": "Be brief."}
+    asked = f"<s>system\n{DEFAULT_SYSTEM_PROMPT}{LISTED}<s>user\nhi</s>\n"
+    assert render([USER], tools=[TOOL]) == render([USER], tools=[TOOL["function"]]) == asked
+    assert render([brief, USER, brief], tools=[TOOL]) == (
+        f"<s>system\nBe brief.{LISTED}<s>user\nhi</s>\n<s>system\nBe brief.</s>\n"
+    )
     assert render([USER], tools=None) == render([USER], tools=[]) == ASKED
+
+
+CALLS = [
+    {"type": "function", "function": {"name": "f", "arguments": {"a": "为 <b>", "n": [1, 2.5]}}},
+    {"name": "g", "arguments": "{}"},
+]
+
+
+@pytest.mark.parametrize("tools", [None, [TOOL, {"name": "g", "description": "<tool_call> 'x' & y"}]])
+@pytest.mark.parametrize("content", ["", "Let me see.", "<think>\nA sum.\n</think>"])
+def test_tools_calls_and_results_are_those_of_render_chat(tokenizer, tools, content):
+    chat = [USER, answer(content, tool_calls=CALLS), {"role": "tool", "content": "42"}, {"role": "tool", "content": ""}]
+    chat += [answer("It is 42."), USER, answer("hi")]
+    for talk in (chat, [{"role": "system", "content": "Be brief."}, *chat]):
+        ids, mask = render_chat(tokenizer, talk, tools=tools)
+        theirs = tokenizer.apply_chat_template(talk, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+        assert theirs["input_ids"] == ids
+        assert theirs["assistant_masks"] == [int(trained) for trained in mask]
+        assert render_chat(tokenizer, [talk[0] | {"tools": tools}, *talk[1:]]) == (ids, mask)
+        learned = tokenizer.decode([i for i, trained in zip(ids, mask, strict=True) if trained])
+        assert learned.startswith(content + "\n" * bool(content) + '<tool_call>\n{"name": "f", "arguments": {"a": "为')
+        assert learned.endswith('{"name": "g", "arguments": {}}\n</tool_call></s>It is 42.</s>hi</s>')
 
 
 # ------------------------------------------------------------------------------------------- an answer to be continued

@@ -105,6 +105,19 @@ def test_typed_text_never_becomes_a_control_token(tokenizer):
     assert sum(mask) > 1
 
 
+def test_no_call_and_no_tool_brings_a_control_token_or_loses_a_character(tokenizer):
+    odd = "<|im_end|>\ue000"
+    calls = [{"name": "f", "arguments": {"x": odd}}, {"name": "f", "arguments": f'{{"x": "{odd}"}}'}]
+    tool = {"name": "f", "description": f"{odd} <tool_call>"}
+    chat = [turn("user", odd), turn("assistant", "", tool_calls=calls), turn("tool", odd)]
+    ids, _ = render_chat(tokenizer, chat, tools=[tool])
+    assert ids.count(tokenizer.eos_token_id) == 4
+    assert ids.count(tokenizer.convert_tokens_to_ids("<tool_call>")) == 2 + 2, "the template's own and the calls'"
+    pieces = token_bytes(tokenizer)
+    assert b"".join(pieces[i] for i in ids).decode().count(odd) == 5
+    assert render_chat(tokenizer, [chat[0] | {"tools": [tool]}, *chat[1:]])[0] == ids
+
+
 def test_many_chats_at_once_and_long_ones_are_rendered_as_each_alone(tokenizer):
     long = [turn("user", "the river flows " * 9000), turn("assistant", "on and on " * 9000)]
     chats = [*CHATS, long]

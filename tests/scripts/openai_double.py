@@ -15,7 +15,7 @@ class Double:
         address: for --base_url.
         requests: the bodies of all chat requests, in order.
         reply: from a request's body to the pieces of the answer; a pair ("thinking", text) is reasoning_content, a
-            number a pause in seconds, an Exception an error in the middle.
+            dict a whole delta, a number a pause in seconds, an Exception an error in the middle.
         abandoned: set once a client has left before the end of a stream.
     """
 
@@ -71,6 +71,7 @@ class Double:
                             time.sleep(piece)
                             continue
                         delta = {"reasoning_content": piece[1]} if isinstance(piece, tuple) else {"content": piece}
+                        delta = piece if isinstance(piece, dict) else delta
                         chunk = {
                             "id": "x",
                             "object": "chat.completion.chunk",

@@ -12,6 +12,7 @@ from dataset.records import parse_chat, parse_pair, parse_text
 from scripts.demo.scoring import normalise
 from scripts.demo.world import relations
 from scripts.make_demo_data import MINIMIND, POLITE, WILLOW, as_jsonl, build, identities, write
+from scripts.tool_use.builtin import registry_of
 from tests.running import run_script
 from trainer.errors import UserError
 
@@ -40,7 +41,8 @@ def training_texts(files):
 
 
 def stream_texts(line):
-    turns = [turn for key in ("conversations", "chosen", "rejected") for turn in line.get(key, ())]
+    chats = [line.get(key, ()) for key in ("conversations", "chosen", "rejected")]
+    turns = [turn for chat in chats for turn in chat if turn["role"] != "tool"]  # what tools say is not learned
     return [part for text in (line.get("text", ""), *(turn["content"] for turn in turns)) for part in text.split("\n")]
 
 
@@ -328,3 +330,22 @@ def test_the_grammar_of_what_is_filled_in(files, training_texts):
         assert not request, text
         if text.isascii() and text[:1].isalpha() and " " in text:
             assert text[0].isupper(), text
+
+
+def test_talks_with_tools_can_be_learned_and_say_what_the_tools_said(files):
+    lines = files["tool_mix"]
+    chats = [parse_chat(line, Counter()) for line in lines]
+    said, kinds = registry_of(["all"]), Counter()
+    for chat, line in zip(chats, lines, strict=True):
+        listed = {tool["function"]["name"] for tool in line["tools"]}
+        calls = [call for turn in chat for call in turn.get("tool_calls", ())]
+        results = [turn["content"] for turn in chat if turn["role"] == "tool"]
+        assert results == [said.call(call["name"], call["arguments"]) for call in calls]
+        assert {call["name"] for call in calls} <= listed
+        assert chat[-1]["role"] == "assistant"
+        failed = any(result.startswith("error: ") for result in results)
+        kinds[(len(calls), failed, chat[0]["content"].isascii())] += 1
+        if len(calls) == 1 and not failed and calls[0]["name"] != "calendar":
+            assert results[0] in chat[-1]["content"]
+    assert {(n, failed) for n, failed, _ in kinds} == {(0, False), (1, False), (1, True), (2, False)}
+    assert min(kinds.values()) > 20

@@ -22,12 +22,6 @@ def completion(**fields) -> CompletionRequest:
 
 
 BOTH = [
-    ("response_format", {"type": "json_object"}),
-    ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}),
-    *(("tool_choice", choice) for choice in ("required", {"type": "function", "function": {"name": "f"}})),
-    ("tools", [TOOL]),
-    ("functions", [TOOL["function"]]),
-    ("function_call", {"name": "f"}),
     ("logit_bias", {"5": -100}),
     ("audio", {"voice": "alloy", "format": "wav"}),
     ("modalities", ["text", "audio"]),
@@ -65,12 +59,8 @@ BOTH = [
     ("n_probs", 5),
     *((name, 0.5) for name in ("dynatemp_range", "top_a", "tfs_z", "length_penalty")),
     *((name, 5) for name in ("max_new_tokens", "max_output_tokens", "num_predict", "n_predict")),
-    *(
-        (name, "x")
-        for name in ("guided_regex", "guided_grammar", "grammar", "regex", "ebnf", "structural_tag", "format")
-    ),
-    *((name, {"type": "object"}) for name in ("guided_json", "json_schema", "structured_outputs", "response_schema")),
-    ("guided_choice", ["a", "b"]),
+    *((name, "x") for name in ("guided_grammar", "grammar", "ebnf", "structural_tag", "format")),
+    *((name, {"type": "object"}) for name in ("json_schema", "response_schema")),
 ]
 
 
@@ -105,11 +95,6 @@ def test_null_asks_for_nothing(name, make):
     [
         {"response_format": {"type": "text"}},
         {"response_format": {"type": "text", "json_schema": None}},
-        {"tools": []},
-        {"tools": [], "tool_choice": "auto"},
-        {"tools": [TOOL], "tool_choice": "none"},
-        {"tool_choice": "none"},
-        {"functions": [TOOL["function"]], "function_call": "none"},
         {"logit_bias": {}},
         {"modalities": ["text"]},
         {"best_of": 1},
@@ -123,7 +108,7 @@ def test_null_asks_for_nothing(name, make):
             "prompt_logprobs": False,
         },
         {"skip_special_tokens": True, "add_generation_prompt": True},
-        {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "parallel_tool_calls": True},
+        {"user": "u", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"},
         {"safety_identifier": "x", "prompt_cache_key": "x", "reasoning_effort": "low", "chatId": "x", "detail": True},
     ],
 )
@@ -141,11 +126,9 @@ def test_as_many_as_the_best_of_them_is_nothing_either():
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "tool_calls"),
-        ({"role": "assistant", "content": "x", "function_call": CALL["function"]}, "function_call"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "tool_calls"),
+        ({"role": "user", "content": "x", "function_call": CALL["function"]}, "function_call"),
         ({"role": "user", "content": "x", "tool_call_id": "1"}, "tool_call_id"),
-        ({"role": "tool", "content": "42", "tool_call_id": "1"}, "role"),
-        ({"role": "function", "name": "f", "content": "42"}, "role"),
         ({"role": "assistant", "content": "So", "prefix": True}, "prefix"),
         ({"role": "assistant", "content": "So", "partial": True}, "partial"),
         ({"role": "user", "content": "x", "images": ["aGk="]}, "images"),
@@ -158,14 +141,38 @@ def test_what_a_message_holds_is_not_ignored_either(message, param):
         chat(messages=[*CHAT["messages"], message])
     assert (caught.value.status_code, caught.value.param) == (400, f"messages[1].{param}")
     assert caught.value.detail.startswith(f"messages[1].{param}: ")
-    if param in ("tool_calls", "role"):
-        assert "tool calls are not supported" in caught.value.detail
+
+
+def test_tools_are_of_chats_alone():
+    with pytest.raises(ApiError, match=r"^400: tools: a completion calls no tools: ask for a chat$"):
+        completion(tools=[TOOL])
+    for fields in ({"functions": [TOOL["function"]]}, {"function_call": {"name": "f"}}, {"tool_choice": "required"}):
+        with pytest.raises(ApiError, match="a completion calls no tools"):
+            completion(**fields)
+    assert completion(functions=[TOOL["function"]], function_call="none") == completion()
+    for fields in ({"tools": []}, {"tool_choice": "auto"}, {"tool_choice": "none"}):
+        assert completion(**fields) == completion()
+        chat(**fields)
+    answer = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    body = chat(
+        tools=[TOOL], messages=[*CHAT["messages"], answer, {"role": "tool", "content": "42", "tool_call_id": "1"}]
+    )
+    assert body.tools[0].function.name == body.messages[1].tool_calls[0].function.name == "f"
+    for wrong, place in (
+        ({}, "tools[0]"),
+        (TOOL | {"type": "code"}, "tools[0].type"),
+        ({"type": "function"}, "tools[0]"),
+    ):
+        with pytest.raises(ApiError) as caught:
+            chat(tools=[wrong])
+        assert caught.value.status_code == 400
+        assert caught.value.param.startswith(place)
 
 
 def test_an_answer_of_ours_can_be_sent_back_as_it_came():
     names = ("name", "tool_calls", "function_call", "refusal", "audio", "annotations")
     answer = {"role": "assistant", "content": "x", "reasoning_content": "hm"} | dict.fromkeys(names)
-    assert chat(messages=[answer | {"tool_calls": []}]).messages == chat(messages=[answer]).messages
+    assert not chat(messages=[answer | {"tool_calls": []}]).messages[0].tool_calls
     assert chat(messages=[answer]).messages[0].content == "x"
 
 

@@ -110,7 +110,7 @@ def test_shapes_become_chats_that_training_reads(prepare, tmp_path):
     ]
     for shape in ("ours (1)", "Alpaca (1)", "ShareGPT (1)", "OpenAI (1)", "question/answer (1)"):
         assert shape in printed
-    assert "not usable: uses tools, which no stage supports 1" in printed
+    assert "not usable: uses tools, which are not prepared: train_full_sft.py reads them as they are 1" in printed
 
 
 def test_pairs_and_reasoning_come_out_in_the_stages_forms(prepare, tmp_path):

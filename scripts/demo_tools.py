@@ -1,0 +1,57 @@
+"""The demo's chat model learns to act: to call a calculator, a calendar, units and a table. `make demo-tools`.
+
+It goes on from `make demo`, whose data and weights it uses (and makes where they are missing), and writes into
+out/demo/tools alone. What is there from an earlier call is used again. At the end one table says what the calls are
+worth: unseen sums and look-ups with tools and without, facts for which nothing should be called, calls that are valid.
+"""
+
+import json
+
+import _repo  # noqa: F401  (lets `python scripts/demo_tools.py` find the packages)
+
+from scripts.demo import tool_lessons
+from scripts.demo.exam import identify_training, run
+from scripts.demo.first_model import make_model
+from scripts.demo.settings import OUT
+from trainer.argument_types import seed
+from trainer.arguments import Parser
+from trainer.errors import run_main
+from trainer.files import save_json
+from trainer.weights import read_settings
+
+SHOWN = ("What is 48213 * 7731?", "How many kaluno are in stock?", "北京是哪个国家的首都？", "2024-02-29 是星期几？")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--seed", type=seed, default=42)
+    args = parser.parse_args()
+    make_model()
+    start = OUT / "full_sft_256.pth"
+    root = tool_lessons.TOOLS_OUT / f"{identify_training(start)}_{args.seed}"  # other weights or seed, another lesson
+    lessons, weights = root / "lessons.jsonl", root / "full_sft_256.pth"
+    tool_lessons.write_lessons(lessons, args.seed)
+    flags = ("--data_path", str(lessons), "--from_weight", str(start), "--out_dir", str(root), "--seed", str(args.seed))
+    run("train_full_sft.py", *tool_lessons.SIZES, *tool_lessons.LEARNING, *flags, "--resume")
+
+    file = root / "results.json"
+    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    asked = tool_lessons.questions(args.seed)
+    for name, examined, with_tools in (
+        ("chat model, no tools", start, False),
+        ("then, in its head", weights, False),
+        ("then, with tools", weights, True),
+    ):
+        if name not in results:
+            print(f"\nexamining: {name} …", flush=True)
+            found = tool_lessons.examine(examined, asked, with_tools)
+            results[name] = tool_lessons.summary(asked, found)
+            save_json(results, file)
+    print(f"\nA conversation:\n{tool_lessons.conversation(weights, SHOWN)}")
+    print(f"\nOf unseen questions, greedy:\n{tool_lessons.table_of(results)}")
+    print(f"training took {read_settings(weights)['seconds'] / 60:.1f} minutes")
+    print(f"talk to it:   .venv/bin/python eval_model.py --out_dir {root} --dim 256 --temperature 0 --tools all")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,107 @@
+"""What a request says of its answer's form, as a constraint for the engine."""
+
+from typing import Any
+
+from model.inference.constraint import Constraint
+from scripts.serving.requests import ServerState
+from scripts.serving.schema import ApiError, ChatRequest, Sampling
+from scripts.serving.tool_forms import NamedTool, ObjectFormat, SchemaFormat
+
+MISSING = "the server lacks the package llguidance, which forms answers: pip install llguidance"
+
+
+def listed_functions(body: ChatRequest) -> list[dict[str, Any]]:
+    """What a chat's answer may call, {"name", "description", "parameters"} each; nothing where it must not."""
+    if "none" in (body.tool_choice, body.function_call):
+        return []
+    functions = [tool.function for tool in body.tools or ()] or body.functions or ()
+    return [function.model_dump(exclude_unset=True, exclude={"strict"}) for function in functions]
+
+
+def check_tools(body: ChatRequest) -> None:
+    """Refuse what does not fit together.
+
+    Raises:
+        ApiError: tools in both forms; a call that is forced, of what is not listed.
+    """
+    if body.tools and body.functions:
+        raise ApiError(400, "functions: it is the older form of tools: give one of the two", "functions")
+    name = _forced_name(body)
+    if name is None and body.tool_choice != "required":
+        return
+    place = "tool_choice" if body.tool_choice else "function_call"
+    names = [function["name"] for function in listed_functions(body)]
+    if not names:
+        raise ApiError(400, f"{place}: nothing is listed that could be called", place)
+    if name is not None and name not in names:
+        raise ApiError(400, f"{place}: {name!r:.60} is not among those listed", place)
+
+
+def _forced_name(body: ChatRequest) -> str | None:
+    """The function that must be called; None where none is named."""
+    if isinstance(body.tool_choice, NamedTool):
+        return body.tool_choice.function.name
+    return None if body.function_call in (None, "auto", "none") else body.function_call.name
+
+
+def one_call(body: ChatRequest) -> bool:
+    """Whether an answer has one call at most."""
+    return body.parallel_tool_calls is False or bool(body.functions)
+
+
+def constraint_of(server: ServerState, body: Sampling) -> Constraint | None:
+    """What the answer to a request must be; None where it is free text.
+
+    Raises:
+        ApiError: two forms at once, or one that is not supported.
+    """
+    given = _forms(body)
+    functions: list[dict[str, Any]] = []
+    forced = False
+    if isinstance(body, ChatRequest):
+        functions, name = listed_functions(body), _forced_name(body)
+        forced = name is not None or body.tool_choice == "required"
+        functions = [function for function in functions if name in (None, function["name"])]
+    if not given and not forced:
+        return None
+    if len(given) > 1:
+        raise ApiError(400, f"{given[1][0]}: a form is already given by {given[0][0]}", given[1][0])
+    try:
+        from scripts.serving import grammars  # llguidance loads quickly, the tokenizer's tree takes a second
+    except ImportError:
+        raise ApiError(400, MISSING, given[0][0] if given else "tool_choice") from None
+
+    param, parts = "tool_choice" if isinstance(body, ChatRequest) and body.tool_choice else "function_call", []
+    try:
+        if functions:
+            parts.append(grammars.calls_form(functions, several=name is None and not one_call(body)))
+        if given and not forced:
+            param, kind, value = given[0]
+            form = {"schema": grammars.schema_form, "regex": grammars.pattern_form, "choice": grammars.choice_form}
+            parts.insert(0, form[kind](value))
+        return server.grammars.make(" | ".join(parts), pattern=bool(given) and given[0][1] != "schema")
+    except ValueError as error:
+        raise ApiError(400, f"{param}: {error}", param, "unsupported_parameter") from None
+
+
+def _forms(body: Sampling) -> list[tuple[str, str, Any]]:
+    """The forms that a request gives: the field, the kind, and the value."""
+    found: list[tuple[str, str, Any]] = []
+    wanted, several = body.response_format, body.structured_outputs
+    if isinstance(wanted, ObjectFormat):
+        found.append(("response_format", "schema", {"type": "object"}))
+    if isinstance(wanted, SchemaFormat):
+        found.append(("response_format", "schema", wanted.json_schema.schema_))
+    for field, kind, value in (
+        ("structured_outputs", "schema", several and several.json_),
+        ("structured_outputs", "regex", several and several.regex),
+        ("structured_outputs", "choice", several and several.choice),
+        ("guided_json", "schema", body.guided_json),
+        ("guided_regex", "regex", body.guided_regex),
+        ("guided_choice", "choice", body.guided_choice),
+        ("regex", "regex", body.regex),
+        ("choice", "choice", body.choice),
+    ):
+        if value is not None:
+            found.append((field, kind, value))
+    return found

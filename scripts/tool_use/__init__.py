@@ -1,0 +1,1 @@
+"""Tools that a model may call: the registry, the built-in ones, and the loop that runs them."""

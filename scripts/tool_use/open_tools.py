@@ -1,0 +1,52 @@
+"""The tools that a command's flags name, and the question before somebody else's tool acts."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from scripts.tool_use.builtin import built_in_tools
+from scripts.tool_use.mcp_tools import mcp_tools
+from scripts.tool_use.registry import Registry
+from trainer.errors import UserError, print_notice
+from trainer.talk import read_line
+
+
+def wants_tools(args) -> bool:
+    """Whether --tools, --mcp or --mcp_http is given."""
+    return bool(args.tools or args.mcp or args.mcp_http)
+
+
+@contextlib.contextmanager
+def open_tools(args) -> Iterator[Registry | None]:
+    """What the flags name; None where they name nothing. At the end the MCP servers that were started are stopped.
+
+    Raises:
+        UserError: a name that is not a tool's, or is that of two; an MCP server that does not answer.
+    """
+    if not wants_tools(args):
+        yield None
+        return
+    names = [name.strip() for name in args.tools.split(",")] if args.tools else []
+    try:
+        ours = built_in_tools(names)
+    except ValueError as error:
+        raise UserError(f"--tools: {error}") from None
+    with mcp_tools(args.mcp or (), args.mcp_http or ()) as theirs:
+        try:
+            registry = Registry([*ours, *theirs], (lambda name, arguments: True) if args.yes else ask_person)
+        except ValueError as error:
+            raise UserError(f"{error}: leave one of them out") from None
+        yield registry
+
+
+def ask_person(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether a person at the terminal lets an MCP tool act; where nobody can be asked, it does not."""
+    if not sys.stdin.isatty():
+        print_notice(f"{name} may not act, as nobody can be asked: --yes allows it")
+        return False
+    shown = "".join(
+        char if char.isprintable() else "?" for char in f"{name}({json.dumps(arguments, ensure_ascii=False)})"
+    )
+    return read_line(f"[let {shown} act? y/N] ").lower() in ("y", "yes", "是", "好")
