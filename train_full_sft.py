@@ -26,7 +26,7 @@ from trainer.arguments import (
 )
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
-from trainer.errors import run_main
+from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
 from trainer.metrics import Metrics
 from trainer.parallel import should_compile, sync_gradients, wrap_model
@@ -62,6 +62,8 @@ def main():
     checkpoint = Checkpoint(args, "full_sft", config, tokenizer, run)
     model = load_weights(find_weights(args.from_weight, args), config, tokenizer).to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
+    if args.qat and config.attention == "mla":
+        raise UserError("--qat rounds matrices that latent attention multiplies into others at inference: leave it out")
     if args.qat:
         make_quantization_aware(model, BITS[args.qat])
 

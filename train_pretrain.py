@@ -24,6 +24,7 @@ from trainer.arguments import (
     check_training_arguments,
     training_parser,
 )
+from trainer.balancing import balance_experts
 from trainer.checkpoint import Checkpoint
 from trainer.data import count_steps, open_data
 from trainer.errors import run_main
@@ -32,6 +33,7 @@ from trainer.metrics import Metrics
 from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.runtime import start_runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+from trainer.variant_arguments import add_variant_arguments, check_variant_arguments, check_variant_engine
 from trainer.weights import build_config, find_weights, load_tokenizer, load_weights
 
 
@@ -50,22 +52,27 @@ def get_args():
     add_mix_argument(parser)
     add_stream_arguments(parser)
     add_fsdp_argument(parser)
+    add_variant_arguments(parser)
     return parser.parse_args()
 
 
 def main():
     args = get_args()
     check_training_arguments(args)
+    check_variant_arguments(args)
     run = start_runtime(args)
 
     # Model
     tokenizer = load_tokenizer(args.tokenizer)
     config = build_config(args, tokenizer)
+    check_variant_engine(config, args)
     checkpoint = Checkpoint(args, "pretrain", config, tokenizer, run)
     if args.from_weight == "none":
         model = build_model(config)
     else:
         model = load_weights(find_weights(args.from_weight, args), config, tokenizer)
+    if config.mtp_depth:
+        model.mtp.learn(args.mtp_weight)
     model.to(run.device)
     model.gradient_checkpointing = args.gradient_checkpointing
 
@@ -95,7 +102,10 @@ def main():
             labels = batch.pop("labels")  # the input ids, not shifted; -100 where there is no target
             with run.autocast():
                 out = model(**batch, logits_to_keep=target_mask(labels))  # logits: (target tokens, vocab)
-                loss = next_token_loss(out.logits, labels) / totals.target_tokens  # a sum over the tokens
+                nats = next_token_loss(out.logits, labels)  # a sum over the tokens
+                if out.mtp_loss is not None:  # with --mtp_depth, another sum
+                    nats = nats + out.mtp_loss
+                loss = nats / totals.target_tokens
                 rows = batch["attention_mask"].any(1).sum()  # the last batch of an epoch is filled up with empty ones
                 loss = loss + out.aux_loss * rows / totals.rows  # MoE's load balance, 0 in a dense model
             step_loss += loss.detach()
@@ -110,12 +120,15 @@ def main():
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+        measured = {}
+        if config.balance == "bias":  # no gradient leads there
+            measured["violation"] = balance_experts(model, args.balance_rate * math.isfinite(loss + norm), run)
 
         # Log, save, evaluate: progress is saved before it is measured
         progress.advance(totals, skipped=not math.isfinite(loss + norm))
         stopping, saving = run.requests()
         if metrics.due(args.log_interval, stopping):
-            metrics.log(loss=loss, lr=lr, grad_norm=norm)
+            metrics.log(loss=loss, lr=lr, grad_norm=norm, **measured)
         if metrics.due(args.save_interval, saving):
             checkpoint.save(model, optimizer, scaler, progress, metrics.last)
         if held_out and metrics.due(args.eval_interval):

@@ -118,8 +118,9 @@ class GroupedAttention(nn.Module):
         """
         dropout = self.dropout if self.training else 0.0
         if q.size(2) == 1:  # group the queries that share a key head: no copy of the cache for each
-            grouped = q.view(q.size(0), k.size(1), -1, self.head_dim)  # (batch, n_kv_heads, group, head_dim)
-            return self.attend(grouped, k, v, attn_mask=mask, dropout_p=dropout).reshape(q.shape)
+            grouped = q.view(q.size(0), k.size(1), -1, q.size(3))  # (batch, n_kv_heads, group, head_dim)
+            out = self.attend(grouped, k, v, attn_mask=mask, dropout_p=dropout)
+            return out.reshape(*q.shape[:3], -1)
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return self.attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)

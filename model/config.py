@@ -6,6 +6,13 @@ from transformers import PretrainedConfig
 
 from model.rope_scaling import checked_scaling
 
+VARIANTS = {  # fields, and their values; the first is the plain decoder's
+    "attention": ("gqa", "mla"),
+    "balance": ("loss", "bias"),
+    "mtp_depth": (0, 1, 2),
+    "mtp": ("sequential", "parallel"),
+}
+
 
 class LMConfig(PretrainedConfig):
     """Configuration of the Dense and the MoE decoder.
@@ -24,12 +31,19 @@ class LMConfig(PretrainedConfig):
         num_experts_per_tok: routed experts per token (top-k).
         n_routed_experts: routed experts per layer.
         n_shared_experts: whether one more expert sees every token.
-        scoring_func: how the router scores; only 'softmax'.
+        scoring_func: how the router scores; only 'softmax' (with `balance` 'bias' it is a sigmoid).
         aux_loss_alpha: weight of the load-balancing loss.
         seq_aux: balance each row separately, then average; otherwise balance the whole batch.
         norm_topk_prob: normalise the top-k routing weights to sum to one.
         rope_scaling: for texts longer than those trained on, a dict as in `model.rope_scaling`; None: none.
         trained_seq_len: the longest row that it was trained on; None: not known. `max_seq_len` promises more.
+        attention: 'gqa', or 'mla', as in `model.latent_attention`; the two fields below apply only to that.
+        kv_latent_dim: width of the latent that keys and values are made of; None: 2 head sizes.
+        rope_head_dim: the part of a query, and the key that all heads share, that is rotated; None: half a head size.
+        shared_width: of the shared expert, in routed ones: what DeepSeek calls so many shared experts.
+        balance: what keeps experts evenly loaded, 'loss' (see `aux_loss_alpha`) or 'bias', as in `model.balanced_moe`.
+        mtp_depth: further tokens that are predicted in training, as in `model.multi_token`; 0: none.
+        mtp: how, 'sequential' or 'parallel'.
 
     Raises:
         ValueError: an invalid value or combination.
@@ -73,6 +87,13 @@ class LMConfig(PretrainedConfig):
         norm_topk_prob: bool = True,
         rope_scaling: dict | None = None,
         trained_seq_len: int | None = None,
+        attention: str = "gqa",
+        kv_latent_dim: int | None = None,
+        rope_head_dim: int | None = None,
+        shared_width: int = 1,
+        balance: str = "loss",
+        mtp_depth: int = 0,
+        mtp: str = "sequential",
         **kwargs,
     ):
         if hidden_dim is None:
@@ -99,6 +120,14 @@ class LMConfig(PretrainedConfig):
         self.norm_topk_prob = norm_topk_prob
         self.rope_scaling = checked_scaling(rope_scaling)
         self.trained_seq_len = trained_seq_len
+        self.attention = attention
+        head_dim = dim // max(1, n_heads)
+        self.kv_latent_dim = kv_latent_dim or 2 * head_dim
+        self.rope_head_dim = rope_head_dim or 2 * (head_dim // 4) or 2
+        self.shared_width = shared_width
+        self.balance = balance
+        self.mtp_depth = mtp_depth
+        self.mtp = mtp
         self._check()
         kwargs.pop("head_dim", None)  # which a folder of MiniMind-3's own has, and which follows from two others
         super().__init__(
@@ -106,7 +135,16 @@ class LMConfig(PretrainedConfig):
         )
 
     def _check(self) -> None:
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "max_seq_len"):
+        for name in (
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "vocab_size",
+            "hidden_dim",
+            "max_seq_len",
+            "shared_width",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.dim % self.n_heads or (self.dim // self.n_heads) % 2:
@@ -115,6 +153,13 @@ class LMConfig(PretrainedConfig):
             raise ValueError(f"n_heads {self.n_heads} must be a multiple of n_kv_heads {self.n_kv_heads}")
         if self.scoring_func != "softmax":
             raise ValueError(f"scoring_func must be 'softmax', not {self.scoring_func!r}")
+        for name, values in VARIANTS.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, values))}, not {getattr(self, name)}")
+        if self.rope_head_dim % 2:
+            raise ValueError(f"rope_head_dim {self.rope_head_dim} must be even")
+        if self.balance == "bias" and not self.use_moe:
+            raise ValueError("balance 'bias' is for a mixture of experts: use_moe is off")
         if self.use_moe and not 0 < self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok {self.num_experts_per_tok} must be between 1 and "
@@ -134,3 +179,18 @@ class LMConfig(PretrainedConfig):
     @property
     def head_dim(self) -> int:
         return self.dim // self.n_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """How many numbers of a head are rotated."""
+        return self.rope_head_dim if self.attention == "mla" else self.head_dim
+
+    @property
+    def variant(self) -> str | None:
+        """In words what this has that neither MiniMind2 nor MiniMind-3 has, for what cannot take it; None: nothing."""
+        named = [
+            f"{name} {getattr(self, name)}" for name, values in VARIANTS.items() if getattr(self, name) != values[0]
+        ]
+        if self.shared_width > 1:
+            named.append(f"shared_width {self.shared_width}")
+        return ", ".join(named) or None

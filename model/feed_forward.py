@@ -10,12 +10,14 @@ from model.config import LMConfig
 class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: LMConfig):
+    def __init__(self, config: LMConfig, times: int = 1):
+        """Of `times` the width that the configuration says."""
         super().__init__()
-        self.w1 = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.w2 = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        hidden_dim = times * config.hidden_dim
+        self.w1 = nn.Linear(config.dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, config.dim, bias=False)
         self.w2.adds_to_residual = True
-        self.w3 = nn.Linear(config.dim, config.hidden_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, hidden_dim, bias=False)
 
     def forward(self, x: Tensor, non_padding: Tensor | None = None) -> tuple[Tensor, None]:
         """x (..., dim) -> same shape, and None in place of a mixture of experts' auxiliary loss."""
@@ -92,7 +94,7 @@ class MoEFeedForward(nn.Module):
         self.seq_aux = config.seq_aux
         self.experts = nn.ModuleList(FeedForward(config) for _ in range(config.n_routed_experts))
         self.gate = Router(config)
-        self.shared_experts = FeedForward(config) if config.n_shared_experts else None
+        self.shared_experts = FeedForward(config, config.shared_width) if config.n_shared_experts else None
 
     def forward(self, x: Tensor, non_padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x (batch, n, dim), non_padding (batch, n) bool or None for no padding -> same shape, and the weighted

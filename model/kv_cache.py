@@ -53,6 +53,12 @@ class KVCache:
         buffer.used = needed
         return KVCache(buffer, needed, segment_ids, next_position)
 
+    def shortened(self, length: int) -> "KVCache":
+        """The first `length` positions, of rows without padding; what follows takes the place of the others, which no
+        cache may use any more."""
+        self._buffer.used = length
+        return KVCache(self._buffer, length, None, None)
+
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values (batch, n_kv_heads, n_new, head_dim); return those of all positions."""
         buffer = self._buffer

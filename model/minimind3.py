@@ -81,6 +81,8 @@ class MiniMind3Config(LMConfig):
 
     def _check(self) -> None:
         super()._check()
+        if self.variant:
+            raise ValueError(f"{self.variant} is of generation 2 alone")
         for name, value in (("n_shared_experts", False), ("norm_topk_prob", True), ("seq_aux", False)):
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is always {value} in a MiniMind-3")
@@ -211,6 +213,7 @@ class MiniMind3LM(MiniMindLM):
         self.model = MiniMind3Layers(config)
         self.dropout = nn.Dropout(config.dropout)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.mtp = None
         self.gradient_checkpointing = False
         self.post_init()  # initialises by _init_weights and ties lm_head to embed_tokens
 

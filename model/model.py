@@ -22,13 +22,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from model.attention import Attention, Segments, rope_angles
+from model.attention import Segments, rope_angles
 from model.config import LMConfig
-from model.feed_forward import FeedForward, MoEFeedForward, Router
+from model.feed_forward import Router
 from model.generation import TextGeneration
 from model.kv_cache import KVCache, build_attention_mask
 from model.loss import next_token_loss, target_mask
+from model.multi_token import MultiTokenPrediction
 from model.norm import RMSNorm
+from model.variants import make_attention, make_feed_forward
 
 
 class MiniMindBlock(nn.Module):
@@ -37,9 +39,9 @@ class MiniMindBlock(nn.Module):
     def __init__(self, config: LMConfig, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = make_attention(config, layer)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
-        self.feed_forward = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+        self.feed_forward = make_feed_forward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -68,6 +70,7 @@ class MiniMindOutput(ModelOutput):
     last_hidden_state: (…, dim) at the same positions, after the final norm: the input of the output matrix.
     cache: pass it back as `past_key_values` to continue; None unless `use_cache`.
     aux_loss: fp32 scalar, the experts' load-balancing loss over all layers; 0 for Dense and outside training.
+    mtp_loss: fp32 scalar, the weighed sum of multi-token prediction's losses, in nats; None where none runs.
     """
 
     loss: Tensor | None = None
@@ -75,6 +78,7 @@ class MiniMindOutput(ModelOutput):
     cache: KVCache | None = None
     aux_loss: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    mtp_loss: Tensor | None = None
 
     @property
     def past_key_values(self) -> KVCache | None:
@@ -112,6 +116,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         self.layers = nn.ModuleList(MiniMindBlock(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.mtp = MultiTokenPrediction(config, lambda: MiniMindBlock(config, 0)) if config.mtp_depth else None
         self.gradient_checkpointing = False
         self.register_load_state_dict_pre_hook(drop_old_buffers)
         self.post_init()  # initialises by _init_weights and ties output to tok_embeddings
@@ -173,7 +178,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         non_padding = self._non_padding(attention_mask, n, past)
         positions, segments, following = self._positions_and_segments(input_ids, position_ids, non_padding, past)
         config = self.config
-        rope = rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)  # see rope_angles
+        rope = rope_angles(positions, config.rope_dim, config.rope_theta, config.rope_scaling)  # see rope_angles
         cache = None
         if use_cache or past is not None:
             cache = KVCache.extend(past, n, segments, following)
@@ -193,6 +198,11 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
                 x, aux = layer(x, rope, mask, non_padding, cache)
             if aux is not None:
                 aux_loss = aux_loss + aux
+        mtp_loss = None
+        if self.mtp is not None and self.mtp.weight and self.training and isinstance(logits_to_keep, Tensor):
+            parts = {"rope": rope, "mask": mask, "non_padding": non_padding}
+            mtp_loss, aux = self.mtp.loss(x, input_ids, logits_to_keep, self.tok_embeddings, self.output, **parts)
+            aux_loss = aux_loss + aux
         kept = x[logits_to_keep] if isinstance(logits_to_keep, Tensor) else x[:, -logits_to_keep:]
         kept = self.norm(kept)  # (positions, dim) or (batch, n kept, dim)
         logits = self.output(kept)  # (positions, vocab) or (batch, n kept, vocab)
@@ -200,7 +210,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = next_token_loss(logits, labels) / target_mask(labels).sum().clamp(min=1) + aux_loss
-        return MiniMindOutput(loss, logits, cache if use_cache else None, aux_loss, kept)
+        return MiniMindOutput(loss, logits, cache if use_cache else None, aux_loss, kept, mtp_loss)
 
     def _non_padding(self, attention_mask: Tensor | None, n: int, past: KVCache | None) -> Tensor | None:
         """(batch, n) bool of the new tokens, False = padding; None when there is no padding."""

@@ -38,11 +38,18 @@ def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, *
     return TRAINING | first | {"warmup_iters": warmup_iters} | own
 
 
+VARIANTS = {
+    **dict.fromkeys(("attention", "kv_latent_dim", "rope_head_dim", "hidden_dim", "n_routed_experts", "mtp_depth")),
+    **{"n_shared_experts": None, "balance": None, "mtp": None, "balance_rate": 0.001, "mtp_weight": 0.3},
+}
 STREAM = {"stream": False, "stream_buffer": 8 << 20, "fsdp": False}
 LOOKING = TOWER | {"cache_features": False}
 ENGINE = {"model_mode": 1, "load": 0, "device": None, "lora_name": None}
 DEFAULTS = {
-    "train_pretrain": stage("pretrain_hq", 32, 1e-3, 50, accumulation_steps=2, from_weight="none", mix=None, **STREAM),
+    "train_pretrain": stage(
+        *("pretrain_hq", 32, 1e-3, 50),
+        **{"accumulation_steps": 2, "from_weight": "none", "mix": None, **STREAM, **VARIANTS},
+    ),
     "train_full_sft": stage("sft_mini_512", 16, 3e-4, 20, from_weight="pretrain", mix=None, qat=None, **STREAM),
     "train_dpo": stage(
         *("dpo", 4, 1e-5, 20),
@@ -231,6 +238,19 @@ DEFAULTS |= {
         **{"data_path": "FILE", "size": "26M", "minutes": 20.0, "seed": 1, "batch_size": 8, "max_seq_len": 512},
         **{"learning_rate": 1e-3, "optimizer": "muon", "dtype": "float32", "use_moe": 0, "tokenizer": None},
         **{"out_dir": "out/generations", "device": None},
+    },
+    "benchmarks.architectures --data_path FILE --row mla": {
+        **{
+            "data_path": "FILE",
+            "row": "mla",
+            "seed": 1,
+            "minutes": 4.0,
+            "steps": 0,
+            "batch_size": 8,
+            "max_seq_len": 256,
+        },
+        **{"learning_rate": 2e-3, "optimizer": "muon", "dtype": "float32", "balance_rate": 0.001, "mtp_weight": 0.3},
+        **{"tokenizer": None, "out_dir": "out/architectures", "device": None},
     },
     "benchmarks.long_context --weights W --data_path D": {
         **{"weights": "W", "data_path": "D", "tokenizer": None, "trained": None, "longest": 8192, "rows": 4},

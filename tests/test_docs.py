@@ -29,7 +29,7 @@ PAGES = (
         "docs/quantization",
         "docs/memory",
     ),
-    *("docs/scaling", "docs/windows", "docs/tools"),
+    *("docs/scaling", "docs/windows", "docs/tools", "docs/architectures"),
     *("docs/benchmarks", "docs/formats", "docs/generations", "docs/coming_from_minimind2", "docs/troubleshooting"),
     "docs/glossary",
 )

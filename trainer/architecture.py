@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +17,15 @@ ARCHITECTURE = (
     *("generation", "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps", "rope_theta"),
     *("use_moe", "num_experts_per_tok", "n_routed_experts", "n_shared_experts", "norm_topk_prob"),  # the last: of MoE
 )
+VARIANT = {  # fields beyond the plain decoder, named only where there is such a thing
+    "attention": lambda config: config.attention != "gqa",
+    "kv_latent_dim": lambda config: config.attention != "gqa",
+    "rope_head_dim": lambda config: config.attention != "gqa",
+    "shared_width": lambda config: config.use_moe and config.shared_width > 1,
+    "balance": lambda config: config.balance != "loss",
+    "mtp_depth": lambda config: config.mtp_depth > 0,
+    "mtp": lambda config: config.mtp_depth > 0,
+}
 DELIMITERS = ("bos_token_id", "eos_token_id")  # that begin and end a text, as the tokenizer has them
 POSITIONS = ("max_seq_len", "rope_scaling", "trained_seq_len")  # promised, how they are stretched, learned
 UNTOLD = ("num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling")  # by tensors; flags name them
@@ -25,6 +35,7 @@ SIZES = {*inspect.signature(LMConfig).parameters, *OUR_FIELD, "inference_rope_sc
 def architecture(config: LMConfig) -> dict:
     """The fields that decide parameters and maths (the experts' only where there are any), and what ends a text."""
     names = [name for name in ARCHITECTURE if config.use_moe or ("expert" not in name and name != "norm_topk_prob")]
+    names += [name for name, is_there in VARIANT.items() if is_there(config)]
     return {name: getattr(config, name) for name in (*names, *DELIMITERS)}
 
 
@@ -40,7 +51,7 @@ def saved_config(settings: dict) -> LMConfig:
         KeyError, ValueError, TypeError: it describes none.
     """
     said = settings["config"]
-    known = (*ARCHITECTURE[1:], *DELIMITERS, *POSITIONS)
+    known = (*ARCHITECTURE[1:], *VARIANT, *DELIMITERS, *POSITIONS)
     config_class, _ = GENERATIONS[said.get("generation", 2)]
     return config_class(**{name: value for name, value in said.items() if name in known})
 
@@ -99,11 +110,14 @@ def infer_sizes(state: dict[str, Tensor]) -> dict:
     if third:
         state = {_name_of_2(key): value for key, value in state.items()}
     layers = {key.split(".")[1] for key in state if key.startswith("layers.")}
-    experts = {key.split(".")[4] for key in state if ".feed_forward.experts." in key}
+    experts = {key.split(".")[4] for key in state if re.match(r"layers\.\d+\.feed_forward\.experts\.", key)}
     shape = {"n_layers": len(layers), "use_moe": bool(experts)}
     if experts:
         shape["n_routed_experts"] = len(experts)
+        shared, routed = (state.get(f"layers.0.feed_forward.{of}.w1.weight") for of in ("shared_experts", "experts.0"))
         shape["n_shared_experts"] = any(".shared_experts." in key for key in state)
+        if shared is not None and routed is not None and len(shared) > len(routed):
+            shape["shared_width"] = len(shared) // len(routed)
     embedding = state.get("tok_embeddings.weight")
     if embedding is not None and embedding.dim() == 2:
         shape |= {"vocab_size": embedding.size(0), "dim": embedding.size(1)}
@@ -111,8 +125,22 @@ def infer_sizes(state: dict[str, Tensor]) -> dict:
     if w1 is not None:
         shape["hidden_dim"] = w1.size(0)
     if third:
-        shape |= {"generation": 3} | _heads(state)
-    return shape
+        return shape | {"generation": 3} | _heads(state)
+    return shape | _variant(state)
+
+
+def _variant(state: dict[str, Tensor]) -> dict:
+    """The fields of VARIANT that the tensors of a generation 2 tell."""
+    found = {}
+    down, norm = (state.get(f"layers.0.attention.{name}.weight") for name in ("wkv_down", "latent_norm"))
+    if down is not None and norm is not None:
+        found |= {"attention": "mla", "kv_latent_dim": len(norm), "rope_head_dim": len(down) - len(norm)}
+    if any(key.endswith(".gate.expert_bias") for key in state):
+        found["balance"] = "bias"
+    if modules := {key.split(".")[1] for key in state if key.startswith("mtp.")}:
+        sequential = any(key.endswith(".merge.weight") for key in state)
+        found |= {"mtp_depth": len(modules), "mtp": "sequential" if sequential else "parallel"}
+    return found
 
 
 def _name_of_2(name: str) -> str:

@@ -45,7 +45,7 @@ def wrap_model(
         scaler = ShardScaler(model, optimizer, scaler, runtime.fsdp_clip)
         runtime.engine += f", FSDP2 on {runtime.world_size} processes"
     elif runtime.world_size > 1:
-        # The only buffers are weights frozen in 4 bits, equal everywhere: they need not travel at every step.
+        # Its buffers, weights frozen in 4 bits or biases of experts, are equal everywhere: they need not travel.
         model = DistributedDataParallel(model, device_ids=device_ids(runtime.device), broadcast_buffers=False)
         runtime.engine += f", DDP on {runtime.world_size} processes"
     return model, optimizer, scaler
@@ -76,7 +76,7 @@ def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bo
     with _gathered(plain, runtime):
         for key, value in plain.state_dict().items():
             if keep(key):
-                place = ((value.to_local() if is_sharded(model) else value).data_ptr(), value.shape)
+                place = ((value.to_local() if hasattr(value, "to_local") else value).data_ptr(), value.shape)
                 if place not in held:
                     value = whole(value.detach()).float()
                     held[place] = value.clone() if runtime.deepspeed_config else value  # what is gathered goes again

@@ -88,6 +88,8 @@ def load_vlm(
     def build(config: LMConfig) -> MiniMindVLM:
         if config.generation != 2:
             raise UserError(f"{path}: a vision-language model must be of generation 2, not {config.generation}")
+        if config.variant:
+            raise UserError(f"{path} has {config.variant}, which a vision-language model cannot have")
         fields = architecture(config) | special_ids(tokenizer) | positions(config)
         del fields["generation"]  # which every VLMConfig has
         return MiniMindVLM(VLMConfig(image_token_id=place, **fields), vision.tower)

@@ -29,6 +29,7 @@ from trainer.arguments import ROOT
 from trainer.errors import UserError, print_notice
 from trainer.files import check_hash
 from trainer.folder_layouts import read_folder, require_folder
+from trainer.variant_arguments import FIELDS
 from trainer.weight_files import is_file_name, read_weights
 
 SHIPPED_TOKENIZER = ROOT / "model" / "minimind_tokenizer"
@@ -169,8 +170,23 @@ def build_config(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
         UserError: they do not fit together.
     """
     sizes = {name: getattr(args, name) for name in ("dim", "n_layers", "use_moe", "generation") if hasattr(args, name)}
-    sizes |= untold_sizes(args)
+    sizes |= untold_sizes(args) | _variant(args)
     return config_from_sizes(sizes | {"trained_seq_len": getattr(args, "max_seq_len", None)}, tokenizer)
+
+
+def _variant(args) -> dict:
+    """The fields of a variant: those of the weights that a stage starts from, by their json, and what flags say."""
+    name, found = getattr(args, "from_weight", "none"), {}
+    if name != "none":
+        with contextlib.suppress(UserError):  # it is told when they are loaded
+            path = find_weights(name, args)
+            said = (read_settings(path) or {}).get("config", {}) if path.is_file() else {}
+            if all(said.get(size) == getattr(args, size) for size in ("dim", "use_moe")):
+                found = {name: said[name] for name in FIELDS if name in said}
+    found |= {name: value for name in FIELDS if (value := getattr(args, name, None)) is not None}
+    if (shared := getattr(args, "n_shared_experts", None)) is not None:  # one so many times as wide
+        found |= {"n_shared_experts": shared > 0, "shared_width": max(1, shared)}
+    return found
 
 
 def read_settings(path: Path) -> dict | None:

@@ -8,12 +8,14 @@ queries and keys change alike, neither do their products.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from model.balanced_moe import BalancedMoE
 from model.feed_forward import MoEFeedForward
+from model.inference.cached_heads import absorb, effective_weight
+from model.latent_attention import LatentAttention
 from model.minimind3 import MiniMind3Block, MiniMind3MoE
 from model.model import MiniMindBlock
-from model.model_lora import LoRALinear
 from model.norm import RMSNorm
 from model.weight_layouts import interleaved
 
@@ -21,18 +23,20 @@ from model.weight_layouts import interleaved
 class Parts(NamedTuple):
     """What a block computes with; an adapter is merged.
 
-    qkv: (rows, dim) each. qk_norm: (n_heads + n_kv_heads, head_dim), a row per head; None in generation 2.
-    router: (experts, dim), None in a dense block. experts: of each the two matrices into it, and the one out of it; a
+    qkv: (rows, dim) each. qk_norm: (n_heads + n_kv_heads, head_dim), a row per head; None in generation 2; of latent
+    attention the latent's norm, and the matrices are absorbed. router: (experts, dim), None in a dense block, and
+    router_bias (experts,) where there is one. experts: of each the two matrices into it, and the one out of it; a
     shared one is the last.
     """
 
     attention_norm: RMSNorm
-    qkv: tuple[Tensor, Tensor, Tensor]
+    qkv: tuple[Tensor, ...]
     wo: Tensor
     qk_norm: Tensor | None
     ffn_norm: RMSNorm
     router: Tensor | None
     experts: list[tuple[tuple[Tensor, Tensor], Tensor]]
+    router_bias: Tensor | None = None
 
 
 def parts_of_block(block: MiniMindBlock | MiniMind3Block) -> Parts:
@@ -42,14 +46,18 @@ def parts_of_block(block: MiniMindBlock | MiniMind3Block) -> Parts:
 
 def _parts_of_2(block: MiniMindBlock) -> Parts:
     attention, feed_forward = block.attention, block.feed_forward
-    qkv = tuple(map(effective_weight, (attention.wq, attention.wk, attention.wv)))
+    if isinstance(attention, LatentAttention):
+        qkv, wo, norm = absorb(attention)
+    else:
+        qkv = tuple(map(effective_weight, (attention.wq, attention.wk, attention.wv)))
+        wo, norm = effective_weight(attention.wo), None
     router, experts = None, [feed_forward]
     if isinstance(feed_forward, MoEFeedForward):
         shared = feed_forward.shared_experts
         router, experts = feed_forward.gate.weight, [*feed_forward.experts, *([] if shared is None else [shared])]
     matrices = [((effective_weight(e.w1), effective_weight(e.w3)), effective_weight(e.w2)) for e in experts]
-    wo = effective_weight(attention.wo)
-    return Parts(block.attention_norm, qkv, wo, None, block.ffn_norm, router, matrices)
+    bias = feed_forward.gate.expert_bias if isinstance(feed_forward, BalancedMoE) else None
+    return Parts(block.attention_norm, qkv, wo, norm, block.ffn_norm, router, matrices, bias)
 
 
 def _parts_of_3(block: MiniMind3Block) -> Parts:
@@ -68,8 +76,3 @@ def _parts_of_3(block: MiniMind3Block) -> Parts:
     ]
     wo = effective_weight(attention.o_proj)
     return Parts(block.input_layernorm, qkv, wo, torch.cat(norms), block.post_attention_layernorm, router, matrices)
-
-
-def effective_weight(linear: nn.Linear) -> Tensor:
-    """(out, in), with an adapter's update in it."""
-    return (linear.effective_weight() if isinstance(linear, LoRALinear) else linear.weight).detach()

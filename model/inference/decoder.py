@@ -6,7 +6,7 @@ angles from a table, keys and values of all requests in one block of memory that
 cheap operations between the matrices.
 
 Shapes: `tokens` counts those of all spans of a pass, one after another, without padding. The cache is
-(n_layers, slots, slot_len, 2, n_kv_heads, head_dim); the 2 are keys and values.
+(n_layers, slots, slot_len, 2, n_kv_heads, head_dim); the 2 are keys and values. (`CachedLatents` holds other rows.)
 """
 
 import copy
@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention import rope_angles
-from model.inference.blocks import effective_weight, parts_of_block
+from model.inference.blocks import parts_of_block
+from model.inference.cached_heads import cached_heads, effective_weight
 from model.inference.compiled_step import CompiledStep, best_time, row_kernel
 from model.inference.layers import Experts, Layer, SwiGLU
 from model.inference.matrices import (
@@ -38,10 +39,10 @@ from model.norm import RMSNorm
 
 SHAPE = (
     *("generation", "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "hidden_dim", "norm_eps"),
-    *("rope_theta", "rope_scaling", "use_moe"),
+    *("rope_theta", "rope_scaling", "use_moe", "attention", "kv_latent_dim", "rope_head_dim"),
 )
 TIMED_BEHIND = 64  # keys and values that the steps attend to whose times are compared
-EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob")
+EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_topk_prob", "balance", "shared_width")
 
 
 @dataclass
@@ -107,7 +108,7 @@ class Decoder:
         self.device = model.tok_embeddings.weight.device
         self.precision = dtype or model.tok_embeddings.weight.dtype
         self.dtype = torch.float32 if isinstance(self.precision, str) else self.precision  # of what a matrix reads
-        compile = compile and self.device.type == "cpu" and not config.use_moe
+        compile = compile and self.device.type == "cpu" and not config.use_moe and config.attention == "gqa"
         self._kernels = self._pick_kernels(model, deterministic, compile)
         self._weights = [self._keep(kind, weight) for kind, weight in self._weights_of(model)]
         weights = iter(self._weights)
@@ -116,9 +117,10 @@ class Decoder:
         self._norm, self._output = weights
         self._eps = torch.tensor(math.sqrt(config.dim * config.norm_eps), device=self.device)
         places = torch.arange(slot_len, device=self.device)[None]
-        cos, sin = rope_angles(places, config.head_dim, config.rope_theta, config.rope_scaling)
+        cos, sin = rope_angles(places, config.rope_dim, config.rope_theta, config.rope_scaling)
         self._rope = torch.complex(cos, sin)[0]  # (slot_len, 1, head_dim / 2)
-        shape = (config.n_layers, slots, slot_len, 2, config.n_kv_heads, config.head_dim)
+        self._heads = cached_heads(config)
+        shape = (config.n_layers, slots, slot_len, *self._heads.row)
         if self.device.type == "cpu":
             self._kv = torch.from_numpy(np.zeros(shape, dtype=np.float32))  # pages come into being when written to
         else:
@@ -162,6 +164,8 @@ class Decoder:
             yield "vector", self._scaled(parts.ffn_norm)
             if parts.router is not None:
                 yield "vector", parts.router.detach()
+            if parts.router_bias is not None:
+                yield "vector", parts.router_bias
             for into, out_of in parts.experts:
                 yield "matrix", torch.cat(into)
                 yield "matrix", out_of
@@ -200,16 +204,17 @@ class Decoder:
 
     def _layer(self, weights: Iterator) -> Layer:
         attention_norm, wqkv, wo = itertools.islice(weights, 3)
-        qk_norm = next(weights) if self.config.generation == 3 else None
+        qk_norm = next(weights) if self.config.generation == 3 or self.config.attention == "mla" else None
         ffn_norm = next(weights)
         feed_forward = self._experts(weights) if self.config.use_moe else SwiGLU(next(weights), next(weights))
         return Layer(attention_norm, wqkv, wo, qk_norm, ffn_norm, feed_forward)
 
     def _experts(self, weights: Iterator) -> Experts:
         router = next(weights)
+        bias = next(weights) if self.config.balance == "bias" else None
         experts = [SwiGLU(next(weights), next(weights)) for _ in range(self.config.n_routed_experts)]
         shared = SwiGLU(next(weights), next(weights)) if self.config.n_shared_experts else None
-        return Experts(self.config, router, experts, shared)
+        return Experts(self.config, router, experts, shared, bias)
 
     # ------------------------------------------------------------------------------------------------- one pass
 
@@ -240,17 +245,12 @@ class Decoder:
             at += size
 
         attend = self._attention(spans, sizes)
-        q_width = self.config.n_heads * self.config.head_dim
-        rotated = q_width + self.config.n_kv_heads * self.config.head_dim
-        pairs = (len(tokens), -1, self.config.head_dim // 2, 2)
+        q_width = self._heads.q_width
         # for each layer (slots * slot_len, 2 * n_kv_heads * head_dim): a row is a token's keys, then its values
         stores = self._kv.view(self.config.n_layers, self.slots * self.slot_len, -1).unbind(0)
         for layer, (attention_norm, wqkv, wo, qk_norm, ffn_norm, feed_forward) in enumerate(self._layers):
             qkv = wqkv(self._normed(x, attention_norm)).float()  # (tokens, q, k and v side by side)
-            if qk_norm is not None:
-                heads = qkv[:, :rotated].unflatten(1, qk_norm.shape)  # (tokens, heads of q and k, head_dim)
-                heads.copy_(F.rms_norm(heads, heads.shape[-1:], eps=self.config.norm_eps).mul_(qk_norm))
-            torch.view_as_complex(qkv[:, :rotated].view(pairs)).mul_(rope)  # a rotation is a product of complex numbers
+            self._heads.place(qkv, rope, qk_norm)
             qkv = qkv.to(self._kv.dtype)
             stores[layer].index_copy_(0, rows, qkv[:, q_width:])
             x += wo(attend(qkv[:, :q_width], layer).to(self.dtype))
@@ -339,7 +339,7 @@ class Decoder:
         count, longest = max(rows) + 1, max(span.start for span in spans) + 1
         held = self._kv[:, first : first + count, :longest]
         by_kind = held.permute(3, 0, 1, 4, 2, 5)  # (2, n_layers, count, n_kv_heads, longest, head_dim)
-        k, v = (kv.unbind(0) for kv in by_kind)
+        k, v = self._heads.split(by_kind)
         lengths = [1] * count
         for row, span in zip(rows, spans, strict=True):
             lengths[row] = span.start + 1
@@ -349,7 +349,7 @@ class Decoder:
             beyond = places >= torch.tensor(lengths, device=self.device)[:, None]
             mask = torch.zeros(beyond.shape, dtype=self._kv.dtype, device=self.device)
             mask = mask.masked_fill_(beyond, -math.inf)[:, None, None]
-        shape = (count, self.config.n_kv_heads, -1, self.config.head_dim)
+        shape = (count, held.size(-2), -1, held.size(-1))
         scattered = None if rows == list(range(count)) else torch.tensor(rows, device=self.device)
 
         def attend(q: Tensor, layer: int) -> Tensor:
@@ -367,10 +367,10 @@ class Decoder:
         """
         n = len(span.tokens) + sum(map(len, span.branches))
         end = span.start + n
-        heads, head_dim = self.config.n_kv_heads, self.config.head_dim
+        _, heads, head_dim = self._heads.row
         groups = self.config.n_heads // heads
         kv = self._kv[:, span.slot, :end].permute(2, 0, 3, 1, 4)[:, :, :, None].expand(-1, -1, -1, groups, -1, -1)
-        k, v = (layers.unbind(0) for layers in kv)
+        k, v = self._heads.split(kv)
         mask = None
         if span.start or len(span.branches) > 1:
             mask = torch.ones(n, end, dtype=torch.bool, device=self.device).tril(span.start)

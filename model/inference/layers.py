@@ -24,7 +24,7 @@ class SwiGLU(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a block computes with: the norms' weights fp32, see `Decoder._normed`; qk_norm of generation 3 only."""
+    """What a block computes with: the norms' weights fp32, see `Decoder._normed`; qk_norm as in `blocks.Parts`."""
 
     attention_norm: Tensor
     wqkv: Matrix
@@ -37,15 +37,27 @@ class Layer(NamedTuple):
 class Experts:
     """Each token's best experts, weighted, and the shared one."""
 
-    def __init__(self, config: LMConfig, router: Tensor, experts: Sequence[SwiGLU], shared: SwiGLU | None):
-        self._router, self._experts, self._shared = router, experts, shared
+    def __init__(
+        self,
+        config: LMConfig,
+        router: Tensor,
+        experts: Sequence[SwiGLU],
+        shared: SwiGLU | None,
+        bias: Tensor | None = None,
+    ):
+        self._router, self._experts, self._shared, self._bias = router, experts, shared, bias
         self._k = config.num_experts_per_tok
         # generation 3 makes a single expert's weight one, generation 2 leaves it
         self._normalises = config.norm_topk_prob and (self._k > 1 or config.generation == 3)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(tokens, dim) -> the same, fp32."""
-        weights, chosen = F.linear(x.float(), self._router).softmax(-1).topk(self._k, dim=-1)
+        scores = F.linear(x.float(), self._router)
+        if self._bias is None:
+            weights, chosen = scores.softmax(-1).topk(self._k, dim=-1)
+        else:  # as in BalancedMoE
+            chosen = (scores.sigmoid_() + self._bias).topk(self._k, dim=-1).indices
+            weights = scores.gather(1, chosen)
         if self._normalises:
             weights = weights / weights.sum(-1, keepdim=True)
         order = chosen.flatten().argsort(stable=True)  # (token, choice) pairs by expert, as in MoEFeedForward

@@ -99,6 +99,8 @@ def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path
     """
     config = model.config
     third = config.generation == 3
+    if config.variant:
+        raise UserError(f"GGUF export does not support {config.variant}")
     if config.use_moe and not third:
         raise UserError("GGUF export does not support MoE: use to-transformers, which writes a Qwen2-MoE")
     if dtype.startswith("q") and (config.dim % 32 or config.hidden_dim % 32):

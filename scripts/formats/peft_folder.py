@@ -29,6 +29,8 @@ def to_peft_state(adapter: Mapping[str, Tensor], config: LMConfig, as_llama: boo
     Raises:
         UserError: `as_llama`, and a routed expert has a part in it: transformers keeps all experts in one tensor.
     """
+    if as_llama and config.variant:
+        raise UserError(f"a Llama has no {config.variant}: use --layout minimind")
     state = {}
     for key, value in adapter.items():
         layer, _, side = key.removesuffix(".weight").rpartition(".lora.")

@@ -70,7 +70,13 @@ ARCHITECTURES = {  # by generation, and whether there are experts
 
 
 def to_their_config(config: LMConfig) -> dict:
-    """The content of config.json. The rope's base stands in it twice: under the names of transformers 4 and 5."""
+    """The content of config.json. The rope's base stands in it twice: under the names of transformers 4 and 5.
+
+    Raises:
+        UserError: the model has what none of these architectures has.
+    """
+    if config.variant:
+        raise UserError(f"{config.variant}: no architecture of transformers that is written here has this")
     kind, architecture = ARCHITECTURES[config.generation, config.use_moe]
     theirs = {
         "architectures": [architecture],
