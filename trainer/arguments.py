@@ -206,7 +206,12 @@ def training_parser(description: str, **defaults) -> Parser:
         "--accumulation_steps", type=positive_int, default=1, help="gradient accumulation: batches per optimizer step"
     )
     training.add_argument("--learning_rate", type=positive_float, help="peak learning rate")
-    training.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for hidden matrices")
+    training.add_argument(
+        "--optimizer",
+        choices=("auto", "adamw", "muon"),
+        default="adamw",
+        help="muon: for hidden matrices; auto: muon, or adamw where an engine shards them",
+    )
     training.add_argument("--warmup_iters", type=non_negative_int, default=0, help="linear warm-up steps")
     training.add_argument("--grad_clip", type=positive_float, default=1.0, help="maximum gradient norm")
     training.add_argument("--seed", type=seed, default=42)
@@ -223,19 +228,10 @@ def training_parser(description: str, **defaults) -> Parser:
     )
     engine.add_argument("--gradient_checkpointing", action=BooleanFlag, help="use less memory, at a third more time")
     engine.add_argument(
-        "--deepspeed",
-        nargs="?",
-        const=True,
-        default=None,
-        metavar="JSON",
-        help="use DeepSpeed, optionally with a JSON config",
+        "--deepspeed", nargs="?", const=True, metavar="JSON", help="use DeepSpeed, optionally with a JSON config"
     )
     engine.add_argument(
-        "--zero_stage",
-        type=int,
-        choices=(0, 1, 2, 3),
-        default=2,
-        help="ZeRO stage for --deepspeed without a JSON config",
+        "--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage for --deepspeed without a JSON"
     )
     engine.add_argument(
         "--local_rank", "--local-rank", type=int, help="set by launchers; ignored in favour of torchrun's RANK"
@@ -353,15 +349,16 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if getattr(args, "stream", False):
         check_stream(args)
     check_untold_arguments(args)
-    if args.deepspeed and args.optimizer == "muon":
-        raise UserError("--optimizer muon needs whole matrices, which DeepSpeed's ZeRO shards: use --optimizer adamw")
+    cutter = "DeepSpeed's ZeRO" if args.deepspeed else "--fsdp" if getattr(args, "fsdp", False) else None
+    if args.optimizer == "auto":
+        args.optimizer = "adamw" if cutter else "muon"
+    if cutter and args.optimizer == "muon":
+        raise UserError(f"--optimizer muon needs whole matrices, which {cutter} shards: use --optimizer adamw")
     if getattr(args, "fsdp", False):
         if args.deepspeed:
             raise UserError("--fsdp and --deepspeed both share the model out: choose one")
         if getattr(args, "qat", None):
             raise UserError("--qat rounds whole matrices, which --fsdp shards: leave out --fsdp")
-        if args.optimizer == "muon":
-            raise UserError("--optimizer muon needs whole matrices, which --fsdp shards: use --optimizer adamw")
 
 
 def check_untold_arguments(args: argparse.Namespace) -> None:
