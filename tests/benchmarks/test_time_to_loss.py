@@ -34,7 +34,7 @@ def test_every_variant_learns_from_equally_many_tokens_in_a_way_of_its_own(call,
     for variant in time_to_loss.VARIANTS:
         said = call("--variant", variant)
     found = results(tmp_path)
-    assert {(result["steps"], result["tokens"] > 400) for result in found.values()} == {(10, True)}
+    assert len({(result["steps"], result["tokens"]) for result in found.values()}) == 1
     losses = {name: round(result["eval_loss"], 6) for name, result in found.items()}
     assert len(set(losses.values())) == len(time_to_loss.VARIANTS), losses
     assert {line.split()[0] for line in said.splitlines()[-len(found) :]} == set(time_to_loss.VARIANTS)

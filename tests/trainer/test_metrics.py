@@ -199,7 +199,7 @@ def test_a_tracker_hears_what_the_file_is_told(flags, kind, tmp_path, monkeypatc
     started, told = [], []
     tracker = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
     monkeypatch.setattr("trainer.metrics.start_tracker", lambda *given: started.append(given) or tracker)
-    args = SimpleNamespace(wandb_project="tiny", dtype=None, **flags)
+    args = SimpleNamespace(wandb_project="tiny", dtype=None, optimizer="adamw", **flags)
     run = Runtime(torch.device("cpu"), torch.bfloat16)
     path = tmp_path / "stage_32.pth"
     measured = Metrics(args, path, nn.Linear(2, 2), 10, Progress(step=3, tokens=5, seconds=1.0), run)

@@ -1,6 +1,7 @@
 """Muon: against PyTorch's own, which computes in bfloat16, against what an orthogonal matrix is, and its newer forms
 against their papers' formulas by singular value decomposition."""
 
+import copy
 import math
 
 import numpy as np
@@ -178,7 +179,7 @@ def test_what_neurons_kept_comes_back():
         weights[0].grad = gradient
         optimizers[0].step()
     weights[1].data.copy_(weights[0].data)
-    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # else they would share it
     for gradient in gradients[2:]:
         for weight, optimizer in zip(weights, optimizers, strict=True):
             weight.grad = gradient
