@@ -39,6 +39,7 @@ from trainer.weights import load_tokenizer
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 WARM_UP = 2  # steps
+PRODUCT_SIDE = 1024  # of square matrices on a CPU, and eight times as long elsewhere
 PRODUCT_SECONDS = 0.5  # for which matrix products are timed
 
 
@@ -79,7 +80,7 @@ def measure(
 
 def product_rate(device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> float:
     """Floating-point operations per second of large matrix products, the best of several."""
-    n = 1024 if device.type == "cpu" else 8192
+    n = PRODUCT_SIDE if device.type == "cpu" else 8 * PRODUCT_SIDE
     x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     x @ y
     synchronize()

@@ -76,6 +76,7 @@ def time_training(monkeypatch, tiny_data, capsys):
     asked = []
     monkeypatch.setattr(train_throughput, "pick_device", lambda name: asked.append(name) or CPU)
     monkeypatch.setattr(train_throughput, "PRODUCT_SECONDS", 0.0)
+    monkeypatch.setattr(train_throughput, "PRODUCT_SIDE", 64)
 
     def call(*flags: str, data: str = "pretrain_hq") -> list[str]:
         tiny = "--dim 32 --n_layers 1 --batch_size 2 --max_seq_len 32 --rounds 1 --seconds 0.001 --compile 0"
@@ -109,7 +110,7 @@ def test_training_is_timed_for_real_on_the_best_device_there_is(time_training):
     [(["--use_moe"], "pretrain_hq", "Qwen2-MoE"), (["--stage", "lora"], "sft_mini_512", "Llama")],
 )
 def test_experts_and_adapters_have_a_peer_of_their_kind(flags, data, peer, time_training):
-    lines = time_training("--dtype", "float32", *flags, data=data)
+    lines = time_training("--dtype", "float32", "--max_seq_len", "64", *flags, data=data)
     start = next(number for number, line in enumerate(lines) if "positions/s" in line) + 1
     assert [line.split()[:2] for line in lines[start : start + 4]] == [
         *(["transformers", f"{peer},"], ["MiniMind,", "fp32,"], ["MiniMind,", "fp32,"], [])
