@@ -31,13 +31,14 @@ def results(tmp_path) -> dict:
 
 
 def test_every_variant_learns_from_equally_many_tokens_in_a_way_of_its_own(call, tmp_path):
-    for variant in time_to_loss.VARIANTS:
+    plain = [name for name in time_to_loss.VARIANTS if not name.startswith(("normuon_", "all"))]
+    for variant in plain:
         said = call("--variant", variant)
     found = results(tmp_path)
     assert len({(result["steps"], result["tokens"]) for result in found.values()}) == 1
     losses = {name: round(result["eval_loss"], 6) for name, result in found.items()}
-    assert len(set(losses.values())) == len(time_to_loss.VARIANTS), losses
-    assert {line.split()[0] for line in said.splitlines()[-len(found) :]} == set(time_to_loss.VARIANTS)
+    assert len(set(losses.values())) == len(plain), losses
+    assert {line.split()[0] for line in said.splitlines()[-len(found) :]} == set(plain)
     assert "on cpu" not in call("--variant", "adamw"), "nothing is trained twice"
     assert "on cpu" not in call("--table", "--seed", "9")
 
