@@ -5,13 +5,15 @@ per second, padding not counted.
     python -m benchmarks.train_throughput --dim 256 --rounds 3
     python -m benchmarks.train_throughput --dim 640 --use_moe
     python -m benchmarks.train_throughput --stage lora --data_path ../shared/data/lora_medical.jsonl
+    python -m benchmarks.train_throughput --stage vlm --data_path ../shared/data/sft_mini_512.jsonl --max_seq_len 640
     python -m benchmarks.train_throughput --peak_tflops 989 --batch_size 32
 
 The first peer is a LlamaForCausalLM of the same shape (with --use_moe a Qwen2MoeForCausalLM, with --stage lora one with
-peft's adapter), SDPA, fp32, torch's AdamW, one sample a row, padded to --max_seq_len. "Bare" is the same decoder with
-speed alone in mind: fused matrices, model and loss compiled together, texts joined end to end without borders
-(benchmarks/throughput/). All contenders take turns, round after round, so that a noisy machine disturbs them alike; a
-figure is the median of the rounds. Tokenising, compiling and the first steps are not timed.
+peft's adapter, with --stage vlm one that reads projected features), SDPA, fp32, torch's AdamW, one sample a row, padded
+to --max_seq_len. "Bare" is the same decoder with speed alone in mind: fused matrices, model and loss compiled together,
+texts joined end to end without borders (benchmarks/throughput/). All contenders take turns, round after round, so that
+a noisy machine disturbs them alike; a figure is the median of the rounds. Tokenising, compiling and the first steps are
+not timed.
 
 Utilisation is the operations of the tokens' matrix products (Chowdhery et al. 2022, arXiv:2204.02311, appendix B: 6 a
 token and active parameter, and attention) beside the rate of a large matrix product, measured here, or beside
@@ -20,6 +22,7 @@ token and active parameter, and attention) beside the rate of a large matrix pro
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +30,7 @@ from pathlib import Path
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
+from benchmarks.throughput.pictures import chats_with_pictures, picture_rows
 from benchmarks.throughput.steps import Step, bare_step, our_step, peer_step
 from dataset import PretrainDataset, SFTDataset
 from model import LMConfig
@@ -94,12 +98,12 @@ def product_rate(device: torch.device, dtype: torch.dtype, synchronize: Callable
     return best
 
 
-def main():
+def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = ROOT.parent / "shared" / "data" / "pretrain_hq.jsonl"
     demo = ROOT / "dataset" / "demo" / "pretrain_hq.jsonl"
     parser.add_argument("--data_path", type=Path, default=shared if shared.is_file() else demo)
-    parser.add_argument("--stage", choices=("pretrain", "lora"), default="pretrain", help="lora: learns chats")
+    parser.add_argument("--stage", choices=("pretrain", "lora", "vlm"), default="pretrain", help="lora, vlm: on chats")
     parser.add_argument("--dim", type=positive_int, default=512)
     parser.add_argument("--n_layers", type=positive_int, default=8)
     parser.add_argument("--use_moe", action=BooleanFlag, help="a mixture of experts, also of the first peer")
@@ -120,14 +124,24 @@ def main():
         "--peak_tflops", type=positive_float, help="the device's peak (default: that of a large matrix product)"
     )
     parser.add_argument("--device", default=None)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def compare(args: argparse.Namespace, folder: Path) -> None:
+    """Let all contenders of a stage train and print what came of it.
+
+    Args:
+        folder: for files that are needed meanwhile.
+    """
     args.device = pick_device(args.device)
     args.learning_rate = 1e-4
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer()
     config = LMConfig(dim=args.dim, n_layers=args.n_layers, use_moe=args.use_moe, vocab_size=len(tokenizer))
-    rows_of = PretrainDataset if args.stage == "pretrain" else SFTDataset
+    rows_of = {"pretrain": PretrainDataset, "lora": SFTDataset, "vlm": picture_rows}[args.stage]
+    if args.stage == "vlm":
+        args.data_path = chats_with_pictures(args.data_path, folder)
     packed = rows_of(args.data_path, tokenizer, args.max_seq_len)
     single = rows_of(args.data_path, tokenizer, args.max_seq_len, packing=False)
     print(f"packed: {packed.summary}\nsingle: {single.summary}")
@@ -170,6 +184,12 @@ def mean_context(rows: PretrainDataset) -> float:
     """The length of the sample that a token lies in, on average over the tokens of the first rows."""
     lengths = [len(rows[number]["input_ids"]) for number in range(min(len(rows), 1000))]
     return sum(length**2 for length in lengths) / sum(lengths)
+
+
+def main():
+    args = get_args()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows: what is mapped stays
+        compare(args, Path(folder))
 
 
 if __name__ == "__main__":

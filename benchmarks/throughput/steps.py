@@ -10,10 +10,12 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from benchmarks.throughput.bare_model import BareModel
+from benchmarks.throughput.pictures import IMAGE_TOKENS, VISION_DIM, PeerVLM
 from dataset import PretrainDataset, StepLoader, collate
 from model import LMConfig, MiniMindLM
 from model.loss import next_token_loss, target_mask
 from model.model_lora import apply_lora
+from model.model_vlm import MiniMindVLM, VLMConfig
 from trainer.schedule import make_optimizer
 
 Step = Callable[[], tuple[int, int]]  # one optimizer step -> (non-padding tokens, positions computed)
@@ -49,8 +51,8 @@ def with_peft(model: PreTrainedModel, rank: int = 16) -> nn.Module:
 
 def peer_step(data: PretrainDataset, config: LMConfig, args, dtype: torch.dtype) -> Step:
     """A step of the plain loop: transformers' model, every sample padded to the row length, torch's AdamW."""
-    model = peer_model(config)
-    model = (with_peft(model) if args.stage == "lora" else model).to(args.device).train()
+    around = {"pretrain": nn.Identity(), "lora": with_peft, "vlm": PeerVLM}[args.stage]
+    model = around(peer_model(config)).to(args.device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     loader = DataLoader(
         data,
@@ -64,9 +66,10 @@ def peer_step(data: PretrainDataset, config: LMConfig, args, dtype: torch.dtype)
 
     def step() -> tuple[int, int]:
         batch = {name: tensor.to(args.device) for name, tensor in next(batches).items()}
-        real = batch["attention_mask"]
+        batch.pop("position_ids")
+        real = batch.pop("attention_mask")
         with torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=batch["input_ids"], attention_mask=real.long(), labels=batch["labels"]).loss
+            loss = model(**batch, attention_mask=real.long()).loss
         loss.backward()
         finish(model, optimizer)
         return int(real.sum()), real.numel()
@@ -105,6 +108,9 @@ def our_step(
     """A step of the stages' loop, on packed rows or, like MiniMind2, one sample a row; and a list that grows by each:
     the seconds that it waited for its rows, and all that it took."""
     model = MiniMindLM(config)
+    if args.stage == "vlm":
+        pictures = {"image_tokens": IMAGE_TOKENS, "vision_dim": VISION_DIM}
+        model = MiniMindVLM(VLMConfig(**config.to_dict() | pictures))
     if args.stage == "lora":
         apply_lora(model)
     model.to(args.device).train()

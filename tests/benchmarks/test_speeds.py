@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import drafts, few_bits, generate, serve_load, train_throughput
 from benchmarks.throughput.bare_model import BareModel
+from benchmarks.throughput.pictures import chats_with_pictures
 from model import LMConfig, MiniMindLM
 from trainer.errors import UserError
 
@@ -107,9 +108,13 @@ def test_training_is_timed_for_real_on_the_best_device_there_is(time_training):
 
 @pytest.mark.parametrize(
     ("flags", "data", "peer"),
-    [(["--use_moe"], "pretrain_hq", "Qwen2-MoE"), (["--stage", "lora"], "sft_mini_512", "Llama")],
+    [
+        (["--use_moe"], "pretrain_hq", "Qwen2-MoE"),
+        (["--stage", "lora"], "sft_mini_512", "Llama"),
+        (["--stage", "vlm", "--max_seq_len", "300"], "sft_mini_512", "Llama"),
+    ],
 )
-def test_experts_and_adapters_have_a_peer_of_their_kind(flags, data, peer, time_training):
+def test_experts_adapters_and_pictures_have_a_peer_of_their_kind(flags, data, peer, time_training):
     lines = time_training("--dtype", "float32", "--max_seq_len", "64", *flags, data=data)
     start = next(number for number, line in enumerate(lines) if "positions/s" in line) + 1
     assert [line.split()[:2] for line in lines[start : start + 4]] == [
@@ -139,6 +144,11 @@ def test_the_bare_peer_is_a_minimind_of_fused_matrices():
     text = torch.randint(0, 64, (2, 13))
     expected = torch.nn.functional.cross_entropy(ours(text[:, :-1]).logits.flatten(0, 1), text[:, 1:].flatten())
     torch.testing.assert_close(bare(text[:, :-1], text[:, 1:]), expected)
+
+
+def test_pictures_are_put_before_chats_alone(tiny_data, tmp_path):
+    with pytest.raises(UserError, match="--stage vlm takes chats"):
+        chats_with_pictures(tiny_data / "pretrain_hq.jsonl", tmp_path)
 
 
 class TestLoad:
