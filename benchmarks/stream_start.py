@@ -56,12 +56,22 @@ def write_lines(path: Path, size: int) -> None:
 
 
 def first_step(path: Path, out: Path, arguments: list[str]) -> dict[str, float]:
-    """Seconds from the start of a run to its first step, seconds of a core for the whole run, and bytes at its peak."""
-    flags = ["--stream", "--max_steps", "1", "--data_path", str(path), "--out_dir", str(out), "--overwrite"]
+    """A small model's `run_to_first_step` on a stream."""
+    flags = ["--stream", "--data_path", str(path), "--out_dir", str(out)]
     small = ["--dim", "64", "--n_layers", "2", "--batch_size", "8", "--accumulation_steps", "1", "--compile", "0"]
+    return run_to_first_step([*flags, *small, *arguments])
+
+
+def run_to_first_step(arguments: list[str]) -> dict[str, float]:
+    """Seconds from the start of a pretraining to its first step, seconds of a core for the whole run of one step, and
+    bytes at its peak.
+
+    Raises:
+        UserError: the run failed.
+    """
     script = str(ROOT / "train_pretrain.py")
     started = time.perf_counter()
-    command = [sys.executable, "-c", RUN, script, *flags, *small, *arguments]
+    command = [sys.executable, "-c", RUN, script, "--max_steps", "1", "--overwrite", *arguments]
     found = {"cpu": float("nan"), "bytes": float("nan")}
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8") as process:
         for line in process.stdout:
@@ -70,7 +80,7 @@ def first_step(path: Path, out: Path, arguments: list[str]) -> dict[str, float]:
             elif line.startswith("used"):
                 found |= dict(zip(("bytes", "cpu"), map(float, line.split()[1:]), strict=True))
     if process.returncode or "seconds" not in found:
-        raise UserError(f"the run on {path} failed: see above")
+        raise UserError("the run failed: see above")
     return found
 
 

@@ -213,7 +213,7 @@ DEFAULTS |= {
     },
     "benchmarks.train_throughput --data_path FILE": {
         **MEASURED | {"data_path": "FILE", "batch_size": 8, "max_seq_len": 512, "rounds": 5, "seconds": 12},
-        **{"compile": True, "optimizer": "adamw"},
+        **{"compile": True, "optimizer": "adamw", "stage": "pretrain", "dtype": None, "peak_tflops": None},
     },
     "benchmarks.serve_load": {
         **MODEL | {"clients": 64, "seconds": 300, "max_concurrency": 16, "dtype": "float32", "random_weights": False},
@@ -231,9 +231,15 @@ DEFAULTS |= {
         **{"stop_after": 0, "save_minutes": 0, "stall_timeout": 0},
     },
     "benchmarks.stream_start": {"size": 20_000_000_000, "rounds": 3, "num_workers": 0, "folder": None},
+    "benchmarks.first_step --data_path FILE": {"data_path": "FILE", "starts": 3, "flags": []},
     "benchmarks.distillation_gain": {"seeds": 3, "epochs": "3", "lines": None},
     "benchmarks.faults": {"rounds": 60, "seed": 0, "kind": None},
     "benchmarks.save_cost": {"rounds": 3, "shapes": ["26M", "104M"], "folder": None, "device": None},
+    "benchmarks.time_to_loss --data_path FILE": {
+        **{"data_path": "FILE", "variant": "muon", "table": False, "seed": 1, "size": "7M", "tokens": 400_000},
+        **{"batch_size": 8, "max_seq_len": 512, "learning_rate": 2e-3, "warmup_iters": 10, "tokenizer": None},
+        **{"out_dir": "out/time_to_loss", "device": None},
+    },
     "benchmarks.generations --data_path FILE": {
         **{"data_path": "FILE", "size": "26M", "minutes": 20.0, "seed": 1, "batch_size": 8, "max_seq_len": 512},
         **{"learning_rate": 1e-3, "optimizer": "muon", "dtype": "float32", "use_moe": 0, "tokenizer": None},
@@ -401,7 +407,7 @@ def test_the_least_that_a_flag_takes(line, flag, least, monkeypatch):
 CHOICES = {
     "train_full_sft": {
         "dtype": ["float32", "bfloat16", "float16"],
-        "optimizer": ["adamw", "muon", "adamw8bit"],
+        "optimizer": ["auto", "adamw", "muon", "adamw8bit"],
         "zero_stage": [0, 1, 2, 3],
         "tracker": ["wandb", "swanlab", "tensorboard"],
         "qat": ["int8", "int4"],

@@ -208,9 +208,9 @@ def training_parser(description: str, **defaults) -> Parser:
     training.add_argument("--learning_rate", type=positive_float, help="peak learning rate")
     training.add_argument(
         "--optimizer",
-        choices=("adamw", "muon", "adamw8bit"),
+        choices=("auto", "adamw", "muon", "adamw8bit"),
         default="adamw",
-        help="muon: for hidden matrices; adamw8bit: 8-bit state",
+        help="muon: for hidden matrices; adamw8bit: 8-bit state; auto: muon, or adamw where an engine shards matrices",
     )
     training.add_argument("--warmup_iters", type=non_negative_int, default=0, help="linear warm-up steps")
     training.add_argument("--grad_clip", type=positive_float, default=1.0, help="maximum gradient norm")
@@ -228,19 +228,10 @@ def training_parser(description: str, **defaults) -> Parser:
     )
     engine.add_argument("--gradient_checkpointing", action=BooleanFlag, help="use less memory, at a third more time")
     engine.add_argument(
-        "--deepspeed",
-        nargs="?",
-        const=True,
-        default=None,
-        metavar="JSON",
-        help="use DeepSpeed, optionally with a JSON config",
+        "--deepspeed", nargs="?", const=True, metavar="JSON", help="use DeepSpeed, optionally with a JSON config"
     )
     engine.add_argument(
-        "--zero_stage",
-        type=int,
-        choices=(0, 1, 2, 3),
-        default=2,
-        help="ZeRO stage for --deepspeed without a JSON config",
+        "--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage for --deepspeed without a JSON"
     )
     engine.add_argument(
         "--local_rank", "--local-rank", type=int, help="set by launchers; ignored in favour of torchrun's RANK"
@@ -358,14 +349,18 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if getattr(args, "stream", False):
         check_stream(args)
     check_untold_arguments(args)
-    if fsdp := getattr(args, "fsdp", False):
+    sharding = "DeepSpeed's ZeRO" if args.deepspeed else "--fsdp" if getattr(args, "fsdp", False) else None
+    if args.optimizer == "auto":
+        args.optimizer = "adamw" if sharding else "muon"
+    if sharding and args.optimizer != "adamw":
+        raise UserError(
+            f"--optimizer {args.optimizer} needs whole matrices, which {sharding} shards: use --optimizer adamw"
+        )
+    if getattr(args, "fsdp", False):
         if args.deepspeed:
             raise UserError("--fsdp and --deepspeed both shard the model: choose one")
         if getattr(args, "qat", None):
             raise UserError("--qat rounds whole matrices, which --fsdp shards: leave out --fsdp")
-    if (fsdp or args.deepspeed) and args.optimizer != "adamw":
-        by = f"which {'--fsdp' if fsdp else 'DeepSpeed'} shards: use --optimizer adamw"
-        raise UserError(f"--optimizer {args.optimizer} needs whole matrices, {by}")
 
 
 def check_untold_arguments(args: argparse.Namespace) -> None:

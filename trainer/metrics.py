@@ -53,7 +53,7 @@ class Metrics:
         millions = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()) / 1e6  # ZeRO-3 keeps a share
         runtime.print(
             f"{path.stem}: {millions:.2f} M parameters, {total_steps} steps on {runtime.device}, "
-            f"{runtime.dtype_name}, {runtime.engine}"
+            f"{runtime.dtype_name}, {runtime.engine}, {args.optimizer}"
         )
         if sys.stdout.isatty():
             self._bar = tqdm(total=total_steps, initial=progress.step, file=sys.stdout, unit="step", dynamic_ncols=True)

@@ -22,6 +22,18 @@ def cosine_schedule(step: int, total_steps: int, warmup: int, peak: float) -> fl
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
+def wsd_schedule(step: int, total_steps: int, warmup: int, peak: float, decay: float = 0.2) -> float:
+    """The learning rate of optimizer step `step` (0-based): warm-up, stable, decay.
+
+    Linear from peak / warmup up to peak (Hu et al. 2024, arXiv:2404.06395), and in the last `decay` of the steps down
+    to almost 0, by 1 - sqrt(progress) (Hägele et al. 2024, arXiv:2405.18392).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    cooling = max(1, round(decay * total_steps))
+    return peak * (1 - math.sqrt(min(1.0, max(0, step - (total_steps - cooling)) / cooling)))
+
+
 def set_learning_rate(optimizer, rate: float) -> None:
     """Give every parameter group the rate (Muon's is in AdamW's units, see `make_optimizer`)."""
     for group in optimizer.param_groups:
@@ -54,12 +66,15 @@ class OptimizerPair:
             optimizer.load_state_dict(state[str(i)])
 
 
-def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
+def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1, **muon_options):
     """The optimizer of all trainable parameters, as --optimizer and --learning_rate say.
 
     AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), fused, decays matrices only. --optimizer muon hands the
     matrices between embedding and output to Muon, whose update is scaled so that one learning rate serves both;
     adamw8bit is AdamW with its moments in 8 bits.
+
+    Args:
+        muon_options: of `Muon`, in place of its defaults.
     """
     muon = args.optimizer == "muon"
     trainable = {key: p for key, p in model.named_parameters() if p.requires_grad}
@@ -75,7 +90,7 @@ def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1):
     ]
     optimizers = []
     if muon and hidden:
-        optimizers.append(Muon(hidden, args.learning_rate, weight_decay=weight_decay))
+        optimizers.append(Muon(hidden, args.learning_rate, weight_decay=weight_decay, **muon_options))
     if groups and args.optimizer == "adamw8bit":
         optimizers.append(AdamW8bit(groups, args.learning_rate))
     elif groups:

@@ -10,6 +10,9 @@ import pytest
 import torch
 
 from benchmarks import drafts, few_bits, generate, serve_load, train_throughput
+from benchmarks.throughput.bare_model import BareModel
+from benchmarks.throughput.pictures import chats_with_pictures
+from model import LMConfig, MiniMindLM
 from trainer.errors import UserError
 
 CPU = torch.device("cpu")
@@ -68,16 +71,84 @@ def test_writing_is_timed_for_real(monkeypatch, capsys):
     assert [line.split()[0] for line in said.splitlines()[-3:]] == ["128", "1024", "4096"]
 
 
-def test_training_is_timed_for_real_on_the_best_device_there_is(monkeypatch, tiny_data, capsys):
+@pytest.fixture
+def time_training(monkeypatch, tiny_data, capsys):
+    """Calls benchmarks.train_throughput, tiny, and returns the lines that it printed."""
     asked = []
     monkeypatch.setattr(train_throughput, "pick_device", lambda name: asked.append(name) or CPU)
-    flags = "--dim 32 --n_layers 1 --batch_size 2 --max_seq_len 32 --rounds 1 --seconds 0.001 --compile 0"
-    data = ("--data_path", str(tiny_data / "pretrain_hq.jsonl"))
-    monkeypatch.setattr("sys.argv", ["train_throughput.py", *flags.split(), *data])
-    train_throughput.main()
-    assert asked == [None]
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
-    assert [(row[0], float(row[-1]) > 0) for row in rows] == [("transformers", True)] * 2 + [("MiniMind,", True)] * 3
+    monkeypatch.setattr(train_throughput, "PRODUCT_SECONDS", 0.0)
+    monkeypatch.setattr(train_throughput, "PRODUCT_SIDE", 64)
+
+    def call(*flags: str, data: str = "pretrain_hq") -> list[str]:
+        tiny = "--dim 32 --n_layers 1 --batch_size 2 --max_seq_len 32 --rounds 1 --seconds 0.001 --compile 0"
+        path = ("--data_path", str(tiny_data / f"{data}.jsonl"))
+        monkeypatch.setattr("sys.argv", ["train_throughput.py", *tiny.split(), *path, *flags])
+        train_throughput.main()
+        assert asked == [None]
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+def test_training_is_timed_for_real_on_the_best_device_there_is(time_training):
+    lines = time_training("--dtype", "bfloat16", "--peak_tflops", "1e-3")
+    start = next(number for number, line in enumerate(lines) if "positions/s" in line) + 1
+    rows = [line.split() for line in lines[start : start + 6]]
+    assert [(row[0].strip(","), float(row[-1]) > 0) for row in rows] == [
+        *([("transformers", True)] * 2 + [("bare", True)] + [("MiniMind", True)] * 3)
+    ]
+    assert "matrix products: 0.001 TFLOPS in bf16" in lines[start + 7]
+    shares = {" ".join(line.split()[:-3]): float(line.split()[-3].strip("%")) for line in lines[start + 8 : -1]}
+    assert len(shares) == 6
+    speed, share = float(rows[-1][4].replace(",", "")), shares["MiniMind, bf16, packed"]
+    each = float(lines[start + 7].split()[0]) * 1e6  # operations per token, in whole millions
+    assert share == pytest.approx(100 * speed * each / 1e9, rel=0.5)
+    assert "waits for its rows" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "data", "peer"),
+    [
+        (["--use_moe"], "pretrain_hq", "Qwen2-MoE"),
+        (["--stage", "lora"], "sft_mini_512", "Llama"),
+        (["--stage", "vlm", "--max_seq_len", "300"], "sft_mini_512", "Llama"),
+    ],
+)
+def test_experts_adapters_and_pictures_have_a_peer_of_their_kind(flags, data, peer, time_training):
+    lines = time_training("--dtype", "float32", "--max_seq_len", "64", *flags, data=data)
+    start = next(number for number, line in enumerate(lines) if "positions/s" in line) + 1
+    assert [line.split()[:2] for line in lines[start : start + 4]] == [
+        *(["transformers", f"{peer},"], ["MiniMind,", "fp32,"], ["MiniMind,", "fp32,"], [])
+    ]
+
+
+def test_the_bare_peer_is_a_minimind_of_fused_matrices():
+    """The same loss from the same weights, once its halves are rotated in MiniMind's order."""
+    config = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
+    torch.manual_seed(0)
+    ours, bare = MiniMindLM(config).eval(), BareModel(config, 12)
+    order = torch.cat([torch.arange(0, 8, 2), torch.arange(1, 8, 2)])  # pairs (2i, 2i+1) -> halves
+
+    def by_halves(weight):
+        return weight.view(-1, 8, 32)[:, order].flatten(0, 1)
+
+    with torch.no_grad():
+        bare.embedding.weight.copy_(ours.tok_embeddings.weight)
+        for theirs, block in zip(bare.blocks, ours.layers, strict=True):
+            attention, feed_forward = block.attention, block.feed_forward
+            q, k = by_halves(attention.wq.weight), by_halves(attention.wk.weight)
+            theirs.qkv.weight.copy_(torch.cat([q, k, attention.wv.weight]))
+            theirs.out.weight.copy_(attention.wo.weight)
+            theirs.gate_up.weight.copy_(torch.cat([feed_forward.w1.weight, feed_forward.w3.weight]))
+            theirs.down.weight.copy_(feed_forward.w2.weight)
+    text = torch.randint(0, 64, (2, 13))
+    expected = torch.nn.functional.cross_entropy(ours(text[:, :-1]).logits.flatten(0, 1), text[:, 1:].flatten())
+    torch.testing.assert_close(bare(text[:, :-1], text[:, 1:]), expected)
+
+
+def test_pictures_are_put_before_chats_alone(tiny_data, tmp_path):
+    with pytest.raises(UserError, match="--stage vlm takes chats"):
+        chats_with_pictures(tiny_data / "pretrain_hq.jsonl", tmp_path)
 
 
 class TestLoad:

@@ -60,7 +60,7 @@ def test_what_people_see_where_there_is_no_terminal(plain):
     assert "60 samples" in first
     assert "of 64 filled" in first
     assert held_out.startswith("held out: ")
-    assert model == "pretrain_32: 0.05 M parameters, 18 steps on cpu, float32, eager"
+    assert model == "pretrain_32: 0.05 M parameters, 18 steps on cpu, float32, eager, adamw"
     steps = [line for line in lines if "held out" not in line]
     for number, line in enumerate(steps, 1):
         pattern = rf"step {number}/18  loss \d\.\d{{4}}  lr \d\.\d\de-0\d  [\d,]+ tokens/s  \d+:\d\d left"

@@ -135,6 +135,20 @@ def test_settings_that_cannot_work_together(arguments, told):
         check_training_arguments(parse(*arguments.split()))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "taken"),
+    [("", "adamw"), ("--optimizer auto", "muon"), ("--optimizer auto --deepspeed", "adamw")],
+)
+def test_auto_takes_muon_where_the_matrices_are_whole(arguments, taken):
+    args = parse(*arguments.split())
+    check_training_arguments(args)
+    assert args.optimizer == taken
+    args = parse("--optimizer", "auto")
+    args.fsdp = True
+    check_training_arguments(args)
+    assert args.optimizer == "adamw"
+
+
 def test_a_switch_needs_two_dashes():
     assert BooleanFlag(["--thing"], "thing").option_strings == ["--thing", "--no-thing"]
 

@@ -27,7 +27,7 @@ def metrics(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
 
     def make(progress: Progress, rank: int = 0) -> Metrics:
-        args = SimpleNamespace(dtype="float32", use_wandb=False, tracker=None)
+        args = SimpleNamespace(dtype="float32", use_wandb=False, tracker=None, optimizer="adamw")
         run = Runtime(torch.device("cpu"), torch.float32, rank=rank)
         return Metrics(args, tmp_path / "stage_32.pth", nn.Linear(2000, 5), 10, progress, run)
 
@@ -49,7 +49,7 @@ def test_a_line_of_a_step(metrics, monkeypatch, capsys, tmp_path):
     """Speed is that since the last line, and the time left goes by all steps."""
     progress = Progress(step=2, tokens=1000, seconds=30.0)
     measured = metrics(progress)
-    assert "stage_32: 0.01 M parameters, 10 steps on cpu, float32, eager\n" in capsys.readouterr().out
+    assert "stage_32: 0.01 M parameters, 10 steps on cpu, float32, eager, adamw\n" in capsys.readouterr().out
     progress.step, progress.tokens, progress.seconds = 3, 3000, 60.0
     monkeypatch.setattr(time, "monotonic", lambda: 104.0)
     measured.log(loss=2.0, margin=0.25, lr=1e-3, grad_norm=0.5)
@@ -199,7 +199,7 @@ def test_a_tracker_hears_what_the_file_is_told(flags, kind, tmp_path, monkeypatc
     started, told = [], []
     tracker = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end"))
     monkeypatch.setattr("trainer.metrics.start_tracker", lambda *given: started.append(given) or tracker)
-    args = SimpleNamespace(wandb_project="tiny", dtype=None, **flags)
+    args = SimpleNamespace(wandb_project="tiny", dtype=None, optimizer="adamw", **flags)
     run = Runtime(torch.device("cpu"), torch.bfloat16)
     path = tmp_path / "stage_32.pth"
     measured = Metrics(args, path, nn.Linear(2, 2), 10, Progress(step=3, tokens=5, seconds=1.0), run)

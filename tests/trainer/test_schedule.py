@@ -8,7 +8,7 @@ import torch
 
 from model import LMConfig, MiniMindLM
 from trainer.muon import Muon
-from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
+from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate, wsd_schedule
 
 TINY = {"dim": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64}
 
@@ -31,6 +31,15 @@ def test_warm_up_is_linear_and_the_rest_half_a_cosine_down_to_a_tenth():
 def test_short_runs_have_a_rate_too(total, warmup):
     for step in range(total):
         assert 0 < cosine_schedule(step, total, warmup, 1.0) <= 1.0
+
+
+def test_a_stable_rate_cools_down_in_the_last_fifth():
+    rates = [wsd_schedule(step, 20, 4, 1.0) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates[4:17] == [1.0] * 13  # the cooling begins at its peak
+    assert rates[17:] == pytest.approx([1 - math.sqrt(x) for x in (0.25, 0.5, 0.75)])
+    assert wsd_schedule(99, 20, 4, 1.0) == 0
+    assert wsd_schedule(0, 1, 0, 0.5) == 0.5
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
