@@ -30,8 +30,8 @@ from pathlib import Path
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
-from benchmarks.throughput.pictures import chats_with_pictures, picture_rows
 from benchmarks.throughput.steps import Step, bare_step, our_step, peer_step
+from benchmarks.throughput.vlm_peer import chats_with_pictures, picture_rows
 from dataset import PretrainDataset, SFTDataset
 from model import LMConfig
 from scripts.planning.sizes import training_flops

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from benchmarks.throughput.bare_model import BareModel
-from benchmarks.throughput.pictures import IMAGE_TOKENS, VISION_DIM, PeerVLM
+from benchmarks.throughput.vlm_peer import IMAGE_TOKENS, VISION_DIM, PeerVLM
 from dataset import PretrainDataset, StepLoader, collate
 from model import LMConfig, MiniMindLM
 from model.loss import next_token_loss, target_mask

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import drafts, few_bits, generate, serve_load, train_throughput
 from benchmarks.throughput.bare_model import BareModel
-from benchmarks.throughput.pictures import chats_with_pictures
+from benchmarks.throughput.vlm_peer import chats_with_pictures
 from model import LMConfig, MiniMindLM
 from trainer.errors import UserError
 
