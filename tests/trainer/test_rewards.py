@@ -13,6 +13,7 @@ from trainer.rewards import (
     length_reward,
     read_rewards,
     repetition_reward,
+    steps_reward,
 )
 
 GOOD = "<think>\n12 + 30 = 42\n</think>\n<answer>\n42\n</answer>"
@@ -76,6 +77,27 @@ def test_length_costs_from_three_quarters_of_the_limit_on():
     assert costs == [0, 0, -0.25, -0.5, -1]
 
 
+@pytest.mark.parametrize(
+    ("thought", "share"),
+    [
+        ("12 + 30 = 42\n42 - 5 = 37", 1),
+        ("12 + 30 = 43\n43 - 5 = 38", 1 / 2),  # the second goes on from what the first gave
+        ("12+30=42 42 × 5 = 210, 210*5 = 1050", 1),
+        ("12 + 31 = 43", 0),  # nobody gave 31
+        ("1 + 1 = 2\n2 + 2 = 4\n12 + 30 = 42", 1 / 3),
+        ("12 + 30 = 42\n12 + 30 = 42", 1 / 2),  # counts once
+        ("12 - 30 = 18", 0),
+        ("forty-two", 0),
+        ("", 0),
+    ],
+)
+def test_steps_are_equations_that_follow(thought, share):
+    asked = {"question": "What is 12 + 30 - 5?", "expected": "37"}
+    assert steps_reward(reply(f"<think>\n{thought}\n</think>\n<answer>\n1\n</answer>", **asked)) == pytest.approx(share)
+    assert steps_reward(reply(f"<think>\n{thought}", **asked)) == 0
+    assert steps_reward(reply(thought, **asked)) == 0
+
+
 def test_repetition_counts_the_four_grams_that_occurred_before():
     assert repetition_reward(reply("", tokens=range(9))) == 0
     assert repetition_reward(reply("", tokens=[1, 2, 3, 4] * 2)) == pytest.approx(-1 / 5)
@@ -102,7 +124,7 @@ def test_rules_are_picked_by_name_and_weighed(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("parts", "words"),
     [
-        (["beauty:1"], "there is format, accuracy, length, repetition, language"),
+        (["beauty:1"], "choose from format, accuracy, length, repetition, language, steps"),
         (["nowhere:rule:1"], "nowhere cannot be imported"),
         (["json:nothing:1"], "json has no function nothing"),
         (["accuracy:nan"], "NAME:WEIGHT"),
