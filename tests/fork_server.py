@@ -13,6 +13,7 @@ import io
 import json
 import os
 import runpy
+import signal
 import sys
 import threading
 import traceback
@@ -57,6 +58,8 @@ def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, std
         stream = io.FileIO(number, "w" if number else "r", closefd=False)
         buffer = io.BufferedWriter(stream) if number else io.BufferedReader(stream)
         setattr(sys, name, io.TextIOWrapper(buffer, "utf-8", line_buffering=number == 2 or os.isatty(number)))
+    if os.isatty(0):  # as a terminal starts it, even where the tests themselves run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
