@@ -61,7 +61,7 @@ class NF4Weight(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         if weight.numel() % BLOCK:
-            raise ValueError(f"nf4 takes matrices whose size is a multiple of {BLOCK} weights, not {weight.numel()}")
+            raise ValueError(f"nf4 needs matrices with a multiple of {BLOCK} weights, not {weight.numel()}")
         self.shape = weight.shape
         blocks = weight.detach().float().reshape(-1, BLOCK)
         scale = blocks.abs().amax(1)
@@ -151,7 +151,7 @@ class NF4LoRALinear(NF4Linear, LoRALinear):
         Raises:
             ValueError: always. What is quantised cannot be added to; the adapter fits the base as it was saved.
         """
-        raise ValueError("weights in nf4 take no update: load the base as it was saved, and merge into that")
+        raise ValueError("nf4 weights cannot be merged into: load the base as it was saved and merge into that")
 
     def plain(self) -> nn.Linear:
         """A Linear with the dequantised weight, without the update."""

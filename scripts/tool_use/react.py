@@ -7,7 +7,7 @@ from model.tool_calls import as_json, function_of, parse_arguments
 from scripts.tool_use.registry import ERROR, Registry
 
 Turn = dict[str, Any]
-TOO_MANY = f"{ERROR}no further call is allowed: answer now"
+TOO_MANY = f"{ERROR}no more calls are allowed: answer now"
 
 
 def act(

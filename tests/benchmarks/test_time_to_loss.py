@@ -63,7 +63,7 @@ def test_a_stopped_call_goes_on_to_the_same_numbers(call, tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             call(*flags)
     assert not results(tmp_path)
-    assert "goes on after step 4" in call(*flags)
+    assert "continuing after step 4" in call(*flags)
     (again,) = results(tmp_path).values()
     same = ("steps", "tokens", "eval_loss", "eval_bits_per_byte")
     assert {name: again[name] for name in same} == {name: whole[name] for name in same}

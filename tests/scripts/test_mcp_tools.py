@@ -67,7 +67,7 @@ def test_they_answer_or_say_what_is_wrong(tools):
 def test_none_acts_unasked(tools, monkeypatch):
     asked = []
     registry = Registry(tools, allow=lambda *call: asked.append(call) or False)
-    assert registry.call("reverse", {"text": "abc"}) == "error: the user does not allow this call"
+    assert registry.call("reverse", {"text": "abc"}) == "error: the user did not allow this call"
     assert asked == [("reverse", {"text": "abc"})]
     assert Registry(tools).call("reverse", {"text": "abc"}).startswith("error: the user does not allow")
     monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: False))
@@ -77,7 +77,7 @@ def test_none_acts_unasked(tools, monkeypatch):
     for typed, may in (("y", True), ("YES", True), ("", False), ("no", False)):
         monkeypatch.setattr(opening, "read_line", lambda prompt, typed=typed: shown.append(prompt) or typed)
         assert opening.ask_person("reverse", {"text": "\x1b[2J为"}) == may
-    assert shown[0] == '[let reverse({"text": "\\u001b[2J为"}) act? y/N] '
+    assert shown[0] == '[run reverse({"text": "\\u001b[2J为"})? y/N] '
 
 
 def test_ours_are_not_asked_about(monkeypatch):
