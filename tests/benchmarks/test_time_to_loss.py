@@ -89,7 +89,7 @@ def test_the_table_compares_seed_by_seed_and_the_best_comes_first():
 
 
 def test_a_table_of_nothing_and_texts_that_are_not_there_are_told(call):
-    with pytest.raises(UserError, match="holds no result yet"):
+    with pytest.raises(UserError, match="holds no results yet"):
         call("--table")
     with pytest.raises(UserError, match="nowhere is missing"):
         call("--data_path", "nowhere")

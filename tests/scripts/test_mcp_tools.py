@@ -69,7 +69,7 @@ def test_none_acts_unasked(tools, monkeypatch):
     registry = Registry(tools, allow=lambda *call: asked.append(call) or False)
     assert registry.call("reverse", {"text": "abc"}) == "error: the user did not allow this call"
     assert asked == [("reverse", {"text": "abc"})]
-    assert Registry(tools).call("reverse", {"text": "abc"}).startswith("error: the user does not allow")
+    assert Registry(tools).call("reverse", {"text": "abc"}).startswith("error: the user did not allow")
     monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: False))
     assert not opening.ask_person("reverse", {})
     monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: True))
