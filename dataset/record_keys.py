@@ -1,9 +1,9 @@
-"""Which keys the lines of data files may have, and what stands at one of them.
+"""Which keys the lines of data files may have, and reading the value of one.
 
-No key of a line is passed over in silence. A set of keys says which ones of an object are used and which are refused,
+No key of a line is silently ignored. A set of keys says which ones of an object are used and which are refused,
 since leaving them out would change the training; the others, which mean nothing here (an id, a source, a score), are
-counted by name in `ignored`. A refused key that is null or empty says nothing, and is counted, too. Keys that differ
-from ours in letter case or underscores alone ("System", "toolCalls") mean the same, and are refused.
+counted by name in `ignored`. A refused key that is null or empty says nothing, and is only counted. Keys that differ
+from ours only in letter case or underscores ("System", "toolCalls") mean the same, and are refused.
 """
 
 from collections.abc import Mapping

@@ -1,8 +1,8 @@
-"""Tools in a line of a data file, in the shapes that people have, as the one shape that is rendered.
+"""Tools in a line of a data file: the common formats, converted to the one that is rendered.
 
-What may be called stands in the line ("tools", the older "functions") or in the system turn, as MiniMind-3's files have
-it; a call in an assistant's turn ("tool_calls", the older "function_call"); each as JSON, or as the text of it. What
-comes back is a turn of the role "tool", or the older "function".
+Available tools are in the line ("tools", the older "functions") or in the system turn, as in MiniMind-3's files; calls
+are in an assistant's turn ("tool_calls", the older "function_call"); both as JSON, or as a string of JSON. A result is
+a turn with the role "tool", or the older "function".
 """
 
 import json

@@ -1,10 +1,10 @@
 """QLoRA's frozen weights in four bits, from scratch (Dettmers et al. 2023, arXiv:2305.14314): NF4, doubly quantised.
 
 Trained weights are roughly normally distributed. The 16 values of NF4 ("4-bit NormalFloat") are therefore quantiles
-of the normal distribution, so that equally many weights lie between them. Each block of 64 weights is divided by its largest
-absolute value, its scale, and each weight becomes the nearest of the 16 values. The scales, too, are quantised: 256 of
-them, less the mean of all, share an fp32 scale and take 8 bits each. A weight costs 4 bits, 8/64 for the scale of its
-block and 32/(64 * 256) for that scale's own: 4.127 bits, or 0.516 bytes.
+of the normal distribution, so that equally many weights lie between them. Each block of 64 weights is divided by its
+largest absolute value, its scale, and each weight becomes the nearest of the 16 values. The scales are quantised too:
+groups of 256, less the mean of all, share an fp32 scale and take 8 bits each. A weight costs 4 bits, 8/64 for the scale
+of its block and 32/(64 * 256) for that scale's own: 4.127 bits, or 0.516 bytes.
 
 Nothing is computed in 4 bits: a layer dequantises its matrix when it is used, forward and backward, and discards it.
 """

@@ -1,9 +1,9 @@
-"""What would change the form of an answer and is not done here: a request that asks for it gets a 400 that names it.
+"""Fields that would change the answer but are not supported: a request with one of them gets a 400 that names it.
 
-A field of a request is one of three. What `schema` declares is used. What the tables here list is refused,
-unless its value asks for nothing. Everything else is accepted and changes nothing, as clients send many fields that do
-not say what an answer looks like: user, metadata, store, service_tier, safety_identifier, prompt_cache_key,
-reasoning_effort, verbosity, an image's detail, and their own.
+There are three kinds of request fields. Those that `schema` declares are used. Those listed in the tables here are
+refused unless their value asks for nothing. All others are accepted and ignored, as clients send many fields that do
+not affect the answer: user, metadata, store, service_tier, safety_identifier, prompt_cache_key, reasoning_effort,
+verbosity, an image's detail, and their own.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Undone(NamedTuple):
     """Fields that are refused.
 
     Attributes:
-        why: what the error says behind the field's name.
+        why: what the error says after the field's name.
         harmless: values that ask for nothing, beside null.
     """
 
@@ -89,7 +89,7 @@ IN_WHICH_ROLE = {"tool_calls": "assistant", "function_call": "assistant", "tool_
 
 
 def refuse_undone(body: dict[str, Any], kind: type[Form]) -> None:
-    """Refuse a request that asks for what is not done here.
+    """Refuse a request that asks for something unsupported.
 
     Args:
         body: as it came.

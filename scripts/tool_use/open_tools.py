@@ -1,4 +1,4 @@
-"""The tools that a command's flags name, and the question before somebody else's tool acts."""
+"""The tools that a command's flags name, and the confirmation before a third-party tool runs."""
 
 import contextlib
 import json

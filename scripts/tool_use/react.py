@@ -1,4 +1,4 @@
-"""Reason and act in turn (ReAct, Yao et al. 2023, arXiv:2210.03629): the model calls, sees what came back, goes on."""
+"""Reason and act in turn (ReAct, Yao et al. 2023, arXiv:2210.03629): the model calls, reads the result, continues."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -14,7 +14,7 @@ class Tool(NamedTuple):
     """A function that a model may call.
 
     schema: {"name", "description", "parameters"}, as in OpenAI's "function".
-    foreign: somebody else's, who also checks the arguments; a person is asked before it acts.
+    foreign: from a third party, which also checks the arguments; the user is asked before it runs.
     """
 
     function: Callable[..., object]
