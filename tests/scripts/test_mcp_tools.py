@@ -115,7 +115,7 @@ def test_what_cannot_be_opened_is_named(given, told):
 
 def test_two_of_one_name(tools, monkeypatch):
     monkeypatch.setattr(opening, "mcp_tools", lambda *given: contextlib.nullcontext([*tools, *tools]))
-    with pytest.raises(UserError, match="two tools have the name reverse"), open_tools(flags(mcp=["x"])):
+    with pytest.raises(UserError, match="two tools are named reverse"), open_tools(flags(mcp=["x"])):
         pass
 
 

@@ -45,7 +45,7 @@ def test_the_schema_comes_from_signature_and_docstring():
     }
     with pytest.raises(TypeError, match="the parameter x has the type"):
         tool_of(lambda x: x)
-    with pytest.raises(ValueError, match="two tools have the name greet"):
+    with pytest.raises(ValueError, match="two tools are named greet"):
         Registry([tool_of(greet), tool_of(greet)])
 
 
