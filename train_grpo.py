@@ -50,13 +50,13 @@ def get_args():
     parser.add_argument("--from_weight", default="reason", help="stage, .pth or folder to start from, and reference")
     rl = parser.add_argument_group("reinforcement learning")
     rl.add_argument("--rewards", nargs="+", default=["format:0.2", "accuracy:1"], metavar="NAME:WEIGHT")
-    rl.add_argument("--group_size", type=positive_int, default=8, help="answers to each question")
+    rl.add_argument("--group_size", type=positive_int, default=8, help="answers per question")
     rl.add_argument("--max_new_tokens", type=positive_int, default=512, help="maximum answer length in tokens")
     rl.add_argument("--temperature", type=positive_float, default=1.0, help="sampling temperature")
     rl.add_argument("--loss", choices=tuple(LOSSES), default="grpo", help="objective; see trainer/policy_losses.py")
-    rl.add_argument("--beta", type=non_negative_float, default=0.0, help="weight of the KL to the reference; 0: none")
-    rl.add_argument("--epsilon", type=positive_float, help="clip below 1 (default: from the loss's paper)")
-    rl.add_argument("--epsilon_high", type=positive_float, help="clip above 1 (default: from the loss's paper)")
+    rl.add_argument("--beta", type=non_negative_float, default=0.0, help="weight of the KL penalty; 0: none")
+    rl.add_argument("--epsilon", type=positive_float, help="lower clip of the ratio (default: the paper's)")
+    rl.add_argument("--epsilon_high", type=positive_float, help="upper clip of the ratio (default: the paper's)")
     rl.add_argument("--updates_per_rollout", type=positive_int, default=1, help="optimizer steps on the same answers")
     rl.add_argument(
         "--resample", type=non_negative_int, help="how often to replace a question whose rewards are all equal"

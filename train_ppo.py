@@ -54,14 +54,14 @@ def get_args():
     rl.add_argument("--reward_model", metavar="WEIGHTS", help="reward model whose score is added to the rules'")
     rl.add_argument("--max_new_tokens", type=positive_int, default=512, help="maximum answer length in tokens")
     rl.add_argument("--temperature", type=positive_float, default=1.0, help="sampling temperature")
-    rl.add_argument("--gamma", type=probability, default=1.0, help="discount of later rewards")
+    rl.add_argument("--gamma", type=probability, default=1.0, help="discount factor of later rewards")
     rl.add_argument("--gae_lambda", type=probability, default=0.95, help="1: trust rewards; near 0: trust the critic")
     rl.add_argument("--epsilon", type=positive_float, default=0.2, help="clip of the policy's ratio")
     rl.add_argument(
         "--value_epsilon", type=positive_float, default=0.2, help="clip of the change in the critic's values"
     )
     rl.add_argument("--value_weight", type=positive_float, default=0.5, help="weight of the critic's loss")
-    rl.add_argument("--beta", type=non_negative_float, default=0.05, help="initial weight of the KL to the reference")
+    rl.add_argument("--beta", type=non_negative_float, default=0.05, help="initial weight of the KL penalty")
     rl.add_argument(
         "--kl_target", type=positive_float, default=0.05, help="target KL that the weight adapts to, nats/token"
     )
@@ -74,7 +74,7 @@ def check(args) -> None:
     if args.packing:
         raise UserError("--packing: each answer has a row to itself; leave it out")
     if not args.rewards and not args.reward_model:
-        raise UserError("--rewards names no rule: name one, or a --reward_model")
+        raise UserError("--rewards is empty: name a rule, or give a --reward_model")
     if args.max_new_tokens >= args.max_seq_len:
         raise UserError(f"--max_new_tokens {args.max_new_tokens} leaves no room for a question in --max_seq_len")
     if args.deepspeed:

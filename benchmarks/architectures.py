@@ -3,11 +3,11 @@
     python -m benchmarks.architectures --data_path dataset/demo/pretrain_hq.jsonl --row gqa --seed 1
     python -m benchmarks.architectures --data_path dataset/demo/pretrain_hq.jsonl --row mla --seed 1 --steps 300
 
-A call trains one row with one seed and prints the table of all that is there so far; a call that was stopped goes on
-where it last saved, and one that was finished only prints. Rows have equal parameters, what multi-token prediction
-needs in training alone excepted. All see the same text in the same order: for the same minutes, or with --steps the
-same tokens. Minutes are those that the processor computed, on a CPU summed over its cores, so that other work on the
-machine costs nothing; on a GPU they are the clock's. Bits per byte are of every hundredth sample, which no row learns.
+Each call trains one row with one seed and prints the table of all results so far; an interrupted call continues from
+its last save, and a finished one only prints. All rows have the same number of parameters, apart from the modules that
+multi-token prediction needs only in training. All see the same text in the same order, for the same minutes or, with
+--steps, the same tokens. Minutes are CPU time summed over the cores, so that other work on the machine does not count;
+on a GPU they are wall-clock time. Bits per byte are measured on every hundredth sample, which no row is trained on.
 """
 
 import json
@@ -62,9 +62,9 @@ def get_args():
     parser.add_argument("--data_path", required=True, help="pretraining texts, jsonl")
     parser.add_argument("--row", choices=ROWS, required=True)
     parser.add_argument("--seed", type=non_negative_int, default=1)
-    parser.add_argument("--minutes", type=positive_float, default=4.0, help="of computing")
-    parser.add_argument("--steps", type=non_negative_int, default=0, help="in place of minutes; 0: minutes count")
-    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows of a step")
+    parser.add_argument("--minutes", type=positive_float, default=4.0, help="compute time")
+    parser.add_argument("--steps", type=non_negative_int, default=0, help="steps instead of minutes; 0: use --minutes")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
     parser.add_argument("--max_seq_len", type=positive_int, default=256, help="row length in tokens")
     parser.add_argument("--learning_rate", type=positive_float, default=2e-3)
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="muon")
@@ -114,7 +114,7 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done = {name: state[name] for name in done}
-        print(f"goes on after {done['seconds'] / 60:.1f} minutes, {done['steps']} steps", flush=True)
+        print(f"continuing after {done['seconds'] / 60:.1f} minutes, {done['steps']} steps", flush=True)
     saved = done["seconds"]
 
     def part() -> float:
@@ -206,8 +206,8 @@ def measure(args, folder: Path) -> None:
 
 def table(results: list[dict]) -> str:
     """The rows side by side, mean and deviation over the seeds."""
-    heads = ("row", "parameters", "cached, bytes a token (fp32)", "seeds", "tokens seen", "bits per byte")
-    heads += ("largest violation", "drafts kept", "tokens a pass")
+    heads = ("row", "parameters", "cache, bytes per token (fp32)", "seeds", "tokens seen", "bits per byte")
+    heads += ("largest violation", "drafts accepted", "tokens per pass")
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for row in ROWS:
         own = [result for result in results if result["row"] == row]
@@ -244,7 +244,7 @@ def plot(results: list[dict], image: Path) -> None:
             axes.plot([largest_violation(loads) for loads in result["loads"]], label=result["row"], linewidth=0.8)
     if not drawn:
         return
-    axes.set(xlabel="optimizer step", ylabel="largest violation", title="tokens of the fullest expert above the mean")
+    axes.set(xlabel="optimizer step", ylabel="largest violation", title="load of the busiest expert above the mean")
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(image) as temporary:

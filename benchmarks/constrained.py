@@ -1,11 +1,11 @@
-"""Answers of a given form: how many are valid, from random weights, and what the form costs in tokens per second.
+"""Structured output: how many answers of random weights are valid, and what the constraint costs in tokens per second.
 
     python -m benchmarks.constrained                  1,000 answers to fifty schemas, then sixteen at once, 26M, fp32
-    python -m benchmarks.constrained --answers 0 --dim 768 --n_layers 16      the speed alone, of another size
+    python -m benchmarks.constrained --answers 0 --dim 768 --n_layers 16      only the speed, of another size
 
-The schemas are of the kinds that people ask for, all bounded, so that even random tokens come to an end. An answer
-counts as valid if it is JSON that jsonschema accepts. For the speed the same engine writes free text, JSON, and JSON
-that is so near its end that every token is watched, in turn, round after round; a figure is the median of the rounds.
+The schemas are typical ones, all bounded, so that even random tokens come to an end. An answer counts as valid if it is
+JSON that jsonschema accepts. For the speed, the same engine generates free text, JSON, and JSON so near its end that
+every token is watched, in turn, round after round; each figure is the median of the rounds.
 """
 
 import json
@@ -151,10 +151,10 @@ def tokens_per_second(engine: Engine, constraint: Constraint | None, tokens: int
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--answers", type=non_negative_int, default=1000, help="answers to the fifty schemas; 0: none")
+    parser.add_argument("--answers", type=non_negative_int, default=1000, help="answers to validate; 0: none")
     parser.add_argument("--dim", type=positive_int, default=512)
     parser.add_argument("--n_layers", type=positive_int, default=8)
-    parser.add_argument("--tokens", type=positive_int, default=100, help="tokens of an answer whose speed is measured")
+    parser.add_argument("--tokens", type=positive_int, default=100, help="tokens per answer in the speed test")
     parser.add_argument("--rounds", type=positive_int, default=5)
     add_device_argument(parser)
     args = parser.parse_args()

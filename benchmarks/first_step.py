@@ -1,11 +1,10 @@
-"""How soon a pretraining takes its first step: at its first start, which tokenises and compiles, and at the next ones.
+"""Time to the first training step: at the first start, which tokenizes and compiles, and at later starts.
 
     python -m benchmarks.first_step --data_path ../shared/data/pretrain_hq.jsonl
     python -m benchmarks.first_step --data_path ../shared/data/pretrain_hq.jsonl -- --compile 1 --batch_size 8
 
-The time is from the start of a process to its first step, imports included; "of cores" is what the processor computed
-in all. The first start has a copy of the data that was never seen, and an empty folder for compiled code. What follows
--- is given to train_pretrain.py.
+The time runs from the start of the process to its first step, imports included; CPU time is summed over the cores. The
+first start has a fresh copy of the data and an empty compile cache. Flags after -- are passed to train_pretrain.py.
 """
 
 import os
@@ -24,7 +23,7 @@ from trainer.errors import UserError, run_main
 def get_args():
     parser = Parser(__doc__)
     parser.add_argument("--data_path", type=Path, required=True, help="pretraining texts, jsonl")
-    parser.add_argument("--starts", type=positive_int, default=3, help="one after another")
+    parser.add_argument("--starts", type=positive_int, default=3, help="how many starts, one after another")
     parser.add_argument("flags", nargs="*", help="further flags of train_pretrain.py, after --")
     return parser.parse_args()
 
@@ -40,7 +39,7 @@ def main():
         flags = ["--data_path", str(data), "--out_dir", str(Path(folder) / "out"), *args.flags]
         for number in range(1, args.starts + 1):
             found = run_to_first_step(flags)
-            print(f"start {number}: first step after {found['seconds']:.1f} s ({found['cpu']:.1f} s of cores in all)")
+            print(f"start {number}: first step after {found['seconds']:.1f} s ({found['cpu']:.1f} s CPU time)")
 
 
 if __name__ == "__main__":

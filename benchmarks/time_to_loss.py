@@ -1,13 +1,13 @@
-"""Which recipe learns fastest: held-out bits per byte after equal tokens, and the seconds of computing that they took.
+"""Which recipe learns fastest: held-out bits per byte after equal tokens, and the compute time that they took.
 
     python -m benchmarks.time_to_loss --data_path ../shared/data/pretrain_hq.jsonl --variant muon --seed 1
     python -m benchmarks.time_to_loss --data_path ../shared/data/pretrain_hq.jsonl --variant polar --seed 1
     python -m benchmarks.time_to_loss --data_path ../shared/data/pretrain_hq.jsonl --table
 
-A call trains one variant with one seed, or goes on where it last saved, and prints the table of all that is there so
-far. A seed draws the weights and the order of the rows, for every variant the same, so that variants are compared seed
-by seed. Seconds are those that the process computed, of all its threads together on a CPU, so that other work on the
-machine costs nothing. What is measured: bits per byte on every hundredth sample, which no variant learned from.
+Each call trains one variant with one seed, or continues from its last save, and prints the table of all results so
+far. A seed sets the initial weights and the order of the rows, the same for every variant, so that variants are
+compared seed by seed. On a CPU, seconds are the CPU time of all threads, so that other work on the machine does not
+count. Bits per byte are measured on every hundredth sample, which no variant is trained on.
 """
 
 import json
@@ -68,10 +68,10 @@ VARIANTS = {
     "stable_average": Variant(
         "no decay, the last fifth averaged", schedule=partial(wsd_schedule, decay=0.0), averages=True
     ),
-    "normuon_polar": Variant("NorMuon by Polar Express", options=NEURONS | POLAR),
+    "normuon_polar": Variant("NorMuon with Polar Express", options=NEURONS | POLAR),
     "normuon_cautious": Variant("NorMuon, cautious weight decay", options=NEURONS | CAUTIOUS),
     "normuon_wsd": Variant("NorMuon; warm-up, stable, decay", options=NEURONS, schedule=wsd_schedule),
-    "all": Variant("NorMuon by Polar Express, cautious decay", options=NEURONS | POLAR | CAUTIOUS),
+    "all": Variant("NorMuon with Polar Express, cautious decay", options=NEURONS | POLAR | CAUTIOUS),
 }
 
 
@@ -79,11 +79,11 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("--data_path", type=Path, required=True, help="pretraining texts, jsonl")
     parser.add_argument("--variant", choices=VARIANTS, default="muon")
-    parser.add_argument("--table", action=BooleanFlag, help="train nothing, print what is there")
+    parser.add_argument("--table", action=BooleanFlag, help="only print the results so far")
     parser.add_argument("--seed", type=non_negative_int, default=1)
     parser.add_argument("--size", choices=SIZES, default="7M", help="dim 128, 256 or 512, 8 layers")
-    parser.add_argument("--tokens", type=positive_int, default=400_000, help="to learn from, counted in whole rows")
-    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows of a step")
+    parser.add_argument("--tokens", type=positive_int, default=400_000, help="training tokens, in whole rows")
+    parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
     parser.add_argument("--max_seq_len", type=positive_int, default=512, help="row length in tokens")
     parser.add_argument("--learning_rate", type=positive_float, default=2e-3)
     parser.add_argument("--warmup_iters", type=non_negative_int, default=10)
@@ -110,7 +110,7 @@ def train(variant: Variant, model: MiniMindLM, rows: PretrainDataset, here: Runt
         for name, part in parts.items():
             part.load_state_dict(state[name])
         about = state["about"]
-        print(f"goes on after step {about['steps']}", flush=True)
+        print(f"continuing after step {about['steps']}", flush=True)
     steps = math.ceil(args.tokens / (args.batch_size * args.max_seq_len))
     loader = StepLoader(rows, args.batch_size, 1, 1_000_000, args.seed)
     model.train()
@@ -170,7 +170,7 @@ def table(results: list[dict]) -> str:
     for result in results:
         by_variant.setdefault(result["variant"], {})[result["seed"]] = result
     base = by_variant.get("muon", {})
-    head = f"{'variant':<17}{'seeds':>6}{'bits per byte':>18}{'minus that of muon':>20}{'seconds':>9}{'optimizer':>11}"
+    head = f"{'variant':<17}{'seeds':>6}{'bits per byte':>18}{'minus muon':>20}{'seconds':>9}{'optimizer':>11}"
     lines = []
     for name, by_seed in by_variant.items():
         bits = {seed: result["eval_bits_per_byte"] for seed, result in by_seed.items()}
@@ -198,7 +198,7 @@ def main():
         measure(args, result_file)
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_seed_*.json"))]
     if not results:
-        raise UserError(f"{folder} holds no result yet: leave out --table")
+        raise UserError(f"{folder} holds no results yet: leave out --table")
     said = table(results)
     with replacing(folder / "table.txt") as temporary:
         temporary.write_text(said + "\n", encoding="utf-8")

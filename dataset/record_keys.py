@@ -1,9 +1,9 @@
-"""Which keys the lines of data files may have, and what stands at one of them.
+"""Which keys the lines of data files may have, and reading the value of one.
 
-No key of a line is passed over in silence. A set of keys says which ones of an object are used and which are refused,
+No key of a line is silently ignored. A set of keys says which ones of an object are used and which are refused,
 since leaving them out would change the training; the others, which mean nothing here (an id, a source, a score), are
-counted by name in `ignored`. A refused key that is null or empty says nothing, and is counted, too. Keys that differ
-from ours in letter case or underscores alone ("System", "toolCalls") mean the same, and are refused.
+counted by name in `ignored`. A refused key that is null or empty says nothing, and is only counted. Keys that differ
+from ours only in letter case or underscores ("System", "toolCalls") mean the same, and are refused.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ class Keys(NamedTuple):
             ignored[key + where] += 1
 
     def _why_refused(self, key: str) -> str | None:
-        ours = {name: f'its name here is "{name}"' for name in (*self.needed, *self.used)}
+        ours = {name: f'it is spelled "{name}"' for name in (*self.needed, *self.used)}
         return next((why for name, why in (ours | self.refused).items() if _letters(name) == _letters(key)), None)
 
 
@@ -51,7 +51,7 @@ def _letters(key: str) -> str:
 
 
 CALLS_IN_TURNS = dict.fromkeys(("tool_calls", "function_call"), "it belongs in a turn, not in the line")
-TOOLS_IN_LINE = {"functions": 'what a turn calls is its "tool_calls", what may be called are the line\'s "tools"'}
+TOOLS_IN_LINE = {"functions": 'a turn has its calls in "tool_calls"; the available tools are the line\'s "tools"'}
 NO_WEIGHT = dict.fromkeys(("weight", "train"), "it belongs in a turn, not in the line")
 NO_PICTURES = dict.fromkeys(("image", "images"), "only train_pretrain_vlm.py and train_sft_vlm.py train on pictures")
 NO_MEDIA = dict.fromkeys(("video", "videos", "audio", "audios"), "only text and pictures are supported")
@@ -82,7 +82,7 @@ PICTURES = Keys(("conversations",), ("system", "prompt", "image", *IN_LINE), {**
 PAIR = Keys(
     ("chosen", "rejected"),
     ("prompt", "system", *IN_LINE),
-    {**CHAT.refused, "conversations": 'the key for what both answer is "prompt"'},
+    {**CHAT.refused, "conversations": 'the key for the turns that both answer is "prompt"'},
 )
 QUESTION = Keys(
     ("question",),

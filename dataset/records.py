@@ -299,7 +299,7 @@ def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
     if chat[0]["role"] == "assistant":
         other = next((name for name in OTHER_PROMPTS if not says_nothing(record.get(name))), None)
         if other and not prompt:
-            raise BadRecord(f'the key "{other}" is refused: the key for what both answer is "prompt"')
+            raise BadRecord(f'the key "{other}" is refused: the key for the turns that both answer is "prompt"')
         return prompt + chat
     if not _begins_with(chat, prompt):
         raise BadRecord(f'"{key}" begins neither with an answer nor with the "prompt"')

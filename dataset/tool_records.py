@@ -1,8 +1,8 @@
-"""Tools in a line of a data file, in the shapes that people have, as the one shape that is rendered.
+"""Tools in a line of a data file: the common formats, converted to the one that is rendered.
 
-What may be called stands in the line ("tools", the older "functions") or in the system turn, as MiniMind-3's files have
-it; a call in an assistant's turn ("tool_calls", the older "function_call"); each as JSON, or as the text of it. What
-comes back is a turn of the role "tool", or the older "function".
+Available tools are in the line ("tools", the older "functions") or in the system turn, as in MiniMind-3's files; calls
+are in an assistant's turn ("tool_calls", the older "function_call"); both as JSON, or as a string of JSON. A result is
+a turn with the role "tool", or the older "function".
 """
 
 import json
@@ -31,7 +31,7 @@ def read_tools(found: dict[str, Any]) -> list[dict]:
         raise BadRecord('"tools" and "functions" differ')
     names = [tool["name"] for tool in lists[0]]
     if double := next((name for name in names if names.count(name) > 1), None):
-        raise BadRecord(f'two of the tools have the name "{double}"')
+        raise BadRecord(f'two tools have the name "{double}"')
     return lists[0]
 
 
@@ -96,13 +96,13 @@ def _without_ids(turn: dict) -> dict:
 def _list_of(found: dict[str, Any], key: str, read: Callable[[object, str], dict]) -> list[dict]:
     entries = _parsed(found, key)
     if not isinstance(entries, list):
-        raise BadRecord(f'"{key}" is neither a list nor the JSON of one')
+        raise BadRecord(f'"{key}" is neither a list nor a list as JSON text')
     return list(_each(entries, key, read))
 
 
 def _each(entries: list, key: str, read: Callable[[object, str], dict]) -> Iterator[dict]:
     for number, entry in enumerate(entries, 1):
-        yield read(entry, f'{number} of "{key}"')
+        yield read(entry, f'entry {number} of "{key}"')
 
 
 def _parsed(found: dict[str, Any], key: str) -> object:
@@ -111,7 +111,7 @@ def _parsed(found: dict[str, Any], key: str) -> object:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
-            raise BadRecord(f'"{key}" is a text, and not the JSON of anything') from None
+            raise BadRecord(f'"{key}" is a text that is not valid JSON') from None
     return value
 
 
@@ -130,7 +130,7 @@ def _call(entry: object, where: str) -> Call:
         raise BadRecord(f'{where} is not an object with a "name", or with one in its "function"')
     arguments = parse_arguments(function.get("arguments"))
     if arguments is None:
-        raise BadRecord(f'{where}: its "arguments" are neither an object nor the JSON of one')
+        raise BadRecord(f'{where}: its "arguments" are neither an object nor an object as JSON text')
     call = {"name": function["name"], "arguments": arguments}
     _check_text(call, where)
     return call | ({"id": entry["id"]} if entry.get("id") is not None else {})

@@ -1,10 +1,10 @@
 """Experts balanced without an auxiliary loss (Wang et al. 2024, arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437,
-section 2.1.2), whose gradient would pull at the language model's own.
+section 2.1.2), whose gradient would interfere with the language model's own.
 
-Each expert has a bias, which is added to its score where a token's experts are chosen, and nowhere else: their outputs
-are weighed by the scores as they are. After each step the bias of experts that had more than the mean of tokens is
-lowered by a small fixed amount, and that of the others raised (`trainer.balancing`). Scores are sigmoids, as in V3:
-unlike those of a softmax they do not compete, and a bias means the same for each.
+Each expert has a bias, which is added to its score only when a token's experts are chosen: their outputs are weighted
+by the unbiased scores. After each step the bias of experts that received more than the mean number of tokens is lowered
+by a small fixed amount, and that of the others raised (`trainer.balancing`). Scores are sigmoids, as in V3: unlike
+those of a softmax they do not compete, so a bias means the same for every expert.
 """
 
 import torch
@@ -20,7 +20,7 @@ class BiasedRouter(Router):
 
     Attributes:
         expert_bias: (n_routed_experts,) fp32, a buffer, saved with the weights.
-        load: (n_routed_experts,) int64, the tokens that each expert was given in training since this was set to None.
+        load: (n_routed_experts,) int64, tokens that each expert received in training since this was set to None.
     """
 
     def __init__(self, config: LMConfig):
@@ -35,7 +35,7 @@ class BiasedRouter(Router):
 
     @torch.compiler.disable  # how many tokens are not padding is data-dependent: no static graph
     def count(self, chosen: Tensor, non_padding: Tensor | None) -> None:
-        """Add to the load what was chosen (batch, n, k); non_padding (batch, n) bool or None for no padding."""
+        """Add the chosen experts (batch, n, k) to the load; non_padding (batch, n) bool or None for no padding."""
         chosen = chosen if non_padding is None else chosen[non_padding]
         load = torch.bincount(chosen.flatten(), minlength=len(self.expert_bias))
         self.load = load if self.load is None else self.load + load
@@ -49,7 +49,7 @@ class BalancedMoE(MoEFeedForward):
         self.gate = BiasedRouter(config)
 
     def forward(self, x: Tensor, non_padding: Tensor | None) -> tuple[Tensor, None]:
-        """x (batch, n, dim), non_padding (batch, n) bool or None for no padding -> same shape, and None in place of an
+        """x (batch, n, dim), non_padding (batch, n) bool or None for no padding -> same shape, and None instead of an
         auxiliary loss."""
         batch, n, dim = x.shape
         tokens = x.reshape(-1, dim)

@@ -1,16 +1,16 @@
-"""Multi-head latent attention, MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values of all heads are made
-of one small vector a token, the latent, and that is all the cache holds of them.
+"""Multi-head latent attention, MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values of all heads are
+projected from one small vector per token, the latent, which is all that the cache holds of them.
 
     latent  = norm(W_down x)                    (kv_latent_dim)
     k_h     = [W_up,k,h latent; k_rope]         (head_dim + rope_head_dim), k_rope the same for all heads
     v_h     = W_up,v,h latent                   (head_dim)
 
-The latent takes no rotation: between W_up and a rotated query it would stand in the way. So a part of its own of each
-query, and one key for all heads, carry the positions ("decoupled RoPE").
+The latent is not rotated: a rotation between W_up and the query would prevent absorbing W_up. Instead, a separate part
+of each query and one key shared by all heads carry the positions ("decoupled RoPE").
 
-A query's product with a key is q_h · W_up,k,h latent = (W_up,k,h^T q_h) · latent. While tokens are decoded one by one
-the matrices are absorbed like this: each head's query looks at the latents themselves, which are keys and values of a
-single head, and W_up,v comes after the attention. With many queries, as in training, making the keys costs less.
+A query's product with a key is q_h · W_up,k,h latent = (W_up,k,h^T q_h) · latent. During decoding the matrices are
+absorbed in this way: each head's query attends to the latents themselves, which serve as keys and values of a single
+head, and W_up,v is applied after the attention. With many queries, as in training, computing the keys is cheaper.
 """
 
 import math
@@ -25,8 +25,8 @@ from model.norm import RMSNorm
 
 
 class LatentAttention(GroupedAttention):
-    """Self-attention whose cache holds kv_latent_dim + rope_head_dim numbers a token; queries are not compressed, as in
-    DeepSeek-V2-Lite."""
+    """Self-attention whose cache holds kv_latent_dim + rope_head_dim numbers per token; queries are not compressed, as
+    in DeepSeek-V2-Lite."""
 
     def __init__(self, config: LMConfig, layer: int):
         super().__init__(config, layer)
@@ -60,7 +60,7 @@ class LatentAttention(GroupedAttention):
         """Attention over keys and values of every head.
 
         Args:
-            q, q_rope: (batch, n, n_heads, head_dim) and (…, rope_head_dim), what is rotated and what is not.
+            q, q_rope: (batch, n, n_heads, head_dim), not rotated, and (…, rope_head_dim), rotated.
             latent, k_rope: (batch, length, kv_latent_dim) and (…, rope_head_dim).
 
         Returns:
@@ -73,7 +73,7 @@ class LatentAttention(GroupedAttention):
         return self.mix(torch.cat((q, q_rope), -1), torch.cat((k, k_rope), -1), v, mask, None)
 
     def absorbed(self, q: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
-        """The same, of one query (n = 1), over the latents themselves."""
+        """The same for a single query (n = 1), over the latents themselves."""
         # the identity, sent through the layer, comes out as its matrix, also where an adapter adds to it
         up = self.wkv_up(torch.eye(self.latent_dim, device=q.device, dtype=latent.dtype))
         up_k, up_v = up.unflatten(1, (self.n_heads, 2, -1)).unbind(2)  # (kv_latent_dim, n_heads, head_dim) each

@@ -1,15 +1,15 @@
-"""Multi-token prediction: in training, modules behind the last block also predict the tokens after the next one.
+"""Multi-token prediction: in training, modules after the last block also predict the tokens beyond the next one.
 
-Sequential, as in DeepSeek-V3 (arXiv:2412.19437, section 2.2): module k reads what module k - 1 made of each place (the
-first one, what the last block did) beside the embedding of the token k places on, and so knows all tokens before the
-one that it predicts:
+Sequential, as in DeepSeek-V3 (arXiv:2412.19437, section 2.2): module k reads the hidden state of module k - 1 at each
+position (the first one, that of the last block) and the embedding of the token k positions later, and so sees all
+tokens before the one that it predicts:
 
     h_k[i] = block_k(merge_k [norm h_(k-1)[i]; norm embedding(token[i + k])])  ->  token[i + k + 1]
 
-Parallel, as Gloeckle et al. 2024 (arXiv:2404.19737): each module is a block on what the last block made, and must do
-without the tokens in between. Embedding and output matrix are the model's own in both.
+Parallel, as in Gloeckle et al. 2024 (arXiv:2404.19737): each module is a block on the output of the last block and does
+not see the tokens in between. Both share the model's embedding and output matrix.
 
-At inference the modules are left out, or guess the next tokens for the model to check: `model.self_speculation`.
+At inference the modules are left out, or draft tokens for the model to verify: `model.self_speculation`.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from model.norm import RMSNorm
 
 
 class MultiTokenModule(nn.Module):
-    """One further token. `merge` and the two norms before it only where the modules are sequential."""
+    """Predicts one further token. Only sequential modules have `merge` and the two norms before it."""
 
     def __init__(self, config: LMConfig, block: nn.Module):
         super().__init__()
@@ -46,8 +46,8 @@ class MultiTokenModule(nn.Module):
         non_padding: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """h (batch, n, dim), and if it is sequential the later tokens' embeddings (batch, n, dim) -> the next h, and
-        the auxiliary loss of its block or None."""
+        """h (batch, n, dim) and, if sequential, the later tokens' embeddings (batch, n, dim) -> the next h, and the
+        auxiliary loss of its block or None."""
         if self.sequential:
             h = self.merge(torch.cat((self.hidden_norm(h), self.embedding_norm(embeddings)), dim=-1))
         return self.block(h, rope, mask, non_padding, cache)
@@ -60,7 +60,7 @@ class MultiTokenPrediction(nn.ModuleList):
         make_block: makes a block; each has a cache of its own, in which it is layer 0.
 
     Attributes:
-        weight: of the modules' mean loss beside the model's own; 0: they do not run.
+        weight: of the modules' mean loss relative to the model's own; 0: they do not run.
     """
 
     def __init__(self, config: LMConfig, make_block: Callable[[], nn.Module]):
@@ -69,7 +69,7 @@ class MultiTokenPrediction(nn.ModuleList):
         self.requires_grad_(False)
 
     def learn(self, weight: float) -> None:
-        """Train them from now on, with this weight."""
+        """Unfreeze the modules and train them with this weight."""
         self.weight = weight
         self.requires_grad_(weight > 0)
 
@@ -85,10 +85,10 @@ class MultiTokenPrediction(nn.ModuleList):
         """The modules' cross-entropies over the target tokens.
 
         Args:
-            h: (batch, n, dim), what the last block made, before the final norm.
+            h: (batch, n, dim), the output of the last block, before the final norm.
             input_ids: (batch, n) int64, also the targets.
-            learned: (batch, n) bool, the places whose next token counts. A module's place counts if those of all
-                modules before it do: it predicts within one sample.
+            learned: (batch, n) bool, the positions whose next token is a target. A module's position counts only if
+                those of all modules before it do, so it predicts within one sample.
             embed, output: the model's.
             block_inputs: `rope`, `mask` and `non_padding` as the blocks have them.
 

@@ -1,12 +1,12 @@
 """QLoRA's frozen weights in four bits, from scratch (Dettmers et al. 2023, arXiv:2305.14314): NF4, doubly quantised.
 
-Trained weights are about normally distributed. NF4 ("4-bit NormalFloat") therefore takes for its 16 values quantiles of
-the normal distribution, between which equally many weights lie. Each block of 64 weights is divided by its largest
-absolute value, its scale, and each weight becomes the nearest of the 16 values. The scales, too, are quantised: 256 of
-them, less the mean of all, share an fp32 scale and take 8 bits each. A weight costs 4 bits, 8/64 for the scale of its
-block and 32/(64 * 256) for that scale's own: 4.127 bits, or 0.516 bytes.
+Trained weights are roughly normally distributed. The 16 values of NF4 ("4-bit NormalFloat") are therefore quantiles
+of the normal distribution, so that equally many weights lie between them. Each block of 64 weights is divided by its
+largest absolute value, its scale, and each weight becomes the nearest of the 16 values. The scales are quantised too:
+groups of 256, less the mean of all, share an fp32 scale and take 8 bits each. A weight costs 4 bits, 8/64 for the scale
+of its block and 32/(64 * 256) for that scale's own: 4.127 bits, or 0.516 bytes.
 
-Nothing computes in 4 bits: a layer dequantises its matrix when it is multiplied, forward and backward, and forgets it.
+Nothing is computed in 4 bits: a layer dequantises its matrix when it is used, forward and backward, and discards it.
 """
 
 from statistics import NormalDist
@@ -43,10 +43,10 @@ NF4 = _normal_float()
 
 
 class NF4Weight(nn.Module):
-    """A frozen matrix in NF4, with doubly quantised scales.
+    """A frozen matrix in NF4, with double-quantised scales.
 
     Buffers, for n weights in b = n / BLOCK blocks, row by row:
-        codes: uint8 (n / 2,), two indices into NF4 a byte, the first in the upper half.
+        codes: uint8 (n / 2,), two indices into NF4 per byte, the first in the upper half.
         scales: int8 (b,), -127 … 127: a block's scale is `mean + scales * outer / 127`.
         outer: fp32 (ceil(b / SCALE_BLOCK),), the largest distance from `mean` of each SCALE_BLOCK scales.
         mean: fp32 (1,), of all scales. They are positive, and without it half of the int8's range would be unused.
@@ -61,7 +61,7 @@ class NF4Weight(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         if weight.numel() % BLOCK:
-            raise ValueError(f"nf4 takes matrices whose size is a multiple of {BLOCK} weights, not {weight.numel()}")
+            raise ValueError(f"nf4 needs matrices with a multiple of {BLOCK} weights, not {weight.numel()}")
         self.shape = weight.shape
         blocks = weight.detach().float().reshape(-1, BLOCK)
         scale = blocks.abs().amax(1)
@@ -79,7 +79,7 @@ class NF4Weight(nn.Module):
         self.register_buffer("mean", mean)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix (out, in) that the codes stand for."""
+        """The dequantised matrix (out, in)."""
         return dequantize(self.codes, self.scales, self.outer, self.mean, self.shape, dtype)
 
 
@@ -95,8 +95,8 @@ def dequantize(
 
 
 class NF4Product(torch.autograd.Function):
-    """x W^T with W frozen in NF4. For the backward the codes are kept, not what they were dequantised to: an ordinary
-    product would keep every layer's matrix in full until then."""
+    """x W^T with W frozen in NF4. The codes are saved for the backward pass, not the dequantised matrix: an ordinary
+    product would keep every layer's full matrix until then."""
 
     @staticmethod
     def forward(
@@ -109,7 +109,7 @@ class NF4Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of x alone, (..., in)."""
+        """The gradient of x, (..., in); W has none."""
         weight = dequantize(*ctx.saved_tensors, ctx.shape, grad.dtype)
         return (grad @ weight).to(ctx.dtype), None, None, None, None, None
 
@@ -135,7 +135,7 @@ class NF4Linear(nn.Linear):
 
 
 class NF4LoRALinear(NF4Linear, LoRALinear):
-    """A LoRALinear whose matrix is frozen in NF4: gradients reach its update alone."""
+    """A LoRALinear whose matrix is frozen in NF4: only its update gets gradients."""
 
     def __init__(self, layer: LoRALinear):
         NF4Linear.__init__(self, layer)
@@ -149,9 +149,9 @@ class NF4LoRALinear(NF4Linear, LoRALinear):
     def merge(self) -> None:
         """
         Raises:
-            ValueError: always. What is quantised cannot be added to; the adapter fits the base as it was saved.
+            ValueError: always. Quantised weights cannot be added to; the adapter belongs to the base as it was saved.
         """
-        raise ValueError("weights in nf4 take no update: load the base as it was saved, and merge into that")
+        raise ValueError("nf4 weights cannot be merged into: load the base as it was saved and merge into that")
 
     def plain(self) -> nn.Linear:
         """A Linear with the dequantised weight, without the update."""
@@ -161,13 +161,13 @@ class NF4LoRALinear(NF4Linear, LoRALinear):
 
 
 def quantize_nf4(model: nn.Module) -> None:
-    """Freeze in NF4 every Linear of the model's blocks, in place, with an adapter on it or not.
+    """Freeze every Linear of the model's blocks in NF4, in place, with or without an adapter.
 
     The embedding, which is also the output matrix, norms and routers stay as they are: all but the embedding are small,
     and each row of that is a token.
 
     Raises:
-        ValueError: a matrix cannot be quantised; nothing is changed then.
+        ValueError: a matrix cannot be quantised; the model is then unchanged.
     """
     made = {
         name: (NF4LoRALinear if isinstance(layer, LoRALinear) else NF4Linear)(layer)

@@ -1,8 +1,8 @@
 """Self-speculation: a model's multi-token modules guess the next tokens, and the model checks them (Gloeckle et al.
 2024, arXiv:2404.19737, section 3.2; the check: Leviathan et al. 2023, arXiv:2211.17192).
 
-One pass of the model reads its own next token and the guesses behind it, and says what it would have written after
-each. Guesses count up to the first wrong one, so the text is token for token what the model writes alone.
+One pass of the model reads its own next token and the draft after it, and predicts the token after each. The draft is
+accepted up to the first wrong token, so the text equals ordinary greedy decoding token for token.
 """
 
 from dataclasses import dataclass, field
@@ -17,11 +17,11 @@ from model.model import MiniMindLM
 
 @dataclass
 class Drafted:
-    """A text that was written with drafts.
+    """A text generated with drafts.
 
-    guessed, right: of each module, how many tokens it guessed, and how many of them are in the text, after all that
-        were guessed before them in the same draft.
-    passes: of the model over the text; without drafts there is one for each token.
+    guessed, right: per module, the number of drafted tokens, and how many of them were accepted (together with all
+        earlier tokens of the same draft).
+    passes: forward passes of the model; without drafts there is one per token.
     """
 
     tokens: list[int] = field(default_factory=list)
@@ -31,15 +31,15 @@ class Drafted:
 
 
 class _Reader:
-    """Reads places of a text and keeps what their attention needs: the model, or module k of its multi-token modules.
+    """Reads positions of a text and caches their keys and values: the model, or module k of its multi-token modules.
 
-    Module k at place i reads the token at i + k and guesses the one at i + k + 1.
+    Module k at position i reads the token at i + k and drafts the one at i + k + 1.
     """
 
     def __init__(self, model: MiniMindLM, k: int):
         self.model, self.k = model, k
         self.cache: KVCache | None = None
-        self.unread: Tensor | None = None  # (1, places, dim) of a module, what the one before made of the next places
+        self.unread: Tensor | None = None  # of a module: (1, positions, dim), the outputs of the one before
 
     @property
     def length(self) -> int:
@@ -49,11 +49,11 @@ class _Reader:
         self.cache = self.cache.shortened(length)
 
     def hand(self, h: Tensor) -> None:
-        """Give a module what there is of further places."""
+        """Give a module the hidden states of further positions."""
         self.unread = h if self.unread is None else torch.cat((self.unread, h), dim=1)
 
     def read_tokens(self, tokens: list[int]) -> tuple[Tensor, list[int]]:
-        """The model: its next tokens -> what its last block made of them (1, n, dim), and the likeliest one after
+        """The model: the next tokens of the text -> their last hidden states (1, n, dim), and the likeliest token after
         each."""
         seen: list[Tensor] = []
         hook = self.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -66,10 +66,10 @@ class _Reader:
         return seen[0], out.logits[0].argmax(-1).tolist()
 
     def guess(self, ids: list[int]) -> tuple[int, Tensor]:
-        """A module: read what is unread -> the token guessed, and what it made of those places (1, n, dim).
+        """A module: read the unread positions -> the drafted token, and their hidden states (1, n, dim).
 
         Args:
-            ids: the text, and what the modules before this one have guessed of it.
+            ids: the text, followed by the tokens that the modules before this one have drafted.
         """
         model, module, start = self.model, self.model.mtp[self.k - 1], self.length
         n = self.unread.size(1)
@@ -91,11 +91,11 @@ class _Reader:
 
 @torch.inference_mode()
 def write_with_drafts(model: MiniMindLM, prompt: list[int], max_new_tokens: int, stop: int | None = None) -> Drafted:
-    """Write greedily, the model in eval mode, with the drafts of its own modules.
+    """Generate greedily with drafts of the model's own modules. The model must be in eval mode.
 
     Args:
-        prompt: token ids, one at least.
-        stop: the id that ends the text; None: none does.
+        prompt: token ids, at least one.
+        stop: the id that ends the text; None: no such id.
 
     Raises:
         ValueError: the model has no modules; or prompt, text and drafts take more positions than it has.

@@ -1,8 +1,8 @@
-"""The demo's chat model learns to act: to call a calculator, a calendar, units and a table. `make demo-tools`.
+"""Teach the demo's chat model to call tools: a calculator, a calendar, unit conversion and a table. `make demo-tools`.
 
-It goes on from `make demo`, whose data and weights it uses (and makes where they are missing), and writes into
-out/demo/tools alone. What is there from an earlier call is used again. At the end one table says what the calls are
-worth: unseen sums and look-ups with tools and without, facts for which nothing should be called, calls that are valid.
+It continues from the data and weights of `make demo` (which it makes if they are missing) and writes only to
+out/demo/tools, where results of an earlier call are used again. A table at the end shows what the tools are worth:
+unseen sums and lookups with and without tools, factual questions with a needless call, and the share of valid calls.
 """
 
 import json
@@ -43,12 +43,12 @@ def main():
         ("then, with tools", weights, True),
     ):
         if name not in results:
-            print(f"\nexamining: {name} …", flush=True)
+            print(f"\nevaluating: {name} …", flush=True)
             found = tool_lessons.examine(examined, asked, with_tools)
             results[name] = tool_lessons.summary(asked, found)
             save_json(results, file)
     print(f"\nA conversation:\n{tool_lessons.conversation(weights, SHOWN)}")
-    print(f"\nOf unseen questions, greedy:\n{tool_lessons.table_of(results)}")
+    print(f"\nUnseen questions, greedy:\n{tool_lessons.table_of(results)}")
     print(f"training took {read_settings(weights)['seconds'] / 60:.1f} minutes")
     print(f"talk to it:   .venv/bin/python eval_model.py --out_dir {root} --dim 256 --temperature 0 --tools all")
 

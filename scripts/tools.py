@@ -1,6 +1,6 @@
 """The tools that a model can be given: list them, or call one by hand.
 
-python scripts/tools.py                                               each tool's schema, one a line
+python scripts/tools.py                                               each tool's schema, one per line
 python scripts/tools.py calculator '{"expression": "12 * 30"}'        calls it, as a model would
 python eval_model.py --tools calculator,calendar --prompt "…"         lets a model call them
 """
@@ -18,7 +18,7 @@ from trainer.errors import UserError, run_main
 def main():
     parser = Parser(__doc__)
     parser.add_argument("name", nargs="?", help="the tool to call (default: list all)")
-    parser.add_argument("arguments", nargs="?", default="{}", help="what to call it with, a JSON object")
+    parser.add_argument("arguments", nargs="?", default="{}", help="its arguments, a JSON object")
     args = parser.parse_args()
     tools = registry_of(["all"])
     if args.name is None:

@@ -1,4 +1,4 @@
-"""AdamW whose two moments are kept in 8 bits, from scratch: a quarter of the memory of its state."""
+"""AdamW with its two moments stored in 8 bits, from scratch: a quarter of the optimizer state's memory."""
 
 from collections.abc import Iterable
 from functools import cache
@@ -16,9 +16,9 @@ def code_book(signed: bool) -> tuple[float, ...]:
     """The 256 values of dynamic tree quantisation, ascending (Dettmers 2016, arXiv:1511.04561; Dettmers et al. 2022,
     arXiv:2110.02861, section 1.3).
 
-    Of a byte's bits, after the sign where there is one, z zeros say the power 10^-z, a one ends them, and the rest says
-    one of evenly spaced fractions between 0.1 and 1. So small numbers, which are the most, keep few digits but are
-    told apart over seven powers of ten. 0 and 1 have codes of their own.
+    After the sign bit, if there is one, z zero bits stand for the power 10^-z, a one ends them, and the remaining bits
+    select one of evenly spaced fractions between 0.1 and 1. So small numbers, the most common, have few digits but are
+    distinguished over seven orders of magnitude. 0 and 1 have codes of their own.
 
     Args:
         signed: -1 … 1, for the first moment; or 0 … 1 with twice as many fractions, for the second, which is positive.
@@ -35,10 +35,10 @@ def code_book(signed: bool) -> tuple[float, ...]:
 
 
 def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    """Blocks of BLOCK numbers, each over its largest absolute value, to the nearest value of the code book.
+    """Quantise blocks of BLOCK numbers, each scaled by its largest absolute value, to the nearest code book value.
 
-    A second moment above 0 is never rounded to 0: divided by its root, a first moment that is not would make a step of
-    any size. It takes the smallest value instead, which makes the step too small.
+    A positive second moment is never rounded to 0, since the first moment divided by its square root would give an
+    arbitrarily large step. It gets the smallest value instead, which makes the step too small.
 
     Args:
         x: fp32, of any shape.
@@ -58,15 +58,15 @@ def quantize(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    """The fp32 numbers (numbers,) that `quantize`'s result stands for."""
+    """The inverse of `quantize`: fp32 (numbers,)."""
     values = torch.tensor(code_book(signed), device=codes.device)
     return values[codes.int()] * scales.repeat_interleave(BLOCK)[: len(codes)]
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) whose moments are kept in 8 bits, block-wise (Dettmers et al.
-    2022, arXiv:2110.02861). For each tensor in turn they are dequantised, updated and quantised again; the arithmetic
-    is in fp32. A moment takes 1 + 4 / BLOCK bytes a parameter: together 2.03 where AdamW takes 8.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with moments stored in 8 bits, block-wise (Dettmers et al.
+    2022, arXiv:2110.02861). They are dequantised, updated and quantised again one tensor at a time; the arithmetic
+    is in fp32. Each moment takes 1 + 4 / BLOCK bytes per parameter: 2.03 for both, where AdamW takes 8.
 
     State of a parameter: `step`, and for each moment `NAME` either `NAME` in fp32, or `NAME_codes` and `NAME_scales`.
     """
@@ -104,7 +104,7 @@ class AdamW8bit(torch.optim.Optimizer):
         parameter.addcdiv_(m, root, value=-group["lr"] / (1 - beta1**step))
 
     def _moment(self, state: dict, name: str, like: Tensor) -> Tensor:
-        """A moment in fp32, of a copy of its own; zeros at the start."""
+        """A moment in fp32, as a separate copy; zeros at the start."""
         if name in state:
             return state[name].clone()
         if f"{name}_codes" in state:

@@ -1,8 +1,8 @@
 """The strongest plain peer: the same decoder with nothing but speed in mind.
 
-Queries, keys and values come of one product, gate and up of another; norms are `nn.RMSNorm`; attention is causal over
-whole rows, whatever lies in them; the loss is a part of the graph. It knows no padding, no samples, no cache, no
-names that anybody has published.
+Queries, keys and values come from one matrix product, gate and up from another; norms are `nn.RMSNorm`; attention is
+causal over whole rows, across samples; the loss is part of the graph. It has no padding, no sample boundaries, no cache
+and no published parameter names.
 """
 
 import torch

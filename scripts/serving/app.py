@@ -79,11 +79,11 @@ async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.R
         ApiError: its messages cannot be read, or the form that it asks for is not supported.
     """
     if opens_thought(body) and not lays_out_thinking(server.tokenizer):
-        raise ApiError(400, "open_thinking: this model's chats open no thought", "chat_template_kwargs")
+        raise ApiError(400, "open_thinking: this model's chat template has no thinking", "chat_template_kwargs")
     check_tools(body)
     constraint = await asyncio.to_thread(constraint_of, server, body)
     if constraint and opens_thought(body):
-        raise ApiError(400, "open_thinking: an answer of a given form has no thought before it", "chat_template_kwargs")
+        raise ApiError(400, "open_thinking: a constrained answer has no thinking", "chat_template_kwargs")
     turns = await asyncio.to_thread(read_turns, body.messages, server.place_images is not None, server.fetch)
     if functions := listed_functions(body):
         turns[0]["tools"] = functions

@@ -7,7 +7,7 @@ from scripts.serving.requests import ServerState
 from scripts.serving.schema import ApiError, ChatRequest, Sampling
 from scripts.serving.tool_forms import NamedTool, ObjectFormat, SchemaFormat
 
-MISSING = "the server lacks the package llguidance, which forms answers: pip install llguidance"
+MISSING = "structured output needs the package llguidance on the server: pip install llguidance"
 
 
 def listed_functions(body: ChatRequest) -> list[dict[str, Any]]:
@@ -25,14 +25,14 @@ def check_tools(body: ChatRequest) -> None:
         ApiError: tools in both forms; a call that is forced, of what is not listed.
     """
     if body.tools and body.functions:
-        raise ApiError(400, "functions: it is the older form of tools: give one of the two", "functions")
+        raise ApiError(400, "functions: this is the older form of tools; give only one of the two", "functions")
     name = _forced_name(body)
     if name is None and body.tool_choice != "required":
         return
     place = "tool_choice" if body.tool_choice else "function_call"
     names = [function["name"] for function in listed_functions(body)]
     if not names:
-        raise ApiError(400, f"{place}: nothing is listed that could be called", place)
+        raise ApiError(400, f"{place}: no tools are listed", place)
     if name is not None and name not in names:
         raise ApiError(400, f"{place}: {name!r:.60} is not among those listed", place)
 
@@ -65,7 +65,7 @@ def constraint_of(server: ServerState, body: Sampling) -> Constraint | None:
     if not given and not forced:
         return None
     if len(given) > 1:
-        raise ApiError(400, f"{given[1][0]}: a form is already given by {given[0][0]}", given[1][0])
+        raise ApiError(400, f"{given[1][0]}: the output is already constrained by {given[0][0]}", given[1][0])
     try:
         from scripts.serving import grammars  # llguidance loads quickly, the tokenizer's tree takes a second
     except ImportError:

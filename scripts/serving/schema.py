@@ -75,10 +75,10 @@ class Sampling(Form):
     presence_penalty: Penalty | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
-    seed: int | None = Field(None, description="-1: a different answer each time, like no seed")
+    seed: int | None = Field(None, description="-1: different each time, as without a seed")
     response_format: ResponseFormat | None = None
-    regex: Pattern | None = Field(None, description="extension of OpenAI's API: the answer matches it as a whole")
-    choice: Choices | None = Field(None, description="extension of OpenAI's API: the answer is one of these")
+    regex: Pattern | None = Field(None, description="extension of OpenAI's API: the whole answer must match")
+    choice: Choices | None = Field(None, description="extension of OpenAI's API: the answer must be one of these")
     structured_outputs: StructuredOutputs | None = Field(None, description="extension of OpenAI's API, as of vLLM")
     guided_json: Schema | None = Field(None, description="vLLM's older name for a schema")
     guided_regex: Pattern | None = Field(None, description="vLLM's older name for regex")
@@ -129,9 +129,11 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type"), BeforeValida
 class Message(Form):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(None, description="of an assistant")
-    tool_call_id: str | None = Field(None, description="of a tool: whose result it is")
-    function_call: CalledFunction | None = Field(None, description="of an assistant; older form of tool_calls")
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = Field(
+        None, description="for the role assistant"
+    )
+    tool_call_id: str | None = Field(None, description="for the role tool: the id of the call")
+    function_call: CalledFunction | None = Field(None, description="for the role assistant; older form of tool_calls")
 
 
 class TemplateSettings(Form):
@@ -144,11 +146,11 @@ class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1, fail_fast=True)
     tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = Field(None, description="default: auto")
-    parallel_tool_calls: bool | None = Field(None, description="false: one call in an answer at most")
+    parallel_tool_calls: bool | None = Field(None, description="false: at most one call per answer")
     functions: Annotated[list[Function], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = Field(
-        None, description="older form of tools; an answer calls one by function_call"
+        None, description="older form of tools; calls come as function_call"
     )
-    function_call: Literal["auto", "none"] | FunctionName | None = Field(None, description="of functions")
+    function_call: Literal["auto", "none"] | FunctionName | None = Field(None, description="older form of tool_choice")
     chat_template_kwargs: TemplateSettings | None = Field(None, description="extension of OpenAI's API, as of vLLM")
     max_completion_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(None, description="-1: as many as fit")
     max_tokens: NoLimit | Annotated[int, Field(ge=1)] | None = Field(

@@ -1,9 +1,9 @@
-"""What would change the form of an answer and is not done here: a request that asks for it gets a 400 that names it.
+"""Fields that would change the answer but are not supported: a request with one of them gets a 400 that names it.
 
-A field of a request is one of three. What `schema` declares is used. What the tables here list is refused,
-unless its value asks for nothing. Everything else is accepted and changes nothing, as clients send many fields that do
-not say what an answer looks like: user, metadata, store, service_tier, safety_identifier, prompt_cache_key,
-reasoning_effort, verbosity, an image's detail, and their own.
+There are three kinds of request fields. Those that `schema` declares are used. Those listed in the tables here are
+refused unless their value asks for nothing. All others are accepted and ignored, as clients send many fields that do
+not affect the answer: user, metadata, store, service_tier, safety_identifier, prompt_cache_key, reasoning_effort,
+verbosity, an image's detail, and their own.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ class Undone(NamedTuple):
     """Fields that are refused.
 
     Attributes:
-        why: what the error says behind the field's name.
+        why: what the error says after the field's name.
         harmless: values that ask for nothing, beside null.
     """
 
@@ -27,12 +27,12 @@ class Undone(NamedTuple):
     harmless: tuple = NOTHING
 
 
-NO_FORMAT = "not this way: a form is given by response_format, regex or choice"
-NO_TOOLS = "a completion calls no tools: ask for a chat"
-NO_TEMPLATE = "a chat is always laid out as the model has learned it"
-NO_SAMPLER = "this way to sample is not supported"
-NO_BIAS = "no token can be made likelier or ruled out"
-NO_BEGINNING = "an answer always begins anew: none can be continued"
+NO_FORMAT = "not supported here: use response_format, regex or choice"
+NO_TOOLS = "completions cannot call tools: use /v1/chat/completions"
+NO_TEMPLATE = "the chat template is fixed: it is the one that the model was trained with"
+NO_SAMPLER = "this sampling method is not supported"
+NO_BIAS = "biasing or banning tokens is not supported"
+NO_BEGINNING = "continuing a given answer is not supported"
 
 IN_REQUESTS = (
     Undone(("guided_grammar",), NO_FORMAT),
@@ -42,54 +42,54 @@ IN_REQUESTS = (
     Undone(("tools", "functions"), NO_TOOLS),
     Undone(("audio",), "answers are text only"),
     Undone(("modalities",), "answers are text only", (["text"], [])),
-    Undone(("web_search_options",), "nothing is searched for", ()),  # {} is a search, too
+    Undone(("web_search_options",), "web search is not supported", ()),  # {} is a search, too
     Undone(("prediction",), "predicted outputs are not supported"),
-    Undone(("suffix",), "a text is continued, never filled in"),
-    Undone(("best_of",), "no answers are written only to be thrown away: ask for n", (0, 1)),
+    Undone(("suffix",), "infilling is not supported"),
+    Undone(("best_of",), "answers are not ranked and discarded: use n", (0, 1)),
     Undone(
         ("logit_bias", "bad_words", "logits_processors", "allowed_token_ids", "banned_tokens"),
-        "no token can be made likelier or ruled out",
+        NO_BIAS,
     ),
-    Undone(("stop_token_ids",), "an answer ends at a text: use stop"),
-    Undone(("include_stop_str_in_output",), "an answer is cut before the text that ends it"),
-    Undone(("min_tokens",), "no least length can be set", (0,)),
-    Undone(("skip_special_tokens",), "control tokens are not part of an answer", (True,)),
-    Undone(("return_token_ids", "return_tokens_as_token_ids"), "tokens are given as texts only: use logprobs"),
-    Undone(("n_probs",), "its name here is logprobs", (0,)),
+    Undone(("stop_token_ids",), "stopping at token ids is not supported: use stop"),
+    Undone(("include_stop_str_in_output",), "the stop text is never part of an answer"),
+    Undone(("min_tokens",), "a minimum length is not supported", (0,)),
+    Undone(("skip_special_tokens",), "special tokens are never part of an answer", (True,)),
+    Undone(("return_token_ids", "return_tokens_as_token_ids"), "tokens are returned as text only: use logprobs"),
+    Undone(("n_probs",), "it is called logprobs here", (0,)),
     Undone(
-        ("prompt_logprobs",), "a prompt's log-probabilities come by /v1/completions with echo and logprobs", (False,)
+        ("prompt_logprobs",), "for the prompt's log-probabilities use /v1/completions with echo and logprobs", (False,)
     ),
     Undone(("continue_final_message", "echo"), NO_BEGINNING),
     Undone(("add_generation_prompt",), NO_TEMPLATE, (True,)),
     Undone(("chat_template", "documents"), NO_TEMPLATE),
     Undone(
         ("chat_template_kwargs",),
-        f"{NO_TEMPLATE}: it takes open_thinking alone, of a MiniMind-3",
+        f"{NO_TEMPLATE}; its only option is MiniMind-3's open_thinking",
         ({"open_thinking": True}, {"open_thinking": False}, {}),
     ),
-    Undone(("truncate_prompt_tokens",), "a prompt is read whole or refused", ()),
+    Undone(("truncate_prompt_tokens",), "prompts are never truncated", ()),
     Undone(("use_beam_search",), NO_SAMPLER),
     Undone(("min_p", "mirostat", "xtc_probability", "dry_multiplier", "dynatemp_range", "top_a"), NO_SAMPLER, (0,)),
     Undone(("typical_p", "tfs_z", "length_penalty"), NO_SAMPLER, (1,)),
-    Undone(("repeat_penalty",), "its name here is repetition_penalty", (1,)),
-    Undone(("max_new_tokens", "max_output_tokens", "num_predict", "n_predict"), "its name here is max_tokens", ()),
-    Undone(("system", "instructions"), "a system prompt is a message, of the role system"),
-    Undone(("input", "prompt", "previous_response_id", "conversation"), "what was said before is listed in messages"),
-    Undone(("images",), "an image is a part of a message's content, of the type image_url"),
+    Undone(("repeat_penalty",), "it is called repetition_penalty here", (1,)),
+    Undone(("max_new_tokens", "max_output_tokens", "num_predict", "n_predict"), "it is called max_tokens here", ()),
+    Undone(("system", "instructions"), "put the system prompt into messages, with the role system"),
+    Undone(("input", "prompt", "previous_response_id", "conversation"), "put the conversation into messages"),
+    Undone(("images",), "put images into a message's content, as parts of the type image_url"),
     Undone(("prompt_embeds",), "a prompt is text or token ids"),
-    Undone(("extra_body", "options"), "its fields belong in the request itself"),
+    Undone(("extra_body", "options"), "put its fields into the request itself"),
 )
 IN_MESSAGES = (
     Undone(("prefix", "partial"), NO_BEGINNING),
-    Undone(("images",), "an image is a part of the content, of the type image_url"),
-    Undone(("audio",), "messages are texts and images only"),
-    Undone(("refusal",), "what the assistant said is its content"),
+    Undone(("images",), "put images into the content, as parts of the type image_url"),
+    Undone(("audio",), "messages hold only text and images"),
+    Undone(("refusal",), "put the assistant's text into content"),
 )
 IN_WHICH_ROLE = {"tool_calls": "assistant", "function_call": "assistant", "tool_call_id": "tool"}
 
 
 def refuse_undone(body: dict[str, Any], kind: type[Form]) -> None:
-    """Refuse a request that asks for what is not done here.
+    """Refuse a request that asks for something unsupported.
 
     Args:
         body: as it came.
@@ -115,7 +115,7 @@ def refuse_undone(body: dict[str, Any], kind: type[Form]) -> None:
         _refuse(message, IN_MESSAGES, place)
         for name, role in IN_WHICH_ROLE.items():
             if message.get(name) not in (None, []) and message.get("role") != role:
-                raise _refusal(place + name, f"it belongs in a message of the role {role}")
+                raise _refusal(place + name, f"it belongs in a message with the role {role}")
 
 
 def _refuse(given: dict[str, Any], table: tuple[Undone, ...], place: str = "") -> None:

@@ -47,7 +47,7 @@ def calendar(date: str, days: int = 0) -> str:
     try:
         day += datetime.timedelta(days=days)
     except OverflowError:
-        raise ValueError("the calendar goes from the year 1 to 9999") from None
+        raise ValueError("the calendar covers the years 1 to 9999") from None
     weekday = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")[day.weekday()]
     return f"{day.isoformat()} {weekday}"
 
@@ -92,7 +92,7 @@ def built_in_tools(names: list[str]) -> list[Tool]:
         ValueError: another name.
     """
     if other := next((name for name in names if name not in BUILT_IN and name != "all"), None):
-        raise ValueError(f"there is no tool {other!r}; there are all, {', '.join(BUILT_IN)}")
+        raise ValueError(f"there is no tool {other!r}; choose from all, {', '.join(BUILT_IN)}")
     chosen = BUILT_IN if "all" in names else dict.fromkeys(names)
     return [tool_of(BUILT_IN[name]) for name in chosen]
 

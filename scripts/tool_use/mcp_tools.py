@@ -1,6 +1,6 @@
-"""The tools of MCP servers (Model Context Protocol): programs that are started here, or servers behind an address.
+"""The tools of MCP servers (Model Context Protocol): programs that are started here, or servers at an address.
 
-They are somebody else's code and may do anything: before one acts a person is asked, unless --yes says otherwise.
+They are third-party code and may do anything: before one runs the user is asked, unless --yes is given.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The tools that a command's flags name, and the question before somebody else's tool acts."""
+"""The tools that a command's flags name, and the confirmation before a third-party tool runs."""
 
 import contextlib
 import json
@@ -42,11 +42,11 @@ def open_tools(args) -> Iterator[Registry | None]:
 
 
 def ask_person(name: str, arguments: dict[str, Any]) -> bool:
-    """Whether a person at the terminal lets an MCP tool act; where nobody can be asked, it does not."""
+    """Whether the user allows an MCP tool to run; without a terminal to ask on, it does not run."""
     if not sys.stdin.isatty():
-        print_notice(f"{name} may not act, as nobody can be asked: --yes allows it")
+        print_notice(f"{name} was not run, as there is no terminal to ask on: --yes allows it")
         return False
     shown = "".join(
         char if char.isprintable() else "?" for char in f"{name}({json.dumps(arguments, ensure_ascii=False)})"
     )
-    return read_line(f"[let {shown} act? y/N] ").lower() in ("y", "yes", "是", "好")
+    return read_line(f"[run {shown}? y/N] ").lower() in ("y", "yes", "是", "好")

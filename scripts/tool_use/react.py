@@ -1,4 +1,4 @@
-"""Reason and act in turn (ReAct, Yao et al. 2023, arXiv:2210.03629): the model calls, sees what came back, goes on."""
+"""Reason and act in turn (ReAct, Yao et al. 2023, arXiv:2210.03629): the model calls, reads the result, continues."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from model.tool_calls import as_json, function_of, parse_arguments
 from scripts.tool_use.registry import ERROR, Registry
 
 Turn = dict[str, Any]
-TOO_MANY = f"{ERROR}no further call is allowed: answer now"
+TOO_MANY = f"{ERROR}no more calls are allowed: answer now"
 
 
 def act(

@@ -14,7 +14,7 @@ class Tool(NamedTuple):
     """A function that a model may call.
 
     schema: {"name", "description", "parameters"}, as in OpenAI's "function".
-    foreign: somebody else's, who also checks the arguments; a person is asked before it acts.
+    foreign: from a third party, which also checks the arguments; the user is asked before it runs.
     """
 
     function: Callable[..., object]
@@ -71,7 +71,7 @@ class Registry:
         self._tools: dict[str, Tool] = {}
         for tool in tools:
             if tool.schema["name"] in self._tools:
-                raise ValueError(f"two tools have the name {tool.schema['name']}")
+                raise ValueError(f"two tools are named {tool.schema['name']}")
             self._tools[tool.schema["name"]] = tool
 
     @property
@@ -83,13 +83,13 @@ class Registry:
         """What a tool gives back, as text; what went wrong is a result too, for the model to read."""
         tool = self._tools.get(name)
         if tool is None:
-            return f"{ERROR}there is no tool {name!r:.40}; there are {', '.join(self._tools)}"
+            return f"{ERROR}there is no tool {name!r:.40}; the tools are {', '.join(self._tools)}"
         if not isinstance(arguments, dict):
             return f"{ERROR}the arguments must be a JSON object"
         if not tool.foreign and (fault := _fault(tool.schema["parameters"], arguments)):
             return ERROR + fault
         if tool.foreign and not self.allow(name, arguments):
-            return f"{ERROR}the user does not allow this call"
+            return f"{ERROR}the user did not allow this call"
         try:
             result = str(tool.function(**arguments))
         except Exception as error:  # whatever a tool does wrong, the talk goes on
@@ -101,7 +101,7 @@ def _fault(parameters: dict[str, Any], arguments: dict[str, Any]) -> str | None:
     """What is wrong with a call's arguments; None if nothing is."""
     known: dict[str, dict] = parameters["properties"]
     if other := next((name for name in arguments if name not in known), None):
-        return f"there is no argument {other!r:.40}; there are {', '.join(known)}"
+        return f"there is no argument {other!r:.40}; the arguments are {', '.join(known)}"
     if missing := next((name for name in parameters["required"] if name not in arguments), None):
         return f"the argument {missing!r} is missing"
     for name, value in arguments.items():

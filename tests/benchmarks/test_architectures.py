@@ -59,7 +59,7 @@ def test_the_table_grows_row_by_row_and_seed_by_seed(call, tmp_path, monkeypatch
     monkeypatch.setattr(architectures, "save_tensors", save)
     with pytest.raises(RuntimeError, match="plug"):
         call("--row", "fine_bias")
-    assert "goes on after" in call("--row", "fine_bias")
+    assert "continuing after" in call("--row", "fine_bias")
     after = json.loads((folder / "fine_bias_seed_1.json").read_text(encoding="utf-8"))
     assert {k: v for k, v in after.items() if k != "seconds"} == {k: v for k, v in before.items() if k != "seconds"}
 

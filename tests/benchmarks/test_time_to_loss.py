@@ -63,7 +63,7 @@ def test_a_stopped_call_goes_on_to_the_same_numbers(call, tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             call(*flags)
     assert not results(tmp_path)
-    assert "goes on after step 4" in call(*flags)
+    assert "continuing after step 4" in call(*flags)
     (again,) = results(tmp_path).values()
     same = ("steps", "tokens", "eval_loss", "eval_bits_per_byte")
     assert {name: again[name] for name in same} == {name: whole[name] for name in same}
@@ -89,7 +89,7 @@ def test_the_table_compares_seed_by_seed_and_the_best_comes_first():
 
 
 def test_a_table_of_nothing_and_texts_that_are_not_there_are_told(call):
-    with pytest.raises(UserError, match="holds no result yet"):
+    with pytest.raises(UserError, match="holds no results yet"):
         call("--table")
     with pytest.raises(UserError, match="nowhere is missing"):
         call("--data_path", "nowhere")

@@ -212,7 +212,10 @@ def test_a_reference_comes_with_its_tokens(pairs):
             {"chosen": [*turns("Q", "A", "R"), answer("B", weight=0)], "rejected": turns("Q", "A", "R", "C")},
             '"chosen" has no answer to train on after the two diverge',
         ),
-        ({"conversations": turns("Q"), "chosen": "A", "rejected": "B"}, 'the key for what both answer is "prompt"'),
+        (
+            {"conversations": turns("Q"), "chosen": "A", "rejected": "B"},
+            'the key for the turns that both answer is "prompt"',
+        ),
         ({"chosen": turns("Q", "A"), "rejected": turns("Q")}, '"rejected" has no assistant turn'),
         (
             {"chosen": turns("Q", "A"), "rejected": turns("R", "B")},

@@ -82,11 +82,11 @@ def test_what_would_change_what_is_learned_is_refused(parse, record, key, reason
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"tool_calls": "f()"}, '"tool_calls" is a text, and not the JSON of anything'),
-        ({"tool_calls": {"name": "f"}}, '"tool_calls" is neither a list nor the JSON of one'),
-        ({"tool_calls": [{"function": {}}]}, '1 of "tool_calls" is not an object with a "name"'),
+        ({"tool_calls": "f()"}, '"tool_calls" is a text that is not valid JSON'),
+        ({"tool_calls": {"name": "f"}}, '"tool_calls" is neither a list nor a list as JSON text'),
+        ({"tool_calls": [{"function": {}}]}, 'entry 1 of "tool_calls" is not an object with a "name"'),
         ({"function_call": {"name": "f", "arguments": "{"}}, '"function_call": its "arguments" are neither an object'),
-        ({"tool_calls": [{"name": "\ud83d"}]}, '1 of "tool_calls" contains a lone surrogate (half a character)'),
+        ({"tool_calls": [{"name": "\ud83d"}]}, 'entry 1 of "tool_calls" contains a lone surrogate (half a character)'),
         ({"tools": [{"name": "f"}]}, 'only a turn of the role "system" can have "tools"'),
         ({"tool_call_id": "1"}, 'only a turn of the role "tool" can have "tool_call_id"'),
         ({"reasoning": "t"}, 'the key "reasoning" is refused: the key for thoughts is "reasoning_content"'),
@@ -242,15 +242,15 @@ def test_pictures_are_named_by_image_alone():
     ],
 )
 def test_a_key_that_is_ours_but_for_its_letter_case_is_refused(parse, record, key, name):
-    assert refusal(parse, record | {key: "x"}) == f'the key "{key}" is refused: its name here is "{name}"'
+    assert refusal(parse, record | {key: "x"}) == f'the key "{key}" is refused: it is spelled "{name}"'
     assert read(parse, record | {key: None})[1] == {key: 1}
 
 
 def test_letter_case_and_underscores_do_not_hide_a_key_of_a_turn():
     for more, reason in (
-        ({"Weight": 0}, 'its name here is "weight"'),
-        ({"reasoningContent": "t"}, 'its name here is "reasoning_content"'),
-        ({"toolCalls": [1]}, 'its name here is "tool_calls"'),
+        ({"Weight": 0}, 'it is spelled "weight"'),
+        ({"reasoningContent": "t"}, 'it is spelled "reasoning_content"'),
+        ({"toolCalls": [1]}, 'it is spelled "tool_calls"'),
         ({"lossMask": 0}, 'use "weight" or "train" to mask a turn'),
     ):
         (key,) = more
@@ -262,7 +262,7 @@ def test_letter_case_and_underscores_do_not_hide_a_key_of_a_turn():
 def test_answers_whose_prompt_has_another_name_do_not_lose_it(name):
     b = A | {"content": "b"}
     told = refusal(parse_pair, {name: "q", "chosen": [A], "rejected": [b]})
-    assert told == f'the key "{name}" is refused: the key for what both answer is "prompt"'
+    assert told == f'the key "{name}" is refused: the key for the turns that both answer is "prompt"'
     assert read(parse_pair, {name: "q", "chosen": [Q, A], "rejected": [Q, b]})[1] == {name: 1}
     assert read(parse_pair, {name: "q", "prompt": "q", "chosen": [A], "rejected": [b]})[1] == {name: 1}
 

@@ -83,10 +83,13 @@ def test_a_thought_may_stand_before_a_call():
         ),
         ({"conversations": [Q, CALLS, Q, A]}, 'turn 3 of "conversations": it should be a tool turn'),
         ({"tools": [G], "conversations": [Q, CALLS, RESULT, A]}, "it calls 'f', which \"tools\" does not list"),
-        ({"tools": [F, F], "conversations": [Q, A]}, 'two of the tools have the name "f"'),
-        ({"tools": "f(x)", "conversations": [Q, A]}, '"tools" is a text, and not the JSON of anything'),
-        ({"tools": F, "conversations": [Q, A]}, '"tools" is neither a list nor the JSON of one'),
-        ({"tools": [{"type": "function"}], "conversations": [Q, A]}, '1 of "tools" is not an object with a "name"'),
+        ({"tools": [F, F], "conversations": [Q, A]}, 'two tools have the name "f"'),
+        ({"tools": "f(x)", "conversations": [Q, A]}, '"tools" is a text that is not valid JSON'),
+        ({"tools": F, "conversations": [Q, A]}, '"tools" is neither a list nor a list as JSON text'),
+        (
+            {"tools": [{"type": "function"}], "conversations": [Q, A]},
+            'entry 1 of "tools" is not an object with a "name"',
+        ),
         ({"tools": [F], "functions": [G], "conversations": [Q, A]}, '"tools" and "functions" differ'),
     ],
 )

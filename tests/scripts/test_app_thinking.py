@@ -72,7 +72,7 @@ def test_a_model_of_another_layout_opens_no_thought(tiny_tokenizer):
     finally:
         thread.close()
     assert reply.status_code == 400
-    assert reply.json()["error"]["message"] == "open_thinking: this model's chats open no thought"
+    assert reply.json()["error"]["message"] == "open_thinking: this model's chat template has no thinking"
 
 
 def test_the_page_can_have_it_think(tokenizer, monkeypatch):

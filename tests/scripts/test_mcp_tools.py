@@ -67,9 +67,9 @@ def test_they_answer_or_say_what_is_wrong(tools):
 def test_none_acts_unasked(tools, monkeypatch):
     asked = []
     registry = Registry(tools, allow=lambda *call: asked.append(call) or False)
-    assert registry.call("reverse", {"text": "abc"}) == "error: the user does not allow this call"
+    assert registry.call("reverse", {"text": "abc"}) == "error: the user did not allow this call"
     assert asked == [("reverse", {"text": "abc"})]
-    assert Registry(tools).call("reverse", {"text": "abc"}).startswith("error: the user does not allow")
+    assert Registry(tools).call("reverse", {"text": "abc"}).startswith("error: the user did not allow")
     monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: False))
     assert not opening.ask_person("reverse", {})
     monkeypatch.setattr(sys, "stdin", argparse.Namespace(isatty=lambda: True))
@@ -77,7 +77,7 @@ def test_none_acts_unasked(tools, monkeypatch):
     for typed, may in (("y", True), ("YES", True), ("", False), ("no", False)):
         monkeypatch.setattr(opening, "read_line", lambda prompt, typed=typed: shown.append(prompt) or typed)
         assert opening.ask_person("reverse", {"text": "\x1b[2J为"}) == may
-    assert shown[0] == '[let reverse({"text": "\\u001b[2J为"}) act? y/N] '
+    assert shown[0] == '[run reverse({"text": "\\u001b[2J为"})? y/N] '
 
 
 def test_ours_are_not_asked_about(monkeypatch):
@@ -115,7 +115,7 @@ def test_what_cannot_be_opened_is_named(given, told):
 
 def test_two_of_one_name(tools, monkeypatch):
     monkeypatch.setattr(opening, "mcp_tools", lambda *given: contextlib.nullcontext([*tools, *tools]))
-    with pytest.raises(UserError, match="two tools have the name reverse"), open_tools(flags(mcp=["x"])):
+    with pytest.raises(UserError, match="two tools are named reverse"), open_tools(flags(mcp=["x"])):
         pass
 
 

@@ -45,7 +45,7 @@ def test_the_schema_comes_from_signature_and_docstring():
     }
     with pytest.raises(TypeError, match="the parameter x has the type"):
         tool_of(lambda x: x)
-    with pytest.raises(ValueError, match="two tools have the name greet"):
+    with pytest.raises(ValueError, match="two tools are named greet"):
         Registry([tool_of(greet), tool_of(greet)])
 
 
@@ -57,9 +57,9 @@ def test_the_schema_comes_from_signature_and_docstring():
         ("greet", {"name": "Ann", "times": True}, "error: times must be of the type integer"),
         ("greet", {"name": "Ann", "mood": "odd"}, "error: mood must be one of glad, sad"),
         ("greet", {"times": 1}, "error: the argument 'name' is missing"),
-        ("greet", {"name": "A", "x": 1}, "error: there is no argument 'x'; there are name, times, mood, loud"),
+        ("greet", {"name": "A", "x": 1}, "error: there is no argument 'x'; the arguments are name, times, mood, loud"),
         ("greet", None, "error: the arguments must be a JSON object"),
-        ("other", {}, "error: there is no tool 'other'; there are greet"),
+        ("other", {}, "error: there is no tool 'other'; the tools are greet"),
         ("greet", {"name": "x" * 9999}, "glad " + "x" * 1995 + "…"),
     ],
 )

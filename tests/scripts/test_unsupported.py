@@ -80,7 +80,7 @@ def test_what_only_one_of_the_two_does():
     assert completion(echo=True).echo
     with pytest.raises(ApiError, match="suffix"):
         completion(suffix=" the end")
-    with pytest.raises(ApiError, match=r"^400: prompt: what was said before is listed in messages"):
+    with pytest.raises(ApiError, match=r"^400: prompt: put the conversation into messages"):
         chat(prompt="hi")
 
 
@@ -144,10 +144,10 @@ def test_what_a_message_holds_is_not_ignored_either(message, param):
 
 
 def test_tools_are_of_chats_alone():
-    with pytest.raises(ApiError, match=r"^400: tools: a completion calls no tools: ask for a chat$"):
+    with pytest.raises(ApiError, match=r"^400: tools: completions cannot call tools: use /v1/chat/completions$"):
         completion(tools=[TOOL])
     for fields in ({"functions": [TOOL["function"]]}, {"function_call": {"name": "f"}}, {"tool_choice": "required"}):
-        with pytest.raises(ApiError, match="a completion calls no tools"):
+        with pytest.raises(ApiError, match="completions cannot call tools"):
             completion(**fields)
     assert completion(functions=[TOOL["function"]], function_call="none") == completion()
     for fields in ({"tools": []}, {"tool_choice": "auto"}, {"tool_choice": "none"}):

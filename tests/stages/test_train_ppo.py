@@ -98,4 +98,4 @@ def test_a_reward_model_judges(train, tmp_path, capsys):
     assert line["reward"] == pytest.approx(line["reward_model"])
     assert line["reward"] != 0
     train(tmp_path / "none", "--rewards", exit_code=2)
-    assert "--rewards names no rule" in capsys.readouterr().err
+    assert "--rewards is empty" in capsys.readouterr().err

@@ -85,9 +85,9 @@ def test_the_stages_that_follow_read_it_from_the_json(sft, trained, tmp_path, ca
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (("--generation", "3", "--attention", "mla"), "--attention is for --generation 2"),
-        (("--balance", "bias"), "--balance is for a mixture of experts: give --use_moe"),
-        (("--mtp_depth", "1", "--fsdp"), "mtp_depth 1 does not go with --fsdp"),
+        (("--generation", "3", "--attention", "mla"), "--attention needs --generation 2"),
+        (("--balance", "bias"), "--balance needs a mixture of experts: add --use_moe"),
+        (("--mtp_depth", "1", "--fsdp"), "mtp_depth 1 cannot be combined with --fsdp"),
         (("--use_moe", "--balance", "bias", "--deepspeed"), "leave --deepspeed out"),
     ],
 )
