@@ -163,7 +163,7 @@ def test_held_out_questions_are_answered_and_judged(train, world, tmp_path):
         (("--packing", "1"), "--packing"),
         (("--group_size", "1"), "--group_size must be 2 or more"),
         (("--max_new_tokens", "96"), "leaves no room"),
-        (("--rewards", "beauty"), "there is format, accuracy"),
+        (("--rewards", "beauty"), "choose from format, accuracy"),
         (("--deepspeed", "--zero_stage", "3"), "--zero_stage 3"),
     ],
 )

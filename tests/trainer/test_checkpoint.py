@@ -314,7 +314,7 @@ def test_all_states_damaged(open_checkpoint, save_steps):
         flip(folder / f"step_0000000{step}" / "model.pth")
     checkpoint, parts = open_checkpoint(resume=True)
     with pytest.raises(
-        UserError, match=r"step_00000002/model\.pth is damaged.*no state before it is whole.*--overwrite"
+        UserError, match=r"step_00000002/model\.pth is damaged.*no earlier state is intact.*--overwrite"
     ):
         checkpoint.load(*parts)
 
