@@ -39,7 +39,7 @@ AGAIN = (
 )
 TRYING = (
     *("--data_path", str(DATA / "rl_math.jsonl"), "--eval_interval", "0", "--max_new_tokens", str(LIMIT)),
-    *("--batch_size", "16", "--group_size", "8", "--epochs", "9", "--learning_rate", "2e-4", "--warmup_iters", "5"),
+    *("--batch_size", "16", "--group_size", "8", "--epochs", "9", "--learning_rate", "3e-5", "--warmup_iters", "5"),
     *("--loss", "dr_grpo", "--log_interval", "5", "--save_interval", "20"),
 )
 FIRST_STEPS, SECOND_STEPS, ZERO_STEPS = ("180", "60", "30")  # of 128 answers
