@@ -123,8 +123,7 @@ def help_of(script: str, *words: str) -> str:
     if not script.startswith("benchmarks/"):
         return run_script(script, *words, "--help").stdout
     module = script.removesuffix(".py").replace("/", ".")
-    command = [sys.executable, "-m", module, *words, "--help"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return run_script("tests/as_module.py", module, *words, "--help").stdout
 
 
 def test_a_teacher_is_made_before_it_teaches():

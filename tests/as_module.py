@@ -1,0 +1,9 @@
+"""Runs a module as `python -m` does, with its imports at hand: `as_module.py benchmarks.faults --help`."""
+
+import runpy
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).parents[1])
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
