@@ -10,7 +10,6 @@ multi-token prediction needs only in training. All see the same text in the same
 on a GPU they are wall-clock time. Bits per byte are measured on every hundredth sample, which no row is trained on.
 """
 
-import json
 from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from benchmarks.distillation_gain import spread
-from benchmarks.generations import SAVE_EVERY, computed
+from benchmarks.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table
 from dataset import PretrainDataset, StepLoader
 from model import LMConfig, MiniMindLM
 from model.feed_forward import Router
@@ -183,23 +182,18 @@ def measure(args, folder: Path) -> None:
     if model.mtp is not None:
         model.mtp.learn(args.mtp_weight)
     model.to(device)
-    parts = {
-        part: PretrainDataset(args.data_path, tokenizer, args.max_seq_len, seed=args.seed, part=part)
-        for part in ("train", "eval")
-    }
-    if not len(parts["eval"]):
-        raise UserError(f"{args.data_path} has fewer than 200 samples: none is held out")
+    rows, held_out = open_texts(args.data_path, tokenizer, args.max_seq_len, seed=args.seed)
     name = f"{args.row}_seed_{args.seed}"
     parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("mtp."))
     print(f"{name}: {parameters / 1e6:.2f} M parameters on {device}", flush=True)
     state_file = folder / f"{name}.state.pt"
     result = {"row": args.row, "seed": args.seed, "parameters": parameters, "cached": cached_numbers(model.config)}
-    result |= train(model, parts["train"], here, args, state_file)
+    result |= train(model, rows, here, args, state_file)
     loads = Loads(model)
-    result |= evaluate(model, parts["eval"], tokenizer, here, args.batch_size)
+    result |= evaluate(model, held_out, tokenizer, here, args.batch_size)
     result["violation"] = largest_violation(loads.take())
     if model.mtp is not None:
-        result |= draft(model, parts["eval"])
+        result |= draft(model, held_out)
     save_json(result, folder / f"{name}.json")
     state_file.unlink(missing_ok=True)
 
@@ -261,10 +255,9 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / f"{args.row}_seed_{args.seed}.json").is_file():
         measure(args, folder)
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_seed_*.json"))]
+    results = read_results(folder)
     said = table(results)
-    with replacing(folder / "table.md") as temporary:
-        temporary.write_text(said + "\n", encoding="utf-8")
+    save_table(said, folder / "table.md")
     plot(results, folder / "violation.png")
     print(f"\n{kind}, {args.data_path}\n{said}")
 

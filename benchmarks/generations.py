@@ -9,14 +9,13 @@ summed over the cores, so that other work on the machine does not count; on a GP
 nats per token on every hundredth sample, which is held out.
 """
 
-import json
-import time
 from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
 from benchmarks.distillation_gain import spread
+from benchmarks.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table
 from dataset import PretrainDataset, StepLoader
 from model import GENERATIONS, MiniMindLM, build_model
 from model.loss import next_token_loss, target_mask
@@ -26,7 +25,7 @@ from trainer.arguments import ROOT, Parser, add_device_argument
 from trainer.device import pick_device
 from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
-from trainer.files import replacing, save_json, save_tensors
+from trainer.files import save_json, save_tensors
 from trainer.runtime import Runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate
 from trainer.weights import load_tokenizer
@@ -34,7 +33,6 @@ from trainer.weights import load_tokenizer
 SIZES = {"26M": {"dim": 512, "n_layers": 8}, "64M": {"dim": 768, "n_layers": 8}}
 GRAIN = 1000  # steps that the schedule divides the minutes into
 WARMUP = 20  # of them
-SAVE_EVERY = 60.0  # seconds of computing
 
 
 def get_args():
@@ -53,14 +51,6 @@ def get_args():
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "generations")
     add_device_argument(parser)
     return parser.parse_args()
-
-
-def computed(device: torch.device) -> float:
-    """Seconds: of the process on a CPU, all threads together; of the clock elsewhere, once the device is done."""
-    if device.type == "cpu":
-        return time.process_time()
-    torch.ones(1, device=device).item()  # waits
-    return time.monotonic()
 
 
 def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_file: Path) -> tuple[int, int]:
@@ -110,16 +100,11 @@ def measure(generation: int, args, folder: Path) -> dict:
     sizes = SIZES[args.size] | {"use_moe": bool(args.use_moe), "generation": generation}
     torch.manual_seed(args.seed)
     model = build_model(config_from_sizes(sizes, tokenizer)).to(device)
-    parts = {
-        part: PretrainDataset(args.data_path, tokenizer, args.max_seq_len, seed=args.seed, part=part)
-        for part in ("train", "eval")
-    }
-    if not len(parts["eval"]):
-        raise UserError(f"{args.data_path} has fewer than 200 samples: none is held out")
+    rows, held_out = open_texts(args.data_path, tokenizer, args.max_seq_len, seed=args.seed)
     name = f"generation_{generation}_seed_{args.seed}"
     print(f"\n{name}: {model.num_parameters() / 1e6:.1f} M parameters, {args.minutes:g} minutes on {device}")
-    steps, tokens = train(model, parts["train"], here, args, folder / f"{name}.state.pt")
-    found = evaluate(model, parts["eval"], tokenizer, here, args.batch_size)
+    steps, tokens = train(model, rows, here, args, folder / f"{name}.state.pt")
+    found = evaluate(model, held_out, tokenizer, here, args.batch_size)
     result = {"generation": generation, "seed": args.seed, "steps": steps, "tokens": tokens}
     result |= {"parameters": model.num_parameters(), **found}
     save_json(result, folder / f"{name}.json")
@@ -150,10 +135,9 @@ def main():
     for generation in GENERATIONS:
         if not (folder / f"generation_{generation}_seed_{args.seed}.json").is_file():
             measure(generation, args, folder)
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("generation_*.json"))]
+    results = read_results(folder)
     said = table(results)
-    with replacing(folder / "table.txt") as temporary:
-        temporary.write_text(said + "\n", encoding="utf-8")
+    save_table(said, folder / "table.txt")
     print(f"\n{args.size}, {args.minutes:g} minutes each, {args.data_path}\n{said}")
 
 

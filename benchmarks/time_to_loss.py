@@ -10,7 +10,6 @@ compared seed by seed. On a CPU, seconds are the CPU time of all threads, so tha
 count. Bits per byte are measured on every hundredth sample, which no variant is trained on.
 """
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from benchmarks.distillation_gain import spread
-from benchmarks.generations import computed
+from benchmarks.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table
 from dataset import PretrainDataset, StepLoader
 from model import MiniMindLM, build_model
 from model.loss import next_token_loss, target_mask
@@ -33,14 +32,13 @@ from trainer.arguments import ROOT, Parser, add_device_argument
 from trainer.device import DTYPES, default_dtype, pick_device
 from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
-from trainer.files import replacing, save_json, save_tensors
+from trainer.files import save_json, save_tensors
 from trainer.muon import POLAR_EXPRESS
 from trainer.runtime import Runtime
 from trainer.schedule import cosine_schedule, make_optimizer, set_learning_rate, wsd_schedule
 from trainer.weights import load_tokenizer
 
 SIZES = {"2M": {"dim": 128}, "7M": {"dim": 256}, "26M": {"dim": 512}}  # of 8 layers each
-SAVE_EVERY = 60.0  # seconds of computing
 TAIL = 0.2  # the share of the steps whose weights are averaged
 
 
@@ -150,11 +148,7 @@ def measure(args, result_file: Path) -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     torch.manual_seed(args.seed)
     model: nn.Module = build_model(config_from_sizes({"n_layers": 8} | SIZES[args.size], tokenizer)).to(device)
-    train_rows, held_out = (
-        PretrainDataset(args.data_path, tokenizer, args.max_seq_len, part=part) for part in ("train", "eval")
-    )
-    if not len(held_out):
-        raise UserError(f"{args.data_path} has fewer than 200 samples: none is held out")
+    train_rows, held_out = open_texts(args.data_path, tokenizer, args.max_seq_len)
     millions = model.num_parameters() / 1e6
     print(f"{result_file.stem}: {millions:.1f} M parameters on {device}, {here.dtype_name}", flush=True)
     state_file = result_file.with_suffix(".state.pt")
@@ -196,12 +190,11 @@ def main():
     result_file = folder / f"{args.variant}_seed_{args.seed}.json"
     if not (args.table or result_file.is_file()):
         measure(args, result_file)
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_seed_*.json"))]
+    results = read_results(folder)
     if not results:
         raise UserError(f"{folder} holds no results yet: leave out --table")
     said = table(results)
-    with replacing(folder / "table.txt") as temporary:
-        temporary.write_text(said + "\n", encoding="utf-8")
+    save_table(said, folder / "table.txt")
     print(f"\n{args.size}, {args.tokens:,} tokens each, {args.data_path}\n{said}")
 
 
