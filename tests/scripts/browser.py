@@ -82,9 +82,9 @@ def wait_for(condition: Callable, seconds: float = PATIENCE):
     return found
 
 
-FIND_AND_CLICK = """
-    const found = [...document.querySelectorAll("button")].filter(button => button.innerText.trim() == arguments[0]);
-    if (found.length) found[found.length - 1].click();
+CLICK_IN_THE_CHAT = """
+    const buttons = [...document.querySelectorAll("[data-testid=stChatMessage] button")];
+    buttons.filter(button => button.innerText.trim().endsWith(arguments[0])).forEach(button => button.click());
 """
 
 
@@ -125,15 +125,10 @@ class Page:
         """The button, option or heading that says these words, the last of them on the page."""
         wait_for(lambda: self._try_click(words))
 
-    def click_until(self, words: str, said: str) -> bool:
-        """Click until the last message says something: what a growing answer moves may slip from under a click. Rarely,
-        as each click begins a run of the page anew."""
-        for _ in range(PATIENCE // 60):
-            if not self._try_click(words):  # on a slow machine it is drawn anew between being found and clicked
-                self.browser.execute_script(FIND_AND_CLICK, words)
-            with contextlib.suppress(AssertionError):
-                return wait_for(lambda: said in self.messages()[-1], 60)
-        raise AssertionError(f"no {said!r} in {self.messages()}")
+    def click_in_the_chat(self, words: str) -> None:
+        """The button under a message; by script, because a growing answer moves it, and the "Stop" above the page and
+        the input field at its end are in the way of a pointer."""
+        self.browser.execute_script(CLICK_IN_THE_CHAT, words)
 
     def _try_click(self, words: str) -> bool:
         from selenium.common.exceptions import WebDriverException

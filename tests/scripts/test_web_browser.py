@@ -62,7 +62,8 @@ def test_a_person_types_sees_the_answer_grow_and_stops_another(browser, tiny_out
         double.reply = endless
         page.say("talk")
         page.wait_to_see("again and again and")
-        page.click_until("Stop", "stopped")
+        page.click_in_the_chat("Stop")
+        page.wait_to_see("stopped")
         assert double.abandoned.wait(PATIENCE)
         page.click("中文")
         page.wait_to_see("已停止")
