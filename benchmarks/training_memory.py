@@ -165,7 +165,9 @@ def main():
     add_fsdp_argument(parser)
     parser.add_argument("--rounds", type=positive_int, default=5)
     add_device_argument(parser)
-    parser.set_defaults(seed=42, grad_clip=1.0, learning_rate=1e-4, stop_after=0, save_minutes=0, stall_timeout=0)
+    parser.set_defaults(
+        seed=42, grad_clip=1.0, learning_rate=1e-4, stop_after=0, save_minutes=0, stall_timeout=0, offload=None
+    )
     args = parser.parse_args()
     run = start_runtime(args)
     config = LMConfig(dim=args.dim, n_layers=args.n_layers, use_moe=args.use_moe)

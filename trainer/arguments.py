@@ -1,7 +1,6 @@
 """The command line that all training stages share. Imports nothing heavy, so that --help is quick."""
 
 import argparse
-import json
 from pathlib import Path
 
 from trainer.argument_types import (
@@ -17,15 +16,12 @@ from trainer.argument_types import (
     seed,
     text,
 )
-from trainer.errors import UserError, print_notice
+from trainer.engine_settings import check_engine
+from trainer.errors import UserError
 from trainer.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # of the weights of a model that writes
-FLAGS_DECIDE = (  # settings that a DeepSpeed JSON may contain but our flags decide
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
-    *("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"),
-)
 # The default sampling settings: of eval_*.py, the server, the web page, exported folders and GGUFs,
 # the demo's tests. At OpenAI's own temperature of 1 a small model rambles. These differ on purpose:
 # - the server's chats end where the model's context does, its completions after OpenAI's 16 tokens;
@@ -234,6 +230,12 @@ def training_parser(description: str, **defaults) -> Parser:
         "--zero_stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage for --deepspeed without a JSON"
     )
     engine.add_argument(
+        "--offload",
+        choices=("optimizer", "all"),
+        help="keep the optimizer's state in CPU memory, or all state, weights and gradients too, with --deepspeed "
+        "(all: --zero_stage 3) or --fsdp (all only)",
+    )
+    engine.add_argument(
         "--local_rank", "--local-rank", type=int, help="set by launchers; ignored in favour of torchrun's RANK"
     )
     engine.add_argument("--ddp", action=BooleanFlag, help="accepted for old commands; torchrun enables DDP by itself")
@@ -349,18 +351,7 @@ def check_training_arguments(args: argparse.Namespace) -> None:
     if getattr(args, "stream", False):
         check_stream(args)
     check_untold_arguments(args)
-    sharding = "DeepSpeed's ZeRO" if args.deepspeed else "--fsdp" if getattr(args, "fsdp", False) else None
-    if args.optimizer == "auto":
-        args.optimizer = "adamw" if sharding else "muon"
-    if sharding and args.optimizer != "adamw":
-        raise UserError(
-            f"--optimizer {args.optimizer} needs whole matrices, which {sharding} shards: use --optimizer adamw"
-        )
-    if getattr(args, "fsdp", False):
-        if args.deepspeed:
-            raise UserError("--fsdp and --deepspeed both shard the model: choose one")
-        if getattr(args, "qat", None):
-            raise UserError("--qat rounds whole matrices, which --fsdp shards: leave out --fsdp")
+    check_engine(args)
 
 
 def check_untold_arguments(args: argparse.Namespace) -> None:
@@ -371,28 +362,3 @@ def check_untold_arguments(args: argparse.Namespace) -> None:
     """
     if args.inference_rope_scaling and args.rope_scaling:
         raise UserError("--inference_rope_scaling and --rope_scaling both scale the positions: choose one")
-
-
-def deepspeed_config(args) -> dict:
-    """DeepSpeed's settings, from --zero_stage or from the user's JSON.
-
-    Raises:
-        UserError: the JSON cannot be read.
-    """
-    config = {"zero_optimization": {"stage": args.zero_stage}}
-    if args.deepspeed is not True:
-        try:
-            config = json.loads(Path(args.deepspeed).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--deepspeed {args.deepspeed}: {error}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"--deepspeed {args.deepspeed}: not a JSON object")
-        if dropped := [name for name in FLAGS_DECIDE if name in config]:
-            print_notice(f"{args.deepspeed}: {', '.join(dropped)} ignored in favour of the flags")
-    return {name: value for name, value in config.items() if name not in FLAGS_DECIDE} | {
-        "train_micro_batch_size_per_gpu": args.batch_size,
-        "gradient_accumulation_steps": 1,  # the loop says where a step ends: the last one of an epoch is shorter
-        "gradient_clipping": args.grad_clip,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }

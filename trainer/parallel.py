@@ -17,6 +17,7 @@ from trainer.runtime import Runtime
 from trainer.sharding import ShardScaler, WholeStateOptimizer, is_sharded, load_whole, shard, whole
 from trainer.zero import DeepSpeedScaler, ShardedOptimizer, deepspeed_engine
 
+OFFLOADED = {"optimizer": "optimizer state", "all": "weights, gradients and optimizer state"}
 COMPILE_PAYS_FROM = 2_000_000  # tokens; compiling takes about as long as a few hundred thousand of them on a CPU
 
 
@@ -48,6 +49,8 @@ def wrap_model(
         # Its buffers, weights frozen in 4 bits or biases of experts, are equal everywhere: they need not travel.
         model = DistributedDataParallel(model, device_ids=device_ids(runtime.device), broadcast_buffers=False)
         runtime.engine += f", DDP on {runtime.world_size} processes"
+    if runtime.offload:
+        runtime.engine += f", {OFFLOADED[runtime.offload]} in CPU memory"
     return model, optimizer, scaler
 
 

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.loss import target_mask
-from trainer.arguments import deepspeed_config
 from trainer.device import DTYPES, backend_of, default_dtype, moved, pick_device
+from trainer.engine_settings import deepspeed_config
 from trainer.errors import UserError
 from trainer.launcher import read_place
 from trainer.signals import Signals, terminal_may_go
@@ -64,6 +64,7 @@ class Runtime:
     world_size: int = 1
     deepspeed_config: dict | None = None
     fsdp_clip: float | None = None  # with --fsdp, whose engine clips the gradient: at this norm
+    offload: str | None = None  # what the engine keeps in CPU memory: --offload
     engine: str = "eager"  # what `wrap_model` made of the model, for people to read
     _signals: Signals = field(default_factory=Signals)
     _clock: Clock = field(default_factory=Clock)
@@ -214,12 +215,16 @@ def start_runtime(args) -> Runtime:
             raise UserError("--deepspeed needs a launcher: torchrun --nproc_per_node N, or deepspeed --num_gpus N")
         config = deepspeed_config(args)
     runtime = Runtime(device, DTYPES[args.dtype or default_dtype(device)], place.rank, place.world_size, config)
+    runtime.offload = args.offload
     if getattr(args, "fsdp", False):
         if place.world_size == 1:
             raise UserError("--fsdp shards a model across processes: start them with torchrun --nproc_per_node N")
         runtime.fsdp_clip = args.grad_clip
     if place.launched:
-        _meet(backend_of(device))
+        backend = backend_of(device)
+        if args.offload and device.type != "cpu":  # what is offloaded is summed where it lies
+            backend = f"cpu:gloo,{device.type}:{backend}"
+        _meet(backend)
     if place.world_size > 1:
         runtime._preparation = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=2))
     runtime._clock = Clock(args.stop_after * 60, args.save_minutes * 60)

@@ -14,17 +14,21 @@ from trainer.runtime import Runtime
 def shard(model: nn.Module, optimizer, runtime: Runtime) -> tuple[nn.Module, "WholeStateOptimizer"]:
     """Shard a model across the ranks, block by block, and let its optimizer step the shards.
 
-    The embedding, which is also the output matrix, and the last norm are the root's, gathered once for a pass.
+    The embedding, which is also the output matrix, and the last norm are the root's, gathered once for a pass. With
+    --offload all the shards, their gradients and moments stay in CPU memory, and the optimizer steps there.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+    offload = OffloadPolicy()
+    if runtime.offload:
+        offload = CPUOffloadPolicy(pin_memory=runtime.device.type == "cuda")
     for block in model.layers:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, offload_policy=offload)
+    fully_shard(model, mesh=mesh, offload_policy=offload)
     shares = dict(model.named_parameters())  # others than before
     for group, members in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = [shares[name] for name in members]

@@ -69,6 +69,24 @@ def test_what_it_goes_with(pretrain, tmp_path, more):
     assert losses(tmp_path / "fsdp", name) == pytest.approx(losses(tmp_path / "ddp", name), abs=close)
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        ("--fsdp", "--offload", "all"),
+        ("--deepspeed", "--zero_stage", "2", "--offload", "optimizer"),
+        ("--deepspeed", "--zero_stage", "3", "--offload", "all"),
+    ],
+    ids=lambda engine: "".join(engine[:3]),
+)
+def test_what_is_offloaded_trains_the_same_and_resumes_without(pretrain, ddp, tmp_path, engine):
+    done = pretrain.interrupted(tmp_path, "SIGTERM", "log", 4, *TEN_STEPS, *engine, processes=2, exit_code=143)
+    kept = "weights, gradients and optimizer state" if "all" in engine else "optimizer state"
+    assert f"on 2 processes, {kept} in CPU memory" in done.stdout
+    pretrain(tmp_path, *TEN_STEPS, *engine[:-2], "--resume", processes=2)
+    assert losses(tmp_path) == pytest.approx(losses(ddp), abs=1e-4)
+    assert distance(weights(tmp_path), weights(ddp)) < 1e-3
+
+
 def test_sft(sft, tmp_path):
     flags = ("--max_steps", "2", "--batch_size", "2")
     sft(tmp_path / "ddp", *flags, processes=2)
@@ -81,6 +99,7 @@ def test_sft(sft, tmp_path):
     ("flags", "told"),
     [
         ((), "torchrun --nproc_per_node N"),
+        (("--offload", "optimizer"), "FSDP2 offloads weights, gradients and optimizer together"),
         (("--deepspeed",), "--fsdp and --deepspeed"),
         (("--optimizer", "muon"), "--optimizer muon"),
         (("--optimizer", "adamw8bit"), "--optimizer adamw8bit"),

@@ -44,6 +44,13 @@ def test_two_machines_with_zero(pretrain, ddp, tmp_path):
     assert distance(weights(tmp_path), weights(ddp)) < 1e-3
 
 
+def test_two_machines_with_fsdp(pretrain, ddp, tmp_path):
+    printed = on_two_machines(pretrain, tmp_path, *FOUR_STEPS, "--fsdp")
+    assert "FSDP2 on 2 processes" in printed
+    assert losses(tmp_path) == pytest.approx(losses(ddp), abs=1e-4)
+    assert distance(weights(tmp_path), weights(ddp)) < 1e-3
+
+
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
 def test_accelerate_launch_starts_two_processes(pretrain, ddp, tmp_path):
     """Its --multi_gpu is what starts several processes, with or without GPUs."""

@@ -29,17 +29,17 @@ from trainer.arguments import (
     Parser,
     add_sampling_arguments,
     check_training_arguments,
-    deepspeed_config,
     sampling_settings,
     training_parser,
 )
+from trainer.engine_settings import deepspeed_config
 from trainer.errors import UserError
 
 COMMON_FLAGS = """
     out_dir epochs max_steps batch_size accumulation_steps learning_rate warmup_iters grad_clip dtype device seed
     num_workers log_interval save_interval eval_interval eval_path dim n_layers max_seq_len use_moe tokenizer data_path
     resume overwrite compile gradient_checkpointing deepspeed zero_stage use_wandb wandb_project skip_bad_lines packing
-    local_rank ddp
+    local_rank ddp offload
 """.split()
 
 
@@ -158,6 +158,11 @@ def test_deepspeed_settings_follow_the_flags(tmp_path, capsys):
     own.write_text(json.dumps({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}, "train_batch_size": 999}))
     plain = deepspeed_config(parse("--deepspeed", "--zero_stage", "1", "--grad_clip", "0.5"))
     assert plain["zero_optimization"] == {"stage": 1}
+    offloaded = {"offload_optimizer": {"device": "cpu"}}
+    given = deepspeed_config(parse("--deepspeed", "--offload", "optimizer"))
+    assert given["zero_optimization"] == {"stage": 2} | offloaded
+    given = deepspeed_config(parse("--deepspeed", "--zero_stage", "3", "--offload", "all"))
+    assert given["zero_optimization"] == {"stage": 3} | offloaded | {"offload_param": {"device": "cpu"}}
     config = deepspeed_config(parse("--deepspeed", str(own)))
     assert config["zero_optimization"] == {"stage": 3}
     assert "fp16" not in config
@@ -168,6 +173,20 @@ def test_deepspeed_settings_follow_the_flags(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "fp16" in said
     assert "train_batch_size" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("all",), "add --deepspeed or --fsdp"),
+        (("all", "--deepspeed"), "--offload all needs --zero_stage 3"),
+        (("optimizer", "--deepspeed", "--zero_stage", "0"), "--offload optimizer needs --zero_stage 1 or more"),
+        (("optimizer", "--deepspeed", "ds.json"), "ds.json decides what is offloaded"),
+    ],
+)
+def test_what_no_engine_can_offload_is_refused(flags, told):
+    with pytest.raises(UserError, match=told):
+        check_training_arguments(parse("--offload", *flags))
 
 
 @pytest.mark.parametrize("content", [None, "", "[1, 2]", "{'stage': 2}"])

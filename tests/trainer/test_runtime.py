@@ -247,7 +247,7 @@ def test_processes_that_do_not_meet(monkeypatch):
         for name, value in (PLACE | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": port}).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=f"cannot connect at 127.0.0.1:{port}"):
-            start_runtime(SimpleNamespace(device="cpu", dtype=None, deepspeed=None, seed=0))
+            start_runtime(SimpleNamespace(device="cpu", dtype=None, deepspeed=None, offload=None, seed=0))
 
 
 def test_one_ctrl_c_may_come_twice_and_a_second_one_stops_at_once(caught, monkeypatch):
