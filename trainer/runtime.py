@@ -219,6 +219,8 @@ def start_runtime(args) -> Runtime:
     if getattr(args, "fsdp", False):
         if place.world_size == 1:
             raise UserError("--fsdp shards a model across processes: start them with torchrun --nproc_per_node N")
+        if device.type == "cpu" and not hasattr(torch.cpu.current_stream(), "record_event"):  # PyTorch 2.6
+            raise UserError(f"--fsdp on a CPU needs a newer PyTorch than {torch.__version__}")
         runtime.fsdp_clip = args.grad_clip
     if place.launched:
         backend = backend_of(device)

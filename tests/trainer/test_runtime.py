@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -248,6 +249,16 @@ def test_processes_that_do_not_meet(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=f"cannot connect at 127.0.0.1:{port}"):
             start_runtime(SimpleNamespace(device="cpu", dtype=None, deepspeed=None, offload=None, seed=0))
+
+
+def test_fsdp_on_a_cpu_where_pytorch_is_too_old_for_it(monkeypatch):
+    """PyTorch 2.6's streams of a CPU record no events, which FSDP2 asks of them."""
+    for name, value in PLACE.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cpu, "current_stream", object)
+    args = SimpleNamespace(device="cpu", dtype=None, deepspeed=None, offload=None, fsdp=True)
+    with pytest.raises(UserError, match=f"--fsdp on a CPU needs a newer PyTorch than {re.escape(torch.__version__)}"):
+        start_runtime(args)
 
 
 def test_one_ctrl_c_may_come_twice_and_a_second_one_stops_at_once(caught, monkeypatch):
