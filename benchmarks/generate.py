@@ -6,15 +6,13 @@
     python -m benchmarks.generate --dim 768 --n_layers 16 --rounds 3
 
 The peer is transformers' own class for the same network with the same weights (Llama; Qwen2-MoE for a mixture of
-experts), its `generate`, greedy, in a batch without padding, fp32 where we use 8 or 4 bits. Where llama-cpp-python is
-installed, llama.cpp runs too, from the same weights as GGUF, one stream and a batch of sixteen sequences. All take
-turns, round after round, so that a noisy machine disturbs them alike; a figure is the median of the rounds. In fp32 the
-texts must be the same, except where two tokens are equally likely to within 1e-4.
+experts), its `generate`, greedy, in a batch without padding, fp32 where we use 8 or 4 bits. On a CPU llama.cpp's server
+runs too, where xllamacpp is installed, from the same weights as GGUF: one stream and a batch of sixteen sequences. All
+take turns, round after round, so that a noisy machine disturbs them alike; a figure is the median of the rounds. In
+fp32 the texts must be the same, except where two tokens are equally likely to within 1e-4.
 """
 
-import ctypes
 import importlib.util
-import itertools
 import statistics
 import tempfile
 import time
@@ -22,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.comparison.llama_server import LlamaServer, instruction_sets
 from model import LMConfig, MiniMindLM
 from model.inference.decoder import Span
 from model.inference.matrices import Precision
@@ -113,60 +111,24 @@ def synchronize(device: torch.device) -> None:
 
 def llama_cpp(model: MiniMindLM, tokenizer, name: str, args) -> dict[str, Measured]:
     """llama.cpp on the same weights, in the same precision, where it is installed; nothing otherwise."""
-    if importlib.util.find_spec("llama_cpp") is None or model.config.use_moe or args.device.type != "cpu":
+    if importlib.util.find_spec("xllamacpp") is None or model.config.use_moe or args.device.type != "cpu":
         return {}
-    import llama_cpp
-    from llama_cpp import Llama
-
     from scripts.formats.gguf_file import write_gguf
 
-    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         write_gguf(model, tokenizer, path, GGUF_DTYPES[name], "minimind")
-        llama = Llama(str(path), n_ctx=2048, n_threads=threads, n_threads_batch=threads, use_mmap=False, verbose=False)
+        alone, together = (LlamaServer(path, 2048, slots, torch.get_num_threads()) for slots in (1, BATCH))
     prompts = random_prompts(model).tolist()
 
-    def write() -> list[list[int]]:
-        llama.reset()
-        return [list(itertools.islice(llama.generate(prompts[0], temp=0.0, repeat_penalty=1.0), args.tokens))]
+    def write(server: LlamaServer, prompts: list[list[int]]) -> list[list[int]]:
+        replies = server.complete(prompts, args.tokens, ignore_eos=True, cache_prompt=False)
+        return [reply["tokens"] for reply in replies]
 
-    settings = llama_cpp.llama_context_default_params()
-    settings.n_ctx, settings.n_seq_max = BATCH * 2048, BATCH
-    settings.n_batch = settings.n_ubatch = LONG_PROMPT
-    settings.n_threads = settings.n_threads_batch = threads
-    context = llama_cpp.llama_init_from_model(llama.model, settings)
-    batch = llama_cpp.llama_batch_init(LONG_PROMPT, 0, 1)
-
-    def decode(tokens: list[tuple[int, int, int]], wanted: set[int]) -> dict[int, int]:
-        """Tokens as (sequence, position, id) -> the likeliest next token of each sequence, after the places wanted."""
-        batch.n_tokens = len(tokens)
-        for i, (sequence, position, token) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, i in wanted
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-        if llama_cpp.llama_decode(context, batch):
-            raise RuntimeError("llama_decode failed")
-        logits = {i: llama_cpp.llama_get_logits_ith(context, i) for i in sorted(wanted)}
-        vocab = model.config.vocab_size
-        return {
-            tokens[i][0]: int(
-                np.ctypeslib.as_array(ctypes.cast(row, ctypes.POINTER(ctypes.c_float)), (vocab,)).argmax()
-            )
-            for i, row in logits.items()
-        }
-
-    def write_together() -> list[list[int]]:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        read = [(s, i, token) for s, prompt in enumerate(prompts) for i, token in enumerate(prompt)]
-        last = decode(read, {(s + 1) * PROMPT - 1 for s in range(BATCH)})
-        written = [[last[s]] for s in range(BATCH)]
-        for position in range(PROMPT, PROMPT + args.tokens - 1):
-            last = decode([(s, position, last[s]) for s in range(BATCH)], set(range(BATCH)))
-            for s in range(BATCH):
-                written[s].append(last[s])
-        return written
-
-    return {"llama.cpp, one": write, "llama.cpp, 16 at once": write_together}
+    return {
+        "llama.cpp, one": lambda: write(alone, prompts[:1]),
+        "llama.cpp, 16 at once": lambda: write(together, prompts),
+    }
 
 
 @torch.inference_mode()
@@ -245,6 +207,7 @@ def report(seconds: dict[str, float], n: int) -> None:
     if "llama.cpp, one" in seconds:
         print(f"  one stream        {of('llama.cpp, one') / of('engine, one'):.2f} x llama.cpp")
         print(f"  16 at once        {of('llama.cpp, 16 at once') / of('engine, 16 at once'):.2f} x llama.cpp")
+        print(f"  llama.cpp uses    {' '.join(instruction_sets())}")
 
 
 def main():

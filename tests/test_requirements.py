@@ -48,7 +48,6 @@ def requirements(name: str) -> list[str]:
         ("requirements.txt", "all"),
         ("requirements-dev.txt", "dev"),
         ("requirements-eval.txt", "eval"),
-        ("requirements-peers.txt", "peers"),
     ],
 )
 def test_the_file_lists_what_pyproject_lists(file, name):

@@ -1,6 +1,7 @@
 """The comparisons of speed: how they time and sum up, by a clock of the test's own, and each once for real, tiny."""
 
 import asyncio
+import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -62,12 +63,13 @@ def test_contenders_are_compared_with_the_first_round_by_round(clock, capsys):
 
 
 def test_writing_is_timed_for_real(monkeypatch, capsys):
-    monkeypatch.setattr(generate, "llama_cpp", lambda *_: {})
     flags = "--dim 64 --n_layers 1 --tokens 2 --rounds 1 --dtype float32 int4 --device cpu --compile 0"
     monkeypatch.setattr("sys.argv", ["generate.py", *flags.split()])
     generate.main()
     said = capsys.readouterr().out
     assert "alone and in a batch: yes" in said
+    if importlib.util.find_spec("xllamacpp"):
+        assert [said.count(f"{name}  ") for name in ("llama.cpp, one", "llama.cpp, 16 at once")] == [2, 2]
     assert [line.split()[0] for line in said.splitlines()[-3:]] == ["128", "1024", "4096"]
 
 

@@ -1,6 +1,8 @@
 """GGUF files: read back by the gguf package, and run by llama.cpp where it is installed."""
 
+import codecs
 import copy
+import itertools
 import random
 import unicodedata
 
@@ -14,6 +16,7 @@ from model.chat import DEFAULT_SYSTEM_PROMPT, render_chat
 from model.tokenizer import token_bytes
 from scripts.formats.gguf_file import modelfile, pre_tokenizer_name, write_gguf
 from tests.scripts.conversion import QUESTIONS, greedy, make_model, prompts
+from tests.scripts.llama_cpp import serve_gguf
 from trainer.errors import UserError
 from trainer.weights import load_tokenizer
 
@@ -67,7 +70,7 @@ def test_every_matrix_is_there_within_its_rounding(model, tiny_tokenizer, tmp_pa
 
 
 def test_the_template_of_the_file_is_plain_jinja_and_lays_a_chat_out_as_we_do(model, tiny_tokenizer, tmp_path):
-    """llama-cpp-python renders it so; whatever template the tokenizer brought, this is the layout a MiniMind learns."""
+    """Other programs render it so; whatever template the tokenizer brought, this is the layout a MiniMind learns."""
     other = copy.deepcopy(tiny_tokenizer)
     other.chat_template = "{{ messages[0]['content'] }}"
     reader = gguf.GGUFReader(write(model, other, tmp_path / "x.gguf"))
@@ -146,53 +149,42 @@ def test_the_modelfile_lays_a_chat_out_as_we_do(tmp_path, tiny_tokenizer):
 # --------------------------------------------------------------------------------------------------- by llama.cpp
 
 
-@pytest.fixture(scope="module")
-def llama_cpp():
-    return pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip builds it in minutes")
-
-
-def run_greedy(llama, ids: list[int], n: int = 24) -> list[int]:
-    written = []
-    for token in llama.generate(ids, temp=0, repeat_penalty=1.0):
-        written.append(token)
-        if token == 2 or len(written) == n:
-            break
-    return written
-
-
-def test_llama_cpp_writes_the_same_greedy_text(llama_cpp, model, tiny_tokenizer, tmp_path):
-    path = str(write(model, tiny_tokenizer, tmp_path / "x.gguf"))
-    fp32_cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # it keeps fp16 otherwise
-    llama = llama_cpp.Llama(path, n_ctx=256, verbose=False, **fp32_cache)
-    for question, ids in zip(QUESTIONS, prompts(tiny_tokenizer), strict=True):
-        text = render_text(tiny_tokenizer, question)
-        assert llama.tokenize(text.encode(), add_bos=False, special=True) == ids
-        assert run_greedy(llama, ids) == greedy(model, ids)
-    chat = llama.create_chat_completion([{"role": "user", "content": QUESTIONS[0]}], temperature=0, max_tokens=24)
-    spelled = b"".join(token_bytes(tiny_tokenizer)[token] for token in greedy(model, prompts(tiny_tokenizer)[0]))
-    answer = spelled.decode(errors="ignore")  # llama-cpp-python leaves out what is no UTF-8
+def test_llama_cpp_writes_the_same_greedy_text(model, tiny_tokenizer, tmp_path):
+    path = write(model, tiny_tokenizer, tmp_path / "x.gguf")
+    asked = prompts(tiny_tokenizer)
+    answers = [greedy(model, ids) for ids in asked]
+    with serve_gguf(path) as llama:
+        for question, ids in zip(QUESTIONS, asked, strict=True):
+            chat = [{"role": "user", "content": question}]
+            text = llama.ask("apply-template", messages=chat)["prompt"]
+            assert text == tiny_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            assert llama.ask("tokenize", content=text, add_special=False, parse_special=True)["tokens"] == ids
+        assert [reply["tokens"] for reply in llama.complete(asked, 24)] == answers
+        settings = {"temperature": 0, "max_tokens": 24, "reasoning_format": "none"}
+        reply = llama.ask("v1/chat/completions", messages=[{"role": "user", "content": QUESTIONS[0]}], **settings)
+    spelled = b"".join(token_bytes(tiny_tokenizer)[token] for token in answers[0])
+    answer = codecs.getincrementaldecoder("utf-8")("replace").decode(spelled)  # less a half character at the end
     assert len(answer) > 8
-    assert chat["choices"][0]["message"]["content"].startswith(answer)  # it goes on where a character is half written
-
-
-def render_text(tokenizer, question: str) -> str:
-    chat = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert reply["choices"][0]["message"]["content"] == answer
 
 
 @pytest.mark.parametrize("which", ["shipped", "as MiniMind2's"])
-def test_llama_cpp_cuts_text_as_we_do(llama_cpp, which, plain_tokenizer, tmp_path, shared):
+def test_llama_cpp_cuts_text_as_we_do(which, plain_tokenizer, tmp_path, shared):
     tokenizer = load_tokenizer() if which == "shipped" else plain_tokenizer
     path = write(make_model(len(tokenizer)), tokenizer, tmp_path / "x.gguf")
-    llama = llama_cpp.Llama(str(path), n_ctx=256, verbose=False, vocab_only=True)
     random.seed(0)
     assigned = [chr(c) for c in range(32, 0x30000) if unicodedata.category(chr(c)) not in ("Cn", "Cs", "Co")]
     noise = ["".join(random.choices(assigned, k=20)) for _ in range(300)]
     mixed = ["".join(random.choices(" 1a中.'\n\t٣½é", k=30)) for _ in range(300)]
     lines = (shared / "data/pretrain_hq.jsonl").read_text(encoding="utf-8").splitlines()[::150]
-    for text in (*TEXTS, *noise, *mixed, *lines):
-        ours = tokenizer.encode(text, add_special_tokens=False)
-        assert llama.tokenize(text.encode(), add_bos=False, special=False) == ours, repr(text)
+    texts = [*TEXTS, *noise, *mixed, *lines]
+    with serve_gguf(path) as llama:
+        content = list(itertools.chain.from_iterable((text, -1) for text in texts))  # a number is taken for an id
+        ids = iter(llama.ask("tokenize", content=content, add_special=False, parse_special=False)["tokens"])
+    for text in texts:
+        theirs = list(itertools.takewhile(lambda token: token != -1, ids))
+        assert theirs == tokenizer.encode(text, add_special_tokens=False), repr(text)
+    assert next(ids, None) is None
 
 
 @pytest.mark.parametrize(("dtype", "number"), [("f32", 0), ("f16", 1), ("bf16", 32), ("q8_0", 7), ("q4_0", 2)])

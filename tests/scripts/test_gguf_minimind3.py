@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from scripts.formats.gguf_file import modelfile, write_gguf
+from tests.scripts.llama_cpp import next_distributions, serve_gguf
 from tests.scripts.test_formats_minimind3 import MODELS, lively
 from tests.trainer.test_loading_minimind3 import logits
 from trainer.weights import load_tokenizer
@@ -81,15 +82,26 @@ def test_the_modelfile_and_the_template_are_those_of_its_layout(third_tokenizer,
     assert reader.get_field("tokenizer.ggml.pre").contents() == "gpt-2"
 
 
+def test_llama_cpp_lays_a_chat_out_as_the_tokenizer_does(third_tokenizer, tmp_path):
+    turns = ("user", "hi"), ("assistant", "yes"), ("user", "?")
+    chat = [{"role": role, "content": content} for role, content in turns]
+    text = third_tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    with serve_gguf(write(lively(len(third_tokenizer)), third_tokenizer, tmp_path / "x.gguf")) as llama:
+        assert llama.ask("apply-template", messages=chat)["prompt"] == text
+        ids = llama.ask("tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+    assert ids == third_tokenizer.encode(text, add_special_tokens=False)
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_computes_the_same_logits(name, tiny_tokenizer, tmp_path):
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip builds it in minutes")
+def test_llama_cpp_computes_the_same_distributions(name, tiny_tokenizer, tmp_path):
+    """After ever longer beginnings of a text, read on from its cache, and after the whole text read in one go."""
     model = lively(len(tiny_tokenizer), **MODELS[name])
-    path = str(write(model, tiny_tokenizer, tmp_path / "x.gguf"))
-    fp32_cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-    llama = llama_cpp.Llama(path, n_ctx=256, logits_all=True, verbose=False, **fp32_cache)
+    path = write(model, tiny_tokenizer, tmp_path / "x.gguf")
     ids = torch.randint(len(tiny_tokenizer), (1, 200), generator=torch.Generator().manual_seed(0))
-    llama.eval(ids[0].tolist())
-    theirs = torch.from_numpy(np.array(llama.scores[:200], dtype=np.float32))
-    ours = logits(model, ids)[0]
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-3)
+    ours = logits(model, ids)[0].log_softmax(-1)
+    lengths = [1, 2, 3, 31, 32, 33, 64, 65, 100, 150, 199, 200]
+    with serve_gguf(path) as llama:
+        theirs = next_distributions(llama, [ids[0, :n].tolist() for n in lengths], tiny_tokenizer)
+        at_once = next_distributions(llama, ids.tolist(), tiny_tokenizer, cache_prompt=False)
+    torch.testing.assert_close(theirs, ours[[n - 1 for n in lengths]], rtol=0, atol=1e-4)
+    torch.testing.assert_close(at_once, ours[-1:], rtol=0, atol=1e-4)
