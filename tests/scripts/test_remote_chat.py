@@ -201,7 +201,7 @@ def test_what_is_an_address(address):
 
 
 def test_a_key_is_ascii():
-    with pytest.raises(UserError, match="the API key contains non-ASCII characters"):
+    with pytest.raises(UserError, match="the API key must be printable ASCII without spaces around it"):
         check_address("http://a/v1", "schl\u00fcssel")
 
 

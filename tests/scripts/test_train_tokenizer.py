@@ -124,6 +124,7 @@ def test_the_least_vocabulary_is_of_the_bytes_and_the_tags_alone(data, tmp_path)
         (["--data_path", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--data_path", "bad.jsonl"], 'line 2: neither "text" nor "conversations"'),
         (["--out_dir", "bad.jsonl/folder"], "folder cannot be written: Not a directory"),
+        (["--out_dir", "a\udcff"], "a\\udcff: the path is not UTF-8"),
         (["--only_measure", "--out_dir", "."], "no tokenizer.json there"),
         (["--only_measure", "--out_dir", "damaged"], "damaged cannot be loaded (Invalid control character"),
         (["--only_measure", "--out_dir", "other"], "other cannot be loaded ("),
