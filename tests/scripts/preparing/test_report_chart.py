@@ -16,10 +16,10 @@ def drawn(monkeypatch) -> dict:
     shown, waiting = {}, []
 
     def recording(method):
-        def draw(self, names, values, *rest, **how):
-            if isinstance(names[0], str):  # those of a histogram have places
-                waiting.append([*zip(names, values, strict=True)])
-            return method(self, names, values, *rest, **how)
+        def draw(self, *given, **how):
+            if given and isinstance(given[0][0], str):  # those of a histogram have places
+                waiting.append([*zip(*given, strict=True)])
+            return method(self, *given, **how)
 
         return draw
 
