@@ -212,10 +212,12 @@ def test_the_engine_is_its_threads_alone_until_that_has_ended(thread, monkeypatc
     closing = threading.Thread(target=thread.close)
     closing.start()
     assert stepping.wait(PATIENCE)
-    thread._call(lambda: ran.append(threading.current_thread()))
-    assert ran == []
-    go.set()
-    closing.join(PATIENCE)
+    try:
+        thread._call(lambda: ran.append(threading.current_thread()))
+        assert ran == []
+    finally:
+        go.set()
+        closing.join(PATIENCE)
     assert ran == [thread._thread]
 
 
