@@ -5,7 +5,7 @@ order and the shape of one. At ViT-B/16's 196 x 768 an image takes 301 kB.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dataset.cache_folder import hold, open_cache, short_hash
-from dataset.jsonl import DataError, unwrap_worker_errors
+from dataset.jsonl import unwrap_worker_errors
 from dataset.workers import collate_to_send, require_room_for
 
 FORMAT = 1  # to be raised when the files above change
@@ -49,7 +49,7 @@ class FeatureCache:
 
 
 def open_feature_cache(
-    names: Sequence[str],
+    images: Mapping[str, str],
     images_path: Path,
     load: Callable[[str], Tensor],
     encode: Callable[[Tensor], Tensor],
@@ -60,8 +60,9 @@ def open_feature_cache(
     """Open the cache of these images, computing it where there is none.
 
     Args:
-        names: of images in `images_path`, at least one. The cache lies beside that folder; the images' sizes and times
-            are part of its name.
+        images: the hash of each image's bytes by its name, at least one. The hashes are part of the cache's name: where
+            the images lie, and when they were written, is not.
+        images_path: the folder that the names are relative to, beside which the cache lies.
         load: name -> the image's pixels, (1, 3, H, W).
         encode: pixels (images, 3, H, W) -> features (images, image_tokens, vision_dim).
         tower: tells apart what `load` and `encode` make of an image.
@@ -70,12 +71,7 @@ def open_feature_cache(
     Raises:
         DataError: an image cannot be read; the cache cannot be written.
     """
-    names = sorted(set(names))
-    try:
-        states = [(images_path / name).stat() for name in names]
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
-    images = [[name, state.st_size, state.st_mtime_ns] for name, state in zip(names, states, strict=True)]
+    names = sorted(images)
 
     def build(folder: Path) -> None:
         require_room_for(num_workers)
@@ -89,7 +85,13 @@ def open_feature_cache(
         (folder / "info.json").write_text(json.dumps({"names": names, "shape": features.shape[1:]}), encoding="ascii")
 
     # Which images are asked for is not a state of the folder: the next data file may ask for others.
-    return open_cache(images_path, "features", f"{tower}-{short_hash([FORMAT, images])}", FeatureCache, build)
+    return open_cache(
+        images_path,
+        "features",
+        f"{tower}-{short_hash([FORMAT, [[name, images[name]] for name in names]])}",
+        FeatureCache,
+        build,
+    )
 
 
 class _Loaded(Dataset):

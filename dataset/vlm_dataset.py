@@ -66,9 +66,8 @@ class VLMDataset(SFTDataset):
         self.processor = processor
         self.features: FeatureCache | None = None
         self._no_pixels = to_pixels(processor, [])  # which every row's begin with
-        pictures = check_pictures(
-            data_path, self.images_path, lambda record, ignored: parse_image_chat(record, ignored)[0]
-        )
+        self._check_pictures = partial(check_pictures, data_path, self.images_path, _names_in)
+        pictures = self._check_pictures()
         faults = {name: picture.fault for name, picture in pictures.items() if picture.fault}
         self._faulty = sorted(faults)
         self._whole = short_hash([[name, picture.sha256] for name, picture in pictures.items() if not picture.fault])
@@ -122,10 +121,12 @@ class VLMDataset(SFTDataset):
     def empty_row(self) -> dict[str, Tensor]:
         return super().empty_row | {"image_mask": torch.zeros(0, dtype=torch.bool)} | self._images([])
 
-    def image_names(self) -> list[str]:
-        """The names of all images in the rows, each once."""
+    def image_hashes(self) -> dict[str, str]:
+        """The SHA-256 of the bytes, hex, of each image in the rows, by its name."""
         notes = (self.cache.note(sample) for sample in self.pieces.sample)
-        return sorted({name for note in notes for name in note["images"]})
+        names = {name for note in notes for name in note["images"]}
+        pictures = self._check_pictures() if names else {}
+        return {name: pictures[name].sha256 for name in names}
 
     def load_pixels(self, name: str) -> Tensor:
         """An image of `images_path` as the tower wants it, (1, 3, H, W).
@@ -142,6 +143,10 @@ class VLMDataset(SFTDataset):
         if self.features is not None:
             return {"image_features": self.features.of(names)}
         return {"pixel_values": torch.cat([self._no_pixels, *map(self.load_pixels, names)])}
+
+
+def _names_in(record: dict, ignored: Ignored) -> Sequence[str]:
+    return parse_image_chat(record, ignored)[0]
 
 
 def parse_image_record(record: dict, ignored: Ignored, images_path: Path, faults: dict[str, str]) -> Record:

@@ -101,14 +101,15 @@ def check_targets(args, suffix: str, beside: str) -> None:
 
 def to_transformers(args) -> None:
     from scripts.formats.transformers_folder import check_equal, write_folder
-    from trainer.files import real_place
+    from trainer.files import real_place, require_utf8
 
     if args.folder.exists() and not args.folder.is_dir():
         raise UserError(f"{args.folder} is a file, but to-transformers writes a folder")
     if (args.folder / "config.json").exists() and not args.overwrite:
         raise UserError(f"{args.folder} already contains a model: choose another name, or use --overwrite")
-    model, tokenizer = load(args, args.lora)
     place = real_place(args.folder)  # where a link leads to: files are moved within a disk only
+    require_utf8(place, "the folder")
+    model, tokenizer = load(args, args.lora)
     new = place.with_name(f".{place.name}.new")
     try:
         write_folder(model, tokenizer, new)

@@ -17,6 +17,7 @@ import time
 
 import _repo  # noqa: F401  (lets `python scripts/serve_openai_api.py` find the packages)
 
+from scripts.serving.client import check_key
 from trainer.argument_types import BooleanFlag, non_negative_float, non_negative_int, positive_int
 from trainer.arguments import (
     Parser,
@@ -195,6 +196,7 @@ def serve(app, served, sock: socket.socket, drain_seconds: float, keep_alive: in
 def main():
     args = get_args()
     api_key = args.api_key or os.environ.get(API_KEY) or None
+    check_key(api_key or "", "--api_key" if args.api_key else API_KEY)
     sock = listen(args.host, args.port)
     from model.inference.thread import EngineThread
     from scripts.serving.app import make_app

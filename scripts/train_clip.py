@@ -36,7 +36,7 @@ from trainer.argument_types import BooleanFlag, positive_float, positive_int
 from trainer.arguments import ROOT, Parser, add_device_argument
 from trainer.device import DTYPES, default_dtype, pick_device
 from trainer.errors import UserError, print_notice, run_main
-from trainer.files import real_place, save_json
+from trainer.files import real_place, require_utf8, save_json
 from trainer.muon import Muon
 from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
@@ -239,6 +239,7 @@ def main():
     args = get_args()
     if args.image_size % args.patch_size or args.width % 32:
         raise UserError("--image_size must be a multiple of --patch_size, and --width of 32")
+    require_utf8(real_place(args.out_dir), "--out_dir")
     if args.out_dir.exists() and not is_ours(args.out_dir):
         raise UserError(f"{args.out_dir} already exists and was not written by this script: give another --out_dir")
     if args.out_dir.exists() and not args.overwrite:

@@ -33,6 +33,7 @@ from model.tokenizer_check import check_round_trips, check_tokenizer
 from trainer.argument_types import BooleanFlag, positive_int
 from trainer.arguments import Parser
 from trainer.errors import UserError, print_notice, run_main
+from trainer.files import require_utf8
 from trainer.weights import SHIPPED_TOKENIZER, load_tokenizer
 
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -175,6 +176,7 @@ def main():
     )
     args = parser.parse_args()
     folder = args.out_dir.resolve()
+    require_utf8(folder, "--out_dir")
     if not 0 <= args.holdout < 1:
         raise UserError(f"--holdout must be from 0 to below 1, not {args.holdout}")
     if args.vocab_size < 256 + len(SPECIAL) + len(TAGS):

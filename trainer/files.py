@@ -50,6 +50,23 @@ def real_place(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def require_utf8(folder: Path, what: str) -> None:
+    """A tokenizer is read and written by a library that takes no other paths.
+
+    Args:
+        what: what the folder is, such as the flag that names it.
+
+    Raises:
+        UserError: the path is not UTF-8.
+    """
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{what} {folder}: the path is not UTF-8, which the tokenizers library requires: rename the folder"
+        ) from None
+
+
 def left_by_a_kill(path: Path) -> list[Path]:
     """What `replacing(path)` was writing when a process was killed."""
     target = real_place(path)

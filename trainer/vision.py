@@ -112,8 +112,8 @@ def cache_features(
         DataError: an image cannot be read; the disk is full.
     """
     datasets = [dataset for dataset in datasets if dataset is not None]
-    names = sorted({name for dataset in datasets for name in dataset.image_names()})
-    if not names:
+    images = {name: sha256 for dataset in datasets for name, sha256 in dataset.image_hashes().items()}
+    if not images:
         return
 
     def encode(pixels: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def cache_features(
     how = short_hash([vision.hash, computed_by, vision.processor.to_json_string(), run.dtype_name])
     with run.main_first():
         features = open_feature_cache(
-            names, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers
+            images, datasets[0].images_path, datasets[0].load_pixels, encode, how, num_workers=args.num_workers
         )
         limit_caches([args.data_path, args.images_path], args.cache_limit)
     run.print(f"features of {len(features):,} images: {features.folder}")

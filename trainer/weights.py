@@ -27,7 +27,7 @@ from trainer.architecture import (
 )
 from trainer.arguments import ROOT
 from trainer.errors import UserError, print_notice
-from trainer.files import check_hash
+from trainer.files import check_hash, require_utf8
 from trainer.folder_layouts import read_folder, require_folder
 from trainer.variant_arguments import FIELDS
 from trainer.weight_files import is_file_name, read_weights
@@ -70,9 +70,10 @@ def read_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`, whichever kind it is.
 
     Raises:
-        UserError: no tokenizer there, or a damaged one.
+        UserError: no tokenizer there, or a damaged one; the path is not UTF-8.
     """
     folder = Path(folder)
+    require_utf8(folder, "--tokenizer")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"--tokenizer {folder}: no tokenizer.json there; train one with scripts/train_tokenizer.py")
     try:

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 from fastapi import Depends, FastAPI, Request
@@ -217,6 +217,16 @@ def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[
         facts = {"object": "text_completion", "created": int(time.time()), "model": NAME}
         return {"id": f"{kind}-{uuid.uuid4().hex}"} | facts
 
+    def get(path: str, **described) -> Callable:
+        """GET, and HEAD, with which load balancers ask."""
+
+        def register(endpoint: Callable) -> Callable:
+            app.add_api_route(path, endpoint, methods=["GET"], **described)
+            app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False, **described)
+            return endpoint
+
+        return register
+
     writers = {"dependencies": [Depends(known), Depends(is_open)]}
     chats = documented(schema.ChatCompletion, streams=True) | takes(ChatRequest)
     texts = documented(schema.Completion, streams=True) | takes(CompletionRequest)
@@ -246,16 +256,16 @@ def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[
             return StreamingResponse(events(writing, chunks), media_type="text/event-stream")
         return JSONResponse(await whole_completion(writing, body, first, prompts))
 
-    @app.get("/v1/models", dependencies=[Depends(known)], **documented(schema.ModelList))
+    @get("/v1/models", dependencies=[Depends(known)], **documented(schema.ModelList))
     async def models():
         return {"object": "list", "data": [await model(NAME)]}
 
-    @app.get("/v1/models/{name}", dependencies=[Depends(known)], **documented(schema.Model))
+    @get("/v1/models/{name}", dependencies=[Depends(known)], **documented(schema.Model))
     async def model(name: str):
         check_name(name)
         return {"id": NAME, "object": "model", "created": server.created, "owned_by": NAME}
 
-    @app.get("/health", **documented(schema.Health))
+    @get("/health", **documented(schema.Health))
     async def health():
         server.places.check_open()
         if server.thread.broken:

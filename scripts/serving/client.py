@@ -24,8 +24,17 @@ def check_address(base_url: str, api_key: str) -> None:
         right = False
     if not right:
         raise UserError(f"{base_url!r} is not an API base URL, such as http://127.0.0.1:8998/v1")
-    if not api_key.isascii():
-        raise UserError("the API key contains non-ASCII characters")
+    check_key(api_key)
+
+
+def check_key(api_key: str, what: str = "the API key") -> None:
+    """Refuse a key that no header can hold: no client could send it, and no server be asked with it.
+
+    Raises:
+        UserError: it is not printable ASCII, or has spaces around it, which a header loses.
+    """
+    if not (api_key.isascii() and api_key.isprintable()) or api_key != api_key.strip():
+        raise UserError(f"{what} must be printable ASCII without spaces around it: an HTTP header holds nothing else")
 
 
 def is_this_machine(host: str) -> bool:

@@ -63,10 +63,18 @@ def test_mean_and_spread():
 
 def test_the_three_forms_of_a_distillation_step_learn_the_same(monkeypatch, capsys):
     monkeypatch.setattr(distillation_memory, "SIZES", {"student": {"dim": 32, "n_layers": 1}, "teacher": {"dim": 48}})
-    flags = "--batch_size 3 --max_seq_len 16 --rounds 1 --dtype float32 --device cpu"
+    learned = []
+
+    def target_mask(labels, right=distillation_memory.target_mask):
+        learned.append(int((labels >= 0).sum()))
+        return right(labels)
+
+    monkeypatch.setattr(distillation_memory, "target_mask", target_mask)
+    flags = "--batch_size 3 --max_seq_len 16 --learned 0.25 --rounds 1 --dtype float32 --device cpu"
     monkeypatch.setattr("sys.argv", ["distillation_memory.py", *flags.split()])
     distillation_memory.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert set(learned) == {3 * 4}
     assert [row[0] for row in rows] == ["all", "learned", "in"]
     assert len({tuple(row[-2:]) for row in rows}) == 1  # loss, gradient
     assert all(float(row[-4].replace(",", "")) >= 0 for row in rows)

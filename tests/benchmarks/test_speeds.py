@@ -153,6 +153,17 @@ def test_pictures_are_put_before_chats_alone(tiny_data, tmp_path):
         chats_with_pictures(tiny_data / "pretrain_hq.jsonl", tmp_path)
 
 
+def test_what_the_clients_ask_is_of_many_lengths_and_answered_alike_each_time():
+    """An answer is compared with the one alone: it must be greedy, and none is so long that it fills a slot."""
+    asked = serve_load.questions()
+    assert len(asked) == len({body["messages"][0]["content"] for body in asked}) == 80
+    assert all((body["temperature"], body["stream"]) == (0, True) for body in asked)
+    assert all(16 <= body["max_tokens"] < 196 for body in asked)
+    assert len({body["max_tokens"] for body in asked}) == 80
+    lengths = [len(body["messages"][0]["content"]) for body in asked]
+    assert max(lengths) > 6 * min(lengths)
+
+
 class TestLoad:
     """Clients at a server that a test stands in for: an answer takes a second."""
 

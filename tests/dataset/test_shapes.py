@@ -83,6 +83,14 @@ def test_a_first_line_that_is_bad_can_be_skipped(tmp_path):
         assert reader.bad_lines == 1
 
 
+@pytest.mark.parametrize("bad", ['{"text": "a"', '{"text", "a"}', '["text",', '"text', ""])
+def test_a_first_line_that_begins_as_json_is_not_called_something_else(tmp_path, bad):
+    (path := tmp_path / "data.jsonl").write_text(f'{bad}\n{{"text": "a"}}\n')
+    with pytest.raises(DataError, match="line 1: ") as error:
+        list(JsonlReader(path, parse_text))
+    assert "seems to be" not in str(error.value)
+
+
 SHAREGPT = 'ShareGPT format: rename "from" to "role" (human: user, gpt: assistant) and "value" to "content"'
 FOREIGN = [
     (parse_chat, {"messages": CHAT["conversations"]}, 'OpenAI format: rename "messages" to "conversations"'),

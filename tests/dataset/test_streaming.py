@@ -6,7 +6,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from dataset import DataError, PretrainDataset, SFTDataset
+from dataset import DataError, PretrainDataset, SFTDataset, shards
 from dataset.shards import Blocks, Shard, hash_shards, list_shards
 from dataset.stream_loader import StreamLoader
 from dataset.streaming import Fault, StreamedRows
@@ -186,6 +186,15 @@ class TestBadLines:
         path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n\r\n \n\n')
         assert streamed(path).window(0).read.samples == 2
         path.write_bytes(b'{"text": "one"}\n\n{"text": "two"}\n')
+        assert streamed(path).window(0) == Fault(f"{path}, line 2: the line is empty")
+
+    @pytest.mark.parametrize("blank", [1, 7, 8, 9, 30])
+    def test_however_many_blank_lines_come_before_the_next(self, tmp_path, streamed, monkeypatch, blank):
+        monkeypatch.setattr(shards, "REST_BYTES", 8)
+        path = tmp_path / "a.jsonl"
+        path.write_bytes(b'{"text": "one"}\n' + b"\n" * blank)
+        assert streamed(path).window(0).read.samples == 1
+        path.write_bytes(b'{"text": "one"}\n' + b"\n" * blank + b'{"text": "two"}\n')
         assert streamed(path).window(0) == Fault(f"{path}, line 2: the line is empty")
 
     def test_nothing_to_learn_does_not_go_on_for_ever(self, tmp_path, streamed):

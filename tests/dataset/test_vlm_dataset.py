@@ -176,7 +176,7 @@ class TestBatches:
         )
 
         dataset.features = open_feature_cache(
-            dataset.image_names(), dataset.images_path, dataset.load_pixels, model.encode_images, "test"
+            dataset.image_hashes(), dataset.images_path, dataset.load_pixels, model.encode_images, "test"
         )
         batch = collate([*dataset])
         assert "pixel_values" not in batch
@@ -252,7 +252,9 @@ class TestRefused:
             list(StepLoader(dataset, 1, 1, 1, seed=0, num_workers=num_workers).steps())
         assert "\n" not in str(error.value)
         with pytest.raises(DataError, match=r"bad\.png cannot be read as an image"):
-            open_feature_cache(["bad.png"], folder, dataset.load_pixels, lambda x: x, "broken", num_workers=num_workers)
+            open_feature_cache(
+                dataset.image_hashes(), folder, dataset.load_pixels, lambda x: x, "broken", num_workers=num_workers
+            )
         assert not list((tmp_path / ".cache").glob("*/features-broken-*"))
 
 
@@ -341,17 +343,18 @@ def test_features_are_computed_once_and_anew_for_a_changed_image(tmp_path, clip_
         encoded.append(len(pixels))
         return pixels[:, 0, :2, :]
 
-    def features(*names):
-        return open_feature_cache(names, folder, load, encode, "tower").of(names)
+    def features(**hashes):
+        images = {f"{name}.png": sha256 for name, sha256 in hashes.items()}
+        return open_feature_cache(images, folder, load, encode, "tower").of([*images])
 
-    assert features("b.png", "a.png", "b.png")[:, 0, 0].tolist() == [100, 100, 100]
-    assert features("a.png", "b.png").shape == (2, 2, 4)
+    assert features(b="1", a="1")[:, 0, 0].tolist() == [100, 100]
+    assert features(a="1", b="1").shape == (2, 2, 4)
     assert encoded == [2]
     Image.new("L", (5, 4), 200).save(folder / "b.png")
-    assert features("b.png", "a.png")[:, 0, 0].tolist() == [200, 100]
+    assert features(b="2", a="1")[:, 0, 0].tolist() == [200, 100]
     assert encoded == [2, 2]
-    features("a.png")
-    open_feature_cache(["a.png"], folder, load, encode, "another tower")
+    features(a="1")
+    open_feature_cache({"a.png": "1"}, folder, load, encode, "another tower")
     assert encoded == [2, 2, 1, 1]
 
 
@@ -359,7 +362,7 @@ def test_features_are_in_use_as_long_as_a_data_set_has_them(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "images" / "a.png")
     given = (lambda name: torch.zeros(1, 3, 4, 4), lambda pixels: pixels[:, 0], "tower")
-    features = open_feature_cache(["a.png"], tmp_path / "images", *given)
+    features = open_feature_cache({"a.png": "1"}, tmp_path / "images", *given)
     folder, copied = features.folder, pickle.dumps(features)
     assert in_use(folder)
     del features
@@ -369,16 +372,43 @@ def test_features_are_in_use_as_long_as_a_data_set_has_them(tmp_path):
     assert len(in_a_worker) == 1
 
 
-def test_an_image_painted_over_is_seen_anew_by_its_files_size_or_time(tmp_path):
-    def features() -> float:
+@pytest.fixture
+def grey_picture(tmp_path, open_lines):
+    """Paint a picture of the lines in a grey, with its file's times as they were, and read its features: its grey."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+
+    def features(grey: int | None, folder=folder) -> float:
+        if grey is not None:
+            Image.new("L", (4, 4), grey).save(folder / "a.bmp")
+            os.utime(folder / "a.bmp", (1, 1))
+        dataset = open_lines([line("<image>", "Grey.", "a.bmp")], images=folder)
+
         def load(name):
-            return torch.full((1, 3, 4, 4), float(np.asarray(Image.open(tmp_path / "images" / name))[0, 0]))
+            return torch.full((1, 3, 4, 4), float(np.asarray(Image.open(folder / name))[0, 0]))
 
-        return open_feature_cache(["a.bmp"], file.parent, load, lambda pixels: pixels[:, 0], "tower").of(["a.bmp"])
+        def encode(pixels):
+            features.encoded += 1
+            return pixels[:, 0]
 
-    file = tmp_path / "images" / "a.bmp"
-    file.parent.mkdir()
-    for second, side, grey in ((1, 4, 100), (2, 4, 200), (2, 8, 50)):
-        Image.new("L", (side, side), grey).save(file)
-        os.utime(file, (second, second))
-        assert features().unique().tolist() == [grey]
+        cache = open_feature_cache(dataset.image_hashes(), folder, load, encode, "tower")
+        (value,) = cache.of(["a.bmp"]).unique().tolist()
+        return value
+
+    features.encoded = 0
+    return features
+
+
+def test_a_picture_painted_over_is_seen_anew_though_size_and_time_are_as_they_were(grey_picture):
+    assert grey_picture(100) == 100
+    assert grey_picture(200) == 200
+
+
+def test_pictures_that_are_copied_or_only_touched_keep_their_features(grey_picture, tmp_path):
+    assert grey_picture(100) == 100
+    os.utime(tmp_path / "pictures" / "a.bmp", (2, 2))
+    assert grey_picture(None) == 100
+    shutil.copytree(tmp_path / "pictures", tmp_path / "copied")
+    shutil.copytree(tmp_path / ".cache" / "pictures", tmp_path / ".cache" / "copied")
+    assert grey_picture(None, tmp_path / "copied") == 100
+    assert grey_picture.encoded == 1

@@ -1,10 +1,12 @@
 """The faults of `benchmarks.faults`, each once, to the stage that is quickest: after it nothing is lost but steps."""
 
+import contextlib
 import random
 import shutil
 
 import pytest
 
+from benchmarks import faults
 from benchmarks.fault_injection.disturbed import BrokenPromise, Disturbed, Laboratory, Reference
 from benchmarks.fault_injection.kinds import KINDS, Kind
 from benchmarks.fault_injection.small_stages import STAGES, make_world
@@ -56,6 +58,27 @@ def test_a_run_that_is_lost_is_found_out(laboratory):
     for happen, why in told.items():
         with pytest.raises(BrokenPromise, match=why):
             laboratory.disturb(Kind("", happen, most=4), STAGES[0], random.Random(1))
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+def test_one_lost_run_is_a_failure(lost, monkeypatch, capsys):
+    class Clumsy:
+        def __init__(self, *_):
+            self.left = lost
+
+        def disturb(self, *_) -> int:
+            self.left -= 1
+            if self.left >= 0:
+                raise BrokenPromise("gone")
+            return 2
+
+    monkeypatch.setattr("benchmarks.fault_injection.disturbed.Laboratory", Clumsy)
+    monkeypatch.setattr("benchmarks.fault_injection.small_stages.make_world", lambda folder: folder)
+    monkeypatch.setattr("sys.argv", ["faults.py", "--rounds", "3"])
+    with pytest.raises(SystemExit) if lost else contextlib.nullcontext():
+        faults.main()
+    said = capsys.readouterr().out
+    assert (said.count("LOST: gone"), said.count(": 2 steps lost")) == (lost, 3 - lost)
 
 
 def test_the_table_counts_by_kind(capsys):

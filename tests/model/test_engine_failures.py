@@ -199,6 +199,28 @@ def test_what_is_asked_while_the_thread_closes_ends_too(thread):
     assert not closing.is_alive()
 
 
+def test_the_engine_is_its_threads_alone_until_that_has_ended(thread, monkeypatch):
+    """Also while it takes its last step: what is called meanwhile waits for it."""
+    stepping, go, ran, step = threading.Event(), threading.Event(), [], thread._step
+
+    def slowly() -> None:
+        stepping.set()
+        assert go.wait(PATIENCE)
+        step()
+
+    monkeypatch.setattr(thread, "_step", slowly)
+    closing = threading.Thread(target=thread.close)
+    closing.start()
+    assert stepping.wait(PATIENCE)
+    try:
+        thread._call(lambda: ran.append(threading.current_thread()))
+        assert ran == []
+    finally:
+        go.set()
+        closing.join(PATIENCE)
+    assert ran == [thread._thread]
+
+
 def test_a_thread_may_be_closed_from_within(thread):
     """By a reader, or by the finalizer of what holds the thread, wherever the garbage is collected."""
     ended = threading.Event()

@@ -57,6 +57,7 @@ def counted(engine: Engine) -> Counter:
 
     def count_drafts(*args):
         found = drafts(*args)
+        assert all(draft.tokens for draft in found.values()), "where there is no room, there is no draft"
         counts["drafted"] += sum(len(draft.tokens) for draft in found.values())
         return found
 

@@ -333,6 +333,16 @@ def test_a_wrong_key_of_any_letters_is_told_so(serve, model):
         assert client.get("/health").status_code == 200
 
 
+def test_what_can_be_got_can_be_asked_for_by_head(serve, model):
+    """As load balancers do; what it would have said is left out, and the key is asked for."""
+    client = serve(model, api_key="right")
+    right = {"Authorization": "Bearer right"}
+    for path, headers in (("/health", {}), ("/v1/models", right), ("/v1/models/minimind", right)):
+        assert client.head(path, headers=headers).status_code == 200, path
+    assert client.head("/v1/models").status_code == 401
+    assert "head" not in str(client.get("/openapi.json").json()["paths"])
+
+
 def test_an_error_of_our_own_is_an_object_too(serve, model, monkeypatch):
     client = serve(model)
     monkeypatch.setattr("scripts.serving.app.render_chat", lambda *_, **__: 1 / 0)

@@ -209,6 +209,8 @@ def test_a_folder_or_weights_that_are_there_stay(convert, tokenizer_dir, weights
     with pytest.raises(UserError, match=r"tokenizer\.json already exists"):
         convert("to-transformers", weights, other, "--tokenizer", tokenizer_dir)
     assert [(file.name, file.read_text()) for file in other.iterdir()] == [("tokenizer.json", "mine")]
+    with pytest.raises(UserError, match="the path is not UTF-8"):
+        convert("to-transformers", "/nowhere", tmp_path / "a\udcff", "--tokenizer", tokenizer_dir)
     with pytest.raises(UserError, match="is a file"):
         convert("to-transformers", weights, weights, "--tokenizer", tokenizer_dir)
     with pytest.raises(UserError, match="already exists"):

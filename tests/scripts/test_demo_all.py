@@ -210,6 +210,30 @@ def test_the_demo_tells_its_minutes_and_keeps_its_shares(tmp_path, monkeypatch, 
     assert json.loads((tmp_path / "accuracy.json").read_text()) == {"facts/en/all": 0.5}
 
 
+def test_each_stage_is_measured_from_the_weights_it_starts_from_to_those_it_writes():
+    """By its own flags and the names that its script gives weights; who only continues text is asked no facts."""
+    ends = {"train_dpo.py": "rlhf", "train_lora.py": "lora/identity", "train_pretrain.py": "pretrain"}
+    ends |= {"train_distillation.py": "full_dist", "train_distill_reason.py": "reason"}
+    starts = {"train_dpo.py": "full_sft", "train_lora.py": "full_sft", "train_distill_reason.py": "rlhf"}
+    trained = set()
+    for stage in STAGES:
+        if stage.command:
+            script, *flags = stage.command
+            size, start = flags[flags.index("--dim") + 1], starts.get(script)
+            if "--from_weight" in flags:
+                start = flags[flags.index("--from_weight") + 1]
+            assert stage.end == f"{ends[script]}_{size}"
+            assert stage.start == (start and f"{start}_{size}")
+            assert stage.teacher == (flags[flags.index("--teacher_weight") + 1] if stage.teacher else None)
+        assert stage.start is None or stage.start in trained
+        assert stage.answers == (not stage.end.startswith("pretrain"))
+        trained.add(stage.end)
+    first, second, *_ = STAGES
+    assert [(stage.command, stage.start, stage.end) for stage in (first, second)] == [
+        *(((), None, "pretrain_256"), ((), "pretrain_256", "full_sft_256")),
+    ]
+
+
 def test_the_students_are_a_quarter_of_their_teacher():
     flags = dict(zip(STUDENT[::2], STUDENT[1::2], strict=True))
     sizes = ((256, 8), (int(flags["--dim"]), int(flags["--n_layers"])))

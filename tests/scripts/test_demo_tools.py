@@ -42,6 +42,7 @@ def test_nothing_that_is_asked_was_learned(world):
     learned = json.dumps(tool_talks(random.Random(1), 400, relations()), ensure_ascii=False)
     assert not any(question.text in learned for question in asked)
     for question in asked:
+        assert len({*question.tools}) == len(question.tools), "a tool is listed once"
         if question.kind == "look-up":
             name = next(name for name in table() if name in question.text)
             assert name in list(table())[KNOWN:]

@@ -1,6 +1,7 @@
 """The demo's data: true, well-formed, the same for a seed, with nothing of the examination in any training file."""
 
 import calendar
+import datetime
 import json
 import re
 from collections import Counter, defaultdict
@@ -11,7 +12,7 @@ from dataset.jsonl import JsonlReader
 from dataset.records import parse_chat, parse_pair, parse_text
 from scripts.demo.scoring import normalise
 from scripts.demo.world import relations
-from scripts.make_demo_data import MINIMIND, POLITE, WILLOW, as_jsonl, build, identities, write
+from scripts.make_demo_data import MINIMIND, POLITE, WILLOW, as_jsonl, build, identities, sentence, write
 from scripts.tool_use.builtin import registry_of
 from tests.running import run_script
 from trainer.errors import UserError
@@ -281,6 +282,25 @@ def test_the_preferred_answer_is_the_beginning_of_the_one_the_model_was_taught(f
     assert learned.isdisjoint(OPENING.sub("", line["chosen"][0]["content"]) for line in files["eval_dpo"])
 
 
+def test_a_follow_up_asks_on_and_half_of_the_talks_end_in_small_talk(files):
+    """A follow-up such as "And Peru?" is answered by another row of what the question before it was about."""
+    known, ends = defaultdict(set), Counter()
+    for relation in relations():
+        for x, (y, *_) in relation.rows:
+            known[relation.lang, x].add(normalise(sentence(y, relation.lang)))
+    for line in files["sft_mini_512"]:
+        turns = [turn["content"] for turn in line["conversations"] if turn["role"] != "system"]
+        follows = [turn for turn in turns[2::2] if re.fullmatch(r"And .+\?|那.+呢？", turn)]
+        if follows:
+            (asked,) = follows
+            assert turns.index(asked) == 2
+            about = re.fullmatch(r"And (.+)\?|那(.+)呢？", asked)
+            assert normalise(turns[3]) in known["en" if about[1] else "zh", about[1] or about[2]]
+            ends[len(turns)] += 1
+    assert ends.keys() == {4, 6}
+    assert 0.4 < ends[6] / ends.total() < 0.6
+
+
 def test_who_the_model_is_differs_from_who_the_adapter_makes_it(files):
     mine = dict(questions_and_answers(files, "sft_mini_512"))
     answers = {identity.answer for identity in identities(*WILLOW)}
@@ -347,5 +367,14 @@ def test_talks_with_tools_can_be_learned_and_say_what_the_tools_said(files):
         kinds[(len(calls), failed, chat[0]["content"].isascii())] += 1
         if len(calls) == 1 and not failed and calls[0]["name"] != "calendar":
             assert results[0] in chat[-1]["content"]
+        if len(calls) == 1 and calls[0]["name"] == "calendar":
+            asked = re.findall(r"\d{4}-\d\d-\d\d|\d+", chat[0]["content"])
+            date = max(asked, key=len)
+            later = sum(int(number) for number in asked if number != date)  # "… 7 days after …", or nothing
+            day = datetime.date.fromisoformat(date) + datetime.timedelta(days=later)
+            assert day.isoformat() in chat[-1]["content"]
+            assert (f"{day:%A}" if chat[0]["content"].isascii() else f"星期{'一二三四五六日'[day.weekday()]}") in (
+                chat[-1]["content"]
+            )
     assert {(n, failed) for n, failed, _ in kinds} == {(0, False), (1, False), (1, True), (2, False)}
     assert min(kinds.values()) > 20

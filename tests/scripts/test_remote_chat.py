@@ -201,7 +201,7 @@ def test_what_is_an_address(address):
 
 
 def test_a_key_is_ascii():
-    with pytest.raises(UserError, match="the API key contains non-ASCII characters"):
+    with pytest.raises(UserError, match="the API key must be printable ASCII without spaces around it"):
         check_address("http://a/v1", "schl\u00fcssel")
 
 
@@ -242,6 +242,8 @@ def test_parts_of_an_answer(stream, said, parts):
     ("line", "obeyed", "said", "system", "forgotten"),
     [
         ("/reset", True, "forgotten", "old", True),
+        ("/reset  now", True, "forgotten", "old", True),
+        ("/help me", True, HELP, "old", False),
         ("/system", True, "system prompt: old", "old", False),
         ("/system   ", True, "system prompt: old", "old", False),
         ("/system  be kind ", True, "system prompt: be kind", "be kind", True),
@@ -256,7 +258,7 @@ def test_parts_of_an_answer(stream, said, parts):
 )
 def test_what_a_line_with_a_slash_does(line, obeyed, said, system, forgotten, capsys):
     chat = Chat(None, SimpleNamespace(model="m", system="old"))
-    chat.turns.append({"role": "user", "content": "q"})
+    chat.turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     assert obey(line, chat) is obeyed
     assert capsys.readouterr().out == (f"{said}\n" if said else "")
     assert chat.system == system

@@ -747,6 +747,13 @@ def test_the_key_of_a_flag_comes_before_the_environments(started, flags, environ
     assert started(*flags, environment=environment)["key"] == key
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "密钥", "a\nb", " a", "a\r", "\udcff"])
+def test_a_key_that_no_client_could_send_is_refused_at_the_start(started, key):
+    for flags, environment, named in ((("--api_key", key), None, "--api_key"), ((), key, "MINIMIND_API_KEY")):
+        with pytest.raises(UserError, match=f"^{named} must be printable ASCII without spaces around it"):
+            started(*flags, environment=environment)
+
+
 @pytest.mark.parametrize(
     ("host", "key", "warned"),
     [

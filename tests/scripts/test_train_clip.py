@@ -20,6 +20,7 @@ from scripts import train_clip
 from scripts.train_clip import caption_vectors, info_nce, make_clip, picture_vectors, save, train_caption_tokenizer
 from tests.conftest import write_jsonl
 from tests.running import call_script, one_error_line, run_script
+from trainer.errors import UserError
 
 NEVER = torch.eye(3, dtype=torch.bool)
 
@@ -35,6 +36,12 @@ def test_a_folder_under_a_link_is_replaced_where_it_lies(tmp_path, clip_dir, tin
     assert (big / "zero_shot.json").read_text().split() == ["{", '"share":', "0.6", "}"]
     assert [path.name for path in big.parent.iterdir()] == ["clip"]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_its_tokenizer_could_not_be_written_to_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train_clip.py", "--out_dir", str(tmp_path / "a\udcff")])
+    with pytest.raises(UserError, match=r"^--out_dir .*: the path is not UTF-8"):
+        train_clip.main()
 
 
 def test_info_nce_by_hand():

@@ -12,6 +12,7 @@ from dataset.jsonl import BadRecord
 from model.chat import render_chat
 from model.tokenizer import StreamDecoder, token_bytes
 from model.tokenizer_check import PROBES
+from scripts import train_tokenizer as script
 from scripts.train_tokenizer import (
     characters_per_token,
     detect_kind,
@@ -124,6 +125,7 @@ def test_the_least_vocabulary_is_of_the_bytes_and_the_tags_alone(data, tmp_path)
         (["--data_path", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--data_path", "bad.jsonl"], 'line 2: neither "text" nor "conversations"'),
         (["--out_dir", "bad.jsonl/folder"], "folder cannot be written: Not a directory"),
+        (["--out_dir", "a\udcff"], "a\\udcff: the path is not UTF-8"),
         (["--only_measure", "--out_dir", "."], "no tokenizer.json there"),
         (["--only_measure", "--out_dir", "damaged"], "damaged cannot be loaded (Invalid control character"),
         (["--only_measure", "--out_dir", "other"], "other cannot be loaded ("),
@@ -339,6 +341,21 @@ def test_every_text_is_on_one_side_and_ignored_keys_are_told_with_the_one_kept_a
     assert len(training) + len(kept) == 300 + 6
     assert not {text for _, text in training} & {text for _, text in kept}
     assert {path for path, _ in training + kept} == set(paths)
+
+
+def test_what_is_measured_was_not_trained_on(tmp_path, monkeypatch):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": f"text {n}"} for n in range(300)])
+    trained, measured = [], []
+    monkeypatch.setattr(script, "train", lambda texts, vocab_size: trained.extend(texts))
+    monkeypatch.setattr(script, "save", lambda tokenizer, folder: None)
+    monkeypatch.setattr(script, "load_tokenizer", lambda folder: [])
+    monkeypatch.setattr(script, "verify", lambda tokenizer: None)
+    monkeypatch.setattr(
+        script, "characters_per_token", lambda tokenizer, texts: measured.extend(text for _, text in texts) or {}
+    )
+    call_script("scripts/train_tokenizer.py", "--data_path", data, "--out_dir", tmp_path / "out", "--holdout", "0.2")
+    assert len({*trained, *measured}) == len(trained) + len(measured) == 300
+    assert 0.1 < len(measured) / 300 < 0.3
 
 
 def test_a_saved_tokenizer_says_how_long_texts_may_be_and_cleans_nothing_up(tmp_path):

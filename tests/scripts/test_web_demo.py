@@ -116,6 +116,10 @@ def test_a_talk_over_an_address_folds_the_thinking_away(open_page, tmp_path):
         assert (request["max_tokens"], request["temperature"], request["stream"]) == (512, 0.85, True)
         assert "seed" not in request
 
+        turn = app.session_state.turns[0]
+        turn.answer.tokens, turn.answer.seconds = 12, 4.0
+        assert app.run().chat_message[1].caption[0].value == "12 tokens · 3 tokens/s"
+
         double.reply = lambda body: {"message": "too *long*", "type": "invalid_request_error"}
         ask(app, "again")
         assert double.requests[-1]["messages"][2]["content"].endswith(UGLY)

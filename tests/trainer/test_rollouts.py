@@ -110,6 +110,10 @@ def test_an_answer_depends_on_its_seed_step_question_and_number_and_not_on_its_c
     assert not torch.equal(alone[0]["input_ids"], other_seed[0]["input_ids"])
     seeds = {sampling_seed(*place) for place in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))}
     assert len(seeds) == 5
+    ours = rollouts(model, tiny_tokenizer, dataset)
+    first, again, another = ([answer.ids for answer in ours._written([2], 3, n)[0].answers] for n in (0, 0, 1))
+    assert first == again != another, "a question drawn again is answered anew"
+    assert len({tuple(ids) for ids in (*first, *another)}) == 6
     assert all(0 <= seed < 1 << 63 for seed in seeds)
 
 

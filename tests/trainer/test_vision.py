@@ -25,18 +25,18 @@ def asked(monkeypatch):
     """Call `cache_features` for one image; what the cache is named by, and what is given to compute it."""
     calls = []
 
-    def record(names, images_path, load, encode, how, num_workers):
+    def record(images, images_path, load, encode, how, num_workers):
         calls.append((how, encode, num_workers))
-        return Features(names)
+        return Features(images.items())
 
     monkeypatch.setattr(vision, "open_feature_cache", record)
 
     def ask(opened: Vision, dtype: str = "float32", model=None):
-        dataset = SimpleNamespace(image_names=lambda: ["a.png"], images_path="images", load_pixels=None)
+        dataset = SimpleNamespace(image_hashes=lambda: {"a.png": "1a"}, images_path="images", load_pixels=None)
         args = SimpleNamespace(dtype=dtype, num_workers=3, data_path="a", images_path="images", cache_limit=0)
         run = Runtime(torch.device("cpu"), getattr(torch, dtype))
         cache_features(model, [dataset, None], args, opened, run)
-        assert dataset.features == ["a.png"]
+        assert dataset.features == [("a.png", "1a")]
         return calls[-1]
 
     return ask
@@ -79,7 +79,7 @@ def test_features_are_computed_in_the_run_s_precision(asked, opened, dtype):
 
 def test_without_images_there_is_nothing_to_compute(monkeypatch):
     monkeypatch.setattr(vision, "open_feature_cache", None)
-    cache_features(None, [SimpleNamespace(image_names=list)], None, None, None)
+    cache_features(None, [SimpleNamespace(image_hashes=dict)], None, None, None)
 
 
 def test_a_tower_that_is_missing_says_where_to_get_one(tmp_path):
@@ -92,16 +92,16 @@ def test_a_tower_that_is_missing_says_where_to_get_one(tmp_path):
 def test_every_data_set_gets_the_features_of_all_names_and_caches_are_limited(monkeypatch, opened, capsys):
     asked, limited = [], []
     monkeypatch.setattr(
-        vision, "open_feature_cache", lambda names, *rest, **more: asked.append((names, rest[0])) or Features(names)
+        vision, "open_feature_cache", lambda images, *rest, **more: asked.append((images, rest[0])) or Features(images)
     )
     monkeypatch.setattr(vision, "limit_caches", lambda *given: limited.append(given))
     first, second = (
-        SimpleNamespace(image_names=lambda names=names: names, images_path="pictures", load_pixels=None)
-        for names in (["b.png", "a.png"], ["c.png", "a.png"])
+        SimpleNamespace(image_hashes=lambda hashes=hashes: hashes, images_path="pictures", load_pixels=None)
+        for hashes in ({"b.png": "2b", "a.png": "1a"}, {"c.png": "3c", "a.png": "1a"})
     )
     args = SimpleNamespace(num_workers=0, data_path="lines", images_path="pictures", cache_limit=7)
     cache_features(None, [first, None, second], args, opened, Runtime(torch.device("cpu"), torch.float32))
-    assert asked == [(["a.png", "b.png", "c.png"], "pictures")]
+    assert asked == [({"a.png": "1a", "b.png": "2b", "c.png": "3c"}, "pictures")]
     assert first.features is second.features
     assert limited == [(["lines", "pictures"], 7)]
     assert capsys.readouterr().out == "features of 3 images: there\n"

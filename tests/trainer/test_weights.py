@@ -1,5 +1,6 @@
 """Names of weights, and loading them; what cannot be loaded is in tests/stages/test_errors.py, as a user meets it."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -64,6 +65,14 @@ def test_only_what_is_named_may_lack(tiny_out, tiny_tokenizer, tmp_path):
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["a\udcff", "a\udcff/tokenizer"])
+def test_a_tokenizer_whose_path_is_not_utf8_is_told_so(folder, tokenizer_dir, tmp_path):
+    with contextlib.suppress(OSError, UnicodeError):  # where the disk takes such a name
+        shutil.copytree(tokenizer_dir, tmp_path / folder)
+    with pytest.raises(UserError, match=r"^--tokenizer .*: the path is not UTF-8.*: rename the folder$"):
+        load_tokenizer(tmp_path / folder)
 
 
 def flipped(out, name: str, folder):

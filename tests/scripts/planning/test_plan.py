@@ -10,7 +10,18 @@ from model import LMConfig, MiniMindLM, attention
 from model.loss import next_token_loss, target_mask
 from scripts.plan import memory_size
 from scripts.planning.estimates import GPUS, Machines, Work, estimate_step, peak_bytes, sent_bytes
-from scripts.planning.memory import ALONE, DDP, ENGINES, FSDP2, ZERO_1, ZERO_2, ZERO_3, saved_bytes, state_bytes
+from scripts.planning.memory import (
+    ALONE,
+    DDP,
+    ENGINES,
+    FSDP2,
+    ZERO_1,
+    ZERO_2,
+    ZERO_3,
+    saved_bytes,
+    state_bytes,
+    working_bytes,
+)
 from scripts.planning.recommending import all_plans, recommend
 from scripts.planning.sizes import count_active, count_parameters, count_tensors, forward_flops, training_flops
 from tests.running import call_script
@@ -188,6 +199,39 @@ def test_a_plan_is_printed(capsys):
     assert "2,080,619,520 tokens" in out  # 20 a parameter
     assert " at 2 per hour" in out
     assert "note" not in out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_table_has_the_memory_of_each_engines_own_plan(dtype, capsys):
+    call_script("scripts/plan.py", "--dim", "768", "--n_layers", "16", "--gpus", "4", "--dtype", dtype)
+    lines = capsys.readouterr().out.splitlines()
+    head = next(number for number, line in enumerate(lines) if line.split()[:2] == ["engine", "weights"])
+    config, half = LMConfig(dim=768, n_layers=16), dtype != "float32"
+    for line, engine in zip(lines[head + 1 :], (engine for engine in ENGINES if engine is not ALONE), strict=False):
+        name, *state, rows, _, steps, saved, working, peak, _sent, _step, _unit = line.split()
+        work = Work(512, int(rows), int(steps.strip("*")), steps.endswith("*"), half)
+        assert name == engine.name
+        assert work.rows * work.accumulation == 16
+        expected = (
+            *state_bytes(config, engine, 4, "adamw"),
+            saved_bytes(config, work.rows, 512, half, work.checkpointing, packed=True),
+            working_bytes(config, work.rows, 512, half),
+            peak_bytes(config, engine, 4, work, "adamw"),
+        )
+        assert [*state, saved, working, peak] == [f"{size / 1e9:,.2f}" for size in expected]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "units", "clock", "operations", "gigabytes"),
+    [  # streaming multiprocessors, boost in GHz, dense bf16 operations of one per clock, as the white papers have them
+        *(("rtx3090", 82, 1.695, 512, 24), ("rtx4090", 128, 2.52, 512, 24), ("l40s", 142, 2.52, 1024, 48)),
+        *(("a100", 108, 1.41, 2048, 80), ("h100", 132, 1.83, 4096, 80), ("h200", 132, 1.83, 4096, 141)),
+        ("b200", 148, 1.85, 8192, 180),
+    ],
+)
+def test_a_gpu_does_what_its_units_do_at_their_clock(gpu, units, clock, operations, gigabytes):
+    assert GPUS[gpu].flops == pytest.approx(units * clock * 1e9 * operations, rel=0.02)
+    assert GPUS[gpu].memory == gigabytes * 1e9
 
 
 def test_a_plan_for_a_model_that_fits_nowhere(capsys):

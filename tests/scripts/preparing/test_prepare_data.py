@@ -218,6 +218,21 @@ def test_what_is_removed_is_counted_and_shown(prepare, tmp_path):
     assert len(list(JsonlReader(tmp_path / "out" / "data.jsonl", parse_text))) == 5
 
 
+def test_every_turn_of_a_line_is_cleaned(prepare, tmp_path):
+    asked, said, other = (f"Wri\u200bte to {name}@example.com, please." for name in ("one", "two", "three"))
+    wanted = "Write to [EMAIL], please."
+    write_jsonl(tmp_path / "a.jsonl", [chat(asked, said)])
+    (line,), printed, _ = prepare(tmp_path / "a.jsonl", stage="sft")
+    assert [turn["content"] for turn in line["conversations"]] == [wanted, wanted]
+    assert "masked: emails 1" in printed  # lines
+    pair = {"prompt": asked, "chosen": f"Yes. {said}", "rejected": f"No. {other}"}
+    write_jsonl(tmp_path / "b.jsonl", [pair])
+    (line,), printed, _ = prepare(tmp_path / "b.jsonl", "--overwrite", stage="dpo")
+    found = [[turn["content"] for turn in line[side]] for side in ("chosen", "rejected")]
+    assert found == [[wanted, f"Yes. {wanted}"], [wanted, f"No. {wanted}"]]
+    assert "masked: emails 1" in printed
+
+
 def test_boilerplate_is_taken_out_of_documents(prepare, tmp_path):
     rng = random.Random(3)
     footer = "All rights reserved, read our cookie policy"

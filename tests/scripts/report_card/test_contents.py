@@ -25,6 +25,12 @@ def texts(row: list[Cell]) -> list[str]:
     return [cell.text for cell in row]
 
 
+def test_who_chats_is_whoever_was_taught_to_answer():
+    names = ("pretrain_512", "full_sft_512_moe", "rlhf_768", "lora/identity_512", "my_own")
+    assert [found(name).chats for name in names] == [False, True, True, True, True]
+    assert [found(name).stage for name in names] == ["pretrain", "full_sft", "rlhf", "lora", "my_own"]
+
+
 def test_training_is_told_by_the_json_beside_the_weights():
     about = {"step": 1234, "tokens": 7_281_920, "seconds": 183.2, "data_path": "/data/a.jsonl"}
     stage = found("full_sft_512", **about, metrics={"loss": 1.5, "eval_loss": 2.25})

@@ -177,6 +177,21 @@ def test_benchmarks_are_asked_once(out, flags, tmp_path, monkeypatch):
     call_script("scripts/report.py", *flags)
 
 
+def test_a_benchmark_is_asked_again_for_its_own_files_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(examining, "require_harness", lambda: None)
+    for name in ("cmmlu", "piqa"):
+        (tmp_path / name / "test").mkdir(parents=True)
+        (tmp_path / name / "test" / "a.csv").write_text(name)
+    benchmarks = examining.Benchmarks(tmp_path, 2, 9)
+    before = {name: benchmarks.asked(name) for name in benchmarks.names}
+    assert before["cmmlu"]["files"].keys() == {"test/a.csv"}
+    (tmp_path / "cmmlu" / "test" / "a.csv").write_text("another")
+    assert benchmarks.asked("cmmlu") != before["cmmlu"]
+    assert benchmarks.asked("piqa") == before["piqa"]
+    others = (examining.Benchmarks(tmp_path, *given).asked("piqa") for given in ((3, 9), (2, 8)))
+    assert all(asked != before["piqa"] for asked in others)
+
+
 def test_without_the_harness_there_are_no_benchmarks_and_all_else(tmp_path, monkeypatch):
     code = "import sys; sys.modules |= {'lm_eval': None, 'datasets': None}; import scripts.report_card.making"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
