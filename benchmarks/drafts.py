@@ -22,9 +22,10 @@ from model.inference.decoder import Decoder, Span
 from model.inference.request import Request
 from model.inference.scheduler import Engine
 from trainer.argument_types import BooleanFlag, positive_int
-from trainer.arguments import PRECISIONS, ROOT, Parser, add_device_argument
+from trainer.arguments import ROOT, Parser, add_device_argument
 from trainer.device import DTYPES, pick_device
 from trainer.errors import run_main
+from trainer.inference_arguments import PRECISIONS
 from trainer.weights import load_tokenizer
 
 PROMPT = 512

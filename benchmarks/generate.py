@@ -34,9 +34,10 @@ from model.inference.request import Request
 from model.inference.scheduler import Engine
 from scripts.formats.transformers_folder import to_their_config, to_their_state
 from trainer.argument_types import BooleanFlag, positive_int
-from trainer.arguments import PRECISIONS, Parser, add_device_argument
+from trainer.arguments import Parser, add_device_argument
 from trainer.device import DTYPES, pick_device
 from trainer.errors import run_main
+from trainer.inference_arguments import PRECISIONS
 from trainer.weights import load_tokenizer
 
 PROMPT, BATCH, LONG_PROMPT = 32, 16, 512

@@ -21,12 +21,18 @@ from trainer.argument_types import BooleanFlag, non_negative_float, non_negative
 from trainer.arguments import (
     Parser,
     add_device_argument,
-    add_engine_arguments,
     add_model_arguments,
     add_tower_argument,
     add_untold_arguments,
 )
 from trainer.errors import UserError, print_notice, run_main
+from trainer.inference_arguments import (
+    VLM_STAGES,
+    add_adapter_argument,
+    add_engine_arguments,
+    add_stage_arguments,
+    number_stages,
+)
 
 API_KEY = "MINIMIND_API_KEY"
 LAST_WORDS = 5  # seconds in which answers that were cut off are told so
@@ -35,20 +41,10 @@ THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits 
 
 def get_args():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--model_mode",
-        type=int,
-        choices=range(6),
-        default=1,
-        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 grpo, 5 ppo; with --vlm: 0 pretrain_vlm, 1 sft_vlm, "
-        "2 sft_vlm_multi",
-    )
-    parser.add_argument(
-        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: the transformers folder in --out_dir"
-    )
+    add_stage_arguments(parser, more=f"; with --vlm: {number_stages(VLM_STAGES)}")
     add_model_arguments(parser)
     add_untold_arguments(parser)
-    parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
+    add_adapter_argument(parser)
     parser.add_argument("--vlm", action=BooleanFlag, help="serve a vision-language model: image parts in chats")
     add_tower_argument(parser)
     parser.add_argument(

@@ -13,6 +13,7 @@ from trainer.architecture import SIZES, untold_sizes
 from trainer.device import DTYPES
 from trainer.errors import UserError
 from trainer.folder_layouts import check_config, require_folder
+from trainer.inference_arguments import STAGES, VLM_STAGES
 from trainer.vision import Vision, load_vlm, open_vision
 from trainer.weights import (
     existing,
@@ -25,8 +26,6 @@ from trainer.weights import (
 )
 
 COMPILE_FROM = 10_000_000  # parameters; the decode step of a smaller model is fast enough as it is
-STAGES = ("pretrain", "full_sft", "rlhf", "reason", "grpo", "ppo")  # by --model_mode
-VLM_STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")  # likewise
 
 
 def load_for_inference(
@@ -111,7 +110,7 @@ def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
 def open_engine(
     model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, args, slots: int, compile_large: bool = False
 ) -> Engine:
-    """An inference engine by the flags of `trainer.arguments.add_engine_arguments`.
+    """An inference engine by the flags of `trainer.inference_arguments.add_engine_arguments`.
 
     Args:
         compile_large: where --compile is not given, compile the decode step of a model of `COMPILE_FROM` parameters.

@@ -13,8 +13,8 @@ from scripts.demo.exam import answer, read_lines
 from scripts.demo.scoring import is_right
 from scripts.demo.settings import DATA
 from train_dpo import dpo_loss
-from trainer.arguments import SAMPLING
 from trainer.evaluation import evaluate
+from trainer.inference_arguments import SAMPLING
 from trainer.preference import evaluate_pairs, sum_per_answer
 from trainer.runtime import Runtime
 

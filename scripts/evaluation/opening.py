@@ -18,7 +18,8 @@ from trainer.architecture import untold_sizes
 from trainer.device import pick_device
 from trainer.errors import UserError, print_notice
 from trainer.folder_layouts import check_config
-from trainer.loading import STAGES, load_by_flags, load_for_inference, merge_adapter
+from trainer.inference_arguments import STAGES
+from trainer.loading import load_by_flags, load_for_inference, merge_adapter
 from trainer.weight_files import read_weights
 from trainer.weights import (
     architecture,

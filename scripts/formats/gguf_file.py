@@ -22,8 +22,8 @@ from model.chat_template import chat_template_of, without_generation_marks
 from model.rope_scaling import ntk_theta
 from model.template_chat import lays_out_thinking
 from model.tokenizer import special_ids
-from trainer.arguments import SAMPLING
 from trainer.errors import UserError
+from trainer.inference_arguments import SAMPLING
 
 DTYPES = {  # of matrices, by the name on the command line: how a tensor is stored, and what the file calls itself
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),

@@ -19,9 +19,9 @@ from model import LMConfig, MiniMindLM
 from model.chat_template import chat_template_of
 from model.rope_scaling import ntk_theta
 from model.weight_layouts import THEIR_NAME, half_split
-from trainer.arguments import SAMPLING
 from trainer.errors import UserError
 from trainer.folder_layouts import WEIGHTS
+from trainer.inference_arguments import SAMPLING
 
 # ------------------------------------------------------------------------------------------------------- tensors
 

@@ -34,7 +34,7 @@ from scripts.serving.responses import (
     whole_completion,
 )
 from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
-from trainer.arguments import SAMPLING
+from trainer.inference_arguments import SAMPLING
 
 NAME = "minimind"
 COMPLETION_TOKENS = 16  # where a completion names no max_tokens; OpenAI's

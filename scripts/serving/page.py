@@ -13,8 +13,9 @@ from pathlib import Path
 import streamlit as st
 
 from scripts.serving.page_models import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
-from trainer.arguments import ROOT, SAMPLING, add_device_argument
+from trainer.arguments import ROOT, add_device_argument
 from trainer.errors import UserError
+from trainer.inference_arguments import SAMPLING
 
 SOURCES = ("out/", "OpenAI API")  # alike in both languages: a selection whose words change loses its mark
 PICTURES = ["png", "jpg", "jpeg", "webp", "bmp", "gif"]

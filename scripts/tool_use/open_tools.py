@@ -9,13 +9,9 @@ from typing import Any
 from scripts.tool_use.builtin import built_in_tools
 from scripts.tool_use.mcp_tools import mcp_tools
 from scripts.tool_use.registry import Registry
+from scripts.tool_use.tool_flags import wants_tools
 from trainer.errors import UserError, print_notice
 from trainer.talk import read_line
-
-
-def wants_tools(args) -> bool:
-    """Whether --tools, --mcp or --mcp_http is given."""
-    return bool(args.tools or args.mcp or args.mcp_http)
 
 
 @contextlib.contextmanager

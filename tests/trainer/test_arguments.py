@@ -24,16 +24,9 @@ from trainer.argument_types import (
     seed,
     text,
 )
-from trainer.arguments import (
-    SAMPLING,
-    Parser,
-    add_sampling_arguments,
-    check_training_arguments,
-    deepspeed_config,
-    sampling_settings,
-    training_parser,
-)
+from trainer.arguments import Parser, check_training_arguments, deepspeed_config, training_parser
 from trainer.errors import UserError
+from trainer.inference_arguments import SAMPLING, add_sampling_arguments, sampling_settings
 
 COMMON_FLAGS = """
     out_dir epochs max_steps batch_size accumulation_steps learning_rate warmup_iters grad_clip dtype device seed
