@@ -16,8 +16,7 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 import torch
 from torch import nn
 
-from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table
-from benchmarks.distillation_gain import spread
+from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table, spread
 from dataset import PretrainDataset, StepLoader
 from model import LMConfig, MiniMindLM
 from model.feed_forward import Router

@@ -14,8 +14,7 @@ from pathlib import Path
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
-from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table
-from benchmarks.distillation_gain import spread
+from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table, spread
 from dataset import PretrainDataset, StepLoader
 from model import GENERATIONS, MiniMindLM, build_model
 from model.loss import next_token_loss, target_mask

@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table
-from benchmarks.distillation_gain import spread
+from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table, spread
 from dataset import PretrainDataset, StepLoader
 from model import MiniMindLM, build_model
 from model.loss import next_token_loss, target_mask

@@ -165,6 +165,33 @@ class JsonlReader:
         return _why_no_object(cause, self._line) + (f"; the file seems to be {seems}" if seems else "")
 
 
+def read_objects(path: Path, parse: Callable[[dict], Any]) -> Iterator[tuple[int, Any]]:
+    """The objects of a jsonl file, or of a file that is one JSON list, parsed, each with its number from 1.
+
+    Args:
+        parse: raises BadRecord for an object that it cannot use.
+
+    Raises:
+        DataError: the file is neither, or an object is bad; with its line or row.
+    """
+    with open(path, "rb") as file:
+        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if not is_list:
+        yield from enumerate(JsonlReader(path, lambda record, ignored: parse(record)), 1)
+        return
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error})") from None
+    for number, record in enumerate(records, 1):
+        try:
+            if not isinstance(record, dict):
+                raise BadRecord("not a JSON object")
+            yield number, parse(record)
+        except BadRecord as error:
+            raise DataError(f"{path}, row {number}: {error}") from None
+
+
 def parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object of a line, as `JsonlReader` reads it.
 

@@ -4,7 +4,6 @@ It continues from `make demo`, whose data and weights it uses (and creates if th
 call are reused, and interrupted training continues where it stopped.
 """
 
-import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model import MiniMindLM
 from model.model_lora import load_lora
-from scripts.demo.exam import identify_training, open_model, run
+from scripts.demo.exam import Results, identify_training, open_model, run
 from scripts.demo.first_model import make_model
 from scripts.demo.measures import (
     Opened,
@@ -33,7 +32,6 @@ from scripts.report_card.examining import DEMO_EXAMS, remember_exam
 from scripts.report_card.making import make_report
 from trainer.arguments import Parser
 from trainer.errors import run_main
-from trainer.files import save_json
 from trainer.weights import read_settings
 
 Measure = Callable[[MiniMindLM, PreTrainedTokenizerBase], float]
@@ -179,24 +177,17 @@ def table(stages: tuple[Stage, ...], results: dict[str, dict]) -> str:
 def main():
     Parser(__doc__).parse_args()
     make_model()
-    file = OUT / "all.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-    def remember(stage: Stage, known: dict) -> dict:
-        results[stage.name] = known
-        save_json(results, file)
-        return known
-
+    results = Results(OUT / "all.json")
     for stage in STAGES:
         known = results.get(stage.name, {})
         if stage.command:
             begins_from = stage.state()["began"]
             anew = known.get("begins_from", begins_from) != begins_from  # it has been trained again since
             if not anew:
-                known = remember(stage, known | {"begins_from": begins_from})
+                known = results.keep(stage.name, known | {"begins_from": begins_from})
             run(*stage.command, "--overwrite" if anew else "--resume")
             known = {**known, "begins_from": begins_from}
-        remember(stage, examined(stage, known))
+        results.keep(stage.name, examined(stage, known))
     for stage in STAGES:
         if stage.detail:
             print(f"\n{results[stage.name]['detail']}")

@@ -31,13 +31,27 @@ def token_entropies(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
+@torch.no_grad()
+def learning_sums(loss: Tensor, logits: Tensor, clipped: Tensor, kl: Tensor | None = None) -> Tensor:
+    """LEARNING_METRICS of a micro-batch, each summed over its target tokens, (4,) fp32.
+
+    Args:
+        loss: the micro-batch's share of the step's loss, a scalar.
+        logits: of the target tokens, (target tokens, vocab).
+        clipped: how many tokens were clipped, a scalar.
+        kl: the penalty of each token, 0 outside the mask, (answers, n); None: no penalty in the loss.
+    """
+    kl = torch.zeros_like(loss) if kl is None else kl.sum()
+    return torch.stack([value.float() for value in (loss, kl, token_entropies(logits).sum(), clipped)])
+
+
 def step_values(
     learned: Tensor, written: dict[str, float], totals: Totals, updates: int, seconds: float, run: Runtime
 ) -> dict[str, float]:
     """What to report of a step, over all ranks, which must all call it.
 
     Args:
-        learned: LEARNING_METRICS summed over this rank's tokens and all updates; the loss is a share already.
+        learned: `learning_sums`, added up over this rank's micro-batches and all updates.
         written: sums over this rank's answers, see `Rollouts.write`.
         seconds: that the learning took.
 

@@ -2,7 +2,9 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -39,6 +41,11 @@ def open_texts(
 def read_results(folder: Path) -> list[dict]:
     """What all calls so far have left in a folder, in the order of their names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_seed_*.json"))]
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and, of several values, standard deviation, each in the number format `form`."""
+    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
 
 
 def save_table(said: str, file: Path) -> None:

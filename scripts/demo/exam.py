@@ -16,6 +16,7 @@ from model.chat import render_chats
 from trainer.arguments import ROOT
 from trainer.device import pick_device
 from trainer.errors import UserError
+from trainer.files import save_json
 from trainer.loading import load_for_inference
 
 
@@ -29,6 +30,20 @@ def run(script: str, *arguments: str) -> None:
     done = subprocess.run([sys.executable, str(ROOT / script), *arguments], check=False)
     if done.returncode:
         raise UserError(f"{script} ended with exit code {done.returncode}; run the same command to continue")
+
+
+class Results(dict[str, dict]):
+    """Measurements by name, kept in a json file: another call reads them and measures only what is missing."""
+
+    def __init__(self, file: Path):
+        super().__init__(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
+        self.file = file
+
+    def keep(self, name: str, measured: dict) -> dict:
+        """Add a measurement, or replace it, and save them all; returns it."""
+        self[name] = measured
+        save_json(self, self.file)
+        return measured
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -4,11 +4,10 @@ Everything is read as text: an option "1.0", "NA" or "007" stays what it is.
 """
 
 import csv
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dataset.jsonl import BadRecord, JsonlReader
+from dataset.jsonl import BadRecord, read_objects
 from trainer.errors import UserError
 
 Row = dict[str, object]
@@ -152,26 +151,12 @@ def _objects(path: Path, parse: Callable[[dict], Row]) -> list[Row]:
     """The rows of a file of JSON lines, or of one JSON list of objects.
 
     Raises:
-        UserError, DataError: with file and line, or row.
+        UserError: the file is missing, or has no rows.
+        DataError: see `read_objects`.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    with open(path, "rb") as file:
-        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if not is_list:
-        return list(JsonlReader(path, lambda record, ignored: parse(record)))
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    rows = []
-    for number, record in enumerate(records, 1):
-        try:
-            if not isinstance(record, dict):
-                raise BadRecord("not a JSON object")
-            rows.append(parse(record))
-        except BadRecord as error:
-            raise UserError(f"{path}, row {number}: {error}") from None
+    rows = [row for _, row in read_objects(path, parse)]
     if not rows:
         raise UserError(f"{path} contains no questions")
     return rows

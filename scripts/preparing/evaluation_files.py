@@ -1,11 +1,10 @@
 """The questions of evaluation files, in whatever format their publishers or this project keep them."""
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dataset.jsonl import BadRecord, JsonlReader
+from dataset.jsonl import BadRecord, read_objects
 from trainer.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
@@ -87,24 +86,8 @@ def _of_table(path: Path, separator: str) -> Iterator[Question]:
 
 
 def _of_records(path: Path) -> Iterator[Question]:
-    with open(path, "rb") as file:
-        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if not is_list:
-        reader = JsonlReader(path, lambda record, ignored: _questions(record))
-        for number, questions in enumerate(reader, 1):
-            yield from ((path, number, question) for question in questions)
-        return
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    for number, record in enumerate(records, 1):
-        try:
-            if not isinstance(record, dict):
-                raise BadRecord("not a JSON object")
-            yield from ((path, number, question) for question in _questions(record))
-        except BadRecord as error:
-            raise UserError(f"{path}, row {number}: {error}") from None
+    for number, questions in read_objects(path, _questions):
+        yield from ((path, number, question) for question in questions)
 
 
 def _questions(record: dict) -> list[str]:

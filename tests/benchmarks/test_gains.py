@@ -3,7 +3,8 @@
 import pytest
 
 from benchmarks import distillation_memory, real_text
-from benchmarks.distillation_gain import first_lines, spread
+from benchmarks.comparison.training_runs import spread
+from benchmarks.distillation_gain import first_lines
 from benchmarks.reasoning_gain import without_thinking
 from scripts.demo.measures import with_error
 from trainer.errors import UserError
