@@ -95,7 +95,7 @@ class FastBPE:
         return self._ids[self._encoding.encode_to_numpy(text, allowed_special=self._special, disallowed_special=())]
 
     def _split(self, ids: np.ndarray) -> list[np.ndarray]:
-        """What lies between the ends of texts, without the ends of parts."""
+        """Split ids into those of each text; the markers that end texts and parts are dropped."""
         ids = ids[ids != -1]
         ends = np.flatnonzero(ids == -2).tolist()
         return [ids[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
@@ -124,7 +124,7 @@ def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
 
 @lru_cache(2)
 def _make(tokenizer: Tokenizer, state: str) -> FastBPE | None:
-    """`state` tells a tokenizer that has been changed from what it was."""
+    """`state` is part of the cache key, because a tokenizer can be changed in place."""
     try:
         return FastBPE(tokenizer)
     except ValueError:
@@ -132,7 +132,7 @@ def _make(tokenizer: Tokenizer, state: str) -> FastBPE | None:
 
 
 def _check_added(tokens: list[dict]) -> None:
-    """Added tokens are found by their plain text alone, and none where another begins."""
+    """Require that added tokens match by their plain text alone and that none is a prefix of another."""
     contents = sorted(token["content"] for token in tokens)
     if any(token[name] for token in tokens for name in ("single_word", "lstrip", "rstrip", "normalized")):
         raise ValueError("an added token also strips the text around it")
@@ -141,7 +141,7 @@ def _check_added(tokens: list[dict]) -> None:
 
 
 def _pattern(state: dict) -> str:
-    """tiktoken's pattern for the pre-tokenizer of a tokenizer.json."""
+    """The tiktoken pattern equivalent to the pre-tokenizer of a tokenizer.json."""
     if state["normalizer"] is not None or state["pre_tokenizer"] is None:
         raise ValueError("it normalises, or does not split")
     steps = state["pre_tokenizer"].get("pretokenizers", [state["pre_tokenizer"]])
@@ -153,7 +153,7 @@ def _pattern(state: dict) -> str:
 
 
 def _entries(model: dict, tokenizer: Tokenizer) -> dict[bytes, int]:
-    """The ids of all single bytes, then of what each merge makes, in the order of the merges, by their bytes."""
+    """Ids by the bytes of their tokens: all single bytes, then the result of each merge, in the order of the merges."""
     plain = {"type": "BPE", "dropout": None, "byte_fallback": False, "ignore_merges": False}
     if any(model[name] != value for name, value in plain.items()):
         raise ValueError("it is another kind of BPE")
@@ -173,7 +173,7 @@ def _entries(model: dict, tokenizer: Tokenizer) -> dict[bytes, int]:
 
 
 def _doubtful(texts: Sequence[list[str]]) -> list[int]:
-    """Which texts have a code point that this Python's Unicode does not assign, a noncharacter or a surrogate."""
+    """Indices of the texts with a code point that this Python's Unicode does not assign, or with a surrogate."""
     codes = "".join(part for parts in texts for part in parts).encode("utf-32-le", "surrogatepass")
     there = np.zeros(sys.maxunicode + 1, dtype=bool)
     there[np.frombuffer(codes, np.uint32)] = True
@@ -183,7 +183,7 @@ def _doubtful(texts: Sequence[list[str]]) -> list[int]:
 
 @lru_cache(1)
 def _every_number() -> str:
-    """Every character that Python calls a number, among letters, white space and its like."""
+    """Every character that Python classifies as a number, next to letters, white space and itself."""
     numbers = [chr(code) for code in range(0x20000) if unicodedata.category(chr(code))[0] == "N"]
     return "".join(f"a{number} {number}  {number}!" for number in numbers)
 
@@ -194,7 +194,7 @@ def _exact_ids(tokenizer: Tokenizer, texts: list[list[str]]) -> list[np.ndarray]
 
 
 def _shares(texts: list[str]) -> list[str]:
-    """The texts end to end, cut into about as much for each thread, one after another; each ended by TEXT_END."""
+    """The texts joined, each ended by TEXT_END, in order and in shares of about equal length, one for each thread."""
     wanted = max(SHARE_CHARS, sum(map(len, texts)) // (os.cpu_count() or 1) + 1)
     shares, share, chars = [], [], 0
     for text in texts:

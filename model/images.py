@@ -83,7 +83,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """An RGB copy; there are never more than two copies in memory."""
+    """An RGB copy, made with at most two copies in memory."""
     if image.has_transparency_data:
         return _over_white(image)
     if image.mode.startswith("I;16"):  # which Pillow would clip at 255
@@ -93,7 +93,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Composite a transparent image over white; band by band, as each step takes several copies."""
+    """Composite a transparent image over white, band by band, because each step makes several copies."""
     result = Image.new("RGB", image.size)
     height = max(1, BAND // image.width)
     for top in range(0, image.height, height):
@@ -209,7 +209,7 @@ def prompt_embeddings(model: MiniMindVLM, prompt: ImagePrompt) -> Tensor | None:
 
 
 def _with_places(content: str | list[str | bytes | Path], image_tokens: int) -> str | list[str | list[int]]:
-    """Content for `render_chats`, with image tokens and a newline on either side of them."""
+    """Content for `render_chats`: each image becomes image tokens with a newline on either side."""
     if isinstance(content, str):
         return content
     pieces: list[str | list[int]] = []

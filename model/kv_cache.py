@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class _Buffer:
-    """Storage for the keys and values of all layers; `used` positions are already taken by a cache."""
+    """Storage for the keys and values of all layers; a cache already uses the first `used` positions."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], capacity: int, used: int):
         self.keys = keys
@@ -72,7 +72,7 @@ class KVCache:
 
 
 def _grown(old: Tensor, length: int, capacity: int) -> Tensor:
-    """A copy of `old` (batch, heads, *, head_dim) with room for `capacity` positions."""
+    """A copy of `old` (batch, heads, *, head_dim) with capacity for `capacity` positions."""
     new = old.new_empty(old.size(0), old.size(1), capacity, old.size(3))
     new[:, :, :length] = old[:, :, :length]
     return new

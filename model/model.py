@@ -213,7 +213,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         return MiniMindOutput(loss, logits, cache if use_cache else None, aux_loss, kept, mtp_loss)
 
     def _non_padding(self, attention_mask: Tensor | None, n: int, past: KVCache | None) -> Tensor | None:
-        """(batch, n) bool of the new tokens, False = padding; None when there is no padding."""
+        """Which of the new tokens are not padding, bool (batch, n); None when all are."""
         if attention_mask is None:
             return None
         cached = 0 if past is None else past.length

@@ -31,7 +31,7 @@ def _normal_float() -> tuple[float, ...]:
     outermost = 1 - (1 / 30 + 1 / 32) / 2
 
     def quantiles(count: int) -> list[float]:
-        """From the outermost inwards, without 0."""
+        """The values from the outermost inwards, without 0."""
         step = (outermost - 0.5) / count
         return [NormalDist().inv_cdf(outermost - i * step) for i in range(count)]
 

@@ -86,11 +86,11 @@ def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
 
 
 def _ramp(frequencies: Tensor, theta: float, scaling: dict) -> Tensor:
-    """0 for frequencies to keep, 1 for those to divide by the factor (head_dim / 2,)."""
+    """0 for frequencies to keep, 1 for those to divide by the factor, in between for the rest; (head_dim / 2,)."""
     head_dim, original = 2 * len(frequencies), scaling["original_max_position_embeddings"]
 
     def pair_that_turns(times: float) -> float:
-        """The pair, counted as a fraction, that turns so many times within the trained length."""
+        """The index of the pair, as a fraction, that turns this many times within the trained length."""
         return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_that_turns(scaling["beta_fast"])), 0)

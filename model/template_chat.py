@@ -86,7 +86,7 @@ def parts_by_template(
 
 
 def _cut_texts(value: Any, mark: str, cut: Cut, guard: re.Pattern) -> Any:
-    """A JSON value whose texts, keys apart, have a mark wherever they are to be cut."""
+    """A JSON value with a mark at each place where one of its strings, other than keys, is to be cut."""
     if isinstance(value, str):
         return mark.join(cut(value, guard))
     if isinstance(value, Mapping):
@@ -134,10 +134,10 @@ def targets_by_template(
 
 
 def _prompt_length(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, given: np.ndarray) -> int:
-    """How many of the ids spell line breaks that the template gives, and nothing beyond.
+    """How many of the ids spell only line breaks that the template gives.
 
-    They are those of the breaks alone, unless white space that follows was merged with them: then a token of both is a
-    target.
+    These are the tokens of the line breaks, unless the white space after them was merged in: then the token of both is
+    a target.
     """
     if np.array_equal(ids[: len(given)], given):
         return len(given)

@@ -97,7 +97,7 @@ def _check_delimiter(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
 
 
 def _check_chat(tokenizer: PreTrainedTokenizerFast, pieces: list[bytes]) -> None:
-    """Turns in which somebody spells every added token: the layout stands, and text stays text."""
+    """Check that the layout holds, and typed text stays text, in turns whose content spells every added token."""
     added = tokenizer.added_tokens_decoder
     typed = " ".join(["a", *(token.content for token in added.values()), "z"])
     chat = [{"role": role, "content": typed} for role in ROLES]

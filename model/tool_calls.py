@@ -65,7 +65,7 @@ def parse_call(text: str) -> Call | None:
 
 
 def _loads(text: str) -> object:
-    """What a JSON text holds; None where it is not one, or could not be written again in UTF-8."""
+    """The value of a JSON text; None if it is not JSON, or cannot be written as UTF-8 again."""
     try:
         found = json.loads(text, parse_constant=_refuse)
         as_json(found).encode()  # half a character cannot be sent
@@ -128,7 +128,7 @@ class CallStream:
 
 
 def _begun(text: str) -> int:
-    """Where the text may have begun to spell a tag; its length where it has not."""
+    """The index at which the text may begin to spell a tag; the text's length if there is none."""
     longest = min(len(text), len(CALL_BEGIN) - 1)
     return len(text) - next((n for n in range(longest, 0, -1) if CALL_BEGIN.startswith(text[-n:])), 0)
 

@@ -136,7 +136,7 @@ def recognise(content: object, n_heads: int, n_kv_heads: int, generation: int | 
 
 
 def _tensors_in(content: object) -> tuple[Mapping[str, Tensor], list[str]]:
-    """The state dict in a file's content, and in words where it lay."""
+    """The state dict in a file's content, and notes that say under which keys it was."""
     notes: list[str] = []
     while isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
@@ -184,7 +184,7 @@ def _our_name(theirs: str) -> str:
 
 
 def _in_pairs(name: str, value: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
-    """wq or wk, or what an adapter adds to their rows, with the rows in our order; anything else as it is."""
+    """wq, wk, or an adapter's B for them, with the rows in our order; any other tensor unchanged."""
     found = re.search(r"\.(wq|wk)\.(weight|lora\.B\.weight)$", name)
     if found is None:
         return value
@@ -195,7 +195,7 @@ def _in_pairs(name: str, value: Tensor, n_heads: int, n_kv_heads: int) -> Tensor
 
 
 def _tied(state: dict[str, Tensor], pair: tuple[str, str]) -> dict[str, Tensor]:
-    """The state dict with embedding and output, if it has one of them."""
+    """The state dict with both embedding and output, if it has either of them."""
     there = [state[name] for name in pair if name in state]
     if len(there) == 2 and (there[0].shape != there[1].shape or not torch.equal(*map(torch.nan_to_num, there))):
         raise ValueError(f"has different {' and '.join(pair)}, but a MiniMind has one matrix for both")

@@ -76,7 +76,7 @@ def _fraction(sign: str, below: str, above: str) -> str:
 
 
 def _number(text: str) -> str:
-    """The digits of a Chinese number; the text as it is where it is not one (十十)."""
+    """The digits of a Chinese number; the text itself if it is not a number (十十)."""
     sign = "-" if text.startswith("负") else ""
     whole, _, decimals = text.removeprefix("负").partition("点")
     value = _whole_number(whole)
@@ -86,7 +86,7 @@ def _number(text: str) -> str:
 
 
 def _whole_number(text: str) -> int | None:
-    """四十二 -> 42, 十二 -> 12, 一万零五百 -> 10500, 两百五 -> 250, 二零二五 -> 2025; None of what is not a number."""
+    """四十二 -> 42, 十二 -> 12, 一万零五百 -> 10500, 两百五 -> 250, 二零二五 -> 2025; None if it is not a number."""
     if all(char in DIGITS for char in text):  # digit by digit, as years are read
         return int("".join(str(DIGITS[char]) for char in text))
     total = group = 0  # before the last 万 or 亿, and since

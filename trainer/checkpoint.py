@@ -152,7 +152,7 @@ class Checkpoint:
             self._best = loss
 
     def _write(self, content: dict, progress: dict, metrics: dict) -> None:
-        """Write a new folder; once all of it is on disk, it becomes the state to resume from."""
+        """Write a new folder; once it is wholly on disk, it becomes the state to resume from."""
         temporary, final = self.folder / ".saving", self.folder / f"step_{progress['step']:08d}"
         try:
             if temporary.exists():
@@ -183,7 +183,7 @@ class Checkpoint:
             shutil.rmtree(temporary, ignore_errors=True)  # what prevented the write may also prevent this
 
     def _tidy(self) -> None:
-        """Delete the states that are not to be kept, and those of a run that this one replaces."""
+        """Delete the states that are no longer kept, and those of a run that this one replaces."""
         every = self.keep_every
         self._states = [
             *(name for name in self._states[: -self.keep_last] if every and step_of(name) % every == 0),
@@ -194,7 +194,7 @@ class Checkpoint:
                 shutil.rmtree(left)
 
     def _clear(self) -> None:
-        """Delete the partial files of a killed run."""
+        """Delete the partial files that a killed run has left."""
         beside = (".pth", ".json", ".metrics.jsonl", ".png")
         for path in (self.pointer, *(self.path.with_suffix(suffix) for suffix in beside)):
             for left in left_by_a_kill(path):
@@ -249,7 +249,7 @@ class Checkpoint:
         return progress
 
     def _saved_last(self) -> str | None:
-        """The name of the folder to resume from; None to start."""
+        """The name of the folder to resume from; None to start from the beginning."""
         if not (self.resuming and self.runtime.is_main and list_states(self.folder)):
             return None
         name, damages = find_whole_state(self.pointer)
@@ -267,7 +267,7 @@ class Checkpoint:
                     raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {settings[0].get(name)}")
 
     def _mend(self, folder: Path) -> None:
-        """Repair what a crash in the middle of a save left behind, or what has been damaged since."""
+        """Repair files that a crash during a save left unfinished, or that have been damaged since."""
         beside, saved = self.path.with_suffix(".json"), folder / "model.json"
         there = self.path.is_file() and beside.is_file()
         weights = json.loads(saved.read_text(encoding="utf-8")).get("sha256")  # None: saved by an earlier version
@@ -297,7 +297,7 @@ class Checkpoint:
 
 
 def _learned_from(args) -> dict:
-    """For the json: the data file, or the files of a mixture with their shares; and the weights it began with."""
+    """For the json: the data file, or the files of a mixture with their shares; and the weights it started from."""
     mix, start = getattr(args, "mix", None), getattr(args, "from_weight", None)
     learned = {"data_path": str(args.data_path)} if not mix else {"data_path": None, "mix": mix}
     return learned | ({} if start in (None, "none") else {"from_weight": start})

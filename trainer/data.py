@@ -66,7 +66,7 @@ def open_data(
 def _open_stream(
     dataset_class: type[RowDataset], args, tokenizer: PreTrainedTokenizerBase, run: Runtime, hold_out: bool
 ) -> tuple[StreamLoader, Dataset | None]:
-    """The same with --stream."""
+    """`open_data` with --stream."""
     rows = StreamedRows(
         args.data_path,
         tokenizer,

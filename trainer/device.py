@@ -62,7 +62,7 @@ def default_dtype(device: torch.device) -> str:
 
 
 def _accelerator() -> torch.device | None:
-    """The machine's accelerator, if there is one and it works."""
+    """The machine's accelerator; None if there is none or it does not work."""
     current = torch.accelerator.current_accelerator
     if "check_available" in inspect.signature(current).parameters:  # from PyTorch 2.7 on
         return current(check_available=True)

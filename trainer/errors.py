@@ -50,7 +50,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _prepare_streams() -> None:
-    """Whatever reads what we print, or nobody: neither is a reason to stop."""
+    """Make printing safe: a stream that is closed, or cannot encode a character, must not stop a script."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
@@ -74,7 +74,7 @@ def print_notice(text: str, every_rank: bool = False) -> None:
 
 
 def _message(error: Exception) -> str | None:
-    """What to tell the user; None for an error that is the program's own."""
+    """The message for the user; None for an error that is the program's own fault."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         return missing([package]) if package and importlib.util.find_spec(package) is None else None

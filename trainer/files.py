@@ -69,7 +69,7 @@ def move(path: Path, to: Path) -> None:
 
 
 def _folder_to_disk(folder: Path) -> None:
-    """Flush the names in a folder, where a system has that (Windows has not, nor have some network file systems)."""
+    """Flush a folder's entries to disk where the system can (Windows and some network file systems cannot)."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
@@ -102,7 +102,7 @@ def save_tensors(content, path: Path) -> str:
 
 
 class _Hashing:
-    """A file to write to from its beginning to its end, hashed on the way."""
+    """A file that is written sequentially and hashed at the same time."""
 
     def __init__(self, file):
         self.file = file

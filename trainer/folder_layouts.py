@@ -72,7 +72,7 @@ def check_config(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _telling(folder: Path) -> Iterator[None]:
-    """What goes wrong in here tells the user about the folder."""
+    """Turn errors raised inside into a UserError that names the folder."""
     try:
         yield
     except KeyError as missing:
@@ -180,7 +180,7 @@ def _minimind3(theirs: dict) -> MiniMind3Config:
 
 
 def _scaling(rope: dict, longest: int) -> dict | None:
-    """How a folder stretches its positions, for LMConfig."""
+    """A folder's scaling of the positions, for LMConfig."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("yarn", "linear"):
         return None

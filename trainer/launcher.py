@@ -67,7 +67,7 @@ def _number(name: str, environment: Mapping[str, str]) -> int | None:
 
 
 def _tell_accelerate(environment: Mapping[str, str]) -> None:
-    """Settings of `accelerate launch` that change nothing here, where somebody has asked for them."""
+    """Name the settings of `accelerate launch` that were given but have no effect here."""
     for name, (nothing, theirs, ours) in ACCELERATE.items():
         value = environment.get(name, nothing)
         if value.lower() not in (nothing, ""):
@@ -75,7 +75,7 @@ def _tell_accelerate(environment: Mapping[str, str]) -> None:
 
 
 def _tell_copies(environment: Mapping[str, str]) -> None:
-    """srun and mpirun start independent copies, which is seldom what was meant."""
+    """Warn that srun or mpirun has started independent copies, which is seldom intended."""
     for name, launcher in COPIES.items():
         if environment.get(name, "1") not in ("0", "1"):
             print_notice(

@@ -160,7 +160,7 @@ def _load_vlm(
 def _open(
     path: str | os.PathLike, tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None
 ) -> tuple[Path, PreTrainedTokenizerBase]:
-    """The weights' path, which is there, and the tokenizer that goes with them."""
+    """The path of weights that exist, and the tokenizer that belongs to them."""
     path = existing(Path(path))
     if path.is_dir():
         check_config(path)
@@ -171,7 +171,7 @@ def _open(
 
 
 def _find_by_flags(args, stages: tuple[str, ...]) -> tuple[Path, PreTrainedTokenizerBase | None]:
-    """The weights' path, and the tokenizer that is named, if one is: a wrong one is told first of all."""
+    """The weights' path, and --tokenizer's tokenizer if given: it is loaded first, so that its errors come first."""
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.load == 1:
         return require_folder(Path(args.out_dir)), tokenizer

@@ -185,7 +185,7 @@ def draw_curve(metrics: Path) -> Path | None:
 
 
 def _series(lines: list[dict], name: str) -> list[tuple[int, float]]:
-    """The steps and values of a metric, where it was finite."""
+    """The steps and values of a metric wherever it was finite."""
     return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 

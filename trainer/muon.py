@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
                     self._move(matrix, update.mul_(scale), group)
 
     def _momentum(self, matrix: Tensor, mu: float) -> Tensor:
-        """Count in the gradient; the momentum as it will be after one more like it (Nesterov)."""
+        """Add the gradient to the momentum; returns the momentum as if the same gradient came once more (Nesterov)."""
         state = self.state[matrix]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix.grad)
@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         return matrix.grad.lerp(momentum, mu)
 
     def _level_neurons(self, matrices: list[Tensor], updates: Tensor, decay: float) -> Tensor:
-        """NorMuon's step: rows of about one size, and the norm of an orthogonal matrix, sqrt(min(shape))."""
+        """NorMuon's update: rows of about equal norm, scaled to the norm of an orthogonal matrix, sqrt(min(shape))."""
         squares = updates.square().mean(-1, keepdim=True)  # (matrices, rows, 1)
         for matrix, square in zip(matrices, squares, strict=True):
             state = self.state[matrix]
@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _of_one_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Those that have a gradient, in lists of one shape, each as long as `ENTRIES_AT_ONCE` allows."""
+    """The parameters with a gradient, in lists of equal shape, each as long as `ENTRIES_AT_ONCE` allows."""
     by_shape: dict[tuple, list[Tensor]] = {}
     for matrix in matrices:
         if matrix.grad is not None:

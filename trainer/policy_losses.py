@@ -138,7 +138,7 @@ def _clipped(ratios: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
 
 
 def _per_answer(mask: Tensor) -> Tensor:
-    """1 / length of its answer for each token, 0 outside."""
+    """The weight of each token: 1 / length of its answer, 0 outside the mask."""
     return mask / mask.sum(1, keepdim=True).clamp(min=1)
 
 

@@ -108,7 +108,7 @@ def attach_reference_log_probs(
 
 @torch.no_grad()
 def _all_log_probs(dataset: DPODataset, model: nn.Module, run: Runtime, batch_size: int) -> np.ndarray:
-    """fp32 (tokens of the dataset's cache,), 0 outside the loss."""
+    """log p of every token of the dataset's cache, fp32 (tokens,); 0 for tokens that are not targets."""
     values = np.zeros(dataset.cache.lengths.sum(), dtype=np.float32)
     training = model.training
     model.eval()

@@ -141,7 +141,7 @@ class Rollouts:
         return batches, sums
 
     def _groups(self, numbers: list[int], step: int) -> list[Group]:
-        """A group of answers to each question; where one teaches nothing, of another question in its place."""
+        """A group of answers to each question; a question whose group gives no signal is replaced by another."""
         groups = self._written(numbers, step, 0)
         self._resampled = 0
         for attempt in range(1, self.resample + 1):
@@ -183,7 +183,7 @@ class Rollouts:
         return group
 
     def _rows(self, groups: Sequence[Group]) -> Batch:
-        """A micro-batch; without any questions a row of padding, on which the rank computes nothing with the others."""
+        """A micro-batch; without questions one row of padding, so that the rank takes part in the collective calls."""
         if not groups:
             return collate([_row([], [])]) | {"rewards": torch.zeros(1), "advantages": torch.zeros(1)}
         items = [_row(self.dataset.prompt(group.number), answer.ids) for group in groups for answer in group.answers]
@@ -205,7 +205,7 @@ def weighed(values: Sequence[float], rewards: Sequence[WeighedReward]) -> float:
 
 
 def _numbers_in(batch: Batch) -> list[int]:
-    """The problems asked in a micro-batch of prompts; a row of padding asks none."""
+    """The numbers of the problems in a micro-batch of prompts; rows of padding have none."""
     return batch["number"][:, 0][batch["attention_mask"].any(1)].tolist()
 
 

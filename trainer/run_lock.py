@@ -44,8 +44,8 @@ def read_owner(folder: Path) -> str | None:
 
 
 def _leave_to_this_process(file: BinaryIO) -> None:
-    """A DataLoader's workers close their copy: they outlive a run that is killed by some seconds, and the lock with
-    them."""
+    """Make the DataLoader's workers close their copy of the file: they outlive a killed run by some seconds and would
+    hold its lock."""
     held = weakref.ref(file)
 
     def close_copy() -> None:

@@ -229,7 +229,7 @@ def start_runtime(args) -> Runtime:
 
 
 def _meet(backend: str) -> None:
-    """Find the other processes of the run."""
+    """Connect to the other processes of the run."""
     try:
         dist.init_process_group(backend)
     except (RuntimeError, ValueError) as error:

@@ -131,7 +131,7 @@ def find_adapter(name: str | None, args) -> Path | None:
 
 
 def _present(path: Path) -> Path | None:
-    """A file of weights, or where only that is there, the .safetensors by the same name."""
+    """The file of weights, or the .safetensors of the same name if only that exists."""
     return next(filter(Path.is_file, (path, path.with_suffix(".safetensors"))), None)
 
 
@@ -175,7 +175,7 @@ def build_config(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
 
 
 def _variant(args) -> dict:
-    """The fields of a variant: those of the weights that a stage starts from, by their json, and what flags say."""
+    """The fields of a variant, from the json of the weights that a stage starts from, and from the flags."""
     name, found = getattr(args, "from_weight", "none"), {}
     if name != "none":
         with contextlib.suppress(UserError):  # it is told when they are loaded
@@ -208,7 +208,7 @@ def read_settings(path: Path) -> dict | None:
 
 @contextlib.contextmanager
 def _reading(beside: Path) -> Iterator[None]:
-    """What goes wrong in here tells the user that the json is damaged."""
+    """Turn errors raised inside into a UserError: the json is damaged."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -275,15 +275,15 @@ def _named_once(sizes: dict) -> dict:
 
 
 def _assumed(found: dict, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a MiniMind-3's file came alone, so that the shipped tokenizer, which is not its own, was assumed: a
-    notice says so, and its own embeddings count."""
+    """Whether MiniMind-3's weights came without a tokenizer, so that the shipped one was assumed, which is not theirs:
+    a notice says so, and the vocabulary size is that of the embeddings."""
     return found["generation"] == 3 and Path(tokenizer.name_or_path) == SHIPPED_TOKENIZER
 
 
 def _read_file(
     path: Path, known: LMConfig | dict, tokenizer: PreTrainedTokenizerBase, downloaded: bool
 ) -> dict[str, Tensor]:
-    """The parameters in a file, and a line on stderr about what had to be done or assumed."""
+    """The parameters in a file; prints a notice about what had to be converted or assumed."""
     known = known if isinstance(known, dict) else architecture(known)
     heads = {name: known[name] for name in ("n_heads", "n_kv_heads") if name in known}
     state, done, newer, generation = read_weights(path, **heads)
@@ -303,7 +303,7 @@ def _read_file(
 
 
 def _fill(model: MiniMindLM, state: dict[str, Tensor], path: Path, missing: tuple[str, ...]) -> None:
-    """Put a state dict into a model; only what begins with `missing` may lack."""
+    """Load a state dict into a model; only keys that begin with `missing` may be missing."""
     wanted = model.state_dict()
     lacking = [key for key in wanted if key not in state and not key.startswith(missing)]
     surplus = [key for key in state if key not in wanted]
@@ -381,7 +381,7 @@ def _compare(path: Path, ours: dict, by: str, theirs: dict, asking: str) -> None
 
 
 def _compare_positions(path: Path, saved: LMConfig, config: LMConfig, origin: str) -> None:
-    """Refuse to drop a scaling of the positions that the weights were trained with, and nobody asked to."""
+    """Refuse to drop the scaling of the positions that the weights were trained with unless the user asks for it."""
     if saved.rope_scaling and not config.rope_scaling:
         kind, factor = saved.rope_scaling["rope_type"], saved.rope_scaling["factor"]
         flags = [f"{kind}:{factor:g}", str(saved.rope_scaling.get("original_max_position_embeddings", ""))]

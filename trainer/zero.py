@@ -73,7 +73,7 @@ class DeepSpeedScaler(torch.amp.GradScaler):
         return self._step_by_zero() if self.is_zero else self._step_by_hand()
 
     def _step_by_hand(self) -> float:
-        """Without ZeRO the engine clips but does not say the norm, nor skip anything."""
+        """Clip and step without ZeRO, where the engine neither reports the norm nor skips a non-finite step."""
         self.unscale_(self.engine.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.engine.gradient_clipping())
         if torch.isfinite(norm):
@@ -175,7 +175,7 @@ class ShardedOptimizer:
             self._set(parameter, value.float(), None)
 
     def _set(self, parameter: nn.Parameter, value: Tensor, name: str | None) -> None:
-        """Fill in a parameter's part of the shards: of the moment `name`, or of the weights."""
+        """Write a parameter's value into the shards: into the moment `name`, or the weights if it is None."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -202,15 +202,15 @@ class ShardedOptimizer:
         return self.sharded.optimizer
 
     def _shards(self) -> list[list[Tensor]]:
-        """The flat fp32 tensors that the AdamW steps, of each of its groups."""
+        """The flat fp32 tensors that AdamW updates, by parameter group."""
         if not self._stage_3:
             return [[shard] for shard in self.sharded.single_partition_of_fp32_groups]
         flat, group_of = self.sharded.fp32_partitioned_groups_flat, self.sharded.sub_group_to_group_id
         return [[shard for i, shard in enumerate(flat) if group_of[i] == group] for group in range(len(self.groups))]
 
     def _link_states(self) -> None:
-        """Let parameters find their moments in the shards. Stages 1 and 2 link them once, after the step of the first
-        group, when the other groups have none yet."""
+        """Link the parameters to their moments in the shards again. Stages 1 and 2 link them only once, after the first
+        group's step, when the other groups have no moments yet."""
         if not self._stage_3 and self._adamw.state:
             self.sharded._hp_optimizer_states_linked = False
             self.sharded._lazy_init_hp_params_optimizer_state()

@@ -113,7 +113,7 @@ class Answer:
         return self._add(text + rest, tokens + last, reason)
 
     def _reason(self, reason: str) -> str:
-        """Why the answer ends here: one that its constraint calls whole has not run out of tokens."""
+        """The finish reason: "stop" for an answer that its constraint accepts as complete, even at the token limit."""
         if self.constrained is None or self._detokenizer.stopped:
             return reason
         if self.constrained.whole:
@@ -136,7 +136,7 @@ def _keys(request: Request) -> list[Hashable]:
 
 
 class _Slot:
-    """What the decoder's slot `number` holds, and for whom."""
+    """A slot of the decoder: its number, what is cached in it, and the answer that it serves."""
 
     def __init__(self, number: int):
         self.number = number

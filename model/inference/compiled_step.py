@@ -72,7 +72,8 @@ def build_step(config: LMConfig, precision: Precision) -> Callable[..., tuple[Te
     def attend(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
         """q (kv_heads, group, head_dim), k, v (kv_heads, head_dim), past (length, 2, kv_heads, head_dim) -> (dim,).
 
-        To the past by PyTorch's kernel, whose softmax is left open: the token itself joins by the sum of exponentials.
+        PyTorch's kernel attends to the past and also returns the log of the softmax's denominator, with which the
+        token's attention to itself is added.
         """
         keys, values = past.permute(1, 2, 0, 3)[:, None].unbind(0)  # (1, kv_heads, length, head_dim)
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], keys, values)
@@ -84,7 +85,7 @@ def build_step(config: LMConfig, precision: Precision) -> Callable[..., tuple[Te
         stored = []
 
         def store(value: Tensor) -> Tensor:
-            """An output of the graph lies in memory; else it would be computed again for each row of a matrix."""
+            """Make a value an output of the graph: otherwise it would be recomputed for each row of a matrix."""
             stored.append(value)
             return value
 

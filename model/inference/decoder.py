@@ -152,7 +152,7 @@ class Decoder:
             self._step.refresh(self._layers)
 
     def _weights_of(self, model: MiniMindLM) -> Iterator[tuple[str, Tensor]]:
-        """What a pass reads, in the order of `__init__`, and as what: "embedding", "vector", "matrix" or "output"."""
+        """A pass's weights in the order of `__init__`, with their kinds: "embedding", "vector", "matrix", "output"."""
         yield "embedding", model.tok_embeddings.weight.detach()
         for block in model.layers:
             parts = parts_of_block(block)
@@ -173,7 +173,7 @@ class Decoder:
         yield "output", effective_weight(model.output)
 
     def _keep(self, kind: str, weight: Tensor) -> Tensor | Matrix:
-        """A copy of a weight as a pass reads it."""
+        """A copy of a weight in the form in which a pass reads it."""
         if kind == "embedding":
             return Embedding(weight, self.precision)
         if kind == "vector":
@@ -184,7 +184,7 @@ class Decoder:
         return norm.weight.detach().float() * math.sqrt(self.config.dim)  # see _normed
 
     def _pick_kernels(self, model: MiniMindLM, deterministic: bool, compile: bool) -> dict[str, Kernels]:
-        """The kernels of the blocks' matrices and of the output's, which int4 leaves at 8 bits."""
+        """The kernels for the matrices of the blocks and of the output layer, which int4 leaves at 8 bits."""
         parts = parts_of_block(model.layers[0])
         layer = [
             torch.cat(parts.qkv),
@@ -276,11 +276,11 @@ class Decoder:
 
     @staticmethod
     def _fits_step(span: Span) -> bool:
-        """A single token behind at least two: the compiled graph is made for any number of those but 0 and 1."""
+        """Whether it is a single token after at least two: the compiled graph takes any past length but 0 and 1."""
         return len(span.tokens) == 1 and span.start >= 2 and span.embeddings is None and not span.branches
 
     def _step_through(self, span: Span) -> Tensor:
-        """One token through the compiled step -> logits (1, vocab)."""
+        """Decode one token with the compiled step -> logits (1, vocab)."""
         angles = self._rope[span.start, 0]  # (head_dim / 2,) complex
         x = self._embeddings(torch.tensor(span.tokens))[0]
         past = self._kv[:, span.slot, : span.start]
@@ -290,7 +290,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _compile_step(self) -> CompiledStep | None:
-        """The compiled step, or None where it cannot be made or is not faster than `read` and `logits`."""
+        """The compiled step; None if it cannot be compiled or is not faster than `read` and `logits`."""
         span = Span(0, min(TIMED_BEHIND, self.slot_len - 1), [0])
         if not self._fits_step(span):
             return None
@@ -308,12 +308,12 @@ class Decoder:
         return self._output(hidden).float()
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm in few operations: x / rms = x sqrt(dim) / hypot(|x|, sqrt(dim eps)), with sqrt(dim) in `weight`."""
+        """RMSNorm in few operations: x / rms = x sqrt(dim) / hypot(|x|, sqrt(dim eps)); `weight` contains sqrt(dim)."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x / torch.hypot(length, self._eps)).mul_(weight).to(self.dtype)
 
     def _attention(self, spans: Sequence[Span], sizes: list[int]) -> Callable[[Tensor, int], Tensor]:
-        """What attends for the tokens of these spans: (queries (tokens, n_heads * head_dim), layer) -> as many."""
+        """The attention of these spans' tokens: a function of queries (tokens, n_heads * head_dim) and the layer."""
         decodes = next((i for i, size in enumerate(sizes) if size > 1), len(spans))
         parts = [self._prefill_attention(span) for span in spans[decodes:]]
         sizes = sizes[decodes:]
@@ -329,10 +329,10 @@ class Decoder:
         return attend
 
     def _decode_attention(self, spans: Sequence[Span]) -> Callable[[Tensor, int], Tensor]:
-        """One query in each of several slots, in one call over the range of slots they lie in.
+        """Attention for one query in each of several slots, in one call over the range of those slots.
 
-        Queries that share a key head stand side by side, as rows of one product. A slot in the range that does not
-        write has a query of zeros, and nobody reads its answer.
+        Queries that share a key head become rows of one matrix product. A slot in the range that does not decode gets
+        a query of zeros, and its output is not used.
         """
         first = min(span.slot for span in spans)
         rows = [span.slot - first for span in spans]
@@ -361,9 +361,9 @@ class Decoder:
         return attend
 
     def _prefill_attention(self, span: Span) -> Callable[[Tensor, int], Tensor]:
-        """Queries of consecutive tokens in one slot, and of the branches behind them.
+        """Attention for the queries of consecutive tokens in one slot, and of the branches after them.
 
-        Key heads make the batch and the queries that share one its heads, so that none is copied for each.
+        Key heads are the batch dimension and the queries that share one are its heads, so that no key is copied.
         """
         n = len(span.tokens) + sum(map(len, span.branches))
         end = span.start + n

@@ -67,7 +67,7 @@ def _packed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _keep_int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers int8, their scales fp32, and scales of 1 in bf16: PyTorch's kernel takes no others."""
+    """int8 weights, their fp32 scales, and bf16 scales of 1, because PyTorch's kernel accepts only bf16 scales."""
     q, scale = quantize_int8(weight)
     return q, scale, torch.ones_like(scale, dtype=torch.bfloat16)
 
@@ -81,7 +81,7 @@ def _int8_widened(x: Tensor, q: Tensor, scale: Tensor, ones: Tensor) -> Tensor:
 
 
 def _keep_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel's own order of the numbers, and its pairs of scale and offset bf16 (in / GROUP, out, 2)."""
+    """The weights in the kernel's own packing, and its pairs of scale and offset, bf16 (in / GROUP, out, 2)."""
     q, scale = quantize_int4(weight)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
     return packed, torch.stack((scale, torch.zeros_like(scale)), -1).transpose(0, 1).bfloat16().contiguous()
@@ -92,7 +92,7 @@ def _int4_kernel(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def _keep_int4_plain(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Two numbers to a byte: uint8 (out, in / 2), and scales fp32 (out, in / GROUP)."""
+    """Two weights per byte, uint8 (out, in / 2), and their fp32 scales (out, in / GROUP)."""
     q, scale = quantize_int4(weight)
     low, high = (q + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
     return low | high << 4, scale

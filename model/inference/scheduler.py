@@ -257,7 +257,7 @@ class Engine:
                 self._release(slot)
 
     def _end_early(self) -> None:
-        """End what was cancelled or has timed out."""
+        """End the answers that were cancelled or have timed out."""
         now = time.monotonic()
         for answer in [*self._waiting, *(slot.answer for slot in self._slots if slot.answer)]:
             if answer.deadline is not None and now >= answer.deadline:
@@ -287,11 +287,11 @@ class Engine:
             return False
 
     def _release(self, slot: _Slot) -> None:
-        """Free a slot; its contents stay, in case a prompt shares the prefix."""
+        """Free a slot; its contents stay cached in case a later prompt shares the prefix."""
         slot.answer.slot, slot.answer, slot.last_used = None, None, self._steps
 
     def _admit(self) -> None:
-        """Give free slots to waiting requests, in order; none waits for a slot that it could have."""
+        """Assign free slots to waiting requests, in order; one whose prefix is still being prefilled waits for it."""
         for answer in list(self._waiting) if self.running < len(self._slots) else ():
             free = [slot for slot in self._slots if slot.answer is None]
             if not free:
@@ -314,7 +314,7 @@ class Engine:
             self._waiting.remove(answer)
 
     def _compact_slots(self) -> None:
-        """One attention covers the range of decoding slots: keep more than half of that range decoding."""
+        """Keep at least half of the range of decoding slots in use, because one attention call covers all of it."""
         writers = [slot for slot in self._slots if slot.answer and slot.answer.unread() == 1]
         if not writers:
             return
@@ -327,9 +327,9 @@ class Engine:
             moved.number, hole.number = to, last
 
     def _plan_prefills(self) -> dict[_Slot, int]:
-        """The slots that run in this step, and their tokens; those with one token come first.
+        """How many tokens each slot processes in this step; slots with one token come first.
 
-        Decoding answers take one each; the rest of the budget goes to prompts, first come, first served.
+        Each decoding answer takes one token; the rest of the budget goes to prompts, first come, first served.
         """
         unread = {slot: slot.answer.unread() for slot in self._slots if slot.answer}
         reading = {slot: n for slot, n in unread.items() if n == 1}
@@ -342,7 +342,7 @@ class Engine:
         return dict(sorted(reading.items(), key=lambda item: item[1] > 1))
 
     def _span(self, slot: _Slot, n: int, draft: Draft | None) -> Span:
-        """The next n tokens for a slot, and its draft."""
+        """The next n tokens of a slot, followed by its draft."""
         start, answer = len(slot.holds), slot.answer
         embeddings = answer.request.embeddings
         if embeddings is not None:
@@ -357,8 +357,8 @@ class Engine:
 
         Args:
             logits: (rows, vocab) fp32.
-            predicted: for each row the answer, and the index in its `ids` that the row predicts.
-            choose: `sample_token`, or what takes its place.
+            predicted: the answer of each row, and the index in its `ids` of the token that the row predicts.
+            choose: `sample_token` or a replacement.
         """
         tokens = [answer.ids[place] if place < len(answer.ids) else None for answer, place in predicted]
         adjusted = logits

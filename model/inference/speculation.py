@@ -137,7 +137,7 @@ class DraftModel:
         return drafts
 
     def _read(self, texts: Sequence[tuple[_Slot, list[int]]]) -> Tensor:
-        """The logits (texts, vocab) after each text, of which it reads what its slot does not hold yet."""
+        """The logits (texts, vocab) after each text; only tokens that its slot has not cached yet are processed."""
         last: list[Span] = []
         for slot, ids in texts:
             number = self._numbers.setdefault(slot, len(self._numbers))
@@ -161,7 +161,7 @@ class DraftModel:
 
 
 class _Account:
-    """What drafts have won and lost an answer, in tokens; `next` is the length of the next one."""
+    """The tokens that drafts have saved or cost an answer so far; `next` is the length of the next draft."""
 
     def __init__(self, most: int):
         self.lookup = Lookup()
