@@ -116,7 +116,7 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
     saved = done["seconds"]
 
     def part() -> float:
-        """What is done, 0 to 1."""
+        """The completed fraction of the training, 0 to 1."""
         return done["steps"] / args.steps if args.steps else done["seconds"] / (60 * args.minutes)
 
     loader = StepLoader(rows, args.batch_size, 1, 1_000_000, args.seed)

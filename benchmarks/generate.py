@@ -140,7 +140,7 @@ def llama_cpp(model: MiniMindLM, tokenizer, name: str, args) -> dict[str, Measur
     batch = llama_cpp.llama_batch_init(LONG_PROMPT, 0, 1)
 
     def decode(tokens: list[tuple[int, int, int]], wanted: set[int]) -> dict[int, int]:
-        """Tokens as (sequence, position, id) -> the likeliest next token of each sequence, after the places wanted."""
+        """Decode (sequence, position, id) tokens -> each sequence's most likely token after the places in `wanted`."""
         batch.n_tokens = len(tokens)
         for i, (sequence, position, token) in enumerate(tokens):
             batch.token[i], batch.pos[i], batch.logits[i] = token, position, i in wanted

@@ -152,10 +152,10 @@ def remove_cache(folder: Path) -> bool:
 
 @contextmanager
 def _marking(root: Path) -> Iterator[None]:
-    """Alone with the marks of what is in use, for a moment.
+    """Hold the lock on the marks of caches in use.
 
     Raises:
-        OSError: nothing can be written there; NoLocksError where nothing can be locked.
+        OSError: the folder is not writable; NoLocksError if its file system has no locks.
     """
     (root / IN_USE).mkdir(exist_ok=True)
     with lock(root / IN_USE / "lock"):
@@ -240,7 +240,7 @@ def is_cache(path: Path) -> bool:
 
 @contextmanager
 def _alone(root: Path) -> Iterator[bool]:
-    """While nobody else builds there; yields False where that cannot be known."""
+    """Hold the folder's build lock; yields False if its file system has no locks."""
     try:
         held = lock(root / "lock")
     except NoLocksError as error:
@@ -254,7 +254,7 @@ def _alone(root: Path) -> Iterator[bool]:
 
 
 def _clear(root: Path) -> None:
-    """Remove what killed processes were building or removing; the caller is alone."""
+    """Remove what killed processes left half built or half removed; the caller holds the lock."""
     for folder in root.iterdir():
         if LEFT_OVER.fullmatch(folder.name) and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
@@ -262,7 +262,7 @@ def _clear(root: Path) -> None:
 
 @contextmanager
 def _renamed_when_whole(folder: Path) -> Iterator[Path]:
-    """A fresh folder to fill; renamed to `folder` at the end, all of it on the disk by then; removed on an error."""
+    """A new folder to fill: at the end it is flushed to disk and renamed to `folder`, on an error it is removed."""
     partial = folder.with_name(f"partial-{os.getpid()}-{secrets.token_hex(4)}")
     partial.mkdir()
     try:

@@ -85,7 +85,7 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 def _cache(folder: Path) -> Cache | None:
-    """None where it is gone meanwhile."""
+    """The cache in a folder; None if it has been removed meanwhile."""
     try:
         files = {path.name: path.stat() for path in folder.iterdir()}
         used = files.get(ABOUT, folder.stat()).st_mtime

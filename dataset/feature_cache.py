@@ -93,7 +93,7 @@ def open_feature_cache(
 
 
 class _Loaded(Dataset):
-    """The images' pixels, loaded one by one."""
+    """The pixels of each image, loaded on access."""
 
     def __init__(self, names: Sequence[str], load: Callable[[str], Tensor]):
         self.names, self.load = names, load

@@ -124,7 +124,7 @@ class JsonlReader:
             self.ignored[name if name in self.ignored or len(self.ignored) < MOST_COUNTED else "others"] += count
 
     def _lines(self, file: BinaryIO) -> Iterator[bytes]:
-        """The lines as bytes, so that jsonlines can say which one is not UTF-8, counted and kept for the excerpt."""
+        """The lines as bytes, so that jsonlines can say which one is not UTF-8; counted, and kept for excerpts."""
         blank = 0  # lines, which are at the end of the file if nothing follows them
         for line in self._read(file):
             self.bytes_read += len(line)
@@ -222,7 +222,7 @@ def _why_no_object(cause: BaseException | None, line: bytes) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands twice, json.loads itself would keep the last value and forget the first."""
+    """A JSON object, refused if a key appears twice: json.loads would silently keep only the last value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]

@@ -106,7 +106,7 @@ class RowDataset(Dataset):
         return self.cut(self.cache.lengths[samples], self.cache.first_target[samples], self.max_seq_len)
 
     def _grouped(self, places: np.ndarray) -> np.ndarray:
-        """From numbers of groups to numbers of what is in them, one after another."""
+        """The indices of the samples in these groups, group after group."""
         return (places[:, None] * self.group + np.arange(self.group)).ravel()
 
     def __len__(self) -> int:
@@ -146,7 +146,7 @@ class RowDataset(Dataset):
         return ids, labels, np.arange(length)
 
     def _summary(self, samples: np.ndarray, pieces: Pieces, max_len: int) -> str:
-        """The start-up report, of these samples and the pieces that became of them."""
+        """The start-up report on these samples and the pieces that they were split into."""
         lengths = self.cache.lengths[samples]
         used, pieces_each = np.unique(pieces.sample, return_counts=True)
         split = pieces_each > 1

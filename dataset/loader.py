@@ -51,7 +51,7 @@ def collate(items: list[Batch], max_seq_len: int | None = None) -> Batch:
 
 
 def _padded(rows: list[torch.Tensor], width: int, value: int) -> torch.Tensor:
-    """Rows (n,) of several lengths -> (rows, width), filled up with `value`."""
+    """Rows (n,) of different lengths -> (rows, width), padded with `value`."""
     padded = rows[0].new_full((len(rows), width), value)
     for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = row
@@ -133,7 +133,7 @@ class StepLoader:
             yield [next(micro_batches) for _ in range(self._rounds(step))]
 
     def _micro_batches(self, start_step: int) -> Iterator[list[int]]:
-        """Row numbers of each of this rank's micro-batches, from a step on."""
+        """The row numbers of each micro-batch of this rank, starting with those of step `start_step`."""
         epoch, rows = None, np.zeros(0, dtype=np.int64)
         for step in range(start_step, self.total_steps):
             if step // self.steps_per_epoch != epoch:
@@ -146,7 +146,7 @@ class StepLoader:
                 yield step_rows[mine : mine + self.batch_size].tolist()
 
     def _rounds(self, step: int) -> int:
-        """Micro-batches that each rank has in a step."""
+        """The number of micro-batches per rank in a step."""
         begin = step % self.steps_per_epoch * self._step_rows
         rows = min(self._step_rows, len(self.dataset) - begin)
         return math.ceil(rows / self._round_rows)
@@ -161,5 +161,5 @@ def padded_collate(dataset, batch_size: int) -> Callable[[list[Batch]], Batch]:
 
 
 def _collate_padded(items: list[Batch], rows: int, max_seq_len: int | None, empty_row: Batch) -> Batch:
-    """Collate to at least `rows` rows, those that are missing being padding."""
+    """Collate, with empty rows added until there are `rows`."""
     return collate(items + [empty_row] * (rows - len(items)), max_seq_len)

@@ -96,7 +96,7 @@ class MixedRows(Dataset):
 
 
 def _some_rows(tokens: np.ndarray, wanted: float, seed: tuple[int, int]) -> np.ndarray:
-    """Rows drawn without replacement until they have the tokens wanted, in the order of the file, int64 (taken,)."""
+    """Rows drawn without replacement until they hold `wanted` tokens, in file order, int64 (taken,)."""
     drawn = np.random.default_rng(seed).permutation(len(tokens))
     taken = int(np.searchsorted(np.cumsum(tokens[drawn]), wanted)) + 1
     return np.sort(drawn[:taken])

@@ -136,7 +136,7 @@ def _examined(names: Sequence[str], images_path: Path) -> Iterator[tuple[str, Pi
 
 
 def _read(record: Path) -> dict:
-    """What was found before; nothing where that cannot be read."""
+    """The saved results of earlier checks; empty if they cannot be read."""
     try:
         known = json.loads(record.read_text(encoding="ascii"))
         return {"state": known["state"], "pictures": {name: Picture(*seen) for name, seen in known["pictures"].items()}}

@@ -152,7 +152,7 @@ def _chat(record: dict, keys: Keys, ignored: Ignored) -> Turns:
 
 
 def _turns(record: dict, key: str, ignored: Ignored, roles_given: bool = False) -> Turns:
-    """The list of turns at a key, answers not yet checked; with `roles_given` each must say who speaks."""
+    """The turns under a key, before their answers are checked; with `roles_given` each must give its role."""
     turns = value_at(record, key, list, "a list")
     if not turns:
         raise BadRecord(f'"{key}" is empty')
@@ -168,7 +168,7 @@ def _turns(record: dict, key: str, ignored: Ignored, roles_given: bool = False) 
 
 
 def _turn(turn: object, before: Turns, ignored: Ignored) -> Turn:
-    """A turn as it is rendered; `before` holds the turns that came ahead of it."""
+    """A turn in the form in which it is rendered; `before` holds the turns before it."""
     if not isinstance(turn, dict):
         raise BadRecord("not an object")
     if shape := foreign_turn(turn):
@@ -200,7 +200,7 @@ def _turn(turn: object, before: Turns, ignored: Ignored) -> Turn:
 
 
 def _tools_of(turn: dict, role: str) -> Turn:
-    """What a turn lists or calls, or whose result it is."""
+    """A turn's list of tools, its calls, or the id of the call whose result it is."""
     found: Turn = {}
     for key, speaker, said in (
         ("tools", "system", read_tools(turn)),
@@ -224,7 +224,7 @@ def _why_no_role(role: object) -> str:
 
 
 def _thought(turn: dict) -> str:
-    """The "reasoning_content" of a turn; empty where it is absent, null or nothing but whitespace."""
+    """A turn's "reasoning_content"; empty if it is absent, null or only white space."""
     if turn.get("reasoning_content") is None:
         return ""
     thought = string_at(turn, "reasoning_content")
@@ -232,7 +232,7 @@ def _thought(turn: dict) -> str:
 
 
 def _wanted(turn: dict) -> bool | None:
-    """Whether a turn is to be trained on, by "weight" or "train"; None if it does not say."""
+    """Whether a turn is trained on, according to its "weight" or "train"; None if it has neither."""
     weight, train = turn.get("weight"), turn.get("train")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
         raise BadRecord(f'"weight" is {weight!r:.40}, but must be 0 or 1')
@@ -261,14 +261,14 @@ def _check_has_answer(chat: Turns, key: str) -> None:
 
 
 def _check_beginning(record: dict, chat: Turns, ignored: Ignored) -> None:
-    """A "prompt" beside a chat may only repeat how it begins."""
+    """Check that a "prompt" beside a chat only repeats the chat's beginning."""
     prompt = _prompt(record, ignored)
     if not _begins_with(chat, prompt):
         raise BadRecord('the key "prompt" is refused: "conversations" does not begin with it')
 
 
 def _prompt(record: dict, ignored: Ignored) -> Turns:
-    """The turns of "prompt", the last one a user's; none where it is absent or null."""
+    """The turns of "prompt", of which the last is a user's; none if it is absent or null."""
     prompt = record.get("prompt")
     if prompt is None:
         return []
@@ -287,7 +287,7 @@ def _prompt(record: dict, ignored: Ignored) -> Turns:
 
 
 def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
-    """The whole chat of "chosen" or "rejected", the prompt in front."""
+    """The whole chat of "chosen" or "rejected", including the prompt."""
     if isinstance(record.get(key), str):
         if not prompt:
             raise BadRecord(f'"{key}" is a text without a "prompt" that it answers')
@@ -307,7 +307,7 @@ def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
 
 
 def _begins_with(chat: Turns, prompt: Turns) -> bool:
-    """Whether the chat's first turns are those of the prompt, a system turn in front of them apart."""
+    """Whether the chat begins with the prompt's turns; a system turn that only the chat has is ignored."""
     if prompt and prompt[0]["role"] != "system" and chat and chat[0]["role"] == "system":
         chat = chat[1:]
     return len(chat) >= len(prompt) and all(map(_same, chat, prompt))
@@ -318,7 +318,7 @@ def _same(turn: Turn, other: Turn) -> bool:
 
 
 def _with_system(record: dict, chat: Turns) -> Turns:
-    """The chat with the record's "system", if it has one, as its system turn."""
+    """The chat with the record's "system", if any, as its system turn."""
     if record.get("system") is None:
         return chat
     system = {"role": "system", "content": string_at(record, "system")}

@@ -66,7 +66,7 @@ class Shard(NamedTuple):
             place += len(line)
 
     def _rest_of_line(self, at: int, before: bytes) -> bytes:
-        """What belongs to the line that goes on at a place, `before` being what precedes it."""
+        """The rest of the line that continues at byte `at`; `before` is the data before that byte."""
         rest = bytearray()
         while at < self.size and not before.endswith(b"\n"):
             before = self.read(at, at + max(REST_BYTES, len(rest)))
@@ -92,7 +92,7 @@ class Shard(NamedTuple):
 
 
 def _split(data: bytes) -> Iterator[bytes]:
-    """The lines with their ends; unlike bytes.splitlines, \\n alone ends one."""
+    """The lines with their line ends; unlike in bytes.splitlines, only \\n ends a line."""
     begin = 0
     while begin < len(data):
         end = data.find(b"\n", begin) + 1 or len(data)

@@ -87,7 +87,7 @@ class StreamLoader:
             self._report(f"{self.dataset.data_path}: {self._read}")
 
     def _take(self, rows: Iterator) -> tuple[list[tuple[Window, int]], dict]:
-        """The rows of the next step, and where the one behind it begins."""
+        """The rows of the next step, and the position at which the step after it begins."""
         taken, place = [], self.dataset.position
         for _ in range(self._step_rows):
             window, number, place = next(rows)
@@ -95,7 +95,7 @@ class StreamLoader:
         return taken, place
 
     def _rows(self) -> Iterator[tuple[Window, int, dict]]:
-        """Each row, by its window and its number there, and the position behind it."""
+        """Each row, as its window and its number there, and the position after it."""
         first, skipped = self.dataset.position["window"], self.dataset.position["row"]
         empty = 0  # windows in a row
         for number, window in enumerate(self._windows(first), first):
@@ -113,7 +113,7 @@ class StreamLoader:
             skipped = 0
 
     def _windows(self, first: int) -> Iterator[Window | Fault]:
-        """All windows from one on: this rank's, and between them what the others have read."""
+        """All windows from number `first` on: this rank's own, and the others' read counts in between."""
         require_room_for(self.num_workers)
         own = DataLoader(
             Windows(self.dataset, first + self.rank, self.world_size),
@@ -127,5 +127,5 @@ class StreamLoader:
 
 
 def _as_it_is(window: Window | Fault) -> Window | Fault:
-    """For a DataLoader, which would make tensors of the arrays: they go through its pipe and need no shared memory."""
+    """Keeps the DataLoader from making tensors of the arrays: arrays go through its pipe, without shared memory."""
     return window

@@ -221,7 +221,7 @@ class StreamedRows:
         )
 
     def _rows(self, lengths: np.ndarray, seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Which pieces share a row, rows in shuffled order: as `pack` gives it."""
+        """Which pieces share a row, as `pack` returns it, with the rows shuffled."""
         if self.packing:
             order, bounds = pack(lengths, self.max_seq_len, seed)
         else:
@@ -244,14 +244,14 @@ def _counted(lengths: np.ndarray, pieces: Pieces, max_len: int) -> Read:
 
 
 class _Reading:
-    """The records of some blocks, and what is to be told of the lines."""
+    """Reads the records of some blocks, and counts their lines, bad lines and ignored keys."""
 
     def __init__(self, dataset_class: type[RowDataset], skip_bad_lines: bool):
         self._parse, self._skip_bad_lines = dataset_class.parse, skip_bad_lines
         self.counts = Read()
 
     def batches(self, blocks: Blocks, numbers: np.ndarray) -> Iterator[list]:
-        """Records in lists worth the tokenizer's threads."""
+        """Records in lists long enough for the tokenizer's threads."""
         batch, size = [], 0
         for number in numbers:
             for shard, place, line in blocks.lines(int(number)):
@@ -266,7 +266,7 @@ class _Reading:
             yield batch
 
     def _records(self, shard: Shard, place: int, line: bytes) -> list:
-        """The record of a line; none of a bad one that is skipped."""
+        """The record of a line as a list; an empty list for a bad line that is skipped."""
         line = (line.removeprefix(BOM) if place == 0 else line).strip()
         ignored: Counter = Counter()
         try:

@@ -186,7 +186,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_source(cache: TokenCache, path: Path) -> None:
-    """The cache was made of what the file holds now.
+    """Check that the cache was made from the file's present content.
 
     Raises:
         ValueError: it was not.
@@ -203,7 +203,7 @@ def _check_source(cache: TokenCache, path: Path) -> None:
 
 
 def _write_json(content: object, path: Path) -> None:
-    """A name that is not UTF-8 is written in escapes, as every character beyond ASCII is."""
+    """Write ASCII JSON, with escapes for everything else, because a file name need not be UTF-8."""
     path.write_text(json.dumps(content, indent=2), encoding="ascii")
     flush_to_disk(path)
 
@@ -238,7 +238,7 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
 
 
 def _batches(reader: JsonlReader) -> Iterator[list]:
-    """Records in lists worth the tokenizer's threads; a list that took a very long line in is closed at once."""
+    """Records in lists long enough for the tokenizer's threads; a very long line ends its list."""
     batch, begin = [], 0
     for record in reader:
         batch.append(record)
@@ -250,7 +250,7 @@ def _batches(reader: JsonlReader) -> Iterator[list]:
 
 
 def _encoded(batches: Iterator[list], encode: Callable[[list], list[Sample]]) -> Iterator[list[Sample]]:
-    """The samples of each batch, encoded while the next one is read: the tokenizer leaves Python alone meanwhile."""
+    """The samples of each batch, encoded while the next one is read: the tokenizer releases Python's lock."""
     with ThreadPoolExecutor(1) as thread:
         encoding = None
         for batch in batches:
@@ -287,7 +287,7 @@ class _Writer:
                 self._files["mask"].write(np.packbits(self._odd_bits))
 
     def write(self, samples: list[Sample]) -> None:
-        """Append samples; either all of them carry a mask or none does, in one cache, and so with notes."""
+        """Append samples; in one cache either all samples have a mask or none has, and the same is true of notes."""
         if not samples:
             return
         ids = [np.asarray(sample[0], self.dtype) for sample in samples]
@@ -306,7 +306,7 @@ class _Writer:
         self.samples += len(ids)
 
     def _write_ends(self, name: str, begin: int, parts: list) -> int:
-        """Append where each of the parts, which lie end to end from `begin`, ends; return the last end."""
+        """Append the end of each of the parts, which are stored consecutively from `begin`; returns the last end."""
         ends = begin + np.cumsum([len(part) for part in parts], dtype=np.int64)
         self._files[name].write(ends)
         return int(ends[-1])

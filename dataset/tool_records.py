@@ -116,7 +116,7 @@ def _parsed(found: dict[str, Any], key: str) -> object:
 
 
 def _tool(entry: object, where: str) -> dict:
-    """A tool's function: the "type" around it says nothing."""
+    """A tool's function, with or without the {"type": "function"} around it."""
     function = function_of(entry) if isinstance(entry, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise BadRecord(f'{where} is not an object with a "name", or with one in its "function"')

@@ -173,7 +173,7 @@ def encode_image_chats(
 
 
 def _placed(chat: Turns, images: int, image_tokens: int) -> Turns:
-    """The chat with places for `images` images in place of its first markers."""
+    """The chat with image tokens in place of its first `images` markers."""
     turns = []
     for turn in chat:
         before, *after = turn["content"].split(IMAGE_MARKER, images)

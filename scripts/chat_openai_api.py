@@ -115,7 +115,7 @@ class Chat:
 
 
 def _noted(parts: Iterator[tuple[str, str]], said: list[str]) -> Iterator[tuple[str, str]]:
-    """The parts of an answer, and its text in `said`."""
+    """Yield the parts of an answer, and append their text, thinking excepted, to `said`."""
     for part, words in parts:
         if part == "answer":
             said.append(words)

@@ -112,7 +112,7 @@ class AnswerFile:
                 )
 
     def _locked(self):
-        """What keeps a second run away as long as it lives; None on a file system that has no locks."""
+        """The lock that keeps a second run from writing to the file; None on a file system without locks."""
         from dataset.locks import lock
 
         place = self.path.resolve()  # by whatever name the file is opened
@@ -125,7 +125,7 @@ class AnswerFile:
         return held
 
     def _lines(self) -> Iterator[tuple[bytes, bytes, bool]]:
-        """The key and the bytes of each line, and whether it was made as ours are; no key where it is none of ours."""
+        """Each line's key, its bytes, and whether it has this run's settings; the key is empty for a foreign line."""
         self._file.seek(0)
         for line in self._file.readlines():
             try:

@@ -80,7 +80,7 @@ def pairs(scenes: dict[str, Scene], others: dict[str, Scene], count: int, rng: r
 
 
 def _of_one_thing(scenes: dict[str, Scene]) -> dict[tuple[str | None, str, str], list[str]]:
-    """Names of the pictures of a single thing, by its colour, shape and size."""
+    """The names of the images of a single thing, by its colour, shape and size."""
     alike = defaultdict(list)
     for name, scene in scenes.items():
         if scene.kind == "one":

@@ -91,7 +91,7 @@ def main():
     numbers = [int(number) for number in data.numbers][: args.limit]
 
     def sampled() -> Iterator[list[Reply]]:
-        """The replies to each question."""
+        """The sampled replies to each question."""
         for start in tqdm(range(0, len(numbers), args.batch_size), unit="batch", disable=None):
             asked = [number for number in numbers[start : start + args.batch_size] for _ in range(args.samples)]
             seeds = [sampling_seed(args.seed, 0, number, n % args.samples) for n, number in enumerate(asked)]

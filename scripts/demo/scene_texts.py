@@ -56,7 +56,7 @@ def alternatives(scene: Scene, lang: str) -> Iterator[tuple[str, list[str], int]
 
 
 def _name(pair: Pair, lang: str) -> str:
-    """'red circle', '红色圆形'; of a colour without a name the shape alone."""
+    """'red circle', '红色圆形'; only the shape if the colour has no name."""
     colour, shape = COLOURS[pair[0]][1:] if pair[0] else ("", ""), SHAPES[pair[1]]
     return f"{colour[0]} {shape[0]}".lstrip() if lang == "en" else f"{colour[1]}{shape[1]}"
 

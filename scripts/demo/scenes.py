@@ -198,14 +198,14 @@ def draw(scene: Scene, side: int) -> Image.Image:
 
 
 def _between_names(rng: np.random.Generator) -> tuple[int, int, int]:
-    """A colour that captions have no word for, mostly in a pale tone: white has no other neighbours."""
+    """A colour without a name in the captions, mostly pale, because only pale colours border on white."""
     hue = rng.uniform(*BETWEEN_NAMES[rng.choice(list(BETWEEN_NAMES))])
     saturation, value = rng.triangular(0.25, 0.25, 1), rng.uniform(0.9, 1)
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue / 360, saturation, value))
 
 
 def _stripes(thing: Thing, rng: np.random.Generator, side: int) -> np.ndarray:
-    """Stripes of two named colours, at any angle, several across the thing, uint8 (side, side, 3)."""
+    """Several stripes of two named colours across the thing, at any angle, uint8 (side, side, 3)."""
     one, other = (COLOURS[name][0] for name in rng.choice(list(COLOURS), 2, replace=False))
     angle, phase, period = rng.uniform(0, np.pi), rng.uniform(), rng.uniform(0.6, 1.2) * thing.radius
     y, x = np.mgrid[:side, :side] / side
@@ -214,7 +214,7 @@ def _stripes(thing: Thing, rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, side: int) -> np.ndarray:
-    """A muted, textured ground, uint8 (side, side, 3)."""
+    """A muted, textured background, uint8 (side, side, 3)."""
     shade = np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], float) + rng.uniform(-14, 14)
     y, x = np.mgrid[:side, :side] / side
     texture = TEXTURES[rng.integers(len(TEXTURES))]
@@ -231,7 +231,7 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _outlines(thing: Thing) -> Iterator[tuple[list[tuple[float, float]], bool]]:
-    """The polygons of a thing, and whether each covers the ground or, as the hole of a ring, leaves it free."""
+    """The polygons of a thing, and whether each covers the background or, like a ring's hole, shows it."""
     for shape, scale, covers in ((thing.shape, 1.0, True), ("hole", 0.55, False))[: 1 + (thing.shape == "ring")]:
         turn, radius = math.radians(thing.turn), thing.radius * scale
         cos, sin = radius * math.cos(turn), radius * math.sin(turn)
@@ -239,7 +239,7 @@ def _outlines(thing: Thing) -> Iterator[tuple[list[tuple[float, float]], bool]]:
 
 
 def _unit_outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape of radius 1 around (0, 0), y downwards."""
+    """The corners of a shape of radius 1 around (0, 0), y pointing down."""
 
     def spoke(degrees: float, length: float = 1.0) -> tuple[float, float]:
         return length * math.sin(math.radians(degrees)), -length * math.cos(math.radians(degrees))

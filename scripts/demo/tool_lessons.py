@@ -132,7 +132,7 @@ def _with_tools(talk: list[dict], question: Question) -> list[dict]:
 
 
 def _ended(tally: Asked, question: Question, text: str) -> Asked:
-    """The tally with the last answer: a fact is compared as a whole, a number must be among those that it names."""
+    """Add a final answer to the tally: a fact must match as a whole, a number must be among those in the answer."""
     if question.kind == "fact":
         right = is_right(text, question.answers)
     else:

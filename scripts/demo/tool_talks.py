@@ -88,7 +88,7 @@ def tool_talks(rng: random.Random, count: int, world: list[Relation]) -> list[di
 
 
 def _number(rng: random.Random) -> int:
-    """Beyond those of the demo's sums in the head, which stay in their own files."""
+    """A number larger than those in the demo's arithmetic without tools, which has files of its own."""
     return rng.randint(101, 10 ** rng.randint(3, 5))
 
 
@@ -190,7 +190,7 @@ def _more(rng, lang, world) -> tuple[Talk, list[str]]:
 
 
 def _fact(rng, lang, world) -> tuple[Talk, list[str]]:
-    """A question that the model answers by itself, although it could call something."""
+    """A question that the model answers without a call, although tools are listed."""
     relation = rng.choice([relation for relation in world if relation.lang == lang])
     x, (y, *_) = rng.choice(relation.rows)
     talk = Talk(rng.choice(relation.asked).format(x=x))

@@ -7,7 +7,7 @@ from trainer.errors import UserError
 
 
 def require_harness() -> None:
-    """Before anything here is imported, which needs it; and keep it from reporting each prompt and sampler.
+    """Require lm_eval before the modules here, which need it, are imported; silence its log of prompts and samplers.
 
     Raises:
         UserError: it is not installed.

@@ -49,7 +49,7 @@ class MiniMindHarness(HFLM):
         )
 
     def _encoded(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[list[int], list[int]]]:
-        """`_encode_pair` of each, whose two texts are encoded with all the others, on all cores."""
+        """The result of `_encode_pair` for each pair, with all texts encoded in one call, on all cores."""
         texts = dict.fromkeys(text for pair in pairs for text in self._texts(*pair))
         kwargs = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
         bos = self.tokenizer.decode(self.prefix_token_id)
@@ -71,7 +71,7 @@ class MiniMindHarness(HFLM):
 
     @staticmethod
     def _texts(context: str, continuation: str) -> tuple[str, ...]:
-        """The context without the spaces at its end, which belong to what follows, and both together."""
+        """The context without trailing spaces, which count as part of the continuation, and the two joined."""
         return (context.rstrip(), context + continuation) if context else ()
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):

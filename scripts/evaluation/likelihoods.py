@@ -81,7 +81,7 @@ class Likelihoods:
         return self._decoder
 
     def _hold(self, decoder: Decoder, beginning: list[int], slots: int) -> None:
-        """Let each of the first slots hold these tokens."""
+        """Prefill these tokens into each of the first `slots` slots."""
         same = common_prefix_length(self._held, beginning)
         if same < len(beginning):
             for start in range(same, len(beginning), BATCH_TOKENS):
@@ -93,7 +93,7 @@ class Likelihoods:
         self._holders = max(self._holders, slots)
 
     def _read(self, decoder: Decoder, batch: list[Question], start: int) -> list[list[Likelihood]]:
-        """One pass over contexts whose first `start` tokens are held, and over their continuations."""
+        """One pass over contexts, whose first `start` tokens are cached, and over their continuations."""
         spans = [
             Span(slot, start, question.context[start:], branches=[ids[:-1] for ids in question.continuations])
             for slot, question in enumerate(batch)
@@ -128,12 +128,12 @@ class Likelihoods:
 
 
 def _room(question: Question) -> int:
-    """Tokens that are read for it: the last of a continuation is only predicted."""
+    """The number of tokens to process for a question: the last of each continuation is only predicted."""
     return len(question.context) + sum(len(ids) - 1 for ids in question.continuations)
 
 
 def _logprobs(decoder: Decoder, hidden: torch.Tensor, pairs: list[tuple[int, int]]) -> list[tuple[float, bool]]:
-    """For each (row of `hidden`, token): the token's log-probability there, and whether it is the likeliest."""
+    """For each (row of `hidden`, token): the token's log-probability, and whether it is the most likely one."""
     needed = sorted({row for row, _ in pairs})
     place = {row: i for i, row in enumerate(needed)}
     found: list[tuple[float, bool] | None] = [None] * len(pairs)
@@ -179,7 +179,7 @@ def runs(contexts: Sequence[list[int]]) -> Iterator[tuple[int, int, int]]:
 
 
 def _batches(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """(first, one past the last) of consecutive texts with these sizes in tokens that are read together."""
+    """(first, one past the last) of consecutive texts that form a batch; `sizes` are in tokens."""
     first, tokens = 0, 0
     for i, size in enumerate(sizes):
         if i > first and (i - first == most or tokens + size > BATCH_TOKENS):

@@ -68,10 +68,10 @@ def _open(path: Path, args, device: torch.device) -> TemplateLM:
 def _language_half(
     path: Path, projection: Tensor, tokenizer_folder: str | None, adapter: Path | None
 ) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
-    """A vision-language model that is given no picture, so it needs no tower.
+    """The language model of a vision-language model: without images it needs no vision tower.
 
     Args:
-        projection: its weight (dim, vision_dim), by which its tower's width is known.
+        projection: the weight of the projection (dim, vision_dim), which gives the tower's width.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
 

@@ -163,10 +163,10 @@ def _objects(path: Path, parse: Callable[[dict], Row]) -> list[Row]:
 
 
 def _text(record: dict, *keys: str, empty: bool = False) -> str:
-    """What stands under a key, or under a path of keys.
+    """The text under a key, or under a path of keys.
 
     Raises:
-        BadRecord: nothing, no text, or, unless that may be, an empty one.
+        BadRecord: it is missing, not text, or empty although `empty` is false.
     """
     name = ".".join(keys)
     for key in keys:
@@ -243,10 +243,10 @@ def read_siqa(path: Path) -> list[Row]:
 
 
 def _labelled_rows(path: Path, rows: list[Row], labels: tuple[str, ...]) -> Iterable[tuple[Row, str]]:
-    """The rows with the lines of the labels file beside theirs: NAME-labels.lst for NAME.jsonl.
+    """The rows with their labels, which are in NAME-labels.lst beside NAME.jsonl.
 
     Raises:
-        UserError: it is missing, of another length, or holds something else.
+        UserError: that file is missing, has another number of labels, or holds something else.
     """
     beside = path.with_name(f"{path.stem}-labels.lst")
     if not beside.is_file():

@@ -141,7 +141,7 @@ def open_exams(
 
 
 def _opened(exam: Exam, config: dict, splits: Splits | None, num_fewshot: int, seed: int) -> Exam:
-    """The exam with its task of the harness."""
+    """The exam with its harness task."""
     if splits is not None:
         config |= {"dataset_path": None, "dataset_name": None, "custom_dataset": functools.partial(_datasets, splits)}
         for kind in ("training_split", "validation_split", "test_split"):

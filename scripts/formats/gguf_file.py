@@ -142,7 +142,7 @@ def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path
 
 
 def _tensors_of_2(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each matrix and norm under llama.cpp's name; the output, tied, it takes from the embedding."""
+    """Each matrix and norm under llama.cpp's name, except the tied output, which llama.cpp takes from the embedding."""
     for key, value in state.items():
         if key != "output.weight":
             layer, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", key).groups()
@@ -150,7 +150,7 @@ def _tensors_of_2(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors_of_3(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The same of generation 3; a layer's experts lie in one tensor (experts, out, in) for each of their matrices."""
+    """The same for generation 3; a layer's experts become one tensor (experts, out, in) per matrix."""
     experts: dict[str, list[Tensor]] = {}
     for key, value in state.items():
         if key == "lm_head.weight":
@@ -168,8 +168,8 @@ def _tensors_of_3(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _add_rope(writer: gguf.GGUFWriter, config: LMConfig) -> None:
-    """The positions: base and scaling. llama.cpp multiplies YaRN's cosine and sine by 1 + 0.1 ln(factor) on its own, so
-    what it is told is the attention factor divided by that."""
+    """Base and scaling of the positions. llama.cpp itself multiplies YaRN's cosine and sine by 1 + 0.1 ln(factor), so
+    it gets the attention factor divided by that."""
     scaling = config.rope_scaling or {}
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     stretched = kind == "ntk"  # by its other name: a larger base
@@ -187,7 +187,7 @@ def _add_rope(writer: gguf.GGUFWriter, config: LMConfig) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """Entries, merges, special ids and the chat template; ids that the model has and the tokenizer not are unused."""
+    """Vocabulary, merges, special ids and chat template; ids that only the model has are marked as unused."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []

@@ -112,7 +112,7 @@ def to_their_config(config: LMConfig) -> dict:
 
 
 def _rope(config: LMConfig) -> dict:
-    """The positions' base and scaling. YaRN's attention factor is always there: transformers has its own default."""
+    """Base and scaling of the positions, always with YaRN's attention factor: transformers' default is another."""
     theta, scaling = config.rope_theta, config.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "ntk":  # by its other name: a larger base
         theta, scaling = ntk_theta(theta, scaling["factor"], config.head_dim), {"rope_type": "default"}

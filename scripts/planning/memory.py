@@ -105,7 +105,7 @@ def moments_in_8_bits(config: LMConfig) -> int:
 
 
 def _matrices(config: LMConfig) -> int:
-    """Feed-forwards of all layers, each of three matrices."""
+    """The number of feed-forward networks in all layers; each has three matrices."""
     experts = config.n_routed_experts + config.n_shared_experts if config.use_moe else 1
     return config.n_layers * experts
 
@@ -156,8 +156,9 @@ def block_bytes(config: LMConfig, rows: int, n: int, half: bool, packed: bool, f
 
 
 def _feed_forward_bytes(config: LMConfig, half: bool) -> int:
-    """Per token: the inputs of w1 and w3, w1's output, its SiLU, w3's output, and the input of w2; of a mixture of
-    experts for each expert that a token is routed to, with its weighted output, and the router's input."""
+    """Bytes kept for the backward pass per token: the inputs of w1 and w3, w1's output, its SiLU, w3's output, and the
+    input of w2; in a mixture of experts these, and the weighted output, for each expert of the token, and the router's
+    input."""
     size, dim = 2 if half else FP32, config.dim
     inner = 4 * size * config.hidden_dim
     inputs = (2 if half else 1) * size * dim

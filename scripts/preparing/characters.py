@@ -136,10 +136,10 @@ def _count(texts: list[str]) -> Counts:
 
 
 def _repeated(points: np.ndarray, chars: np.ndarray, is_han: np.ndarray) -> np.ndarray:
-    """The share of each text's n-grams that stand in it before; of Han 8 characters, of other scripts 16.
+    """The share of each text's n-grams that repeat an earlier one; 8 characters of Han, 16 of other scripts.
 
-    Sorting all is what costs. So one in `SAMPLED` is looked at first, chosen by its hash and so alike wherever it
-    stands, and all of those texts alone where many of these repeat.
+    Sorting them all would be slow. So one in `SAMPLED` is examined first, chosen by its hash so that all its copies
+    are, and then all n-grams of only those texts in which many of the sampled ones repeat.
     """
     guess = _share_repeated(points, chars, is_han, SAMPLED)
     shares = np.where(guess > SUSPICIOUS, guess, 0.0)
@@ -181,9 +181,9 @@ def _share_repeated(points: np.ndarray, chars: np.ndarray, is_han: np.ndarray, s
 
 
 def _in_runs(points: np.ndarray, owner: np.ndarray, marks: np.ndarray, n: int) -> np.ndarray:
-    """How many characters of each text, white space apart, stand in a run of at least `RUN` equal ones.
+    """How many characters of each text, white space apart, belong to a run of at least `RUN` equal characters.
 
-    Symbols and hyphens do not count: rules of tables and blanks to fill in are made of them.
+    Symbols and hyphens do not count: table rules and blanks to fill in are made of them.
     """
     kinds = marks[1:] & MASK
     same = (

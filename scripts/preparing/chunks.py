@@ -73,9 +73,9 @@ def _reason(error: Exception) -> str:
 
 
 def _whole_lines(blocks: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Pieces of whole lines, of `CHUNK_BYTES` or little more; or the beginning of a line that is too long, and True.
+    """Pieces of whole lines, of `CHUNK_BYTES` or slightly more; or the beginning of a line that is too long, and True.
 
-    What had been read when an archive breaks is yielded first, but for the line that it breaks in.
+    If an archive is damaged, the whole lines before the damage are yielded first.
     """
     ready: list[bytes] = []  # whole lines
     carry: list[bytes] = []  # the beginning of the next one
@@ -128,7 +128,7 @@ def _cut_lines(source: Source) -> Iterator[Cut]:
 
 
 def _cut_table(source: Source) -> Iterator[Cut]:
-    """Cut between rows: at a line break that no quotation mark is open at."""
+    """Cut a table between rows: at a line break outside quotation marks."""
     first, header, pending = 1, None, b""
     for piece, too_long in _whole_lines(read_blocks(source, source.paths[0])):
         if too_long:
@@ -190,7 +190,7 @@ def _cut_parquet(source: Source) -> Iterator[Cut]:
 
 
 def _cut_texts(source: Source, unit: str, lost: list[str]) -> Iterator[Chunk]:
-    """Texts of many files together, or a piece of a long one; the cutting into units is left to who reads the chunk."""
+    """The texts of many files together, or a piece of a long one; the reader of the chunk splits it into units."""
     number, data, size = 0, [], 0
     for path in source.paths:
         one = source if len(source.paths) == 1 else _sniffed_text(source, path)
@@ -214,7 +214,7 @@ def _cut_texts(source: Source, unit: str, lost: list[str]) -> Iterator[Chunk]:
 
 
 def _sniffed_text(source: Source, path: Path) -> Source:
-    """A text of a folder, with its own compression and encoding."""
+    """The source of a single text in a folder, with its own compression and encoding."""
     one = sniff(path)
     return source._replace(paths=(path,), compression=one.compression, encoding=one.encoding)
 

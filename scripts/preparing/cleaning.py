@@ -81,7 +81,7 @@ def clean(chunk: Chunk, settings: Settings, folder: Path) -> str:
 
 
 def _convert(row: Row, settings: Settings, found: Findings) -> list[dict]:
-    """The stage's records of a row: one, or none where it cannot be used, or those that it wraps."""
+    """The stage's records of a row: one, none if the row cannot be used, or all those that it wraps."""
     if isinstance(row.value, Fault):
         found.add("bad", str(row.value), row, "")
         return []
@@ -103,7 +103,7 @@ def _piece(record: dict, settings: Settings, found: Findings) -> Piece:
 
 
 def _clean_batch(rows, records, settings: Settings, found: Findings, lines, about, boilerplate) -> None:
-    """Add the lines of a batch that are left, with what is said about each."""
+    """Add the lines of a batch that pass the filters to `lines`, and their attributes to `about`."""
     if not records:
         return
     whole = ["\n".join(texts(record)) for record in records]
@@ -155,7 +155,7 @@ def line_hashes(lines: list[str]) -> list[int]:
 
 
 def _normalise(records: list[dict], whole: list[str], counts: Counts) -> list[int]:
-    """Normalise what may change; returns the numbers of the lines that did."""
+    """Normalise the texts that need it; returns the numbers of the changed lines."""
     changed = []
     for number, record in enumerate(records):
         held = holders(record)
@@ -176,7 +176,7 @@ def _normalise(records: list[dict], whole: list[str], counts: Counts) -> list[in
 
 
 def _mask(batch: filters.Batch, left: np.ndarray, settings: Settings, found: Findings, rows: list[Row]) -> None:
-    """Mask what the settings say, in the lines that are left; `batch.texts` follow."""
+    """Mask the personal data that the settings name in the remaining lines, and update `batch.texts`."""
     kinds = {kind for kind in PERSONAL if getattr(settings, kind) == "mask"}
     digits = batch.counts.of("digit")
     for number in left if kinds else ():

@@ -88,7 +88,7 @@ def evaluation(files: tuple[str, ...]):
 
 
 def _without_boilerplate(job: Comparison, name: str, summary: dict) -> list[dict]:
-    """The chunk's texts without the lines that many documents share, written as a chunk of their own."""
+    """Write the chunk's texts again, without the lines that many documents share, as a new chunk."""
     source = CleanChunk(job.work / "clean" / name)
     known = np.load(job.boilerplate, mmap_mode="r")
     about = source.about()

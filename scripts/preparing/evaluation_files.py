@@ -91,10 +91,10 @@ def _of_records(path: Path) -> Iterator[Question]:
 
 
 def _questions(record: dict) -> list[str]:
-    """What is asked in a record.
+    """The questions in a record.
 
     Raises:
-        BadRecord: nothing is, under the keys that we know.
+        BadRecord: it has none under a known key.
     """
     for key in CHATS:
         turns = record.get(key)

@@ -68,7 +68,7 @@ def _text(record: dict, keys: tuple[str, ...]) -> str:
 
 
 def _value(record: object, path: str):
-    """What stands at a key, or at keys within each other, "data.question"."""
+    """The value under a key, or under nested keys such as "data.question"."""
     if isinstance(record, dict) and path in record:
         return record[path]
     for key in path.split("."):

@@ -78,7 +78,7 @@ def _each(items: list, left: np.ndarray, is_faulty: Callable[[Any], bool]) -> np
 
 
 def _any(is_faulty: Callable[[str], bool]) -> Callable[[list[str]], bool]:
-    """Whether one of several answers is faulty."""
+    """Extend a test of one answer to several: true if any answer is faulty."""
 
     def of_several(several: list[str]) -> bool:
         return is_faulty(several[0]) if len(several) == 1 else any(map(is_faulty, several))

@@ -80,7 +80,7 @@ class Preparation:
             print_notice(f"{self.work_path}: left by a run with other settings or inputs; starting over")
 
     def _check_targets(self, identity: dict, overwrite: bool) -> None:
-        """Nothing that is there is replaced unless that is wanted, or this run itself was about to."""
+        """Refuse to replace existing files without --overwrite, unless this run was interrupted while placing them."""
         there = [path for path in self.targets() if path.exists()]
         if not there or overwrite:
             return
@@ -118,14 +118,14 @@ class Preparation:
             self._add(CleanChunk(folder / name).summary())
 
     def _chunks(self, lost: list[str], folder: Path) -> Iterator[Chunk]:
-        """All chunks, those that are done without their data."""
+        """All chunks; those already done come without their data."""
         for source in self.sources:
             for chunk in cut_into_chunks(source, self.settings.text_unit, lost):
                 name = f"{source.number:06d}-{chunk.number:07d}"
                 yield chunk._replace(data=None) if CleanChunk(folder / name).is_done() else chunk
 
     def _shown(self, what: str, results: Iterator, total: int | None = None) -> Iterator:
-        """The results, with a bar on a terminal."""
+        """The results, with a progress bar on a terminal."""
         return tqdm(results, desc=what, unit=" chunks", disable=None, total=total, leave=False)
 
     def _add(self, summary: dict) -> None:
@@ -183,7 +183,7 @@ class Preparation:
         self._drop(what, *np.load(saved))
 
     def _add_comparison(self, name: str, start: int) -> None:
-        """Count what a chunk's comparison has found, and drop its contaminated lines."""
+        """Count the findings of a chunk's comparison, and drop its contaminated lines."""
         summary = orjson.loads((self.work.path / "keys" / f"{name}.json").read_bytes())
         source = self.sources[int(name.partition("-")[0])]
         self.found.boilerplate += summary["boilerplate"]
@@ -207,7 +207,7 @@ class Preparation:
             self.found.examples[kind].append([file, line, text])
 
     def _drop(self, why: str, dropped: np.ndarray, repeats: np.ndarray | None = None) -> None:
-        """Leave lines out, with examples of some."""
+        """Drop lines, and report some as examples."""
         left = self.kept[dropped]
         self.found.dropped[why] += int(left.sum())
         self.kept[dropped] = False

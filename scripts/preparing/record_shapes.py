@@ -96,7 +96,7 @@ def clean(text: object) -> str:
 
 
 def _parts(parts: list) -> str:
-    """The text of content in parts, as OpenAI's API has it."""
+    """The text of content that is a list of parts, as in OpenAI's API."""
     texts = []
     for part in parts:
         if isinstance(part, str):
@@ -168,7 +168,7 @@ def read_turns(turns: list) -> tuple[list[Turn], str]:
 
 
 def _add_extras(turn: dict, one: Turn) -> None:
-    """A turn's thought, in the tags of ours, and whether it is learned."""
+    """Add a turn's thought, in our tags, and its weight if it is not trained on."""
     thought = next((turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str) and turn[key].strip()), None)
     if thought:
         one["content"] = think(clean(thought), one["content"])
@@ -198,7 +198,7 @@ def _alpaca(record: dict) -> Piece:
 
 
 def _exchange(record: dict, asked: str, answer: str) -> list[Turn]:
-    """What was said before, the question and the answer."""
+    """The turns of the history, the question and the answer."""
     turns: list[Turn] = []
     for exchange in record.get("history") or []:
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
@@ -280,7 +280,7 @@ def _begins(chat: list[Turn], before: list[Turn]) -> bool:
 
 
 def _spoken(text: str) -> list[Turn]:
-    """A chat written out, as the HH-RLHF data has it: "\\n\\nHuman: …\\n\\nAssistant: …"."""
+    """A chat as plain text, as in the HH-RLHF data: "\\n\\nHuman: …\\n\\nAssistant: …"."""
     turns = []
     for part in f"\n\n{text}".replace("\n\nHuman:", "\0u").replace("\n\nAssistant:", "\0a").split("\0")[1:]:
         turns.append({"role": "user" if part[0] == "u" else "assistant", "content": clean(part[1:]).strip()})

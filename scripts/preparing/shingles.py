@@ -69,7 +69,7 @@ def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def _count_true(flags: np.ndarray) -> np.ndarray:
-    """How many of each row of 32 are true, by sums of eight bytes at a time."""
+    """The number of true values in each row of 32, summed eight bytes at a time."""
     eights = flags.view(np.uint64)
     return (eights.sum(axis=1) * np.uint64(0x0101010101010101) >> np.uint64(56)).astype(np.int64)
 
@@ -83,7 +83,7 @@ def sorted_once(values: np.ndarray) -> np.ndarray:
 
 
 def _blocks(lengths: np.ndarray) -> Iterator[slice]:
-    """Texts of these lengths in blocks of about `BLOCK` characters."""
+    """Slices of consecutive texts with these lengths, of about `BLOCK` characters each."""
     ends = np.cumsum(lengths)
     start = 0
     while start < len(ends):
@@ -94,7 +94,7 @@ def _blocks(lengths: np.ndarray) -> Iterator[slice]:
 
 
 class _Block:
-    """The code points of some texts one after the other, and the hashes of the runs that begin at each of them."""
+    """The code points of some texts, joined, and the hashes of the runs that begin at each of them."""
 
     def __init__(self, texts: list[str]):
         codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -109,7 +109,7 @@ class _Block:
         self._hashes = {1: np.concatenate([codes, np.zeros(LONG[1], np.uint32)]).astype(np.uint64) + np.uint64(1)}
 
     def _hash(self, run: int) -> np.ndarray:
-        """A polynomial of the `run` code points from each on, mod 2^64: of two halves, where it has them."""
+        """A polynomial hash of the `run` code points from each one on, mod 2^64, combined from shorter runs' hashes."""
         if run not in self._hashes:
             first = run // 2 if run % 2 == 0 else run - 1
             power = np.uint64(pow(_BASE, run - first, 1 << 64))
@@ -119,7 +119,7 @@ class _Block:
         return self._hashes[run]
 
     def _smallest(self, runs: tuple[int, int], wanted: int, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """About the `wanted` smallest hashes of the shingles of each of those lines (n, bool), and each one's line."""
+        """About the `wanted` smallest shingle hashes of each line in the mask `lines`, and the line of each hash."""
         size = len(self.line)
         hashes = np.where(self.chinese, self._hash(runs[0])[:size], self._hash(runs[1])[:size])
         hashes ^= hashes >> np.uint64(31)
@@ -133,7 +133,7 @@ class _Block:
         return hashes[small], self.line[small]
 
     def sketches(self) -> np.ndarray:
-        """(n, 32) uint8: of each bin's smallest hash eight bits, 0 where it has none."""
+        """Eight bits of the smallest hash in each bin, 0 for an empty bin, uint8 (n, 32)."""
         hashes, line = self._smallest(BLENDED, 8 * BINS, np.ones(len(self.lengths), bool))
         smallest = np.full(len(self.lengths) * BINS, 0xFFFFFFFF, np.uint32)
         bins = line * np.int64(BINS) + (hashes & np.uint64(BINS - 1)).astype(np.int64)
@@ -143,7 +143,7 @@ class _Block:
         return sketch.reshape(-1, BINS)
 
     def samples(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The samples of short shingles and of long ones: 40 bits of each one's hash, and its line."""
+        """The samples of short and of long shingles: 40 bits of each shingle's hash, and its line."""
         for runs, lines in ((SHORT, self.width <= SHORT_LINE), (LONG, self.width >= LONG_LINE)):
             if lines.any():
                 hashes, line = self._smallest(runs, 3 * SAMPLE, lines)

@@ -132,7 +132,7 @@ def sniff(path: Path, group: int = 0, number: int = 0) -> Source:
 
 
 def _is_lines(text: str) -> bool:
-    """Whether some line of the beginning is a JSON object; its last one may be cut."""
+    """Whether a line at the beginning is a JSON object; also true if there is only one line, which may be cut."""
     import orjson
 
     for line in text.split("\n")[:20]:

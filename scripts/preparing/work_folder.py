@@ -85,7 +85,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """Not `trainer.files.replacing`, which flushes, and brings torch into every worker."""
+    """A file that appears whole. Unlike `trainer.files.replacing` it is not flushed and does not import torch."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         yield file

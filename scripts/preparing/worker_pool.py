@@ -66,7 +66,7 @@ class WorkerPool:
 
 
 def _begin() -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when that is gone, also by a kill."""
+    """Let a worker leave Ctrl-C to its parent, and exit when the parent does, even if that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
         os.environ.setdefault(name, "1" if name[0] == "O" else "false")

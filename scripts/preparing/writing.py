@@ -76,7 +76,7 @@ def choose(chunks: Sequence[CleanChunk], groups: Sequence[int], kept: np.ndarray
 
 
 def _cut(which: np.ndarray, starts, groups, group: int | None, seed: int, purpose: str, limit: int) -> None:
-    """Leave out the lines of a group whose key is above the limit."""
+    """Unmark the lines of a group whose key is above the limit."""
     for own, start, end in zip(groups, starts[:-1], starts[1:], strict=True):
         if group is None or own == group:
             keys = draw(seed, purpose, np.arange(start, end))

@@ -193,7 +193,7 @@ def _time(seconds: object) -> str:
 
 
 def _data(about: Mapping[str, object]) -> str:
-    """The names of the files that a model has learned from: one, or those of a mixture."""
+    """The names of the files that a model was trained on: one, or those of a mixture."""
     mix = about.get("mix")
     files = [part[0] for part in mix if isinstance(part, list) and part] if isinstance(mix, list) else []
     names = [Path(file).name for file in (files or [about.get("data_path")]) if isinstance(file, str)]

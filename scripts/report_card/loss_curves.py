@@ -77,7 +77,7 @@ def _columns(curve: Curve) -> tuple[list, list]:
 
 
 def _if_few(least: float, most: float):
-    """Numbers at the minor ticks of a logarithmic axis: the more, the less it spans."""
+    """A formatter for a logarithmic axis that labels more minor ticks the less the axis spans."""
     span = most / least if least > 0 else math.inf
     digits = "23456789" if span < 3 else "235" if span < 100 else ""
     return lambda value, _: f"{value:,.3g}" if f"{value:e}"[0] in digits else ""

@@ -50,7 +50,7 @@ def _clean(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text in a line of Markdown that reads as it is."""
+    """Text escaped so that Markdown shows it literally."""
     text = _clean(text.strip()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|~$])|(?<!\w)(_)|(_)(?!\w)", lambda found: f"\\{found[0]}", text)
     return "<br>".join(text.splitlines())

@@ -84,7 +84,7 @@ class Places:
         self._ends.append(time.monotonic())
 
     def _retry_after(self) -> str:
-        """Whole seconds until a place is likely to be free, by how fast answers ended lately."""
+        """Whole seconds until a place in the queue is likely to be free, by the rate at which answers ended lately."""
         each = (time.monotonic() - self._ends[0]) / len(self._ends) if self._ends else 1
         return str(min(60, max(1, round(each))))
 

@@ -200,7 +200,7 @@ def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[
         return {"responses": errors | {200: {"model": model, "content": content}}, "response_model": None}
 
     def takes(kind: type) -> dict:
-        """Documents a body that FastAPI must not read: only we ask for the key before it."""
+        """Documents a request body that FastAPI does not parse, because the key is checked before the body is read."""
         content = {"application/json": {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}}
         return {"openapi_extra": {"requestBody": {"required": True, "content": content}}}
 

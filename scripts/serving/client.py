@@ -155,7 +155,7 @@ def answer_parts(
 
 
 def _gather(parts, calls: list[dict]) -> None:
-    """Add what a chunk, or a message, has of tool calls: a later part of a call brings more of its arguments."""
+    """Add the tool calls of a chunk or message; later parts of a call continue its arguments."""
     for part in parts:
         place = getattr(part, "index", None)
         if place is None or place >= len(calls):

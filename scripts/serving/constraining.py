@@ -38,7 +38,7 @@ def check_tools(body: ChatRequest) -> None:
 
 
 def _forced_name(body: ChatRequest) -> str | None:
-    """The function that must be called; None where none is named."""
+    """The function that must be called; None if the request names none."""
     if isinstance(body.tool_choice, NamedTool):
         return body.tool_choice.function.name
     return None if body.function_call in (None, "auto", "none") else body.function_call.name
@@ -85,7 +85,7 @@ def constraint_of(server: ServerState, body: Sampling) -> Constraint | None:
 
 
 def _forms(body: Sampling) -> list[tuple[str, str, Any]]:
-    """The forms that a request gives: the field, the kind, and the value."""
+    """The output formats that a request asks for, each as (field, kind, value)."""
     found: list[tuple[str, str, Any]] = []
     wanted, several = body.response_format, body.structured_outputs
     if isinstance(wanted, ObjectFormat):

@@ -74,7 +74,7 @@ class ImageFetcher:
         raise _refusal(url, f"cannot be fetched: more than {MOST_REDIRECTIONS} redirects")
 
     def _open(self, url: str, at: httpx.URL, end_by: float) -> httpx.Response:
-        """The head of what is at an address, asked of the first of its machines that answers."""
+        """The response, before its body is read, from the first of the host's addresses that answers."""
         if at.scheme not in ("http", "https") or not at.raw_host:
             raise _refusal(url, "cannot be fetched: it redirects to a non-http(s) URL")
         headers = {"Host": at.netloc.decode("ascii")}
@@ -95,10 +95,10 @@ class ImageFetcher:
         raise failure
 
     def _machines(self, url: str, at: httpx.URL) -> Iterator[str]:
-        """The machines that a name stands for, as addresses that may be asked; one at least.
+        """The host's addresses from which this server may fetch; at least one.
 
         Raises:
-            ApiError: there is none that may be.
+            ApiError: there is none.
         """
         port = at.port or (443 if at.scheme == "https" else 80)
         found = socket.getaddrinfo(at.raw_host.decode("ascii"), port, type=socket.SOCK_STREAM)
@@ -136,7 +136,7 @@ def _read(url: str, reply: httpx.Response, room: int, end_by: float) -> bytes:
 
 
 def _left(url: str, end_by: float) -> float:
-    """Seconds until then."""
+    """Seconds left until `end_by`."""
     left = end_by - time.monotonic()
     if left <= 0:
         raise _refusal(url, f"did not arrive within the {REQUEST_SECONDS} seconds allowed for a request's images")

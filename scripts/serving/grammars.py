@@ -251,7 +251,7 @@ def calls_form(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
 
 
 def _told(error: str) -> str:
-    """llguidance's error in one line, with the name of what it does not support."""
+    """llguidance's error in one line, naming the unsupported feature."""
     if found := re.search(r"Unimplemented keys: (\[.*?\])", error):
         names = ", ".join(f'"{name}"' for name in json.loads(found[1]))
         return f"the schema keyword {names} is not supported"

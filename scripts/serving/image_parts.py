@@ -51,7 +51,7 @@ def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> 
 
 
 def _calls(message: Message) -> dict:
-    """What a message calls, or whose result it is, for its turn."""
+    """A message's calls, or the id of the call whose result it is, as entries of its turn."""
     found: dict = {} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id}
     calls = [(call.id, call.function) for call in message.tool_calls or ()]
     calls += [(None, message.function_call)] if message.function_call else []

@@ -132,7 +132,7 @@ class LocalModel:
             raise RuntimeError("the engine failed; see the terminal")
 
     def _prompt(self, system: list[dict], turns: list[dict], room: int, **thinking):
-        """Ids, and for pictures in them the embeddings, else None."""
+        """The prompt's ids, and its embeddings if it contains images, else None."""
         from model.chat import fit_history, render_text
         from model.images import prepare_chat, prompt_embeddings
 
@@ -166,7 +166,7 @@ class RemoteModel:
 
 
 def _as_parts(content: str | list[str | bytes]) -> str | list[dict]:
-    """Content as the API has it: pictures as data: addresses."""
+    """Content in the API's form, with images as data: URLs."""
     if isinstance(content, str):
         return content
     return [

@@ -137,7 +137,7 @@ class RunningRequest:
                 raise ApiError(400, str(error), param) from error  # the schema has looked at the settings
 
     def _deliver(self, index: int, piece: Piece) -> None:
-        """Called in the engine's thread."""
+        """Pass a piece from the engine's thread, which calls this, to the event loop."""
         self._loop.call_soon_threadsafe(self._arrive, index, piece)
 
     def _arrive(self, index: int, piece: Piece) -> None:

@@ -336,13 +336,13 @@ def invalid(error: ValidationError) -> ApiError:
 
 
 def _fit(error: dict) -> tuple[bool, bool, int]:
-    """How near a value came to what it was tried for: of a union's members, the nearest one's error is told."""
+    """How close a value is to matching a member of a union: the closest member's error is reported."""
     kind = error["type"]
     return kind != "literal_error", not kind.endswith(("_type", "_parsing")), len(error["loc"])
 
 
 def _place(loc: tuple[str | int, ...]) -> str:
-    """('messages', 0, 'content', 'str') -> 'messages[0].content': fields and places, not the types tried for them."""
+    """('messages', 0, 'content', 'str') -> 'messages[0].content': fields and indices without the types tried."""
     place = ""
     for part in loc:
         if isinstance(part, int):

@@ -98,7 +98,7 @@ class Registry:
 
 
 def _fault(parameters: dict[str, Any], arguments: dict[str, Any]) -> str | None:
-    """What is wrong with a call's arguments; None if nothing is."""
+    """The fault in a call's arguments; None if there is none."""
     known: dict[str, dict] = parameters["properties"]
     if other := next((name for name in arguments if name not in known), None):
         return f"there is no argument {other!r:.40}; the arguments are {', '.join(known)}"
