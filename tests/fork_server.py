@@ -1,10 +1,11 @@
-"""A process that has imported what the scripts import, and forks a copy of itself for each script the tests run.
+"""A process that has imported what the scripts import, and forks a copy of itself for each script that a test runs.
 
-Importing torch and transformers takes seconds, more than most tiny runs. A forked copy has them already; in all else it
-is a process of its own, with its own arguments, environment, signals, terminal and exit code. Nothing here computes, so
-that no thread is running when it forks.
+Importing torch and transformers takes seconds, more than most tiny runs. A forked copy has already imported them; apart
+from that it is a separate process, with its own arguments, environment, signals, terminal and exit code. The server
+computes nothing, so that no thread is running when it forks.
 
-Reads a JSON request a line, {"start": {…}} or {"poll": pid}, and writes a JSON reply. `tests/running.py` is its client.
+Reads one JSON request per line, {"start": {…}} or {"poll": pid}, and writes a JSON reply; the client is
+`tests/running.py`.
 """
 
 import atexit
@@ -31,7 +32,7 @@ from trainer.weights import SHIPPED_TOKENIZER
 
 
 def serve() -> dict | None:
-    """Answer requests until there are no more; in a forked copy return what it shall become."""
+    """Answer requests until the input ends; in a forked copy return the request that it is to run."""
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for line in requests:
         request = json.loads(line)
@@ -49,7 +50,7 @@ def serve() -> dict | None:
 
 
 def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, stdin: str, out: str, err: str) -> None:
-    """Run a script as `python script arguments…` would, with these files, or a terminal, as its streams."""
+    """Run a script like `python script arguments…`, with these files, or a terminal, as its streams."""
     os.setsid()  # so a terminal that is opened now is the one that controls it
     os.dup2(os.open(stdin, os.O_RDONLY), 0)
     for number, path in ((1, out), (2, err)):

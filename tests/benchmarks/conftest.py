@@ -1,4 +1,4 @@
-"""What the tests of the comparisons that train models share."""
+"""Fixtures of the comparisons that train models."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""benchmarks/architectures.py: a row and a seed a call, nothing is trained twice, a stopped one goes on; same sizes."""
+"""benchmarks/architectures.py: one row and seed per call, no repeated training, resumption, models of equal size."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""What the comparisons of stages do beside training: which lines they learn from, and how they say a result."""
+"""The comparisons of stages, apart from training: which lines they train on, and how they report a result."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""benchmarks/generations.py: both layouts are trained, a finished seed is not trained again, a stopped one goes on."""
+"""benchmarks/generations.py: both layouts are trained, a finished seed is not repeated, an interrupted one resumes."""
 
 import json
 from functools import partial

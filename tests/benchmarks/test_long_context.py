@@ -1,4 +1,4 @@
-"""benchmarks/long_context.py: positions are counted where they are, the needle lies where it should; a whole run."""
+"""benchmarks/long_context.py: loss by position, the needle at its depth, and a whole run."""
 
 import json
 import math

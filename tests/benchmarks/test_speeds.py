@@ -1,4 +1,4 @@
-"""The comparisons of speed: how they time and sum up, by a clock of the test's own, and each once for real, tiny."""
+"""The speed benchmarks: how they time and summarise, with a fake clock, and one tiny real run of each."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Stands for the module `time`; seconds pass only where a test says so."""
+    """Replaces the module `time`; its clock moves only when a test advances it."""
 
     def __init__(self):
         self.now = 0.0
@@ -28,7 +28,7 @@ class Clock:
         return self.now
 
     def passing(self, seconds, result):
-        """What takes so many seconds, call by call, and returns the result."""
+        """A function whose calls take these numbers of seconds, one after another, and return the result."""
         each = iter(seconds)
 
         def work():
@@ -52,7 +52,7 @@ def test_a_figure_is_the_median_of_the_rounds_behind_a_warm_up(clock):
 
 
 def test_contenders_are_compared_with_the_first_round_by_round(clock, capsys):
-    """Two warm-up steps each, then as many as fit into 4 seconds."""
+    """Two warm-up steps each, then as many steps as fit into 4 seconds."""
     slow = clock.passing((50, 50, 4, 2, 2, 1, 1, 1, 1), (100, 200))  # 25, 50 and 100 real tokens a second
     fast = clock.passing((50, 50, 4, 4, 2, 2), (300, 300))  # 75, 75 and 150
     train_throughput.measure({"slow": slow, "fast": fast}, 3, 4, lambda: None)
@@ -73,7 +73,7 @@ def test_writing_is_timed_for_real(monkeypatch, capsys):
 
 @pytest.fixture
 def time_training(monkeypatch, tiny_data, capsys):
-    """Calls benchmarks.train_throughput, tiny, and returns the lines that it printed."""
+    """Runs benchmarks.train_throughput at a tiny size and returns the lines that it printed."""
     asked = []
     monkeypatch.setattr(train_throughput, "pick_device", lambda name: asked.append(name) or CPU)
     monkeypatch.setattr(train_throughput, "PRODUCT_SECONDS", 0.0)
@@ -123,7 +123,7 @@ def test_experts_adapters_and_pictures_have_a_peer_of_their_kind(flags, data, pe
 
 
 def test_the_bare_peer_is_a_minimind_of_fused_matrices():
-    """The same loss from the same weights, once its halves are rotated in MiniMind's order."""
+    """The same loss from the same weights, once its query and key rows are in MiniMind's order."""
     config = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
     torch.manual_seed(0)
     ours, bare = MiniMindLM(config).eval(), BareModel(config, 12)
@@ -152,11 +152,11 @@ def test_pictures_are_put_before_chats_alone(tiny_data, tmp_path):
 
 
 class TestLoad:
-    """Clients at a server that a test stands in for: an answer takes a second."""
+    """Load from clients on a fake server, whose answers take one second."""
 
     @pytest.fixture
     def load(self, clock, monkeypatch):
-        """Runs three clients for 100 seconds; returns the seconds to the first text that they were told."""
+        """Runs three clients for 100 seconds; returns their seconds to the first text."""
         sleep, told, asking = asyncio.sleep, [], set()
 
         def run(answers=lambda question: question) -> list[float]:
@@ -197,7 +197,7 @@ class TestLoad:
 
 
 def asked_of(lines: list[dict | str]) -> tuple[str, int, float, float]:
-    """What `ask` makes of the lines of a stream."""
+    """The result of `ask` for the lines of a stream."""
     sent = "".join(f"data: {line if isinstance(line, str) else json.dumps(line)}\n\n" for line in lines)
     transport = httpx.MockTransport(lambda request: httpx.Response(200, text=sent))
 

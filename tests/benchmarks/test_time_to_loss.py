@@ -1,5 +1,5 @@
-"""benchmarks/time_to_loss.py: every variant trains, a stopped call goes on to the same weights, the table compares seed
-by seed."""
+"""benchmarks/time_to_loss.py: every variant trains, an interrupted call resumes to the same weights, and the table
+compares variants seed by seed."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""Cache folders: whole or not there, made again when they vanish, and never removed while somebody uses them."""
+"""Cache folders: complete or absent, rebuilt when they vanish, and never removed while in use."""
 
 import errno
 import multiprocessing
@@ -33,7 +33,7 @@ NAME = f"text-{short_hash([])}"
 
 
 class Value:
-    """What is loaded from a cache of one file."""
+    """The content of a cache of one file."""
 
     def __init__(self, folder: Path):
         hold(folder, self)
@@ -338,7 +338,7 @@ def test_sixteen_digits_tell_one_list_from_another():
 
 @pytest.mark.parametrize("place", [0, 65_535, 66_000, 500_000, 999_999])
 def test_a_changed_byte_in_a_block_that_is_read_is_another_state(tmp_path, place):
-    """Blocks of 64 KiB, sixteen of them, are all of a file of 1 MB."""
+    """Sixteen blocks of 64 KiB cover a file of 1 MB."""
     path = tmp_path / "lines"
     path.write_bytes(bytes(1_000_000))
     os.utime(path, ns=(5, 5))

@@ -1,4 +1,4 @@
-"""Every kind of bad line is told with file, line, reason and its first characters; good files of any shape pass."""
+"""Every kind of bad line is reported with file, line, reason and first characters; valid files of any form load."""
 
 import json
 import tracemalloc

@@ -1,4 +1,4 @@
-"""Rows for pretraining and fine-tuning: what is in them, what is learned, what is split, cut and dropped."""
+"""Rows for pretraining and fine-tuning: their content and targets, and what is split, cut and dropped."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def open_texts(folder, tokenizer, texts, **given) -> PretrainDataset:
 
 
 def shown(row, tokenizer) -> str:
-    """A row as text with its control tokens, what is learned in ⟦brackets⟧; checks that labels are the ids, or -100."""
+    """A row as text with control tokens, targets in ⟦brackets⟧; checks that each label is the id or -100."""
     bytes_of, text, learning = token_bytes(tokenizer), b"", False
     for token, label in zip(row["input_ids"].tolist(), row["labels"].tolist(), strict=True):
         assert label in (token, -100)
@@ -54,7 +54,7 @@ def shown(row, tokenizer) -> str:
 
 
 def pieces_in(row) -> list[tuple[list[int], list[int]]]:
-    """(ids, labels) of each sample or part of one in a row, by the positions that restart."""
+    """(ids, labels) of each sample, or part of one, in a row, split where positions restart."""
     starts = [*torch.nonzero(row["position_ids"] == 0).flatten().tolist(), len(row["input_ids"])]
     pieces = []
     for begin, end in itertools.pairwise(starts):

@@ -1,4 +1,4 @@
-"""Rows to steps: every row once an epoch on one rank, in an order that seed and epoch decide, from any step on."""
+"""From rows to steps: each row once per epoch, on one rank, in an order set by seed and epoch, from any step."""
 
 import os
 
@@ -10,7 +10,7 @@ from dataset import StepLoader, collate
 
 
 class NumberedRows(Dataset):
-    """Row n holds n + 2 times the token n + 1, so that a batch shows which rows are in it."""
+    """Row n is the token n + 1, n + 2 times, so that a batch shows which rows it contains."""
 
     def __init__(self, rows: int, packing: bool = False, max_seq_len: int = 64):
         self.rows, self.packing, self.max_seq_len = rows, packing, max_seq_len
@@ -160,7 +160,7 @@ def test_collate_pads_on_the_right_as_a_sample_of_its_own():
 
 
 class WhoReads(NumberedRows):
-    """Row n holds the number of the process that reads it."""
+    """Each row contains the id of the process that reads it."""
 
     def __getitem__(self, n):
         return super().__getitem__(n) | {"input_ids": torch.full((n + 2,), os.getpid())}

@@ -1,4 +1,4 @@
-"""Splitting, cutting and packing, against brute force on random lengths."""
+"""Splitting, cutting and packing, compared with brute force on random lengths."""
 
 import itertools
 
@@ -13,7 +13,7 @@ def random_lengths(seed: int, count: int, low: int, high: int) -> np.ndarray:
 
 
 def pack_by_search(lengths: list[int], max_len: int) -> list[int]:
-    """The rows of best fit, found by looking at every open row."""
+    """Best-fit rows, found by examining every open row."""
     free, chosen = [], []
     for length in lengths:
         fitting = [row for row, space in enumerate(free) if space >= length]

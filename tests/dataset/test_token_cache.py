@@ -1,4 +1,4 @@
-"""The token cache: what is in it, what makes it anew, and that no crash, race or full disk leaves it wrong."""
+"""The token cache: its content, what causes a rebuild, and that no crash, race or full disk leaves it wrong."""
 
 import copy
 import errno
@@ -39,14 +39,14 @@ def must_not_run(*_):
 
 @pytest.fixture
 def data(tmp_path):
-    """A data file in a folder of its own."""
+    """A data file in its own folder."""
     (tmp_path / "data").mkdir()
     return write_jsonl(tmp_path / "data" / "texts.jsonl", [{"text": f"{n} {SENTENCES[n % 8]}"} for n in range(30)])
 
 
 @pytest.fixture
 def open_it(data, tiny_tokenizer):
-    """Open the cache of `data`, with what is given instead of the usual."""
+    """Open the cache of `data`, with some arguments replaced."""
 
     def open_cache(
         path=data, tokenizer=tiny_tokenizer, kind="text", parse=parse_text, encode=None, skip_bad_lines=False
@@ -57,7 +57,7 @@ def open_it(data, tiny_tokenizer):
 
 
 def caches(data: Path) -> list[str]:
-    """The names in the cache of a data file, except those of locks."""
+    """The names in a data file's cache folder, except those of locks."""
     root = data.parent / ".cache" / data.name
     return sorted(path.name for path in root.iterdir() if path.name not in ("lock", "in_use"))
 
@@ -158,7 +158,7 @@ def test_the_hash_is_that_of_all_bytes_whatever_becomes_of_the_lines(data, open_
 
 @pytest.fixture
 def large(data):
-    """Lines of 4 MB: most of it lies between the blocks that are sampled."""
+    """A file of 4 MB lines: most of it lies between the sampled blocks."""
     return write_jsonl(data, [{"text": f"{n:06} " + "x" * 993} for n in range(4000)])
 
 
@@ -167,7 +167,7 @@ def few(texts):
 
 
 def between_blocks(path, new=b"Y"):
-    """Edit one byte that is not sampled, and set the time back."""
+    """Edit one byte outside the sampled blocks, and reset the modification time."""
     before = path.stat()
     with open(path, "r+b") as file:
         file.seek(150_000)

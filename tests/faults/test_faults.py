@@ -1,4 +1,4 @@
-"""The faults of `benchmarks.faults`, each once, to the stage that is quickest: after it nothing is lost but steps."""
+"""Each fault of `benchmarks.faults` once, in the quickest stage: nothing is lost but steps."""
 
 import random
 import shutil
@@ -38,7 +38,7 @@ def test_no_two_kinds_have_one_name():
 
 
 def test_a_run_that_is_lost_is_found_out(laboratory):
-    """A promise that cannot be broken would be worth nothing."""
+    """The check itself must be able to fail."""
 
     def lose(run: Disturbed, rng: random.Random) -> None:
         run.stop_after(5)

@@ -1,4 +1,4 @@
-"""Experts balanced by biases: beside DeepSeek-V3's layer in transformers, their update by hand, and the engine."""
+"""Experts balanced by biases: compared with transformers' DeepSeek-V3 layer, updates by hand, and the engine."""
 
 import pytest
 import torch

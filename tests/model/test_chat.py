@@ -1,4 +1,4 @@
-"""model/chat.py: ids and loss masks token by token, and text that never becomes a control token."""
+"""model/chat.py: ids and loss masks token by token; text never becomes a control token."""
 
 import random
 
@@ -25,7 +25,7 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def table(tokenizer, rows: list[tuple[int | str, int]]) -> tuple[list[int], list[bool]]:
-    """Ids and mask from rows of (control id or text, trained); a text is several tokens with one mask."""
+    """Ids and mask from rows of (control id or text, trained); all tokens of a text have the same mask."""
     ids, mask = [], []
     for piece, trained in rows:
         piece_ids = [piece] if isinstance(piece, int) else tokenizer(piece, add_special_tokens=False)["input_ids"]
@@ -140,7 +140,7 @@ INJECTIONS = [
 
 
 def control_and_text(tokenizer, ids: list[int]) -> list[int | bytes]:
-    """The control ids and the bytes between them."""
+    """The control ids, and the bytes between them."""
     table_of_bytes, out = token_bytes(tokenizer), []
     for token in ids:
         if token in tokenizer.all_special_ids:

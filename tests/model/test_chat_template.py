@@ -1,4 +1,4 @@
-"""model/chat_template.py: what the Jinja template renders is what `render_chat` renders, mask included."""
+"""model/chat_template.py: the Jinja template renders the same as `render_chat`, mask included."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def raise_exception(message: str):
 
 
 def plain_jinja(chat: list[dict], template: str = without_generation_marks(CHAT_TEMPLATE), **settings) -> str:
-    """As llama-cpp-python renders the template in a GGUF: without the extensions of transformers."""
+    """Renders like llama-cpp-python does a GGUF's template: without transformers' extensions."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     rendering = environment.from_string(template)
     known = {"bos_token": "<s>", "eos_token": "</s>", "raise_exception": raise_exception}
@@ -88,7 +88,7 @@ def test_ids_and_mask_are_those_of_render_chat_token_by_token(tokenizer):
 
 @pytest.mark.parametrize("content", ["  two spaces first", "\n\n\nline breaks first", "    "])
 def test_white_space_in_a_row_at_the_beginning_is_kept_and_learned_though_tokens_may_differ(content, tokenizer):
-    """One string has one way to be cut: there the newline of the header may be in a token with the content."""
+    """The template yields one string, in which the header's newline may share a token with the content."""
     chat = [USER, answer(content)]
     theirs = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     assert tokenizer.decode(theirs["input_ids"]) == tokenizer.decode(render_chat(tokenizer, chat)[0])

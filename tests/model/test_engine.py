@@ -1,4 +1,4 @@
-"""model/inference/scheduler.py: what a request gets in company is what the model writes for it alone."""
+"""model/inference/scheduler.py: an answer in a batch equals the answer that the model generates for it alone."""
 
 import queue
 import threading
@@ -46,7 +46,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 def alone(model, request: Request) -> list[int]:
-    """The oracle: the model's own plain loop, for one request by itself."""
+    """The oracle: the model's plain generation loop for a single request."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "eos_token_id")
     settings = {name: getattr(request, name) for name in names}
     stream = model.stream(torch.tensor([request.prompt]), max_new_tokens=request.max_new_tokens, **settings)
@@ -67,7 +67,7 @@ def finish(engine: Engine) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_is_the_same_alone_and_in_company(kind, models, tiny_tokenizer):
-    """Greedy and seeded requests of many lengths join a running batch at different steps, some are cancelled."""
+    """Greedy and seeded requests of many lengths join a running batch at different steps; some are cancelled."""
     model = models[kind]
     engine = Engine(model, tiny_tokenizer, slots=4, token_budget=20)
     common = {"eos_token_id": ()}
@@ -159,7 +159,7 @@ def test_a_lone_answer_in_a_high_slot_and_a_few_far_apart_end_up_side_by_side(mo
 
 @pytest.mark.parametrize(("moved", "kept"), [(90, 4), (4, 90)], ids=["long beside short", "short beside long"])
 def test_slots_that_change_places_keep_all_that_they_hold(moved, kept, models, tiny_tokenizer):
-    """What is being written moves, and the slot it moves to holds what a later prompt begins with."""
+    """A decoding answer moves, and the slot that it moves to caches the beginning of a later prompt."""
     engine = Engine(models["dense"], tiny_tokenizer, slots=8, token_budget=1000)
     lengths = (25, 3, 3, 3, 3, 3, 3, 25)
     prompts = [prompt_of(n, seed) for seed, n in enumerate((3, kept, 3, 3, 3, 3, 3, moved), 1)]
@@ -266,7 +266,7 @@ def test_room_ends_an_answer_too(engine):
 
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_stop_strings_cut_the_text_wherever_tokens_end(cut, engine, tiny_tokenizer):
-    """Each substring of what would be written is tried as a stop string: across tokens, within one, at the start."""
+    """Each substring of the answer is tried as a stop string: across tokens, within one, at the start."""
     (free,) = engine.run([Request(prompt=prompt_of(8), max_new_tokens=14, eos_token_id=())])
     for start in range(0, len(free.text) - cut, 3):
         stop = free.text[start : start + cut]
@@ -308,7 +308,7 @@ def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(engine):
 
 
 def test_pieces_never_hold_half_a_character(tiny_tokenizer):
-    """Chinese and an emoji, a byte a token; one character is what a stop string might begin with."""
+    """Chinese and an emoji, one byte per token; one character may be the beginning of a stop string."""
     table = token_bytes(tiny_tokenizer)
     text = "你好，世界🙂世"
     spelling = Detokenizer(table, ["世界！"])
@@ -529,7 +529,7 @@ def test_extreme_settings_still_write_tokens(settings, engine):
 
 
 def collect(pieces: queue.SimpleQueue, thread: EngineThread) -> list[Piece]:
-    """All pieces of an answer; fails as soon as nobody is there any more to write them."""
+    """All pieces of an answer; fails as soon as the engine's thread has ended."""
     got: list[Piece] = []
     deadline = time.monotonic() + PATIENCE
     while not got or got[-1].finish_reason is None:
@@ -568,7 +568,7 @@ def test_many_threads_may_ask_one_engine(thread, models):
 
 
 class Reader:
-    """Takes the pieces of an answer; the engine's thread stands still at the first one until `go` is set."""
+    """Takes the pieces of an answer, and blocks the engine's thread at the first one until `go` is set."""
 
     def __init__(self):
         self.pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""model/inference/ where something fails, ends or changes between two steps: nobody waits for what never comes."""
+"""model/inference/ when something fails, ends or changes between two steps: no caller waits for ever."""
 
 import queue
 import threading
@@ -33,7 +33,7 @@ def thread(engine):
 
 
 def closes(thread: EngineThread) -> bool:
-    """Whether `close` returns, without waiting for ever where it does not."""
+    """Whether `close` returns within a time limit."""
     closing = threading.Thread(target=thread.close, daemon=True)
     closing.start()
     closing.join(PATIENCE)
@@ -45,7 +45,7 @@ def request_of(seed: int, **settings) -> Request:
 
 
 class Failing:
-    """In place of a method: raises at the next call once it is set, and then is itself again."""
+    """Replaces a method: once set, its next call raises; after that it works again."""
 
     def __init__(self, method, error: type[BaseException] = RuntimeError):
         self.method, self.error = method, error
@@ -83,7 +83,7 @@ def test_what_a_failing_step_had_ended_already_is_heard_of(engine, failing):
 
 
 def test_what_a_failing_step_had_written_already_is_heard_of(engine, model, monkeypatch):
-    """The second answer's token cannot be put down when the first one's, its last, has been."""
+    """Recording the second answer's token fails after the first answer's last token has been recorded."""
     first, second = engine.submit(request_of(1, max_new_tokens=2)), engine.submit(request_of(2))
     engine.step()
     monkeypatch.setattr(second, "write", Failing(second.write))
@@ -134,7 +134,7 @@ def test_a_thread_knows_whether_its_device_is_broken(broken, thread, engine, fai
 
 
 def test_an_idle_thread_stands_still(thread, engine, failing, monkeypatch):
-    """Also after a failure: it neither steps nor looks again and again."""
+    """Also after a failure: it neither steps nor polls."""
     steps = []
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: steps.append(1) or step())
@@ -200,7 +200,7 @@ def test_what_is_asked_while_the_thread_closes_ends_too(thread):
 
 
 def test_a_thread_may_be_closed_from_within(thread):
-    """By a reader, or by the finalizer of what holds the thread, wherever the garbage is collected."""
+    """By a reader, or by the finalizer of the thread's owner, wherever garbage is collected."""
     ended = threading.Event()
 
     def closing(piece: Piece) -> None:
@@ -233,7 +233,7 @@ def test_closing_returns_though_the_last_step_fails(thread, failing):
 
 
 def changed(model, tiny_tokenizer, kind: str):
-    """Another state of the same model; with an adapter on it, where `kind` says so."""
+    """The same model with other weights, and with an adapter if `kind` says so."""
     other = network(seed=1, vocab_size=len(tiny_tokenizer), max_seq_len=160)
     if kind == "lora":
         apply_lora(other, rank=4)
@@ -255,7 +255,7 @@ def test_after_a_refresh_an_engine_is_a_fresh_one(kind, engine, model, tiny_toke
 
 
 def test_what_is_being_written_goes_on_with_the_new_weights(engine, model, tiny_tokenizer):
-    """Its prompt half read, or some tokens written; each as if a fresh engine were given what there is."""
+    """With half its prompt prefilled, or some tokens decoded: each continues as in a fresh engine."""
     other = changed(model, tiny_tokenizer, "plain")
     written = engine.submit(request_of(1, max_new_tokens=20))
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""tiktoken in place of the tokenizers library: the same ids for every text, or not used at all."""
+"""tiktoken instead of the tokenizers library: the same ids for every text, or it is not used."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ KINDS = ("shipped", "tiny", "published")
 
 @pytest.fixture(scope="module", params=KINDS)
 def both(request) -> tuple[Tokenizer, FastBPE]:
-    """A tokenizer of the tokenizers library, and what stands in for it."""
+    """A tokenizer of the tokenizers library, and its FastBPE."""
     if request.param == "tiny":
         tokenizer = copy_of(request.getfixturevalue("tiny_tokenizer").backend_tokenizer)
     elif request.param == "published":
@@ -38,12 +38,12 @@ def shipped() -> Tokenizer:
 
 
 def copy_of(tokenizer: Tokenizer, **changes) -> Tokenizer:
-    """The same once more, with other parts of its tokenizer.json."""
+    """A copy with some parts of its tokenizer.json replaced."""
     return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | changes))
 
 
 def check(tokenizer: Tokenizer, fast: FastBPE, texts: list[str]) -> None:
-    """Both give the same ids for each text."""
+    """Check that both give the same ids for each text."""
     encodings = tokenizer.encode_batch_fast([[text] for text in texts], is_pretokenized=True, add_special_tokens=False)
     found = fast.encode([[text] for text in texts])
     for text, ids, encoding in zip(texts, found, encodings, strict=True):
@@ -81,7 +81,7 @@ HASHES = {
 
 
 def test_all_real_text_has_the_same_ids(shared):
-    """Some texts by both libraries, all of them by the hash of what the tokenizers library once made of them."""
+    """Some texts are encoded by both libraries, all are compared with a stored hash of the tokenizers library's ids."""
     tokenizer = shipped()
     fast = fast_bpe(tokenizer)
     for path in (shared / "data").rglob("*.csv"):
@@ -115,7 +115,7 @@ def test_random_text_has_the_same_ids(both):
 
 @pytest.mark.parametrize("both", KINDS[:2], indirect=True)  # one for each way to split
 def test_every_character_splits_the_text_alike(both):
-    """All that this Python knows but the middle of the large blocks, whose characters are letters one and all."""
+    """All characters that this Python knows, except the middle of large blocks, where all are letters."""
     tokenizer, fast = both
     large = [range(0x3500, 0x4D00), range(0x4F00, 0x9F00), range(0xAD00, 0xD700), range(0x17100, 0x18C00)]
     codes = [
@@ -156,7 +156,7 @@ def test_however_many_threads_share_them_texts_keep_their_order(both, monkeypatc
 
 
 def test_entries_may_lie_in_any_order(both):
-    """Another order of the ids says nothing about the order of the merges."""
+    """The order of the ids need not be that of the merges."""
     tokenizer, _ = both
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
@@ -169,7 +169,7 @@ def test_entries_may_lie_in_any_order(both):
 
 
 def by_hand(*merges: str, **model) -> Tokenizer:
-    """A tokenizer with these merges, each "left right"."""
+    """A tokenizer with these merges, each given as "left right"."""
     alphabet = sorted(module.BYTE_OF)
     made = list(dict.fromkeys("".join(merge.split()) for merge in merges))
     vocabulary = {token: n for n, token in enumerate([*alphabet, *made])}

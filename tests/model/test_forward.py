@@ -1,4 +1,4 @@
-"""model/model.py: one pass and its gradients, against transformers' Llama, a slow loop, and formulas by hand."""
+"""model/model.py: forward and gradients, compared with transformers' Llama, a slow loop, and formulas by hand."""
 
 import copy
 import math
@@ -96,7 +96,7 @@ def test_rms_norm_by_its_formula_in_fp32():
 
 
 def balance_by_hand(scores, chosen, non_padding, per_row):
-    """alpha-free auxiliary loss, in plain Python: sum over experts of share * experts * mean probability."""
+    """Auxiliary loss without alpha, in plain Python: sum over experts of share * experts * mean probability."""
     rows = range(len(scores))
     groups = [[row] for row in rows] if per_row else [list(rows)]
     losses = []
@@ -172,7 +172,7 @@ def test_an_expert_without_a_token_gets_a_zero_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_training_of_moe_with_more_tokens_than_it_can_count(dtype):
-    """70,400 tokens, nearly all of them for the same two experts: float16 ends at 65,504, bfloat16 counts to 256."""
+    """70,400 tokens, nearly all for the same two experts: float16 ends at 65,504, bfloat16 counts exactly to 256."""
     model = network(use_moe=True, seq_aux=False, n_layers=1, dim=16, n_heads=2, n_kv_heads=1).train()
     with torch.no_grad():
         model.layers[0].ffn_norm.weight.fill_(1)

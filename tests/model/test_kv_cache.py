@@ -1,4 +1,4 @@
-"""model/kv_cache.py and how `forward` uses it: chunks, continuations, padding and packed rows, each row as if alone."""
+"""model/kv_cache.py and `forward` with it: chunks, continuations, padding, packed rows, each row as if alone."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.parametrize("kind", KINDS)
 
 
 def read(model, chunks, cache=None, **arguments):
-    """Logits of chunk after chunk, and the last cache."""
+    """The logits of one chunk after another, and the last cache."""
     logits = []
     with torch.no_grad():
         for chunk in chunks:
@@ -152,7 +152,7 @@ def test_a_packed_row_may_be_read_in_chunks_and_continued(kind):
 
 
 def test_position_ids_are_the_positions_of_the_rotation(kind):
-    """Only differences count for attention: a sample moved as a whole reads the same, one with a gap does not."""
+    """Attention depends on differences only: shifting a whole sample changes nothing, a gap within it does."""
     model = network(**KINDS[kind])
     ids = random_ids(1, 6)
     moved = model(ids, position_ids=torch.arange(20, 26)[None]).logits

@@ -1,4 +1,4 @@
-"""Multi-head latent attention beside DeepSeek-V3's in transformers, beside its own other form, and in the engine."""
+"""Multi-head latent attention, compared with transformers' DeepSeek-V3, its own other form, and the engine."""
 
 import pytest
 import torch

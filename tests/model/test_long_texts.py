@@ -1,4 +1,4 @@
-"""A very long text is encoded stretch by stretch, and that changes nothing but the memory it takes."""
+"""Encoding a very long text in stretches changes only the memory it takes."""
 
 import pytest
 

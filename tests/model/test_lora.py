@@ -1,4 +1,4 @@
-"""LoRA against the published layout and peft, and what an adapter must survive."""
+"""LoRA compared with the published layout and peft; saving, loading and merging of adapters."""
 
 import copy
 
@@ -32,7 +32,7 @@ def tiny_model(**changes) -> MiniMindLM:
 
 
 def adapted(**changes) -> MiniMindLM:
-    """A model whose adapter does something: B is no longer zero."""
+    """A model whose adapter has an effect: B is not zero."""
     model = tiny_model(n_layers=changes.pop("n_layers", 2))
     apply_lora(model, **{"rank": 4, "alpha": 8} | changes)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_logits_and_gradients_are_those_of_peft(moe):
 
 
 def peft_key(key: str) -> str:
-    """'layers.0.attention.wq.lora.A.weight' as peft names it."""
+    """peft's name for a key such as 'layers.0.attention.wq.lora.A.weight'."""
     return "base_model.model." + key.replace(".lora.A.", ".lora_A.default.").replace(".lora.B.", ".lora_B.default.")
 
 
