@@ -294,7 +294,7 @@ def test_every_row_may_have_a_generator_of_its_own():
 
 @pytest.mark.parametrize(("temperature", "drawn"), [(0.0, {0}), (9e-6, {0}), (1e-5, {0, 1})])
 def test_below_a_tiny_temperature_the_best_token_is_taken(temperature, drawn):
-    """Of two equally likely tokens either may be taken."""
+    """Of two equally likely tokens: the first below the tiny temperature, a random one above it."""
     draws = sample_token(torch.zeros(64, 2), temperature, 0, 1.0, torch.Generator().manual_seed(0))
     assert set(draws.tolist()) == drawn
 

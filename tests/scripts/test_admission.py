@@ -1,4 +1,4 @@
-"""What is asked of a request before it costs anything, doubles in place of what would cost: scripts/serving/app.py,
+"""Checks of a request before it costs anything, with doubles for the expensive parts: scripts/serving/app.py,
 admission.py and requests.py in this process."""
 
 import asyncio
@@ -30,7 +30,7 @@ def model(tiny_tokenizer):
 
 @pytest.fixture
 def serve(model, tiny_tokenizer):
-    """Makes what is served, and closes its engine at the end."""
+    """Makes an app around a model, and closes its engine at the end."""
     threads = []
 
     def make(slots: int = 4, slot_len: int = 128, **settings) -> ServerState:
@@ -47,7 +47,7 @@ def client_of(served: ServerState) -> TestClient:
 
 
 def settle(served: ServerState) -> None:
-    """Wait until nothing has a place any more."""
+    """Wait until no request holds a place any more."""
     deadline = time.monotonic() + PATIENCE
     while served.places.taken:
         assert time.monotonic() < deadline, f"{served.places.taken} places are never free again"
@@ -130,7 +130,7 @@ def test_a_body_without_a_length_is_read_no_further_than_the_limit(path, serve, 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_a_body_that_calls_itself_something_else_is_not_read(kind, serve):
-    """A web page may send such a body anywhere without asking."""
+    """A web page may send such a body anywhere without a preflight request."""
     status, body = ask(make_app(serve()), "/v1/completions", unread, content_type=kind)
     assert status == 400
     assert "application/json" in body["error"]["message"]
@@ -259,7 +259,7 @@ def test_what_was_prepared_when_the_server_closed_is_told_so(serve, monkeypatch)
 
 
 def test_images_are_looked_at_one_request_after_another(serve, tiny_tokenizer):
-    """Each takes up to half a gigabyte while it is read."""
+    """Each takes up to half a gigabyte while it is decoded."""
     inside, most = threading.Semaphore(1), []
 
     def look(turns):

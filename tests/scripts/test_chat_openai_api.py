@@ -1,4 +1,4 @@
-"""The terminal client, typed at through a pseudo-terminal."""
+"""The terminal client, operated through a pseudo-terminal."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 class Terminal:
-    """A script that believes it has a person before it."""
+    """A script at a pseudo-terminal."""
 
     def __init__(self, *arguments: str):
         self.master, slave = os.openpty()
@@ -40,14 +40,14 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def wait_for(self, pattern: str, again: str = "") -> str:
-        """What was printed up to the pattern; forgets it.
+        """Wait for the pattern; returns the output up to its end, and discards it.
 
         Args:
-            again: type this now and again until it comes. Python hears a Ctrl-C that comes just before readline begins
-                to wait for a key only with the next key.
+            again: type this repeatedly until the pattern appears. If Ctrl-C arrives just before readline begins to wait
+                for a key, Python handles it only at the next key.
 
         Raises:
-            AssertionError: it does not come.
+            AssertionError: it does not appear.
         """
         end = time.monotonic() + PATIENCE
         while not (found := re.search(pattern, self.seen)):

@@ -1,4 +1,4 @@
-"""scripts/demo_vlm.py from pictures to contact sheet, tiny; asking about pictures, and telling sight from guessing."""
+"""scripts/demo_vlm.py from images to contact sheet, at a tiny size; its exam, and telling seeing from guessing."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from trainer.weights import architecture, load_tokenizer
 
 @pytest.fixture
 def tiny_demo(tmp_path, monkeypatch):
-    """The demo with a language model that knows nothing, a handful of pictures and two steps of everything."""
+    """The demo with an untrained language model, a handful of images and two steps of each stage."""
     data, out, tokenizer = tmp_path / "data", tmp_path / "out", load_tokenizer()
     data.mkdir()
     out.mkdir()
@@ -145,7 +145,7 @@ class TestExamination:
         assert row["limit"] == pytest.approx(3 / 8 + 3 * math.sqrt(3 / 8 * 5 / 8 / 8))
 
     def test_many_at_once_are_answered_as_one_by_one(self, tmp_path, clip_dir, tiny_tokenizer):
-        """Prompts of several lengths and numbers of pictures share batches; the oracle is the chat's own way."""
+        """Prompts of different lengths and numbers of images share batches; the oracle answers one at a time."""
         for n in range(3):
             Image.linear_gradient("L").rotate(90 * n).convert("RGB").resize((32, 32)).save(tmp_path / f"{n}.png")
         torch.manual_seed(0)

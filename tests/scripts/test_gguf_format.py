@@ -1,4 +1,4 @@
-"""GGUF files: read back by the gguf package, and run by llama.cpp where it is installed."""
+"""GGUF files: read by the gguf package, and run by llama.cpp where it is installed."""
 
 import copy
 import random
@@ -67,7 +67,7 @@ def test_every_matrix_is_there_within_its_rounding(model, tiny_tokenizer, tmp_pa
 
 
 def test_the_template_of_the_file_is_plain_jinja_and_lays_a_chat_out_as_we_do(model, tiny_tokenizer, tmp_path):
-    """llama-cpp-python renders it so; whatever template the tokenizer brought, this is the layout a MiniMind learns."""
+    """Rendered as by llama-cpp-python; whatever template the tokenizer has, MiniMind is trained with this layout."""
     other = copy.deepcopy(tiny_tokenizer)
     other.chat_template = "{{ messages[0]['content'] }}"
     reader = gguf.GGUFReader(write(model, other, tmp_path / "x.gguf"))
@@ -131,7 +131,7 @@ def test_each_tokenizer_has_its_name(tiny_tokenizer):
 
 
 def test_the_modelfile_lays_a_chat_out_as_we_do(tmp_path, tiny_tokenizer):
-    """Ollama's template language is Go's: `range` repeats its body for each message, dots read fields."""
+    """Ollama uses Go's templates: `range` repeats its body for each message, dots access fields."""
     text = modelfile(tmp_path / "tiny.gguf", tiny_tokenizer, 256)
     assert text.startswith("FROM ./tiny.gguf\n")
     body = text.split('TEMPLATE """')[1].split('"""')[0]
@@ -197,7 +197,7 @@ def test_llama_cpp_cuts_text_as_we_do(llama_cpp, which, plain_tokenizer, tmp_pat
 
 @pytest.mark.parametrize(("dtype", "number"), [("f32", 0), ("f16", 1), ("bf16", 32), ("q8_0", 7), ("q4_0", 2)])
 def test_what_a_file_calls_itself(model, tiny_tokenizer, tmp_path, dtype, number):
-    """llama.cpp's numbers of file types, see llama_ftype in its llama.h."""
+    """llama.cpp's numbers for file types, see llama_ftype in its llama.h."""
     reader = gguf.GGUFReader(write(model, tiny_tokenizer, tmp_path / "x.gguf", dtype))
     assert reader.get_field("general.file_type").contents() == number
     assert reader.get_field("general.name").contents() == "tiny"

@@ -1,4 +1,4 @@
-"""What lies in an output folder: told file by file, with a command that goes on."""
+"""scripts/inspect_checkpoint.py: it describes an output folder file by file, with the command that continues."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ from trainer.run_lock import lock_run
 
 @pytest.fixture(scope="module")
 def trained(tiny_data, tokenizer_dir, tmp_path_factory):
-    """A run of two ranks that saved its steps 2 and 4, stopped before its end."""
+    """A run of two ranks that saved steps 2 and 4 and was stopped before its end."""
     out = tmp_path_factory.mktemp("with a space")
     flags = ("--data_path", tiny_data / "pretrain_hq.jsonl", "--tokenizer", tokenizer_dir, "--out_dir", out)
     several = (

@@ -1,4 +1,4 @@
-"""The demo's data: true, well-formed, the same for a seed, with nothing of the examination in any training file."""
+"""The demo's data: true, well-formed, reproducible by seed, with no exam question in any training file."""
 
 import calendar
 import json
@@ -25,13 +25,13 @@ RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 @pytest.fixture(scope="module")
 def files():
-    """The lines of every file, by its name without the ending."""
+    """The lines of every file, by its name without the suffix."""
     return {name.removesuffix(".jsonl"): lines for name, lines in build(42).items()}
 
 
 @pytest.fixture(scope="module")
 def training_texts(files):
-    """Every line of text that any stage trains on, each once: {text: file}."""
+    """Every text that any stage trains on, once: {text: file}."""
     found = {}
     for name, lines in files.items():
         if not name.startswith("eval_"):

@@ -1,4 +1,4 @@
-"""A demo that is started from a Python without packages makes itself a home, and goes on there."""
+"""A demo started from a Python without packages creates .venv/ and continues there."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ OWN = "Scripts/python.exe" if os.name == "nt" else "bin/python"
 
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
-    """A repository that needs a package that is not here; the list holds what was run."""
+    """A repository that needs a missing package; the list records the commands that were run."""
     (tmp_path / "requirements-core.txt").write_text("# what it needs\nnumpy>=2\nno-such-package>=1,<2\n")
     ran: list[list[str]] = []
 

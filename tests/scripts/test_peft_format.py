@@ -1,4 +1,4 @@
-"""Adapters to peft and back: what peft computes from the folder is the oracle."""
+"""Adapters to peft and back; the oracle is peft's output for the folder."""
 
 import json
 
@@ -34,7 +34,7 @@ def logits(model):
 
 
 def base_folder(model, tokenizer, layout, folder):
-    """The model without its adapter, as each layout's users have it."""
+    """The model without its adapter, as a folder in each format."""
     plain = make_model(len(tokenizer), use_moe=model.config.use_moe)
     plain.load_state_dict({key: model.state_dict()[key] for key in plain.state_dict()})
     if layout == "llama":
@@ -86,7 +86,7 @@ def test_an_adapter_that_peft_made_works_here(tiny_tokenizer, tmp_path):
 
 
 def test_an_adapter_on_a_shared_expert_works_here_and_comes_back(tiny_tokenizer, tmp_path):
-    """Whose output a Qwen2-MoE halves."""
+    """Qwen2-MoE halves the output of its shared expert."""
     model = make_model(len(tiny_tokenizer), use_moe=True)
     theirs = base_folder(model, tiny_tokenizer, "llama", tmp_path / "base")
     targets = r".*\.shared_expert\.(gate|up|down)_proj"

@@ -1,4 +1,4 @@
-"""What the clients of OpenAI-compatible servers have in common: addresses, and the proxies of the environment."""
+"""The clients of OpenAI-compatible servers: base URLs, and proxies from the environment."""
 
 import asyncio
 import io

@@ -1,4 +1,4 @@
-"""scripts/serve_openai_api.py: a really started server, and OpenAI's own client."""
+"""scripts/serve_openai_api.py: a real server process, and OpenAI's own client."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ HISTORY = [
 
 
 class Started:
-    """A server of its own process on a free port."""
+    """A server in its own process, on a free port."""
 
     def __init__(self, *arguments, **environment: str):
         self.script = RunningScript("scripts/serve_openai_api.py", *arguments, "--port", "0", env=environment)
@@ -82,7 +82,7 @@ def server_arguments(out_dir: Path, tokenizer_dir: Path) -> tuple:
 
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer) -> MiniMindLM:
-    """The model that is served, and the oracle of what it writes."""
+    """The model that is served, also the oracle for its answers."""
     return network(n_heads=8, vocab_size=len(tiny_tokenizer), max_seq_len=CONTEXT)
 
 
@@ -469,8 +469,8 @@ def test_pages_that_may_call(server):
 
 
 def test_a_full_queue_and_clients_that_go_away(server):
-    """Seven endless answers fill all places; an eighth caller gets 429; when six hang up, their places are free, those
-    of whole answers too, and the seventh is written on."""
+    """Seven endless answers take all places, and an eighth client gets 429; when six disconnect, streaming or not,
+    their places become free, and the seventh answer continues."""
     raw = [server.chat(stream=True, **ENDLESS) for _ in range(3)]
     for stream in raw:
         next(stream)
@@ -503,7 +503,7 @@ def test_a_full_queue_and_clients_that_go_away(server):
 
 
 def test_the_event_loop_is_never_blocked(server):
-    """While answers are written, a question that needs no model is answered, again and again."""
+    """While answers are generated, requests that need no model are answered promptly."""
     streams = [server.chat(stream=True, **ENDLESS) for _ in range(3)]
     for stream in streams:
         next(stream)
@@ -515,7 +515,7 @@ def test_the_event_loop_is_never_blocked(server):
 
 
 def test_clients_at_once_each_get_their_own_answer(server, model, tiny_tokenizer):
-    """Seven fill all places; the eighth and those after it are refused, and come again until there is one."""
+    """Seven take all places; further clients are refused and retry until a place is free."""
     questions = [[{"role": "user", "content": f"{i} little birds count {i * i} apples."}] for i in range(12)]
     patient = server.openai.with_options(max_retries=1000)
     got: dict[int, str] = {}
@@ -539,7 +539,7 @@ def test_clients_at_once_each_get_their_own_answer(server, model, tiny_tokenizer
 
 
 def test_sigterm_finishes_what_has_come_and_refuses_what_is_new(out_dir, tokenizer_dir):
-    """An answer that still waits when the signal comes is written to its end."""
+    """An answer that is still queued when the signal comes is generated to its end."""
     server = Started(*server_arguments(out_dir, tokenizer_dir), "--max_concurrency", "1", MINIMIND_API_KEY=KEY)
     first = server.chat(stream=True, **ENDLESS)
     next(first)
@@ -596,7 +596,7 @@ def test_what_cannot_be_served_is_one_line(arguments, said, out_dir, tokenizer_d
 
 
 def test_a_connection_is_kept_for_a_minute_and_more(monkeypatch):
-    """Longer than a person reads between two questions, and than clients keep theirs."""
+    """Longer than a user pauses between two questions, and longer than clients keep theirs."""
     monkeypatch.setattr(sys, "argv", ["serve_openai_api.py"])
     assert serve_openai_api.get_args().keep_alive == 75
     configs = []
@@ -607,7 +607,7 @@ def test_a_connection_is_kept_for_a_minute_and_more(monkeypatch):
 
 
 def test_every_answer_says_how_long_its_connection_stays(server):
-    """Also a stream and an error; where the caller wants it closed, nothing says otherwise."""
+    """Streams and errors do, too; if the client asks to close the connection, the header is absent."""
     host, port = server.address.removeprefix("http://").split(":")
     key = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     body = json.dumps({"prompt": "a", "max_tokens": 2, "stream": True})
@@ -634,7 +634,7 @@ def test_every_answer_says_how_long_its_connection_stays(server):
 
 
 def test_a_refusal_leaves_the_connection_to_be_used_again(server):
-    """Though nobody has read the body that came with it."""
+    """Even though the request's body has not been read."""
     with httpx.Client(base_url=server.address, timeout=PATIENCE) as stranger:
         for _ in range(3):
             reply = stranger.post("/v1/completions", json={"prompt": "x" * 2**20})
@@ -643,7 +643,7 @@ def test_a_refusal_leaves_the_connection_to_be_used_again(server):
 
 
 def test_what_is_sent_waits_for_no_receipt():
-    """Connections take it from the socket that listens; asyncio sees to it for its own sockets only."""
+    """Connections inherit TCP_NODELAY from the listening socket; asyncio sets it only on sockets of its own."""
     with serve_openai_api.listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
         connection, _ = listening.accept()
         with connection:
@@ -658,7 +658,7 @@ def test_what_is_sent_waits_for_no_receipt():
     ],
 )
 def test_an_address_is_of_its_own_family_and_many_may_call_at_once(host, family, monkeypatch):
-    """Asked of the call, as not every machine has both."""
+    """Checked by the arguments of the call, because not every machine has IPv6."""
     asked = []
     create = lambda *where, **how: asked.append((where, how)) or socket.socket()  # noqa: E731
     monkeypatch.setattr(socket, "create_server", create)
@@ -678,7 +678,7 @@ def test_a_port_that_is_taken(server, out_dir, tokenizer_dir, capsys):
 
 @pytest.fixture
 def started(monkeypatch):
-    """Runs main with these flags, and nothing heavy; what it would have served, and how."""
+    """Runs main with these flags and without a real server; returns what it would have served, and how."""
 
     def run(*flags, environment: str | None = None) -> dict:
         got = {}
@@ -788,7 +788,7 @@ def test_flags_that_do_not_go_together(flags, said):
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_images_are_placed_where_they_fit(mode, monkeypatch):
-    """A context of 16 tokens and images of 4: four of them are looked at, and a prompt of 15 tokens."""
+    """With a context of 16 tokens and images of 4 tokens, four images are read, and the prompt may have 15 tokens."""
     config = SimpleNamespace(image_tokens=4, max_seq_len=16)
     model, prompts = SimpleNamespace(config=config, to=lambda device: None), []
     monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, "tokenizer", "processor"))

@@ -1,4 +1,4 @@
-"""The contrastive loss by hand, and a tower made for real."""
+"""The contrastive loss by hand, and a tower trained for real."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def test_info_nce_by_hand():
 
 
 def test_a_caption_is_right_of_every_picture_that_it_is_true_of():
-    """A slow loop over all pairs: the target is shared out among what is true."""
+    """Compared with a slow loop over all pairs: the target is divided among all that match."""
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(4, 8, generator=generator), torch.randn(4, 8, generator=generator)
     texts[2] = texts[0]
@@ -86,7 +86,7 @@ def test_the_text_network_reads_its_vector_at_the_captions_end():
 
 
 def test_the_patch_tokens_are_taught_which_the_class_token_leaves_alone():
-    """By the gradient of what the last layer puts out."""
+    """Checked by the gradient of the last layer's output."""
     shape = Namespace(image_size=32, patch_size=8, width=32, layers=2)
     clip = make_clip(shape, train_caption_tokenizer(["a red circle"]), longest=8)
     hidden = []
@@ -109,8 +109,8 @@ def test_a_patch_knows_its_row_and_its_column_from_the_start():
 
 
 def test_the_share_of_pictures_whose_caption_is_the_nearest(monkeypatch, clip_dir):
-    """By angles: picture i looks along i, caption n along n, each as long as it likes; more of both than are read at
-    once."""
+    """By angles: image i points in direction i, caption n in direction n, with any lengths; there are more of both than
+    fit into one batch."""
     draw, counts = random.Random(0), {}
     exam = []
     for i in range(300):
@@ -157,7 +157,7 @@ def test_a_line_of_choices_is_taken_apart():
 
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory):
-    """A small world of pictures, drawn by the real script."""
+    """A few images, drawn by the real script."""
     folder = tmp_path_factory.mktemp("demo")
     run_script("scripts/make_demo_images.py", "--out_dir", folder, "--scale", "0.002")
     return folder
@@ -206,7 +206,7 @@ def test_a_broken_picture_is_named_with_its_line_or_skipped_and_counted(small_de
 
 
 class TestLoop:
-    """A run over five pictures, each with a caption of its own."""
+    """Training on five images, each with its own caption."""
 
     @pytest.fixture
     def train(self, tmp_path):
@@ -220,7 +220,7 @@ class TestLoop:
         return lambda *flags: call_script("scripts/train_clip.py", *tiny, *data, "--out_dir", tmp_path / "clip", *flags)
 
     def test_no_picture_is_seen_again_before_all_have_been_seen(self, train, monkeypatch):
-        """Three a step divides into five with a rest, which the next step begins with."""
+        """Five images do not divide into steps of three: the next step begins with the rest."""
         seen = []
         monkeypatch.setattr(
             train_clip, "caption_vectors", lambda *given: seen.extend(given[2]) or caption_vectors(*given)

@@ -1,4 +1,4 @@
-"""The tokenizer's trainer as a user runs it, the checks it makes, and the shipped tokenizer."""
+"""scripts/train_tokenizer.py as a user runs it, its checks, and the shipped tokenizer."""
 
 import ast
 import json
@@ -39,7 +39,7 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Lines in each of the project's formats."""
+    """Data files with lines in each of the project's formats."""
     folder = tmp_path_factory.mktemp("tokenizer_data")
     write_jsonl(folder / "texts.jsonl", [{"text": f"{n} {SENTENCES[n % 8]}"} for n in range(300)])
     write_jsonl(folder / "medical.jsonl", [{"conversations": [*CHATS[1]]}, {"conversations": CHATS[0]}])
@@ -49,7 +49,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A tokenizer folder made by the script, and what it printed."""
+    """A tokenizer folder written by the script, and the script's output."""
     folder = tmp_path_factory.mktemp("trained") / "tiny"
     paths = sorted(data.glob("*.jsonl"))
     done = run_script("scripts/train_tokenizer.py", "--data_path", *paths, "--out_dir", folder, "--vocab_size", "420")
@@ -293,7 +293,7 @@ def test_the_shipped_tokenizer_packs_text_kept_aside_as_well_as_the_references(s
 
 @pytest.mark.parametrize(("share", "kept"), [(0.0, False), (0.791, False), (0.792, True), (1.0, True)])
 def test_the_hash_of_a_text_says_on_which_side_it_is(share, kept):
-    """sha256 of "a" begins with ca978112, which is 0.79138 of 2^32."""
+    """The SHA-256 of "a" begins with ca978112, which is 0.79138 of 2^32."""
     assert is_held_out_text("a", share) is kept
 
 
@@ -352,7 +352,7 @@ def test_a_saved_tokenizer_says_how_long_texts_may_be_and_cleans_nothing_up(tmp_
 
 @pytest.mark.parametrize(("share", "taken"), [("-0.01", False), ("0", True), ("0.999", True), ("1", False)])
 def test_the_share_that_is_kept_aside(tmp_path, capsys, share, taken):
-    """With a vocabulary that has no room: the next thing that is asked."""
+    """With a vocabulary that is too small, which is the next check."""
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     flags = ("--data_path", data, "--out_dir", tmp_path / "out", "--vocab_size", "263", f"--holdout={share}")
     call_script("scripts/train_tokenizer.py", *flags, exit_code=2)

@@ -1,4 +1,4 @@
-"""A MiniMind as a Llama or a Qwen2-MoE: what transformers computes from the folder is the oracle."""
+"""MiniMind as a Llama or Qwen2-MoE folder; the oracle is transformers' output for the folder."""
 
 import json
 import math
@@ -30,7 +30,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module", params=SHAPES)
 def written(request, tiny_tokenizer, tmp_path_factory):
-    """A model, and the folder it was written to."""
+    """A model, and the folder that it was written to."""
     model = make_model(len(tiny_tokenizer), **SHAPES[request.param])
     folder = tmp_path_factory.mktemp("folder") / "llama"
     write_folder(model, tiny_tokenizer, folder)
@@ -39,7 +39,7 @@ def written(request, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama(tiny_tokenizer, tmp_path_factory):
-    """A Dense model, and its folder."""
+    """A dense model and its folder."""
     model = make_model(len(tiny_tokenizer))
     folder = tmp_path_factory.mktemp("folder") / "llama"
     write_folder(model, tiny_tokenizer, folder)
@@ -118,7 +118,7 @@ OLD_TEMPLATE = (
 
 @pytest.mark.parametrize("template", [OLD_TEMPLATE, None, "{{ messages[0]['content'] }}"])
 def test_a_folder_has_the_template_of_today_whatever_the_tokenizer_brought(template, tiny_tokenizer, tmp_path):
-    """A tokenizer trained last year, a published one, one of another family: what a MiniMind learns is one layout."""
+    """A tokenizer trained long ago, a published one, one of another family: MiniMind is trained with one layout."""
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     tokenizer.chat_template = template
@@ -149,7 +149,7 @@ CHATS = [
 
 
 def sft(folder, tmp_path, chats, settings=None, **changes):
-    """A trainer of trl for one SFT step on a folder."""
+    """trl's trainer for one SFT step on a folder."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -169,7 +169,7 @@ def sft(folder, tmp_path, chats, settings=None, **changes):
 
 
 def train_a_step(folder, tmp_path, **changes) -> str:
-    """One SFT step by trl on a folder; the folder it saved."""
+    """Train a folder for one SFT step with trl; returns the folder that it saved."""
     trainer = sft(folder, tmp_path, CHATS, **changes)
     assert math.isfinite(trainer.train().training_loss)
     trainer.save_model(str(tmp_path / "trained"))
@@ -245,7 +245,7 @@ def test_configurations_map_one_to_one():
 
 
 def test_all_that_a_config_says():
-    """By hand: what transformers' Llama and Qwen2-MoE take, so that they compute what a MiniMind does."""
+    """By hand: the settings with which transformers' Llama and Qwen2-MoE compute the same as MiniMind."""
     shape = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "n_layers": 3, "max_seq_len": 200}
     common = {
         **{"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16},

@@ -1,4 +1,4 @@
-"""The publishers' files become rows, as text; what is wrong with one is told in one line with file and row."""
+"""Published files become rows of text; a malformed one is reported in one line with file and row."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Plans: exact where they say so, against real models, optimizers and PyTorch's own counters."""
+"""Plans compared with real models, optimizers and PyTorch's own counters; exact where they claim to be."""
 
 import argparse
 
@@ -53,7 +53,7 @@ def test_a_token_passes_through_the_experts_it_is_routed_to():
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("sizes", [SMALL, OTHER], ids=["small", "other"])
 def test_operations_are_those_that_pytorch_counts(sizes, use_moe, checkpointing):
-    """Of attention written out by hand: the counter knows no fused one on a CPU."""
+    """With attention written out by hand, because the counter does not know the fused one on a CPU."""
     whole = model(sizes, use_moe=use_moe, flash_attn=False)
     whole.gradient_checkpointing = checkpointing
     with FlopCounterMode(display=False) as counter:
@@ -81,7 +81,7 @@ def test_bytes_of_state_are_those_of_a_real_run(use_moe, optimizer):
 
 
 def measured_bytes(whole: MiniMindLM, half: bool, packed: bool) -> int:
-    """What the forward pass saves for the backward: each storage once, neither weights nor their copies in bfloat16."""
+    """Bytes that the forward pass saves for the backward pass: each storage once, without weights and their copies."""
     ids = torch.randint(0, 300, (4, 96))
     weights = {p.untyped_storage().data_ptr() for p in whole.parameters()}
     saved = {}
@@ -113,7 +113,7 @@ def test_saved_activations_are_right_within_ten_percent(use_moe, half, packed, m
 
 
 def test_gradient_checkpointing_saves_a_blocks_input_instead_of_the_block():
-    """Of the largest models it leaves the inputs, 4 bytes per token, layer and dimension, one block and the head."""
+    """For the largest models: the inputs (4 bytes per token, layer and dimension), one block, and the head remain."""
     config = LMConfig(dim=1024, n_layers=100, vocab_size=100)
     inputs = 8 * 512 * 4 * 1024 * 100
     assert inputs < saved_bytes(config, 8, 512, checkpointing=True) < 1.3 * inputs
@@ -121,7 +121,7 @@ def test_gradient_checkpointing_saves_a_blocks_input_instead_of_the_block():
 
 
 def test_the_stages_of_zero_share_what_their_paper_says():
-    """Rajbhandari et al., figure 1: the optimizer, then the gradients, then the weights, too."""
+    """Rajbhandari et al., figure 1: the optimizer is sharded first, then also the gradients, then the weights."""
     states = [state_bytes(M_26, engine, 64) for engine in (DDP, ZERO_1, ZERO_2, ZERO_3)]
     assert state_bytes(M_26, FSDP2, 64)[:3] == states[-1][:3]
     assert state_bytes(M_26, FSDP2, 64).copies == 0
