@@ -1,4 +1,4 @@
-"""The requirements files and pyproject.toml name the same packages, and what the code imports is among them."""
+"""The requirements files and pyproject.toml name the same packages, and include all that the code imports."""
 
 import ast
 import re
@@ -22,7 +22,7 @@ PACKAGE_OF = {"PIL": "pillow", "charset_normalizer": "charset-normalizer"}  # wh
 
 
 def group(name: str) -> list[str]:
-    """The requirements of a dependency group of pyproject.toml, those of the groups it includes among them."""
+    """The requirements of a dependency group in pyproject.toml, including those of the groups that it includes."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     found = []
     for entry in groups[name]:
@@ -31,7 +31,7 @@ def group(name: str) -> list[str]:
 
 
 def requirements(name: str) -> list[str]:
-    """The requirements in a file, those of the files it includes among them."""
+    """The requirements in a file, including those of the files that it includes."""
     found = []
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
@@ -56,7 +56,7 @@ def test_the_file_lists_what_pyproject_lists(file, name):
 
 
 def imported(folder: str) -> set[str]:
-    """The top-level modules that the tracked files under a folder import, the standard library's and ours left out."""
+    """The third-party top-level modules that the tracked files under a folder import."""
     listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     modules = set()
     for path in (Path(ROOT / line) for line in listed.splitlines() if line.endswith(".py")):

@@ -1,6 +1,6 @@
-"""On a GPU everything is as on the CPU: the published networks' logits, the engine's texts, every stage's losses.
+"""A GPU gives the same as the CPU: the published networks' logits, the engine's texts, every stage's losses.
 
-Skipped where there is no GPU: nothing here says that CUDA works on a machine that has none.
+Skipped where there is no GPU: a run without one does not show that CUDA works.
 """
 
 import pytest
@@ -139,7 +139,7 @@ def test_nccl_takes_every_gpu(pretrain, tmp_path):
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """A few lines for each stage that has a format of its own, and pictures."""
+    """A few lines for each stage that has its own format, and images."""
     folder = tmp_path_factory.mktemp("lines")
     write_jsonl(
         folder / "dpo.jsonl", [pair(f"What is {n} + {n}?", f"It is {2 * n}.", "I do not know. ") for n in range(30)]
@@ -158,7 +158,7 @@ def lines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(tiny_out, tiny_data, lines, clip_dir, tokenizer_dir):
-    """Runs a stage into a folder, from the weights in `tiny_out`."""
+    """Runs a stage with a folder as --out_dir, starting from the weights in `tiny_out`."""
     eyes = ("--vision_model", clip_dir, "--images_path", lines, "--data_path", lines / "vlm.jsonl")
     chats = ("--data_path", tiny_data / "sft_mini_512.jsonl")
     own = {

@@ -1,4 +1,4 @@
-"""train_distillation.py and train_distill_reason.py, run for real: alone, in company, under ZeRO, interrupted."""
+"""train_distillation.py and train_distill_reason.py, run for real: one process, two, with ZeRO, interrupted."""
 
 import json
 
@@ -30,7 +30,7 @@ COMMON = (
 
 
 class Stage:
-    """One of the two scripts, with what it starts from."""
+    """One of the two scripts, with the weights that it starts from."""
 
     def __init__(self, name: str, base, tokenizer_dir):
         self.name = name
@@ -39,7 +39,7 @@ class Stage:
         self.flags = (*COMMON, *self.flags, "--tokenizer", tokenizer_dir, "--data_path", base / "r1_mix_1024.jsonl")
 
     def in_folder(self, out):
-        """The flags to run it in `out`, with what it starts from put there."""
+        """The flags to run it in `out`, where the weights that it starts from are copied."""
         out.mkdir(exist_ok=True)
         for file in self.base.glob("*.pth"):
             (out / file.name).symlink_to(file)
@@ -51,7 +51,7 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def base(tiny_tokenizer, tmp_path_factory):
-    """Random weights to start from and to learn from, without a json, as if downloaded; sums with their steps."""
+    """Random student and teacher weights without a json, as if downloaded; sums with their steps."""
     out = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tiny_tokenizer)}
@@ -78,7 +78,7 @@ def stage(request, base, tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def alone(stage, tmp_path_factory):
-    """What `python SCRIPT` makes in four steps."""
+    """The result of four steps of `python SCRIPT`."""
     out = tmp_path_factory.mktemp(stage.name)
     run_script(stage.script, *stage.in_folder(out))
     return out

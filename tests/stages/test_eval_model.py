@@ -43,7 +43,7 @@ def talker(tiny_out, tiny_tokenizer) -> MiniMindLM:
 
 
 def greedy(model, tokenizer, ids: list[int]) -> str:
-    """What the model writes, by full forward passes without a cache."""
+    """The model's greedy text, by full forward passes without a cache."""
     start = len(ids)
     for _ in range(12):
         with torch.no_grad():
@@ -158,7 +158,7 @@ def test_a_pipe_that_is_not_utf8(common, tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch, common):
-    """Runs the script in this process with a model that answers "One." and shows what prompts it was given."""
+    """Runs the script in this process with a model that answers "One."; returns the prompts that it was given."""
 
     def run(*flags, questions: list[str]) -> list[list[int]]:
         prompts = []

@@ -1,4 +1,4 @@
-"""What eval_model.py does for a reasoning model: thinking and answer apart, thinking hidden, a vote."""
+"""eval_model.py with a reasoning model: thinking and answer shown separately, thinking hidden, majority votes."""
 
 import shutil
 

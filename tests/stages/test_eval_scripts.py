@@ -1,4 +1,4 @@
-"""Talking to a model: what is asked, what is shown, and how fast it is said to have come."""
+"""Chatting with a model: which questions it is asked, what is printed, and the reported speed."""
 
 import io
 import sys
@@ -105,7 +105,7 @@ def test_an_answer_as_long_as_the_context_leaves_no_room_to_ask(script, monkeypa
 
 
 class Engine:
-    """Writes "w" and a number for each request, and takes note of all it is told."""
+    """Answers each request with "w" and a number, and records the requests."""
 
     def __init__(self):
         self.asked, self.slots = [], None
@@ -117,7 +117,7 @@ class Engine:
 
 @pytest.fixture
 def evaluate(monkeypatch):
-    """Runs eval_model.py on a model that is none; the engine, and what it was asked."""
+    """Runs eval_model.py with a fake model; returns the fake engine, which has recorded the requests."""
 
     def run(*flags, context: int = 600) -> Engine:
         engine = Engine()

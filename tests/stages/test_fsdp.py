@@ -1,4 +1,4 @@
-"""--fsdp on two processes of a CPU: the numbers of DDP, and states that any engine goes on from."""
+"""--fsdp with two processes on a CPU: the same numbers as DDP, and states that any engine can resume."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_it_resumes_as_if_never_stopped(pretrain, fsdp, tmp_path):
 
 
 def test_other_engines_go_on_from_it_and_it_from_them(pretrain, ddp, tmp_path):
-    """The same rows in each step: by FSDP2, then alone, then by FSDP2 again."""
+    """With the same rows in each step: FSDP2, then one process, then FSDP2 again."""
     pretrain(tmp_path, *TEN_STEPS, "--max_steps", "3", "--fsdp", processes=2)
     alone = ("--epochs", "4", "--max_steps", "6", "--batch_size", "1", "--accumulation_steps", "4")
     pretrain(tmp_path, *alone, "--resume")

@@ -1,4 +1,4 @@
-"""train_lora.py, run for real, alone and in company, and what eval_model.py makes of its adapter."""
+"""train_lora.py, run for real with one and two processes, and its adapter in eval_model.py."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ EXPERTS = ("--use_moe", "--lora_name", "me", "--rank", "4", "--alpha", "8", "--t
 
 @pytest.fixture(scope="module")
 def base(tiny_tokenizer, tmp_path_factory):
-    """An --out_dir with a random full_sft_32, dense and MoE; without a json, as if downloaded."""
+    """An --out_dir with a random full_sft_32, dense and MoE, without a json, as if downloaded."""
     out = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     for use_moe in (False, True):
@@ -33,7 +33,7 @@ def out(base, tmp_path):
 
 @pytest.fixture(scope="module")
 def train(tokenizer_dir, tiny_data):
-    """Runs train_lora.py into a folder."""
+    """Runs train_lora.py with a folder as --out_dir."""
     data = ("--tokenizer", tokenizer_dir, "--data_path", tiny_data / "sft_mini_512.jsonl")
     return lambda out, *flags, **how: run_script(
         "train_lora.py", "--out_dir", out, *TINY_TRAINING, *data, *STEPS, *flags, **how
@@ -42,7 +42,7 @@ def train(tokenizer_dir, tiny_data):
 
 @pytest.fixture(scope="module")
 def alone(base, train, tmp_path_factory):
-    """What one process makes in four steps: an adapter on the attention and on every expert."""
+    """One process's result after four steps: an adapter on the attention and on every expert."""
     out = shutil.copytree(base, tmp_path_factory.mktemp("alone"), dirs_exist_ok=True)
     train(out, *EXPERTS)
     return out
@@ -89,7 +89,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(out, alone, train):
 
 
 def test_the_adapter_lowers_the_held_out_loss(out, train, tiny_data, tiny_tokenizer):
-    """Dense, default targets, bf16, one sample a row, by Muon alone."""
+    """A dense model, default target layers, bf16, one sample per row, Muon only."""
     held_out = ("--eval_path", tiny_data / "sft_mini_512.jsonl", "--eval_interval", "1", "--max_seq_len", "96")
     how = ("--max_steps", "8", "--learning_rate", "0.1", "--optimizer", "muon", "--dtype", "bfloat16", "--packing", "0")
     train(out, *held_out, *how)
@@ -102,7 +102,7 @@ def test_the_adapter_lowers_the_held_out_loss(out, train, tiny_data, tiny_tokeni
 
 
 def test_qlora_trains_an_adapter_for_the_base_as_it_was_saved(out, base, train, alone, tokenizer_dir):
-    """Interrupted, and on two processes; what it has learned is close to LoRA's, and merges into the exact base."""
+    """Interrupted, and with two processes; the adapter is close to LoRA's, and merges into the exact base."""
     told = train(out, *EXPERTS, "--quantize", "nf4", "--max_steps", "2").stdout
     assert "bytes each; not quantized: embedding and norms" in told
     refused = one_error_line(train(out, *EXPERTS, "--resume", exit_code=2))

@@ -1,4 +1,4 @@
-"""train_reward.py: its loss against trl's trainer, where the score is read, real runs, and choosing among answers."""
+"""train_reward.py: its loss compared with trl's trainer, the place of the score, real runs, choosing answers."""
 
 import itertools
 import shutil
@@ -62,7 +62,7 @@ def judge(tiny_tokenizer):
 
 
 def test_the_loss_is_trls():
-    """Of the same two scores, as its trainer computes it."""
+    """For the same two scores, as computed by trl's trainer."""
     from types import SimpleNamespace
 
     from trl import RewardTrainer
@@ -91,7 +91,7 @@ def test_the_loss_is_trls():
 
 
 def test_the_score_is_read_at_the_last_end_of_the_answer(tiny_tokenizer, judge, world):
-    """Of packed rows the same as of each chat alone."""
+    """In packed rows the score is the same as for each chat alone."""
     data = DPODataset(world / "dpo.jsonl", tiny_tokenizer, 256)  # nothing is cut off
     batch = collate([data[0], data[1]], data.max_seq_len)
     labels = batch.pop("labels")
