@@ -1,4 +1,4 @@
-"""trainer/advantages.py: PPO's arithmetic, worked out by hand, and against a plain loop over one answer."""
+"""trainer/advantages.py: PPO's formulas by hand, and compared with a plain loop over one answer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The flags all stages share: each there, each read as people mean it, each wrong value told in one line."""
+"""The flags that all stages share: all exist, all are parsed as meant, and wrong values give one line of error."""
 
 import argparse
 import importlib
@@ -176,7 +176,7 @@ def test_a_deepspeed_file_that_is_none(tmp_path, content):
     "stage", ["eval_model", "eval_vlm", "scripts.chat_openai_api", "scripts.collect_teacher_answers"]
 )
 def test_what_is_said_to_a_model_is_utf8(stage, monkeypatch):
-    """A path may be any bytes; a prompt that no tokenizer and no server takes is refused by name."""
+    """A path may be any bytes; a prompt that is not UTF-8, which no tokenizer or server accepts, is refused by name."""
     flag = "--system" if stage.startswith("scripts") else "--prompt"
     broken = b"caf\xe9".decode("utf-8", "surrogateescape")
     monkeypatch.setattr("sys.argv", [stage, flag, broken])

@@ -1,5 +1,5 @@
-"""Which device computes, in which dtype, and what is done otherwise on each kind. Most kinds are not here: they are
-pretended, and what is tested is that PyTorch is asked for the right things."""
+"""Choice of device and dtype, and what differs between kinds of devices. Most kinds are simulated: the tests check that
+PyTorch is called in the right way."""
 
 from types import SimpleNamespace
 
@@ -151,7 +151,7 @@ def test_a_token_is_drawn_alike_where_there_is_no_float64(monkeypatch):
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses every tensor that a device without float64 could not hold."""
+    """Refuses every tensor that a device without float64 cannot store."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
@@ -179,7 +179,7 @@ def test_every_dtype_of_the_flag_is_known():
 
 
 def test_only_an_accelerator_that_is_really_there_is_taken(monkeypatch):
-    """PyTorch built for CUDA names it also on a machine without."""
+    """PyTorch built for CUDA reports it even on a machine without a GPU."""
     monkeypatch.setattr(
         torch.accelerator,
         "current_accelerator",
@@ -199,7 +199,7 @@ def test_devices_are_counted_from_0(count, index, there, monkeypatch):
 
 
 class TestOlderPyTorch:
-    """2.6 has not got what later versions have: without it the same is found."""
+    """PyTorch 2.6 lacks functions of later versions: without them the result is the same."""
 
     @pytest.fixture(autouse=True)
     def hide(self, monkeypatch):

@@ -1,4 +1,4 @@
-"""Loss on held-out rows: against transformers' own cross-entropy, row by row, and bytes counted by hand."""
+"""Loss on held-out rows: compared with transformers' cross-entropy, row by row; bytes counted by hand."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_nats_per_token_and_bits_per_byte(model, tiny_tokenizer, tiny_data, kind
 
 
 class OneOfTwo(Runtime):
-    """A rank of two; `sum` adds what the other one has found."""
+    """One rank of two; `sum` adds the other rank's result."""
 
     others: tuple = ()
 
@@ -55,7 +55,7 @@ class OneOfTwo(Runtime):
 
 
 def test_two_ranks_find_together_what_one_finds(model, tiny_tokenizer, tiny_data):
-    """Each evaluates its share of the rows."""
+    """Each rank evaluates its share of the rows."""
     rows = PretrainDataset(tiny_data / "pretrain_hq.jsonl", tiny_tokenizer, max_seq_len=100)
     cpu = torch.device("cpu")
     alone = evaluate(model, rows, tiny_tokenizer, Runtime(cpu, torch.float32), batch_size=3)
@@ -67,7 +67,7 @@ def test_two_ranks_find_together_what_one_finds(model, tiny_tokenizer, tiny_data
 
 
 class Breaking(nn.Module):
-    """A model that is out of memory; sharded as by a stage of ZeRO."""
+    """A model that runs out of memory, sharded as by a stage of ZeRO."""
 
     def __init__(self, stage: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tensors that cannot bring code along."""
+"""Files that are complete or absent, and tensor files that cannot contain code."""
 
 import errno
 import hashlib
@@ -87,7 +87,7 @@ def test_a_full_disk(small_disk):
 
 @pytest.mark.parametrize("why", [None, OSError(errno.EDQUOT, "Disk quota exceeded")])
 def test_a_write_that_pytorch_gave_up_is_told_by_its_reason(tmp_path, monkeypatch, why):
-    """Which PyTorch has found out itself, or not: it then says what it was about to do, and a page of its own code."""
+    """PyTorch reports the reason, or only its own operation and a page of its code."""
 
     def broken(*_, **__):
         error = RuntimeError("PytorchStreamWriter failed writing file data/0\nand where in its code")
@@ -174,7 +174,7 @@ def test_a_file_in_a_folder_under_a_link(tmp_path):
 
 @pytest.mark.parametrize("lost", ["out", "a.pth"])
 def test_a_link_to_a_disk_that_is_not_mounted(tmp_path, lost):
-    """It is told, rather than made up for on the small disk."""
+    """It is reported, instead of the folder being created on the small disk."""
     (tmp_path / lost).symlink_to(tmp_path / "disk" / "folder" / lost)
     path = tmp_path / "a.pth" if lost == "a.pth" else tmp_path / "out" / "a.pth"
     with pytest.raises(UserError, match="cannot write"):

@@ -1,4 +1,4 @@
-"""A process's place in a run, by the environment; half of one ends in a line that says what to do."""
+"""A process's rank in a run, from the environment; incomplete settings end in a line that says what to do."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What a run tells of itself: when, in which words, and what a crash or a number that is none cannot spoil."""
+"""The reports of a run: when they come, their wording, and that neither a crash nor a NaN spoils them."""
 
 import json
 import math
@@ -23,7 +23,7 @@ NOT_UTF8 = b"a\xff".decode("utf-8", "surrogateescape")
 
 @pytest.fixture
 def metrics(tmp_path, monkeypatch):
-    """Makes the Metrics of a run of 10 steps, at a clock that stands at 100 s."""
+    """Makes the Metrics of a run of 10 steps, with the clock stopped at 100 s."""
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
 
     def make(progress: Progress, rank: int = 0) -> Metrics:
@@ -46,7 +46,7 @@ def test_what_is_due_at_a_step(metrics):
 
 
 def test_a_line_of_a_step(metrics, monkeypatch, capsys, tmp_path):
-    """Speed is that since the last line, and the time left goes by all steps."""
+    """Speed is measured since the last line, and the time left follows from all steps."""
     progress = Progress(step=2, tokens=1000, seconds=30.0)
     measured = metrics(progress)
     assert "stage_32: 0.01 M parameters, 10 steps on cpu, float32, eager, adamw\n" in capsys.readouterr().out

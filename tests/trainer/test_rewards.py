@@ -1,4 +1,4 @@
-"""trainer/rewards.py: what each rule gives, how answers try to cheat, and what --rewards takes."""
+"""trainer/rewards.py: the value of each rule, attempts to cheat, and the syntax of --rewards."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""trainer/rollouts.py: answers depend on their seeds, and are laid out and judged as they were written."""
+"""trainer/rollouts.py: answers depend only on their seeds, and are batched and scored as generated."""
 
 from types import SimpleNamespace
 
@@ -42,7 +42,7 @@ def dataset(tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(dataset):
-    """One step: micro-batches of two, two and one question."""
+    """The questions of one step: micro-batches of two, two and one."""
     (step,) = StepLoader(dataset, 2, 3, 1, seed=0).steps()
     return step
 
@@ -54,7 +54,7 @@ def rollouts(model, tokenizer, dataset, **changed) -> Rollouts:
 
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_engine_and_trainer_find_the_same_log_probabilities(tiny_tokenizer, dataset, questions, use_moe):
-    """In fp32 to 1e-5, so that the first update's ratio is 1."""
+    """To 1e-5 in fp32, so that the first update's ratio is 1."""
     torch.manual_seed(1)
     model = MiniMindLM(LMConfig(dim=32, n_layers=2, vocab_size=len(tiny_tokenizer), use_moe=use_moe))
     with torch.no_grad():

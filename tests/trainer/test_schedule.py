@@ -1,4 +1,4 @@
-"""How large a step is, and what takes it: against formulas written out by hand."""
+"""Learning rates and optimizers, compared with formulas by hand."""
 
 import math
 from types import SimpleNamespace
@@ -73,7 +73,7 @@ def test_muon_takes_the_hidden_matrices_and_nothing_else():
 
 
 def test_one_step_of_adamw_by_hand():
-    """arXiv:1711.05101, algorithm 2: decay apart from the gradient, both moments corrected for their start at 0."""
+    """arXiv:1711.05101, algorithm 2: decoupled weight decay, both moments corrected for their start at 0."""
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(**TINY))
     weight = model.layers[0].attention.wq.weight
@@ -90,7 +90,7 @@ def test_one_step_of_adamw_by_hand():
 
 
 def test_the_update_of_muon_is_as_large_as_that_of_adamw():
-    """arXiv:2502.16982: an orthogonal matrix times 0.2 sqrt(max(rows, columns)), so its entries have an RMS of 0.2."""
+    """arXiv:2502.16982: an orthogonal matrix times 0.2 sqrt(max(rows, columns)) has entries with an RMS of 0.2."""
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(**TINY))
     weight = model.layers[0].feed_forward.w1.weight
@@ -125,7 +125,7 @@ def test_a_rate_reaches_every_group_and_a_state_comes_back():
 
 
 def test_three_steps_of_adamw_by_hand():
-    """After one step the betas cancel out; each moment is told by gradients that differ."""
+    """After one step the betas cancel out; differing gradients reveal each moment."""
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(**TINY))
     weight = model.layers[0].attention.wq.weight

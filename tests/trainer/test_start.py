@@ -1,4 +1,4 @@
-"""What comes before everything else: a Python with the packages, and a home folder."""
+"""trainer/start.py: a Python without the packages, and a user without a home folder."""
 
 import importlib.util
 import os
@@ -74,7 +74,7 @@ def test_an_old_python_is_named(monkeypatch):
 
 @pytest.fixture
 def nobody(monkeypatch, tmp_path) -> Path:
-    """A process that has neither a home nor a name; where temporary files go."""
+    """Simulate a process without a home folder and user name; returns the folder for temporary files."""
     for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.setenv(name, "x")  # so that it is put back
         monkeypatch.delenv(name)
@@ -114,7 +114,7 @@ def test_who_has_a_home_keeps_it(monkeypatch):
 
 
 def test_it_is_said_once_where_files_go(tmp_path):
-    """As a process: nobody's uid, no home; importing it is enough."""
+    """In a process with an unknown uid and no home, importing the module is enough."""
     code = (
         "import os, pwd\n"
         "def unknown(*_): raise KeyError('uid not found')\n"

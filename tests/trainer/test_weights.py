@@ -1,4 +1,4 @@
-"""Names of weights, and loading them; what cannot be loaded is in tests/stages/test_errors.py, as a user meets it."""
+"""Names of weights, and loading them; tests/stages/test_errors.py tests what cannot be loaded, as a user sees it."""
 
 import json
 import shutil
@@ -67,7 +67,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 
 def flipped(out, name: str, folder):
-    """A copy of weights and their json, one bit of the weights changed."""
+    """A copy of weights and their json, with one bit of the weights changed."""
     path = folder / f"{name}.pth"
     for suffix in (".pth", ".json"):
         shutil.copy(out / f"{name}{suffix}", folder)
@@ -166,7 +166,7 @@ def test_an_adapter_by_another_tool_is_put_on(tiny_out, tiny_tokenizer, tmp_path
 
 
 def test_a_name_is_looked_for_in_out_dir_before_it_is_a_folder(tmp_path, monkeypatch):
-    """A user's own folder `pretrain` in the working directory must not stand for the stage."""
+    """A user's own folder `pretrain` in the working directory must not replace the stage."""
     monkeypatch.chdir(tmp_path)
     args = SimpleNamespace(out_dir=str(tmp_path / "out"), dim=512, use_moe=True)
     for folder in ("out", "pretrain", "teacher_768"):
@@ -284,7 +284,7 @@ def test_a_long_list_of_names_is_cut(keys, told):
 
 @pytest.mark.parametrize(("name", "ours"), [("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", None)])
 def test_what_begins_and_ends_a_turn_is_as_it_was_in_training(name, ours, tiny_out, tiny_tokenizer, tmp_path):
-    """What fills a row is known by its place, and may be another."""
+    """The padding token may differ, because padding is known by position."""
     path = tmp_path / "full_sft_32.pth"
     shutil.copy(tiny_out / path.name, path)
     settings = json.loads((tiny_out / "full_sft_32.json").read_text())

@@ -1,4 +1,4 @@
-"""float16's loss scale where DeepSpeed holds the gradients, against PyTorch's own GradScaler."""
+"""float16's loss scale when DeepSpeed holds the gradients, compared with PyTorch's own GradScaler."""
 
 import math
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ GROWTH = 3  # steps without an overflow after which the scale doubles; 2000 in a
 
 
 class Engine:
-    """As much of a ZeRO engine as the scaler asks."""
+    """As much of a ZeRO engine as the scaler uses."""
 
     device = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def scaler_of_zero() -> DeepSpeedScaler:
 
 @pytest.fixture(scope="module")
 def scales() -> list[float]:
-    """The scale at each step, as GradScaler has it."""
+    """GradScaler's scale at each step."""
     scaler = torch.amp.GradScaler("cpu", growth_interval=GROWTH)
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=0.1)
@@ -57,7 +57,7 @@ def scales() -> list[float]:
 
 
 def take_step(scaler: DeepSpeedScaler, norm: float) -> float:
-    """The scale that the engine was told."""
+    """Take a step; returns the scale that the engine received."""
     scaler.scale(torch.ones(())).backward()
     scaler.engine.norm = norm
     assert scaler.clip_and_step() == norm
