@@ -120,7 +120,7 @@ def train_tokenizer(added: list[str], vocab_size: int = 600) -> PreTrainedTokeni
     )
     backend.train_from_iterator(SENTENCES, trainer)
     state = json.loads(backend.to_str())
-    for token in state["added_tokens"]:  # the trainer calls all of them special
+    for token in state["added_tokens"]:  # the trainer marks all of them as special
         token["special"] = token["content"] in SPECIAL
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),

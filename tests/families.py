@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import SENTENCES
 
-FAMILIES = {  # special tokens, which come last, and what they are for
+FAMILIES = {  # special tokens, which come last, and their roles
     "gpt2": (["<|endoftext|>"], dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")),
     "llama3": (
         ["<|begin_of_text|>", "<|end_of_text|>"],

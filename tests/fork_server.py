@@ -51,7 +51,7 @@ def serve() -> dict | None:
 
 def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, stdin: str, out: str, err: str) -> None:
     """Run a script like `python script arguments…`, with these files, or a terminal, as its streams."""
-    os.setsid()  # so a terminal that is opened now is the one that controls it
+    os.setsid()  # so that a terminal opened now becomes the controlling one
     os.dup2(os.open(stdin, os.O_RDONLY), 0)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -59,7 +59,7 @@ def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, std
         stream = io.FileIO(number, "w" if number else "r", closefd=False)
         buffer = io.BufferedWriter(stream) if number else io.BufferedReader(stream)
         setattr(sys, name, io.TextIOWrapper(buffer, "utf-8", line_buffering=number == 2 or os.isatty(number)))
-    if os.isatty(0):  # as a terminal starts it, even where the tests themselves run under nohup
+    if os.isatty(0):  # as if started at a terminal, even if the tests run under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)
@@ -74,7 +74,7 @@ def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, std
     except BaseException:
         code = 1
         traceback.print_exc()
-    # As Python ends, but without tearing a million objects down, which takes longer than most of these runs.
+    # Like Python's exit, but without destroying a million objects, which takes longer than most of these runs.
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -82,8 +82,8 @@ def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, std
 
 
 if __name__ == "__main__":
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # these two import more on first use
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # these two import more at first use
     transformers.AutoTokenizer.from_pretrained(str(SHIPPED_TOKENIZER), local_files_only=True)
-    gc.freeze()  # so that a copy does not copy all that it only looks through
+    gc.freeze()  # so that a forked copy's garbage collection does not copy memory
     if (order := serve()) is not None:
         become(**order)

@@ -121,7 +121,7 @@ def modules() -> list[str]:
 def main(what: str, *arguments: str) -> None:
     hide()
     if what == "modules":
-        sys.path.insert(0, str(ROOT / "scripts"))  # as for any script there
+        sys.path.insert(0, str(ROOT / "scripts"))  # as for any script on Windows
         for name in modules():
             try:
                 importlib.import_module(name)

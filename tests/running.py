@@ -30,7 +30,7 @@ TINY_TRAINING = (
     *("--warmup_iters", "2", "--log_interval", "1", "--eval_interval", "0"),
 )
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-PATIENCE = 900  # seconds; only what hangs takes as long
+PATIENCE = 900  # seconds; only a hanging run takes as long
 LAST_WORDS = 60  # seconds; for the ranks whose peer is gone
 
 
@@ -187,7 +187,7 @@ def from_process(replies: multiprocessing.Queue, *processes: multiprocessing.Pro
     """
     deadline = time.monotonic() + PATIENCE
     while True:
-        codes = [process.exitcode for process in processes]  # asked first: what it has put is there when it ends
+        codes = [process.exitcode for process in processes]  # checked first: what it has put is there when it ends
         with contextlib.suppress(queue.Empty):
             return replies.get(timeout=0.05)
         assert all(code in (None, 0) for code in codes), f"a process has failed: {codes}"
@@ -237,7 +237,7 @@ def call_script(script: str, *arguments: str | Path, stop_after: int | None = No
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             for thread in threading.enumerate():
-                if thread.name == Background.NAME:  # a process that ends waits for what is being saved
+                if thread.name == Background.NAME:  # a process waits at its end for a save under way
                     thread.join()
     assert code == exit_code, f"{script} ended with {code}, not {exit_code}"
 

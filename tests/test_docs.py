@@ -13,7 +13,7 @@ from PIL import Image
 from tests.conftest import write_jsonl
 from tests.running import ROOT, TINY, TINY_TRAINING, run_script
 
-# in the order in which their commands are run: each page may need what an earlier one has trained
+# in the order in which their commands are run: a page may need weights that an earlier one has trained
 PAGES = (
     *(
         "README",
@@ -193,7 +193,7 @@ def test_the_commands_run_shrunken(every_data, tokenizer_dir, clip_dir, tmp_path
             assert f"> {flags[flags.index('--prompt') + 1]}" in shown.stdout
         form = (script, command[0], *(flag in flags for flag in ("--use_moe", "--deepspeed", "--mix", "--from_weight")))
         if script not in DATA_OF or "--nnodes" in command or command[0] == "deepspeed" or form in seen:
-            continue  # several machines there are none here; the deepspeed launcher has a test of its own
+            continue  # there is only one machine here; the deepspeed launcher has its own test
         seen.add(form)
         shrunken = [*TINY_TRAINING, "--max_seq_len", "128", "--max_steps", "2", "--overwrite"]
         if script == "train_distillation.py":

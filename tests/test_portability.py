@@ -113,7 +113,7 @@ def mode_of(name: str, call: ast.Call) -> str:
     place = 1 if name in ("open", "fdopen") and isinstance(call.func, ast.Name | ast.Attribute) else 0
     owner = getattr(call.func, "value", None)
     if name == "open" and owner is not None and getattr(owner, "id", "") not in ("io", "os"):
-        place = 0  # of a path
+        place = 0  # a method of a path
     given += call.args[place : place + 1]
     mode = given[0] if given else None
     usual = "w+b" if name.endswith("TemporaryFile") else "r"
@@ -216,7 +216,7 @@ def test_no_module_needs_what_only_unix_has():
     }
     assert not needed("if hasattr(os, 'getuid'): os.getuid()")
     assert not needed("os.getpid(), signal.SIGTERM, path.uname")
-    # faults are injected by what Unix has, and benchmarks/faults.py says so first
+    # faults are injected with Unix features, and benchmarks/faults.py checks for them first
     sources = [path for path in SOURCES if "fault_injection" not in path.parts]
     found = {path.relative_to(ROOT): needed(path.read_text(encoding="utf-8")) for path in sources}
     assert not {path: names for path, names in found.items() if names}

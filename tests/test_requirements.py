@@ -12,13 +12,13 @@ from tests.running import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:  # pytest brings it there
+else:  # installed with pytest
     import tomli as tomllib
 
 OURS = {"model", "dataset", "trainer", "scripts", "benchmarks", "tests", "_repo", "_own_python", "tomli"} | {
     path.stem for path in ROOT.glob("*.py")
 }
-PACKAGE_OF = {"PIL": "pillow", "charset_normalizer": "charset-normalizer"}  # where a module's name is not its package's
+PACKAGE_OF = {"PIL": "pillow", "charset_normalizer": "charset-normalizer"}  # where a module's name differs
 
 
 def group(name: str) -> list[str]:
@@ -81,7 +81,7 @@ def test_what_users_run_imports_only_what_is_listed():
 
 def test_what_is_listed_is_imported():
     used = set().union(*map(imported, ("model", "dataset", "trainer", "scripts", ":(glob)*.py")))
-    assert names(requirements("requirements.txt")) <= used | {"tensorboard"}  # torch.utils.tensorboard wants it
+    assert names(requirements("requirements.txt")) <= used | {"tensorboard"}  # torch.utils.tensorboard needs it
 
 
 def test_the_packages_need_no_more_than_the_core():

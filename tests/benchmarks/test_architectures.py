@@ -37,7 +37,7 @@ def test_the_table_grows_row_by_row_and_seed_by_seed(call, tmp_path, monkeypatch
     before = json.loads((folder / "fine_bias_seed_1.json").read_text(encoding="utf-8"))
     assert [len(layers[0]) for layers in before["loads"]] == [16] * 3
 
-    (folder / "fine_bias_seed_1.json").unlink()  # once more, stopped and gone on with
+    (folder / "fine_bias_seed_1.json").unlink()  # again, interrupted and resumed
     monkeypatch.setattr(architectures, "SAVE_EVERY", 0.0)
     saves = iter([None, STOPPED])
 

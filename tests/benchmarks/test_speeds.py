@@ -53,7 +53,7 @@ def test_a_figure_is_the_median_of_the_rounds_behind_a_warm_up(clock):
 
 def test_contenders_are_compared_with_the_first_round_by_round(clock, capsys):
     """Two warm-up steps each, then as many steps as fit into 4 seconds."""
-    slow = clock.passing((50, 50, 4, 2, 2, 1, 1, 1, 1), (100, 200))  # 25, 50 and 100 real tokens a second
+    slow = clock.passing((50, 50, 4, 2, 2, 1, 1, 1, 1), (100, 200))  # 25, 50 and 100 non-padding tokens per second
     fast = clock.passing((50, 50, 4, 4, 2, 2), (300, 300))  # 75, 75 and 150
     train_throughput.measure({"slow": slow, "fast": fast}, 3, 4, lambda: None)
     *_, first, second = capsys.readouterr().out.splitlines()
@@ -175,7 +175,7 @@ class TestLoad:
             )
             monkeypatch.setattr(serve_load, "asyncio", patient)
             asyncio.run(serve_load.load("http://127.0.0.1:9", 7, SimpleNamespace(clients=3, seconds=100)))
-            assert len(asking) == 1 + 3  # the one that asks every question alone
+            assert len(asking) == 1 + 3  # the peer that answers one question at a time
             return told[80:]
 
         return run
@@ -186,7 +186,7 @@ class TestLoad:
         p5, p50, p95 = np.quantile(seconds, (0.05, 0.5, 0.95), method="weibull")
         assert f"first text, s:            p5 {p5:.3f}  p50 {p50:.3f}  p95 {p95:.3f}\n" in said
         assert f"{len(seconds)} answers" in said
-        assert "tokens/s of an answer:    p5 2.000  p50 2.000  p95 2.000\n" in said  # four behind the first, in 2 s
+        assert "tokens/s of an answer:    p5 2.000  p50 2.000  p95 2.000\n" in said  # four after the first, in 2 s
         assert "answers that differ from those alone: 0\n" in said
         assert "memory: 7 MiB early, 7 MiB at the end, +0.0%\n" in said
 

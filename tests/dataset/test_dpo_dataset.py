@@ -170,7 +170,7 @@ def test_parts_are_of_pairs(pairs):
 def test_a_reference_comes_with_its_tokens(pairs):
     data = pairs(*[pair(f"{n} + {n}?", f"{2 * n}", f"{3 * n + 1}") for n in range(9)], max_seq_len=96)
     every = np.concatenate([data.cache.ids(sample, 0, n) for sample, n in enumerate(data.cache.lengths)])
-    data.reference = every.astype(np.float32)  # a number that tells which token it belongs to
+    data.reference = every.astype(np.float32)  # a number that identifies its token
     for row in data:
         assert torch.equal(row["reference"], row["input_ids"].float())
     for (batch,) in StepLoader(data, 4, 1, 1, seed=0).steps():

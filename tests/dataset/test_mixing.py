@@ -55,7 +55,7 @@ def test_shares_are_of_tokens_and_no_row_comes_twice(files, shares):
     assert sum(map(len, rows)) == len(mixed)
     assert all(len(set(some)) == len(some) for some in rows)
     for share, count in zip(shares, tokens, strict=True):
-        assert count == pytest.approx(share / sum(shares) * sum(tokens), abs=3 * 64)  # each file to within a row
+        assert count == pytest.approx(share / sum(shares) * sum(tokens), abs=3 * 64)  # each share is exact to a row
     assert any(len(some) == len(file) for some, file in zip(rows, files, strict=True))
 
 

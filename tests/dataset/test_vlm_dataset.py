@@ -18,7 +18,7 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from tests.conftest import write_jsonl
 
 COLOURS = {"red.png": (255, 0, 0), "blue.jpg": (0, 0, 255), "grey.png": (128, 128, 128)}
-TOKENS = 4  # places an image takes
+TOKENS = 4  # tokens per image
 
 
 def line(question: str, answer: str, image=None) -> dict:
@@ -202,7 +202,7 @@ class TestRefused:
             (line("no marker", "Red.", "red.png"), "1 images, but only 0 <image> markers"),
             (line("<image> one", "Red.", "red.png,blue.jpg"), "2 images, but only 1 <image> markers"),
             (line("<image>", "Red.", "gone.png"), r"gone\.png does not exist"),
-            (line("<image>", "Red.", "A" * 5000), "AAA… does not exist"),  # an image's content, say, for its name
+            (line("<image>", "Red.", "A" * 5000), "AAA… does not exist"),  # such as an image's bytes, not its name
             (line("<image>", "Red.", 7), '"image" must be a name'),
             (line("<image>", "Red.", ["red.png", None]), '"image" must be a name'),
             (line("<image>", "Red.", "red.png,"), '"image" must be a name'),
@@ -233,7 +233,7 @@ class TestRefused:
         whole = open_lines([late], packing=False)[0]
         end = int(whole["image_mask"].nonzero()[-1]) + 1
         fits = open_lines([late, short], packing=False, max_seq_len=end)
-        assert "dropped" not in fits.summary  # its last answer is cut off, its first one is learned
+        assert "dropped" not in fits.summary  # its last answer is cut off, its first is a target
         assert fits[0]["image_mask"].sum() == TOKENS
         cut = open_lines([late, short], packing=False, max_seq_len=end - 1)
         assert len(cut) == 1
@@ -290,7 +290,7 @@ class TestImagesThatBreakAndAreMended:
             f"the image {images / 'blue.jpg'} is valid now, but the saved run began without its lines: "
             "move it away to continue without them"
         )
-        (images / "blue.jpg").unlink()  # as the line says
+        (images / "blue.jpg").unlink()  # as the error line says
         assert open_three(skip_bad_lines=True).changed_since(before.identity) is None
 
     def test_broken_again_it_is_named(self, open_three, images, images_path):

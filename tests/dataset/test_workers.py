@@ -35,7 +35,7 @@ def test_no_room_in_shared_memory(monkeypatch, rows, collate):
             "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
         )
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)  # what the workers inherit
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)  # inherited by the workers
     loader = DataLoader(
         rows,
         2,

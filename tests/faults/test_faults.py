@@ -11,7 +11,7 @@ from benchmarks.fault_injection.small_stages import STAGES, make_world
 from benchmarks.faults import print_table
 from tests.running import RunningScript
 
-ELSEWHERE = {  # what tests/stages/ tries more closely
+ELSEWHERE = {  # tests/stages/ tests these more closely
     *("kill -9 inside a save", "data grown", "data changed", "data moved", "one of two ranks halted"),
     "one of two ranks killed",
 }

@@ -62,7 +62,7 @@ def finish(engine: Engine) -> None:
         engine.step()
 
 
-# ------------------------------------------------------------------------------------------------------- in company
+# ------------------------------------------------------------------------------------------------------- in a batch
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +178,7 @@ def test_slots_that_change_places_keep_all_that_they_hold(moved, kept, models, t
     assert [ids(answer) for answer in answers] == [alone(models["dense"], r) for r in [*requests, again]]
 
 
-# ---------------------------------------------------------------------------------------------- what is used again
+# ---------------------------------------------------------------------------------------------------- prefix reuse
 
 
 def test_a_prompt_that_begins_alike_is_read_only_where_it_differs(engine, models):
@@ -187,7 +187,7 @@ def test_a_prompt_that_begins_alike_is_read_only_where_it_differs(engine, models
     assert first.reused == 0
     turn = Request(prompt=[*chat.prompt, *ids(first), *prompt_of(7, 1)], max_new_tokens=8, eos_token_id=())
     (second,) = engine.run([turn])
-    assert second.reused == 40 + 9  # the last token written was never read
+    assert second.reused == 40 + 9  # the last generated token was never processed
     (third,) = engine.run([turn])
     assert third.reused == len(turn.prompt) - 1
     assert ids(second) == ids(third) == alone(models["dense"], turn)
@@ -243,13 +243,13 @@ def test_choices_for_one_long_prompt_wait_until_it_is_read_once(models, tiny_tok
     assert len({tuple(ids(answer)) for answer in answers}) == 3
 
 
-# --------------------------------------------------------------------------------------------------------- the end
+# ------------------------------------------------------------------------------------------------- ends of answers
 
 
 def test_an_answer_ends_at_its_stop_token_which_is_no_part_of_it(engine, models):
     request = Request(prompt=prompt_of(5), max_new_tokens=30, eos_token_id=())
     written = alone(models["dense"], request)
-    end = max(written, key=written.index)  # the token that comes for the first time latest
+    end = max(written, key=written.index)  # the token whose first occurrence is latest
     before = written.index(end)
     assert before > 2
     for eos in (end, [end, 585]):
@@ -281,7 +281,7 @@ def test_stop_strings_cut_the_text_wherever_tokens_end(cut, engine, tiny_tokeniz
         tokens = [token.id for piece in pieces for token in piece.tokens]
         assert tokens == ids(free)[: len(tokens)]
         assert tiny_tokenizer.decode(tokens).startswith(text)
-        if text and text[-1] != "\ufffd":  # which half a character shows as, too
+        if text and text[-1] != "\ufffd":  # half a character is also shown like this
             assert not tiny_tokenizer.decode(tokens[:-1]).startswith(text)
 
 
@@ -290,7 +290,7 @@ def test_of_several_stop_strings_the_first_in_the_text_counts(stop):
     spelling = Detokenizer([b"one ", b"two three four"], stop)
     assert [spelling.push(Token(id))[0] for id in (0, 1)] == ["one ", ""]
     assert spelling.stopped
-    held = Detokenizer([b"one t", b"hree two"], stop)  # "t" may begin either
+    held = Detokenizer([b"one t", b"hree two"], stop)  # "t" may begin either stop string
     assert "".join(held.push(Token(id))[0] for id in (0, 1)) == ("one " if "three" in stop else "one three ")
 
 
@@ -298,7 +298,7 @@ def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(engine):
     request = Request(prompt=prompt_of(8), max_new_tokens=14, eos_token_id=())
     (free,) = engine.run([request])
     plain = [piece.text for piece in engine.stream(request)]
-    stop = plain[3] + "\u2603"  # what is written fourth may be its start, until the fifth is there
+    stop = plain[3] + "\u2603"  # the fourth token may be its start, until the fifth is there
     pieces = list(engine.stream(Request(prompt=prompt_of(8), max_new_tokens=14, eos_token_id=(), stop=[stop])))
     assert "".join(piece.text for piece in pieces) == free.text
     assert [token for piece in pieces for token in piece.tokens] == free.tokens
@@ -461,7 +461,7 @@ def test_frequency_and_presence_penalties_by_hand(engine, models):
     assert written != alone(models["dense"], Request(prompt=prompt_of(5), max_new_tokens=12, eos_token_id=()))
 
 
-# --------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------------- refused requests
 
 
 @pytest.mark.parametrize(
@@ -525,7 +525,7 @@ def test_extreme_settings_still_write_tokens(settings, engine):
     assert answer.count == 5
 
 
-# --------------------------------------------------------------------------------------------------------- a thread
+# ------------------------------------------------------------------------------------------------------ in a thread
 
 
 def collect(pieces: queue.SimpleQueue, thread: EngineThread) -> list[Piece]:
@@ -533,7 +533,7 @@ def collect(pieces: queue.SimpleQueue, thread: EngineThread) -> list[Piece]:
     got: list[Piece] = []
     deadline = time.monotonic() + PATIENCE
     while not got or got[-1].finish_reason is None:
-        writes = thread._thread.is_alive()  # before the look, which then misses nothing
+        writes = thread._thread.is_alive()  # before it checks, so that it misses nothing
         try:
             got.append(pieces.get(timeout=0.1))
         except queue.Empty:

@@ -65,11 +65,11 @@ def failing(engine, monkeypatch) -> Failing:
     return failing
 
 
-# ---------------------------------------------------------------------------------------------- a step that fails
+# -------------------------------------------------------------------------------------------------- failing steps
 
 
 def test_what_a_failing_step_had_ended_already_is_heard_of(engine, failing):
-    answers = [engine.submit(request_of(seed)) for seed in range(5)]  # three run, two wait
+    answers = [engine.submit(request_of(seed)) for seed in range(5)]  # three run, two are queued
     engine.step()
     engine.cancel(answers[0])
     engine.cancel(answers[4])
@@ -110,7 +110,7 @@ def test_an_engine_goes_on_after_a_step_that_failed(engine, model, failing):
 def test_a_cancelled_answer_hears_its_end_though_the_step_fails(thread, failing):
     readers = [Reader() for _ in range(3)]
     answers = [thread.submit(request_of(seed), reader) for seed, reader in enumerate(readers)]
-    readers[0].pieces.get(timeout=PATIENCE)  # the thread stands still in the first step
+    readers[0].pieces.get(timeout=PATIENCE)  # the thread is blocked in the first step
     thread.cancel(answers[0])
     thread.cancel(answers[2])
     failing.set = True
@@ -143,7 +143,7 @@ def test_an_idle_thread_stands_still(thread, engine, failing, monkeypatch):
     answer = thread.submit(request_of(1), pieces.put)
     assert collect(pieces, thread)[-1].finish_reason == "error"
     taken = len(steps)
-    thread.cancel(answer)  # of one that has ended, twice
+    thread.cancel(answer)  # an answer that has ended, twice
     thread.cancel(answer)
     thread.submit(request_of(2, max_new_tokens=3), pieces.put)
     assert collect(pieces, thread)[-1].finish_reason == "length"
@@ -169,7 +169,7 @@ def test_a_setting_that_would_fail_in_a_step_fails_before_it_joins_the_others(en
         engine.submit(request_of(1, **settings))
 
 
-# --------------------------------------------------------------------------------------------------------- the end
+# --------------------------------------------------------------------------------------------------------- closing
 
 
 def test_what_comes_too_late_ends_at_once(thread):
@@ -184,10 +184,10 @@ def test_what_comes_too_late_ends_at_once(thread):
 def test_what_is_asked_while_the_thread_closes_ends_too(thread):
     reader = Reader()
     thread.submit(request_of(1), reader)
-    reader.pieces.get(timeout=PATIENCE)  # the thread stands still in its first step
+    reader.pieces.get(timeout=PATIENCE)  # the thread is blocked in its first step
     closing = threading.Thread(target=thread.close)
     closing.start()
-    while not thread._calls.qsize():  # until it has asked
+    while not thread._calls.qsize():  # until it has requested the lock
         pass
     late = Reader()
     late.go.set()

@@ -70,7 +70,7 @@ def hash_of_ids(encode, texts: list[str]) -> str:
     return found.hexdigest()[:16]
 
 
-# Of what the tokenizers library made of each file; `_exact_ids` in place of `encode` in the test below gives them anew
+# Hashes of the tokenizers library's ids for each file; `_exact_ids` instead of `encode` in the test below renews them
 HASHES = {
     "dpo.jsonl": "376c62e6dec5b197",
     "lora_medical.jsonl": "505f62b5f0005322",
@@ -100,7 +100,7 @@ def test_random_text_has_the_same_ids(both):
     words += ["7", "１", "½", "Ⅷ", "²", "😀", "\u200d", "\u0301", "<", "s>", "<s", "</", ">", "\x00", "!?", *SENTENCES]
     words += [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     texts = ["".join(draw.choices(words, k=draw.randrange(40))) for _ in range(2000)]
-    words += ["\u0378", "\ufdd0", "\ufdd1", "\U00011de0"]  # of no Unicode, or of a new one: not for tiktoken
+    words += ["\u0378", "\ufdd0", "\ufdd1", "\U00011de0"]  # unassigned, or of a newer Unicode: not for tiktoken
     texts += ["".join(draw.choices(words, k=draw.randrange(40))) for _ in range(500)]
     planes = [(0x20, 0x7F), (0x80, 0x600), (0x600, 0x3000), (0x3000, 0xD800), (0xE000, 0x20000), (0x20000, 0x110000)]
     for n in range(1000):
@@ -113,7 +113,7 @@ def test_random_text_has_the_same_ids(both):
     check(tokenizer, fast, texts)
 
 
-@pytest.mark.parametrize("both", KINDS[:2], indirect=True)  # one for each way to split
+@pytest.mark.parametrize("both", KINDS[:2], indirect=True)  # one for each kind of pre-tokenizer
 def test_every_character_splits_the_text_alike(both):
     """All characters that this Python knows, except the middle of large blocks, where all are letters."""
     tokenizer, fast = both
@@ -181,7 +181,7 @@ def by_hand(*merges: str, **model) -> Tokenizer:
 def test_merges_by_hand_are_taken_where_every_entry_is_what_its_bytes_become():
     good = by_hand("a b", "b c", "ab c")
     check(good, fast_bpe(good), ["abc", "ab", "bc", "aabbcc", "xbcabc"])
-    never_made = by_hand("q x", "x v", "q xv")  # "qxv" becomes "qx" and "v", and tiktoken would make it one
+    never_made = by_hand("q x", "x v", "q xv")  # "qxv" becomes "qx" and "v", but tiktoken would make it one token
     assert never_made.encode("qxv").tokens == ["qx", "v"]
     assert fast_bpe(never_made) is None
 
@@ -190,7 +190,7 @@ def test_merges_by_hand_are_taken_where_every_entry_is_what_its_bytes_become():
     "other",
     [
         lambda: by_hand("a b", "b c", "ab c", "a bc"),  # one entry by two merges
-        lambda: by_hand("ab c", "a b"),  # before what it is made of
+        lambda: by_hand("ab c", "a b"),  # before its parts
         lambda: by_hand("a b", dropout=1e-9),
         lambda: by_hand("a b", ignore_merges=True),
         lambda: by_hand("a b", byte_fallback=True),
@@ -200,7 +200,7 @@ def test_merges_by_hand_are_taken_where_every_entry_is_what_its_bytes_become():
         lambda: changed(lambda backend: setattr(backend, "encode_special_tokens", True)),
         lambda: changed(lambda backend: backend.add_tokens([AddedToken("<x>", lstrip=True, normalized=False)])),
         lambda: changed(lambda backend: backend.add_tokens([AddedToken("<x>", single_word=True, normalized=False)])),
-        lambda: changed(lambda backend: backend.add_tokens(["<x>"])),  # found in normalised text, by default
+        lambda: changed(lambda backend: backend.add_tokens(["<x>"])),  # matched in normalised text, by default
         lambda: changed(lambda backend: backend.add_tokens([AddedToken("<think>ing", normalized=False)])),
     ],
 )

@@ -110,7 +110,7 @@ def test_sampling_is_a_plain_loop_over_transformers_processors(kind):
     ids = prompt
     with torch.no_grad():
         for _ in range(15):
-            scores = processors(ids, model(ids).logits[:, -1])  # no cache, the whole text read again
+            scores = processors(ids, model(ids).logits[:, -1])  # without a cache: the whole text is processed again
             ids = torch.cat([ids, sample_from(scores.softmax(-1), generator)[:, None]], dim=1)
     assert got.tolist() == ids.tolist()
 
@@ -276,7 +276,7 @@ def test_a_token_is_the_first_whose_share_reaches_beyond_the_number_drawn(monkey
     monkeypatch.setattr(torch, "rand", lambda rows, _, device, generator: torch.tensor(numbers)[:, None])
     probabilities = torch.tensor([[0.25, 0.25, 0.5]])
     assert sample_from(probabilities.repeat(6, 1), None).tolist() == [0, 0, 1, 1, 2, 2]
-    assert sample_from(4 * probabilities.repeat(6, 1), None).tolist() == [0, 0, 1, 1, 2, 2]  # of no whole
+    assert sample_from(4 * probabilities.repeat(6, 1), None).tolist() == [0, 0, 1, 1, 2, 2]  # of half a character
     impossible_first = torch.tensor([[0.0, 0.5, 0.5]])
     assert sample_from(impossible_first.repeat(6, 1), None).tolist() == [1, 1, 1, 1, 2, 2]
 

@@ -19,7 +19,7 @@ KINDS = {
         **{"use_moe": True, "n_shared_experts": False, "n_routed_experts": 5, "num_experts_per_tok": 3},
         "norm_topk_prob": False,
     },
-    "moe, one expert a token": {"use_moe": True, "num_experts_per_tok": 1},  # which is weighted all the same
+    "moe, one expert a token": {"use_moe": True, "num_experts_per_tok": 1},  # whose output is weighted all the same
 }
 
 
@@ -42,7 +42,7 @@ def test_ragged_requests_get_the_logits_of_the_model(kind, packed, monkeypatch):
     ids = ids_of(4, 40)
     right = expected(model, ids)
     decoder = Decoder(model, slots=6, slot_len=64)
-    plan = [  # (request, its slot, tokens), pass by pass
+    plan = [  # (request, slot, tokens), by pass
         [(0, 2, 17), (1, 5, 30), (2, 0, 4)],
         [(2, 0, 1), (1, 5, 1), (0, 2, 20)],
         [(1, 5, 1), (2, 0, 9)],

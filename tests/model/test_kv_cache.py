@@ -120,7 +120,7 @@ def test_a_packed_row_gives_each_sample_what_it_gets_alone(kind):
     mask = torch.tensor([[1] * sum(lengths) + [0] * padding])
     labels = torch.full_like(ids, -100)
     start = 0
-    for length in lengths:  # the first token of a sample is nobody's to predict
+    for length in lengths:  # the first token of a sample is never predicted
         labels[0, start + 1 : start + length] = ids[0, start + 1 : start + length]
         start += length
     together = model(ids, mask, positions, labels)
@@ -143,7 +143,7 @@ def test_a_packed_row_may_be_read_in_chunks_and_continued(kind):
     ids = torch.cat([first, second[:, :2]], dim=1)
     with torch.no_grad():
         out = model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]]), use_cache=True)
-        rest = model(second[:, 2:], past_key_values=out.past_key_values, use_cache=True)  # goes on with the last one
+        rest = model(second[:, 2:], past_key_values=out.past_key_values, use_cache=True)  # continues the last sample
         placed = model(second[:, 2:], position_ids=torch.tensor([[2, 3, 4]]), past_key_values=out.past_key_values)
         new = model(third, position_ids=torch.arange(6)[None], past_key_values=rest.past_key_values)  # a new sample
     torch.testing.assert_close(rest.logits, model(second).logits[:, 2:], **CLOSE)

@@ -177,7 +177,7 @@ def test_copies_and_state_dicts():
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), on)
     merge_lora(twin)
-    assert torch.equal(logits(model), on)  # what happens to the copy does not reach the original
+    assert torch.equal(logits(model), on)  # changing the copy does not change the original
     unmerge_lora(copy.deepcopy(twin))  # a copy of a merged one knows that it is merged
 
     other = tiny_model()
@@ -185,7 +185,7 @@ def test_copies_and_state_dicts():
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), on)
     with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict(twin.state_dict())  # merged weights do not pass for a base with an adapter
+        other.load_state_dict(twin.state_dict())  # merged weights cannot be mistaken for a base with an adapter
 
 
 def test_compiled_blocks_give_the_same_numbers_and_see_every_switch():

@@ -31,7 +31,7 @@ def slow_loss(model: MiniMindLM, ids: torch.Tensor) -> torch.Tensor:
     h, total = seen[0][0], 0.0
     first = h
     for k, module in enumerate(model.mtp, start=1):
-        places = len(ids) - k  # those whose token k further on there is
+        places = len(ids) - k  # positions that have a token k further on
         if places < 1:
             break
         rows = h[:places] if module.sequential else first[:places]

@@ -58,11 +58,11 @@ def test_every_weight_becomes_the_nearest_value_of_its_block():
     assert ((own - scale).abs() <= made.outer.repeat_interleave(256)[:300] / 254 * 1.001).all()
     torch.testing.assert_close(made.dequantize(), (nearest(weight, scale) * own[:, None]).view(200, 96))
     error = (made.dequantize() - weight).norm() / weight.norm()
-    assert 0.08 < error < 0.11  # of a normal distribution about 0.094
+    assert 0.08 < error < 0.11  # about 0.094 for a normal distribution
 
 
 def test_a_weight_is_half_a_byte_and_little_more():
-    made = NF4Weight(random_weight(512, 128))  # the smallest matrix of a model of 26M parameters
+    made = NF4Weight(random_weight(512, 128))  # the smallest matrix of the 26M model
     assert sum(buffer.nbytes for buffer in made.buffers()) <= 0.52 * 512 * 128
     assert not list(made.parameters())
 

@@ -37,7 +37,7 @@ def test_int4_by_hand():
     exact = torch.cat([torch.tensor([-8.0, 7, 6, -5, 4, -3, 2, -1]).repeat(4) * 0.25, torch.full((GROUP,), 100.0)])
     q, scale = quantize_int4(torch.stack([exact, -exact]))
     assert q[0, :8].tolist() == [-8, 7, 6, -5, 4, -3, 2, -1]
-    assert q[1, :8].tolist() == [-8, 7, 6, -5, 4, -3, 2, -1]  # the sign is the scale's
+    assert q[1, :8].tolist() == [-8, 7, 6, -5, 4, -3, 2, -1]  # the sign belongs to the scale
     torch.testing.assert_close(scale, torch.tensor([[0.25, -12.5], [-0.25, 12.5]]))
     torch.testing.assert_close(dequantize_int4(q, scale), torch.stack([exact, -exact]))
 
@@ -54,7 +54,7 @@ def test_the_error_is_that_of_the_step():
     weight = random_weight(64, 256)
     assert ((round_trip(weight, 8) - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.0001).all()
     error = (round_trip(weight, 4) - weight).norm() / weight.norm()
-    assert 0.06 < error < 0.1  # of a normal distribution: about 0.084
+    assert 0.06 < error < 0.1  # about 0.084 for a normal distribution
     assert ((round_trip(torch.zeros(2, GROUP), 4)) == 0).all()
 
 

@@ -85,7 +85,7 @@ def summary(answer):
     return answer.text, [token.id for token in answer.tokens], answer.finish_reason, answer.count
 
 
-# ----------------------------------------------------------------------------------------------------- the same text
+# ------------------------------------------------------------------------------------------------------- equal texts
 
 SETTINGS = {
     "greedy": {},
@@ -148,7 +148,7 @@ def test_an_answer_ends_where_it_would_in_the_middle_of_a_draft(models, tiny_tok
         (got,), (right,) = engine.run([request]), plain.run([request])
         assert (summary(got), got.end_token) == (summary(right), right.end_token)
     assert counts["kept"] > 20
-    full = Request(prompt=prompt * 7, eos_token_id=())  # as far as the slot goes
+    full = Request(prompt=prompt * 7, eos_token_id=())  # up to the slot's length
     assert summary(engine.run([full])[0]) == summary(plain.run([full])[0])
     answer = engine.submit(Request(prompt=prompt, eos_token_id=()))
     while answer.count < 9:
@@ -201,16 +201,16 @@ def test_a_step_stays_within_its_budget(models, tiny_tokenizer):
     assert max(sizes) == 9
 
 
-# ------------------------------------------------------------------------------------------------- what is drafted
+# -------------------------------------------------------------------------------------------------------- drafting
 
 
 def test_the_longest_suffix_that_occurred_is_continued():
     lookup = Lookup()
     assert lookup.draft([1, 2, 3], 4) == []
     assert lookup.draft([1, 2, 3, 9, 2, 3], 3) == [9, 2, 3]
-    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 2) == [9, 2]  # 1 2 3, though 2 3 was followed by 8 since
-    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3, 4, 2, 3], 2) == [4, 2]  # the last of equal ones
-    assert Lookup().draft([7, 7, 7], 5) == [7] * 5  # a loop goes on
+    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 2) == [9, 2]  # 1 2 3, although 2 3 was later followed by 8
+    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3, 4, 2, 3], 2) == [4, 2]  # the last of several equal matches
+    assert Lookup().draft([7, 7, 7], 5) == [7] * 5  # a loop continues
     assert Lookup().draft([4, 5, 6, 4, 5, 6, 4, 5], 5) == [6, 4, 5, 6, 4]
 
 
@@ -295,7 +295,7 @@ def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer, mo
     assert len(texts) == 8
     how = {"speculate": 4} if drafts == "look-up" else {"draft": quieter(copy.deepcopy(model), 0.5)}
     engine = free(Engine(model, tiny_tokenizer, slots=12, slot_len=64, token_budget=200, **how))
-    if drafts == "look-up":  # at every place, and as wrong as right
+    if drafts == "look-up":  # at every position, half of them wrong
         guesses = itertools.cycle(texts)
         monkeypatch.setattr(Lookup, "draft", lambda self, ids, n: [*next(guesses)][len(ids) - len(prompt) :][:n])
     counts = counted(engine)

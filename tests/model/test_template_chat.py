@@ -65,7 +65,7 @@ def targets(tokenizer, chat: list[dict], **settings) -> list[str]:
     ("number", "learned"),
     [
         (0, ["It is 42. 天气很好<|im_end|>"]),
-        (1, ["\n  two lines\n\tand  a tab <|im_end|>"]),  # a break merged with the space behind it
+        (1, ["\n  two lines\n\tand  a tab <|im_end|>"]),  # a line break merged with the space after it
         (2, ["Well,\n\nwell.\n</think>\n\n42<|im_end|>"]),
         (3, ["\n  twelve, thirty\n</think>\n\n42<|im_end|>"]),
         (4, ["no opening tag\n</think>\n\n42<|im_end|>", "\t.<|im_end|>"]),

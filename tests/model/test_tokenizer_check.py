@@ -133,7 +133,7 @@ def test_special_ids_are_the_tokenizers_and_padding_has_one():
     ids = {name: special_ids(family(name)) for name in ("gpt2", "llama3", "qwen with bos")}
     assert {name: tuple(ids[name].values()) for name in ids} == {
         "gpt2": (400, 400, 400),  # unk
-        "llama3": (400, 401, 401),  # eos, for want of unk
+        "llama3": (400, 401, 401),  # eos, because there is no unk
         "qwen with bos": (401, 402, 400),
     }
 

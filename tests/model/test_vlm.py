@@ -9,7 +9,7 @@ from transformers import CLIPModel
 from model import LMConfig, MiniMindLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_tower
 
-IMAGE = 34  # the id that holds places in these tests
+IMAGE = 34  # the image token's id in these tests
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300}
 
 

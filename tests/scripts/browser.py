@@ -14,7 +14,7 @@ import pytest
 
 from tests.running import PATIENCE, ROOT, free_port
 
-FLAGS = (  # the second line keeps it from looking for its maker's hosts
+FLAGS = (  # the second line keeps it from contacting its vendor's hosts
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1280,860"),
     *("--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )

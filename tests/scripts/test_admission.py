@@ -166,7 +166,7 @@ def test_a_body_is_parsed_beside_the_event_loop(path, body, serve, monkeypatch):
     assert len(threads) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- places
+# ---------------------------------------------------------------------------------------------- places in the queue
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS.items())
@@ -272,7 +272,7 @@ def test_images_are_looked_at_one_request_after_another(serve, tiny_tokenizer):
     served = serve(place_images=look)
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
     body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
-    with client_of(served) as client:  # one event loop for all
+    with client_of(served) as client:  # one event loop for all requests
         asking = [
             threading.Thread(target=client.post, args=("/v1/chat/completions",), kwargs={"json": body})
             for _ in range(4)
@@ -284,7 +284,7 @@ def test_images_are_looked_at_one_request_after_another(serve, tiny_tokenizer):
     assert most == [True] * 4
 
 
-# ----------------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------------------- generation
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -299,7 +299,7 @@ def test_one_answers_failure_ends_its_siblings(path, body, stream, serve, monkey
             answers.extend(sorted(served.unfinished, key=lambda answer: answer.number))
         if answers and answers[2].count > 2:
             engine.cancel(answers[1], "error")
-            time.sleep(0.02)  # slow, so that there is time to hear of it
+            time.sleep(0.02)  # slow, so that there is time for the disconnection to arrive
         return logits(hidden)
 
     monkeypatch.setattr(engine.decoder, "logits", failing)
@@ -334,7 +334,7 @@ def test_minus_one_chooses_among_all_tokens_and_by_any_seed(serve):
     assert text(seed=-2) == text(seed=-2)
 
 
-# --------------------------------------------------------------------------------------------------- what is not here
+# ------------------------------------------------------------------------------------------- unknown models and paths
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def test_fetching_is_off_unless_switched_on(serve, vlm):
 def test_half_a_character_in_an_address_is_quoted_in_a_refusal(serve, vlm):
     client = serve(vlm, place_images=lambda turns: pytest.fail("must not come this far"), fetch=ImageFetcher())
     part = {"type": "image_url", "image_url": {"url": "http://\ud800.example/red"}}
-    body = json.dumps({"messages": [{"role": "user", "content": [part]}]})  # in ASCII, as no UTF-8 can spell it
+    body = json.dumps({"messages": [{"role": "user", "content": [part]}]})  # in ASCII, because UTF-8 cannot encode it
     reply = client.post("/v1/chat/completions", content=body, headers=JSON)
     assert reply.status_code == 400
     assert r"http://\ud800.example/red" in reply.json()["error"]["message"]
@@ -530,7 +530,7 @@ def test_a_prompt_with_several_choices_is_counted_once():
     answers = [SimpleNamespace(count=count, reused=reused) for count, reused in ((1, 10), (2, 20), (4, 40), (8, 80))]
     assert usage(answers, [[0] * 100, [0] * 1000]) == {
         **{"prompt_tokens": 1100, "completion_tokens": 15, "total_tokens": 1115},
-        "prompt_tokens_details": {"cached_tokens": 50},  # of each prompt's first
+        "prompt_tokens_details": {"cached_tokens": 50},  # each prompt's first answer
     }
     assert usage(answers, [[0] * 100])["prompt_tokens_details"] == {"cached_tokens": 10}
 
@@ -561,7 +561,7 @@ def test_the_scores_of_a_completion_by_hand(serve, model, tiny_tokenizer):
 def test_how_a_token_is_spelled(serve, model, tiny_tokenizer):
     state = ServerState(SimpleNamespace(engine=serve(model).app.state.engine), tiny_tokenizer)
     (a,) = tiny_tokenizer.encode("a", add_special_tokens=False)
-    half = tiny_tokenizer.convert_tokens_to_ids("\u00e4")  # the byte 0xe4, which begins many a Chinese character
+    half = tiny_tokenizer.convert_tokens_to_ids("\u00e4")  # the byte 0xe4, which begins many Chinese characters
     assert state.spelling(a) == ("a", [97])
     assert state.spelling(half) == ("bytes:\\xe4", [0xE4])
     assert state.spelling(tiny_tokenizer.eos_token_id)[0] == "</s>"

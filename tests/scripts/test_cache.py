@@ -107,7 +107,7 @@ DAY = 86_400.0
     ("older_than", "name", "chosen"),
     [
         (None, None, True),
-        (10, None, True),  # just as old
+        (10, None, True),  # equally old
         (10.001, None, False),
         (0, None, True),
         (None, "line", True),

@@ -85,7 +85,7 @@ def test_a_talk_with_history_commands_and_an_answer_that_is_stopped(server):
         terminal.wait_for("You said: 你好 there\r\n> ")
         assert server.requests[-1]["messages"] == [{"role": "user", "content": "你好 there"}]
         assert server.requests[-1]["temperature"] == 0.5
-        assert "top_p" not in server.requests[-1]  # the server's own default holds
+        assert "top_p" not in server.requests[-1]  # the server's own default applies
 
         terminal.type("again\n")
         terminal.wait_for("You said: again\r\n> ")
@@ -103,7 +103,7 @@ def test_a_talk_with_history_commands_and_an_answer_that_is_stopped(server):
         server.reply = lambda body: [("thinking", "hm"), "I think\033[2J\x9b so"]
         terminal.type("/usr/bin is what?\n")
         printed = terminal.wait_for("so\r\n> ")
-        assert "\033[2mhm\n".replace("\n", "\r\n") + "\033[0mI think[2J so" in printed  # no escape of the model's own
+        assert "\033[2mhm\n".replace("\n", "\r\n") + "\033[0mI think[2J so" in printed  # no escapes from the model
         messages = server.requests[-1]["messages"]
         assert messages[-1]["content"] == "/usr/bin is what?"
         assert re.fullmatch("one( more)+ ", messages[-2]["content"])

@@ -107,9 +107,9 @@ def test_answers_stand_in_the_order_of_the_questions(endpoint, questions, tmp_pa
     def behave(question, times):
         if question == "question 0?":
             first.set()
-            assert second.wait(PATIENCE)  # so it is answered after another one
+            assert second.wait(PATIENCE)  # so that it is answered after another question
         else:
-            assert first.wait(PATIENCE)  # so that two are open at once
+            assert first.wait(PATIENCE)  # so that two requests are open at once
             second.set()
 
     endpoint.behave = behave
@@ -329,7 +329,7 @@ def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
         b'{"text": "a novel"}\n',
         b'{"conversations": [{"role": "us',
         b"[]\n",
-        mine.splitlines(keepends=True)[0],  # one answer more than there are questions
+        mine.splitlines(keepends=True)[0],  # one more answer than there are questions
     ]
     for line in foreign:
         out.write_bytes(mine + line)

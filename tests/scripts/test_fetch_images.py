@@ -50,7 +50,7 @@ class Site:
                 self.end_headers()
                 if self.path == "/red":
                     self.wfile.write(RED)
-                with contextlib.suppress(ConnectionError):  # the other side has had enough
+                with contextlib.suppress(ConnectionError):  # the client has closed the connection
                     while self.path == "/flood":
                         self.wfile.write(bytes(2**20))
 
@@ -110,7 +110,7 @@ def test_all_images_of_a_request_share_its_bytes_and_its_seconds(site, monkeypat
     with pytest.raises(ApiError, match="larger than"):
         fetch([red, red, red])
     site.asked.clear()
-    clock = SimpleNamespace(monotonic=lambda: 12.0 * len(site.asked))  # each question takes twelve seconds
+    clock = SimpleNamespace(monotonic=lambda: 12.0 * len(site.asked))  # each look-up takes twelve seconds
     monkeypatch.setattr(fetch_images, "time", clock)
     assert fetch([red]) == [RED]
     site.asked.clear()

@@ -25,7 +25,7 @@ TEXTS = (
 )
 
 
-LLAMA_CPP = {  # its names of what a layer has
+LLAMA_CPP = {  # its names for a layer's tensors
     "attn_norm": "attention_norm",
     "attn_q": "attention.wq",
     "attn_k": "attention.wk",
@@ -101,7 +101,7 @@ def test_every_number_is_the_models(tiny_tokenizer, tmp_path):
         ("tokenizer.ggml.bos_token_id", 1),
         ("tokenizer.ggml.eos_token_id", 2),
         ("tokenizer.ggml.padding_token_id", 0),
-        ("tokenizer.ggml.add_bos_token", False),  # the template begins with it: it would stand there twice
+        ("tokenizer.ggml.add_bos_token", False),  # the template begins with it: it would appear twice
         ("tokenizer.ggml.add_eos_token", False),
     ):
         assert reader.get_field(field).contents() == value, field
@@ -126,7 +126,7 @@ def test_what_gguf_cannot_hold_is_refused(model, tiny_tokenizer, tmp_path):
 
 
 def test_each_tokenizer_has_its_name(tiny_tokenizer):
-    assert pre_tokenizer_name(tiny_tokenizer) == "gpt-2"  # as MiniMind2's
+    assert pre_tokenizer_name(tiny_tokenizer) == "gpt-2"  # like MiniMind2's
     assert pre_tokenizer_name(load_tokenizer()) == "smollm"
 
 
@@ -162,7 +162,7 @@ def run_greedy(llama, ids: list[int], n: int = 24) -> list[int]:
 
 def test_llama_cpp_writes_the_same_greedy_text(llama_cpp, model, tiny_tokenizer, tmp_path):
     path = str(write(model, tiny_tokenizer, tmp_path / "x.gguf"))
-    fp32_cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # it keeps fp16 otherwise
+    fp32_cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # otherwise it keeps fp16
     llama = llama_cpp.Llama(path, n_ctx=256, verbose=False, **fp32_cache)
     for question, ids in zip(QUESTIONS, prompts(tiny_tokenizer), strict=True):
         text = render_text(tiny_tokenizer, question)
@@ -170,9 +170,9 @@ def test_llama_cpp_writes_the_same_greedy_text(llama_cpp, model, tiny_tokenizer,
         assert run_greedy(llama, ids) == greedy(model, ids)
     chat = llama.create_chat_completion([{"role": "user", "content": QUESTIONS[0]}], temperature=0, max_tokens=24)
     spelled = b"".join(token_bytes(tiny_tokenizer)[token] for token in greedy(model, prompts(tiny_tokenizer)[0]))
-    answer = spelled.decode(errors="ignore")  # llama-cpp-python leaves out what is no UTF-8
+    answer = spelled.decode(errors="ignore")  # llama-cpp-python drops bytes that are not UTF-8
     assert len(answer) > 8
-    assert chat["choices"][0]["message"]["content"].startswith(answer)  # it goes on where a character is half written
+    assert chat["choices"][0]["message"]["content"].startswith(answer)  # it continues while a character is incomplete
 
 
 def render_text(tokenizer, question: str) -> str:

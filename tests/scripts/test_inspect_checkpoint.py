@@ -72,8 +72,8 @@ def test_the_command_goes_on(trained, out):
     assert "--overwrite" not in flags
     assert (
         flags.count("1") == 2
-    )  # of --accumulation_steps and --log_interval; the one behind --overwrite is gone with it
-    flags[flags.index("--out_dir") + 1] = out  # and not where other tests look
+    )  # values of --accumulation_steps and --log_interval; the one after --overwrite is dropped with it
+    flags[flags.index("--out_dir") + 1] = out  # and not where other tests look for caches
     flags[flags.index("--max_steps") + 1] = "5"
     done = run_script("train_pretrain.py", *flags, processes=2)
     assert "resumed at step 4" in done.stdout

@@ -37,7 +37,7 @@ def painted(picture: np.ndarray, colour: str) -> np.ndarray:
     return np.abs(picture.astype(int) - COLOURS[colour][0]).max(-1) < 28
 
 
-HUES = {  # degrees to which people give a name of COLOURS; between them lie lime, turquoise and pink
+HUES = {  # hues in degrees that have a name in COLOURS; between them lie lime, turquoise and pink
     "red": (345, 375),
     "orange": (15, 42),
     "yellow": (42, 66),
@@ -356,4 +356,4 @@ class TestFiles:
         before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
         with pytest.raises(UserError, match="was not written by this script"):
             self.run(monkeypatch, copy, "--seed", "7")
-        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before  # nor of our own
+        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before  # nor one of our own

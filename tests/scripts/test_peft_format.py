@@ -159,7 +159,7 @@ def test_there_and_back_by_the_command_line(tiny_tokenizer, tokenizer_dir, tmp_p
     convert("from-peft", "peft", "base_64.pth", "back_64.pth")
     fresh = make_model(len(tiny_tokenizer))
     fresh.load_state_dict(torch.load(tmp_path / "base_64.pth", weights_only=True))
-    assert load_lora(fresh, tmp_path / "back_64.pth") == (4, 6, ("wq", "wo"))  # the json beside it knows the base
+    assert load_lora(fresh, tmp_path / "back_64.pth") == (4, 6, ("wq", "wo"))  # the json beside it names the base
     assert torch.equal(logits(fresh), logits(model))
     refused = convert("from-peft", "x", "base_64.pth", "y.pth", exit_code=2)
     assert "not an adapter that peft saved" in one_error_line(refused)

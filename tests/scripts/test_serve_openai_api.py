@@ -27,7 +27,7 @@ from tests.running import PATIENCE, RunningScript, call_script
 from trainer.errors import UserError
 
 KEY = "sk-secret"
-CONTEXT = 65_536  # tokens; room for answers that no machine writes to their end while a test looks at them
+CONTEXT = 65_536  # tokens; enough for answers that no machine finishes during a test
 ENDLESS = {"max_tokens": 60_000, "extra_body": {"ignore_eos": True}}
 QUESTION = [{"role": "user", "content": "请问今天的天气怎么样？"}]
 HISTORY = [
@@ -291,7 +291,7 @@ def test_a_text_is_scored_as_evaluation_tools_do_it(as_ids, stream, server, mode
     (choice,) = [chunk.choices[0] for chunk in reply] if stream else reply.choices
     assert choice.text == text
     scores = choice.logprobs
-    if as_ids:  # the first one is the caller's own <s>
+    if as_ids:  # the first is the client's own <s>
         assert scores.tokens[0] == "<s>"
         assert scores.token_logprobs.pop(0) is scores.top_logprobs.pop(0) is None
         assert scores.text_offset.pop(0) == scores.text_offset[0] == 0
@@ -405,7 +405,7 @@ def test_a_body_that_is_too_large(server):
         try:
             reply = server.http.post("/v1/completions", content=content, headers=json_type)
         except httpx.TransportError:
-            continue  # the server hung up before all was sent, as it may
+            continue  # the server may hang up before everything is sent
         assert reply.status_code == 413
         assert "32 MiB" in reply.json()["error"]["message"]
     assert server.health()["status"] == "ok"
@@ -465,7 +465,7 @@ def test_pages_that_may_call(server):
     assert "access-control-allow-origin" not in reply.headers
 
 
-# ------------------------------------------------------------------------------------------------ who comes and goes
+# ------------------------------------------------------------------------------- clients that connect and disconnect
 
 
 def test_a_full_queue_and_clients_that_go_away(server):
@@ -497,7 +497,7 @@ def test_a_full_queue_and_clients_that_go_away(server):
         connection.close()
     server.wait_until(unfinished=1)
     assert server.chat(max_tokens=3, extra_body={"ignore_eos": True}).usage.completion_tokens == 3
-    assert server.health()["running"] == 1  # the one that stayed, begun before all others
+    assert server.health()["running"] == 1  # the one that stayed, which began before all others
     raw[0].close()
     server.wait_until(unfinished=0)
 
@@ -567,7 +567,7 @@ def test_sigterm_waits_no_longer_than_it_was_told(out_dir, tokenizer_dir):
     assert server.script.wait().returncode == 0
 
 
-# ------------------------------------------------------------------------------------------------------- what ends it
+# ----------------------------------------------------------------------------------------------------------- shutdown
 
 
 @pytest.mark.parametrize(
@@ -673,7 +673,7 @@ def test_a_port_that_is_taken(server, out_dir, tokenizer_dir, capsys):
     assert f"--port {port}" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------ what the flags come to
+# ----------------------------------------------------------------------------------------------------------- flags
 
 
 @pytest.fixture
@@ -833,13 +833,13 @@ def test_a_second_signal_ends_at_once_and_a_first_one_waits_for_what_is_written(
     server.handle_exit(signal.SIGTERM, None)
     assert capsys.readouterr().err == "SIGTERM: finishing 2 answers (again: end at once)\n"
     assert served.places.draining
-    now = 105.0  # just as long as it may take
+    now = 105.0  # the longest that is allowed
     assert not tick()
     assert closed == []
     now = 105.1
     assert tick()
     assert closed == [True]
-    server.should_exit, now, served.places.taken = False, 101.0, 0  # all is written
+    server.should_exit, now, served.places.taken = False, 101.0, 0  # everything is generated
     assert tick()
     assert not server.force_exit
     server.handle_exit(signal.SIGINT, None)

@@ -29,7 +29,7 @@ def test_a_folder_under_a_link_is_replaced_where_it_lies(tmp_path, clip_dir, tin
     big.parent.mkdir()
     link.symlink_to(big)
     clip = CLIPModel.from_pretrained(clip_dir)
-    for share in (0.5, 0.6):  # the first one, and one over it
+    for share in (0.5, 0.6):  # the first, and one above it
         save(clip, tiny_tokenizer, Namespace(out_dir=link, image_size=32), {"share": share})
     assert link.is_symlink()
     assert (big / "zero_shot.json").read_text().split() == ["{", '"share":', "0.6", "}"]
@@ -52,7 +52,7 @@ def test_a_caption_is_right_of_every_picture_that_it_is_true_of():
     images, texts = torch.randn(4, 8, generator=generator), torch.randn(4, 8, generator=generator)
     texts[2] = texts[0]
     words = ["a star", "a ring", "a star", "a red star"]
-    known = [{"a star"}, {"a ring"}, {"a star", "a blue star"}, {"a star", "a red star"}]  # true of each picture
+    known = [{"a star"}, {"a ring"}, {"a star", "a blue star"}, {"a star", "a red star"}]  # matches every image
     true = torch.tensor([[text in texts for text in words] for texts in known])
     expected = 0.0
     for left, right, truth in ((images, texts, true), (texts, images, true.T)):
@@ -69,7 +69,7 @@ def test_it_is_least_where_pairs_agree_and_the_temperature_learns():
     vectors, scale = torch.eye(3), torch.tensor(3.0, requires_grad=True)
     agreeing = info_nce(vectors, vectors, scale, NEVER)
     agreeing.backward()
-    assert scale.grad < 0  # right and not sure enough: sharper
+    assert scale.grad < 0  # right but not confident enough: sharper
     assert agreeing < info_nce(vectors, vectors.roll(1, 0), scale, NEVER)
     assert float(info_nce(vectors, vectors, torch.tensor(0.0), NEVER)) == pytest.approx(math.log(3))
 
@@ -81,7 +81,7 @@ def test_the_text_network_reads_its_vector_at_the_captions_end():
     for ids in (short, long):
         assert ids[0] == tokenizer.bos_token_id
         assert ids.count(tokenizer.eos_token_id) == 1
-    assert tokenizer.eos_token_id != 2  # for 2 transformers takes the largest id, as for the first CLIPs
+    assert tokenizer.eos_token_id != 2  # if it is 2, transformers takes the largest id, as for the first CLIPs
     assert tokenizer.decode(long, skip_special_tokens=True).strip() == "a red circle"
 
 
@@ -127,7 +127,7 @@ def test_the_share_of_pictures_whose_caption_is_the_nearest(monkeypatch, clip_di
         train_clip, "caption_vectors", lambda clip, _, texts: vectors(torch.tensor([float(text) for text in texts]))
     )
     monkeypatch.setattr(train_clip, "picture_vectors", lambda clip, pixels: (vectors(pixels[:, 0, 0, 0]), None))
-    pixels = torch.arange(300).half().view(300, 1, 1, 1)  # fp16 has all integers up to 2048
+    pixels = torch.arange(300).half().view(300, 1, 1, 1)  # fp16 represents all integers up to 2048
     found = train_clip.zero_shot(CLIPModel.from_pretrained(clip_dir), None, pixels, exam)
     assert len(counts) == 8
     assert found == {name: sum(right) / len(right) for name, right in sorted(counts.items())}

@@ -68,11 +68,11 @@ def test_the_script_writes_a_folder_that_auto_tokenizer_loads(trained):
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
     special = (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token)
     assert special == ("<unk>", "<unk>", "<s>", "</s>")
-    assert tokenizer.padding_side == "left"  # a batch is continued at the end of its rows
+    assert tokenizer.padding_side == "left"  # a batch is extended at the end of its rows
     for tag in ("<think>", "</think>", "<answer>", "</answer>", "<image>"):
         (entry,) = tokenizer.encode(tag, add_special_tokens=False)
         assert not tokenizer.added_tokens_decoder[entry].special
-    assert not [path for path in folder.parent.iterdir() if path != folder]  # nothing left lying about
+    assert not [path for path in folder.parent.iterdir() if path != folder]  # no temporary files are left
     verify(tokenizer)
 
 
@@ -102,7 +102,7 @@ def test_a_tokenizer_that_is_there_is_not_overwritten_and_can_be_measured(traine
     assert "--overwrite" in one_error_line(refused)
 
     measured = run_script("scripts/train_tokenizer.py", *common, "--only_measure")
-    assert measured.stdout == printed  # training is deterministic in what it measures, measuring in what it prints
+    assert measured.stdout == printed  # both the training and the printed measurements are deterministic
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -200,7 +200,7 @@ def broken_ids():
 def broken_bytes():
     tokenizer = train_tokenizer(["<unk>", "<s>", "</s>"])
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocabulary, byte = state["model"]["vocab"], "\u0122"  # how GPT-2's alphabet spells the byte 0x80
+    vocabulary, byte = state["model"]["vocab"], "\u0122"  # the byte 0x80 in GPT-2's alphabet
     vocabulary["spelledinletters"] = vocabulary.pop(byte)
     state["model"]["merges"] = []
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
@@ -260,11 +260,11 @@ def test_the_shipped_tokenizer_has_6400_entries_laid_out_as_the_design_says(ship
 def test_every_single_byte_has_a_token_and_round_trips(shipped):
     pieces = token_bytes(shipped)
     ids = {piece: i for i, piece in enumerate(pieces)}
-    for byte in range(256):  # 0xff too, which is in no valid UTF-8
+    for byte in range(256):  # 0xff too, which valid UTF-8 never contains
         decoder = StreamDecoder(pieces)
         text = decoder.push(ids[bytes([byte])]) + decoder.flush()
         assert text == (chr(byte) if byte < 0x80 else "\ufffd")
-    # and what no merge has seen is spelled with them, byte by byte
+    # and text without merges is encoded byte by byte with them
     decoder = StreamDecoder(pieces)
     assert "".join(decoder.push(ids[bytes([byte])]) for byte in "龘𠮷👩‍👩‍👧‍👦é".encode()) == "龘𠮷👩‍👩‍👧‍👦é"
 
@@ -300,7 +300,7 @@ def test_the_hash_of_a_text_says_on_which_side_it_is(share, kept):
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("水水水aaaaaaa", None),  # three tenths: not more
+        ("水水水aaaaaaa", None),  # three tenths at most
         ("水水水水aaaaaa", "Chinese"),
         ("\u4e00", "Chinese"),
         ("\u9fff", "Chinese"),

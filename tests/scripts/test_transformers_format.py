@@ -75,7 +75,7 @@ def test_the_folder_is_plain_and_readable_by_older_transformers(llama):
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     ]
     config = json.loads((folder / "config.json").read_text())
-    assert config["rope_theta"] == 1e6  # transformers 4 would take 1e4 otherwise
+    assert config["rope_theta"] == 1e6  # otherwise transformers 4 would take 1e4
     about = json.loads((folder / "tokenizer_config.json").read_text())
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert about["chat_template"] == CHAT_TEMPLATE
@@ -83,7 +83,7 @@ def test_the_folder_is_plain_and_readable_by_older_transformers(llama):
     assert about["model_max_length"] == 256
     writing = GenerationConfig.from_pretrained(folder)
     assert (writing.pad_token_id, writing.bos_token_id, writing.eos_token_id) == (0, 1, 2)
-    assert (writing.do_sample, writing.temperature, writing.top_p) == (True, 0.85, 0.85)  # as eval_model.py
+    assert (writing.do_sample, writing.temperature, writing.top_p) == (True, 0.85, 0.85)  # as in eval_model.py
 
 
 def test_the_pipeline_chats(llama, tiny_tokenizer):
@@ -239,7 +239,7 @@ def test_configurations_map_one_to_one():
         shared = {"model.layers.0.mlp.shared_expert.down_proj.weight": torch.ones(1) * config.n_shared_experts}
         theirs = to_their_config(config)
         assert to_our_config(theirs, shared).to_dict() == config.to_dict()
-        for place in ("rope_theta", "rope_parameters"):  # transformers 4 saves the one, transformers 5 the other
+        for place in ("rope_theta", "rope_parameters"):  # transformers 4 saves the first, transformers 5 the second
             without = {key: value for key, value in theirs.items() if key != place}
             assert to_our_config(without, shared).rope_theta == config.rope_theta
 

@@ -30,7 +30,7 @@ def test_a_person_types_sees_the_answer_grow_and_stops_another(browser, tiny_out
 
     def endless(body):
         yield "again and again and "
-        while True:  # slowly: the button must not run away from the pointer
+        while True:  # slowly: the button must not move away from the pointer
             yield "."
             yield 0.5
 

@@ -70,7 +70,7 @@ def test_a_talk_with_a_model_of_this_machine(local, greedy):
     ask(local, UGLY)
     first = greedy(UGLY)
     assert talk(local) == [("user", UGLY), ("assistant", first.strip())]
-    assert not local.markdown  # nothing that was written is Markdown
+    assert not local.markdown  # no message is rendered as Markdown
     ask(local, "你好")
     second = greedy(UGLY, first, "你好")
     assert talk(local)[2:] == [("user", "你好"), ("assistant", second.strip())]
@@ -80,7 +80,7 @@ def test_a_talk_with_a_model_of_this_machine(local, greedy):
 
     local.text_area(key="system").set_value("Be kind.")
     local.slider(key="history").set_value(0).run()
-    assert len(talk(local)) == 4  # a change of settings leaves the talk alone
+    assert len(talk(local)) == 4  # changing a setting does not change the chat
     local.button(key="again 2").click().run()
     assert talk(local)[3] == ("assistant", greedy("你好", system="Be kind.").strip())
 
@@ -182,7 +182,7 @@ def test_the_parameters_of_a_page_where_nobody_moves_them(open_page, tmp_path):
     assert not app.slider(key="penalty").disabled
     assert app.radio(key="source").value == "out/"
     app.radio(key="source").set_value("OpenAI API").run()
-    assert app.slider(key="penalty").disabled  # no part of OpenAI's API
+    assert app.slider(key="penalty").disabled  # not part of OpenAI's API
 
 
 @pytest.fixture

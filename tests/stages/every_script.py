@@ -92,7 +92,7 @@ class Run:
 
 def make_world(folder: Path, tokenizer, clip_dir: Path) -> World:
     """20 samples of unequal length for each kind of data, and random weights without a json, as if downloaded."""
-    said = [" ".join(WORDS[: 2 + n * 7 % 15]) for n in range(20)]  # as many target tokens as no other sample nearby
+    said = [" ".join(WORDS[: 2 + n * 7 % 15]) for n in range(20)]  # neighbours differ in their target tokens
     asked = [f"What is {n} + {n}?" + " Think." * (n % 4) for n in range(20)]
     thoughts = [f"<think>\n{text}\n</think>\n<answer>\n{n}\n</answer>" for n, text in enumerate(said)]
     write_jsonl(folder / "texts.jsonl", [{"text": f"{n}. {text}"} for n, text in enumerate(said)])

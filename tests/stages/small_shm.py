@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLONE_NEWNS = 0x00020000  # mounts of our own
+CLONE_NEWNS = 0x00020000  # a mount namespace of its own
 
 
 def shrink(size: str) -> bool:

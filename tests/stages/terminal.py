@@ -69,7 +69,7 @@ class Terminal:
             return ""
         try:
             piece = os.read(self._master, 1 << 16).decode(errors="replace")
-        except OSError:  # Linux's way to say that nobody has the terminal open
+        except OSError:  # Linux's error when no process has the terminal open
             return ""
         self.shown += piece
         return piece

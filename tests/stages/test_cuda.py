@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on(pretrain, tmp_path):
     pretrain(whole, *EIGHT_STEPS, *GPU)
     pretrain.interrupted(stopped, "SIGTERM", "log", 3, *EIGHT_STEPS, *GPU, exit_code=143)
     pretrain(stopped, *EIGHT_STEPS, *GPU, "--resume")
-    assert losses(stopped) == pytest.approx(losses(whole), abs=1e-4)  # not bit for bit: a GPU adds in any order
+    assert losses(stopped) == pytest.approx(losses(whole), abs=1e-4)  # not bit for bit: a GPU adds in arbitrary order
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="PyTorch sees no two GPUs here")

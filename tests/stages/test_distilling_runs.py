@@ -10,7 +10,7 @@ from tests.conftest import write_jsonl
 from tests.running import TINY_TRAINING, call_script, run_script
 
 STAGES = {
-    # a MoE student of a dense teacher that is wider and deeper than it
+    # an MoE student of a wider and deeper dense teacher
     "full_dist": ("train_distillation.py", "_moe", ("--teacher_weight", "teacher", "--alpha", "0.3", "--use_moe")),
     "reason": ("train_distill_reason.py", "", ("--from_weight", "full_sft", "--tag_weight", "7")),
 }
@@ -128,7 +128,7 @@ def test_a_run_does_not_go_on_with_another_teacher(base, tokenizer_dir, tmp_path
     flags = stage.in_folder(tmp_path)
     call_script(stage.script, *flags, stop_after=2, exit_code=130)
     teacher = torch.load(base / "teacher.pth", weights_only=True)
-    (tmp_path / "teacher.pth").unlink()  # a link to everybody's
+    (tmp_path / "teacher.pth").unlink()  # a link to the shared weights
     torch.save({key: value * 2 for key, value in teacher.items()}, tmp_path / "teacher.pth")
     call_script(stage.script, *flags, "--resume", exit_code=2)
     assert "the saved run had teacher_hash " in capsys.readouterr().err

@@ -17,7 +17,7 @@ from tests.stages.test_resume import assert_equal
 from tests.stages.training import about, distance, losses, reports, weights
 from trainer.weights import load_weights
 
-# 22 rows in steps of 4: the last step of each epoch has a single micro-batch, and rank 1 nothing but padding in it
+# 22 rows in steps of 4: the last step of each epoch has one micro-batch, in which rank 1 has only padding
 TWENTY_STEPS = ("--epochs", "4", "--max_steps", "20", "--batch_size", "1", "--accumulation_steps", "2")
 FOUR_STEPS = ("--max_steps", "4", "--batch_size", "2")
 
@@ -27,7 +27,7 @@ def ddp(pretrain, tmp_path_factory):
     out = tmp_path_factory.mktemp("ddp")
     done = pretrain(out, *TWENTY_STEPS, processes=2)
     assert "eager, DDP on 2 processes" in done.stdout
-    assert done.stdout.count("step 20/20") == 1  # rank 0 alone speaks
+    assert done.stdout.count("step 20/20") == 1  # only rank 0 prints
     return out
 
 
@@ -91,7 +91,7 @@ def test_ddp_resumes_as_if_never_stopped(pretrain, ddp, tmp_path):
 
 ONE, DDP = (1, ()), (2, ())
 ZERO = {stage: (2, ("--deepspeed", "--zero_stage", stage)) for stage in "0123"}
-MOVES = {  # processes and engine before and after
+MOVES = {  # number of processes and engine, before and after
     "one process to two": (ONE, DDP),
     "two processes to one": (DDP, ONE),
     "DDP to ZeRO-2": (DDP, ZERO["2"]),
@@ -135,7 +135,7 @@ def test_machines_that_share_no_out_dir(pretrain, tmp_path):
     assert "--out_dir" in line
     shutil.copytree(here / "pretrain_32.resume", there / "pretrain_32.resume")
     story = json.loads(state.read_text())
-    state.write_text(json.dumps(story))  # the same, written otherwise
+    state.write_text(json.dumps(story))  # the same in another spelling
     done = pretrain(tmp_path, *TWENTY_STEPS, "--resume", **machines, exit_code=2)
     assert "rank 1 has a different " in one_error_line(done)
     shutil.rmtree(there)
@@ -198,7 +198,7 @@ def test_gradients_are_clipped(pretrain, ddp, tmp_path, stage):
     pretrain(tmp_path, *TWENTY_STEPS, "--max_steps", "6", "--grad_clip", "1e-9", *flags, processes=2)
     assert losses(tmp_path)[0] == losses(ddp)[0]
     assert losses(tmp_path)[5] > losses(ddp)[5] + 0.05
-    assert min(line["grad_norm"] for line in reports(tmp_path)) > 0.5  # it is told as it was before
+    assert min(line["grad_norm"] for line in reports(tmp_path)) > 0.5  # it is reported as before
 
 
 @pytest.mark.parametrize("stage", ["0", "2"])

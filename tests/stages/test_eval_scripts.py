@@ -101,7 +101,7 @@ def test_an_answer_as_long_as_the_context_leaves_no_room_to_ask(script, monkeypa
     monkeypatch.setattr(sys, "argv", ["script", *asked])
     with pytest.raises(UserError, match=r"^--max_new_tokens 64: the model's context is 64$"):
         script.main()
-    assert done[0] == "cpu"  # before any engine is made for it
+    assert done[0] == "cpu"  # before an engine is made
 
 
 class Engine:

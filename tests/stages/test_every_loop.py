@@ -34,7 +34,7 @@ def script(request) -> Script:
 class Step:
     """The input of one optimizer step, and its result."""
 
-    norm: float  # of all gradients together
+    norm: float  # the norm of all gradients together
     rate: float
     before: list[torch.Tensor]  # the parameters
     after: list[torch.Tensor]
@@ -130,7 +130,7 @@ def gradient_norms(run: Run) -> list[float | None]:
     return [line["grad_norm"] for line in reports(run.out, run.name) if "grad_norm" in line]
 
 
-# ------------------------------------------------------------------------------------------------- what a step is
+# ---------------------------------------------------------------------------------------------- an optimizer step
 
 
 def test_accumulation_takes_the_steps_of_a_big_batch(world, script, whole, tmp_path):
@@ -146,7 +146,7 @@ def test_two_processes_that_accumulate_take_the_steps_of_one(world, script, expe
 
 
 def test_a_step_is_taken_at_the_rate_that_the_schedule_gives_it(whole):
-    rates = [5e-4, 1e-3, 1e-3, 5.5e-4, 1e-4]  # up to 1e-3 in two steps, then half a cosine down to a tenth
+    rates = [5e-4, 1e-3, 1e-3, 5.5e-4, 1e-4]  # up to 1e-3 in two steps, then a half cosine down to a tenth
     assert [step.rate for step in whole.steps] == pytest.approx(rates)
     assert [line["lr"] for line in reports(whole.out, whole.name) if "lr" in line] == pytest.approx(rates)
 
@@ -163,7 +163,7 @@ def test_float16_unscales_the_gradient_before_it_is_clipped(world, script, whole
     with watching_steps() as steps:
         run = world.call(script, tmp_path, "--dtype", "float16")
     told = [(ours, theirs) for ours, theirs in zip(gradient_norms(run), gradient_norms(whole), strict=True) if ours]
-    assert len(told) >= 2  # the scaler may have to find its scale, and steps that it skips leave the weights behind
+    assert len(told) >= 2  # the scaler may first have to find its scale, and a skipped step does not change the weights
     assert all(ours == pytest.approx(theirs, rel=0.5) for ours, theirs in told)
     assert [step.norm for step in steps] == pytest.approx([min(1.0, ours) for ours, _ in told], rel=1e-3)
 
@@ -188,7 +188,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(world, script, whole, 
     assert (story(run)["step"], story(run)["skipped"]) == (3, 1)
 
 
-# ------------------------------------------------------------------------------------------- saving and going on
+# ------------------------------------------------------------------------------------------- saving and resuming
 
 
 def test_what_is_saved_is_what_the_last_step_made(whole):
@@ -272,7 +272,7 @@ def test_an_evaluation_that_fails_on_one_rank_keeps_no_other_waiting(world, scri
     assert story(run)["step"] == 5
 
 
-# ------------------------------------------------------------------------------------------------------- one loop
+# ---------------------------------------------------------------------------------------------------- equal loops
 
 PLAIN_LOSS = "loss = next_token_loss(out.logits, labels) / totals.target_tokens  # a sum over the tokens"
 DIFFERENCES = {
@@ -325,7 +325,7 @@ DIFFERENCES = {
 }
 
 
-VARIANTS = {  # what pretraining has for DeepSeek's ideas, and what stands there without them
+VARIANTS = {  # pretraining's lines for DeepSeek's variants, and the lines without them
     "nats = next_token_loss(out.logits, labels)  # a sum over the tokens": None,
     "if out.mtp_loss is not None:  # with --mtp_depth, another sum": None,
     "nats = nats + out.mtp_loss": None,

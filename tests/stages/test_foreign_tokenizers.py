@@ -151,7 +151,7 @@ def test_the_same_entries_with_another_end_are_not_the_same_tokenizer(tmp_path, 
     assert "was trained with eos_token_id 402, but" in capsys.readouterr().err
     call_script(*train, "--tokenizer", tmp_path / "changed", "--resume", exit_code=2)
     assert "eos_token_id 402, this one has 400" in capsys.readouterr().err
-    path = tmp_path / "out" / "pretrain_32.json"  # of a run before the ids were told
+    path = tmp_path / "out" / "pretrain_32.json"  # of a run from before the ids were saved
     old = json.loads(path.read_text())
     for name in ("bos_token_id", "eos_token_id"):
         del old["config"][name]

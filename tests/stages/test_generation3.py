@@ -37,7 +37,7 @@ def test_every_stage_trains_a_minimind3(world, script: Script, use_moe, tmp_path
     assert all(key.startswith(("model.", "lm_head.")) for key in state)
     if script.name.startswith("lora/"):
         assert {key.split(".lora.")[0].rpartition(".")[2] for key in state} == {"q_proj", "o_proj"}
-    elif script.name != "pretrain":  # from nothing
+    elif script.name != "pretrain":  # from scratch
         start = torch.load(next(world.folder.glob(f"full_sft_32{'_moe' * use_moe}.pth")), weights_only=True)
         assert start.keys() == state.keys()
         assert any(not torch.equal(start[key], state[key]) for key in state)

@@ -12,7 +12,7 @@ from tests.running import ROOT, call_script, one_error_line
 from tests.stages.terminal import Terminal
 from tests.stages.training import MEASURED, about, distance, losses, reports, snapshot, weights
 
-SOME = ("--max_steps", "8")  # two more than an epoch has
+SOME = ("--max_steps", "8")  # two more than in an epoch
 KINDS = {
     "AdamW": ("pretrain_32", ()),
     "Muon, experts, workers, accumulation": (
@@ -65,7 +65,7 @@ def test_stopped_by_a_signal_and_resumed_is_as_if_never_stopped(pretrain, tmp_pa
     done = pretrain.interrupted(stopped, "SIGINT", "log", 3, *flags, exit_code=130)
     assert "SIGINT: saving after this step" in done.stderr
     assert "Traceback" not in done.stderr
-    assert about(stopped, name)["step"] in (3, 4)  # the signal came while step 3 was reported
+    assert about(stopped, name)["step"] in (3, 4)  # the signal came while step 3 was logged
     done = pretrain.interrupted(stopped, "SIGTERM", "log", 6, *flags, "--resume", exit_code=143)
     assert "resumed at step " in done.stdout
     assert about(stopped, name)["step"] in (6, 7)
@@ -108,7 +108,7 @@ def test_a_terminal_that_goes_away_costs_nothing(pretrain, tmp_path):
     """As after a dropped SSH connection: the terminal is gone, and each print to it fails."""
     flags = (*pretrain.common, "--out_dir", tmp_path, "--epochs", "100000", "--save_interval", "100000")
     terminal = Terminal(pretrain.script, *flags)
-    terminal.see("loss ")  # of the first step
+    terminal.see("loss ")  # after the first step
     assert terminal.drop() == 129
     assert about(tmp_path)["step"] >= 1
     assert weights(tmp_path)
@@ -327,7 +327,7 @@ def test_overwrite_loses_nothing_before_it_has_something_new(pretrain, tmp_path,
     done = pretrain.interrupted(out, "SIGKILL", "log", 1, "--overwrite", exit_code=None)
     assert done.returncode == -signal.SIGKILL
     after = snapshot(out)
-    assert losses(out) != losses(whole)  # it had begun to report
+    assert losses(out) != losses(whole)  # it had begun to log
     del before["pretrain_32.metrics.jsonl"], after["pretrain_32.metrics.jsonl"]
     assert after == before
 

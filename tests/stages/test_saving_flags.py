@@ -22,7 +22,7 @@ def test_a_job_with_a_time_limit_is_started_again_until_it_is_done(pretrain, tmp
     while not codes or codes[-1] == 75:
         assert len(codes) < 10
         codes.append(pretrain(out, *SIX, "--stop_after", "1e-9", "--resume", exit_code=None).returncode)
-    assert codes == [75] * 5 + [0]  # one step each, and the last one is all that was asked for
+    assert codes == [75] * 5 + [0]  # one step each; the last run completes the training
     assert_equal(state_of(out), state_of(tmp_path / "whole"))
     assert losses(out) == losses(tmp_path / "whole")
 

@@ -225,7 +225,7 @@ def test_dense_unpacked_bf16_normalized_with_held_out_pairs(out, train, pairs_fi
     assert last["eval_loss"] < first["eval_loss"] < 0.7
     assert last["eval_accuracy"] >= first["eval_accuracy"]
     assert last["eval_reward_accuracy"] == 1
-    assert last["eval_chosen"] > -8  # an average over tokens: a sum would be several times that
+    assert last["eval_chosen"] > -8  # an average over tokens: a sum would be several times as large
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from model.model_lora import is_lora, load_lora
 from tests.running import TINY, TINY_TRAINING, one_error_line, run_script
 from trainer.weights import load_weights
 
-STEPS = ("--max_steps", "4", "--epochs", "9", "--learning_rate", "1e-2")  # the first two of them warm up
+STEPS = ("--max_steps", "4", "--epochs", "9", "--learning_rate", "1e-2")  # the first two are warm-up steps
 EXPERTS = ("--use_moe", "--lora_name", "me", "--rank", "4", "--alpha", "8", "--target_modules", "wq,w1,w2")
 
 
@@ -62,7 +62,7 @@ def test_only_the_adapter_is_trained_and_saved(base, alone):
     saved = adapter(alone)
     assert all(is_lora(key) and value.dtype == torch.float32 for key, value in saved.items())
     assert len(saved) == 2 * 2 * (1 + 5 * 2)  # A and B, two layers: wq, then w1 and w2 of five experts
-    assert all(value.abs().max() > 1e-4 for key, value in saved.items() if "attention" in key)  # B has left its zeros
+    assert all(value.abs().max() > 1e-4 for key, value in saved.items() if "attention" in key)  # B is no longer zero
     assert (alone / "full_sft_32_moe.pth").read_bytes() == (base / "full_sft_32_moe.pth").read_bytes()
     about = json.loads((alone / "lora" / "me_32_moe.json").read_text(encoding="utf-8"))
     assert (about["rank"], about["alpha"], about["targets"]) == (4, 8, ["wq", "w1", "w2"])

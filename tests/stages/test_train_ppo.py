@@ -64,7 +64,7 @@ def test_it_learns_what_is_rewarded(train, tmp_path, monkeypatch):
     rewards = [line["reward"] for line in told(tmp_path / "out")]
     assert sum(rewards[:3]) / 3 < 0.5 < 0.8 < sum(rewards[-3:]) / 3
     weight = [line["kl_weight"] for line in told(tmp_path / "out")]
-    assert weight[-1] > weight[0]  # it has gone far beyond the target, which raises it
+    assert weight[-1] > weight[0]  # the KL is far beyond its target, which raises the weight
 
 
 def test_interrupted_and_resumed_is_as_if_never_interrupted(train, whole, tmp_path):

@@ -30,7 +30,7 @@ def plain(pretrain, tiny_data, tmp_path_factory):
 def test_it_learns(plain):
     loss = losses(plain[0])
     assert len(loss) == 18
-    assert loss[0] == pytest.approx(torch.tensor(589.0).log().item(), abs=0.1)  # nothing known: all 589 tokens alike
+    assert loss[0] == pytest.approx(torch.tensor(589.0).log().item(), abs=0.1)  # untrained: uniform over 589
     assert loss[-1] < loss[0] - 0.3
     assert [line["lr"] for line in reports(plain[0])[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
 
@@ -122,7 +122,7 @@ def test_half_precision_learns_the_same_within_its_precision(plain, pretrain, tm
     assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
     (state,) = tmp_path.glob("pretrain_32.resume/step_*/optimizer.pt")
     scaler = torch.load(state, weights_only=True)["scaler"]
-    assert bool(scaler) == (dtype == "float16")  # it lives for float16 alone
+    assert bool(scaler) == (dtype == "float16")  # it is enabled for float16 only
 
 
 def test_the_default_precision_is_the_machines(pretrain, tmp_path):
@@ -160,8 +160,8 @@ def test_steps_with_infinite_loss_are_skipped_and_counted_and_many_in_a_row_stop
     assert all(line["loss"] is None or line["grad_norm"] is None for line in skipped)
     assert "9 steps skipped" in done.stdout
     for line in (tmp_path / "pretrain_32.metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=pytest.fail)  # no NaN, which is no JSON
-    done = pretrain(tmp_path, "--epochs", "1", "--resume")  # and it goes on as if nothing had been
+        json.loads(line, parse_constant=pytest.fail)  # no NaN, which is not JSON
+    done = pretrain(tmp_path, "--epochs", "1", "--resume")  # and it resumes as if nothing had happened
     assert about(tmp_path)["step"] == 6
     assert about(tmp_path)["skipped"] == 0
 

@@ -69,7 +69,7 @@ def test_the_loss_is_trls():
 
     torch.manual_seed(0)
     scores = torch.randn(5, 2)
-    interleaved = torch.cat([scores[:, 0], scores[:, 1]])[:, None]  # it takes the chosen ones first, then the others
+    interleaved = torch.cat([scores[:, 0], scores[:, 1]])[:, None]  # all chosen answers, then all rejected
     given = SimpleNamespace(
         args=SimpleNamespace(center_rewards_coefficient=None),
         model=SimpleNamespace(training=True),
@@ -127,7 +127,7 @@ def test_it_learns_the_pairs_and_writes_the_head_beside_the_decoder(train, whole
     assert set(weights(whole, NAME)) == {*torch.load(whole / "full_sft_32.pth", weights_only=True), f"{SCORE}weight"}
     assert weights(whole, NAME)["score.weight"].shape == (1, 32)
     losses = [line["loss"] for line in reports(whole, NAME) if "loss" in line]
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # it begins by finding all the same
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # at first all scores are equal
     last = reports(whole, NAME)[-1]
     assert last["eval_accuracy"] > 0.9
     assert about(whole, NAME)["metrics"]["eval_accuracy"] == last["eval_accuracy"]

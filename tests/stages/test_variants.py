@@ -20,7 +20,7 @@ BIAS = (
     "2",
 )
 BIAS = (*BIAS, "--hidden_dim", "32", "--mtp_depth", "2", "--mtp", "parallel")
-STEPS = ("--max_steps", "3")  # after four a bias may be back where it began
+STEPS = ("--max_steps", "3")  # after four steps a bias may have returned to its start
 KINDS = {"mla": ("pretrain_32", MLA), "bias": ("pretrain_32_moe", BIAS)}
 
 

@@ -91,7 +91,7 @@ class TestTraining:
         projection = {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
         pretrained, about = stage("pretrain_vlm", out)
         assert changed(llm, pretrained) == projection
-        assert pretrained.keys() == llm.keys() | projection  # and no tower
+        assert pretrained.keys() == llm.keys() | projection  # and without a tower
         assert about["stage"] == "pretrain_vlm"
         tuned, tuned_about = stage("sft_vlm", out)
         assert changed(pretrained, tuned) == tuned.keys()
@@ -118,7 +118,7 @@ class TestTraining:
     def test_beyond_the_limit_other_caches_go_and_its_own_are_not_made_again(
         self, stage, out, pictures, monkeypatch, tmp_path
     ):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the limit is for what lies there, too
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the limit includes existing caches
 
         def caches() -> dict[str, int]:
             return {path.name: path.stat().st_ino for path in pictures.glob(".cache/*/*-*-*")}

@@ -9,7 +9,7 @@ import torch
 from tests.running import TINY_TRAINING, RunningScript, run_script
 from trainer.metrics import read_metrics
 
-MEASURED = ("seconds", "tokens_per_second")  # what is no two times the same
+MEASURED = ("seconds", "tokens_per_second")  # fields that differ from run to run
 
 
 def weights(out: Path, name: str = "pretrain_32") -> dict[str, torch.Tensor]:

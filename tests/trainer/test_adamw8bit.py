@@ -88,7 +88,7 @@ def test_it_learns_as_adamw_does():
     assert "exp_avg_codes" in optimizer.state[weight]
     assert losses[-1] < 0.05 * losses[0]
     assert ours[-1] == pytest.approx(losses[-1], rel=0.3)
-    sizes = 10.0 ** torch.linspace(-1.5, 1.5, 64)  # of the columns: the small ones are lost in the noise in both
+    sizes = 10.0 ** torch.linspace(-1.5, 1.5, 64)  # of the columns: in both, the small ones are lost in the noise
     assert ((weight - exact) * sizes).norm() < 0.05 * (exact * sizes).norm()
 
 

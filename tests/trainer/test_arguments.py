@@ -289,7 +289,7 @@ def test_all_that_deepspeed_is_told_without_a_file():
     assert deepspeed_config(parse("--deepspeed")) == {
         "zero_optimization": {"stage": 2},
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 1,  # whatever ours are: the loop adds batches up
+        "gradient_accumulation_steps": 1,  # whatever ours are, because the loop accumulates
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

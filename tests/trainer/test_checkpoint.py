@@ -230,7 +230,7 @@ def test_without_a_pointer_the_first_save_was_cut_short(open_checkpoint, saved, 
 
 @pytest.fixture
 def save_steps(open_checkpoint, tmp_path):
-    """Saves steps of a new run, each with other weights; returns the folder and the checkpoint's arguments."""
+    """Saves these steps of a new run, each with other weights; returns the resume folder."""
 
     def save(*steps: int, **flags):
         checkpoint, parts = open_checkpoint(resume=False, flags=flags)
@@ -333,7 +333,7 @@ def test_a_save_that_fails_is_told_by_the_next_and_the_one_before_is_whole(open_
         with pytest.raises(UserError, match="step_00000002: No space left on device; the previous file is intact"):
             checkpoint.save(*parts, Progress(step=3), {})
     assert names(folder) == ["step_00000001"]
-    checkpoint.wait()  # it is told once
+    checkpoint.wait()  # it is reported once
     del checkpoint
     checkpoint, parts = open_checkpoint(resume=True)
     assert checkpoint.load(*parts).step == 1
@@ -455,8 +455,8 @@ def test_a_worker_does_not_keep_the_lock_of_a_run_that_is_gone(open_checkpoint):
     go_on, ended = os.pipe()
     started, begun = os.pipe()
     pid = os.fork()
-    if pid == 0:  # as a DataLoader's worker does, it lives on for a while
-        os.write(begun, b".")  # what is done at a fork has been done in here
+    if pid == 0:  # like a DataLoader's worker, it lives on for a while
+        os.write(begun, b".")  # the fork handlers have run in the child
         os.close(ended)
         os.read(go_on, 1)
         os._exit(0)
@@ -471,20 +471,20 @@ def test_a_worker_does_not_keep_the_lock_of_a_run_that_is_gone(open_checkpoint):
         os.close(end)
 
 
-# ------------------------------------------------------------------------------- what may change when a run goes on
+# ---------------------------------------------------------------------------------------- changes allowed on resume
 
-CHANGES = {  # what changes the numbers, and something else to give
+CHANGES = {  # settings that change the numbers, each with another value
     **{"max_seq_len": 32, "packing": False, "skip_bad_lines": True, "optimizer": "muon", "seed": 1},
     "eval_interval": 0,
 }
-SHARING = {"batch_size", "accumulation_steps", "deepspeed", "zero_stage"}  # as long as a step has the same rows
+SHARING = {"batch_size", "accumulation_steps", "deepspeed", "zero_stage"}  # if a step still has the same rows
 MAY_CHANGE = {
     *("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype"),
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_path", "resume", "overwrite"),
     *("compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
-    *("dim", "n_layers", "use_moe", "tokenizer"),  # by the architecture and the tokenizer's hash,
-    *("generation", "num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling"),  # and these, too
-    *("data_path", "cache_limit"),  # the data by what it holds
+    *("dim", "n_layers", "use_moe", "tokenizer"),  # compared through the architecture and the tokenizer's hash,
+    *("generation", "num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling"),  # as are these
+    *("data_path", "cache_limit"),  # the data by its content
     *("save_minutes", "keep_last", "keep_every", "save_best", "stop_after", "stall_timeout"),
 }
 
@@ -499,7 +499,7 @@ def test_each_flag_is_one_that_changes_the_numbers_or_one_that_does_not():
 
 @pytest.fixture
 def resumed_with(run, tiny_tokenizer, tmp_path):
-    """A run that is saved, and resumed with other settings."""
+    """Resumes a saved run with other settings; returns the step that it resumes at."""
     config = LMConfig(dim=32, n_layers=1, n_heads=4, vocab_size=64)
 
     def start(resume: bool, config: LMConfig = config, facts: dict | None = None, **changes):

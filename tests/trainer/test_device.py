@@ -93,7 +93,7 @@ def test_a_gpu_trains_in_bfloat16_where_it_computes_in_it(able, dtype, monkeypat
 
 @pytest.mark.parametrize("kind", ["mps", "xpu"])
 def test_what_nobody_has_measured_trains_in_float32(kind, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})  # of another chip
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})  # another chip's
     assert default_dtype(torch.device(kind)) == "float32"
 
 
@@ -123,7 +123,7 @@ def test_the_random_state_of_cpu_and_accelerator(kind, monkeypatch):
     set_random_state(device, saved | {kind: torch.tensor([9], dtype=torch.uint8)})
     assert torch.equal(torch.rand(4), drawn)
     assert {place: state.tolist() for place, state in states.items()} == {device: [9]}
-    set_random_state(torch.device("meta"), saved)  # a run that goes on elsewhere
+    set_random_state(torch.device("meta"), saved)  # a run resumed on another machine
     assert torch.equal(torch.rand(4), drawn)
     assert set(states) == {device}
 

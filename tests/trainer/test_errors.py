@@ -48,7 +48,7 @@ def test_a_lost_worker_says_what_needs_less(capsys):
             return 8
 
         def __getitem__(self, number):
-            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+            os.kill(os.getpid(), signal.SIGKILL)  # like the kernel when memory runs out
 
     def main():
         list(torch.utils.data.DataLoader(Dies(), num_workers=1, multiprocessing_context="fork"))

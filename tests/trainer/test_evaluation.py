@@ -24,7 +24,7 @@ def test_nats_per_token_and_bits_per_byte(model, tiny_tokenizer, tiny_data, kind
     rows = kind(tiny_data / f"{name}.jsonl", tiny_tokenizer, max_seq_len=200, packing=packing)
     run = Runtime(torch.device("cpu"), torch.float32)
     values = evaluate(model.train(), rows, tiny_tokenizer, run, batch_size=3)
-    assert model.training  # as it was
+    assert model.training  # as before
 
     nats = tokens = text_bytes = 0
     with torch.no_grad():
@@ -35,10 +35,8 @@ def test_nats_per_token_and_bits_per_byte(model, tiny_tokenizer, tiny_data, kind
             learned = targets[targets != -100]
             tokens += len(learned)
             for token in learned.tolist():
-                if token > 2:  # special tokens are no text
-                    text_bytes += len(
-                        tiny_tokenizer.backend_tokenizer.id_to_token(token)
-                    )  # a character stands for a byte
+                if token > 2:  # special tokens are not text
+                    text_bytes += len(tiny_tokenizer.backend_tokenizer.id_to_token(token))  # one character per byte
     assert values["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert values["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
     assert evaluate(model, rows, tiny_tokenizer, run, batch_size=50) == pytest.approx(values, rel=1e-5)
@@ -87,7 +85,7 @@ def test_one_that_fails_says_so_and_leaves_the_model_as_it_was(tiny_tokenizer, t
             evaluate(model, rows, tiny_tokenizer, run, batch_size=3)
         assert isinstance(told.value.__cause__, MemoryError)
         assert model.training
-    with pytest.raises(MemoryError):  # the other ranks wait in the middle of a layer: nothing can go on
+    with pytest.raises(MemoryError):  # the other ranks wait in the middle of a layer: the run cannot continue
         evaluate(Breaking(3), rows, tiny_tokenizer, run, batch_size=3)
 
 

@@ -154,7 +154,7 @@ def test_a_file_under_a_link_is_replaced_where_it_lies(tmp_path, way):
         path = small / "b.pth"
         path.symlink_to("a.pth")
     with replacing(path) as temporary:
-        assert temporary.parent == big  # a rename works within a disk only, and the small one may be full
+        assert temporary.parent == big  # renaming works only within a disk, and the small one may be full
         temporary.write_text("new")
     assert path.is_symlink()
     assert target.read_text() == "new"
@@ -237,7 +237,7 @@ def test_a_file_system_that_cannot_flush_a_folder(tmp_path, monkeypatch, number)
         flush(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    if number == errno.EIO:  # a disk that fails is another thing
+    if number == errno.EIO:  # a failing disk is a different error
         with pytest.raises(UserError, match="cannot write"):
             save_json({}, tmp_path / "a.json")
     else:
@@ -264,7 +264,7 @@ def test_a_file_is_compared_with_what_its_json_tells(tmp_path):
     path, beside = tmp_path / "a.pth", tmp_path / "a.json"
     short_hash = save_tensors({"a": torch.ones(9)}, path)
     check_hash(path, beside, {"sha256": short_hash})
-    check_hash(path, beside, {})  # one that tells nothing: of an earlier version
+    check_hash(path, beside, {})  # an earlier version's json, without a hash
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

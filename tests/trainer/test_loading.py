@@ -84,7 +84,7 @@ def test_the_json_tells_the_sizes_and_what_the_caller_says_is_compared(tiny_toke
         load_for_inference(path, tokenizer_dir, n_layers=3)
     assert load_for_inference(path, tokenizer_dir, n_heads=4)[0].config.n_heads == 4
     with pytest.raises(UserError, match=r"vocab_size 589 according to its tensors.* 6400"):
-        load_for_inference(path)  # the shipped tokenizer is another
+        load_for_inference(path)  # the shipped tokenizer is a different one
     with pytest.raises(UserError, match=r"nothing_64\.pth is missing"):
         load_for_inference(tmp_path / "nothing_64.pth", tokenizer_dir)
 

@@ -74,7 +74,7 @@ def test_a_run_drops_what_an_earlier_one_told_of_steps_that_it_takes_itself(metr
     path = tmp_path / "stage_32.metrics.jsonl"
     path.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 2, 3)))
     measured = metrics(Progress(step=step))
-    assert len(read_metrics(path)) == 4  # untouched until there is something to tell
+    assert len(read_metrics(path)) == 4  # unchanged until there is something to log
     for _ in range(2):
         measured.progress.step += 1
         measured.log(loss=1.0, lr=1e-3, grad_norm=1.0)
@@ -97,7 +97,7 @@ def test_an_evaluation_is_told(metrics, tmp_path, capsys):
     assert capsys.readouterr().out == "step 3  held out: loss 1.5000, bits per byte 0.7500\n"
     assert read_metrics(tmp_path / "stage_32.metrics.jsonl")[0].items() >= {"step": 3, "eval_loss": 1.5}.items()
     measured.log_evaluation(lambda: {"eval_loss": 1.25})
-    assert measured.last == {"eval_loss": 1.25, "eval_bits_per_byte": 0.75}  # the newest of each
+    assert measured.last == {"eval_loss": 1.25, "eval_bits_per_byte": 0.75}  # the newest value of each
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -30,10 +30,10 @@ def test_ten_steps_are_those_of_pytorch(shape):
         for optimizer in optimizers:
             optimizer.step()
     moved = (theirs - before).abs().max().item()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * moved)  # bfloat16 has three digits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * moved)  # bfloat16 has about three digits
     assert torch.equal(
         optimizers[0].state[ours]["momentum_buffer"], optimizers[1].state[theirs]["momentum_buffer"]
-    )  # what a run of before goes on with
+    )  # an earlier run resumes with it
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -53,7 +53,7 @@ def test_nothing_comes_of_a_gradient_of_zeros_or_of_none():
     optimizer = Muon(matrices, lr=0.5, weight_decay=0.1)
     matrices[0].grad = torch.zeros(4, 4)
     optimizer.step()
-    assert torch.equal(matrices[0], torch.full((4, 4), 0.95))  # decayed
+    assert torch.equal(matrices[0], torch.full((4, 4), 0.95))  # weight decay
     assert torch.equal(matrices[1], torch.ones(4, 4))
     assert matrices[1] not in optimizer.state
 
@@ -179,7 +179,7 @@ def test_what_neurons_kept_comes_back():
         weights[0].grad = gradient
         optimizers[0].step()
     weights[1].data.copy_(weights[0].data)
-    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # else they would share it
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # otherwise they would share it
     for gradient in gradients[2:]:
         for weight, optimizer in zip(weights, optimizers, strict=True):
             weight.grad = gradient

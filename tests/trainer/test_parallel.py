@@ -70,7 +70,7 @@ def test_whatever_keeps_it_from_working_is_told(monkeypatch):
 
 
 class Views(torch.nn.Module):
-    """Two parameters that begin at the same address, and one that spans both."""
+    """A buffer, a view of its beginning, and the same buffer under another name."""
 
     def __init__(self):
         super().__init__()

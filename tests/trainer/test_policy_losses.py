@@ -96,7 +96,7 @@ def test_loss_and_gradient_are_trls(name, beta):
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
     assert gradient.abs().max() > 1e-3
-    if name not in ("gspo", "cispo"):  # of gspo it reports the share of answers, of cispo only what is above
+    if name not in ("gspo", "cispo"):  # for gspo it reports the share of answers, for cispo only ratios above the clip
         given = (batch[key] for key in ("log_probs", "old", "advantages", "mask"))
         clipped = clipped_tokens(*given, CLIPS[name], name) / share.tokens
         assert clipped.item() == pytest.approx(told["clip_ratio/region_mean"][0])
@@ -129,7 +129,7 @@ def test_advantages_by_hand():
     assert scaled[1].tolist() == [0, 0, 0, 0]
     assert group_advantages(rewards, scale=False)[2].tolist() == [-0.5, -0.5, -0.5, 1.5]
     assert without_signal(rewards).tolist() == [False, True, False]
-    assert group_advantages(torch.full((1, 3), 0.1 + 0.2)).tolist() == [[0, 0, 0]]  # whose fp32 mean is another
+    assert group_advantages(torch.full((1, 3), 0.1 + 0.2)).tolist() == [[0, 0, 0]]  # whose fp32 mean differs
 
 
 def test_the_kl_estimate_is_right_on_average_and_never_negative():

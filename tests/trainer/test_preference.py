@@ -202,7 +202,7 @@ def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(p
     total = sum(len(samples(row)) // 2 for row in data)
     assert sum(seen) == total
 
-    # Another rank has measured as many pairs, with 1 more of everything
+    # Another rank has measured the same number of pairs, with each metric larger by 1
     def sums_with_another(self, failed, pairs, *sums):
         return [failed, 2 * pairs, *(2 * value + 1 for value in sums)]
 

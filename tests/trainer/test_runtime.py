@@ -40,7 +40,7 @@ def test_a_launcher_gives_each_rank_a_gpu_of_its_own(monkeypatch):
 
 def test_a_macs_gpu_cannot_be_shared(monkeypatch):
     pretend(monkeypatch, "mps", 1)
-    for name, value in (PLACE | {"RANK": "0", "LOCAL_RANK": "0"}).items():  # which speaks for all
+    for name, value in (PLACE | {"RANK": "0", "LOCAL_RANK": "0"}).items():  # which prints for all
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"--device mps: .* run without the launcher"):
         start_runtime(SimpleNamespace(device="mps"))
@@ -68,7 +68,7 @@ def test_a_step_is_counted_by_its_trained_tokens_its_rows_and_its_real_tokens(ru
 def handlers():
     """Restores the signal handlers after the test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored, and a run then ignores as well
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup sets it to be ignored, and a run then ignores it as well
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -121,7 +121,7 @@ def test_a_signal_asks_to_stop_after_the_step(caught, number, capfd):
     with pytest.raises(SystemExit) as end:
         caught.finish(finished=False)
     assert end.value.code == 128 + number
-    caught.finish(finished=True)  # a run that is done has done what it was started for
+    caught.finish(finished=True)  # a finished run exits with success
 
 
 def test_a_signal_to_another_rank_asks_to_stop(run, monkeypatch):
@@ -200,16 +200,16 @@ def test_only_the_first_ranks_clock_counts(run):
 
 
 def test_after_a_hang_up_a_print_fails_no_more(run):
-    """Both errors are simulated: that of a lost terminal, and that of a pipe without a reader."""
+    """Writing to a lost terminal fails like writing to a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     pid = os.fork()
     if pid == 0:
-        with contextlib.suppress(BaseException):  # the copy must never go on with the tests
+        with contextlib.suppress(BaseException):  # the forked copy must never continue with the tests
             os.dup2(writer, 1)
             os.dup2(writer, 2)
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup sets it to be ignored
             run.start_loop()
             os.kill(os.getpid(), signal.SIGHUP)
             os.write(1, b"nobody reads it")

@@ -74,7 +74,7 @@ def test_nothing_reads_stdin_but_what_says_so():
     """Other modules may only check whether stdin is a terminal."""
     rooms = [ROOT / room for room in ("model", "dataset", "trainer", "scripts", "benchmarks")]
     sources = [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]
-    allowed = {ROOT / "trainer" / "talk.py", ROOT / "trainer" / "errors.py"}  # the latter says how bytes are written
+    allowed = {ROOT / "trainer" / "talk.py", ROOT / "trainer" / "errors.py"}  # the latter sets the streams' encoding
     for path in set(sources) - allowed:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         asked = [n.value for n in nodes if isinstance(n, ast.Attribute) and n.attr == "isatty"]
@@ -113,7 +113,7 @@ def test_a_person_is_asked_anew_until_there_is_nothing(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", read)
     assert list(questions(["given"], ["sample"], by_hand=True)) == ["a", "b"]
     assert asked == ["\n> "] * 3
-    assert capsys.readouterr().out == "\n"  # Ctrl-D leaves the line
+    assert capsys.readouterr().out == "\n"  # a new line after Ctrl-D
 
 
 def test_the_speed_of_two_pieces(monkeypatch, capsys):

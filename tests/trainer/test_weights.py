@@ -82,7 +82,7 @@ def test_a_flipped_bit_is_seen_where_a_json_tells_the_hash(tiny_out, tiny_tokeni
     with pytest.raises(UserError, match=r"full_sft_32\.pth does not match the sha256 in"):
         load_weights(path, None, tiny_tokenizer)
     about = json.loads(path.with_suffix(".json").read_text())
-    del about["sha256"]  # as an earlier version wrote it, or after an own change
+    del about["sha256"]  # as written by an earlier version, or after a user's change
     path.with_suffix(".json").write_text(json.dumps(about))
     load_weights(path, None, tiny_tokenizer)
     path.with_suffix(".json").unlink()
@@ -128,7 +128,7 @@ def test_names_of_april_2025_are_read_by_the_heads_and_another_chat_form_is_told
     path = tmp_path / "full_sft_32.pth"
     torch.save({name: value.half() for name, value in in_april_2025(state, heads=(8, 2)).items()}, path)
     wanted = {name: value.half().float() for name, value in state.items()}
-    for config in (None, known.config):  # heads of MiniMind2, or of the flags
+    for config in (None, known.config):  # MiniMind2's number of heads, or the flags'
         assert same_weights(load_weights(path, config, tiny_tokenizer), wanted)
     assert "began turns with <|im_start|>: give its folder with --tokenizer" in capsys.readouterr().err
     chatml = family("qwen with bos")

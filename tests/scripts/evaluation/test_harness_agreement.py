@@ -56,7 +56,7 @@ def test_every_question_of_cmmlu_is_answered_alike(both, shared, shots, chat):
     exams = list(open_exams(["cmmlu"], shared / "data", shots, 7))
     for exam in exams:
         exam.task.set_fewshot_seed(exam.seed)
-    harness = lm_eval.evaluate(  # not simple_evaluate, which asks the machine for all its packages first
+    harness = lm_eval.evaluate(  # not simple_evaluate, which first collects information on the machine
         theirs,
         {"tasks": {exam.task.config.task: exam.task for exam in exams}},
         limit=LIMIT,

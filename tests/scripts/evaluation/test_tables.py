@@ -24,7 +24,7 @@ def test_a_line_an_exam_and_a_column_a_model():
         ["arc", "1,234", "25.0", "50.0", "±", "1.2", "47.5", "75.0", "±", "1.2", "-", "0.05"],
     ]
     assert lines[3].startswith("  law ")
-    assert lines[1].index("n") == lines[2].index("4 ")  # figures stand under each other
+    assert lines[1].index("n") == lines[2].index("4 ")  # figures are aligned
     assert lines[1].index("acc") + 3 == lines[2].index("50.0") + 4
     assert lines[1].rindex("acc") + 3 == lines[2].index("75.0") + 4
     assert "\n".join(lines[5:]) == tables.LEGEND

@@ -38,7 +38,7 @@ def test_who_knows_everything_scores_100(files, name):
 
 
 FIRST = "第 0 题？\nA. 1.0\nB. NA\nC. 007\nD. 0, “甲”\n乙\n答案："
-WORDED = {  # the first question of each, by the harness's own papers
+WORDED = {  # the first question of each, as in the harness's documentation
     "cmmlu": f"以下是关于农学的单项选择题，请直接给出正确答案的选项。\n\n{FIRST}",
     "ceval": f"以下是中国关于注册会计师的单项选择题，请选出其中的正确答案。\n\n{FIRST}",
     "openbookqa": "Stem 0",

@@ -89,7 +89,7 @@ def measured_bytes(whole: MiniMindLM, half: bool, packed: bool) -> int:
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = tensor  # held, so that no other takes its place
+            saved[storage.data_ptr()] = tensor  # kept, so that no other storage reuses its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -176,7 +176,7 @@ def test_what_is_recommended_fits_and_is_the_whole_step():
 
 def test_nothing_is_recommended_where_nothing_fits():
     assert recommended(1e9)[1] is None
-    assert recommended(20e9, optimizer="muon")[1] is None  # ZeRO would fit, and cannot run it
+    assert recommended(20e9, optimizer="muon")[1] is None  # it would fit with ZeRO, which cannot train it
 
 
 def test_a_plan_is_printed(capsys):
@@ -185,7 +185,7 @@ def test_a_plan_is_printed(capsys):
     assert "parameters    104,030,976: " in out
     command = "torchrun --nnodes 2 --node_rank N --master_addr A --master_port P --nproc_per_node 8 train_pretrain.py"
     assert f"recommended   DDP: {command} --dim 768 --n_layers 16" in out
-    assert "2,080,619,520 tokens" in out  # 20 a parameter
+    assert "2,080,619,520 tokens" in out  # 20 bytes per parameter
     assert " at 2 per hour" in out
     assert "note" not in out
 

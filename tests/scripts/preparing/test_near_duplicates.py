@@ -177,7 +177,7 @@ def test_a_sketch_estimates_how_much_is_the_same():
     _, other, _ = parts(others)
     assert one.shape == (20, BINS)
     assert likeness(one, one) == pytest.approx(1)
-    assert likeness(one, other).mean() == pytest.approx(1 / 3, abs=0.1)  # a half of each: a third of what is in either
+    assert likeness(one, other).mean() == pytest.approx(1 / 3, abs=0.1)  # half of each: a third of their union
 
 
 def test_the_parts_of_a_signature(monkeypatch):

@@ -256,7 +256,7 @@ def test_lines_are_held_out_shuffled_and_cut_into_shards(prepare, tmp_path, thre
     assert len(order) == 199
     assert order == sorted(order)
     assert not (tmp_path / "out" / "data.val.jsonl").exists()
-    call_script(  # shards take the place of the file
+    call_script(  # shards replace the file
         "scripts/prepare_data.py",
         *(three_hundred, "--stage", "pretrain", "--out", tmp_path / "out" / "data.jsonl", "--shard_lines", "120"),
         *("--overwrite", "--val_lines", "0", *FAST),
