@@ -334,7 +334,7 @@ def test_minus_one_chooses_among_all_tokens_and_by_any_seed(serve):
     assert text(seed=-2) == text(seed=-2)
 
 
-# ------------------------------------------------------------------------------------------- unknown models and paths
+# -------------------------------------------------------------------------------------------------------- unknown paths
 
 
 @pytest.mark.parametrize(

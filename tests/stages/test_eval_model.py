@@ -277,7 +277,8 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(common, tiny_tokenizer, tmp_path
     screen.see("\n> ")
     screen.type("\x03")  # without an answer under way it ends the chat
     assert screen.end(again="\x03") == 130
-    assert "Traceback" not in screen.shown
+    shown = screen.shown.partition("Exception ignored in atexit")[0]  # a repeated Ctrl-C may strike Python's own exit
+    assert "Traceback" not in shown
 
 
 def test_samples_at_a_terminal(common):
