@@ -99,7 +99,7 @@ class Loads:
 
 
 def largest_violation(loads: list[list[float]]) -> float | None:
-    """How much more than the mean the fullest expert of any layer had, in parts of the mean; None without experts."""
+    """The excess of the fullest expert of any layer over the mean load, relative to it; None without experts."""
     return max(map(max, loads)) - 1 if loads else None
 
 
@@ -155,14 +155,14 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
 
 
 def cached_numbers(config: LMConfig) -> int:
-    """What the cache holds of a token in all layers."""
+    """The number of cached values per token, over all layers."""
     if config.attention == "mla":
         return config.n_layers * (config.kv_latent_dim + config.rope_head_dim)
     return config.n_layers * 2 * config.n_kv_heads * config.head_dim
 
 
 def draft(model: MiniMindLM, held_out: PretrainDataset) -> dict:
-    """How texts that begin like held-out rows are written with the model's own drafts."""
+    """Statistics of generating with the model's own drafts, from prompts that are beginnings of held-out rows."""
     rows = [held_out[i]["input_ids"][:PROMPT_TOKENS].tolist() for i in range(min(PROMPTS, len(held_out)))]
     texts = [write_with_drafts(model.eval(), row, WRITTEN_TOKENS) for row in rows]
     guessed = [sum(each) for each in zip(*(text.guessed for text in texts), strict=True)]

@@ -56,7 +56,7 @@ def follow(decoder: Decoder, text: list[int], agreement: float = 1.0) -> None:
 
 
 def texts(tokenizer, tokens: int) -> dict[str, tuple[list[int], list[int]]]:
-    """By name a prompt, and the answer to it: of the pages that are always there."""
+    """Prompts with their answers, by name, made from the documentation's pages."""
     pages = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("serving", "vision")}
     ids = {name: tokenizer(page, add_special_tokens=False).input_ids for name, page in pages.items()}
     prompt = ids["serving"][: max(PROMPT, tokens)]

@@ -25,7 +25,7 @@ from trainer.loading import load_for_inference
 
 
 def bits_per_byte(model: MiniMindLM, tokenizer, texts: list[str]) -> dict[str, float]:
-    """Of the texts under the model as it is, and with its weights rounded to each precision."""
+    """Bits per byte of the texts under the model as it is, and with its weights rounded to each precision."""
     found = {"as saved": predict(texts, model, tokenizer).bits_per_byte}
     for name, bits in BITS.items():
         rounded = copy.deepcopy(model)

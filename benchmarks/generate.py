@@ -65,7 +65,7 @@ def random_prompts(model: MiniMindLM) -> torch.Tensor:
 
 
 def contenders(model: MiniMindLM, tokenizer, precision: Precision, args) -> dict[str, Measured]:
-    """What is timed, by name."""
+    """The contenders by name."""
     device, n = args.device, args.tokens
     dtype = torch.float32 if isinstance(precision, str) else precision
     peer = build_peer(model, dtype, device)

@@ -130,7 +130,7 @@ def measure(name: str, source: Path, folder: Path, workers: int, *flags: str) ->
 
 
 def digest(folder: Path) -> str:
-    """Of all jsonl files in a folder, their names among it."""
+    """A hash of all jsonl files in a folder, including their names."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.jsonl")):
         found.update(path.name.encode() + path.read_bytes())

@@ -41,7 +41,7 @@ FORMS = ("{}是什么？", "请告诉我关于{}的一件事。", "What is {}?",
 
 @dataclass
 class Outcome:
-    """What the clients measured."""
+    """The clients' measurements."""
 
     answers: int = 0
     tokens: int = 0

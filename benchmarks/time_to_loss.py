@@ -43,7 +43,7 @@ TAIL = 0.2  # the share of the steps whose weights are averaged
 
 @dataclass
 class Variant:
-    """How one variant differs from --optimizer muon with its cosine."""
+    """The differences of a variant from --optimizer muon with its cosine schedule."""
 
     about: str
     optimizer: str = "muon"

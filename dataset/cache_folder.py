@@ -44,7 +44,7 @@ def short_hash(parts: list) -> str:
 
 
 def fingerprint_file(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> str:
-    """What tells one state of a file from another without reading 9 GB: size, time, and blocks from head to tail."""
+    """A fingerprint of a file's state that need not read 9 GB: size, time, and blocks spread over the file."""
     status = path.stat()
     content = hashlib.sha256()
     with open(path, "rb") as file:
@@ -57,11 +57,11 @@ def fingerprint_file(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -
 def open_cache(
     source: Path, state: str, name: str, load: Callable[[Path], Loaded], build: Callable[[Path], None]
 ) -> Loaded:
-    """What `load` makes of the cache of this name, in `.cache/` beside `source`, or in `~/.cache` if that is read-only.
+    """The cache of this name, loaded by `load`, from `.cache/` beside `source`, or `~/.cache` if that is read-only.
 
-    Where there is none, `build` fills an empty folder that gets its name when it is whole; a second process waits, and
-    uses the first one's. Then those of other states of the source are removed, unless a process uses one (`hold`).
-    One that vanishes before it is loaded, or is damaged, is made again.
+    If there is none, `build` fills an empty folder, which is renamed once it is complete; a second process waits, and
+    uses the first one's. Then caches of other states of the source are removed, except those in use (`hold`). A cache
+    that vanishes before it is loaded, or is damaged, is built again.
 
     Args:
         source: the file or folder that it is computed from.
@@ -84,7 +84,7 @@ def open_cache(
 
 
 def find_cache(source: Path, state: str, name: str, load: Callable[[Path], Loaded]) -> Loaded | None:
-    """What `open_cache` would find; None where it would build. A damaged cache is removed."""
+    """The cache that `open_cache` would find; None if it would build one. A damaged cache is removed."""
     for root in cache_roots(source):
         folder = root / f"{state}-{name}"
         if folder.is_dir():
@@ -163,7 +163,7 @@ def _marking(root: Path) -> Iterator[None]:
 
 
 def cache_roots(source: Path) -> list[Path]:
-    """Where the caches of a source may lie, the best place first."""
+    """The folders that may contain the caches of a source, the preferred one first."""
     beside = source.parent / ".cache" / source.name
     home = home_caches()
     if home is None:
@@ -173,7 +173,7 @@ def cache_roots(source: Path) -> list[Path]:
 
 
 def home_caches() -> Path | None:
-    """Where caches lie that have no place beside their source; None for a user without a home."""
+    """The folder of caches that cannot be stored beside their source; None for a user without a home."""
     given = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(given) if given else Path.home() / ".cache") / "minimind"

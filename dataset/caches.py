@@ -62,7 +62,7 @@ def free(cache: Cache) -> bool:
 
 
 def places_in(folder: Path) -> list[Path]:
-    """Where caches of what lies in a folder, or in the folders in it, would be; the folder itself when it is one."""
+    """The cache folders of a folder and of its subfolders, existing or not; the folder itself if it is one."""
     if folder.name == ".cache":
         return [folder]
     return [folder / ".cache", *(below / ".cache" for below in _folders_in(folder) if below.name != ".cache")]

@@ -53,7 +53,7 @@ class DPODataset(RowDataset):
         return row if self.reference is None else row | {"reference": torch.zeros(0)}
 
     def places(self, row: int) -> np.ndarray:
-        """Where the row's tokens stand among all of the cache, int64 (n,)."""
+        """The indices of the row's tokens among all tokens of the cache, int64 (n,)."""
         pieces = self._pieces_in(row)
         begins = self.cache.begins[self.pieces.sample[pieces]]
         return np.concatenate(

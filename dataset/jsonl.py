@@ -28,10 +28,10 @@ class BadRecord(ValueError):
 
 
 def unwrap_worker_errors(items: Iterable) -> Iterator:
-    """What a DataLoader yields; a DataError of a worker process, which comes wrapped in a traceback, as it was there.
+    """Yield a DataLoader's items; a worker's DataError, which arrives wrapped in a traceback, is unwrapped.
 
     Raises:
-        DataError: that one.
+        DataError: the unwrapped one.
     """
     try:
         yield from items

@@ -89,11 +89,11 @@ class RowDataset(Dataset):
 
     @property
     def identity(self) -> dict:
-        """What the rows are made from, as JSON values, wherever it lies: the hash of the data file's bytes."""
+        """The origin of the rows as JSON values, independent of its path: the hash of the data file's bytes."""
         return {"sha256": self.cache.data_sha256}
 
     def changed_since(self, identity: dict) -> str | None:
-        """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        """A description of what has changed since `identity` was saved; None if nothing has."""
         if "position" in identity:
             return "the saved run used --stream, but this one does not"
         ours = self.cache.data_sha256
@@ -195,7 +195,7 @@ class SFTDataset(RowDataset):
 
 
 def split_samples(part: str, n_samples: int) -> np.ndarray:
-    """Which samples of a file a part holds, in order, int64 (samples in the part,).
+    """The indices of a part's samples in a file, ascending, int64 (samples in the part,).
 
     "eval" is every hundredth sample, at most 500, evenly spread over the file, and none of a file of fewer than 200;
     "train" is the rest, "all" is both.

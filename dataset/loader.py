@@ -153,7 +153,7 @@ class StepLoader:
 
 
 def padded_collate(dataset, batch_size: int) -> Callable[[list[Batch]], Batch]:
-    """What makes a micro-batch of a dataset's rows, of one shape where they are packed."""
+    """The function that collates a dataset's rows into a micro-batch, of constant shape if they are packed."""
     fixed = {"rows": 1, "max_seq_len": None}
     if dataset.packing:
         fixed = {"rows": batch_size, "max_seq_len": dataset.max_seq_len}

@@ -11,7 +11,7 @@ from dataset.lm_dataset import RowDataset
 
 
 def amounts(sizes: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """How much to take of each file so that the shares hold and nothing is taken twice.
+    """The amount to take from each file so that the shares hold and nothing is taken twice.
 
     As much as there is: the file that would run out first is taken whole, the others in proportion.
 
@@ -80,12 +80,12 @@ class MixedRows(Dataset):
 
     @property
     def identity(self) -> dict:
-        """What the rows are made from, as JSON values: the hash of each file's bytes, and its share."""
+        """The origin of the rows as JSON values: the hash of each file's bytes, and its share."""
         files = [file.identity for file in self.files]
         return {"sha256": short_hash([files, self.shares]), "files": files, "shares": self.shares}
 
     def changed_since(self, identity: dict) -> str | None:
-        """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        """A description of what has changed since `identity` was saved; None if nothing has."""
         if identity.get("sha256") == self.identity["sha256"]:
             return None
         before = identity.get("files", [])

@@ -34,7 +34,7 @@ class Picture(NamedTuple):
 
 
 def picture_faults(paths: Sequence[Path]) -> list[str | None]:
-    """What is wrong with each of these pictures, such as "does not exist"; None if nothing is."""
+    """The fault of each of these images, such as "does not exist"; None if it has none."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [picture.fault for picture in pool.map(examine, paths)]
 

@@ -105,7 +105,7 @@ TURN = Keys(
 
 
 def looks_like(record: dict) -> str:
-    """What a line is that could not be read, to follow the reason."""
+    """A description of an unreadable line, to be added after the reason."""
     shape = recognise_shape(record)
     return f" (this is {shape})" if shape else ""
 

@@ -118,7 +118,7 @@ def parse_pair(record: dict, ignored: Ignored) -> Pair:
 
 
 def parse_question(record: dict, ignored: Ignored) -> Turns:
-    """What to ask: the question of a record `{"question": "…"}`, or a chat up to its last user turn, as a chat.
+    """The prompt of a record as a chat: its `"question"`, or its chat up to the last user turn.
 
     Raises:
         BadRecord: neither key, a chat as in `parse_chat` that is faulty, or no question in it.

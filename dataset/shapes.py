@@ -32,7 +32,7 @@ COLUMN = re.compile(r'"?\w[\w .-]{0,39}"?')
 
 
 def foreign_file(head: bytes) -> str | None:
-    """What a file is that has no line to read, by its first bytes: "a parquet file: …"; None where it may be ours."""
+    """The format of a file without JSON lines, from its first bytes: "a parquet file: …"; None if it may have them."""
     for magic, shape in MAGIC:
         if head.startswith(magic):
             return shape
@@ -45,7 +45,7 @@ def foreign_file(head: bytes) -> str | None:
 
 
 def foreign_first_line(path: Path, line: bytes) -> str | None:
-    """What a file seems to be if its first line is not a JSON object."""
+    """The apparent format of a file whose first line is not a JSON object."""
     text = line.decode("utf-8", errors="replace").strip()
     if text == "{":
         return "JSON spread over several lines; write one object per line (jq -c .)"
@@ -59,7 +59,7 @@ def foreign_first_line(path: Path, line: bytes) -> str | None:
 
 
 def foreign_turn(turn: dict) -> str | None:
-    """What a turn of a chat is that says what we do not read, by its keys."""
+    """The foreign format of a chat turn, and what to do, by its keys; None if it is not recognised."""
     if "content" not in turn and {"from", "value"} <= turn.keys():
         return 'ShareGPT format: rename "from" to "role" (human: user, gpt: assistant) and "value" to "content"'
     speaker = next((key for key in ("from", "speaker", "author") if key in turn), None)
@@ -69,9 +69,9 @@ def foreign_turn(turn: dict) -> str | None:
 
 
 def recognise_shape(record: dict) -> str | None:
-    """What a JSON object is, of our forms or another, and what to do with it; None where that is not clear.
+    """The format of a JSON object, one of ours or another, and what to do with it; None if it is not clear.
 
-    Only for one that a stage could not read: it speaks of lines that want another stage, or other keys.
+    Only for objects that a stage could not read: the message says which stage or keys they need.
     """
     turns = next((record[key] for key in ("conversations", "conversation", "messages") if key in record), None)
     first = turns[0] if isinstance(turns, list) and turns else None

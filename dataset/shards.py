@@ -153,8 +153,8 @@ def _remote_shards(address: str) -> list[Shard]:
 
 
 def hash_shards(shards: list[Shard]) -> str:
-    """What tells one state of the files from another without reading them whole: names, sizes, and the beginning and
-    the end of some."""
+    """A fingerprint of the files' state that need not read them whole: names, sizes, and the beginning and end of
+    some."""
     probes = [
         [shard.read(0, PROBE_BYTES).hex(), shard.read(max(0, shard.size - PROBE_BYTES), shard.size).hex()]
         for shard in _some(shards)

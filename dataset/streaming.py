@@ -158,11 +158,11 @@ class StreamedRows:
 
     @property
     def identity(self) -> dict:
-        """What the rows are made from, and where the next one is, as JSON values."""
+        """The origin of the rows and the position of the next one, as JSON values."""
         return {"sha256": self._sha256, "position": dict(self.position)}
 
     def changed_since(self, identity: dict) -> str | None:
-        """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        """A description of what has changed since `identity` was saved; None if nothing has."""
         if "position" not in identity:
             return "the saved run did not --stream its data"
         if identity.get("sha256") == self._sha256:

@@ -95,7 +95,7 @@ class TokenCache:
 
     @property
     def begins(self) -> np.ndarray:
-        """Where each sample begins among all tokens, int64 (samples,)."""
+        """The index of each sample's first token, int64 (samples,)."""
         return self._offsets[:-1]
 
     def ids(self, sample: int, start: int, length: int) -> np.ndarray:
@@ -166,9 +166,9 @@ def open_token_cache(
 
 
 def fingerprint(path: Path) -> list[int]:
-    """What no edit of a file leaves as it was: size, times of writing and of any change, and where it lies on the disk.
+    """Values of which any edit of a file changes at least one: size, times of writing and of any change, and inode.
 
-    The time of writing can be set back, that of any change cannot; Windows has none (its is when the file was made).
+    The time of writing can be reset, that of any change cannot; on Windows the latter is the creation time instead.
     """
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]

@@ -79,7 +79,7 @@ class VLMDataset(SFTDataset):
 
     @property
     def identity(self) -> dict:
-        """As in `RowDataset`; and of the images, what they hold, and the names of those that have a fault."""
+        """As in `RowDataset`, with the images' content, and the names of the damaged ones."""
         faulty = {"left_out": short_hash(self._faulty), "first_left_out": self._faulty[:LISTED]}
         return super().identity | {"images": self._whole} | faulty
 

@@ -12,7 +12,7 @@ MORE_ROOM = "give it more (docker run --shm-size 2g), or --num_workers 0, which 
 
 
 def require_room_for(num_workers: int) -> None:
-    """What a DataLoader is about to set up for its workers, tried out: it leaves much noise behind where it fails.
+    """Try to allocate what a DataLoader will set up for its workers, because its own failure would be noisy.
 
     Raises:
         DataError: there is not even room for a lock.

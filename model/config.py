@@ -168,7 +168,7 @@ class LMConfig(PretrainedConfig):
 
     @property
     def learned_positions(self) -> int | None:
-        """How many positions training has made good: the trained length, or what `rope_scaling` stretches it to.
+        """The number of positions that training covers: the trained length, or what `rope_scaling` extends it to.
 
         None: not known.
         """
@@ -182,7 +182,7 @@ class LMConfig(PretrainedConfig):
 
     @property
     def rope_dim(self) -> int:
-        """How many numbers of a head are rotated."""
+        """The number of dimensions of a head that are rotated."""
         return self.rope_head_dim if self.attention == "mla" else self.head_dim
 
     @property

@@ -11,7 +11,7 @@ class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: LMConfig, times: int = 1):
-        """Of `times` the width that the configuration says."""
+        """A network `times` as wide as the configuration's `hidden_dim`."""
         super().__init__()
         hidden_dim = times * config.hidden_dim
         self.w1 = nn.Linear(config.dim, hidden_dim, bias=False)

@@ -15,7 +15,7 @@ class _Buffer:
 
 
 class KVCache:
-    """What `forward(use_cache=True)` returns as `past_key_values`.
+    """The keys and values that `forward(use_cache=True)` returns as `past_key_values`.
 
     A cache is immutable once returned: two continuations of one prompt may both start from it. It works like Go's
     slices: a buffer grows by doubling, the first continuation appends in place (no copy per token), and a second one,

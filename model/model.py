@@ -63,7 +63,7 @@ SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
 
 @dataclass
 class MiniMindOutput(ModelOutput):
-    """What `MiniMindLM.forward` returns.
+    """The output of `MiniMindLM.forward`.
 
     loss: fp32 scalar, mean cross-entropy plus `aux_loss`; None without labels.
     logits: (batch, n, vocab), or only those of `logits_to_keep`.

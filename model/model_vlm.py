@@ -75,7 +75,7 @@ def load_tower(folder: str | Path) -> VisionTower:
 
 
 def tower_output(tower: VisionTower) -> tuple[int, int]:
-    """How many vectors the tower gives for an image, and their width."""
+    """The number of vectors that the tower gives for an image, and their width."""
     return (tower.config.image_size // tower.config.patch_size) ** 2, tower.config.hidden_size
 
 

@@ -97,7 +97,7 @@ class ReasoningStream:
         self._seen: set[str] = set()
 
     def push(self, text: str) -> list[tuple[str, str]]:
-        """What is clear now: ("thinking" | "answer", text) pairs, in order, none of them empty."""
+        """The text that can be assigned now: ("thinking" | "answer", text) pairs, in order, none of them empty."""
         parts = []
         self._waiting += text
         while tag := _TAG.search(self._waiting):
@@ -111,7 +111,7 @@ class ReasoningStream:
         return parts + self._emit(clear)
 
     def flush(self) -> list[tuple[str, str]]:
-        """What was still held back when the answer ended."""
+        """The text that was still held back when the answer ended."""
         rest, self._waiting = self._waiting.rstrip(), ""
         return self._emit(rest)
 

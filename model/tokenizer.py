@@ -85,5 +85,5 @@ class StreamDecoder:
         return self._decoder.decode(self._bytes[token_id] if token_id < len(self._bytes) else b"")
 
     def flush(self) -> str:
-        """What is left at the end: empty, or U+FFFD for a character that was never finished."""
+        """The rest at the end: empty, or U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", final=True)

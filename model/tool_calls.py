@@ -90,7 +90,7 @@ class CallStream:
         self._after_call = False  # nothing but white space since the last call
 
     def push(self, text: str) -> list[str | Call]:
-        """What is clear now, in order: texts, none of them empty, and calls."""
+        """The texts, none of them empty, and the calls that are complete now, in order."""
         self._waiting += text
         clear: list[str | Call] = []
         while (begin := self._waiting.find(CALL_BEGIN)) >= 0:
@@ -114,7 +114,7 @@ class CallStream:
         return clear + self._text(certain)
 
     def flush(self) -> list[str]:
-        """What still waited when the answer ended."""
+        """The text that was still held back when the answer ended."""
         rest, self._waiting = self._waiting, ""
         return self._text(rest)
 

@@ -160,7 +160,7 @@ def show(parts: Iterator[tuple[str, str]], hide_thinking: bool) -> None:
 
 
 def lines() -> Iterator[str]:
-    """What a person types, or what is piped in, until it ends or says /exit.
+    """Typed or piped lines, until the input ends or a line is /exit.
 
     Raises:
         UserError: what is piped in is not UTF-8.
@@ -172,7 +172,7 @@ def lines() -> Iterator[str]:
 
 
 def typed_lines() -> Iterator[str]:
-    """What a person types, until Ctrl-D. Ctrl-C only clears the line."""
+    """Typed lines, until Ctrl-D. Ctrl-C only clears the line."""
     while True:
         try:
             if line := typed_line("> "):

@@ -232,7 +232,7 @@ async def ask_all(
 
 
 def parse_text(content) -> str:
-    """What a message says; the client takes whatever an endpoint sends for text.
+    """The text of a message; the client may return any type that an endpoint sends.
 
     Raises:
         NoAnswer: it is not text, or holds half a character, which no file can.

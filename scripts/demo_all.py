@@ -149,7 +149,7 @@ def facts_known(name: str) -> float:
 
 
 def examined(stage: Stage, known: dict) -> dict:
-    """What is known of a stage, its start and its end examined if they have not been."""
+    """The results of a stage; its start and end are evaluated if they have not been."""
     now = stage.state()
     if known.items() >= now.items():
         return known

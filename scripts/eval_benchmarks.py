@@ -87,7 +87,7 @@ def check(args) -> None:
 
 
 def partial_of(output: Path) -> Path:
-    """What has been answered so far, until `output` is written."""
+    """The file of the answers so far, used until `output` is written."""
     return output.with_name(f"{output.name}.partial.jsonl")
 
 

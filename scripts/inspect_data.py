@@ -33,7 +33,7 @@ from trainer.errors import UserError, run_main, shown
 
 
 class Stage(NamedTuple):
-    """What reads a stage's lines, and its usual row length in tokens."""
+    """The dataset class of a stage, and its usual row length in tokens."""
 
     dataset: str
     max_seq_len: int
@@ -51,7 +51,7 @@ STAGES = {
 
 
 class Marks(NamedTuple):
-    """What stands before and after what is learned, and before and after a control token that is not."""
+    """The marks around targets, and around control tokens that are not targets."""
 
     learned: tuple[str, str]
     control: tuple[str, str]

@@ -293,7 +293,7 @@ def build(seed: int) -> dict[str, list[dict]]:
 
 
 def as_jsonl(files: dict[str, list[dict]]) -> dict[str, bytes]:
-    """What stands in each file, by its name."""
+    """The content of each file, by its name."""
     return {
         name: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         for name, lines in files.items()
@@ -301,7 +301,7 @@ def as_jsonl(files: dict[str, list[dict]]) -> dict[str, bytes]:
 
 
 def check_ours(digests: dict[str, str | None], folder: Path) -> dict[str, str]:
-    """Which of these files are in `folder`, each with its SHA-256.
+    """Those of these files that exist in `folder`, each with its SHA-256.
 
     Args:
         digests: of what is to be written, by name; None where nothing is.

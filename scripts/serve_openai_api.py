@@ -84,7 +84,7 @@ def get_args():
 
 
 def load(args):
-    """What the flags name: model, tokenizer, and what places images in a prompt, or None."""
+    """Load what the flags name: model, tokenizer, and the function that places images in a prompt, or None."""
     if args.fetch_private and not args.fetch_images:
         raise UserError("--fetch_private needs --fetch_images")
     if args.fetch_images and not args.vlm:

@@ -137,7 +137,7 @@ def choice_record(record: dict, ignored: Ignored) -> tuple[str, str, str, list[s
 
 
 def read_lines(path: Path, parse: Callable[[dict, Ignored], tuple], args) -> list[tuple]:
-    """What `parse` makes of the lines of a file, the picture's name first; all pictures are there and whole.
+    """The results of `parse` for the lines of a file, the image's name first; all images exist and are whole.
 
     Raises:
         DataError: a line or its picture is bad, and --skip_bad_lines was not given; no line is good.

@@ -24,7 +24,7 @@ class BooleanFlag(argparse.Action):
 
 
 def text(value: str) -> str:
-    """What is said to a model or a server, who take whole characters only; a path may be any bytes."""
+    """Text for a model or a server, which must be valid UTF-8; only a path may be any bytes."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -49,7 +49,7 @@ def non_negative_int(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """What every random generator here takes: an integer of 0 to 2^63 - 1."""
+    """A seed that every random generator accepts: an integer from 0 to 2^63 - 1."""
     number = int(text)
     if not 0 <= number < 1 << 63:
         raise argparse.ArgumentTypeError(f"must be 0 to 2^63 - 1, not {text}")

@@ -48,7 +48,7 @@ def check_mix(mix: list[tuple[str, float]]) -> None:
 
 
 def add_untold_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the shapes of the tensors do not tell about a language model, for files without a json; and longer texts."""
+    """Settings that a weight file without a json does not reveal, and scaling of the positions for longer texts."""
     group = parser.add_argument_group("what the weights alone do not show")
     group.add_argument(
         "--num_experts_per_tok", type=positive_int, help="experts per token (default: 2; of generation 3: 1)"

@@ -54,10 +54,10 @@ def held_out_loader(held_out: Dataset, batch_size: int, runtime: Runtime) -> Ste
 
 
 def sum_over_ranks(measure: Callable[[], list[float]], count: int, model: nn.Module, runtime: Runtime) -> list[float]:
-    """What `measure` finds on each rank, with the model in eval mode, summed; afterwards the model is as it was.
+    """The sum over ranks of what `measure` returns with the model in eval mode; the mode is restored afterwards.
 
     Args:
-        measure: gives `count` sums over this rank's share of the held-out rows.
+        measure: returns `count` sums over this rank's share of the held-out rows.
 
     Raises:
         EvaluationError: it failed on some rank; raised on all of them, so that none waits for another.

@@ -51,7 +51,7 @@ def real_place(path: Path) -> Path:
 
 
 def left_by_a_kill(path: Path) -> list[Path]:
-    """What `replacing(path)` was writing when a process was killed."""
+    """The partial files of `replacing(path)` in processes that were killed."""
     target = real_place(path)
     if not target.parent.is_dir():
         return []

@@ -25,12 +25,12 @@ SAMPLING = {"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 
 
 
 def add_stage_arguments(parser, stages: tuple[str, ...] = STAGES, more: str = "") -> None:
-    """--model_mode and --load, which select the weights in --out_dir, of a parser or of a group of one;
+    """--model_mode and --load, which select the weights in --out_dir, added to a parser or a group;
     `trainer.loading.load_by_flags` and `load_vlm_by_flags` read them.
 
     Args:
-        stages: what the numbers of --model_mode mean.
-        more: added to the help of --model_mode.
+        stages: the stages that the numbers of --model_mode stand for.
+        more: text to add to the help of --model_mode.
     """
     parser.add_argument(
         "--model_mode", type=int, choices=range(len(stages)), default=1, help=number_stages(stages) + more
@@ -46,7 +46,7 @@ def number_stages(stages: tuple[str, ...]) -> str:
 
 
 def add_adapter_argument(parser) -> None:
-    """--lora_name, of a parser or of a group of one; `trainer.weights.find_adapter` finds the file."""
+    """--lora_name, added to a parser or a group; `trainer.weights.find_adapter` finds the file."""
     parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
 
 
@@ -65,16 +65,15 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_settings(args: argparse.Namespace) -> dict:
-    """What `model.generate` and `model.stream` take, from the flags of `add_sampling_arguments`."""
+    """The sampling settings of `model.generate` and `model.stream`, from the flags of `add_sampling_arguments`."""
     return {name: getattr(args, name) for name in (*SAMPLING, "seed")}
 
 
 def add_engine_arguments(parser, dtype: str | None = None) -> None:
-    """How the inference engine keeps the weights and multiplies by them, of a parser or of a group of one;
-    `trainer.loading.open_engine` reads them.
+    """The flags of the inference engine, added to a parser or a group; `trainer.loading.open_engine` reads them.
 
     Args:
-        dtype: the default; None = as the weights are.
+        dtype: the default of --dtype; None = as the weights are.
     """
     parser.add_argument(
         "--dtype",

@@ -96,9 +96,9 @@ def load_vlm_for_inference(
 
 
 def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
-    """What --model_mode, --load, --lora_name and the model flags name, by `load_for_inference`.
+    """Load the model that --model_mode, --load, --lora_name and the model flags name, by `load_for_inference`.
 
-    --dim, --n_layers and --use_moe always have a value: it is the model's only where no json tells better.
+    --dim, --n_layers and --use_moe always have a value: it applies only if no json gives the model's sizes.
     """
     path, tokenizer = _find_by_flags(args, STAGES)
     sizes = untold_sizes(args)
@@ -145,7 +145,7 @@ def open_engine(
 
 
 def load_vlm_by_flags(args) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
-    """What --model_mode, --load, --vision_model and the model flags name, by `load_vlm_for_inference`."""
+    """Load the model that --model_mode, --load, --vision_model and the model flags name."""
     vision = open_vision(str(args.vision_model))
     return _load_vlm(vision, *_find_by_flags(args, VLM_STAGES))
 

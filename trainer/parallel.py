@@ -151,7 +151,7 @@ def should_compile(args, runtime: Runtime, steps: int) -> bool:
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """What keeps torch.compile from working on this machine; None where it works."""
+    """The reason why torch.compile does not work on this machine; None if it works."""
     compilers = ("g++", "clang++", "cl")  # the last on Windows
     if device.type == "cpu" and not (os.environ.get("CXX") or any(map(shutil.which, compilers))):
         return "no C++ compiler found"

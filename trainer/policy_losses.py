@@ -19,14 +19,14 @@ from torch import Tensor
 
 
 class Clip(NamedTuple):
-    """How far below and above 1 a ratio counts."""
+    """How far a ratio may be below and above 1 before it is clipped."""
 
     low: float
     high: float
 
 
 class Share(NamedTuple):
-    """What a step covers on all ranks together: answers, tokens of answers, and the most tokens an answer may have."""
+    """The size of a step on all ranks together: answers, their tokens, and the maximum length of an answer."""
 
     answers: float
     tokens: float

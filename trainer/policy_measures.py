@@ -48,7 +48,7 @@ def learning_sums(loss: Tensor, logits: Tensor, clipped: Tensor, kl: Tensor | No
 def step_values(
     learned: Tensor, written: dict[str, float], totals: Totals, updates: int, seconds: float, run: Runtime
 ) -> dict[str, float]:
-    """What to report of a step, over all ranks, which must all call it.
+    """The metrics of a step over all ranks, which must all call it.
 
     Args:
         learned: `learning_sums`, added up over this rank's micro-batches and all updates.

@@ -63,7 +63,7 @@ def count_pairs(batches: list[dict[str, Tensor]]) -> int:
 def reference_token_log_probs(
     cached: Tensor | None, frozen: nn.Module | None, batch: dict[str, Tensor], labels: Tensor
 ) -> Tensor:
-    """What the reference gives each target token, in nats, (target tokens,) fp32.
+    """The reference's log p of each target token, in nats, (target tokens,) fp32.
 
     Args:
         cached: the batch's column `reference`, (batch, n) fp32; without it, `frozen` is run.

@@ -68,7 +68,7 @@ def seal(folder: Path, state: dict, hashes: dict[str, str]) -> None:
 
 
 def read_state(folder: Path, run: Runtime) -> dict:
-    """What `seal` was given as `state`. All ranks must call it; rank 0 has found the folder whole.
+    """The `state` that was passed to `seal`. All ranks must call it; rank 0 has verified the folder.
 
     Raises:
         UserError: a file is missing on this rank, is damaged, or differs from rank 0's; the message names it.
@@ -86,8 +86,8 @@ def read_state(folder: Path, run: Runtime) -> dict:
 
 
 def verify(folder: Path) -> dict:
-    """What `seal` was given as `state`, once all files are found as they were written; those of earlier versions, which
-    kept no hashes, are taken as they are.
+    """Check all files against their hashes, and return the `state` that was passed to `seal`; folders of earlier
+    versions, which kept no hashes, are not checked.
 
     Raises:
         Damaged: which file is not.

@@ -141,7 +141,7 @@ class WeighedReward(NamedTuple):
 
 
 def read_rewards(parts: Sequence[str]) -> list[WeighedReward]:
-    """What --rewards names: `name:weight`, `module:function:weight` or either without a weight, which is then 1.
+    """The rewards that --rewards names: `name:weight`, `module:function:weight`, or either without a weight (then 1).
 
     Raises:
         UserError: there is no such rule, module or function; a weight that is not a number; a rule named twice.
@@ -183,7 +183,7 @@ def _own_rule(name: str) -> Reward:
 
 
 def judge(reply: Reply, rewards: Sequence[WeighedReward]) -> list[float]:
-    """What each rule gives, not yet weighed.
+    """The reward of each rule, not yet weighted.
 
     Raises:
         UserError: a rule gives something that is not a finite number.

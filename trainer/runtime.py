@@ -27,7 +27,7 @@ EXIT_TIME_IS_UP = 75  # sysexits.h: a temporary failure, try again
 
 @dataclass
 class Totals:
-    """What one optimizer step covers on all ranks: target tokens, non-empty rows, non-padding tokens."""
+    """The size of one optimizer step on all ranks: target tokens, non-empty rows, non-padding tokens."""
 
     target_tokens: float
     rows: float
@@ -35,7 +35,7 @@ class Totals:
 
 
 class Clock:
-    """What --stop_after and --save_minutes ask for, in seconds from now; None: nothing."""
+    """The times of --stop_after and --save_minutes, in seconds from now; None: never."""
 
     def __init__(self, stop_after: float | None = None, save_every: float | None = None):
         self._stop_at = time.monotonic() + stop_after if stop_after else math.inf
@@ -78,7 +78,7 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        """As --dtype has it: "bfloat16"."""
+        """The dtype as in --dtype: "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> torch.autocast:
@@ -155,7 +155,7 @@ class Runtime:
             sys.exit(128 + came[0] if came and self._signalled else EXIT_TIME_IS_UP)
 
     def gather(self, value) -> list:
-        """What each rank has, in their order; all ranks must call it, with anything that can be pickled."""
+        """The values of all ranks, by rank; all ranks must call it, with a value that can be pickled."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size

@@ -55,7 +55,7 @@ def share_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 class ShardScaler(torch.amp.GradScaler):
-    """What the loop calls as its GradScaler where the gradients are shared out.
+    """Replaces the loop's GradScaler where the gradients are sharded.
 
     `scaler.scale(loss).backward()` is as ever; all that follows a backward is `clip_and_step`.
 
@@ -99,7 +99,7 @@ class WholeStateOptimizer:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        """As a plain AdamW's. All ranks must call it."""
+        """The state of a plain AdamW. All ranks must call it."""
         state = self.optimizer.state_dict()
         states = {
             number: {name: whole(value) for name, value in moments.items()}

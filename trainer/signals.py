@@ -80,7 +80,7 @@ class Signals:
 
 @contextlib.contextmanager
 def terminal_may_go() -> Iterator[None]:
-    """What is printed in here may find its terminal gone: then the run goes on unseen."""
+    """Tolerate a terminal that disappears during a print inside: the run then continues without output."""
     try:
         yield
     except OSError as error:

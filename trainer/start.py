@@ -17,7 +17,7 @@ CALLED = {"torch": "PyTorch", "PIL": "Pillow"}
 
 
 def missing(packages):
-    """What to tell somebody whose Python lacks these packages, in one line."""
+    """The one-line message for a Python that lacks these packages."""
     names = ", ".join(CALLED.get(name, name) for name in packages)
     return f"{names} {'is' if len(packages) == 1 else 'are'} not installed for {sys.executable}: {_what_to_type()}"
 
@@ -31,7 +31,7 @@ def _what_to_type():
 
 
 def why_not():
-    """What keeps this Python from running MiniMind; None where nothing does."""
+    """The reason why this Python cannot run MiniMind; None if it can."""
     if sys.version_info < OLDEST:
         wanted, here = (".".join(map(str, version[:2])) for version in (OLDEST, sys.version_info))
         return f"MiniMind needs Python {wanted} or newer, but {sys.executable} is {here}"

@@ -73,12 +73,12 @@ def first_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerB
 
 @torch.no_grad()
 def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor], kept: Tensor, vocab_size: int) -> Tensor:
-    """What the teacher predicts at some positions of a batch; samples packed in a row stay apart.
+    """The teacher's logits at some positions of a batch; samples packed into a row do not see each other.
 
     Args:
         batch: input_ids, position_ids and attention_mask, each (rows, n).
-        kept: bool (rows, n), True at the positions wanted.
-        vocab_size: columns beyond it, with which some models fill up their matrices, are cut off.
+        kept: bool (rows, n), True at these positions.
+        vocab_size: further columns, with which some models pad their matrices, are cut off.
 
     Returns:
         (positions, vocab_size).

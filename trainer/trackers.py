@@ -10,7 +10,7 @@ WITHOUT_ACCOUNT = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offli
 
 
 class Tracker(Protocol):
-    """What a started tracker can do."""
+    """The interface of a started tracker."""
 
     def log(self, values: dict[str, float | None], step: int) -> None:
         """Report numbers of an optimizer step; None is one that was not finite."""

@@ -88,7 +88,7 @@ def weights_name(stage: str, dim: int, use_moe: bool) -> str:
 
 
 def weights_path(args, stage: str) -> Path:
-    """Where the weights of a stage lie that has the flags' size."""
+    """The path of a stage's weights of the flags' size."""
     return Path(args.out_dir) / f"{weights_name(stage, args.dim, args.use_moe)}.pth"
 
 
@@ -190,7 +190,7 @@ def _variant(args) -> dict:
 
 
 def read_settings(path: Path) -> dict | None:
-    """What the json beside the weights says; None where there is none (a downloaded file).
+    """The json beside the weights; None if there is none (a downloaded file).
 
     Raises:
         UserError: it is damaged.

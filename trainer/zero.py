@@ -35,7 +35,7 @@ def deepspeed_engine(model: nn.Module, optimizer, runtime: Runtime):
 
 
 class DeepSpeedScaler(torch.amp.GradScaler):
-    """What the loop calls as its GradScaler where a DeepSpeed engine holds the gradients.
+    """Replaces the loop's GradScaler where a DeepSpeed engine holds the gradients.
 
     `scaler.scale(loss).backward()` is as ever; all that follows a backward is `clip_and_step`.
 
@@ -127,7 +127,7 @@ class ShardedOptimizer:
         return self.sharded.param_groups
 
     def state_dict(self) -> dict:
-        """As `torch.optim.AdamW.state_dict` gives it, on the CPU. All ranks must call it."""
+        """The state in the form of `torch.optim.AdamW.state_dict`, on the CPU. All ranks must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_states()

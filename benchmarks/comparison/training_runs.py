@@ -39,7 +39,7 @@ def open_texts(
 
 
 def read_results(folder: Path) -> list[dict]:
-    """What all calls so far have left in a folder, in the order of their names."""
+    """The results of all calls so far in a folder, in the order of their file names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_seed_*.json"))]
 
 

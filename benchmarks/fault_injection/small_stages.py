@@ -63,7 +63,7 @@ class World:
         self.folder = folder
 
     def flags(self, stage: Stage, out: Path, processes: int, data: Path | None = None) -> list[str]:
-        """What a stage's script is called with, to share a step's rows among processes."""
+        """The flags of a stage's script with which the processes share a step's rows."""
         named = [str(self.folder / flag) if flag.endswith(".pth") else flag for flag in stage.flags]
         if stage.start:
             named += ["--from_weight", str(self.folder / stage.start)]

@@ -61,11 +61,11 @@ class Answer:
             self.counts = torch.zeros(vocabulary, device=device)
 
     def unread(self) -> int:
-        """How many tokens the slot does not hold yet: 1 during decoding, the last one."""
+        """The number of tokens that the slot has not cached yet: 1 during decoding, the last one."""
         return len(self.ids) - len(self.slot.holds)
 
     def predicted(self, start: int, n: int) -> list[int]:
-        """Which of `ids` to predict when the n tokens from `start` are processed: the next one, and the prompt's."""
+        """Which of `ids` to predict when the n tokens from `start` are processed: the next token, and the prompt's."""
         end = start + n
         prompt: Iterable[int] = ()
         if self.request.prompt_logprobs:  # once each, even if new weights prefill the prompt again
@@ -146,6 +146,6 @@ class _Slot:
 
 
 def common_prefix_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """How many items two sequences have in common at their start."""
+    """The length of the longest common prefix of two sequences."""
     # as far as the shorter one goes, hence not strict
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -21,7 +21,7 @@ from model.weight_layouts import interleaved
 
 
 class Parts(NamedTuple):
-    """What a block computes with; an adapter is merged.
+    """The weights of a block, with any adapter merged.
 
     qkv: (rows, dim) each. qk_norm: (n_heads + n_kv_heads, head_dim), a row per head; None in generation 2; of latent
     attention the latent's norm, and the matrices are absorbed. router: (experts, dim), None in a dense block, and

@@ -42,7 +42,7 @@ def row_kernel(precision: Precision) -> Kernel:
 
 
 def stack(matrices: list[Matrix], kernel: Kernel) -> tuple[Tensor, ...]:
-    """What `kernel` reads of each matrix, in one tensor; the matrices then share it, so that a refresh reaches both."""
+    """The matrices in `kernel`'s form, stacked; the matrices then share this memory, so that a refresh reaches both."""
     stacked = tuple(torch.stack(parts) for parts in zip(*(m.kept[kernel.keep] for m in matrices), strict=True))
     for layer, matrix in enumerate(matrices):
         matrix.kept[kernel.keep] = tuple(part[layer] for part in stacked)

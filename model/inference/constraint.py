@@ -35,7 +35,7 @@ class ConstrainedText(Protocol):
 
 
 class Constraint(Protocol):
-    """What is asked of an answer. May be shared by requests, and used from any thread."""
+    """A form that an answer must have. May be shared by requests, and used from any thread."""
 
     def begin(self) -> ConstrainedText:
         """An answer's text that has no token yet."""

@@ -60,11 +60,11 @@ class Span:
     branches: Sequence[list[int]] = ()
 
     def all_tokens(self) -> list[int]:
-        """What is read, branches included."""
+        """The tokens to process, including those of branches."""
         return [*self.tokens, *itertools.chain.from_iterable(self.branches)]
 
     def positions(self) -> Iterator[int]:
-        """Where each of `all_tokens` stands in its text; a branch begins where the tokens end."""
+        """The position of each of `all_tokens` in its text; a branch begins where the tokens end."""
         end = self.start + len(self.tokens)
         yield from range(self.start, end)
         for branch in self.branches:

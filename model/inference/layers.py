@@ -24,7 +24,7 @@ class SwiGLU(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a block computes with: the norms' weights fp32, see `Decoder._normed`; qk_norm as in `blocks.Parts`."""
+    """The weights of a block: the norms' in fp32, see `Decoder._normed`; qk_norm as in `blocks.Parts`."""
 
     attention_norm: Tensor
     wqkv: Matrix

@@ -133,7 +133,7 @@ def candidates(precision: Precision, device: torch.device) -> list[Kernel]:
 
 
 def output_precision(precision: Precision) -> Precision:
-    """What the output matrix takes, and the embedding that it is tied to: 8 bits where the others have 4."""
+    """The precision of the output matrix and of the embedding tied to it: 8 bits where the others have 4."""
     return "int8" if precision == "int4" else precision
 
 

@@ -21,7 +21,7 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a step adds to an answer.
+    """The part of an answer that one step adds.
 
     text: what is safe to emit: never an incomplete character, nor a possible beginning of a stop string.
     tokens: those that spell it.

@@ -94,7 +94,7 @@ def sample_token(
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """What the next token is sampled from: logits (batch, vocab) -> the same; not for temperature 0."""
+    """The next token's distribution: logits (batch, vocab) -> probabilities of that shape; not for temperature 0."""
     return keep_top_p(keep_top_k(logits / temperature, top_k), top_p).softmax(-1)
 
 

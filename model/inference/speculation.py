@@ -74,14 +74,14 @@ def keep_or_replace(
 
 
 class Lookup:
-    """Where each n-gram of a growing text occurred last, and so how the text may continue."""
+    """The last occurrence of each n-gram of a growing text, which suggests how the text may continue."""
 
     def __init__(self):
         self._behind: dict[tuple[int, ...], int] = {}  # n-gram -> the place after its last occurrence
         self._end = 1  # n-grams that end before this place are in it
 
     def draft(self, ids: Sequence[int], n: int) -> list[int]:
-        """What followed the longest suffix that occurred before: n tokens, or none.
+        """The n tokens after an earlier occurrence of the longest suffix that has one; empty if none has.
 
         Args:
             ids: the text so far; that of the call before, and what was added.
@@ -193,7 +193,7 @@ class Speculation:
         self._most_rows = self._seconds[-1][0]
 
     def seconds(self, rows: int) -> float:
-        """Of a pass over so many tokens, between and beyond the timed ones in proportion."""
+        """The seconds of a pass over this many tokens, interpolated or extrapolated linearly from the timed ones."""
         if len(self._seconds) == 1:
             return self._seconds[0][1] * rows
         i = min(max(bisect.bisect_left(self._seconds, (rows, 0.0)), 1), len(self._seconds) - 1)

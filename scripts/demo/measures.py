@@ -23,7 +23,7 @@ VOTES = 8
 
 
 def share_right(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, exam: str, max_new_tokens: int = 48) -> float:
-    """How many questions of a file it answers right, greedy; thinking does not count."""
+    """The share of a file's questions that are answered right, greedy; thinking is ignored."""
     lines = read_lines(DATA / exam)
     replies, _ = answer(model, tokenizer, [line["question"] for line in lines], max_new_tokens=max_new_tokens)
     return count_right(lines, replies) / len(lines)
@@ -47,7 +47,7 @@ def held_out_loss(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> floa
 
 
 def bits_per_byte(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Of the texts that pretraining holds out."""
+    """Bits per byte of pretraining's held-out texts."""
     rows = PretrainDataset(DATA / "pretrain_hq.jsonl", tokenizer, 128, part="eval")
     return evaluate(model, rows, tokenizer, here(model), 32)["eval_bits_per_byte"]
 
@@ -62,7 +62,7 @@ problems = partial(share_right, exam="eval_reason.jsonl", max_new_tokens=96)
 
 
 def sft_loss_change(start: Opened, end: Opened) -> str:
-    """What preference learning did to the loss that fine-tuning had brought down."""
+    """The change of fine-tuning's loss through preference learning."""
     before, after = held_out_loss(*start), held_out_loss(*end)
     return f"DPO: nats per token on SFT's held-out answers {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})"
 
@@ -75,7 +75,7 @@ def reasoning_accuracy(start: Opened, end: Opened) -> str:
 
 
 class Solved(NamedTuple):
-    """How many of the held-out problems: in the right form, right at temperature 0, right by majority of VOTES."""
+    """Counts of held-out problems: with the right format, right at temperature 0, right by a majority of VOTES."""
 
     problems: int
     form: int

@@ -10,7 +10,7 @@ from scripts.demo.scenes import COLOURS, LANGUAGES, NUMBERS, PLACES, RELATIONS, 
 
 
 def captions(scene: Scene, lang: str) -> list[str]:
-    """What may be said of a scene in a language: everything first, then less."""
+    """Captions that are true of a scene, in a language, the most complete first."""
     first = scene.things[0]
     parts = [say_shape(first.shape, lang)]
     if first.colour:
@@ -38,7 +38,7 @@ def captions(scene: Scene, lang: str) -> list[str]:
 
 
 def alternatives(scene: Scene, lang: str) -> Iterator[tuple[str, list[str], int]]:
-    """What else a caption might say: (what is in question, captions, number of the true one), for zero-shot exams."""
+    """Alternative captions for zero-shot exams: (aspect, captions, index of the true one)."""
     first, second = scene.things[0], scene.things[-1]
     if scene.kind == "one":
         pairs, places = [(c, s) for c in COLOURS for s in SHAPES], list(PLACES)
@@ -102,7 +102,7 @@ def say_how_many(pair: Pair, number: int, lang: str) -> str:
 
 
 def say_relation(first: str, relation: str, second: str, lang: str) -> str:
-    """Of what `say_what`, `say_colour` and `say_shape` say."""
+    """The relation of two things as a phrase; `first` and `second` come from `say_what`, `say_colour`, `say_shape`."""
     en, _, zh, _ = RELATIONS[relation]
     return f"{first}在{second}的{zh}" if lang == "zh" else f"{first} {en} {second}"
 

@@ -44,7 +44,7 @@ class Question(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What became of a question."""
+    """The outcome of a question."""
 
     right: bool
     called: bool
@@ -142,8 +142,8 @@ def _ended(tally: Asked, question: Question, text: str) -> Asked:
 
 
 def summary(asked: Sequence[Question], found: Sequence[Asked]) -> dict[str, dict[str, float]]:
-    """By language: shares of right answers of each kind, of facts for which something was called, of calls that are
-    valid (1 where there are none)."""
+    """Shares by language: of right answers of each kind, of facts with a needless call, and of valid calls (1 if there
+    are no calls)."""
     shares: dict[str, dict[str, float]] = {}
     for lang in sorted({question.lang for question in asked}):
         of_lang = [pair for pair in zip(asked, found, strict=True) if pair[0].lang == lang]

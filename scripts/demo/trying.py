@@ -164,7 +164,7 @@ def _share(rule: str, replies: Sequence[Reply]) -> float:
 
 
 def thoughts(weights: Path, count: int = 3) -> list[str]:
-    """What a model writes to the first problems of eval_rl.jsonl, greedy, as it is."""
+    """A model's unedited greedy answers to the first problems of eval_rl.jsonl."""
     model, tokenizer = open_model(weights)
     data = RLDataset(DATA / "eval_rl.jsonl", tokenizer, 160, False, max_new_tokens=LIMIT)
     numbers = [int(number) for number in data.numbers][:count]

@@ -30,14 +30,14 @@ def shuffle_stems(name: str, rows: Sequence[dict], stem: Sequence[str], seed: in
 
 
 class Position(NamedTuple):
-    """How often an option's place was chosen, and how often it was the right one; shares of all questions."""
+    """The shares of all questions in which an option's position was chosen, and in which it was the right one."""
 
     chosen: float
     right: float
 
 
 def position_bias(chosen: Iterable[int], targets: Iterable[int]) -> dict[str, Position]:
-    """By letter, A for the first option: what a model that likes a place shows in the first number alone."""
+    """By letter, A for the first option: a model's preference for a position shows only in `chosen`."""
     chosen, targets = Counter(chosen), Counter(targets)
     n = sum(targets.values())
     places = range(max([*chosen, *targets]) + 1)

@@ -37,7 +37,7 @@ class MiniMindHarness(HFLM):
         self._likelihoods = Likelihoods(model, batch_size)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As the harness defines it: (log-likelihood in nats, whether greedy decoding writes it) of each continuation.
+        """As defined by the harness: (log-likelihood in nats, whether greedy decoding gives it) of each continuation.
 
         What is encoded more than once, a question for each of its options, is encoded once.
         """

@@ -23,7 +23,7 @@ class Question(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation: the sum of its tokens' log-probabilities, in nats, and whether each is the likeliest."""
+    """A continuation's sum of token log-probabilities, in nats, and whether every token is the most likely one."""
 
     logprob: float
     greedy: bool

@@ -16,7 +16,7 @@ TEXTS_AT_ONCE = 64
 
 
 class Predicted(NamedTuple):
-    """Of some texts: their tokens, UTF-8 bytes, and negative log-likelihood in nats."""
+    """The tokens, UTF-8 bytes, and negative log-likelihood in nats of some texts."""
 
     texts: int
     tokens: int

@@ -54,7 +54,7 @@ def positions_of(exams: Sequence[Exam], answers: Sequence[Answer]) -> dict[str, 
 
 
 def right_answers(answers: Iterable[Answer]) -> dict[str, dict]:
-    """What `compare` needs: for each exam which questions were answered rightly, "0110…", and their hash."""
+    """The input of `compare`: for each exam, which questions were answered correctly, "0110…", and their hash."""
     found = {}
     for name, these in itertools.groupby(answers, key=lambda answer: answer.exam):
         these = list(these)

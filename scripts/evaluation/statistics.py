@@ -11,7 +11,7 @@ ALPHA = 0.05
 
 
 class Score(NamedTuple):
-    """Of n questions.
+    """The score on n questions.
 
     acc: share of right answers. acc_norm: the same where each option's log-likelihood is divided by its length in
     characters, as the harness does. stderr: of acc. chance: expected share of who draws among each question's options.
@@ -43,7 +43,7 @@ def score(right: Sequence[bool], right_norm: Sequence[bool] | None, options: Seq
 
 
 def standard_error(share: float, n: int) -> float:
-    """Of a share of n questions: sqrt(s (1 - s) / (n - 1)), the sample's standard deviation by sqrt(n); n = 1: NaN."""
+    """The standard error of a share s of n questions: sqrt(s (1 - s) / (n - 1)); NaN for n = 1."""
     return math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan
 
 

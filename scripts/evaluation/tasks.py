@@ -27,12 +27,12 @@ lm_eval.utils.env.from_string = functools.lru_cache(maxsize=None)(lm_eval.utils.
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How the harness has it.
+    """A benchmark as the harness defines it.
 
     Attributes:
         path: its YAML, "{}" for the subject.
         scored: the split that is scored.
-        stem: the fields of a row that are the question, without its options; () where the two cannot be parted.
+        stem: the fields of a row that form the question without its options; () if they cannot be separated.
         subjects: {subject: its groups}.
     """
 

@@ -217,7 +217,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
 
 
 def modelfile(weights: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> str:
-    """What `ollama create NAME -f FILE` reads: the weights, MiniMind's chat layout as a Go template, how to sample.
+    """The Modelfile for `ollama create NAME -f FILE`: weights, chat layout as a Go template, sampling settings.
 
     Args:
         weights: the GGUF, in the same folder.

@@ -164,7 +164,7 @@ def write_folder(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, folder: 
 
 @torch.inference_mode()
 def check_equal(model: MiniMindLM, folder: Path) -> float:
-    """How far the logits that `transformers` computes from a folder are from the model's, on random ids.
+    """The largest difference between the logits of `transformers` for a folder and the model's, on random ids.
 
     Raises:
         UserError: more than 1e-4 of the largest logit (or of 1, where that is less).

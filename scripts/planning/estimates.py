@@ -28,14 +28,14 @@ GPUS = {  # NVIDIA's data sheets and architecture white papers, without sparsity
 
 
 class Machines(NamedTuple):
-    """What a run is to use.
+    """The machines of a run.
 
-    gpus: how many, in all.
-    gpu: one of them.
-    mfu: the part of `gpu.flops` that the products of the model reach ("model FLOPs utilization", Chowdhery et al. 2022,
-        arXiv:2204.02311, section 4.1). Llama 3 reached 0.38 to 0.43 (arXiv:2407.21783, section 3.3.2), small models
-        reach less.
-    bandwidth: bytes/s that each GPU sends to the others while it receives as many.
+    gpus: their total number.
+    gpu: the kind of GPU.
+    mfu: the share of `gpu.flops` that the model's matrix products reach ("model FLOPs utilization", Chowdhery et al.
+        2022, arXiv:2204.02311, section 4.1). Llama 3 reached 0.38 to 0.43 (arXiv:2407.21783, section 3.3.2), small
+        models reach less.
+    bandwidth: bytes/s that each GPU sends to the others while it receives at the same rate.
     """
 
     gpus: int
@@ -45,7 +45,7 @@ class Machines(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What an optimizer step covers: rows of `n` tokens in a micro-batch of each GPU, and micro-batches of each."""
+    """An optimizer step on each GPU: rows of `n` tokens per micro-batch, and micro-batches per step."""
 
     n: int
     rows: int
@@ -104,7 +104,7 @@ def peak_bytes(config: LMConfig, engine: Engine, gpus: int, work: Work, optimize
 
 
 def estimate_step(config: LMConfig, engine: Engine, machines: Machines, work: Work, optimizer: str = "adamw") -> Step:
-    """What an optimizer step takes: `training_flops` at the rate that `machines` names, and `sent_bytes`."""
+    """The cost of an optimizer step: `training_flops` at the rate of `machines`, and `sent_bytes`."""
     rows = work.rows * work.accumulation
     flops = rows * training_flops(config, work.n, work.checkpointing)
     sent = sent_bytes(config, engine, machines.gpus, work.accumulation)

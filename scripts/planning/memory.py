@@ -141,7 +141,7 @@ def saved_bytes(
 
 
 def block_bytes(config: LMConfig, rows: int, n: int, half: bool, packed: bool, fused_norm: bool) -> int:
-    """What one block saves.
+    """Bytes that one block saves for the backward pass.
 
     Per token: the block's input and the input of the second norm, fp32, with 4 bytes each for the norms' scales; the
     inputs of wq, wk, wv; q, and k and v repeated for each head; attention's output, which is also the input of wo, and
@@ -170,8 +170,8 @@ def _feed_forward_bytes(config: LMConfig, half: bool) -> int:
 
 
 def head_bytes(config: LMConfig, tokens: int, half: bool) -> int:
-    """What the last norm, the output matrix and the loss save: the inputs of the first two, and the softmax over the
-    vocabulary in fp32."""
+    """Bytes that the last norm, the output matrix and the loss save: the inputs of the first two, and the softmax over
+    the vocabulary in fp32."""
     return tokens * (FP32 * config.dim + (2 if half else FP32) * config.dim + FP32 * config.vocab_size)
 
 
@@ -181,10 +181,10 @@ def rope_bytes(config: LMConfig, tokens: int) -> int:
 
 
 def working_bytes(config: LMConfig, rows: int, n: int, half: bool = True) -> int:
-    """What comes and goes, at most, beside what is saved: an estimate.
+    """An estimate of the peak of temporary bytes, in addition to the saved ones.
 
-    The logits in --dtype and in fp32, with the gradient of both; and under autocast the copies of the weights in
-    --dtype, which the backward reads again.
+    They are the logits in --dtype and in fp32, with the gradient of both, and under autocast the copies of the weights
+    in --dtype, which the backward pass uses again.
     """
     size = 2 if half else FP32
     logits = rows * n * config.vocab_size * (2 * size + FP32)

@@ -64,7 +64,7 @@ def is_cut_off(answer: str) -> bool:
 
 
 def turns_fault(turns: list[dict]) -> str | None:
-    """What is wrong with the order of a chat's turns; None where nothing is.
+    """The fault in the order of a chat's turns; None if there is none.
 
     A chat may begin with a system turn; then user and assistant take turns, the user first.
     """

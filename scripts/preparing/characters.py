@@ -70,15 +70,15 @@ def table() -> np.ndarray:
 
 
 class Counts(NamedTuple):
-    """Of a batch of n texts.
+    """Character statistics of a batch of n texts.
 
     Attributes:
         chars: length of each, int64 (n,).
         kinds: characters of each kind, in the order of `KINDS`, int64 (n, kinds).
-        untidy: whether normalising may change characters of it, bool (n,).
-        odd: characters that are frequent in text decoded wrongly, int64 (n,).
-        repeated: share of its n-grams that stand in it before, float (n,).
-        runs: share of its characters but white space that are in a run of equal ones, no symbols, float (n,).
+        untidy: whether normalising may change the text, bool (n,).
+        odd: characters that are frequent in wrongly decoded text, int64 (n,).
+        repeated: share of its n-grams that repeat an earlier one, float (n,).
+        runs: share of its characters, white space apart, in a run of equal ones that are not symbols, float (n,).
     """
 
     chars: np.ndarray

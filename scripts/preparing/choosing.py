@@ -55,12 +55,12 @@ def _of_bin(portions: Portions, number: int):
 
 
 def bucket_of(keys: np.ndarray, buckets: int) -> np.ndarray:
-    """Which of so many buckets a key falls into; buckets follow each other as keys do."""
+    """The bucket that each key falls into; buckets are in the order of the keys."""
     return ((keys >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)).astype(np.int64)
 
 
 def amounts(sizes: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """How much to take of each part so that the shares hold and nothing is taken twice."""
+    """The amount to take from each part so that the shares hold and nothing is taken twice."""
     from dataset.mixing import amounts as of_files
 
     return of_files(sizes, shares)

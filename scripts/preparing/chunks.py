@@ -220,7 +220,7 @@ def _sniffed_text(source: Source, path: Path) -> Source:
 
 
 class Row(NamedTuple):
-    """What was read of a line: where it stands, and its object or why there is none."""
+    """A line as read: its place, and its object or the reason why there is none."""
 
     file: str
     line: int

@@ -24,7 +24,7 @@ LINE_CHARS = 12  # a line of a document that is shorter is not boilerplate
 
 
 class Findings:
-    """What happened to the lines of a chunk, to be counted over all of them."""
+    """What happened to the lines of a chunk, to be added up over all chunks."""
 
     def __init__(self):
         self.counts: dict[str, Counter] = defaultdict(Counter)

@@ -19,7 +19,7 @@ EXAMPLES = 3
 
 
 class Comparison(NamedTuple):
-    """What a process needs to prepare a chunk's comparison."""
+    """The settings that a process needs to prepare a chunk's comparison."""
 
     work: Path
     settings: Settings

@@ -33,7 +33,7 @@ _MIX = np.uint64(0x5851F42D4C957F2D)
 
 
 class Match(NamedTuple):
-    """Where the question stands, and what of it stands in the line, as it is written there."""
+    """A question's file and line, and the part of it that the contaminated line contains, as written there."""
 
     file: Path
     line: int

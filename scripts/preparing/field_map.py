@@ -28,7 +28,7 @@ def parse_map(spec: str) -> dict[str, tuple[str, ...]]:
 
 
 def mapped(record: dict, keys: dict[str, tuple[str, ...]]) -> Piece:
-    """What a record says, by the keys that the user named.
+    """The content of a record, by the keys that the user named.
 
     Raises:
         Unusable: one of them is missing.

@@ -50,7 +50,7 @@ class Batch:
 
 
 def count_broken(texts: list[str], counts: Counts) -> np.ndarray:
-    """How many characters of each text were decoded wrongly, or are controls."""
+    """The number of characters in each text that were decoded wrongly, or are control characters."""
     broken = counts.of("broken", "control")
     for number in np.flatnonzero(counts.odd >= 2):
         broken[number] += wrongly_decoded(texts[number])

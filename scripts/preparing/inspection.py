@@ -82,7 +82,7 @@ class RawLook:
 
     @property
     def stage(self) -> str:
-        """That which would learn from most lines; "pretrain" where none was recognised."""
+        """The stage that could train on the most lines; "pretrain" if no line was recognised."""
         return self.stages.most_common(1)[0][0] if self.stages else "pretrain"
 
     def describe(self) -> list[str]:
@@ -140,7 +140,7 @@ def what_rows_cut(lengths: np.ndarray, first_target: np.ndarray, is_text: bool) 
 
 
 def duplicates(cache) -> int:
-    """How many samples of a `TokenCache` repeat an earlier one, token by token."""
+    """The number of samples in a `TokenCache` that repeat an earlier one token by token."""
     seen: set[bytes] = set()
     for sample, length in enumerate(cache.lengths):
         seen.add(hashlib.blake2b(cache.ids(sample, 0, length).tobytes(), digest_size=12).digest())

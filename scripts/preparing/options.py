@@ -42,7 +42,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result, and nothing that does not: neither the number of processes nor where anything lies."""
+    """The settings that determine the result, and only those: not the number of processes, nor any paths."""
 
     stage: str
     seed: int

@@ -28,14 +28,14 @@ EXAMPLES = 5  # of each kind, in the report
 
 @dataclass
 class Findings:
-    """What all passes have found, for the report.
+    """The findings of all passes, for the report.
 
     Attributes:
-        sources: what was read, and of each what was counted in it: {"shapes": Counter, "removed": Counter, …}.
+        sources: the sources, each with its counts: {"shapes": Counter, "removed": Counter, …}.
         lost: a line about each file that could not be read to its end.
-        examples: of what was removed, by "removed: name": (file, line, text).
-        dropped: lines by why they were dropped after cleaning.
-        notes: (name, text) of what else is to be said.
+        examples: removed texts as (file, line, text), by "removed: name".
+        dropped: the number of lines dropped after cleaning, by reason.
+        notes: further remarks as (name, text).
     """
 
     sources: list[Source]
@@ -47,7 +47,7 @@ class Findings:
     boilerplate: int = 0
 
     def total(self, kind: str) -> Counter:
-        """What was counted of a kind in all sources."""
+        """The counts of a kind, over all sources."""
         return sum((counts[kind] for counts in self.by_source.values()), Counter())
 
 
@@ -287,7 +287,7 @@ class Preparation:
 
 
 def all_sources(inputs: list[str], settings: Settings) -> list[Source]:
-    """What is read, in order: the inputs, or the parts of --mix.
+    """The sources in order: the inputs, or the parts of --mix.
 
     Raises:
         UserError: nothing is there.

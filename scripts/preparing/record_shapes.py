@@ -11,12 +11,12 @@ class Unusable(ValueError):
 
 
 class Piece(NamedTuple):
-    """What a record says: a text, or a chat, or a chat with two answers.
+    """The content of a record: a text, a chat, or a chat with two answers.
 
     Attributes:
-        shape: what it was recognised as.
-        text: of a plain text, else None.
-        turns: of a chat; of a pair those that both answers follow.
+        shape: the format that was recognised.
+        text: a plain text, else None.
+        turns: those of a chat, or those before a pair's two answers.
         chosen, rejected: the turns of a pair, else None.
     """
 
@@ -47,7 +47,7 @@ NO_SHAPE = "an unknown shape: name its keys with --map"
 
 
 def recognise(record: dict) -> Piece:
-    """What a record says, by the keys it has.
+    """The content of a record, by its keys.
 
     Raises:
         Unusable: it has no shape that is known, or cannot be learned.

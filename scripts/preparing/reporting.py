@@ -18,7 +18,7 @@ MOST_SHOWN = 40  # sources, or reasons
 
 
 class Figures:
-    """What there is to say of the lines that were written.
+    """The figures on the lines that were written.
 
     Attributes:
         lines, held_out, chars: of all that was written.
@@ -71,7 +71,7 @@ def _count(lines: list[bytes], run: Preparation) -> np.ndarray:
 
 
 def describe(run: Preparation, figures: Figures) -> list[str]:
-    """What is printed at the end."""
+    """The text printed at the end."""
     found = run.found
     lines = found.total("lines")
     printed = [*shapes_read(found)]
@@ -200,7 +200,7 @@ def _what_was_removed(found: Findings) -> list[str]:
 
 
 def licence_of(name: str, licences: dict[str, str]) -> str:
-    """What --source says of a source: by its whole name, or that of the file or a folder above it."""
+    """A source's licence according to --source, by its whole name, its file name, or a folder above it."""
     path = Path(name)
     for called in (
         name,

@@ -34,7 +34,7 @@ _KEY_MASK = np.uint64((1 << KEY_BITS) - 1)
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """What `find_near_duplicates` needs of the lines of a chunk, fewer than 16 million.
+    """The data that `find_near_duplicates` needs on a chunk's lines, which must be fewer than 16 million.
 
     Returns:
         uint64, one after the other: the number of lines n; their lengths in characters (n); their sketches (4 n, 32

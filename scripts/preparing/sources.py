@@ -102,7 +102,7 @@ def _ending(path: Path) -> str:
 
 
 def sniff(path: Path, group: int = 0, number: int = 0) -> Source:
-    """What kind of file it is, by its beginning first and by its name second."""
+    """The kind of a file, by its beginning first and by its name second."""
     source = Source(number, shown(path), (path,), "text", group=group)
     try:
         with open(path, "rb") as file:

@@ -70,7 +70,7 @@ def texts(record: dict) -> list[str]:
 
 
 def whole_text(record: dict) -> str:
-    """What a line says, by which it is compared with others: without the system prompt, which many share."""
+    """A line's text for comparison with other lines: without the system prompt, which many share."""
     if "text" in record:
         return record["text"]
     if "conversations" in record:
@@ -81,7 +81,7 @@ def whole_text(record: dict) -> str:
 
 
 def shared_turns(chosen: list[Turn], rejected: list[Turn]) -> int:
-    """How many turns two chats begin with alike."""
+    """The number of equal turns at the beginning of two chats."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -89,13 +89,13 @@ def shared_turns(chosen: list[Turn], rejected: list[Turn]) -> int:
 
 
 def questions(record: dict) -> str:
-    """What the users of a chat said; empty of a text."""
+    """The text of a chat's user turns; empty for a plain text."""
     turns = record.get("conversations") or record.get("chosen") or []
     return "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
 
 
 def answers(record: dict) -> list[str]:
-    """What is learned as an answer."""
+    """The texts that are trained on as answers."""
     if "text" in record:
         return []
     turns = record["conversations"] if "conversations" in record else record["chosen"] + record["rejected"]

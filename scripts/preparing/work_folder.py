@@ -57,7 +57,7 @@ class WorkFolder:
             (path / name).mkdir(exist_ok=True)
 
     def done(self, name: str) -> dict | None:
-        """What a step noted when it was done."""
+        """The record of a finished step; None if it is not finished."""
         path = self.path / f"{name}.json"
         return orjson.loads(path.read_bytes()) if path.exists() else None
 
@@ -93,7 +93,7 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def identify(sources: Sequence[Source], settings: dict, others: Sequence[str]) -> dict:
-    """What a result is made from: the settings, this code, and each file's size, time and beginning."""
+    """Identifies the inputs of a result: the settings, this code, and each file's size, time and beginning."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         code.update(path.read_bytes())

@@ -19,7 +19,7 @@ FEWEST_LINES = 200  # of which some are held out
 
 
 class Chosen(NamedTuple):
-    """What is taken of the cleaned lines.
+    """The selection among the cleaned lines.
 
     Attributes:
         chunks: in their order; `starts` the number of each one's first line, and of the line after the last.
@@ -35,7 +35,7 @@ class Chosen(NamedTuple):
 
 
 def choose(chunks: Sequence[CleanChunk], groups: Sequence[int], kept: np.ndarray, settings: Settings) -> Chosen:
-    """Which of the kept lines are taken, by --mix and --max_lines, and which of those are held out.
+    """Select lines by --mix and --max_lines, and among them the held-out ones.
 
     A share of --mix is of the characters, as tokens are not counted; in one language it is the same.
     """

@@ -75,7 +75,7 @@ def sections(
 
 
 def training(stages: Iterable[Found], results: Mapping[str, dict]) -> Section:
-    """What each model is and took, by the json beside it."""
+    """Each model's description and training cost, from the json beside it."""
     rows = []
     for found in stages:
         about = found.about

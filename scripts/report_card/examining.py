@@ -109,7 +109,7 @@ def held_out_text(file: Path | None, stages: Iterable[Found]) -> HeldOut | None:
 
 
 def predict(texts: list[str], model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> Predicted:
-    """As `scripts/eval_benchmarks.py --ppl`, without the harness."""
+    """The same as `scripts/eval_benchmarks.py --ppl`, without the harness."""
     likelihoods = Likelihoods(model, 16)
 
     def encode(some: list[str]) -> list[list[int]]:
@@ -163,7 +163,7 @@ class Benchmarks:
         self.exams = functools.cache(self._exams)
 
     def asked(self, name: str) -> dict:
-        """What tells one asking of a benchmark from another."""
+        """The values that identify an evaluation of a benchmark."""
         folder = self.data_dir / name
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
@@ -185,7 +185,7 @@ class Benchmarks:
 
 
 def parts_of(found: Found, held_out: HeldOut | None, benchmarks: Benchmarks | None) -> Iterator[Part]:
-    """What to find out about a model."""
+    """The parts of a model's evaluation."""
 
     def parameters(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> dict:
         tensors = read_weights(found.path).state.values() if found.is_adapter else model.parameters()
@@ -212,7 +212,7 @@ def parts_of(found: Found, held_out: HeldOut | None, benchmarks: Benchmarks | No
 
 
 def kept_of(found: Found, out_dir: Path, tokenizer: str | None = None) -> Kept:
-    """What is known of a model in a folder.
+    """The stored results of a model in a folder.
 
     Raises:
         UserError: as of `Found.hash`.
@@ -231,7 +231,7 @@ def remember_exam(out_dir: Path, model: str, name: str, counts: dict[str, list[i
 
 
 def exam_asked(name: str) -> list:
-    """What tells one asking of an exam of the demo from another."""
+    """The values that identify an evaluation of one of the demo's exams."""
     return [file_hash(DATA / name), DEMO_EXAMS[name].max_new_tokens]
 
 

@@ -38,6 +38,6 @@ class Kept:
 
 
 def digest(asked: object) -> str:
-    """Of what was asked, JSON values, a short hash."""
+    """A short hash of the JSON values that identify an evaluation."""
     text = json.dumps(asked, sort_keys=True)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

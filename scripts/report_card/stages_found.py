@@ -32,7 +32,7 @@ class Found:
 
     @property
     def stage(self) -> str:
-        """By its name, "full_sft"; "lora" of every adapter; of a file with a name of its own, that."""
+        """The stage by the file's name, such as "full_sft"; "lora" for adapters; for other names the name itself."""
         size = SIZE_IN_NAME.fullmatch(self.name)
         return "lora" if self.name.startswith("lora/") else size["stage"] if size else self.name
 

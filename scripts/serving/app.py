@@ -68,12 +68,12 @@ def choices(body: schema.Sampling, **settings) -> list[engine.Request]:
 
 
 def new_tokens(asked: int | None, usual: int | None = None) -> int | None:
-    """How long an answer may be, for the engine: None = as long as there is room."""
+    """The maximum length of an answer for the engine; None = up to the end of the context."""
     return usual if asked is None else None if asked == NO_LIMIT else asked
 
 
 async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.Request]:
-    """What a chat asks of the engine.
+    """The engine's requests for a chat.
 
     Raises:
         ApiError: its messages cannot be read, or the form that it asks for is not supported.
@@ -112,7 +112,7 @@ async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.R
 def completion_requests(
     body: CompletionRequest, prompts: Sequence[CompletionPrompt], constraint: Constraint | None = None
 ) -> list[engine.Request]:
-    """What a completion asks of the engine: for each prompt its choices."""
+    """The engine's requests for a completion: the choices of each prompt."""
     settings = {
         "constraint": constraint,
         "max_new_tokens": new_tokens(body.max_tokens, usual=COMPLETION_TOKENS),

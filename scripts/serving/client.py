@@ -86,7 +86,7 @@ def open_client(base_url: str, api_key: str, asynchronous: bool = False, **setti
 
 
 def explain_failure(error: Exception, base_url: str) -> str:
-    """What an `openai.APIError` says, why, and which proxy it came through."""
+    """An `openai.APIError` in words: the message, the cause, and the proxy in use."""
     text = f"{error} ({error.__cause__})" if str(error.__cause__ or "") else str(error)
     through = proxy_variable(base_url)
     return f"{text}, through the proxy in {through}" if through else text

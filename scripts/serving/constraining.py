@@ -11,7 +11,7 @@ MISSING = "structured output needs the package llguidance on the server: pip ins
 
 
 def listed_functions(body: ChatRequest) -> list[dict[str, Any]]:
-    """What a chat's answer may call, {"name", "description", "parameters"} each; nothing where it must not."""
+    """The functions that a chat's answer may call, {"name", "description", "parameters"} each; empty if it must not."""
     if "none" in (body.tool_choice, body.function_call):
         return []
     functions = [tool.function for tool in body.tools or ()] or body.functions or ()
@@ -50,7 +50,7 @@ def one_call(body: ChatRequest) -> bool:
 
 
 def constraint_of(server: ServerState, body: Sampling) -> Constraint | None:
-    """What the answer to a request must be; None where it is free text.
+    """The constraint on the answer to a request; None for free text.
 
     Raises:
         ApiError: two forms at once, or one that is not supported.

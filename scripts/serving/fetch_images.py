@@ -47,7 +47,7 @@ class ImageFetcher:
         )
 
     def __call__(self, urls: Sequence[str]) -> list[bytes]:
-        """What is at these addresses.
+        """The content of these addresses.
 
         Raises:
             ApiError: one cannot be had, is not to be asked, or they are too large or too slow together.

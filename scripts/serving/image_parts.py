@@ -91,7 +91,7 @@ def _is_remote(url: str) -> bool:
 
 
 def read_base64(url: str) -> bytes:
-    """What a data: URL holds, or base64 by itself.
+    """The bytes of a data: URL, or of bare base64.
 
     Both alphabets of base64 are read, with padding or without, with white space in it, and percent-encoded.
 

@@ -106,7 +106,7 @@ class Turn:
     answer: Answer | None = None
 
     def messages(self) -> list[dict]:
-        """As a later question's history has it; a turn without an answer is not part of it."""
+        """The turn in the form of a later question's history; a turn without an answer is left out."""
         if self.answer is None or not self.answer.raw:
             return []
         return [self.asked(), {"role": "assistant", "content": self.answer.raw}]
@@ -117,7 +117,7 @@ class Turn:
 
 @dataclass
 class Settings:
-    """What the side bar says: who answers (None: nobody can), and how."""
+    """The side bar's settings: the backend that answers (None: there is none), and the sampling settings."""
 
     backend: object | None = None
     system: list[dict] = field(default_factory=list)
@@ -322,7 +322,7 @@ def draw_answer(turn: Turn, words: dict, last: bool) -> None:
 
 
 def draw_greeting(words: dict, ready: bool, vision: bool) -> None:
-    """What an empty talk shows: a few questions to begin with, or where pictures go."""
+    """Draw an empty chat: a few questions to begin with, or where to add images."""
     st.header(words["hello"], anchor=False)
     if vision:
         st.write(words["attach"])

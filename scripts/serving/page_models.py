@@ -19,7 +19,7 @@ AT_ONCE = 4  # answers that a model writes at the same time, each for another pa
 
 
 class Answer:
-    """What a model says to a question; begins at once.
+    """A model's answer to a question; generation begins at once.
 
     Attributes:
         thinking, text: what came so far.
@@ -151,7 +151,7 @@ class RemoteModel:
         self.client, self.name = client, name
 
     def parts(self, system: list[dict], turns: Sequence[dict], sampling: dict) -> Iterator[tuple[str, str]]:
-        """As `LocalModel.parts`; wishes are of the chat completions API."""
+        """As in `LocalModel.parts`; `wishes` are parameters of the chat completions API."""
         from model.reasoning import ReasoningStream
 
         messages = [*system, *({**turn, "content": _as_parts(turn["content"])} for turn in turns)]

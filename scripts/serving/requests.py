@@ -64,7 +64,7 @@ class ServerState:
 
     @property
     def context(self) -> int:
-        """How long a prompt and its answer can be together."""
+        """The maximum length of a prompt and its answer together."""
         return self.thread.engine.decoder.slot_len
 
     def end(self, answer: Answer) -> None:
@@ -161,7 +161,7 @@ class RunningRequest:
                 self.server.thread.cancel(answer)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """What arrives, until all answers have ended: (index, piece). Pieces that arrived together are joined.
+        """Pieces as they arrive, until all answers have ended: (index, piece). Pieces that arrive together are joined.
 
         Raises:
             ApiError: an answer did not come to its end.

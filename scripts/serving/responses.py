@@ -124,7 +124,7 @@ class ChatParts:
         self.calls = 0
 
     def deltas(self, text: str, last: bool) -> list[dict]:
-        """What can be sent now."""
+        """The deltas that can be sent now."""
         told = [("answer", text)] if text else []
         if self._thoughts:
             told = self._thoughts.push(text) + (self._thoughts.flush() if last else [])
@@ -227,7 +227,7 @@ class CompletionText:
         self._echoed = [False] * len(self.prompts)
 
     def add(self, index: int, text: str, tokens: Sequence[Token], last: bool) -> tuple[str, dict | None]:
-        """What is next: text, and the log-probabilities of its tokens; with the last of it, of the end token too."""
+        """The next text and the log-probabilities of its tokens; with the last text, also that of the end token."""
         answer, prompt = self.writing.answers[index], self.prompts[index]
         if self.body.echo and not self._echoed[index]:
             self._echoed[index] = True

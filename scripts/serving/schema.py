@@ -58,7 +58,7 @@ class StreamOptions(Form):
 
 
 class Sampling(Form):
-    """What chats and completions have in common."""
+    """The fields that chats and completions share."""
 
     model: str | None = Field(None, description="a name from /v1/models; default: the served model")
     stream: bool | None = None
@@ -295,7 +295,7 @@ class Error(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every answer with a status of 400 and above holds."""
+    """The body of every response with a status of 400 or above."""
 
     model_config = ConfigDict(json_schema_extra={"required": ["error"]})
     error: Error
@@ -327,7 +327,7 @@ class ApiError(HTTPException):
 
 
 def invalid(error: ValidationError) -> ApiError:
-    """What pydantic says about a request, in our form."""
+    """pydantic's error on a request, in our form."""
     worst = max(error.errors(include_url=False, include_input=False), key=_fit)
     param = _place(worst["loc"])
     if not param:

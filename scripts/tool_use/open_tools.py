@@ -16,10 +16,10 @@ from trainer.talk import read_line
 
 @contextlib.contextmanager
 def open_tools(args) -> Iterator[Registry | None]:
-    """What the flags name; None where they name nothing. At the end the MCP servers that were started are stopped.
+    """The tools that the flags name, or None. At the end the MCP servers that were started are stopped.
 
     Raises:
-        UserError: a name that is not a tool's, or is that of two; an MCP server that does not answer.
+        UserError: a name is not a tool's, or belongs to two tools; an MCP server does not answer.
     """
     if not wants_tools(args):
         yield None

@@ -80,7 +80,7 @@ class Registry:
         return [{"type": "function", "function": tool.schema} for tool in self._tools.values()]
 
     def call(self, name: str, arguments: dict[str, Any] | None) -> str:
-        """What a tool gives back, as text; what went wrong is a result too, for the model to read."""
+        """Run a tool; returns its result as text. An error is a result, too, for the model to read."""
         tool = self._tools.get(name)
         if tool is None:
             return f"{ERROR}there is no tool {name!r:.40}; the tools are {', '.join(self._tools)}"
