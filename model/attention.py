@@ -21,7 +21,7 @@ def rope_angles(
 
     Args:
         position_ids: (batch, n) int64.
-        scaling: for texts longer than those trained on, see `model.rope_scaling`; None: none.
+        scaling: for texts longer than the training rows, see `model.rope_scaling`; None: none.
 
     Returns:
         Two fp32 tensors (batch, n, 1, head_dim / 2).
@@ -91,7 +91,7 @@ class Segments:
 class GroupedAttention(nn.Module):
     """Causal attention; `n_heads / n_kv_heads` query heads share a key/value head (arXiv:2305.13245).
 
-    What makes queries, keys and values of a token, and an output of what is attended to, is a subclass's.
+    Subclasses compute the queries, keys and values of the tokens, and project the result of the attention.
     """
 
     def __init__(self, config: LMConfig, layer: int):

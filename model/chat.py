@@ -57,12 +57,12 @@ def render_chat_arrays(
             begin with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front. A turn with "weight" 0 is not trained on.
             An assistant's may have "tool_calls", the first of a chat the "tools" that may be called.
         add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
-        open_thinking: the answer begins with a thought; of MiniMind-3's layout only.
-        tools: what the model may call, where a chat does not say so itself.
+        open_thinking: the answer begins with a thought; only in MiniMind-3's layout.
+        tools: the tools that the model may call if a chat does not list its own.
 
     Returns:
         for each chat (ids int64, loss mask bool), both (n,); the mask is True exactly at the tokens of an assistant's
-        content and calls and at the `</s>` that closes them, where its turn is trained on.
+        content and calls and at the `</s>` that closes them, if its turn is trained on.
 
     Raises:
         ValueError: an unknown role, content that is not a string or cannot be encoded as UTF-8, or what this layout
@@ -276,8 +276,8 @@ def fit_history(
 
     Args:
         system: the system turn, or empty for the default one.
-        turns: questions and answers, ending with a question, or with what tools gave back to it.
-        room: tokens the prompt may take.
+        turns: questions and answers, ending with a question or with tool results for it.
+        room: the maximum length of the prompt in tokens.
         thinking: `open_thinking` and `tools`, as in `render_chat_arrays`.
 
     Returns:

@@ -1,12 +1,12 @@
 """Byte-level BPE with tiktoken: the same ids as the tokenizers library, several times faster.
 
-tiktoken merges the same way but knows no list of merges: it joins two neighbours whenever their bytes are an entry, the
-entry of lowest rank first. That comes to the same ids where every merge makes an entry of its own from entries made
-before it, and where the bytes of each entry, encoded alone, become that entry. All three are checked here, as is all
-else that decides the ids; a tokenizer that is of another kind gets no `FastBPE`.
+tiktoken merges in the same way but has no list of merges: it joins two neighbours if their bytes are an entry, the
+entry of lowest rank first. This gives the same ids if every merge makes a new entry from earlier entries, and if the
+bytes of each entry, encoded alone, become that entry. All of this is checked here, as is everything else that affects
+the ids; a tokenizer of another kind gets no `FastBPE`.
 
 The two libraries split text by the same pattern, but may know different versions of Unicode. So a text with a character
-that this Python does not know, or that is not one, is left to the tokenizers library.
+that this Python does not know, or with a surrogate, is left to the tokenizers library.
 """
 
 import itertools
@@ -46,7 +46,7 @@ class FastBPE:
     """Encodes many texts at once, on all cores.
 
     Args:
-        tokenizer: as of `fast_bpe`, which makes this where it can.
+        tokenizer: as in `fast_bpe`, which makes this if possible.
 
     Raises:
         ValueError: tiktoken cannot reproduce its ids.
@@ -71,7 +71,7 @@ class FastBPE:
             raise ValueError("tiktoken gives different ids")
 
     def encode(self, texts: Sequence[list[str]]) -> list[np.ndarray]:
-        """The ids of each text, int64 (n,), whose parts are encoded apart and joined: those of the tokenizers library.
+        """The ids of each text, int64 (n,), whose parts are encoded separately: those of the tokenizers library.
 
         Raises:
             TypeError: a text holds a lone surrogate.
@@ -102,7 +102,7 @@ class FastBPE:
 
 
 def encode_parts(tokenizer: Tokenizer, texts: list[list[str]]) -> list[np.ndarray]:
-    """The ids of each text, int64 (n,), whose parts are encoded apart and joined; by tiktoken where it pays and can be.
+    """The ids of each text, int64 (n,), whose parts are encoded separately; by tiktoken if it can and it is faster.
 
     Args:
         tokenizer: without truncation and padding.
@@ -116,7 +116,7 @@ def encode_parts(tokenizer: Tokenizer, texts: list[list[str]]) -> list[np.ndarra
 
 
 def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
-    """A `FastBPE` with the ids of a tokenizer, None where there cannot be one; made once, in a fifth of a second."""
+    """A `FastBPE` with a tokenizer's ids, None if it is not possible; made once, in a fifth of a second."""
     if tokenizer.encode_special_tokens:  # it leaves tags in a text as text
         return None
     return _make(tokenizer, repr(tokenizer))

@@ -20,7 +20,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, hidden_dim, bias=False)
 
     def forward(self, x: Tensor, non_padding: Tensor | None = None) -> tuple[Tensor, None]:
-        """x (..., dim) -> same shape, and None in place of a mixture of experts' auxiliary loss."""
+        """x (..., dim) -> same shape, and None instead of a mixture of experts' auxiliary loss."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x)), None
 
 

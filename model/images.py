@@ -168,7 +168,7 @@ def prepare_chat(
     processor: CLIPImageProcessorPil,
     room: int | None = None,
 ) -> ImagePrompt:
-    """The prompt for the assistant's next turn, with the images where the chat has them.
+    """The prompt for the assistant's next turn, with images in the places where the chat has them.
 
     Only an attached image becomes one: `<image>` or `@` in a text stays text.
 
@@ -176,7 +176,7 @@ def prepare_chat(
         chat: turns {"role", "content"}, ending with the user's. Content is a string, or a list of strings and images
             in order, an image being bytes or a Path. A newline separates an image from its neighbours, as in the
             training data.
-        room: tokens the prompt may take (default: the model's context minus one); turns are dropped from the front,
+        room: maximum length in tokens (default: the model's context minus one); turns are dropped from the front,
             with their images, until it fits.
 
     Raises:
@@ -201,7 +201,7 @@ def prepare_chat(
 
 @torch.inference_mode()
 def prompt_embeddings(model: MiniMindVLM, prompt: ImagePrompt) -> Tensor | None:
-    """The input embeddings that an engine prefills in place of the ids, (n, dim) fp32; None without images."""
+    """The input embeddings that an engine prefills instead of the ids, (n, dim) fp32; None without images."""
     if not prompt.images:
         return None
     images = {name: tensor.to(model.device) for name, tensor in prompt.images.items()}

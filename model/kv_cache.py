@@ -38,7 +38,7 @@ class KVCache:
     def extend(
         past: "KVCache | None", n_new: int, segment_ids: Tensor | None, next_position: Tensor | None
     ) -> "KVCache":
-        """A cache with room for `n_new` positions after those of `past`; each layer fills them with `append`."""
+        """A cache with space for `n_new` positions after those of `past`; each layer fills them with `append`."""
         start = 0 if past is None else past.length
         buffer = _Buffer([], [], 0, 0) if past is None else past._buffer
         needed = start + n_new

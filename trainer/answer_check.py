@@ -24,7 +24,7 @@ FORM = re.compile(
 
 
 class Quantity(NamedTuple):
-    """An exact number and what stands behind it (or the currency before it); "" where nothing does."""
+    """An exact number and the unit after it (or the currency before it); "" if there is none."""
 
     value: Fraction
     unit: str
@@ -34,8 +34,8 @@ def is_right_answer(answer: str, expected: str) -> bool:
     """Whether `answer` is the expected answer, and nothing else.
 
     Numbers are compared by value, so that "= 42.", full-width digits, "四十二", "42.0" and "84/2" are all 42, and
-    "1,234" is 1234. A unit behind the number is ignored where none is expected ("42 apples" for 42); where one is, it
-    must be there. Two numbers are two answers, and never right. What is not a number is compared as text; letter case,
+    "1,234" is 1234. A unit after the number is ignored if none is expected ("42 apples" for 42); if one is expected, it
+    must be there. Two numbers are two answers, and never right. Anything else is compared as text; letter case,
     spacing and the punctuation around it do not count.
     """
     right, given = read_quantity(expected), read_quantity(answer)
@@ -45,7 +45,7 @@ def is_right_answer(answer: str, expected: str) -> bool:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """The one number of a text, with its unit; None where there is none, or more than that."""
+    """The only number in a text, with its unit; None if there is none or more than one."""
     text = NARROW_FRACTION.sub(" ", GROUPING_SPACES.sub("", text))
     text = unicodedata.normalize("NFKC", text).translate(DASHES)
     found = FORM.fullmatch(_with_digits(text))

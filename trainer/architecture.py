@@ -1,4 +1,4 @@
-"""What a model is: its configuration from flags, from a json, or from the shapes of its tensors."""
+"""A model's configuration, from flags, from a json, or from the shapes of its tensors."""
 
 import copy
 import inspect
@@ -33,14 +33,14 @@ SIZES = {*inspect.signature(LMConfig).parameters, *OUR_FIELD, "inference_rope_sc
 
 
 def architecture(config: LMConfig) -> dict:
-    """The fields that decide parameters and maths (the experts' only where there are any), and what ends a text."""
+    """The fields that determine parameters and computation (the experts' only if there are any), and the end token."""
     names = [name for name in ARCHITECTURE if config.use_moe or ("expert" not in name and name != "norm_topk_prob")]
     names += [name for name, is_there in VARIANT.items() if is_there(config)]
     return {name: getattr(config, name) for name in (*names, *DELIMITERS)}
 
 
 def positions(config: LMConfig) -> dict:
-    """For the json beside weights: the positions that the model takes, and those that it was trained on."""
+    """For the json beside weights: the number of positions that the model takes, and that it was trained on."""
     return {name: getattr(config, name) for name in POSITIONS}
 
 
@@ -79,10 +79,10 @@ def config_from_sizes(sizes: dict, tokenizer: PreTrainedTokenizerBase) -> LMConf
 
 
 def changed_config(config: LMConfig, sizes: dict) -> LMConfig:
-    """A copy with other sizes, under either's names.
+    """A copy with other sizes, under MiniMind2's or MiniMind-3's names.
 
     Raises:
-        UserError: a scaling of the positions that there is not.
+        UserError: an unknown scaling of the positions.
     """
     config = copy.deepcopy(config)
     try:

@@ -40,7 +40,7 @@ def check_mix(mix: list[tuple[str, float]]) -> None:
     """Refuse a --mix that names a file twice.
 
     Raises:
-        UserError: which.
+        UserError: the message names it.
     """
     names = [str(Path(file).resolve()) for file, _ in mix]
     if twice := next((file for (file, _), name in zip(mix, names, strict=True) if names.count(name) > 1), None):
@@ -76,7 +76,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_argument(parser) -> None:
-    """--device, of a parser or of a group of one."""
+    """--device, added to a parser or a group."""
     what = "cpu, cuda, cuda:N, mps, xpu (default: the accelerator PyTorch finds, else cpu)"
     parser.add_argument("--device", default=None, help=what)
 
@@ -250,7 +250,7 @@ def check_stream(args: argparse.Namespace) -> None:
     """Refuse flags that --stream cannot be combined with.
 
     Raises:
-        UserError: what.
+        UserError: the message names them.
     """
     if not args.max_steps:
         raise UserError("--stream needs --max_steps: a stream has no end")

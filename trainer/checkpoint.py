@@ -34,14 +34,14 @@ class Checkpoint:
 
     A save copies everything needed to resume in memory, and continues in a thread: it writes a new folder in `resume/`,
     moves the pointer `resume/latest` to it, and copies its weights and their json to their usual place. A crash at any
-    moment leaves a complete state, and a run that resumes from it repairs the copies. The states before it stay as
-    --keep_last and --keep_every say; from a damaged one a run goes back to the one before.
+    moment leaves a complete state, and a run that resumes from it repairs the copies. --keep_last and --keep_every say
+    which earlier states are kept; if a state is damaged, a run resumes from the one before it.
 
     The saved state does not depend on how the work was distributed: a single process, DDP or any ZeRO stage resumes it.
 
     Args:
-        keep: which of the model's keys are saved (an adapter's, say); the others are as the stage loaded them.
-        facts: what else is to be known of the stage (a LoRA's rank, a DPO's beta), as JSON values: they go into the
+        keep: says which of the model's keys are saved (such as an adapter's); the others are as the stage loaded them.
+        facts: further facts on the stage (LoRA's rank, DPO's beta), as JSON values: they go into the
             json, and a run that is resumed must have the same.
 
     Raises (on construction):
@@ -133,8 +133,8 @@ class Checkpoint:
         self._background.wait()
 
     def add_metrics(self, progress: Progress, metrics: dict) -> None:
-        """Tell in the json what was measured of the weights after they were saved, and copy them to `NAME_best_D.pth`
-        if --save_best is given and they are the best; nothing when this step saved none.
+        """Add metrics that were measured after the weights were saved to their json, and copy them to `NAME_best_D.pth`
+        if --save_best is given and they are the best; does nothing if this step saved none.
 
         Raises:
             UserError: it could not be written; the json is unchanged.
@@ -207,7 +207,7 @@ class Checkpoint:
                 shutil.copyfile(folder / name, temporary)
 
     def load(self, model: nn.Module, optimizer, scaler, dataset: RowDataset | StreamedRows | None = None) -> Progress:
-        """Continue: fill model, optimizer, scaler and random state with what was saved last; nothing saved = a start.
+        """Resume: restore model, optimizer, scaler and random state from the last save; without one, start fresh.
 
         All ranks must call it: rank 0 decides. From here on Ctrl-C and similar signals save first.
 

@@ -17,8 +17,8 @@ from trainer.runtime import Runtime
 def open_data(
     dataset_class: type[Dataset], args, tokenizer: PreTrainedTokenizerBase, run: Runtime
 ) -> tuple[StepLoader | StreamLoader, Dataset | None]:
-    """The training rows by steps, and the held-out rows: those of --eval_path, else some held out of --data_path, or of
-    each file of --mix; None with --eval_interval 0, or when the data is too small to spare any.
+    """The training rows by steps, and the held-out rows: those of --eval_path, else some of --data_path or of each file
+    of --mix; None with --eval_interval 0, or if there is too little data to hold any out.
 
     Raises:
         DataError: see `dataset_class`.
@@ -100,5 +100,5 @@ def _open_stream(
 
 
 def count_steps(loader: StepLoader | StreamLoader, args) -> int:
-    """Optimizer steps of the whole run: --epochs of them, or --max_steps if that is less."""
+    """The optimizer steps of the whole run: those of --epochs, or --max_steps if that is less."""
     return min(args.max_steps or sys.maxsize, args.epochs * loader.steps_per_epoch)

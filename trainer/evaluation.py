@@ -49,7 +49,7 @@ def evaluate(model: nn.Module, held_out: Dataset, tokenizer, runtime: Runtime, b
 
 
 def held_out_loader(held_out: Dataset, batch_size: int, runtime: Runtime) -> StepLoader:
-    """This rank's share, dealt out as in training: equally many batches, of the shape that is compiled already."""
+    """This rank's share, as in training: the same number of batches per rank, of the shape compiled already."""
     return StepLoader(held_out, batch_size, 1, 1, 0, rank=runtime.rank, world_size=runtime.world_size)
 
 

@@ -1,4 +1,4 @@
-"""What PPO computes for answers before it trains on them, and where its critic is kept."""
+"""PPO's computations on answers before training on them, and the optimizer state that contains its critic."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -52,7 +52,7 @@ class WithCritic:
 
 
 def answers_alone(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A micro-batch without the columns that are one number an answer, which the model does not take."""
+    """A micro-batch without the columns with one number per answer, which the model does not take."""
     return {name: tensor for name, tensor in batch.items() if name not in ("rewards", "advantages")}
 
 

@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, deepspeed, accelerate launch) tells each process: its rank, and how many there are."""
+"""Each process's rank and the number of processes, as set by the launcher (torchrun, deepspeed, accelerate)."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,7 +18,7 @@ ACCELERATE = {
 
 
 class Place(NamedTuple):
-    """A process among those of a run; `local_rank` is its number on its machine, None where nobody said it."""
+    """A process among those of a run; `local_rank` is its number on its machine, None if the launcher sets none."""
 
     rank: int = 0
     world_size: int = 1
@@ -27,10 +27,10 @@ class Place(NamedTuple):
 
 
 def read_place(environment: Mapping[str, str]) -> Place:
-    """The place that the environment names; without a launcher a process is alone.
+    """The place given by the environment; without a launcher a process is alone.
 
     Raises:
-        UserError: the environment names half of a place, or an impossible one.
+        UserError: the environment is incomplete or inconsistent.
     """
     _tell_accelerate(environment)
     numbers = {name: _number(name, environment) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}

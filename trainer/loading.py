@@ -37,14 +37,14 @@ def load_for_inference(
     """A model for inference and its tokenizer; loaded strictly.
 
     Args:
-        path: a file (.pth, .safetensors), or a folder of `transformers`, of type llama, qwen2_moe, qwen3, qwen3_moe or
-            minimind, of generation 2 or 3. What a flag names, as "full_sft", `find_weights` makes a path of.
-        tokenizer: its folder, or itself; None: the one in the folder of `path`, else the shipped one. It must be the
-            one that the weights were trained with, as far as a json or the folder tells.
+        path: a file (.pth, .safetensors), or a `transformers` folder of type llama, qwen2_moe, qwen3, qwen3_moe or
+            minimind, of generation 2 or 3. `find_weights` turns a flag's value such as "full_sft" into a path.
+        tokenizer: a folder or a tokenizer; None: the one in the folder `path`, else the shipped one. It must be the one
+            that the weights were trained with, as far as a json or the folder says.
         lora: the file of a LoRA adapter, to be merged into the weights.
-        sizes: fields of LMConfig (dim, n_layers, n_heads, use_moe, …), for a downloaded file: what no json beside it
-            and no shape of its tensors tells is otherwise as MiniMind2 had it, or MiniMind-3. They are compared with
-            what is told. MiniMind-3's own names mean the same (hidden_size, num_experts_per_tok, rope_theta, …), and
+        sizes: fields of LMConfig (dim, n_layers, n_heads, use_moe, …), for a downloaded file. They must agree with the
+            json beside it and the shapes of its tensors; fields that neither gives default to MiniMind2's, or
+            MiniMind-3's. MiniMind-3's own names (hidden_size, num_experts_per_tok, rope_theta, …) mean the same, and
             `inference_rope_scaling` is its YaRN.
 
     Returns:
@@ -79,11 +79,11 @@ def load_vlm_for_inference(
     vision_model: str | os.PathLike,
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
 ) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
-    """The same for a vision-language model, with what prepares images for it.
+    """The same for a vision-language model, with its image processor.
 
     Args:
         path: a file, or a folder that `MiniMindVLM.save_pretrained` wrote.
-        vision_model: the folder of the CLIP whose vision tower it looks through.
+        vision_model: the folder of the CLIP whose vision tower it uses.
         tokenizer: as in `load_for_inference`.
 
     Returns:
@@ -113,10 +113,10 @@ def open_engine(
     """An inference engine by the flags of `trainer.inference_arguments.add_engine_arguments`.
 
     Args:
-        compile_large: where --compile is not given, compile the decode step of a model of `COMPILE_FROM` parameters.
+        compile_large: without --compile, compile the decode step of models of `COMPILE_FROM` parameters or more.
 
     Raises:
-        UserError: the model's matrices, or the draft model's, cannot take the precision; a draft model that is missing,
+        UserError: the model's or the draft model's matrices do not fit the precision; the draft model is missing,
             damaged, or has another tokenizer.
     """
     compile = args.compile

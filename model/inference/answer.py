@@ -82,7 +82,7 @@ class Answer:
         return logits
 
     def settled(self, token: int) -> int:
-        """The token to write where this one was sampled, see `ConstrainedText.settle`."""
+        """The token to append when this one was sampled, see `ConstrainedText.settle`."""
         return token if self.constrained is None else self.constrained.settle(token, self.limit - self.count)
 
     def write(self, token: Token) -> Piece:

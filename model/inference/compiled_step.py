@@ -22,7 +22,8 @@ from model.inference.matrices import INT4, INT8, PLAIN, Kernel, Matrix, Precisio
 class Stacked(NamedTuple):
     """The weights of all layers, each kind in one tensor (or two), so that a step has few arguments.
 
-    Each matrix is a tuple of what its kernel reads, with the layers in front: (n_layers, out, in) for fp32 and bf16.
+    Each matrix is a tuple of its kernel's tensors with the layers as the first dimension: (n_layers, out, in) for fp32
+    and bf16.
     """
 
     attention_norm: Tensor
@@ -119,7 +120,7 @@ class CompiledStep:
         output: the output matrix; its kernel for one row is that of the step.
 
     Raises:
-        Exception: whatever keeps the compiler from working here.
+        Exception: anything that keeps the compiler from working here.
     """
 
     def __init__(self, config: LMConfig, precision: Precision, layers: Sequence, norm: Tensor, output: Matrix):
@@ -139,21 +140,21 @@ class CompiledStep:
         self._step = torch.compile(build_step(config, precision), fullgraph=True)
 
     def refresh(self, layers: Sequence) -> None:
-        """Take the layers' norms as they are now; the matrices are shared."""
+        """Copy the layers' current norms; the matrices are shared."""
         for name in ("attention_norm", "qk_norm", "ffn_norm"):
             mine = getattr(self._weights, name)
             if mine is not None:
                 mine.copy_(torch.stack([getattr(layer, name) for layer in layers]))
 
     def __call__(self, x: Tensor, rope: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (vocab,) and the token's keys and values; see `build_step`. Of at least two tokens before it."""
+        """Logits (vocab,) and the token's keys and values; see `build_step`. The past must have at least two tokens."""
         torch._dynamo.mark_dynamic(past, 1)  # one graph for every length
         logits, new, _ = self._step(x, rope, past, self._weights)
         return logits, new
 
 
 def best_time(run: Callable[[], object], rounds: int = 7) -> float:
-    """The least seconds of a few runs, after one that does not count."""
+    """The shortest time of a few runs in seconds, after one warm-up run."""
     run()
     times = []
     for _ in range(rounds):

@@ -47,10 +47,10 @@ EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_
 
 @dataclass
 class Span:
-    """Tokens that one pass reads into a slot, behind the `start` ones it holds.
+    """Tokens that one pass processes in a slot, after the `start` tokens that it has cached.
 
-    `embeddings` (tokens, dim) stand in for those of the tokens: a prompt with images. `branches` follow the tokens,
-    each as if it alone did: the options of a question. They lie in the slot one behind the other.
+    `embeddings` (tokens, dim) replace those of the tokens, for a prompt with images. `branches` follow the tokens, each
+    as if it were the only one: the options of a question. They are stored in the slot one after another.
     """
 
     slot: int
@@ -77,12 +77,12 @@ class Decoder:
     Args:
         model: Dense or MoE; an adapter on it is merged into the snapshot; a VLM's projection and tower are not used.
         slots: requests that can be in flight.
-        slot_len: positions a slot has room for.
-        dtype: of the weights, torch.float32, torch.bfloat16, "int8" or "int4" (None: as they are). What runs between
-            the matrices is fp32, as are keys and values on a CPU, whose attention is faster in it.
+        slot_len: positions per slot.
+        dtype: of the weights, torch.float32, torch.bfloat16, "int8" or "int4" (None: as they are). Operations between
+            the matrices are in fp32, as are keys and values on a CPU, whose attention is faster in it.
         deterministic: one kernel for any number of rows, so that an answer does not depend on the others; else the
             fastest for each, timed now.
-        compile: decode one answer by a compiled step, where that can be made and is faster; takes seconds.
+        compile: decode a single answer by a compiled step if it can be compiled and is faster; takes seconds.
 
     Attributes:
         compiled: whether there is such a step.
@@ -135,9 +135,9 @@ class Decoder:
 
     @torch.inference_mode()
     def refresh(self, model: MiniMindLM) -> None:
-        """Copy the weights that the model has now over those taken before; nothing is allocated that stays.
+        """Copy the model's current weights over the snapshot; nothing is allocated permanently.
 
-        What the slots hold was computed by the old weights: read it again.
+        The slots' contents were computed with the old weights: prefill them again.
 
         Raises:
             ValueError: a model of another architecture; nothing is changed then.
@@ -220,10 +220,10 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, spans: Sequence[Span]) -> Tensor:
-        """Read tokens of several requests at once and keep their keys and values.
+        """Process tokens of several requests at once and cache their keys and values.
 
         Args:
-            spans: at most one a slot. Those of a single token come first: they share one attention.
+            spans: at most one per slot. Those of a single token come first: they share one attention call.
 
         Returns:
             (tokens of all spans, dim), the normed hidden state after each, for `logits`.
@@ -389,7 +389,7 @@ class Decoder:
     # ------------------------------------------------------------------------------------------------- the slots
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let slot `target` hold the first `length` positions of slot `source`."""
+        """Copy the first `length` positions of slot `source` to slot `target`."""
         self._kv[:, target, :length] = self._kv[:, source, :length]
 
     def swap(self, a: int, b: int, length: int) -> None:

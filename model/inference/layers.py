@@ -1,4 +1,4 @@
-"""What a layer of the inference decoder computes with. `tokens` counts those of all spans of a pass."""
+"""The parts of the inference decoder's layers. `tokens` counts the tokens of all spans of a pass."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""The matrices of a decoder: what each precision keeps of them, and which kernel multiplies them.
+"""The matrices of a decoder: how each precision stores them, and which kernel multiplies by them.
 
 One row of input reads every weight once, so the time of a matmul is its bytes over the memory bandwidth, if the
 kernel is good; many rows are bound by arithmetic. Which kernel is good differs between processors: the candidates are
@@ -27,7 +27,7 @@ TIMED_WEIGHTS = 16_000_000  # more than a processor's caches hold, less than a s
 class Kernel(NamedTuple):
     """A kernel: one way to multiply by a matrix.
 
-    keep: weight (out, in) fp32 -> the tensors that it reads.
+    keep: weight (out, in) fp32 -> the tensors that the kernel reads.
     multiply: x (rows, in) fp32 or bf16, then those tensors -> (rows, out) fp32 or bf16.
     """
 
@@ -109,7 +109,7 @@ INT4 = Kernel("int4", _keep_int4, _int4_kernel)
 
 
 def candidates(precision: Precision, device: torch.device) -> list[Kernel]:
-    """The kernels for a precision on a device; the first is the one that serves all where only one may.
+    """The kernels for a precision on a device; the first is used where a single one must serve all rows.
 
     Args:
         precision: torch.float32, torch.bfloat16, "int8" or "int4".
@@ -138,7 +138,7 @@ def output_precision(precision: Precision) -> Precision:
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes in this dtype here."""
+    """Whether oneDNN can compute in this dtype on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -153,11 +153,11 @@ class Kernels(NamedTuple):
     by_class: tuple[Kernel, ...]
 
     def for_rows(self, rows: int) -> Kernel:
-        """The one for so many rows of input."""
+        """The kernel for this many rows of input."""
         return self.by_class[next((i for i, most in enumerate(ROW_CLASSES) if rows <= most), -1)]
 
     def with_first(self, kernel: Kernel) -> "Kernels":
-        """These, but one row of input goes to `kernel`."""
+        """The same kernels, but with `kernel` for one row of input."""
         return Kernels((kernel, *self.by_class[1:]))
 
 
@@ -173,7 +173,7 @@ def fastest_kernels(
     """The fastest kernel of each class on this machine, now: by its best of a few rounds over random matrices.
 
     Args:
-        shapes: (out, in) of the matrices of a layer; as many layers are timed as no cache holds, one for many rows.
+        shapes: (out, in) of a layer's matrices; more layers are timed than fit into any cache, one for many rows.
     """
     kernels = candidates(precision, device)
     if len(kernels) == 1 or device.type != "cpu":
@@ -201,7 +201,7 @@ class Matrix:
 
     Args:
         weight: (out, in).
-        kernels: which of them for how many rows.
+        kernels: the kernel for each class of row counts.
     """
 
     def __init__(self, weight: Tensor, kernels: Kernels):

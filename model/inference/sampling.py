@@ -99,7 +99,7 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 
 def with_logprobs(logits: Tensor, tokens: list[int], asked: list[int | None]) -> list[Token]:
-    """Each row's token, if requested with its log-probability and so many of the most likely: logits (rows, vocab)."""
+    """Each row's token, with its log-probability and the requested number of alternatives: logits (rows, vocab)."""
     facts = [Token(token) for token in tokens]
     rows = [row for row, best in enumerate(asked) if best is not None]
     if rows:
