@@ -70,7 +70,7 @@ class MiniMindOutput(ModelOutput):
     last_hidden_state: (…, dim) at the same positions, after the final norm: the input of the output matrix.
     cache: pass it back as `past_key_values` to continue; None unless `use_cache`.
     aux_loss: fp32 scalar, the experts' load-balancing loss over all layers; 0 for Dense and outside training.
-    mtp_loss: fp32 scalar, the weighed sum of multi-token prediction's losses, in nats; None where none runs.
+    mtp_loss: fp32 scalar, the weighted sum of multi-token prediction's losses, in nats; None if no module runs.
     """
 
     loss: Tensor | None = None

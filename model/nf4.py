@@ -163,7 +163,7 @@ class NF4LoRALinear(NF4Linear, LoRALinear):
 def quantize_nf4(model: nn.Module) -> None:
     """Freeze every Linear of the model's blocks in NF4, in place, with or without an adapter.
 
-    The embedding, which is also the output matrix, norms and routers stay as they are: all but the embedding are small,
+    The embedding (also the output matrix), norms and routers stay as they are: all but the embedding are small,
     and each row of that is a token.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Rotary positions for texts longer than those a model was trained on: the frequencies, changed by a factor.
+"""Rotary positions for texts longer than a model's training rows: frequencies changed by a factor.
 
     linear   position interpolation: all frequencies divided by the factor (Chen et al. 2023, arXiv:2306.15595)
     ntk      a larger base: the lowest frequency divided by the factor, the highest as it was ("NTK-aware", bloc97 2023,
@@ -31,7 +31,7 @@ MINIMIND3_YARN = {  # what its switch `inference_rope_scaling` stands for
 
 
 def checked_scaling(scaling: dict | None) -> dict | None:
-    """A scaling with every value filled in that it does not name; None and `rope_type` "default" are none.
+    """A scaling with defaults for all missing values; None for None and for `rope_type` "default".
 
     Raises:
         ValueError: an unknown type or key, or a value out of range.
@@ -68,7 +68,7 @@ def checked_scaling(scaling: dict | None) -> dict | None:
 
 
 def scale_frequencies(frequencies: Tensor, theta: float, scaling: dict) -> tuple[Tensor, float]:
-    """The frequencies (head_dim / 2,) of a scaling that `checked_scaling` made, and what multiplies cosine and sine."""
+    """The frequencies (head_dim / 2,) of a scaling from `checked_scaling`, and the factor of cosine and sine."""
     factor, kind = scaling["factor"], scaling["rope_type"]
     if kind == "linear":
         return frequencies / factor, 1.0
@@ -81,7 +81,7 @@ def scale_frequencies(frequencies: Tensor, theta: float, scaling: dict) -> tuple
 
 
 def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
-    """The base with which the lowest of the frequencies is divided by `factor`."""
+    """The base with which the lowest frequency is divided by `factor`."""
     return theta * factor ** (head_dim / max(head_dim - 2, 1))
 
 

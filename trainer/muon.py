@@ -1,4 +1,4 @@
-"""Muon: momentum whose update of each matrix is orthogonalised, so that all its directions are learned equally."""
+"""Muon: momentum with an orthogonalised update of each matrix, so that all its directions are learned equally."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,14 +34,14 @@ class Muon(torch.optim.Optimizer):
         W <- W - lr (0.2 sqrt(max(W.shape)) u + decay W)
 
     An orthogonal matrix has entries with an RMS of 1 / sqrt(max(shape)); the factor gives them AdamW's 0.2, so that one
-    learning rate serves both. Matrices of one shape are made orthogonal together, in batched products.
+    learning rate serves both. Matrices of equal shape are orthogonalised together, in batched products.
 
     Args:
         params: matrices, (rows, columns).
         lr: in AdamW's units.
         momentum: mu, with Nesterov's look ahead.
         weight_decay: decoupled.
-        polynomials: those of the iteration that makes an update orthogonal.
+        polynomials: those of the iteration that orthogonalises an update.
         neuron_decay: beta_2 of NorMuon (Li et al. 2025, arXiv:2510.05491), 0.95 in the paper, which keeps the mean
             square of each row of u and divides the row by its root:
 
@@ -119,12 +119,12 @@ def _of_one_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def orthogonalise(matrices: Tensor, polynomials: Polynomials = JORDAN) -> Tensor:
-    """About U V^T for each U S V^T of `matrices`, by odd polynomials of degree five, which change the singular values
-    alone (Newton-Schulz as in Jordan et al. 2024):
+    """Approximately U V^T for each U S V^T of `matrices`, by odd polynomials of degree five, which change only the
+    singular values (Newton-Schulz as in Jordan et al. 2024):
 
         X <- a X + (b A + c A^2) X,   A = X X^T,   from X = matrix / |matrix|
 
-    In bfloat16 where the device computes in it, else in float32: a CPU that only emulates bfloat16 is some twenty times
+    In bfloat16 if the device supports it, else in float32: a CPU that only emulates bfloat16 is about twenty times
     slower in it.
 
     Args:
@@ -132,8 +132,8 @@ def orthogonalise(matrices: Tensor, polynomials: Polynomials = JORDAN) -> Tensor
         polynomials: (a, b, c) of each iteration.
 
     Returns:
-        its shape and dtype; singular values that were not tiny beside the largest are about 1: by `JORDAN` 0.7 to 1.2,
-        by `POLAR_EXPRESS` 0.87 to 1.13.
+        the same shape and dtype; singular values that were not tiny compared with the largest become about 1: 0.7 to
+        1.2 with `JORDAN`, 0.87 to 1.13 with `POLAR_EXPRESS`.
     """
     dtype = torch.bfloat16 if default_dtype(matrices.device) == "bfloat16" else torch.float32
     x = matrices.to(dtype)

@@ -1,4 +1,4 @@
-"""Log-probabilities of a policy, laid out answer by answer, and the metrics of a reinforcement-learning step."""
+"""A policy's log-probabilities in rows of answers, and the metrics of a reinforcement-learning step."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ LEARNING_METRICS = ("loss", "kl", "entropy", "clipped")
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """One value per target token, (target tokens,), at its place: mask (answers, n) bool -> (answers, n), 0 outside."""
+    """Put values (target tokens,) at their tokens' places: mask (answers, n) bool -> (answers, n), 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
@@ -19,7 +19,7 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 def reference_log_probs(
     frozen: nn.Module, batch: dict[str, Tensor], labels: Tensor, mask: Tensor, temperature: float
 ) -> Tensor:
-    """log p of each answer's tokens under the model that training began with, (answers, n), 0 outside the mask."""
+    """log p of each answer's tokens under the frozen reference, (answers, n), 0 outside the mask."""
     logits = frozen(**batch, logits_to_keep=target_mask(labels)).logits
     return spread(token_log_probs(logits / temperature, labels), mask)
 
@@ -53,12 +53,12 @@ def step_values(
     Args:
         learned: `learning_sums`, added up over this rank's micro-batches and all updates.
         written: sums over this rank's answers, see `Rollouts.write`.
-        seconds: that the learning took.
+        seconds: the duration of the updates.
 
     Returns:
-        loss, reward and reward_NAME (means over answers), kl, entropy, clipped (over tokens), length (tokens an
-        answer), finished (share of answers that ended by themselves), no_signal (share of groups whose answers all got
-        the same), resampled (groups replaced), writing_seconds and learning_seconds (of the slowest rank).
+        loss, reward and reward_NAME (means over answers), kl, entropy, clipped (over tokens), length (tokens per
+        answer), finished (share of answers that ended by themselves), no_signal (share of groups with equal rewards),
+        resampled (groups replaced), writing_seconds and learning_seconds (of the slowest rank).
     """
     names = list(written)
     sums = dict(zip((*LEARNING_METRICS, *names), run.sums(*learned.tolist(), *written.values()), strict=True))

@@ -79,7 +79,7 @@ def attach_reference_log_probs(
 ) -> None:
     """Give the dataset its column `reference`: log-probabilities under `model`, computed once and kept on disk.
 
-    They lie beside the dataset's token cache, under a name in which everything has a part that decides them: the
+    They are stored beside the dataset's token cache, under a name that depends on everything that affects them: the
     data file, the tokenizer, the rows, the model's weights and settings, the precision. The ranks share the work.
 
     Raises:
@@ -172,8 +172,8 @@ def evaluate_pairs(
     Args:
         frozen: the reference, None where `held_out` has its log-probabilities.
         per_answer: `sum_per_answer` or `mean_per_answer`.
-        loss_function: from log-probabilities of policy and reference, (pairs, 2) each, and `beta` to each pair's loss
-            and margin, (pairs,) each.
+        loss_function: (log-probabilities of policy and reference, (pairs, 2) each, and `beta`) -> each pair's loss and
+            margin, (pairs,) each.
 
     Raises:
         EvaluationError: see `sum_over_ranks`.

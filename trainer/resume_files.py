@@ -12,7 +12,7 @@ STATE = "state.json"
 
 
 class Damaged(UserError):
-    """A file is not what was saved."""
+    """A file differs from what was saved."""
 
     def __init__(self, path: Path, how: str = "another sha256"):
         super().__init__(f"{path} is damaged: it does not match what was saved ({how})")
@@ -35,7 +35,7 @@ def find_whole_state(pointer: Path) -> tuple[str, list[str]]:
     """The state to resume from: the one that a pointer names, or the newest intact one before it.
 
     Returns:
-        its name, and what is wrong with each that was passed over.
+        its name, and the damage of each state that was skipped.
 
     Raises:
         UserError: there is none.

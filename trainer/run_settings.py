@@ -1,4 +1,4 @@
-"""Which settings a resumed run must have: those that it had, or others with the same effect on training."""
+"""The settings that a resumed run must have: the same as before, or others with the same effect on training."""
 
 import math
 from collections.abc import Callable

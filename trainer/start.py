@@ -1,7 +1,7 @@
 """What a script needs before anything else: a Python that can run MiniMind, and a home folder for its packages.
 
-Importing this module ends the script in one line that says what to type where the first is missing, and makes the
-second where that is. So it is imported before any package, and an old Python can read it.
+If the packages are missing, importing this module ends the script with one line that says what to type; if the home
+folder is missing, it makes one. So it is imported before any package, and even an old Python can parse it.
 """
 
 import getpass
@@ -40,11 +40,11 @@ def why_not():
 
 
 def settle():
-    """Give this process a home folder and a user's name where it has none, as in a container that runs under any
-    number: PyTorch's compiler, Matplotlib, Streamlit and our own caches ask for them.
+    """Give this process a home folder and a user name if it has none, as in a container that runs under an arbitrary
+    uid: PyTorch's compiler, Matplotlib, Streamlit and our own caches need them.
 
     Returns:
-        the folder, or None where there is a home.
+        the folder, or None if there is a home.
     """
     user = f"uid{os.getuid()}" if hasattr(os, "getuid") else "user"
     try:

@@ -1,4 +1,4 @@
-"""Chatting with a model in a terminal or a pipe: where questions come from, and how an answer is shown."""
+"""Chatting with a model at a terminal or through a pipe: reading questions and printing answers."""
 
 import itertools
 import sys
@@ -12,7 +12,7 @@ def typed_line(prompt: str) -> str:
     """A line that a person types, without white space around it.
 
     Raises:
-        EOFError: there is no more.
+        EOFError: the input has ended.
         UserError: it is not UTF-8.
     """
     try:
@@ -91,7 +91,7 @@ def room_for_prompt(context: int, max_new_tokens: int) -> int:
 
 
 def stream_texts(stream, pieces: list) -> Iterator[str]:
-    """The text of each piece of an engine's answer as it comes; the piece itself goes to `pieces`."""
+    """Yield the text of each piece of an engine's answer as it comes, and append the piece to `pieces`."""
     for piece in stream:
         pieces.append(piece)
         yield piece.text

@@ -1,4 +1,4 @@
-"""The frozen model a student learns from: loading it, checking that it uses the same tokens, and running it."""
+"""The frozen model that a student learns from: loading it, checking that it uses the same tokens, running it."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def load_teacher(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: in
         path: a file with a MiniMind's weights, or a `transformers` folder of any architecture; see `find_weights`.
 
     Raises:
-        UserError: it is missing, cannot be read, reads other tokens than the student, or fewer than `max_seq_len`.
+        UserError: it is missing, unreadable, has other tokens than the student, or a context below `max_seq_len`.
     """
     teacher = _from_folder(path, tokenizer) if path.is_dir() else load_weights(path, None, tokenizer)
     longest = getattr(teacher.config, "max_position_embeddings", None)  # None: no limit that it tells of
@@ -55,7 +55,7 @@ def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
 
 
 def first_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """The first thing in which two tokenizers differ, in words; None when every text gets the same ids from both."""
+    """The first difference between two tokenizers, in words; None if every text gets the same ids from both."""
     if tokenizer_hash(ours) == tokenizer_hash(theirs):
         return None
     for token_id in range(max(len(ours), len(theirs))):

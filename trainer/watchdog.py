@@ -1,4 +1,4 @@
-"""A watchdog: that a run keeps making steps, and that all its processes are alive."""
+"""A watchdog: checks that a run keeps making steps, and that all its processes are alive."""
 
 import datetime
 import os
@@ -30,10 +30,10 @@ class Watchdog(threading.Thread):
     or when another rank sends no heartbeat: PyTorch's collectives would wait for half an hour.
 
     When one rank stalls, all ranks say where they are stuck: the one at fault is at a different line from the others.
-    A rank that has ended, or was killed, has closed its connections: that the main thread learns at once.
+    A rank that has ended, or was killed, has closed its connections, which the main thread notices at once.
 
     Args:
-        world_size: processes of the run; PyTorch's process group exists where there are several.
+        world_size: the number of processes; if there are several, PyTorch's process group exists.
         stall_timeout: seconds without a step after which the run has stalled; 0: none.
     """
 
@@ -59,7 +59,7 @@ class Watchdog(threading.Thread):
         self._stepped_at = time.monotonic()
 
     def stop(self) -> None:
-        """The run has ended in order; all ranks call it."""
+        """Stop watching a run that has ended properly; all ranks call it."""
         self._ending.set()
         if self.is_alive():
             self.join(SILENT)

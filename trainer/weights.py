@@ -51,10 +51,10 @@ NEWER_BOS = "<|im_start|>"  # of the tokenizer that goes with MiniMind's names o
 
 
 def load_tokenizer(folder: str | os.PathLike | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, or the shipped one; a MiniMind can be trained with it.
+    """The tokenizer in `folder`, or the shipped one, checked for use with a MiniMind.
 
     Raises:
-        UserError: no tokenizer there, a damaged one, or one that `check_tokenizer` refuses.
+        UserError: there is no tokenizer, it is damaged, or `check_tokenizer` refuses it.
     """
     tokenizer = read_tokenizer(folder or SHIPPED_TOKENIZER)
     try:
@@ -67,10 +67,10 @@ def load_tokenizer(folder: str | os.PathLike | None = None) -> PreTrainedTokeniz
 
 
 def read_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, whichever kind it is.
+    """The tokenizer in `folder`, of any kind.
 
     Raises:
-        UserError: no tokenizer there, or a damaged one.
+        UserError: there is no tokenizer, or it is damaged.
     """
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
@@ -96,12 +96,12 @@ def find_weights(name: str, args) -> Path:
     """The file or folder that a WEIGHTS flag names (--from_weight, --teacher_weight, …).
 
     Args:
-        name: a stage, whose size --dim and --use_moe say ("full_sft"); weights in --out_dir by their whole name
-            ("full_sft_768"); or a path: of a .pth or .safetensors, or of a folder of `transformers`. Of a plain
-            word, what lies in --out_dir comes before a folder in the working directory.
+        name: a stage ("full_sft"), with the size of --dim and --use_moe; the whole name of weights in --out_dir
+            ("full_sft_768"); or the path of a .pth, a .safetensors, or a `transformers` folder. For a plain word,
+            weights in --out_dir take precedence over a folder in the working directory.
 
     Raises:
-        UserError: nothing is there; the message says what is.
+        UserError: there are no such weights; the message lists those that exist.
     """
     path = Path(name)
     if is_file_name(name) or (path.is_dir() and os.path.dirname(name)):
@@ -118,10 +118,10 @@ def find_adapter(name: str | None, args) -> Path | None:
     """The LoRA adapter that --lora_name names: `out/lora/NAME_D.pth`, or the path of a .pth itself.
 
     Returns:
-        None where none is named, which old commands say by the word "None".
+        None if none is named, for which old commands pass the word "None".
 
     Raises:
-        UserError: it is not there; the message says what is.
+        UserError: it does not exist; the message lists those that do.
     """
     if name in (None, "None"):
         return None
@@ -136,14 +136,14 @@ def _present(path: Path) -> Path | None:
 
 
 def existing(path: Path, by_flags: bool = False, adapter: bool = False) -> Path:
-    """The path of weights, or where only that is there, of the .safetensors by the same name; or a folder's.
+    """The path of existing weights, or the .safetensors of the same name if only that exists; or a folder's.
 
     Args:
-        by_flags: the path was made of --dim and --use_moe, and not given by the user.
+        by_flags: the path was derived from --dim and --use_moe, not given by the user.
         adapter: it is a LoRA adapter's.
 
     Raises:
-        UserError: nothing is there, and the message says what is; a folder that is not a model's.
+        UserError: there are no weights, and the message lists those that exist; or the folder is not a model's.
     """
     if path.is_dir() and not adapter:
         return require_folder(path)
@@ -225,12 +225,12 @@ def load_weights(
     """A model with the weights in a file, or in a folder of `transformers`, loaded strictly: fp32, on the CPU.
 
     Args:
-        wanted: the configuration that the flags ask for, or some of its fields. What is not said is told by the json
-            beside the file or the folder's config.json; and for a downloaded file, which has none, by the shapes of its
-            tensors (with the heads, experts per token and rope of MiniMind2; MiniMind-3's tell their heads).
-        tokenizer: must be the one the weights were trained with, by the json or the tokenizer in the folder.
+        wanted: the configuration that the flags ask for, or some of its fields. The others come from the json beside
+            the file or the folder's config.json; and for a downloaded file, which has none, from the shapes of its
+            tensors (with MiniMind2's heads, experts per token and RoPE; MiniMind-3's tensors also give the heads).
+        tokenizer: must be the one that the weights were trained with, by the json or the tokenizer in the folder.
         missing: prefixes of parameters that the weights may lack.
-        build: makes the model that the weights go into.
+        build: makes the model that the weights are loaded into.
 
     Raises:
         UserError: missing, damaged, of another shape or another tokenizer; the message names both sides.
@@ -318,7 +318,7 @@ def _fill(model: MiniMindLM, state: dict[str, Tensor], path: Path, missing: tupl
 
 
 def load_adapter(path: Path, model: MiniMindLM) -> LoRASettings:
-    """Give the model the LoRA adapter in a file, which stays apart from its weights; `merge_lora` adds it to them.
+    """Load the LoRA adapter in a file into the model, separate from its weights; `merge_lora` adds it to them.
 
     Raises:
         UserError: missing, damaged, or made for another base; the message names both sides.

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine, which shards what an optimizer keeps (ZeRO), behind the same lines as plain training."""
+"""DeepSpeed's engine, which shards the optimizer's state (ZeRO), behind the same lines as plain training."""
 
 import logging
 import os
@@ -37,10 +37,10 @@ def deepspeed_engine(model: nn.Module, optimizer, runtime: Runtime):
 class DeepSpeedScaler(torch.amp.GradScaler):
     """Replaces the loop's GradScaler where a DeepSpeed engine holds the gradients.
 
-    `scaler.scale(loss).backward()` is as ever; all that follows a backward is `clip_and_step`.
+    `scaler.scale(loss).backward()` is unchanged; `clip_and_step` replaces everything after the backward pass.
 
     Args:
-        scaler: the one that it replaces, switched on or off alike.
+        scaler: the GradScaler that it replaces, enabled or not.
     """
 
     def __init__(self, engine, scaler: torch.amp.GradScaler):
@@ -110,12 +110,12 @@ class _EngineLoss:
 
 
 class ShardedOptimizer:
-    """ZeRO's optimizer, whose state is read and written whole, as that of the AdamW that it shards: what one engine
-    saved, any other, or none, can resume from.
+    """ZeRO's optimizer, whose state is loaded and saved whole, like that of the AdamW that it shards: any engine, or
+    plain training, can resume what another has saved.
 
     Args:
         sharded: DeepSpeed's optimizer, of stage 1, 2 or 3.
-        groups: the parameters of each group of the AdamW.
+        groups: AdamW's parameters, by group.
     """
 
     def __init__(self, sharded, groups: list[list[nn.Parameter]]):
@@ -145,9 +145,9 @@ class ShardedOptimizer:
         return {"state": states, "param_groups": groups}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over the state of an AdamW of the same parameters. All ranks must call it.
+        """Load the state of an AdamW with the same parameters. All ranks must call it.
 
-        A shard holds many parameters and counts one number of steps: the largest of theirs.
+        A shard contains many parameters but has one step count: the largest of theirs.
         """
         for parameters, shards, saved in zip(self.groups, self._shards(), state["param_groups"], strict=True):
             states = [state["state"].get(number) for number in saved["params"]]
@@ -163,7 +163,7 @@ class ShardedOptimizer:
                     self._set(parameter, each[name], name)
 
     def load_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
-        """Set parameters, whole tensors by the engine's parameter: its own, and the fp32 copies in the shards.
+        """Set parameters, given as whole tensors: the engine's own, and the fp32 copies in the shards.
 
         All ranks must call it.
         """
