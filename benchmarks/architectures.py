@@ -76,7 +76,7 @@ def get_args():
 
 
 class Loads:
-    """Counts what every router assigns to each of its experts, padding included."""
+    """Counts the tokens that every router assigns to each of its experts, including padding."""
 
     def __init__(self, model: MiniMindLM):
         self._k = model.config.num_experts_per_tok
@@ -91,7 +91,7 @@ class Loads:
         self._counts[router] = self._counts.get(router, 0) + counts
 
     def take(self) -> list[list[float]]:
-        """Each layer's loads since the last call, in parts of the mean; empty without experts."""
+        """Each layer's loads since the last call, relative to the mean; empty without experts."""
         parts = [(counts / counts.float().mean()).tolist() for counts in self._counts.values()]
         taken = [[round(part, 2) for part in layer] for layer in parts]
         self._counts.clear()
@@ -104,7 +104,7 @@ def largest_violation(loads: list[list[float]]) -> float | None:
 
 
 def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_file: Path) -> dict:
-    """Train for the minutes or steps. A state that an earlier call saved is gone on from."""
+    """Train for the minutes or steps, continuing from the state of an earlier call, if any."""
     optimizer, loads = make_optimizer(model, args), Loads(model)
     done = {"seconds": 0.0, "steps": 0, "tokens": 0, "loads": []}
     if state_file.is_file():
@@ -172,7 +172,7 @@ def draft(model: MiniMindLM, held_out: PretrainDataset) -> dict:
 
 
 def measure(args, folder: Path) -> None:
-    """Train the row, or go on, and examine it."""
+    """Train the row, or continue, and evaluate it."""
     device = pick_device(args.device)
     here = Runtime(device, getattr(torch, args.dtype))
     tokenizer = load_tokenizer(args.tokenizer)
@@ -198,7 +198,7 @@ def measure(args, folder: Path) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """The rows side by side, mean and deviation over the seeds."""
+    """The rows as a table, with mean and standard deviation over the seeds."""
     heads = ("row", "parameters", "cache, bytes per token (fp32)", "seeds", "tokens seen", "bits per byte")
     heads += ("largest violation", "drafts accepted", "tokens per pass")
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
@@ -225,7 +225,7 @@ def table(results: list[dict]) -> str:
 
 
 def plot(results: list[dict], image: Path) -> None:
-    """The largest violation over the steps, of the rows with experts, each of its first seed."""
+    """Plot the largest violation over the steps for each row with experts, with its first seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

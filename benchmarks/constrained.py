@@ -39,7 +39,7 @@ DATE: dict[str, Any] = {"type": "string", "format": "date"}
 
 
 def thing(required: list[str] | None = None, **properties: Any) -> dict[str, Any]:
-    """An object of these properties and no others; all of them are required unless it is said which."""
+    """The schema of an object with only these properties; by default all of them are required."""
     return {
         "type": "object",
         "properties": properties,

@@ -67,7 +67,7 @@ def first_lines(file: Path, count: int, to: Path) -> Path:
     """Write the first lines of a file to another.
 
     Raises:
-        UserError: there are not so many.
+        UserError: the file has fewer.
     """
     with open(file, encoding="utf-8") as source:
         lines = source.readlines()

@@ -34,9 +34,9 @@ RAISED = 1e4  # more than any logit
 
 
 def follow(decoder: Decoder, text: list[int], agreement: float = 1.0) -> None:
-    """Have a decoder predict `text` after each of its tokens, or in some places another; nothing else changes.
+    """Make a decoder predict `text` after each of its tokens, or in some places other tokens; nothing else changes.
 
-    A pass computes what it always does, and the logits of the wanted tokens are raised.
+    A pass computes everything as usual, and then the logits of the desired tokens are raised.
     """
     predict = decoder.predict
     generator = torch.Generator().manual_seed(0)

@@ -53,7 +53,7 @@ def get_args():
 
 
 def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_file: Path) -> tuple[int, int]:
-    """Train for the minutes; steps and tokens seen. A state that an earlier call saved is gone on from."""
+    """Train for the minutes, continuing from the state of an earlier call, if any; returns steps and tokens seen."""
     optimizer = make_optimizer(model, args)
     seconds, steps, tokens = 0.0, 0, 0
     if state_file.is_file():
@@ -112,7 +112,7 @@ def measure(generation: int, args, folder: Path) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """The generations side by side, mean and deviation over the seeds."""
+    """The generations as a table, with mean and standard deviation over the seeds."""
     lines = [f"{'generation':<12}{'parameters':>12}{'seeds':>7}{'tokens seen':>16}{'held-out nats per token':>26}"]
     for generation in GENERATIONS:
         own = [result for result in results if result["generation"] == generation]

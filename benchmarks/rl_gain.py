@@ -23,7 +23,7 @@ from trainer.weights import read_settings
 
 
 def more_sft(cold: trying.Stage, root, seconds: float, seed: int) -> trying.Stage:
-    """SFT on the cold start's data for so many seconds more, by its speed."""
+    """More SFT on the cold start's data, for about this many seconds according to its speed."""
     settings = read_settings(cold.weights(root))
     steps = max(1, math.ceil(seconds / settings["seconds"] * settings["step"]))
     script, *flags = cold.command

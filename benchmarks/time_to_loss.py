@@ -91,11 +91,11 @@ def get_args():
 
 
 def train(variant: Variant, model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_file: Path):
-    """Train for --tokens, from where an earlier call saved.
+    """Train for --tokens, continuing from the state of an earlier call, if any.
 
     Returns:
-        the model to examine; about the run: steps, non-padding tokens, seconds of computing, and those of them in the
-        optimizer.
+        the model to evaluate; and the run's steps, non-padding tokens, seconds of computing, and seconds of those in
+        the optimizer.
     """
     args.optimizer = variant.optimizer
     optimizer = make_optimizer(model, args, **variant.options)
@@ -141,7 +141,7 @@ def train(variant: Variant, model: MiniMindLM, rows: PretrainDataset, here: Runt
 
 
 def measure(args, result_file: Path) -> None:
-    """Train one variant, or go on, and examine it."""
+    """Train one variant, or continue, and evaluate it."""
     device = pick_device(args.device)
     here = Runtime(device, DTYPES[default_dtype(device)])
     tokenizer = load_tokenizer(args.tokenizer)
@@ -158,7 +158,7 @@ def measure(args, result_file: Path) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """The variants, best first, each beside plain Muon with the same seeds: mean and deviation over the seeds."""
+    """The variants, best first, each compared with Muon at the same seeds: mean and standard deviation over seeds."""
     by_variant: dict[str, dict[int, dict]] = {}
     for result in results:
         by_variant.setdefault(result["variant"], {})[result["seed"]] = result

@@ -1,4 +1,4 @@
-"""Benchmarks that train models and compare them share this: compute time, the data, and the results of all calls."""
+"""Shared by benchmarks that train models and compare them: compute time, data, and the results of all calls."""
 
 import json
 import time
@@ -17,7 +17,7 @@ SAVE_EVERY = 60.0  # seconds of computing
 
 
 def computed(device: torch.device) -> float:
-    """Seconds: of the process on a CPU, all threads together; of the clock elsewhere, once the device is done."""
+    """Seconds: CPU time of all threads on a CPU; elsewhere wall-clock time, after the device has finished."""
     if device.type == "cpu":
         return time.process_time()
     torch.ones(1, device=device).item()  # waits
