@@ -3,6 +3,7 @@
 import datetime
 from pathlib import Path
 
+from dataset.jsonl import DataError
 from scripts.report_card.contents import sections
 from scripts.report_card.examining import Benchmarks, examine, held_out_text, kept_of, parts_of
 from scripts.report_card.loss_curves import draw_losses, read_curves
@@ -54,7 +55,7 @@ def make_report(
                 raise UserError(found.problem)
             kept = kept_of(found, out_dir, tokenizer)
             results[found.name] = examine(found, parts_of(found, held_out, benchmarks), kept, tokenizer, device)
-        except UserError as error:
+        except (UserError, DataError) as error:
             print_notice(f"{found.name} cannot be evaluated: {error}")
             problems[found.name] = str(error)
 
