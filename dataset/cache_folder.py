@@ -1,12 +1,12 @@
 """Cache folders: built once, atomically, and reused by every later run, rank and worker.
 
-The caches of a source (a data file, a folder of pictures) lie in one folder, `.cache/NAME/` beside it:
+The caches of a source (a data file, a folder of images) are in one folder, `.cache/NAME/` beside it:
 
-    STATE-NAME/       a cache: STATE tells one state of the source from another, NAME what is computed, and how
-    STATE-NAME/about.json   of which source it is; its time is when the cache was last opened
-    in_use/           a locked file for every opened cache and process: what has one is never removed
-    lock              held by who builds
-    partial-…/, removed-…/  what is being built or removed, or was when a process was killed
+    STATE-NAME/       a cache: STATE identifies a state of the source, NAME what is computed, and how
+    STATE-NAME/about.json   the source; its modification time is when the cache was last opened
+    in_use/           a locked file for every opened cache and process: caches in use are never removed
+    lock              held by the process that builds
+    partial-…/, removed-…/  caches being built or removed, or left so by a killed process
 """
 
 import errno
@@ -64,14 +64,14 @@ def open_cache(
     that vanishes before it is loaded, or is damaged, is built again.
 
     Args:
-        source: the file or folder that it is computed from.
-        state: tells one state of the source from another, a `short_hash`.
-        name: tells what is computed, and by which settings.
-        load: is given the folder, which it holds (`hold`) before it reads; raises OSError, ValueError or LookupError
-            where the content is not whole.
+        source: the file or folder that the cache is computed from.
+        state: identifies the state of the source, a `short_hash`.
+        name: identifies what is computed, and with which settings.
+        load: takes the folder, and calls `hold` before it reads it; raises OSError, ValueError or LookupError if the
+            content is damaged.
 
     Raises:
-        DataError: it cannot be written, or not be made again; whatever `build` raises.
+        DataError: the cache cannot be written or rebuilt; and whatever `build` raises.
     """
     found = find_cache(source, state, name, load)
     for _ in range(2):
@@ -98,9 +98,9 @@ def find_cache(source: Path, state: str, name: str, load: Callable[[Path], Loade
 
 
 def hold(folder: Path, holder: object) -> None:
-    """Keep a cache folder from being removed as long as `holder` lives, and note that it was used now.
+    """Keep a cache folder from being removed while `holder` lives, and record that it was used now.
 
-    Where nothing can be written, or nothing locked, it is not kept: whoever could remove it cannot know.
+    On a read-only file system or one without locks it is not kept, because others cannot see that it is in use.
     """
     with suppress(OSError):
         os.utime(folder / ABOUT)
@@ -120,7 +120,7 @@ def _release(held: BinaryIO, mark: Path, process: int) -> None:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process holds the cache folder, or may, for all that can be told here."""
+    """Whether a process uses the cache folder, or may use it as far as can be known here."""
     try:
         for mark in (folder.parent / IN_USE).iterdir():
             if mark.name.startswith(f"{folder.name}~"):
@@ -137,7 +137,7 @@ def in_use(folder: Path) -> bool:
 
 
 def remove_cache(folder: Path) -> bool:
-    """Remove a cache folder unless a process uses it; whether it is removed."""
+    """Remove a cache folder unless a process uses it; returns whether it was removed."""
     removed = folder.with_name(f"removed-{secrets.token_hex(4)}")
     try:
         with _marking(folder.parent):  # nobody begins to use it between the question and the renaming
@@ -182,7 +182,7 @@ def home_caches() -> Path | None:
 
 
 def writable_root(source: Path) -> Path:
-    """The folder to write caches of a source to.
+    """The folder in which to write a source's caches.
 
     Raises:
         DataError: there is none.
@@ -234,7 +234,7 @@ def _build(source: Path, state: str, name: str, build: Callable[[Path], None]) -
 
 
 def is_cache(path: Path) -> bool:
-    """Whether this is a cache folder of ours."""
+    """Whether this is one of our cache folders."""
     return CACHE.fullmatch(path.name) is not None and path.is_dir()
 
 
@@ -282,9 +282,9 @@ def _renamed_when_whole(folder: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Have a written file, or a folder's list of names, on the disk, not on its way there.
+    """Flush a written file, or a folder's entries, to disk.
 
-    After a power cut a file system may know a renaming and not what was written before it.
+    After a power failure a file system may have kept a renaming but not the data written before it.
     """
     if path.is_dir():
         with suppress(OSError):  # Windows opens no folders, and some file systems flush none

@@ -1,4 +1,4 @@
-"""Data for preference learning: pairs of answers to one prompt, the better and the worse side by side in a row."""
+"""Data for preference learning: pairs of a better and a worse answer to one prompt, in the same row."""
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ class DPODataset(RowDataset):
     dropped.
 
     Attributes:
-        reference: what another model gives each token of the cache, fp32 (tokens,); where it is set, an item has a
-            column `reference`, fp32 (n,).
+        reference: another model's log p of each token of the cache, fp32 (tokens,); if it is set, items have a column
+            `reference`, fp32 (n,).
     """
 
     kind = "pair"

@@ -42,10 +42,10 @@ def unwrap_worker_errors(items: Iterable) -> Iterator:
 
 
 def require_data_file(path: str | Path) -> Path:
-    """Return `path` as a Path when it is a file that can be read and is not empty.
+    """Return `path` as a Path if it is a readable file that is not empty.
 
     Raises:
-        DataError: it is missing, no file, empty or not readable.
+        DataError: it is missing, not a file, empty or not readable.
     """
     path = Path(path)
     if not path.exists():
@@ -68,21 +68,20 @@ class JsonlReader:
     """Iterates over a jsonl file, holding one line in memory at a time.
 
     Args:
-        path: the file, UTF-8, one JSON object a line; a BOM, CRLF and blank lines at the end are fine.
-        parse: turns the object of a line into what the caller wants, and counts the keys that it has no use for in the
-            counter that it is given; raises BadRecord when it cannot.
+        path: the file, UTF-8, one JSON object per line; a BOM, CRLF and blank lines at the end are accepted.
+        parse: converts the object of a line into a record, and counts the keys that it does not use in the counter that
+            it is given; raises BadRecord if it cannot.
         skip_bad_lines: count bad lines instead of stopping at the first.
 
     Attributes (they grow while iterating):
-        bytes_read: bytes of the lines read so far.
+        bytes_read: the number of bytes of the lines read so far.
         sha256: of these bytes, a hashlib object.
-        bad_lines: how many lines were skipped.
+        bad_lines: the number of skipped lines.
         bad_reports: "line 17: reason: first characters" of the first `MOST_REPORTED` of them.
-        ignored: how often each key that has no meaning here stands in the good lines.
+        ignored: the number of good lines with each key that has no meaning here.
 
     Raises:
-        DataError: the file is missing or empty, or, while iterating, not jsonl at all, has a bad line or no
-            good.
+        DataError: the file is missing or empty, or, while iterating, is not jsonl, has a bad line, or has no good line.
     """
 
     def __init__(self, path: str | Path, parse: Callable[[dict, Ignored], Any], skip_bad_lines: bool = False):
@@ -234,7 +233,7 @@ _decoder = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make 
 
 
 def named_counts(ignored: Mapping[str, int]) -> str:
-    """The keys that were counted, the most frequent first: "id 60, source 60"; at most `MOST_REPORTED`."""
+    """The counted keys, the most frequent first: "id 60, source 60"; at most `MOST_REPORTED`."""
     names = sorted(ignored, key=lambda name: (-ignored[name], name))
     shown = [f"{name} {ignored[name]:,}" for name in names[:MOST_REPORTED]]
     if len(names) > MOST_REPORTED:
@@ -243,7 +242,7 @@ def named_counts(ignored: Mapping[str, int]) -> str:
 
 
 def excerpt(line: bytes, width: int = EXCERPT_CHARS) -> str:
-    """The first `width` characters of a line, safe to print: what is not printable is escaped or replaced."""
+    """The first `width` characters of a line, safe to print: unprintable characters are escaped or replaced."""
     text = line[: 8 * width].decode("utf-8", errors="replace").rstrip("\r\n")
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:width])
     return shown + ("…" if len(text) > width else "")

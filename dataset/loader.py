@@ -21,12 +21,12 @@ PER_IMAGE = ("pixel_values", "image_features")  # not one a token
 def collate(items: list[Batch], max_seq_len: int | None = None) -> Batch:
     """Stack rows, padded on the right to the longest of them (at least 2), or to `max_seq_len`.
 
-    Padding has input 0, label -100 and positions from 0, as a sample of its own: what it holds is never attended to
-    from outside and never in the loss.
+    Padding has input 0, label -100 and positions from 0, as a sample of its own: other tokens never attend to it, and
+    it is never in the loss.
 
     Args:
-        items: rows of a dataset, dicts of `input_ids`, `labels`, `position_ids`, each int64 (n,); of a VLMDataset also
-            `image_mask` bool (n,), and `pixel_values` or `image_features`, one an image.
+        items: rows of a dataset, dicts of `input_ids`, `labels`, `position_ids`, each int64 (n,); for a VLMDataset also
+            `image_mask` bool (n,), and `pixel_values` or `image_features`, one per image.
 
     Returns:
         each of them (rows, T), images those of all rows one after another, and `attention_mask` bool (rows, T), False
@@ -62,20 +62,20 @@ class StepLoader:
     """The micro-batches of one rank, optimizer step by optimizer step.
 
     Each epoch reshuffles the rows, by (seed, epoch) only. A step takes the next batch_size * accumulation_steps *
-    world_size of them (the last of an epoch what is left) and deals them out in micro-batches of batch_size rows: first
-    to rank 0, then to rank 1, and so on, round after round. Every rank gets equally many micro-batches, so
-    collective operations match; one without rows is padding only, and no row is seen twice.
+    world_size of them (the last step of an epoch takes the rest) and distributes them in micro-batches of batch_size
+    rows: first to rank 0, then to rank 1, and so on, in rounds. Every rank gets the same number of micro-batches, so
+    that collective operations match; one without rows is only padding, and no row is seen twice.
 
-    Micro-batches of a packed dataset always have the shape (batch_size, max_seq_len), missing rows being padding, so
-    compiled code sees one shape; others have the rows there are, at least one, padded to the longest.
+    Micro-batches of a packed dataset always have the shape (batch_size, max_seq_len), with padding for missing rows, so
+    that compiled code sees one shape; others have the available rows, at least one, padded to the longest.
 
     Args:
         dataset: rows, with the attributes `packing` and `max_seq_len`.
-        batch_size: rows of a micro-batch.
-        accumulation_steps: micro-batches of a step, on each rank.
+        batch_size: rows per micro-batch.
+        accumulation_steps: micro-batches per step, on each rank.
         epochs: passes over the dataset.
-        rank, world_size: this process, and how many share the work.
-        num_workers: processes that fetch micro-batches ahead; 0 fetches in this one. The order is the same.
+        rank, world_size: this process, and the number of processes.
+        num_workers: processes that load micro-batches ahead; 0 loads in this one. The order is the same.
 
     Attributes:
         steps_per_epoch, total_steps: optimizer steps.
@@ -111,7 +111,7 @@ class StepLoader:
         self.total_steps = epochs * self.steps_per_epoch
 
     def steps(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list[Batch]]:
-        """Yield each step's micro-batches, as `collate` makes them, from step `start_step` (0-based) to before
+        """Yield each step's micro-batches, collated, from step `start_step` (0-based) to before
         `stop_step`, or to the last.
 
         `steps(k)` yields what `steps(0)` does from its k-th on.

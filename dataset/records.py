@@ -43,7 +43,7 @@ def parse_text(record: dict, ignored: Ignored) -> str:
     """The text of a pretraining record `{"text": "…"}`.
 
     Raises:
-        BadRecord: key missing, not a string, nothing but whitespace, or not encodable.
+        BadRecord: the key is missing, not a string, only white space, or not encodable.
     """
     TEXT.check(record, ignored)
     text = string_at(record, "text")
@@ -55,14 +55,14 @@ def parse_text(record: dict, ignored: Ignored) -> str:
 def parse_chat(record: dict, ignored: Ignored) -> Turns:
     """The chat of a record `{"conversations": [{"role", "content"}, …]}`, every turn with its role.
 
-    A turn without a role is the user's, or the assistant's when the turn before it was the user's. A system turn may
-    only come first; the record's "system" is one. An answer may have its thought beside it, "reasoning_content", and
-    "weight" 0 or "train" false where it is not to be learned. It may call tools; what may be called stands at the first
-    turn then, "tools", see `dataset.tool_records`.
+    A turn without a role is the user's, or the assistant's if the turn before it was the user's. A system turn may only
+    come first; the record's "system" is one. An answer may have a separate thought, "reasoning_content", and "weight" 0
+    or "train" false if it is not to be trained on. It may call tools; the available tools are then in the first turn,
+    "tools", see `dataset.tool_records`.
 
     Raises:
-        BadRecord: not such a list, an unknown role, content that is no string, an empty answer, no answer to learn
-            from, calls and results that do not fit, or a key that is refused.
+        BadRecord: not such a list, an unknown role, content that is not a string, an empty answer, no answer to train
+            on, calls and results that do not match, or a refused key.
     """
     return _chat(record, CHAT, ignored)
 
@@ -70,7 +70,7 @@ def parse_chat(record: dict, ignored: Ignored) -> Turns:
 def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
     """The image names and the chat of a VLM record `{"image": …, "conversations": […]}`.
 
-    "image" is "a.jpg", or "a.jpg,b.jpg", or a list of names; absent, null or empty for text alone.
+    "image" is "a.jpg", or "a.jpg,b.jpg", or a list of names; absent, null or empty for text only.
 
     Raises:
         BadRecord: as in `parse_chat`; "image" is something else, or the chat has fewer `<image>` markers than images.
@@ -92,12 +92,12 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
 def parse_pair(record: dict, ignored: Ignored) -> Pair:
     """The two chats of a preference record `{"chosen": …, "rejected": …}`.
 
-    Both go the same way up to a turn that the assistant answers differently; answers before it are not targets, they
-    have "weight" 0. With a "prompt", a list of turns or a user's text, which comes in front of both, the two may be
-    lists of turns that continue it, or that repeat it, or texts of the assistant.
+    Both are equal up to a turn that the assistant answers differently; answers before it are not targets: they have
+    "weight" 0. With a "prompt", a list of turns or a user's text that precedes both, the two may be lists of turns that
+    continue or repeat it, or texts of the assistant.
 
     Raises:
-        BadRecord: as in `parse_chat`; or they part before an answer does, and so do not answer one prompt.
+        BadRecord: as in `parse_chat`; or they differ before an answer, and so do not answer the same prompt.
     """
     PAIR.check(record, ignored)
     prompt = _prompt(record, ignored)
@@ -121,7 +121,7 @@ def parse_question(record: dict, ignored: Ignored) -> Turns:
     """The prompt of a record as a chat: its `"question"`, or its chat up to the last user turn.
 
     Raises:
-        BadRecord: neither key, a chat as in `parse_chat` that is faulty, or no question in it.
+        BadRecord: neither key, a faulty chat (see `parse_chat`), or one without a question.
     """
     if "question" in record:
         QUESTION.check(record, ignored)

@@ -100,20 +100,20 @@ def recognise_shape(record: dict) -> str | None:
 
 
 def prepare_command(path: Path, stage: str) -> str:
-    """The command that converts a file of another shape."""
+    """The command that converts a file of another format."""
     out = path.with_name(f"{path.name.split('.')[0]}_ours.jsonl")
     return f"python scripts/prepare_data.py {path} --stage {stage} --out {out}"
 
 
 def file_advice(path: Path, shape: str) -> str:
-    """To follow what `foreign_file` says of a file: the command that makes one of ours of it, where there is one."""
+    """The addition to `foreign_file`'s description: the command that converts the file to our format, if any."""
     if not shape.startswith(READ_BY_PREPARING):
         return ""
     return f"; or convert it with: {prepare_command(path, 'pretrain|sft|dpo|reason')}"
 
 
 def line_advice(path: Path, line: bytes) -> str:
-    """The same of a line that a stage could not read: where it has a shape that is not ours, the command for it."""
+    """The same for a line that a stage could not read: the command for its format if it is not ours."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -123,7 +123,7 @@ def line_advice(path: Path, line: bytes) -> str:
 
 
 def raw_stage(record: dict) -> str | None:
-    """The stage that would learn from a record of a shape that is not ours, once it is prepared; None of ours."""
+    """The stage that could train on a record of another format after conversion; None for our own formats."""
     asked = any(key in record for key in ASKED)
     if {"chosen", "rejected"} <= record.keys():
         return "dpo" if "prompt" not in record and asked else None

@@ -19,7 +19,7 @@ COUNT_BYTES = 1 << 24  # read at once to count lines
 
 
 class Shard(NamedTuple):
-    """A file of a stream: where it is, as messages name it, and its bytes."""
+    """A file of a stream: its location, its name in messages, and its size in bytes."""
 
     address: str
     size: int
@@ -29,7 +29,7 @@ class Shard(NamedTuple):
         return self.address.replace("\\", "/").rpartition("/")[2]
 
     def read(self, begin: int, end: int) -> bytes:
-        """The bytes from `begin` to before `end`, or to the end of the file.
+        """The bytes from `begin` up to `end`, or to the end of the file.
 
         Raises:
             DataError: it cannot be read.
@@ -48,9 +48,9 @@ class Shard(NamedTuple):
             raise unreadable(self.address, error) from error
 
     def lines(self, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
-        """The lines that begin at `begin` or behind it, and before `end`, each with its place; not its line end.
+        """The lines that begin in [begin, end), each with its place, without line ends.
 
-        Ranges that lie end to end give each line of the file once, whatever its length.
+        Adjacent ranges give each line of the file once, whatever its length.
         """
         place = begin
         data = self.read(max(0, begin - 1), end)
@@ -76,7 +76,7 @@ class Shard(NamedTuple):
         return bytes(rest)
 
     def is_blank_from(self, place: int) -> bool:
-        """Whether nothing but white space follows."""
+        """Whether only white space follows."""
         while place < self.size:
             data = self.read(place, place + REST_BYTES)
             if data.strip():
@@ -85,8 +85,8 @@ class Shard(NamedTuple):
         return True
 
     def line_number(self, place: int) -> int:
-        """The number of the line that begins at a place, from 1; all lines before it are counted, which takes a while
-        in a large file."""
+        """The number, from 1, of the line that begins at a place; counting all lines before it takes a while in a large
+        file."""
         blocks = range(0, place, COUNT_BYTES)
         return 1 + sum(self.read(at, min(at + COUNT_BYTES, place)).count(b"\n") for at in blocks)
 
@@ -101,7 +101,7 @@ def _split(data: bytes) -> Iterator[bytes]:
 
 
 def is_remote(address: str) -> bool:
-    """Whether fsspec is to read it: "s3://…", not "C:\\…"."""
+    """Whether it is an address for fsspec: "s3://…", not "C:\\…"."""
     return "://" in address
 
 
@@ -111,10 +111,10 @@ def unreadable(address: str, error: Exception) -> DataError:
 
 
 def list_shards(data_path: str) -> list[Shard]:
-    """The files of a stream, by name: one file, those of a folder (`PATTERN`), or those that a pattern with * names.
+    """The files of a stream, by name: one file, those of a folder (`PATTERN`), or those that match a pattern with *.
 
     Raises:
-        DataError: there is none, one is empty or no jsonl file, or the address cannot be read.
+        DataError: there is none, one is empty or not a jsonl file, or the address cannot be read.
     """
     if is_remote(data_path):
         shards = _remote_shards(data_path)
@@ -168,10 +168,10 @@ def _some(shards: list[Shard]) -> list[Shard]:
 
 
 class Blocks:
-    """Equal pieces of the files, which are read one by one in any order; only the last of a file is shorter.
+    """Equal pieces of the files, which can be read in any order; only the last one of a file is shorter.
 
     Args:
-        block_bytes: of each.
+        block_bytes: the size of each.
     """
 
     def __init__(self, shards: list[Shard], block_bytes: int):
