@@ -55,10 +55,10 @@ def get_args():
 
 
 def groups_of_images(args) -> list[list[Path]]:
-    """The images to show, those together that belong to one question; all are there and whole.
+    """The images to show, grouped by question; all exist and are whole.
 
     Raises:
-        UserError: there are none; one is broken, and --skip_bad_images was not given.
+        UserError: there are none; or one is damaged, and --skip_bad_images was not given.
     """
     if args.image:
         return [whole_images([Path(name) for name in args.image])]
@@ -76,7 +76,7 @@ def groups_of_images(args) -> list[list[Path]]:
 
 
 def whole_images(images: list[Path], skip: bool | None = None) -> list[Path]:
-    """These images, without those that are broken if they are to be skipped; None: that is no choice."""
+    """These images, without damaged ones if `skip`; None: skipping is not offered."""
     from dataset.pictures import picture_faults  # imported late, so that --help is quick
 
     faults = picture_faults(images)

@@ -1,4 +1,4 @@
-"""Data for a vision-language model: chats with images, as rows of tokens with the images' places among them."""
+"""Data for a vision-language model: chats with images, as rows of tokens that include the images' tokens."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,23 +25,23 @@ Record = tuple[list[str], Turns]  # names of images, chat
 
 
 class VLMDataset(SFTDataset):
-    """`{"image": …, "conversations": […]}` lines: text-only, one-image and many-image samples side by side.
+    """`{"image": …, "conversations": […]}` lines: samples without, with one, and with many images.
 
     Each `<image>` marker in a chat takes the next image; further markers stay text. Assistant turns are the targets.
-    An answer that does not fit a row is cut, but a sample that would lose a part of an image is dropped and counted.
+    An answer that does not fit a row is cut, but a sample that would lose part of an image is dropped and counted.
 
-    An item is a row as in `SFTDataset`, with `image_mask` bool (n,), True at the images' places, and the row's
+    An item is a row as in `SFTDataset`, with `image_mask` bool (n,), True at the images' tokens, and the row's
     images in order: `pixel_values` (images, 3, H, W) fp32 or, once `features` is set, `image_features`
     (images, image_tokens, vision_dim).
 
     Args:
         images_path: the folder that the images' names are relative to.
-        image_tokens: places an image takes.
-        processor: makes pixels as the tower wants them.
+        image_tokens: tokens per image.
+        processor: the image processor of the tower.
         The others are those of `SFTDataset`.
 
     Attributes:
-        features: what the tower made of the images; None = rows hold pixels.
+        features: the tower's features of the images; None = rows contain pixels.
 
     Raises:
         DataError: as in `SFTDataset`; an image named in a line is missing, truncated, or has no marker.
@@ -123,12 +123,12 @@ class VLMDataset(SFTDataset):
         return super().empty_row | {"image_mask": torch.zeros(0, dtype=torch.bool)} | self._images([])
 
     def image_names(self) -> list[str]:
-        """The names of all images in the rows, each once."""
+        """The distinct names of all images in the rows."""
         notes = (self.cache.note(sample) for sample in self.pieces.sample)
         return sorted({name for note in notes for name in note["images"]})
 
     def load_pixels(self, name: str) -> Tensor:
-        """An image of `images_path` as the tower wants it, (1, 3, H, W).
+        """An image of `images_path`, preprocessed for the tower, (1, 3, H, W).
 
         Raises:
             DataError: it cannot be read.
@@ -145,10 +145,10 @@ class VLMDataset(SFTDataset):
 
 
 def parse_image_record(record: dict, ignored: Ignored, images_path: Path, faults: dict[str, str]) -> Record:
-    """`parse_image_chat`, and the images are there and whole.
+    """`parse_image_chat`, with a check that all images exist and are whole.
 
     Args:
-        faults: what is wrong with an image, by its name.
+        faults: the faults of images, by name.
 
     Raises:
         BadRecord: as in `parse_image_chat`, or an image has a fault.
@@ -161,7 +161,7 @@ def parse_image_record(record: dict, ignored: Ignored, images_path: Path, faults
 def encode_image_chats(
     tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], image_tokens: int
 ) -> list[Sample]:
-    """Ids with the images' places, loss masks, and a note of the images' names and where their places start."""
+    """Ids including image tokens, loss masks, and a note with the images' names and the starts of their tokens."""
     place = image_token_id(tokenizer)
     chats = [_placed(chat, len(names), image_tokens) for names, chat in records]
     samples = []

@@ -40,7 +40,7 @@ Measure = Callable[[MiniMindLM, PreTrainedTokenizerBase], float]
 
 
 class Stage(NamedTuple):
-    """A training, and what to measure before and after it; weights are named as they lie in OUT."""
+    """A training, and its measure before and after; weights are named as in OUT."""
 
     name: str
     command: tuple[str, ...]  # nothing: `make demo` has done it
@@ -54,7 +54,7 @@ class Stage(NamedTuple):
     teacher: str | None = None
 
     def state(self) -> dict[str, str]:
-        """Tells one training of its weights, and of those that they came from, from another."""
+        """Identifies a training of its weights, and of the weights that it starts from."""
         sources = [name for name in (self.start, self.teacher) if name]
         return {
             "began": "-".join(identify_training(OUT / f"{name}.pth") for name in sources),
@@ -126,7 +126,7 @@ STAGES = (
 
 
 def opened(weights: str | None, like: str) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, an adapter on its base; without a name a random model like another."""
+    """A model and its tokenizer, an adapter merged into its base; without a name a random model of the same size."""
     if weights is not None and weights.startswith("lora/"):
         about = read_settings(OUT / f"{weights}.pth")
         model, tokenizer = open_model(OUT / about["base"])
@@ -140,7 +140,7 @@ def opened(weights: str | None, like: str) -> tuple[MiniMindLM, PreTrainedTokeni
 
 
 def facts_known(name: str) -> float:
-    """The share of the demo's facts that a model knows; kept for the report, too."""
+    """The share of the demo's facts that a model knows, also stored for the report."""
     exam = "eval_facts.jsonl"
     counts = DEMO_EXAMS[exam].ask(exam, *opened(name, name))
     remember_exam(OUT, name, exam, counts)
@@ -164,7 +164,7 @@ def examined(stage: Stage, known: dict) -> dict:
 
 
 def table(stages: tuple[Stage, ...], results: dict[str, dict]) -> str:
-    """A line a stage: minutes, its own measure before and after, the demo's facts it knows then."""
+    """A table with a line per stage: minutes, its measure before and after, and the demo's facts known then."""
     lines = [f"{'stage':<14}{'minutes':>8}  {'measure':<36}{'start':>8}{'end':>8}{'facts':>8}"]
     for stage in stages:
         result = results[stage.name]

@@ -1,4 +1,4 @@
-"""How far a model of the demo has come: facts, problems, preferences, losses on held-out data."""
+"""Measures of the demo's models: facts, problems, preferences, losses on held-out data."""
 
 from functools import partial
 from typing import NamedTuple
@@ -35,13 +35,13 @@ def count_right(lines: list[dict], replies: list[str]) -> int:
 
 
 def prefers_the_better(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
-    """The share of held-out pairs whose better answer is the more probable."""
+    """The share of held-out pairs whose better answer is more probable."""
     pairs = DPODataset(DATA / "eval_dpo.jsonl", tokenizer, 128)
     return evaluate_pairs(model, model, pairs, here(model), 32, sum_per_answer, dpo_loss, beta=0.1)["eval_accuracy"]
 
 
 def held_out_loss(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Nats a token of SFT's held-out answers."""
+    """Nats per token on SFT's held-out answers."""
     rows = SFTDataset(DATA / "eval_sft.jsonl", tokenizer, 128)
     return evaluate(model, rows, tokenizer, here(model), 32)["eval_loss"]
 
@@ -68,7 +68,7 @@ def sft_loss_change(start: Opened, end: Opened) -> str:
 
 
 def reasoning_accuracy(start: Opened, end: Opened) -> str:
-    """A thought, and how many of the new problems are right."""
+    """An example of a thought, and the share of new problems that are solved."""
     lines = read_lines(DATA / "eval_reason.jsonl")
     thought = answer(*end, [lines[0]["question"]], max_new_tokens=96)[0][0]
     return f"> {lines[0]['question']}\n{thought}\n\n{solve(*end).describe()}"

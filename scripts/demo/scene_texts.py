@@ -1,4 +1,4 @@
-"""What is said and asked of a drawn scene, in both languages: captions, questions, comparisons."""
+"""Texts on a drawn scene, in both languages: captions, questions, comparisons."""
 
 import random
 from collections.abc import Iterator
@@ -197,7 +197,7 @@ def _sentence(answer: str, lang: str) -> str:
 
 
 def questions(scene: Scene, lang: str, rng: random.Random) -> list[Question]:
-    """All that can be asked about a scene, each once, in a random phrasing."""
+    """All questions about a scene, each once, in a random phrasing."""
     i = LANGUAGES.index(lang)
     first = scene.things[0]
 
@@ -226,7 +226,7 @@ def questions(scene: Scene, lang: str, rng: random.Random) -> list[Question]:
 
 
 def comparisons(first: Scene, second: Scene, lang: str, rng: random.Random) -> list[Question]:
-    """All that can be asked about two scenes of one thing each."""
+    """All questions about two scenes with one thing each."""
     i = LANGUAGES.index(lang)
     a, b = first.things[0], second.things[0]
     asked = [("same shape", SAME[a.shape == b.shape][i])]

@@ -1,6 +1,6 @@
-"""A small world of pictures: coloured shapes on varied backgrounds, what can be said of them and asked about them.
+"""A small world of images: coloured shapes on varied backgrounds, with captions and questions.
 
-Nothing here reads or writes files; `make_demo_images.py` does. All lengths are shares of the picture's side.
+Nothing here reads or writes files; `make_demo_images.py` does. All lengths are shares of the image's side.
 """
 
 import colorsys
@@ -76,9 +76,9 @@ RADII = {"big": (0.18, 0.21), "small": (0.1, 0.125), "many": (0.085, 0.1)}
 
 
 def is_held_out(colour: str, shape: str) -> bool:
-    """Whether this colour is kept away from this shape: one shape of each colour is, and a second of every other, so
-    that every colour and every shape is seen, and the pair itself never, by neither the tower nor the language model,
-    and that among such pairs there are some of one colour, and some of one shape."""
+    """Whether this pair of colour and shape is held out: one shape of each colour is, and a second of every other
+    colour, so that every colour and every shape appears in training, but these pairs never do, neither for the tower
+    nor for the language model; some of them share a colour, and some a shape."""
     number = list(COLOURS).index(colour)
     apart = (list(SHAPES).index(shape) - number) % len(SHAPES)
     return apart == 0 or (apart == 3 and number % 2 == 0)
@@ -125,10 +125,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on a background; `seed` decides what no caption tells: texture, shade, noise.
+    """Things on a background; `seed` determines what captions do not mention: texture, shade, noise.
 
-    `kind` is "one" (a single thing), "many" (1 to 5 of the same kind) or "two" (the first stands `relation` the
-    second).
+    `kind` is "one" (a single thing), "many" (1 to 5 of the same kind) or "two" (the first is `relation` the second).
     """
 
     kind: str
@@ -141,7 +140,7 @@ class Scene:
 
 
 def invent(kind: str, kinds: Sequence[Pair], rng: random.Random) -> Scene:
-    """A random scene whose things are of the given (colour, shape) pairs."""
+    """A random scene with things of the given (colour, shape) pairs."""
     return {"one": _one, "many": _many, "two": _two}[kind](kinds, rng)
 
 
@@ -179,7 +178,7 @@ def _two(kinds, rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene, side: int) -> Image.Image:
-    """The scene as an RGB picture of side x side pixels; the same scene always gives the same pixels."""
+    """The scene as an RGB image of side x side pixels; the same scene always gives the same pixels."""
     rng = np.random.default_rng(scene.seed)
     fine = 4 * side  # drawn four times finer, then reduced: smooth edges
     canvas = Image.fromarray(_background(rng, side)).resize((fine, fine), Image.Resampling.NEAREST)
