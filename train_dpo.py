@@ -108,6 +108,7 @@ def main():
         for dataset in filter(None, (loader.dataset, held_out)):
             attach_reference_log_probs(dataset, model, start_hash, run, args.batch_size)
     limit_caches([args.data_path], args.cache_limit)  # delete the least recently used
+    per_answer = mean_per_answer if args.length_normalize else sum_per_answer  # of its tokens' log-probabilities
 
     # Optimizer
     optimizer = make_optimizer(model, args)
@@ -119,7 +120,6 @@ def main():
     metrics = Metrics(args, checkpoint.path, model, total_steps, progress, run)
 
     # Loop: an optimizer step is a list of micro-batches, (rows, n) each
-    per_answer = mean_per_answer if args.length_normalize else sum_per_answer  # of its tokens' log-probabilities
     model.train()
     for batches in loader.steps(progress.step, total_steps):
         lr = cosine_schedule(progress.step, total_steps, args.warmup_iters, args.learning_rate)

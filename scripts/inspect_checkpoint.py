@@ -39,7 +39,7 @@ def get_args():
 
 
 def find_runs(path: Path) -> list[Run]:
-    """The runs below a folder, or the one whose weights or whose .resume folder `path` is.
+    """The runs below a folder, or the run of which `path` is the weights or the .resume folder.
 
     Raises:
         UserError: there is none.
@@ -64,7 +64,7 @@ def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 
 
 def describe(run: Run) -> tuple[list[str], bool]:
-    """The lines that say what there is of a run, and whether all of it is whole."""
+    """A description of a run in lines, and whether all its files are intact."""
     from trainer.resume_files import find_whole_state, list_states, verify
 
     lines, whole = [f"{run.weights.with_suffix('')}"], True

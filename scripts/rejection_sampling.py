@@ -47,10 +47,10 @@ def get_args():
 
 
 def sort_out(replies: Sequence, checks: Sequence) -> tuple[list[str], list[str]]:
-    """The texts that pass, each rule giving at least its number, and those that do not; each text once.
+    """The texts that pass, for which each rule reaches its minimum, and those that do not; each text once.
 
     Args:
-        replies: of one question, `Reply`s; checks: `WeighedReward`s, whose weight is the least that is accepted.
+        replies: the `Reply`s to one question; checks: `WeighedReward`s, whose weight is the minimum.
     """
     from trainer.rewards import judge
 
@@ -62,7 +62,7 @@ def sort_out(replies: Sequence, checks: Sequence) -> tuple[list[str], list[str]]
 
 
 def answered(question: Sequence[dict], text: str) -> list[dict]:
-    """A chat with its answer."""
+    """A chat with an answer added."""
     return [*question, {"role": "assistant", "content": text}]
 
 

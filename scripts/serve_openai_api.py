@@ -121,7 +121,7 @@ def listen(host: str, port: int) -> socket.socket:
     """The socket to serve on.
 
     Raises:
-        UserError: the address is taken, or not this machine's.
+        UserError: the address is in use, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -133,7 +133,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def telling_keep_alive(app, seconds: int):
-    """The app with answers that say how long their connection stays open, so that clients leave it in time."""
+    """The app, with responses that say how long their connection stays open, so that clients stop using it in time."""
 
     async def telling(scope, receive, send):
         async def told(message):
@@ -150,7 +150,7 @@ def telling_keep_alive(app, seconds: int):
 
 
 def serve(app, served, sock: socket.socket, drain_seconds: float, keep_alive: int) -> None:
-    """Serve until a signal; then finish what is being written, for `drain_seconds` at most.
+    """Serve until a signal; then finish running answers, for at most `drain_seconds`.
 
     Args:
         keep_alive: seconds that a connection may be idle between two requests.

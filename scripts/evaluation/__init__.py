@@ -1,4 +1,4 @@
-"""How good a model is: what stands behind scripts/eval_benchmarks.py, on EleutherAI's harness and our own engine."""
+"""Behind scripts/eval_benchmarks.py: evaluation with EleutherAI's harness and our own engine."""
 
 import importlib.util
 import logging

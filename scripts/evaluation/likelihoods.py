@@ -16,7 +16,7 @@ LOGIT_ROWS = 1024  # of the vocabulary's width that exist at once
 
 
 class Question(NamedTuple):
-    """A context, one token at least, and the continuations asked for, each one token at least."""
+    """A context and its continuations, each of at least one token."""
 
     context: list[int]
     continuations: list[list[int]]
@@ -30,12 +30,12 @@ class Likelihood(NamedTuple):
 
 
 class Likelihoods:
-    """Reads questions with one model: a context once for all its continuations, and what the contexts of neighbours
-    (in the order of their tokens) begin with, such as a subject's few-shot examples, once for all of them.
+    """Processes questions with one model: a context only once for all its continuations, and a common prefix of
+    neighbouring contexts (in the order of their tokens), such as a subject's few-shot examples, only once for all.
 
     Args:
         model: see `Decoder`.
-        batch_size: questions in flight.
+        batch_size: concurrent questions.
     """
 
     def __init__(self, model: MiniMindLM, batch_size: int):
@@ -46,10 +46,10 @@ class Likelihoods:
         self._holders = 0
 
     def of(self, questions: Sequence[Question]) -> Iterator[tuple[int, list[Likelihood]]]:
-        """Yield (number of the question, the likelihoods of its continuations), in the order in which they are read.
+        """Yield (number of the question, the likelihoods of its continuations), in the order of processing.
 
         Raises:
-            ValueError: context and continuation, all but its last token, are longer than the model's `max_seq_len`.
+            ValueError: context and continuation without its last token are longer than the model's `max_seq_len`.
         """
         longest = self.model.config.max_seq_len
         texts = [question for question in questions if _room(question) <= longest]
@@ -156,10 +156,10 @@ def _logprobs(decoder: Decoder, hidden: torch.Tensor, pairs: list[tuple[int, int
 
 
 def runs(contexts: Sequence[list[int]]) -> Iterator[tuple[int, int, int]]:
-    """Cut sorted contexts where what neighbours share changes much: at a new subject, whose examples are others.
+    """Split sorted contexts where the common prefix of neighbours changes much: at a new subject with other examples.
 
     Yields:
-        (first, one past the last, tokens that all of these begin with; never a whole context, 0 where it does not pay).
+        (first, one past the last, length of their common prefix; never a whole context, 0 if it does not pay).
     """
     n = len(contexts)
     shared = [min(common_prefix_length(a, b), len(a) - 1, len(b) - 1) for a, b in itertools.pairwise(contexts)]

@@ -1,4 +1,4 @@
-"""Which models are asked: our weights by our own reading, any other `transformers` folder by the harness's."""
+"""Opening the models to evaluate: our weights by our own loader, other `transformers` folders by the harness's."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,10 +34,10 @@ PROJECTION = "vision_proj.vision_proj.0.weight"  # what a vision-language model 
 
 
 def open_models(args) -> Iterator[tuple[str, Callable[[], TemplateLM]]]:
-    """(name, what opens it) of each model that the command line names: --weights, or eval_model.py's flags.
+    """(name, function that opens it) for each model of the command line: --weights, or eval_model.py's flags.
 
     Raises:
-        UserError: when opened: missing, damaged, or no model.
+        UserError: when opened: missing, damaged, or not a model.
     """
     device = pick_device(args.device)
     if not args.weights:
@@ -104,5 +104,5 @@ def _open_other(path: Path, args, device: torch.device, reason: UserError) -> HF
 
 
 def fingerprint(lm: TemplateLM) -> str:
-    """Tells a model's weights and tokenizer from others'."""
+    """Identifies a model's weights and tokenizer."""
     return f"{hash_weights(lm.model.state_dict())}-{tokenizer_hash(lm.tokenizer)}"

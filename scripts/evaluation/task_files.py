@@ -1,4 +1,4 @@
-"""The publishers' own files of each benchmark, as rows with the names that the harness's prompts use.
+"""The published files of each benchmark, as rows with the field names that the harness's prompts use.
 
 Everything is read as text: an option "1.0", "NA" or "007" stays what it is.
 """
@@ -48,10 +48,10 @@ FILES = {  # of each benchmark: by the harness's name of a split, what the publi
 
 
 def folder_of(benchmark: str, data_dir: Path) -> Path:
-    """`data_dir`/NAME, or `data_dir` itself where it has no such folder.
+    """`data_dir`/NAME, or `data_dir` itself if there is no such folder.
 
     Raises:
-        UserError: no folder there.
+        UserError: `data_dir` is not a folder.
     """
     if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir} is not a folder")
@@ -59,13 +59,13 @@ def folder_of(benchmark: str, data_dir: Path) -> Path:
 
 
 def read_splits(benchmark: str, data_dir: Path, needed: str) -> Splits:
-    """The files of a benchmark that has no subjects; those that are not there are left out.
+    """The files of a benchmark without subjects; missing ones are left out.
 
     Args:
         needed: the split that is scored.
 
     Raises:
-        UserError: this one is missing, or a file is malformed; with file and row.
+        UserError: that split is missing, or a file is malformed; with file and row.
     """
     folder = folder_of(benchmark, data_dir)
     splits = {}
@@ -79,13 +79,13 @@ def read_splits(benchmark: str, data_dir: Path, needed: str) -> Splits:
 
 
 def read_subjects(benchmark: str, data_dir: Path, splits: tuple[str, ...], needed: str) -> dict[str, Splits]:
-    """Subjects of CMMLU or C-Eval: DIR/{dev,val,test}/SUBJECT.csv, or SUBJECT_SPLIT.csv as C-Eval packs them.
+    """The subjects of CMMLU or C-Eval: DIR/{dev,val,test}/SUBJECT.csv, or SUBJECT_SPLIT.csv as published by C-Eval.
 
     Args:
         needed: the split that is scored; its files are the subjects.
 
     Raises:
-        UserError: as of `read_splits`.
+        UserError: as in `read_splits`.
     """
     folder = folder_of(benchmark, data_dir)
     files = sorted((folder / needed).glob("*.csv"))
@@ -111,11 +111,11 @@ def read_letters(path: Path, capitals: bool, answered: bool = True) -> list[Row]
     """A CSV of questions with options A to D: `,Question,A,B,C,D,Answer`, or `id,question,A,B,C,D,answer[,…]`.
 
     Args:
-        capitals: the first of these.
-        answered: False where answers are kept back; they read "A" then, for whoever must have one.
+        capitals: whether it is the first of these formats.
+        answered: False if the answers are not published; they are then "A", because the harness needs one.
 
     Raises:
-        UserError: with file and row.
+        UserError: the file is malformed; with file and row.
     """
     question, answer = ("Question", "Answer") if capitals else ("question", "answer")
     names = [question, *LETTERS, *([answer] if answered else [])]
@@ -264,7 +264,7 @@ def _labelled_rows(path: Path, rows: list[Row], labels: tuple[str, ...]) -> Iter
 
 
 def read_own(path: Path) -> list[Row]:
-    """A user's own questions: `{"question", "choices": […], "answer": index or letter}` a line."""
+    """A user's own questions: lines `{"question", "choices": […], "answer": index or letter}`."""
 
     def parse(record: dict) -> Row:
         question, choices = _text(record, "question"), _texts(record.get("choices"), "choices")

@@ -1,8 +1,8 @@
 """MiniMind in GGUF, the one-file format of llama.cpp, and the Modelfile that Ollama reads beside it.
 
-llama.cpp's "llama" turns the same interleaved pairs of rows as we do, and its "qwen3" and "qwen3moe" those of a
-MiniMind-3, so every matrix goes in as it is. Its tokenizer is our byte-level BPE ("gpt2"), told by a name how to cut
-text before merging.
+llama.cpp's "llama" rotates the same interleaved pairs of rows as we do, and its "qwen3" and "qwen3moe" those of a
+MiniMind-3, so every matrix is stored unchanged. Its tokenizer "gpt2" is our byte-level BPE; a name says how text is
+split before merging.
 """
 
 import json
@@ -66,11 +66,11 @@ SINGLE_DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
-    """llama.cpp's name for the way this tokenizer cuts text: "gpt-2" for GPT-2's pattern alone, as MiniMind2's,
-    "smollm" for single digits first, as the shipped one's.
+    """llama.cpp's name for the way this tokenizer splits text: "gpt-2" for only GPT-2's pattern, as in MiniMind2's,
+    "smollm" for single digits first, as in the shipped one.
 
     Raises:
-        UserError: another way.
+        UserError: it splits text differently.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     cuts = backend["pre_tokenizer"] or {}
@@ -90,12 +90,12 @@ def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path
     """Write weights, tokenizer and chat template into one file; norms and routers stay fp32.
 
     Args:
-        dtype: of the matrices, a key of DTYPES.
-        name: by which llama.cpp introduces the model.
+        dtype: the matrices' type, a key of DTYPES.
+        name: the model's name in llama.cpp.
 
     Raises:
-        UserError: a MoE of generation 2, a tokenizer that llama.cpp does not know, or a width that blocks of 32
-            do not divide.
+        UserError: a mixture of experts of generation 2, a tokenizer that llama.cpp does not know, or a width that is
+            not a multiple of 32.
     """
     config = model.config
     third = config.generation == 3
@@ -221,8 +221,8 @@ def modelfile(weights: Path, tokenizer: PreTrainedTokenizerFast, context: int) -
 
     Args:
         weights: the GGUF, in the same folder.
-        tokenizer: its tokenizer, by whose bos and eos a turn begins and ends.
-        context: tokens of prompt and answer together.
+        tokenizer: its tokenizer, whose bos and eos begin and end a turn.
+        context: maximum length of prompt and answer together, in tokens.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if lays_out_thinking(tokenizer):  # without a thought, and without a system prompt of its own

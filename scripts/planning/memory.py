@@ -1,4 +1,4 @@
-"""Memory of a training step on one device: what the engines hold of the model, and what the backward pass needs."""
+"""Memory of a training step on one device: the engines' state of the model, and saved activations."""
 
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ BUCKET = 500_000_000  # numbers in the buffer through which DeepSpeed's ZeRO 1 a
 
 
 class Engine(NamedTuple):
-    """A way to share the work: its name, the flags it takes, and what it splits over the processes.
+    """A way to share the work: its name, its flags, and what it shards across the processes.
 
-    Weights are fp32 in all of them, and autocast computes in --dtype.
+    Weights are fp32 in all of them; autocast computes in --dtype.
     """
 
     name: str
@@ -34,14 +34,15 @@ ENGINES = (ALONE, DDP, ZERO_1, ZERO_2, FSDP2, ZERO_3)
 
 
 class State(NamedTuple):
-    """Bytes that a process holds of the model, whatever the batch.
+    """Bytes of a process's model state, independent of the batch.
 
-    weights, gradients: fp32, 4 bytes a parameter.
-    optimizer: AdamW's two moments, 8 bytes a parameter, or Muon's one of the matrices between embedding and output, and
-        a step count of 4 bytes for each of AdamW's tensors. AdamW in 8 bits: see `moments_in_8_bits`.
-    copies: what the engine holds once more. DDP: the gradients, in the buckets that it sends (PyTorch's
-        DistributedDataParallel, `gradient_as_bucket_view`). ZeRO: its share of the weights, which the optimizer steps,
-        and up to stage 2 a buffer of `reduce_bucket_size` numbers (DeepSpeed's configuration, zero_optimization).
+    weights, gradients: fp32, 4 bytes per parameter.
+    optimizer: AdamW's two moments, 8 bytes per parameter, or Muon's single one for the matrices between embedding and
+        output, and a step count of 4 bytes for each of AdamW's tensors. AdamW in 8 bits: see `moments_in_8_bits`.
+    copies: the engine's additional copies. DDP: the gradients, in its communication buckets (PyTorch's
+        DistributedDataParallel, `gradient_as_bucket_view`). ZeRO: its shard of the weights, which the optimizer
+        updates, and up to stage 2 a buffer of `reduce_bucket_size` numbers (DeepSpeed's configuration,
+        zero_optimization).
     """
 
     weights: int
@@ -55,10 +56,10 @@ class State(NamedTuple):
 
 
 def state_bytes(config: LMConfig, engine: Engine = ALONE, processes: int = 1, optimizer: str = "adamw") -> State:
-    """Weights, gradients and optimizer of one process. Exact where nothing is split; a share is rounded up, as engines
-    fill the last one up.
+    """Weights, gradients and optimizer of one process. Exact without sharding; shard sizes are rounded up, because
+    engines pad the last shard.
 
-    ZeRO's shares: Rajbhandari et al. 2020, arXiv:1910.02054, section 5, here with fp32 weights.
+    ZeRO's shards: Rajbhandari et al. 2020, arXiv:1910.02054, section 5, here with fp32 weights.
     """
     parameters = count_parameters(config)
     moments = 2 * FP32 * parameters.total
@@ -89,7 +90,7 @@ def state_bytes(config: LMConfig, engine: Engine = ALONE, processes: int = 1, op
 
 
 def moments_in_8_bits(config: LMConfig) -> int:
-    """Bytes of both moments in trainer/adamw8bit.py: a byte each and 4 for every block; small tensors stay in fp32."""
+    """Bytes of both moments in trainer/adamw8bit.py: one per number and 4 per block; small tensors stay in fp32."""
     dim, kv_dim, layers = config.dim, config.n_kv_heads * config.head_dim, config.n_layers
     sizes = {  # numbers of a tensor: how many such tensors there are
         "embedding": (config.vocab_size * dim, 1),
@@ -119,7 +120,7 @@ def saved_bytes(
     packed: bool = False,
     fused_norm: bool = True,
 ) -> int:
-    """Bytes that the forward pass saves for the backward, weights apart: within 10 % by test.
+    """Bytes that the forward pass saves for the backward pass, without weights: within 10 % by test.
 
     Counted by hand over model/model.py, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198, section 4), whose
     block, however, has two-layer feed-forwards and computes wholly in half precision. Here, per token, the residual
@@ -127,11 +128,11 @@ def saved_bytes(
     each product that reads it); keys and values are repeated for each query head.
 
     Args:
-        rows, n: rows of a micro-batch, and tokens of each.
+        rows, n: rows per micro-batch, and tokens per row.
         half: autocast to bfloat16 or float16; False computes in fp32.
-        checkpointing: the input of each block alone is saved, and one block at a time is computed again.
-        packed: rows hold several samples, which a mask separates (on a GPU).
-        fused_norm: as on GPUs; PyTorch's RMSNorm on a CPU also saves what it has normalised.
+        checkpointing: only the input of each block is saved, and one block at a time is recomputed.
+        packed: rows have several samples, which a mask separates (on a GPU).
+        fused_norm: as on GPUs; PyTorch's RMSNorm on a CPU also saves its normalised input.
     """
     tokens, block = rows * n, block_bytes(config, rows, n, half, packed, fused_norm)
     inputs = tokens * FP32 * config.dim
@@ -176,7 +177,7 @@ def head_bytes(config: LMConfig, tokens: int, half: bool) -> int:
 
 
 def rope_bytes(config: LMConfig, tokens: int) -> int:
-    """Cosine and sine, which all layers share."""
+    """Bytes of cosine and sine, which all layers share."""
     return 2 * FP32 * tokens * config.head_dim // 2
 
 

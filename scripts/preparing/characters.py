@@ -1,4 +1,4 @@
-"""What a batch of texts is made of, counted for all of them at once in numpy: characters by kind, and repetition."""
+"""Character statistics of a batch of texts, computed together in numpy: characters by kind, and repetition."""
 
 import unicodedata
 from functools import cache
@@ -26,7 +26,7 @@ SLICE_CHARS = 1 << 19  # counted at once
 
 @cache
 def table() -> np.ndarray:
-    """For every code point its kind and marks, uint8 (0x110000,)."""
+    """The kind and marks of every code point, uint8 (0x110000,)."""
     kinds = np.full(0x110000, KIND["symbol"], np.uint8)
     letters = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me"}
     for start, end, name in (
@@ -89,11 +89,11 @@ class Counts(NamedTuple):
     runs: np.ndarray
 
     def of(self, *names: str) -> np.ndarray:
-        """Characters of these kinds together, int64 (n,)."""
+        """The number of characters of these kinds together, int64 (n,)."""
         return self.kinds[:, [KIND[name] for name in names]].sum(axis=1)
 
     def with_texts(self, numbers: list[int], others: "Counts") -> "Counts":
-        """The counts where texts with these numbers have changed, by those of the new ones."""
+        """The counts after the texts with these numbers have changed, given the counts of the new texts."""
         changed = Counts(*(array.copy() for array in self))
         for array, new in zip(changed, others, strict=True):
             array[numbers] = new

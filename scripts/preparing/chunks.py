@@ -1,6 +1,6 @@
-"""Sources cut into chunks of a few MB, the unit of work: each is cleaned by one process, alone, in bounded memory.
+"""Sources cut into chunks of a few MB, the unit of work: one process cleans each, in bounded memory.
 
-Where a source is cut depends on nothing but its bytes, so that the result is the same whoever works on it and when.
+The cuts depend only on a source's bytes, so that the result does not depend on the processes.
 """
 
 import json
@@ -23,14 +23,14 @@ PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
 
 
 class Fault(str):
-    """Why a line cannot be read."""
+    """The reason why a line cannot be read."""
 
 
 class Chunk(NamedTuple):
     """A piece of a source.
 
     Attributes:
-        number: its place in the source.
+        number: its number within the source.
         first: the number of its first line, row or value, from 1.
         data: bytes of whole lines, a list of values as bytes, an Arrow table, or texts as (file, line, text).
         header: the names of a table's columns.
@@ -49,7 +49,7 @@ def cut_into_chunks(source: Source, unit: str, lost: list[str]) -> Iterator[Chun
     """The chunks of a source, in its order.
 
     Args:
-        unit: what one text of a text file is: "document", "paragraph" or "line".
+        unit: the unit of text in a text file: "document", "paragraph" or "line".
         lost: gets a line about each file that could not be read to its end.
     """
     cutters = {"jsonl": _cut_lines, "csv": _cut_table, "json": _cut_json, "parquet": _cut_parquet}
@@ -228,7 +228,7 @@ class Row(NamedTuple):
 
 
 def read_rows(chunk: Chunk) -> Iterator[Row]:
-    """The rows of a chunk, each an object or a `Fault`; blank lines are passed over."""
+    """The rows of a chunk, each an object or a `Fault`; blank lines are skipped."""
     name = chunk.source.name
     for line, reason in chunk.faults:
         yield Row(name, line, Fault(reason))

@@ -141,7 +141,7 @@ def _clean_batch(rows, records, settings: Settings, found: Findings, lines, abou
 
 
 def line_hashes(lines: list[str]) -> list[int]:
-    """A 64-bit hash of each line, white space around it apart; 0 of one that is too short to be boilerplate."""
+    """A 64-bit hash of each stripped line; 0 for lines that are too short to be boilerplate."""
     found = []
     for line in lines:
         line = line.strip()

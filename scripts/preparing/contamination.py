@@ -1,8 +1,8 @@
-"""Lines that hold a question of an evaluation: of a model that has learned them, its score says nothing.
+"""Lines that contain a question of an evaluation: the score of a model trained on them is meaningless.
 
 A unit is a Chinese (Japanese, Korean) character or a word of letters and digits; case, width, accents, white space and
-punctuation do not matter. A line is contaminated by 13 consecutive units of a question, as GPT-3's authors had it
-("Language Models are Few-Shot Learners", 2020, appendix C), or by the whole of a question of 6 to 12 units.
+punctuation do not matter. A line is contaminated by 13 consecutive units of a question, as for GPT-3
+("Language Models are Few-Shot Learners", 2020, appendix C), or by a whole question of 6 to 12 units.
 """
 
 import functools
@@ -44,14 +44,14 @@ class Evaluation:
     """The questions of evaluation files, to look for in lines.
 
     Args:
-        files: as of `read_questions`.
+        files: as in `read_questions`.
 
     Attributes:
-        questions: how many there are.
-        too_short: how many of them have fewer than 6 units, and are not looked for.
+        questions: the number of questions.
+        too_short: the number of questions with fewer than 6 units, which are not searched for.
 
     Raises:
-        UserError, DataError: as of `read_questions`.
+        UserError, DataError: as in `read_questions`.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -81,7 +81,7 @@ class Evaluation:
                 self._tables[length] = _Table(all_found)
 
     def find(self, texts: Sequence[str]) -> list[Match | None]:
-        """For each text the first question found in it, by length of what is shared, or None."""
+        """The first question found in each text, by the length of the shared part, or None."""
         found: list[Match | None] = [None] * len(texts)
         for numbers, block in _blocks(texts):
             units = _Units(block)

@@ -1,4 +1,4 @@
-"""Text that was decoded wrongly, told by the letters that this leaves behind."""
+"""Detects wrongly decoded text by the characters that it leaves behind."""
 
 import re
 

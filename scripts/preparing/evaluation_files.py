@@ -1,4 +1,4 @@
-"""The questions of evaluation files, in whatever format their publishers or this project keep them."""
+"""The questions of evaluation files, in the formats of their publishers and of this project."""
 
 import csv
 from collections.abc import Iterator, Sequence
@@ -32,12 +32,12 @@ Question = tuple[Path, int, str]  # file, its line (of a table or a JSON list: i
 def read_questions(paths: Sequence[Path]) -> Iterator[Question]:
     """All questions of some files, and of the csv, tsv, json, jsonl and txt files in some folders.
 
-    A table has a column "question" (as CMMLU and C-Eval), a record one of the keys of the benchmarks that
-    eval_benchmarks.py reads, or of our own stages: there the user's turns are the questions. A text file has one
-    a line.
+    A table has a column "question" (as in CMMLU and C-Eval), a record one of the keys of the benchmarks that
+    eval_benchmarks.py reads, or of our own stages, where the user's turns are the questions. A text file has one per
+    line.
 
     Raises:
-        UserError, DataError: a file is missing or not like that; with file and line.
+        UserError, DataError: a file is missing or in another format; with file and line.
     """
     for path in paths:
         if not path.is_dir():

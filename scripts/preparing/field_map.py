@@ -1,4 +1,4 @@
-"""--map: which keys of a record hold what, where its shape is not known."""
+"""--map: the meaning of a record's keys if its format is unknown."""
 
 from scripts.preparing.record_shapes import Piece, Turn, Unusable, clean, read_turns, think
 from trainer.errors import UserError
@@ -11,7 +11,7 @@ def parse_map(spec: str) -> dict[str, tuple[str, ...]]:
     """ "user=question+context assistant=answer" as the keys of each part.
 
     Raises:
-        UserError: a part that is not known, or no whole record.
+        UserError: an unknown part, or an incomplete record.
     """
     found = {}
     for word in spec.split():

@@ -1,4 +1,4 @@
-"""Which language a text is in, as far as it matters here: Chinese, English or another."""
+"""The language of a text, as far as it matters here: Chinese, English or another."""
 
 import numpy as np
 

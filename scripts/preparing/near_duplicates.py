@@ -1,11 +1,11 @@
-"""Lines that are nearly another one: pairs are proposed by shared shingles and count by their Levenshtein distance.
+"""Near-duplicate lines: pairs are proposed by shared shingles and decided by their Levenshtein distance.
 
-All entries (a shingle and its line) are sorted, a share of the range of shingles at a time, so that equal ones come
-together. In a group of lines with one shingle, each is compared with those nearest to it in length; in a large one (a
-phrase, a template) with those most like it by their sketches, too. A pair is read and measured if the sketches are
-alike. Once lines have been dropped, those that are left of the large groups are compared in another round.
+All entries (a shingle and its line) are sorted, a share of the range of shingles at a time, so that equal shingles are
+adjacent. In a group of lines with the same shingle, each is compared with those nearest to it in length; in a large
+group (a phrase, a template) also with those most similar by their sketches. A pair is read and measured if the sketches
+are similar. Once lines have been dropped, the remaining lines of large groups are compared in another round.
 
-Everything between the steps lies in files; what is in memory does not grow with the data, but for a few bytes a line.
+Intermediate results are in files; memory does not grow with the data, apart from a few bytes per line.
 """
 
 import functools
@@ -35,10 +35,10 @@ NUMBER_BITS = 32  # of a line in a pair
 
 
 class TextStore(Protocol):
-    """The texts of all lines. It goes to worker processes, so it is small when pickled."""
+    """The texts of all lines. It is sent to worker processes, so it is small when pickled."""
 
     def read(self, numbers: Sequence[int]) -> list[str]:
-        """The texts of these lines, whose numbers ascend."""
+        """The texts of these lines; the numbers must ascend."""
 
 
 class _Search(NamedTuple):
@@ -67,18 +67,18 @@ def find_near_duplicates(
     dropped: np.ndarray | None = None,
     pool: Executor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The lines that are near-duplicates of one that is kept: of two, the longer one is, or else the earlier.
+    """The lines that are near-duplicates of a kept line: of two, the longer one is kept, or if equal, the earlier.
 
     A pair counts when 1 - Levenshtein distance / length of the longer is at least `threshold`.
 
     Args:
-        signature_files: what `signatures` returned for each chunk, as .npy, in the order of the lines.
-        work: a folder of its own, which may be deleted afterwards.
-        dropped: numbers of lines to leave out, because they repeat another exactly.
+        signature_files: the results of `signatures` for each chunk, as .npy, in the order of the lines.
+        work: an own folder, which may be deleted afterwards.
+        dropped: numbers of lines to leave out because they are exact duplicates.
         pool: processes that share the work; the result does not depend on them.
 
     Returns:
-        the numbers of the lines to drop, ascending, and of the kept line that each is near to; both int64.
+        the numbers of the lines to drop, ascending, and of the kept line that each is near; both int64.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -286,7 +286,7 @@ def _check(search: _Search, files: list[Path], losers: tuple[int, int]) -> np.nd
 
 
 def near_pairs(ones: Sequence[str], others: Sequence[str], threshold: float) -> np.ndarray:
-    """`is_near` of each text and the other one in its place: (n) bool."""
+    """`is_near` for each pair of texts, bool (n,)."""
     settings = {"scorer": Levenshtein.normalized_similarity, "score_cutoff": threshold, "dtype": np.float64}
     lengths = np.maximum(*(np.fromiter(map(len, texts), np.int64, len(texts)) for texts in (ones, others)))
     if len(ones) and lengths.max() <= PIECE:
@@ -297,8 +297,8 @@ def near_pairs(ones: Sequence[str], others: Sequence[str], threshold: float) -> 
 def is_near(one: str, other: str, threshold: float) -> bool:
     """Whether 1 - Levenshtein distance / length of the longer is at least `threshold`.
 
-    Long texts are compared in as many pieces each, of at most 50,000 characters. The sum of the pieces' distances is
-    no less than the distance of the whole, so no pair counts that should not.
+    Long texts are compared in the same number of pieces, of at most 50,000 characters. The sum of the pieces' distances
+    is at least the distance of the whole, so there are no false positives.
     """
     longer = max(len(one), len(other))
     if longer <= PIECE:

@@ -1,4 +1,4 @@
-"""The passes in order; each continues from what an earlier run has left in the work folder."""
+"""The passes in order; each continues from an earlier run's results in the work folder."""
 
 import re
 from collections import Counter, defaultdict
@@ -56,7 +56,7 @@ class Preparation:
 
     Args:
         inputs: files, folders and patterns; empty with a --mix.
-        out: the file to write; its work folder lies beside it.
+        out: the file to write; its work folder is beside it.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Preparation:
         raise UserError(f"{there[0]} already exists: use --overwrite to replace it, or choose another --out")
 
     def targets(self) -> list[Path]:
-        """The files of this name that are there, or may be written."""
+        """The files of this name that exist or may be written."""
         shard = re.compile(rf"{re.escape(self.name)}-\d{{5}}\.jsonl")
         parent = self.out.parent
         shards = sorted(path for path in parent.iterdir() if shard.fullmatch(path.name)) if parent.is_dir() else []
@@ -231,7 +231,7 @@ class Preparation:
         return source.name, int(self.cleaned[place].about()["line"][line - self.starts[place]])
 
     def judge(self) -> None:
-        """The optional pass: lines that a model reads worst are dropped."""
+        """The optional pass: drop the lines that a model predicts worst."""
         if self.settings.ppl_model:
             from scripts.preparing.quality import worst_lines
 
@@ -272,7 +272,7 @@ class Preparation:
         return f"of {read:,} lines nothing is left ({most or '; '.join(self.found.lost) or 'there were none'})"
 
     def place(self, report: Callable[[Path], list[Path]]) -> list[Path]:
-        """Put what was written, and the report, where it belongs; what was there of an earlier run goes."""
+        """Move the written files and the report to their final place, and remove those of an earlier run."""
         written = self.written + report(self.work.path / "out")
         self.work.note("placing", {})
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -290,7 +290,7 @@ def all_sources(inputs: list[str], settings: Settings) -> list[Source]:
     """The sources in order: the inputs, or the parts of --mix.
 
     Raises:
-        UserError: nothing is there.
+        UserError: there are none.
     """
     if not settings.mix:
         return find_sources(inputs)

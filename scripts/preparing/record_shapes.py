@@ -1,4 +1,4 @@
-"""The shapes that people's records have, recognised by their keys, and what of each a stage can learn."""
+"""Common formats of records, recognised by their keys, and the content that stages can train on."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ Turn = dict[str, Any]  # "role", "content", maybe "weight"
 
 
 class Unusable(ValueError):
-    """Nothing of a record can be learned; the message is the reason, one of few, so that they can be counted."""
+    """A record cannot be used for training; the message is one of a few reasons, so that they can be counted."""
 
 
 class Piece(NamedTuple):
@@ -50,7 +50,7 @@ def recognise(record: dict) -> Piece:
     """The content of a record, by its keys.
 
     Raises:
-        Unusable: it has no shape that is known, or cannot be learned.
+        Unusable: its format is unknown, or it cannot be used for training.
     """
     if len(record) == 1 and isinstance(text := record.get("text"), str):
         return Piece("text", text=clean(text))
@@ -76,7 +76,7 @@ def _key(record: dict, keys: tuple[str, ...]) -> str | None:
 
 
 def clean(text: object) -> str:
-    """A text that UTF-8 can spell: half a character becomes U+FFFD, which the filter of broken text finds."""
+    """A text that UTF-8 can encode: a lone surrogate becomes U+FFFD, which the filter of broken text finds."""
     if not isinstance(text, str):
         if text is None:
             return ""
@@ -126,10 +126,10 @@ def _chat(record: dict, key: str) -> Piece:
 
 
 def read_turns(turns: list) -> tuple[list[Turn], str]:
-    """The turns of a chat with our names, and what form they had.
+    """The turns of a chat with our names, and the format they had.
 
     Raises:
-        Unusable: a turn of a role that no stage learns, or that is not a turn.
+        Unusable: a turn with a role that no stage uses, or something that is not a turn.
     """
     read: list[Turn] = []
     shape = "ours"
@@ -177,7 +177,7 @@ def _add_extras(turn: dict, one: Turn) -> None:
 
 
 def think(thought: str, answer: str) -> str:
-    """An answer and the thought before it, in tags; empty where there is no answer."""
+    """An answer with the thought before it, in tags; empty if there is no answer."""
     return f"<think>\n{thought.strip()}\n</think>\n<answer>\n{answer.strip()}\n</answer>" if answer.strip() else ""
 
 
@@ -288,7 +288,7 @@ def _spoken(text: str) -> list[Turn]:
 
 
 def nested_records(record: dict) -> list[dict] | None:
-    """The records of an object that only wraps them, {"data": [{…}, …]}; None where it is one itself."""
+    """The records of an object that only wraps them, {"data": [{…}, …]}; None if it is a record itself."""
     lists = [record[key] for key in NESTED_KEYS if isinstance(record.get(key), list) and record[key]]
     if len(lists) == 1 and all(isinstance(one, dict) for one in lists[0]):
         return lists[0]

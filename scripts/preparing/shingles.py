@@ -1,13 +1,13 @@
-"""Which lines may be near-duplicates: samples of their shingles, that is, of the runs of characters in them.
+"""Candidates for near-duplicate lines, by samples of their shingles, that is, of the runs of characters in them.
 
-Two lines are compared where both samples hold the same shingle. A sample is a bottom-k sketch (Broder, "On the
-resemblance and containment of documents", 1997): the shingles with the k smallest hashes, so two lines choose alike
-without knowing of each other. One equal shingle is enough, so the shingles are long: a run of six Chinese or twelve
-Latin characters seldom stands in two lines by chance. Of a short line all shingles are taken, and shorter ones: where
-a tenth of 20 characters has been changed, a run of five is whole wherever the changes fall.
+Two lines are compared if their samples have a shingle in common. A sample is a bottom-k sketch (Broder, "On the
+resemblance and containment of documents", 1997): the shingles with the k smallest hashes, so that similar lines choose
+the same ones independently. One common shingle is enough, so shingles are long: a run of six Chinese or twelve Latin
+characters seldom occurs in two lines by chance. For short lines all shingles are taken, and shorter ones: if a tenth of
+20 characters has been changed, some run of five is unchanged wherever the changes are.
 
-Beside it stands a sketch that estimates how much of two lines is the same (one-permutation hashing: Li, Owen, Zhang,
-NeurIPS 2012), so that few chance pairs are read and compared.
+A second sketch estimates the similarity of two lines (one-permutation hashing: Li, Owen, Zhang, NeurIPS 2012), so that
+few chance pairs are read and compared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -55,14 +55,14 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def parts(signature: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths (n) uint64, sketches (n, 32) uint8 and entries of what `signatures` returned, without a copy."""
+    """Lengths (n) uint64, sketches (n, 32) uint8 and entries in a result of `signatures`, as views."""
     lines = int(signature[0])
     sketches, entries = signature[1 + lines : 1 + 5 * lines], signature[1 + 5 * lines :]
     return signature[1 : 1 + lines], sketches.view(np.uint8).reshape(lines, BINS), entries
 
 
 def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The Jaccard similarity of two lines' short shingles, estimated: (n) float32 of two times (n, 32) uint8."""
+    """The estimated Jaccard similarity of two lines' short shingles: two uint8 (n, 32) -> float32 (n,)."""
     either = _count_true((one | other) != 0)
     same = _count_true((one == other) & (one != 0))
     return (same / np.maximum(either, 1)).astype(np.float32)

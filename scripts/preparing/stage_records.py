@@ -1,4 +1,4 @@
-"""A stage's lines: made of what a record says, and taken apart again to look at."""
+"""A stage's lines: built from a record's content, and taken apart again for the filters."""
 
 import re
 
@@ -14,10 +14,10 @@ WELL_FORMED = re.compile(
 
 
 def build(piece: Piece, stage: str) -> dict:
-    """The line of a stage that holds what a record says.
+    """A stage's line with the content of a record.
 
     Raises:
-        Unusable: there is nothing in it that the stage learns.
+        Unusable: it has nothing that the stage trains on.
     """
     if stage in TEXT_STAGES:
         if piece.text is not None:
@@ -40,7 +40,7 @@ def build(piece: Piece, stage: str) -> dict:
 
 
 def tidy_thought(answer: str) -> str:
-    """An answer that begins with a thought in tags, in the form of ours; any other as it is."""
+    """An answer that begins with a thought in tags, in our form; any other answer unchanged."""
     found = THOUGHT_FIRST.fullmatch(answer)
     if not found:
         return answer
@@ -51,7 +51,7 @@ def tidy_thought(answer: str) -> str:
 
 
 def holders(record: dict) -> list[dict]:
-    """The objects that hold a text each, under "text" or "content"; what two chats share once."""
+    """The objects with a text each, under "text" or "content"; turns shared by two chats only once."""
     if "text" in record:
         return [record]
     if "conversations" in record:

@@ -1,4 +1,4 @@
-"""Processes that share a pass's chunks; what they return comes in the order in which it was asked for."""
+"""Processes that share a pass's chunks; results come in the order of the items."""
 
 import contextlib
 import multiprocessing
@@ -20,10 +20,10 @@ AHEAD = 2  # chunks a process has waiting for it, beside the one it works on
 
 
 class WorkerPool:
-    """So many processes; with one, the work is done in this process.
+    """A pool of processes; with one, the work is done in this process.
 
     Attributes:
-        executor: of the processes, None with one.
+        executor: the processes' executor, None with one.
     """
 
     def __init__(self, workers: int):
@@ -42,10 +42,10 @@ class WorkerPool:
             self.executor.shutdown(wait=error[0] is None, cancel_futures=True)
 
     def map(self, job: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The result of each item, in their order; few items are taken before their turn.
+        """The result of each item, in order; only few items are taken ahead.
 
         Raises:
-            UserError: a process was ended from outside, as a system does that has no memory left.
+            UserError: a process was killed from outside, such as for lack of memory.
         """
         if self.executor is None:
             yield from map(job, items)

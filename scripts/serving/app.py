@@ -46,7 +46,7 @@ SCHEMAS = "#/components/schemas/{model}"  # where the OpenAPI document has them
 
 
 def sampling(body: schema.Sampling) -> dict:
-    """A request's settings for the engine, without what is particular to chats or completions."""
+    """A request's settings for the engine, without those specific to chats or completions."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     given = {
         "temperature": SAMPLING["temperature"] if body.temperature is None else body.temperature,
@@ -76,7 +76,7 @@ async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.R
     """The engine's requests for a chat.
 
     Raises:
-        ApiError: its messages cannot be read, or the form that it asks for is not supported.
+        ApiError: its messages cannot be read, or the requested form is not supported.
     """
     if opens_thought(body) and not lays_out_thinking(server.tokenizer):
         raise ApiError(400, "open_thinking: this model's chat template has no thinking", "chat_template_kwargs")
@@ -123,7 +123,7 @@ def completion_requests(
 
 
 def texts_or_ids(body: CompletionRequest) -> list[str] | list[list[int]]:
-    """A completion's prompts, one or several."""
+    """A completion's one or several prompts."""
     prompt = body.prompt
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
@@ -155,8 +155,8 @@ def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[
     """The app.
 
     Args:
-        api_key: what callers must send as a bearer token; None = nothing.
-        origins: web pages that browsers may call from; "*" = all.
+        api_key: the bearer token that clients must send; None = none.
+        origins: web origins whose pages may call the API from a browser; "*" = all.
     """
     app = FastAPI(title="MiniMind", version="1", description=__doc__)
     if origins:

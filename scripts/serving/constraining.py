@@ -1,4 +1,4 @@
-"""What a request says of its answer's form, as a constraint for the engine."""
+"""From a request's requirements on the answer's form to a constraint for the engine."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ def listed_functions(body: ChatRequest) -> list[dict[str, Any]]:
 
 
 def check_tools(body: ChatRequest) -> None:
-    """Refuse what does not fit together.
+    """Refuse fields on tools that contradict each other.
 
     Raises:
-        ApiError: tools in both forms; a call that is forced, of what is not listed.
+        ApiError: tools in both formats; a forced call of an unlisted function.
     """
     if body.tools and body.functions:
         raise ApiError(400, "functions: this is the older form of tools; give only one of the two", "functions")
@@ -45,7 +45,7 @@ def _forced_name(body: ChatRequest) -> str | None:
 
 
 def one_call(body: ChatRequest) -> bool:
-    """Whether an answer has one call at most."""
+    """Whether an answer may have at most one call."""
     return body.parallel_tool_calls is False or bool(body.functions)
 
 
@@ -53,7 +53,7 @@ def constraint_of(server: ServerState, body: Sampling) -> Constraint | None:
     """The constraint on the answer to a request; None for free text.
 
     Raises:
-        ApiError: two forms at once, or one that is not supported.
+        ApiError: two forms at once, or an unsupported one.
     """
     given = _forms(body)
     functions: list[dict[str, Any]] = []

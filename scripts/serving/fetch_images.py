@@ -1,8 +1,8 @@
-"""Pictures from http(s) addresses that callers of a server name, without letting them reach what only the server can.
+"""Fetches images from http(s) URLs in requests, without giving clients access to the server's private networks.
 
-Every address is looked up here, on every redirection anew, and the connection goes to the very address that was
-checked: a name that means another machine a moment later (DNS rebinding) leads nowhere. Proxies of the environment are
-not used, as they would look names up themselves.
+Every host name is looked up here, again for every redirection, and the connection goes to exactly the address that was
+checked: a name whose address changes a moment later (DNS rebinding) has no effect. Proxies of the environment are not
+used, because they would look up names themselves.
 """
 
 import ipaddress
@@ -22,13 +22,13 @@ MOST_REDIRECTIONS = 5
 
 
 class ImageFetcher:
-    """From addresses to what is there; may be called from several threads.
+    """Fetches the content of URLs; may be called from several threads.
 
     Args:
-        private: also ask this machine itself and its private networks.
+        private: also fetch from this machine and its private networks.
 
     Raises:
-        UserError: the certificates that the environment names cannot be read.
+        UserError: the certificates named by the environment cannot be read.
     """
 
     def __init__(self, private: bool = False):
@@ -50,7 +50,7 @@ class ImageFetcher:
         """The content of these addresses.
 
         Raises:
-            ApiError: one cannot be had, is not to be asked, or they are too large or too slow together.
+            ApiError: one cannot be fetched or is not allowed, or together they are too large or too slow.
         """
         end_by, room, images = time.monotonic() + REQUEST_SECONDS, LARGEST_REQUEST, []
         for url in urls:
@@ -110,7 +110,7 @@ class ImageFetcher:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet's, also where an IPv4 address is wrapped in an IPv6 one."""
+    """Whether an IP address is public; also for an IPv4 address embedded in an IPv6 address."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         wrapped = ip.ipv4_mapped or ip.sixtofour

@@ -1,4 +1,4 @@
-"""The images of a chat, from the addresses in its image parts to bytes: every form of base64 that clients send."""
+"""The bytes of a chat's images, from the URLs in its image parts: every form of base64 that clients send."""
 
 import base64
 import binascii
@@ -16,13 +16,13 @@ Fetch = Callable[[Sequence[str]], list[bytes]]
 
 
 def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> list[dict]:
-    """A chat's messages as turns whose content is a text or, where it has images, a list of texts and image bytes.
+    """A chat's messages as turns whose content is a text or, with images, a list of texts and image bytes.
 
-    Results of tools come in the order of the calls.
+    Tool results are sorted in the order of the calls.
 
     Args:
         sees: whether the model takes images.
-        fetch: from http(s) addresses to what is there; None where fetching is off.
+        fetch: fetches the content of http(s) URLs; None if fetching is off.
 
     Raises:
         ApiError: a missing image, too many, or a model that takes none; a result without a call.
@@ -72,10 +72,10 @@ def _content(parts: list[str | bytes]) -> str | list[str | bytes]:
 
 
 def read_images(urls: Sequence[str], fetch: Fetch | None) -> list[bytes]:
-    """The bytes of images, in the order of their addresses. Nothing is fetched unless all others can be read.
+    """The bytes of images, in the order of their URLs. Nothing is fetched unless all others can be decoded.
 
     Raises:
-        ApiError: one of them is not an image's address, or cannot be had.
+        ApiError: one of them is not an image's URL, or cannot be fetched.
     """
     images = {place: read_base64(url) for place, url in enumerate(urls) if not _is_remote(url)}
     remote = [place for place in range(len(urls)) if place not in images]
@@ -93,7 +93,7 @@ def _is_remote(url: str) -> bool:
 def read_base64(url: str) -> bytes:
     """The bytes of a data: URL, or of bare base64.
 
-    Both alphabets of base64 are read, with padding or without, with white space in it, and percent-encoded.
+    Both base64 alphabets are accepted, with or without padding, with white space, and percent-encoded.
 
     Raises:
         ApiError: it is neither, or damaged.

@@ -1,6 +1,6 @@
-"""What the OpenAI API's requests and answers look like: the part of it that `scripts/serve_openai_api.py` speaks.
+"""The requests and responses of the OpenAI API, as far as `scripts/serve_openai_api.py` supports them.
 
-Where a field is null it is as if it were not there. For fields that a request has beyond these see `unsupported`.
+A null field counts as absent. For other fields in requests see `unsupported`.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -112,7 +112,7 @@ class ImagePart(Form):
 
 
 def usual_part(part: Any) -> Any:
-    """A part of a message's content as chats have it, where it is written as OpenAI's Responses API has it."""
+    """A part of a message's content in the form of chats, converted from that of OpenAI's Responses API."""
     if not isinstance(part, dict):
         return part
     kind, image = part.get("type"), part.get("image_url")
@@ -305,7 +305,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(HTTPException):
-    """A request that ends with an error object."""
+    """An error that ends a request with an error object."""
 
     def __init__(
         self,

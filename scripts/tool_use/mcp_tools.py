@@ -1,6 +1,6 @@
-"""The tools of MCP servers (Model Context Protocol): programs that are started here, or servers at an address.
+"""The tools of MCP servers (Model Context Protocol): programs started here, or servers at an address.
 
-They are third-party code and may do anything: before one runs the user is asked, unless --yes is given.
+They are third-party code and may do anything: unless --yes is given, the user is asked before one runs.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ def mcp_tools(commands: Sequence[str], addresses: Sequence[str]) -> Iterator[lis
     """The tools of these servers; at the end the programs are stopped.
 
     Args:
-        commands: of programs that speak MCP over their standard input and output.
-        addresses: of servers that speak MCP over HTTP, such as http://127.0.0.1:8000/mcp.
+        commands: the commands of programs that speak MCP over standard input and output.
+        addresses: the addresses of servers that speak MCP over HTTP, such as http://127.0.0.1:8000/mcp.
 
     Raises:
-        UserError: the package mcp is missing, a command is not one, or a server does not start or answer.
+        UserError: the package mcp is missing, a command is invalid, or a server does not start or answer.
     """
     if not commands and not addresses:
         yield []

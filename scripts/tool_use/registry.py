@@ -1,4 +1,4 @@
-"""Python functions as tools: the schema from signature and docstring, the call with its arguments checked."""
+"""Python functions as tools: schemas from signature and docstring, and calls with checked arguments."""
 
 import inspect
 import re
@@ -29,7 +29,7 @@ def tool_of(function: Callable[..., object]) -> Tool:
     the description, its "Args:" those of the parameters.
 
     Raises:
-        TypeError: a parameter of another type, or none at all.
+        TypeError: a parameter has another type, or none.
     """
     text = inspect.getdoc(function) or ""
     about = dict(re.findall(r"^ +(\w+): (.+)$", text.partition("Args:")[2], re.MULTILINE))
@@ -58,10 +58,10 @@ class Registry:
     """Tools by name.
 
     Args:
-        allow: asked with the name and the arguments before a foreign tool acts.
+        allow: asked with the name and the arguments before a third-party tool runs.
 
     Raises (on construction):
-        ValueError: two of one name.
+        ValueError: two tools have the same name.
     """
 
     def __init__(
