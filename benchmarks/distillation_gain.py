@@ -22,7 +22,7 @@ from trainer.errors import UserError, run_main
 from trainer.files import replacing
 from trainer.weights import read_settings
 
-TRAININGS = {  # how each is trained, and what it writes
+TRAININGS = {  # the command of each, and the name of its weights
     "without": (("train_full_sft.py",), "full_sft_128"),
     "with": (("train_distillation.py", *FROM_TEACHER), "full_dist_128"),
 }

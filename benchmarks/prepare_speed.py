@@ -147,7 +147,7 @@ def kill_often(source: Path, folder: Path, workers: int, seed: int) -> None:
     rng = random.Random(seed)
     killed = 0
     for number in range(KILLS):
-        # Instants all over the run: an attempt goes on from the one before, so each lets it get a little further
+        # Instants all over the run: an attempt continues from the previous one, so each gets a little further
         patience = rng.uniform(0.05, 0.95) * seconds * (number + 1) / KILLS
         process = subprocess.Popen(
             command(source, folder / "killed" / "x.jsonl", workers),

@@ -27,7 +27,7 @@ SMALL = 10_000_000  # bytes
 WORDS = (
     "the a small robot counts seven yellow birds above green island sea and then reads books about sky water".split()
 )
-# Windows does not tell a process's peak so; there the memory is left out.
+# Windows does not report a process's peak in this way; there the memory is left out.
 RUN = """
 import runpy, sys
 sys.argv = sys.argv[1:]

@@ -49,7 +49,7 @@ class Variant:
     optimizer: str = "muon"
     options: dict = field(default_factory=dict)  # of `Muon`
     schedule: Callable[[int, int, int, float], float] = cosine_schedule
-    averages: bool = False  # the weights of the tail, all alike (Izmailov et al. 2018, arXiv:1803.05407)
+    averages: bool = False  # the weights of the tail, equally weighted (Izmailov et al. 2018, arXiv:1803.05407)
 
 
 NEURONS, CAUTIOUS, POLAR = {"neuron_decay": 0.95}, {"cautious": True}, {"polynomials": POLAR_EXPRESS}

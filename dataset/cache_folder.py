@@ -140,7 +140,7 @@ def remove_cache(folder: Path) -> bool:
     """Remove a cache folder unless a process uses it; returns whether it was removed."""
     removed = folder.with_name(f"removed-{secrets.token_hex(4)}")
     try:
-        with _marking(folder.parent):  # nobody begins to use it between the question and the renaming
+        with _marking(folder.parent):  # so that no process begins to use it between the check and the renaming
             if in_use(folder):
                 return False
             folder.rename(removed)

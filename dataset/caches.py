@@ -100,6 +100,6 @@ def _cache(folder: Path) -> Cache | None:
 def _read_source(folder: Path) -> str:
     try:
         return json.loads((folder / ABOUT).read_text(encoding="ascii"))["source"]
-    except (OSError, ValueError, LookupError, TypeError):  # of an earlier version: what the folder it lies in says
+    except (OSError, ValueError, LookupError, TypeError):  # an earlier version's: inferred from its folder
         root = folder.parent
         return str(root.parent.parent / root.name) if root.parent.name == ".cache" else root.name

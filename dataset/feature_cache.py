@@ -85,7 +85,7 @@ def open_feature_cache(
             for pixels in unwrap_worker_errors(tqdm(loader, desc="encoding images", disable=None)):
                 features = encode(pixels).to("cpu", torch.float16)
                 features.numpy().tofile(file)
-        # In ASCII, what is beyond it in escapes: a file's name need not be UTF-8
+        # In ASCII with escapes, because a file's name need not be UTF-8
         (folder / "info.json").write_text(json.dumps({"names": names, "shape": features.shape[1:]}), encoding="ascii")
 
     # Which images are asked for is not a state of the folder: the next data file may ask for others.

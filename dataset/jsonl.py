@@ -16,7 +16,7 @@ EXCERPT_CHARS = 80
 MOST_REPORTED = 20  # bad lines, or names of keys
 MOST_COUNTED = 1000  # names of keys: where a file has more, its keys are no names but data
 
-Ignored = Counter[str]  # how often each key that has no meaning here stands in the lines
+Ignored = Counter[str]  # the number of lines with each key that has no meaning here
 
 
 class DataError(ValueError):

@@ -12,8 +12,8 @@ from dataset.cache_folder import short_hash
 from dataset.jsonl import DataError, require_data_file
 from dataset.shapes import HEAD_BYTES, file_advice, foreign_file
 
-PATTERN = "*.jsonl"  # what is read of a folder
-PROBES, PROBE_BYTES = 16, 4096  # files that are looked into to tell one state of the data from another, and how far
+PATTERN = "*.jsonl"  # the files that are read in a folder
+PROBES, PROBE_BYTES = 16, 4096  # number of files to fingerprint, and bytes read from each end
 REST_BYTES = 1 << 16  # read at once behind a block, to the end of its last line
 COUNT_BYTES = 1 << 24  # read at once to count lines
 

@@ -214,7 +214,7 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
         desc=f"tokenising {reader.path.name}",
         unit="B",
         unit_scale=True,
-        disable=None,  # silent where stderr is no terminal
+        disable=None,  # silent if stderr is not a terminal
     )
     with progress, _Writer(folder, dtype) as writer:
         for samples in _encoded(_batches(reader), encode):

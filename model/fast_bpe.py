@@ -64,7 +64,7 @@ class FastBPE:
         ranks = {spelled: rank for rank, spelled in enumerate(merged)}
         self._encoding = tiktoken.Encoding("", pat_str=_pattern(state), mergeable_ranks=ranks, special_tokens=special)
         self._special = set(special)
-        self._ids = np.array([*ids, -1, -2], dtype=np.int64)  # what each of tiktoken's stands for
+        self._ids = np.array([*ids, -1, -2], dtype=np.int64)  # our id for each of tiktoken's
         self._exact = tokenizer
         probes = [[probe] for probe in (*PROBES, *(f"a {content}{content} z" for content in added), _every_number())]
         if not all(map(np.array_equal, self.encode(probes), _exact_ids(tokenizer, probes))):

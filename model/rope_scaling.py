@@ -20,7 +20,7 @@ from torch import Tensor
 TYPES = ("linear", "ntk", "yarn")
 KEYS = ("rope_type", "factor", "original_max_position_embeddings")
 YARN_KEYS = ("beta_fast", "beta_slow", "attention_factor")
-MINIMIND3_YARN = {  # what its switch `inference_rope_scaling` stands for
+MINIMIND3_YARN = {  # its switch `inference_rope_scaling`
     "rope_type": "yarn",
     "factor": 16.0,
     "original_max_position_embeddings": 2048,

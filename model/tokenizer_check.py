@@ -20,7 +20,7 @@ PROBES = (
     "1234567890",
     bytes(range(256)).decode("latin-1"),  # as characters: UTF-8 puts all lead and trail bytes to use
 )
-USUAL = {  # by which other families name them
+USUAL = {  # their names in other families
     "bos": ("<|im_start|>", "<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "[BOS]", "<|endoftext|>"),
     "eos": ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>"),
 }

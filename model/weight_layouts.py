@@ -39,7 +39,7 @@ OURS, THEIRS = (
 )
 IN_A_LAYER = re.compile(rf"(?P<prefix>(?:.*\.)?)layers\.\d+\.(?:(?P<ours>{OURS})|(?P<theirs>{THEIRS}))\.")
 
-OTHERS = (  # what is not a MiniMind, by one of its names
+OTHERS = (  # other architectures, by one of their tensors' names
     (r"\.lora_(A|B|embedding_A|embedding_B)\b", "peft's LoRA adapter: `convert_model.py from-peft` reads its folder"),
     (r"\bself_attn\.[qkv]_proj\.bias$|\bshared_expert_gate\.", "a Qwen2 or Qwen2-MoE: `convert_model.py "
      "from-transformers` reads its folder"),
@@ -109,7 +109,7 @@ def recognise(content: object, n_heads: int, n_kv_heads: int, generation: int | 
     prefix, newer = found["prefix"], found["theirs"] is not None
     if generation is None:
         generation = 3 if any(map(QK_NORM.search, names.values())) else 2
-    outer = prefix.removesuffix("model.") if newer else prefix  # `lm_head` and `vision_proj` stand beside `model`
+    outer = prefix.removesuffix("model.") if newer else prefix  # `lm_head` and `vision_proj` are siblings of `model`
     if outer:
         notes.append(f"{outer} removed from its names")
     newer = newer and generation == 2

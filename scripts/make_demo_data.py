@@ -287,7 +287,7 @@ def build(seed: int) -> dict[str, list[dict]]:
             chat(q["question"], sentence(q["answers"][0], q["lang"])) for q in rng.sample(questions, 400)
         ],
     }
-    trying, asked = random.Random(seed), set()  # a generator of its own: what is above stays as it was
+    trying, asked = random.Random(seed), set()  # a separate generator, so that the data above stays the same
     return files | {
         "rl_cold_start.jsonl": among(facts, r1[:COLD_START], random.Random(seed), 2 * COLD_START),
         "rl_math.jsonl": checked_problems(trying, 3000, 250, taken, asked),

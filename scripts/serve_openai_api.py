@@ -35,7 +35,7 @@ from trainer.inference_arguments import (
 )
 
 API_KEY = "MINIMIND_API_KEY"
-LAST_WORDS = 5  # seconds in which answers that were cut off are told so
+LAST_WORDS = 5  # seconds for telling clients that their answers were cut off
 THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits too long for the one that sends
 
 

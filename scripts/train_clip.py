@@ -41,7 +41,7 @@ from trainer.muon import Muon
 from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
 DEMO = ROOT / "dataset" / "demo"
-POSITION = 0.3  # deviation of what stands for a patch's row, and of its column's, at the start
+POSITION = 0.3  # initial standard deviation of the row and column embeddings of a patch
 OFFERED = ("bfloat16", "float32")  # float16 would want a gradient scaler
 WORDS = 500  # entries of the captions' own byte-level BPE; 256 of them are the bytes
 
@@ -203,7 +203,7 @@ def make_clip(args, tokenizer: PreTrainedTokenizerFast, longest: int) -> CLIPMod
     }
     clip = CLIPModel(CLIPConfig(vision_config=half | vision, text_config=half | text, projection_dim=args.width))
     clip.set_attn_implementation("eager")  # for so few tokens twice as fast on a CPU as SDPA, whose backward is slow
-    # transformers' positions are a hundredth of what a patch is, and in minutes nobody would learn where things are
+    # transformers' position embeddings are a hundredth of the patches', too small to learn positions in minutes
     side = args.image_size // args.patch_size
     across, down = torch.randn(side, args.width) * POSITION, torch.randn(side, 1, args.width) * POSITION
     clip.vision_model.embeddings.position_embedding.weight.data[1:] = (across + down).flatten(0, 1)

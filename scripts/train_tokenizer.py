@@ -74,7 +74,7 @@ def texts_in(paths: list[Path], share: float, kept_aside: bool) -> Iterator[tupl
             for text in texts:
                 if is_held_out_text(text, share) == kept_aside:
                     yield path, text
-        if reader.ignored and kept_aside:  # told once: the texts that are held out are read in every call, and last
+        if reader.ignored and kept_aside:  # reported once: the held-out texts are read in every call, and last
             print_notice(f"{path}: ignored keys: {named_counts(reader.ignored)}")
 
 

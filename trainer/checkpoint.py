@@ -93,7 +93,7 @@ class Checkpoint:
         }
         if args.max_seq_len > config.max_seq_len:
             raise UserError(f"--max_seq_len {args.max_seq_len}: the model takes at most {config.max_seq_len} tokens")
-        if not runtime.is_main:  # what lies on another machine decides nothing: rank 0 does
+        if not runtime.is_main:  # files on other machines are ignored: rank 0 decides
             return
         states = list_states(self.folder)
         if args.resume and self.path.exists() and not states:

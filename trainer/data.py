@@ -44,7 +44,7 @@ def open_data(
         held_out = None
         if args.eval_interval:
             held_out = learned_from("eval") if hold_out else rows(args.eval_path, "all")
-        # A stage that opens more of them limits them all after that, so as not to lose what it is about to open
+        # A stage that opens more caches limits them all afterwards, so as not to remove one that it is about to open
         if not (getattr(args, "cache_features", False) or getattr(args, "cache_reference", False)):
             limit_caches([path for path, _ in mix] if mix else [args.data_path], args.cache_limit)
     run.print(train.summary)

@@ -58,7 +58,7 @@ def default_dtype(device: torch.device) -> str:
     if device.type == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict)()  # bf16: what ARM calls it
         return "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
-    return "float32"  # as exact as any, on what nobody here has measured
+    return "float32"  # the most exact, on devices that have not been measured
 
 
 def _accelerator() -> torch.device | None:

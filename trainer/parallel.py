@@ -33,7 +33,7 @@ def wrap_model(
     """
     require_same_weights(model, runtime)
     if compile_blocks:
-        for block in model.layers:  # all alike: compiled once, and the state dict keeps its names
+        for block in model.layers:  # identical blocks: compiled once, and the state dict keeps its names
             block.compile()
     runtime.engine = "compiled" if compile_blocks else "eager"
     if runtime.deepspeed_config:
@@ -79,7 +79,7 @@ def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bo
                 place = ((value.to_local() if hasattr(value, "to_local") else value).data_ptr(), value.shape)
                 if place not in held:
                     value = whole(value.detach()).float()
-                    held[place] = value.clone() if runtime.deepspeed_config else value  # what is gathered goes again
+                    held[place] = value.clone() if runtime.deepspeed_config else value  # gathered: freed again
                 found[key] = held[place]
     return found
 

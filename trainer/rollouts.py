@@ -22,8 +22,8 @@ from trainer.rewards import Reply, WeighedReward, judge
 from trainer.runtime import Runtime
 
 SLOTS = 128  # answers written at once at most
-OF_ANSWERS = ("reward", "length", "finished")  # what is reported, summed over answers,
-OF_GROUPS = ("no_signal", "resampled")  # and over groups, where an answer has others beside it
+OF_ANSWERS = ("reward", "length", "finished")  # reported values, summed over answers,
+OF_GROUPS = ("no_signal", "resampled")  # and over groups, if a group has several answers
 Batch = dict[str, Tensor]
 
 

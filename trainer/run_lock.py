@@ -10,7 +10,7 @@ from dataset.locks import NoLocksError, lock
 from trainer.errors import UserError, print_notice
 from trainer.files import make_folder, write_error
 
-OWNER = "lock.owner"  # beside the lock, since on Windows nobody else can read what is locked
+OWNER = "lock.owner"  # beside the lock, because on Windows other processes cannot read a locked file
 
 
 def lock_run(folder: Path, weights: Path) -> BinaryIO | None:

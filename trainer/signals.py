@@ -64,7 +64,7 @@ class Signals:
                 leave_terminal()
             if speak and len(self._came) == 1:
                 text = f"\n{name}: saving after this step (Ctrl-C again: stop at once)\n"
-                with contextlib.suppress(OSError):  # nobody may be there to read it
+                with contextlib.suppress(OSError):  # the reader may be gone
                     os.write(2, text.encode())  # print is not to be used while another print may be under way
 
         def on_save_signal(_number: int, _frame) -> None:

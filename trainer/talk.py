@@ -17,7 +17,7 @@ def typed_line(prompt: str) -> str:
     """
     try:
         line = input(prompt)
-        line.encode()  # under LANG=C what is not UTF-8 comes as half characters
+        line.encode()  # under LANG=C other bytes become lone surrogates
     except UnicodeError:
         raise UserError("the input is not UTF-8: set the terminal to UTF-8, and LANG to, say, C.UTF-8") from None
     return line.strip()

@@ -63,7 +63,7 @@ def first_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerB
         if left != right:
             return f"id {token_id} is {left!r} for the student and {right!r} for the teacher"
     left, right = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (ours, theirs))
-    # as far as the shorter list goes, hence not strict: that one is longer is told below
+    # not strict: up to the end of the shorter list; different lengths are reported below
     for i, (a, b) in enumerate(zip(left["model"].get("merges", []), right["model"].get("merges", []), strict=False)):
         if a != b:
             return f"merge {i} joins {a} for the student and {b} for the teacher"

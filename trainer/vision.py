@@ -23,7 +23,7 @@ from trainer.folder_layouts import read_json
 from trainer.runtime import Runtime
 from trainer.weights import load_weights, read_settings
 
-# of a CLIPVisionConfig: what its weights do not tell, and their output depends on
+# fields of a CLIPVisionConfig that affect the output but not the weights
 TOWER_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size")
 
 

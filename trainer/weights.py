@@ -178,7 +178,7 @@ def _variant(args) -> dict:
     """The fields of a variant, from the json of the weights that a stage starts from, and from the flags."""
     name, found = getattr(args, "from_weight", "none"), {}
     if name != "none":
-        with contextlib.suppress(UserError):  # it is told when they are loaded
+        with contextlib.suppress(UserError):  # it is reported when they are loaded
             path = find_weights(name, args)
             said = (read_settings(path) or {}).get("config", {}) if path.is_file() else {}
             if all(said.get(size) == getattr(args, size) for size in ("dim", "use_moe")):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.runtime import Runtime
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its number of steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step count
 
 
 def deepspeed_engine(model: nn.Module, optimizer, runtime: Runtime):

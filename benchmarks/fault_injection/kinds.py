@@ -229,7 +229,7 @@ def move(run: Disturbed, rng: random.Random) -> None:
 def not_finite(fault: str) -> Happen:
     def happen(run: Disturbed, rng: random.Random) -> None:
         run.stop_after(SAVE_INTERVAL)
-        # a save among the skipped steps would go on behind their rows, and so to other weights
+        # a save among the skipped steps would continue after their rows, and so give other weights
         run.start(fault, rng.randint(1, 2), "--resume", "--save_interval", str(STEPS))
         if "10 times in a row" not in run.wait(2):
             raise BrokenPromise("it ends without saying why")

@@ -95,7 +95,7 @@ class Lookup:
         for length in NGRAMS:
             found = self._behind.get(tuple(ids[-length:])) if length < len(ids) else None
             if found:
-                # beyond the end of the text it repeats what it repeats already
+                # beyond the end of the text the repetition continues
                 return [ids[found + i % (len(ids) - found)] for i in range(n)]
         return []
 

@@ -76,7 +76,7 @@ def chance_p(right: int, options: Sequence[int]) -> float:
 
 
 def _no_more_probable(probabilities: np.ndarray, seen: int) -> float:
-    limit = probabilities[seen] * (1 + 1e-7)  # rounding must not tell apart what is equal
+    limit = probabilities[seen] * (1 + 1e-7)  # rounding must not separate equal values
     return min(1.0, float(probabilities[probabilities <= limit].sum()))
 
 

@@ -56,7 +56,7 @@ BENCHMARKS = {
     "winogrande": Benchmark("winogrande/default.yaml", "validation"),
 }
 FETCHED_ONLY = ("lambada", "winogrande")
-OWN = {  # a user's own questions are asked as OpenBookQA's: the question, and which option goes on from it best
+OWN = {  # a user's own questions are asked like OpenBookQA's: which option continues the question best
     "output_type": "multiple_choice",
     "test_split": "test",
     "doc_to_text": "question",

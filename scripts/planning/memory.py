@@ -21,7 +21,7 @@ class Engine(NamedTuple):
     splits_weights: bool = False
     splits_gradients: bool = False
     splits_optimizer: bool = False
-    copies: str = ""  # what it holds once more
+    copies: str = ""  # its additional copies
 
 
 ALONE = Engine("one process")

@@ -4,7 +4,7 @@ import re
 
 from scripts.preparing.stage_records import TAG, WELL_FORMED
 
-# "As an AI…" alone is how some good answers begin; what makes a refusal is that it says what it cannot do.
+# Some good answers begin with "As an AI…"; a refusal also says what it cannot do.
 CANNOT = r"(?:can(?:no|')t|cannot|am (?:not|unable)|'m (?:not|unable)|do(?: no|n')t|won't|will not|must decline)"
 WITHIN = r"[^。！？\n]{0,25}?"
 DOING = "|".join(

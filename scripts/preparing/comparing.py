@@ -23,7 +23,7 @@ class Comparison(NamedTuple):
 
     work: Path
     settings: Settings
-    boilerplate: Path | None  # the hashes of the lines to remove, sorted; None where there are none
+    boilerplate: Path | None  # the hashes of the lines to remove, sorted; None if there are none
 
     def chunk(self, name: str) -> CleanChunk:
         """The chunk after this pass."""

@@ -9,7 +9,7 @@ from trainer.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 COLUMNS = ("question", "query", "prompt", "problem", "text")  # of a table, in any case; the first that is there
-NAMES = (  # of a record: what is asked, without the options and the answer; the first whose keys are all there
+NAMES = (  # keys of a record's question, without options and answer; the first entry whose keys all exist
     ("context", "question"),
     ("question",),
     ("question_stem",),

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 
 # A whole string, a bracket, or a string that has no end yet.
 TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|"', re.DOTALL)
-LONGEST = 64 << 20  # bytes of one value, and of one line: what is longer is not data to learn from
+LONGEST = 64 << 20  # bytes of one value, and of one line: longer ones are not training data
 
 
 class BrokenValues(ValueError):

@@ -68,7 +68,7 @@ class Preparation:
         self.found = Findings(self.sources)
         self.pool = WorkerPool(workers)
         if settings.against:
-            comparing.evaluation(settings.against)  # what is wrong with these files is told now
+            comparing.evaluation(settings.against)  # so that faults of these files are reported now
         self.work_path = out.with_name(f"{self.name}.work")
         others = [*settings.against, *([settings.ppl_model] if settings.ppl_model else [])]
         identity = identify(self.sources, asdict(settings), [name for name in others if Path(name).is_file()])

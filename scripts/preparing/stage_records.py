@@ -31,7 +31,7 @@ def build(piece: Piece, stage: str) -> dict:
             raise Unusable("no pair of answers, which --stage dpo needs")
         return {"chosen": piece.turns + piece.chosen, "rejected": piece.turns + piece.rejected}
     turns = piece.turns + (piece.chosen or [])
-    while turns and turns[-1]["role"] == "user":  # a question that nobody answered
+    while turns and turns[-1]["role"] == "user":  # a question without an answer
         turns = turns[:-1]
     for turn in turns:
         if turn["role"] == "assistant" and "think>" in turn["content"]:

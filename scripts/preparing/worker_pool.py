@@ -16,7 +16,7 @@ from trainer.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AHEAD = 2  # chunks a process has waiting for it, beside the one it works on
+AHEAD = 2  # queued chunks per process, besides the one in progress
 
 
 class WorkerPool:

@@ -40,7 +40,7 @@ class ImageFetcher:
         self._client = httpx.Client(
             trust_env=False,
             verify=authorities,
-            headers={"Accept-Encoding": "identity"},  # what is packed may be larger than it seems
+            headers={"Accept-Encoding": "identity"},  # compressed content may be larger than it seems
             limits=httpx.Limits(
                 max_keepalive_connections=0
             ),  # a connection is known by address, its certificate by name

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 from model.tool_calls import in_call_order, parse_arguments
 from scripts.serving.schema import MOST_IMAGES, ApiError, Message
 
-SHORTEST = 32  # characters; what is shorter can be a path or a name, but no image
+SHORTEST = 32  # characters; a shorter text may be a path or a name, but not an image
 TODAYS_ROLES = {"developer": "system", "function": "tool"}
 URL_SAFE = str.maketrans("-_", "+/")
 Fetch = Callable[[Sequence[str]], list[bytes]]

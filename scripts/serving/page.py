@@ -17,7 +17,7 @@ from trainer.arguments import ROOT, add_device_argument
 from trainer.errors import UserError
 from trainer.inference_arguments import SAMPLING
 
-SOURCES = ("out/", "OpenAI API")  # alike in both languages: a selection whose words change loses its mark
+SOURCES = ("out/", "OpenAI API")  # the same in both languages: a selection whose options change loses its state
 PICTURES = ["png", "jpg", "jpeg", "webp", "bmp", "gif"]
 WORDS = {
     "中文": {

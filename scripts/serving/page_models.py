@@ -54,7 +54,7 @@ class Answer:
                     self.raw += text
                     self.tokens += part == "token"
                 self.seconds = time.monotonic() - started
-        except Exception as error:  # whatever it is, the page must say it and go on
+        except Exception as error:  # whatever it is, the page must report it and continue
             self.error = getattr(error, "message", None) or str(error) or type(error).__name__
         finally:
             parts.close()

@@ -178,7 +178,7 @@ class RunningRequest:
             for index, piece in joined.items():
                 failure = FAILURES.get(piece.finish_reason)
                 if failure:
-                    self.cancel()  # the others, which nobody will read
+                    self.cancel()  # the others, which will not be read
                 left -= piece.finish_reason is not None
                 yield index, piece._replace(finish_reason=None) if failure else piece
                 if failure:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
-MOST_CHARS = 2000  # of a result: what is longer would leave the model no room
+MOST_CHARS = 2000  # of a result: a longer one would fill the model's context
 ERROR = "error: "  # how the result of a call that failed begins
 
 
@@ -92,7 +92,7 @@ class Registry:
             return f"{ERROR}the user did not allow this call"
         try:
             result = str(tool.function(**arguments))
-        except Exception as error:  # whatever a tool does wrong, the talk goes on
+        except Exception as error:  # whatever a tool does wrong, the chat continues
             result = f"{ERROR}{error or type(error).__name__}"
         return result if len(result) <= MOST_CHARS else f"{result[:MOST_CHARS]}…"
 
