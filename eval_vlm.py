@@ -11,17 +11,15 @@ from pathlib import Path
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
 from trainer.argument_types import BooleanFlag, text
-from trainer.arguments import (
-    ROOT,
-    Parser,
-    add_device_argument,
+from trainer.arguments import ROOT, Parser, add_device_argument, add_model_arguments, add_tower_argument
+from trainer.errors import UserError, run_main
+from trainer.inference_arguments import (
+    VLM_STAGES,
     add_engine_arguments,
-    add_model_arguments,
     add_sampling_arguments,
-    add_tower_argument,
+    add_stage_arguments,
     sampling_settings,
 )
-from trainer.errors import UserError, run_main
 from trainer.talk import report_speed, room_for_prompt, show, stream_texts
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -30,12 +28,7 @@ PROMPTS = {1: "请描述这张图片。", 2: "请比较这两张图片。"}  # b
 
 def get_args():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--model_mode", type=int, choices=range(3), default=1, help="0 pretrain_vlm, 1 sft_vlm, 2 sft_vlm_multi"
-    )
-    parser.add_argument(
-        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: the transformers folder in --out_dir"
-    )
+    add_stage_arguments(parser, VLM_STAGES)
     add_model_arguments(parser)
     add_tower_argument(parser)
     add_device_argument(parser)
@@ -62,10 +55,10 @@ def get_args():
 
 
 def groups_of_images(args) -> list[list[Path]]:
-    """The images to show, those together that belong to one question; all are there and whole.
+    """The images to show, grouped by question; all exist and are whole.
 
     Raises:
-        UserError: there are none; one is broken, and --skip_bad_images was not given.
+        UserError: there are none; or one is damaged, and --skip_bad_images was not given.
     """
     if args.image:
         return [whole_images([Path(name) for name in args.image])]
@@ -83,7 +76,7 @@ def groups_of_images(args) -> list[list[Path]]:
 
 
 def whole_images(images: list[Path], skip: bool | None = None) -> list[Path]:
-    """These images, without those that are broken if they are to be skipped; None: that is no choice."""
+    """These images, without damaged ones if `skip`; None: skipping is not offered."""
     from dataset.pictures import picture_faults  # imported late, so that --help is quick
 
     faults = picture_faults(images)

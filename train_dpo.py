@@ -108,7 +108,7 @@ def main():
         for dataset in filter(None, (loader.dataset, held_out)):
             attach_reference_log_probs(dataset, model, start_hash, run, args.batch_size)
     limit_caches([args.data_path], args.cache_limit)  # delete the least recently used
-    per_answer = mean_per_answer if args.length_normalize else sum_per_answer
+    per_answer = mean_per_answer if args.length_normalize else sum_per_answer  # of its tokens' log-probabilities
 
     # Optimizer
     optimizer = make_optimizer(model, args)

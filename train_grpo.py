@@ -28,7 +28,7 @@ from trainer.errors import UserError, run_main
 from trainer.metrics import Metrics
 from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.policy_losses import LOSSES, Clip, Share, clipped_tokens, kl_estimate
-from trainer.policy_measures import LEARNING_METRICS, reference_log_probs, spread, step_values, token_entropies
+from trainer.policy_measures import LEARNING_METRICS, learning_sums, reference_log_probs, spread, step_values
 from trainer.preference import token_log_probs
 from trainer.rewards import read_rewards
 from trainer.rollouts import Rollouts, evaluate_answers
@@ -133,15 +133,14 @@ def main():
                     if before[i] is None:
                         before[i] = log_probs.detach()
                     losses, weights = variant.objective(log_probs, before[i], advantages, mask, share, clip)
-                    loss, kl = (losses * weights).sum(), torch.zeros_like(log_probs)
+                    loss, kl = (losses * weights).sum(), None
                     if frozen is not None:
                         kl = kl_estimate(log_probs, reference_log_probs(frozen, batch, labels, mask, args.temperature))
                         loss = loss + args.beta * (kl * weights).sum()
                     rows = batch["attention_mask"].any(1).sum()  # a rank without a question has an empty one
                     loss = loss + out.aux_loss * rows / totals.rows  # MoE's load balance, 0 in a dense model
                 clipped = clipped_tokens(log_probs, before[i], advantages, mask, clip, args.loss)
-                each = (loss.detach(), (kl.detach() * mask).sum(), token_entropies(logits.detach()).sum(), clipped)
-                learned += torch.stack([value.float() for value in each])
+                learned += learning_sums(loss, logits, clipped, kl)
                 step_loss += loss.detach()
                 scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
             loss = run.sum(step_loss)

@@ -28,7 +28,7 @@ from trainer.experience import WithCritic, answers_alone, gather_experience
 from trainer.metrics import Metrics
 from trainer.parallel import should_compile, sync_gradients, wrap_model
 from trainer.policy_losses import Clip, clipped_tokens
-from trainer.policy_measures import LEARNING_METRICS, spread, step_values, token_entropies
+from trainer.policy_measures import LEARNING_METRICS, learning_sums, spread, step_values
 from trainer.preference import token_log_probs
 from trainer.reward_model import reward_by_model
 from trainer.rewards import read_rewards
@@ -143,8 +143,7 @@ def main():
                     rows = batch["attention_mask"].any(1).sum()  # a rank without a question has an empty one
                     loss = loss + out.aux_loss * rows / totals.rows  # MoE's load balance, 0 in a dense model
                 clipped = clipped_tokens(log_probs, before.log_probs, before.advantages, mask, clip)
-                each = (loss.detach(), torch.zeros(()), token_entropies(logits.detach()).sum(), clipped)
-                learned += torch.stack([value.float().to(run.device) for value in each])
+                learned += learning_sums(loss, logits, clipped)
                 step_loss += loss.detach()
                 scaler.scale(loss * run.world_size).backward()  # DDP averages over the ranks; a step is their sum
             loss = run.sum(step_loss)

@@ -16,8 +16,7 @@ import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or 
 import torch
 from torch import nn
 
-from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table
-from benchmarks.distillation_gain import spread
+from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table, spread
 from dataset import PretrainDataset, StepLoader
 from model import LMConfig, MiniMindLM
 from model.feed_forward import Router
@@ -77,7 +76,7 @@ def get_args():
 
 
 class Loads:
-    """Counts what every router assigns to each of its experts, padding included."""
+    """Counts the tokens that every router assigns to each of its experts, including padding."""
 
     def __init__(self, model: MiniMindLM):
         self._k = model.config.num_experts_per_tok
@@ -92,7 +91,7 @@ class Loads:
         self._counts[router] = self._counts.get(router, 0) + counts
 
     def take(self) -> list[list[float]]:
-        """Each layer's loads since the last call, in parts of the mean; empty without experts."""
+        """Each layer's loads since the last call, relative to the mean; empty without experts."""
         parts = [(counts / counts.float().mean()).tolist() for counts in self._counts.values()]
         taken = [[round(part, 2) for part in layer] for layer in parts]
         self._counts.clear()
@@ -100,12 +99,12 @@ class Loads:
 
 
 def largest_violation(loads: list[list[float]]) -> float | None:
-    """How much more than the mean the fullest expert of any layer had, in parts of the mean; None without experts."""
+    """The excess of the fullest expert of any layer over the mean load, relative to it; None without experts."""
     return max(map(max, loads)) - 1 if loads else None
 
 
 def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_file: Path) -> dict:
-    """Train for the minutes or steps. A state that an earlier call saved is gone on from."""
+    """Train for the minutes or steps, continuing from the state of an earlier call, if any."""
     optimizer, loads = make_optimizer(model, args), Loads(model)
     done = {"seconds": 0.0, "steps": 0, "tokens": 0, "loads": []}
     if state_file.is_file():
@@ -117,7 +116,7 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
     saved = done["seconds"]
 
     def part() -> float:
-        """What is done, 0 to 1."""
+        """The completed fraction of the training, 0 to 1."""
         return done["steps"] / args.steps if args.steps else done["seconds"] / (60 * args.minutes)
 
     loader = StepLoader(rows, args.batch_size, 1, 1_000_000, args.seed)
@@ -156,14 +155,14 @@ def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_f
 
 
 def cached_numbers(config: LMConfig) -> int:
-    """What the cache holds of a token in all layers."""
+    """The number of cached values per token, over all layers."""
     if config.attention == "mla":
         return config.n_layers * (config.kv_latent_dim + config.rope_head_dim)
     return config.n_layers * 2 * config.n_kv_heads * config.head_dim
 
 
 def draft(model: MiniMindLM, held_out: PretrainDataset) -> dict:
-    """How texts that begin like held-out rows are written with the model's own drafts."""
+    """Statistics of generating with the model's own drafts, from prompts that are beginnings of held-out rows."""
     rows = [held_out[i]["input_ids"][:PROMPT_TOKENS].tolist() for i in range(min(PROMPTS, len(held_out)))]
     texts = [write_with_drafts(model.eval(), row, WRITTEN_TOKENS) for row in rows]
     guessed = [sum(each) for each in zip(*(text.guessed for text in texts), strict=True)]
@@ -173,7 +172,7 @@ def draft(model: MiniMindLM, held_out: PretrainDataset) -> dict:
 
 
 def measure(args, folder: Path) -> None:
-    """Train the row, or go on, and examine it."""
+    """Train the row, or continue, and evaluate it."""
     device = pick_device(args.device)
     here = Runtime(device, getattr(torch, args.dtype))
     tokenizer = load_tokenizer(args.tokenizer)
@@ -199,7 +198,7 @@ def measure(args, folder: Path) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """The rows side by side, mean and deviation over the seeds."""
+    """The rows as a table, with mean and standard deviation over the seeds."""
     heads = ("row", "parameters", "cache, bytes per token (fp32)", "seeds", "tokens seen", "bits per byte")
     heads += ("largest violation", "drafts accepted", "tokens per pass")
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
@@ -226,7 +225,7 @@ def table(results: list[dict]) -> str:
 
 
 def plot(results: list[dict], image: Path) -> None:
-    """The largest violation over the steps, of the rows with experts, each of its first seed."""
+    """Plot the largest violation over the steps for each row with experts, with its first seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")

@@ -39,7 +39,7 @@ DATE: dict[str, Any] = {"type": "string", "format": "date"}
 
 
 def thing(required: list[str] | None = None, **properties: Any) -> dict[str, Any]:
-    """An object of these properties and no others; all of them are required unless it is said which."""
+    """The schema of an object with only these properties; by default all of them are required."""
     return {
         "type": "object",
         "properties": properties,
@@ -114,7 +114,7 @@ SCHEMAS: tuple[dict[str, Any], ...] = (
 
 
 def valid_answers(engine: Engine, grammars: Grammars, count: int) -> int:
-    """How many of so many answers, at temperature 2, are what their schemas accept."""
+    """How many of `count` answers at temperature 2 are valid under their schemas."""
     schemas = [SCHEMAS[number % len(SCHEMAS)] for number in range(count)]
     settings = {"prompt": [1, 5, 9], "max_new_tokens": 400, "temperature": 2.0}
     constraints = [grammars.make(schema_form(schema)) for schema in schemas]
@@ -131,7 +131,7 @@ def is_valid(text: str, schema: dict[str, Any]) -> bool:
 
 
 def tokens_per_second(engine: Engine, constraint: Constraint | None, tokens: int, most: int | None) -> float:
-    """Of STREAMS answers until one of them has so many tokens."""
+    """The speed of STREAMS concurrent answers, measured until one of them has `tokens` tokens."""
     vocabulary = engine.decoder.config.vocab_size
     prompts = torch.randint(3, vocabulary, (STREAMS, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
     settings = {"max_new_tokens": most, "temperature": 1.0, "constraint": constraint, "eos_token_id": ()}

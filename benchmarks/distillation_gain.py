@@ -9,10 +9,10 @@ token on SFT's held-out answers, and the share of facts right in unseen phrasing
 """
 
 from pathlib import Path
-from statistics import mean, stdev
 
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
+from benchmarks.comparison.training_runs import spread
 from scripts.demo.exam import identify_training, open_model, run
 from scripts.demo.measures import facts, held_out_loss
 from scripts.demo.settings import DATA, FROM_TEACHER, OUT, SFT, STUDENT, TRAINING
@@ -22,7 +22,7 @@ from trainer.errors import UserError, run_main
 from trainer.files import replacing
 from trainer.weights import read_settings
 
-TRAININGS = {  # how each is trained, and what it writes
+TRAININGS = {  # the command of each, and the name of its weights
     "without": (("train_full_sft.py",), "full_sft_128"),
     "with": (("train_distillation.py", *FROM_TEACHER), "full_dist_128"),
 }
@@ -67,7 +67,7 @@ def first_lines(file: Path, count: int, to: Path) -> Path:
     """Write the first lines of a file to another.
 
     Raises:
-        UserError: there are not so many.
+        UserError: the file has fewer.
     """
     with open(file, encoding="utf-8") as source:
         lines = source.readlines()
@@ -77,11 +77,6 @@ def first_lines(file: Path, count: int, to: Path) -> Path:
     with replacing(to) as temporary:
         temporary.write_text("".join(lines[:count]), encoding="utf-8")
     return to
-
-
-def spread(values, form: str) -> str:
-    """Mean and, of several, standard deviation."""
-    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def main():
 
     forms = {"all logits": all_logits, "learned logits": learned_logits, "in parts": in_parts}
     results = {name: [] for name in forms}
-    for _ in range(args.rounds):  # in turns, so that a noisy machine disturbs all alike
+    for _ in range(args.rounds):  # in turns, so that noise affects all equally
         for name, form in forms.items():
             with PeakMemory(device) as peak:
                 started = time.monotonic()

@@ -22,9 +22,10 @@ from model.inference.decoder import Decoder, Span
 from model.inference.request import Request
 from model.inference.scheduler import Engine
 from trainer.argument_types import BooleanFlag, positive_int
-from trainer.arguments import PRECISIONS, ROOT, Parser, add_device_argument
+from trainer.arguments import ROOT, Parser, add_device_argument
 from trainer.device import DTYPES, pick_device
 from trainer.errors import run_main
+from trainer.inference_arguments import PRECISIONS
 from trainer.weights import load_tokenizer
 
 PROMPT = 512
@@ -33,9 +34,9 @@ RAISED = 1e4  # more than any logit
 
 
 def follow(decoder: Decoder, text: list[int], agreement: float = 1.0) -> None:
-    """Have a decoder predict `text` after each of its tokens, or in some places another; nothing else changes.
+    """Make a decoder predict `text` after each of its tokens, or in some places other tokens; nothing else changes.
 
-    A pass computes what it always does, and the logits of the wanted tokens are raised.
+    A pass computes everything as usual, and then the logits of the desired tokens are raised.
     """
     predict = decoder.predict
     generator = torch.Generator().manual_seed(0)
@@ -55,7 +56,7 @@ def follow(decoder: Decoder, text: list[int], agreement: float = 1.0) -> None:
 
 
 def texts(tokenizer, tokens: int) -> dict[str, tuple[list[int], list[int]]]:
-    """By name a prompt, and the answer to it: of the pages that are always there."""
+    """Prompts with their answers, by name, made from the documentation's pages."""
     pages = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("serving", "vision")}
     ids = {name: tokenizer(page, add_special_tokens=False).input_ids for name, page in pages.items()}
     prompt = ids["serving"][: max(PROMPT, tokens)]

@@ -67,7 +67,7 @@ def main():
     print(f"{size:.1f} M parameters on {where}, {what}, {args.rounds} rounds")
 
     seconds, found = {name: [] for name in contenders}, {}
-    for lm in contenders.values():  # a first time for what is made ready once
+    for lm in contenders.values():  # a warm-up for one-time preparations
         lm.loglikelihood(requests[: 4 * args.batch_size], disable_tqdm=True)
     for _ in range(args.rounds):
         for name, lm in contenders.items():

@@ -31,7 +31,7 @@ def get_args():
 
 
 def print_table(rounds: Sequence[tuple[str, str, int | None]]) -> None:
-    """Of (kind, stage, steps lost, or None where it did not survive)."""
+    """Print a table of rounds, each (kind, stage, steps lost, or None if the run did not survive)."""
     print(f"\n{'fault':<52}{'tried':>6}{'survived':>10}{'steps lost: mean':>18}{'most':>6}")
     for name in [*dict.fromkeys(kind for kind, _, _ in rounds), None]:
         lost = [each for kind, _, each in rounds if name in (None, kind)]

@@ -25,7 +25,7 @@ from trainer.loading import load_for_inference
 
 
 def bits_per_byte(model: MiniMindLM, tokenizer, texts: list[str]) -> dict[str, float]:
-    """Of the texts under the model as it is, and with its weights rounded to each precision."""
+    """Bits per byte of the texts under the model as it is, and with its weights rounded to each precision."""
     found = {"as saved": predict(texts, model, tokenizer).bits_per_byte}
     for name, bits in BITS.items():
         rounded = copy.deepcopy(model)
@@ -35,7 +35,7 @@ def bits_per_byte(model: MiniMindLM, tokenizer, texts: list[str]) -> dict[str, f
 
 
 def relative_weights(model: MiniMindLM) -> dict[str, torch.Tensor]:
-    """All weights that are rounded, flat, over the largest of their row, and of their group."""
+    """All quantised weights, flat, relative to the largest of their row, and of their group."""
     matrices = [weight.detach().float() for name, weight in model.named_parameters() if is_quantized(name, weight)]
     groups = [weight.view(-1, GROUP) for weight in matrices]
     return {
@@ -45,7 +45,7 @@ def relative_weights(model: MiniMindLM) -> dict[str, torch.Tensor]:
 
 
 def draw(model: MiniMindLM, path: Path) -> None:
-    """A histogram of `relative_weights` with the steps that each precision has."""
+    """A histogram of `relative_weights` with the steps of each precision."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -32,9 +32,10 @@ from model.inference.request import Request
 from model.inference.scheduler import Engine
 from scripts.formats.transformers_folder import to_their_config, to_their_state
 from trainer.argument_types import BooleanFlag, positive_int
-from trainer.arguments import PRECISIONS, Parser, add_device_argument
+from trainer.arguments import Parser, add_device_argument
 from trainer.device import DTYPES, pick_device
 from trainer.errors import run_main
+from trainer.inference_arguments import PRECISIONS
 from trainer.weights import load_tokenizer
 
 PROMPT, BATCH, LONG_PROMPT = 32, 16, 512
@@ -62,7 +63,7 @@ def random_prompts(model: MiniMindLM) -> torch.Tensor:
 
 
 def contenders(model: MiniMindLM, tokenizer, precision: Precision, args) -> dict[str, Measured]:
-    """What is timed, by name."""
+    """The contenders by name."""
     device, n = args.device, args.tokens
     dtype = torch.float32 if isinstance(precision, str) else precision
     peer = build_peer(model, dtype, device)
@@ -110,7 +111,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def llama_cpp(model: MiniMindLM, tokenizer, name: str, args) -> dict[str, Measured]:
-    """llama.cpp on the same weights, in the same precision, where it is installed; nothing otherwise."""
+    """llama.cpp with the same weights in the same precision, if it is installed."""
     if importlib.util.find_spec("xllamacpp") is None or model.config.use_moe or args.device.type != "cpu":
         return {}
     from scripts.formats.gguf_file import write_gguf
@@ -133,7 +134,7 @@ def llama_cpp(model: MiniMindLM, tokenizer, name: str, args) -> dict[str, Measur
 
 @torch.inference_mode()
 def same_but_for_ties(model: MiniMindLM, ours: list[list[int]], theirs: list[list[int]]) -> bool:
-    """Whether texts are the same, or first differ where their two tokens' logits lie within 1e-4."""
+    """Whether texts are equal, or first differ where their two tokens' logits are within 1e-4."""
     for prompt, a, b in zip(random_prompts(model).tolist(), ours, theirs, strict=True):
         place = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
         if place is not None:
@@ -144,7 +145,7 @@ def same_but_for_ties(model: MiniMindLM, ours: list[list[int]], theirs: list[lis
 
 
 def take_turns(measured: dict[str, Measured], rounds: int, device: torch.device) -> tuple[dict[str, float], dict]:
-    """Median seconds of each, and what it wrote."""
+    """Each contender's median seconds, and its texts."""
     seconds: dict[str, list[float]] = {name: [] for name in measured}
     written = {name: write() for name, write in measured.items()}  # also the warm-up
     for _ in range(rounds):
@@ -158,7 +159,7 @@ def take_turns(measured: dict[str, Measured], rounds: int, device: torch.device)
 
 
 def growth(model: MiniMindLM, tokenizer, precision: Precision, args) -> list[tuple[int, float, float]]:
-    """At several lengths: milliseconds of a step for one answer, and of the attention in it by itself."""
+    """Milliseconds of a step for one answer, and of its attention alone, at several lengths."""
     config = model.config
     lengths = [length for length in LENGTHS if length <= config.max_seq_len]
     settings = {"dtype": precision, "deterministic": args.deterministic, "compile": args.compile}
@@ -190,7 +191,7 @@ def growth(model: MiniMindLM, tokenizer, precision: Precision, args) -> list[tup
 
 
 def report(seconds: dict[str, float], n: int) -> None:
-    """The table of one dtype, and the ratios that matter."""
+    """The table of one dtype, with the important ratios."""
     for name, time_taken in seconds.items():
         count = BATCH * n if "16" in name else n
         if "512" in name:

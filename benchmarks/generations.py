@@ -14,8 +14,7 @@ from pathlib import Path
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 import torch
 
-from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table
-from benchmarks.distillation_gain import spread
+from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table, spread
 from dataset import PretrainDataset, StepLoader
 from model import GENERATIONS, MiniMindLM, build_model
 from model.loss import next_token_loss, target_mask
@@ -54,7 +53,7 @@ def get_args():
 
 
 def train(model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_file: Path) -> tuple[int, int]:
-    """Train for the minutes; steps and tokens seen. A state that an earlier call saved is gone on from."""
+    """Train for the minutes, continuing from the state of an earlier call, if any; returns steps and tokens seen."""
     optimizer = make_optimizer(model, args)
     seconds, steps, tokens = 0.0, 0, 0
     if state_file.is_file():
@@ -113,7 +112,7 @@ def measure(generation: int, args, folder: Path) -> dict:
 
 
 def table(results: list[dict]) -> str:
-    """The generations side by side, mean and deviation over the seeds."""
+    """The generations as a table, with mean and standard deviation over the seeds."""
     lines = [f"{'generation':<12}{'parameters':>12}{'seeds':>7}{'tokens seen':>16}{'held-out nats per token':>26}"]
     for generation in GENERATIONS:
         own = [result for result in results if result["generation"] == generation]

@@ -62,10 +62,10 @@ def get_args():
 
 
 def joined_texts(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, rows: int, skip: int = 0) -> Tensor:
-    """Texts of a file one after another, (rows, length) int64, after the first `skip` tokens.
+    """A file's texts, joined and cut into rows, (rows, length) int64, after the first `skip` tokens.
 
     Raises:
-        UserError: there are too few.
+        UserError: there are too few texts.
     """
     needed, ids = skip + length * rows, []
     with open(path, encoding="utf-8") as file:
@@ -80,7 +80,7 @@ def joined_texts(path: Path, tokenizer: PreTrainedTokenizerBase, length: int, ro
 
 @torch.inference_mode()
 def nats_by_position(model: MiniMindLM, ids: Tensor) -> list[float]:
-    """Mean nats per token within each stretch of positions, of rows (rows, length)."""
+    """Mean nats per token in each range of positions, for rows (rows, length)."""
     sums = torch.zeros(len(EDGES), dtype=torch.float64)
     counts = torch.zeros(len(EDGES), dtype=torch.float64)
     for row in ids:
@@ -96,7 +96,7 @@ def nats_by_position(model: MiniMindLM, ids: Tensor) -> list[float]:
 
 
 def haystack(chance: random.Random, tokenizer: PreTrainedTokenizerBase, length: int, depth: float) -> tuple[list, list]:
-    """A prompt of `length` tokens at most that ends with a question, and the answer's tokens."""
+    """A prompt of at most `length` tokens that ends with a question, and the answer's tokens."""
     place, word = chance.choice(PLACES), chance.choice(WORDS)
     needle, question, answer = f"The secret word of {place} is {word}.", f"The secret word of {place} is", f" {word}"
     statements = [s for r in relations() if r.lang == "en" for s in _statements(r)]
@@ -119,7 +119,7 @@ def _statements(relation) -> list[str]:
 
 @torch.inference_mode()
 def found_needles(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, lengths: list[int], args) -> dict[str, float]:
-    """Share of the needles found, by length."""
+    """The share of needles found, by length."""
     found = {}
     for length in lengths:
         chance, right = random.Random(args.seed), 0
@@ -134,7 +134,7 @@ def found_needles(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, lengths
 
 
 def finetune(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, rows: Tensor, args) -> None:
-    """A step for each long row, every second one a haystack, whose answer counts as much as a row's other tokens."""
+    """One step per long row, every second one a haystack, whose answer has as much weight as all its other tokens."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     chance = random.Random(f"{args.seed} learned")  # other haystacks than those of the examination
     model.train()
@@ -155,7 +155,7 @@ def finetune(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, rows: Tensor
 
 
 def opened(way: str, trained: int, args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
-    """The model with its positions stretched to the longest text."""
+    """The model with its positions scaled to the longest text."""
     sizes = {"max_seq_len": args.longest}
     if way != "none":
         factor = max(1.0, args.longest / trained)
@@ -170,7 +170,7 @@ def examine(model, tokenizer, ids: Tensor, lengths: list[int], args) -> dict:
 
 
 def table(results: dict[str, dict], lengths: list[int], trained: int) -> str:
-    """Perplexity by position, and needles found by length."""
+    """A table of perplexity by position, and of needles found by length."""
     lines = [f"trained on rows of {trained}", f"{'perplexity up to position':<28}" + "".join(f"{e:>9}" for e in EDGES)]
     for name, found in results.items():
         cells = ("" if math.isnan(nats) else f"{math.exp(min(nats, 50)):.1f}" for nats in found["nats"])
@@ -182,7 +182,7 @@ def table(results: dict[str, dict], lengths: list[int], trained: int) -> str:
 
 
 def plot(results: dict[str, dict], trained: int, path: Path) -> None:
-    """A PNG: perplexity over position, on logarithmic axes, before and after fine-tuning."""
+    """Plot perplexity over position as a PNG, on logarithmic axes, before and after fine-tuning."""
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
     from matplotlib.ticker import NullLocator
 

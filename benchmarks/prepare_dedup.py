@@ -34,7 +34,7 @@ LATIN = "abcdefghijklmnopqrstuvwxyz "
 
 
 class Language:
-    """Words by Zipf's law."""
+    """A language whose words follow Zipf's law."""
 
     def __init__(self, words: list[str], space: str, letters: list[str] | str):
         self.words, self.space, self.letters = words, space, letters
@@ -61,7 +61,7 @@ def languages(chance: random.Random) -> list[Language]:
 
 
 class Lines:
-    """All lines in a file: the text that a line's number stands for."""
+    """The texts of all lines in a file, by number."""
 
     def __init__(self, path: Path, lines: list[str]):
         encoded = [line.encode() for line in lines]

@@ -45,7 +45,7 @@ def get_args():
 
 
 def make_text(path: Path, megabytes: int, seed: int) -> None:
-    """Lines of random sentences until there are so many bytes."""
+    """Write lines of random sentences until the file has this many bytes."""
     rng = random.Random(seed)
     words = ["".join(rng.choices(SYLLABLES, k=rng.randint(2, 4))) for _ in range(20_000)]
     size = number = 0
@@ -80,7 +80,7 @@ def command(source: Path, out: Path, workers: int, *flags: str) -> list[str]:
 
 
 class PeakMemory(threading.Thread):
-    """Watches a process and all below it; `peak` is in bytes, 0 where the system does not tell."""
+    """Watches a process and its descendants; `peak` is in bytes, 0 if the system does not report it."""
 
     def __init__(self, pid: int):
         super().__init__(daemon=True)
@@ -111,7 +111,7 @@ def _own_memory(pid: int) -> int:
 
 
 def measure(name: str, source: Path, folder: Path, workers: int, *flags: str) -> None:
-    """One whole run: its time, speed and memory, as a line."""
+    """The time, speed and memory of one whole run, as a line."""
     start = time.monotonic()
     process = subprocess.Popen(
         command(source, folder / f"{name}.jsonl", workers, *flags), stdout=subprocess.PIPE, text=True, encoding="utf-8"
@@ -130,7 +130,7 @@ def measure(name: str, source: Path, folder: Path, workers: int, *flags: str) ->
 
 
 def digest(folder: Path) -> str:
-    """Of all jsonl files in a folder, their names among it."""
+    """A hash of all jsonl files in a folder, including their names."""
     found = hashlib.sha256()
     for path in sorted(folder.glob("*.jsonl")):
         found.update(path.name.encode() + path.read_bytes())
@@ -138,7 +138,7 @@ def digest(folder: Path) -> str:
 
 
 def kill_often(source: Path, folder: Path, workers: int, seed: int) -> None:
-    """A run in peace, then one that is killed again and again: both must write the same bytes."""
+    """Compare an undisturbed run with one that is killed repeatedly: both must write the same bytes."""
     for name in ("peace", "killed"):
         (folder / name).mkdir()
     start = time.monotonic()
@@ -147,7 +147,7 @@ def kill_often(source: Path, folder: Path, workers: int, seed: int) -> None:
     rng = random.Random(seed)
     killed = 0
     for number in range(KILLS):
-        # Instants all over the run: an attempt goes on from the one before, so each lets it get a little further
+        # Instants all over the run: an attempt continues from the previous one, so each gets a little further
         patience = rng.uniform(0.05, 0.95) * seconds * (number + 1) / KILLS
         process = subprocess.Popen(
             command(source, folder / "killed" / "x.jsonl", workers),

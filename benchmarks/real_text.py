@@ -46,10 +46,10 @@ STAGES = {  # script, file, steps as a share of --steps, flags
 
 
 def split(source: Path) -> tuple[Path, Path]:
-    """A file's lines but the last HELD_OUT_LINES, and those, as files in OUT.
+    """Split a file into all lines but the last HELD_OUT_LINES, and those, as files in OUT.
 
     Raises:
-        UserError: there is no such file, or it has too few lines.
+        UserError: the file does not exist or has too few lines.
     """
     if not source.is_file():
         raise UserError(f"{source} is missing: --data_dir names the folder that has it")

@@ -21,7 +21,7 @@ from trainer.weights import read_settings
 
 
 def without_thinking(lines: list[dict]) -> list[dict]:
-    """The same chats, each answer reduced to what stands between its answer tags."""
+    """The same chats, with each answer reduced to the text between its answer tags."""
     lines = copy.deepcopy(lines)
     for line in lines:
         for turn in line["conversations"]:

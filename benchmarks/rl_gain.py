@@ -13,18 +13,17 @@ from statistics import mean, stdev
 import trainer.start  # noqa: F401  (first of all: what to do where PyTorch, or a home folder, is missing)
 
 from scripts.demo import trying
-from scripts.demo.exam import identify_training
+from scripts.demo.exam import Results, identify_training
 from scripts.demo.measures import with_error
 from scripts.demo.settings import DATA, OUT
 from trainer.argument_types import positive_int, seed
 from trainer.arguments import Parser
 from trainer.errors import UserError, run_main
-from trainer.files import save_json
 from trainer.weights import read_settings
 
 
 def more_sft(cold: trying.Stage, root, seconds: float, seed: int) -> trying.Stage:
-    """SFT on the cold start's data for so many seconds more, by its speed."""
+    """More SFT on the cold start's data, for about this many seconds according to its speed."""
     settings = read_settings(cold.weights(root))
     steps = max(1, math.ceil(seconds / settings["seconds"] * settings["step"]))
     script, *flags = cold.command
@@ -44,15 +43,14 @@ def main():
     folder = OUT / "rl_gain" / identify_training(start)  # other weights, other results
     root = folder / str(args.seed)
     root.mkdir(parents=True, exist_ok=True)
-    file = root / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    results = Results(root / "results.json")
 
     def measured(name: str, stage: trying.Stage) -> dict:
         trying.train(stage, root)
         if name not in results:
             found = trying.examine(stage.weights(root), seed=args.seed, problems=args.problems)
-            results[name] = found._asdict() | {"minutes": read_settings(stage.weights(root))["seconds"] / 60}
-            save_json(results, file)
+            minutes = read_settings(stage.weights(root))["seconds"] / 60
+            results.keep(name, found._asdict() | {"minutes": minutes})
         return results[name]
 
     stages = trying.recipe(root, start, args.seed)

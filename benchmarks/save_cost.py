@@ -45,7 +45,7 @@ def get_args():
 
 
 class Cost(NamedTuple):
-    """Of one save, in seconds."""
+    """The cost of one save, in seconds."""
 
     held_up: float  # until training continues
     computing: float  # of that, on the CPU: other programs on the machine make the rest
@@ -53,7 +53,7 @@ class Cost(NamedTuple):
 
 
 def measure(shape: str, folder: Path, device: torch.device, rounds: int) -> tuple[list[Cost], int]:
-    """What each save cost, the first one first; and the bytes of one."""
+    """The cost of each save, in order, and the bytes of one."""
     dim, n_layers, pace = SHAPES[shape]
     args = training_parser("", data_path="", batch_size=1, learning_rate=1e-4).parse_args(
         ["--out_dir", str(folder), "--dim", str(dim), "--n_layers", str(n_layers), "--overwrite"]

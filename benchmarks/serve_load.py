@@ -41,7 +41,7 @@ FORMS = ("{}是什么？", "请告诉我关于{}的一件事。", "What is {}?",
 
 @dataclass
 class Outcome:
-    """What the clients measured."""
+    """The clients' measurements."""
 
     answers: int = 0
     tokens: int = 0
@@ -52,7 +52,7 @@ class Outcome:
 
 
 def questions() -> list[dict]:
-    """Chat requests of many lengths of question and answer."""
+    """Chat requests with questions and answers of many lengths."""
     asked = [form.format(topic) for topic in TOPICS.split() for form in FORMS]
     return [
         {
@@ -67,10 +67,10 @@ def questions() -> list[dict]:
 
 
 async def ask(client: httpx.AsyncClient, body: dict) -> tuple[str, int, float, float]:
-    """An answer's text and tokens, the seconds until its first text, and those from there to its end.
+    """An answer's text and number of tokens, the seconds to its first text, and from there to its end.
 
     Raises:
-        RuntimeError: it did not come to its end.
+        RuntimeError: it ended early.
     """
     started, first, text, ended, tokens = time.perf_counter(), None, "", False, 0
     async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
@@ -97,7 +97,7 @@ async def ask(client: httpx.AsyncClient, body: dict) -> tuple[str, int, float, f
 
 
 async def client_loop(client, bodies: list[dict], right: list[str], end: float, seed: int, outcome: Outcome) -> None:
-    """Ask until the time is over."""
+    """Send requests until the time is over."""
     order = random.Random(seed)
     while time.perf_counter() < end:
         number = order.randrange(len(bodies))
@@ -117,14 +117,14 @@ async def client_loop(client, bodies: list[dict], right: list[str], end: float, 
 
 
 def resident(pid: int) -> int:
-    """The process's resident memory in bytes."""
+    """A process's resident memory in bytes."""
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
 async def load(address: str, pid: int, args) -> None:
-    """The whole run, and its report."""
+    """Run the whole benchmark, and print its report."""
     bodies = questions()
     limits = httpx.Limits(max_connections=args.clients, max_keepalive_connections=args.clients)
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits, trust_env=False) as client:
@@ -163,7 +163,7 @@ async def load(address: str, pid: int, args) -> None:
 
 
 def write_random_weights(args, folder: Path) -> None:
-    """An untrained model, where the server looks for full_sft."""
+    """Save an untrained model where the server looks for full_sft."""
     torch.manual_seed(0)
     sizes = {"dim": args.dim, "n_layers": args.n_layers, "use_moe": args.use_moe}
     model = MiniMindLM(LMConfig(**sizes, vocab_size=len(load_tokenizer(args.tokenizer))))

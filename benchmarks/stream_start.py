@@ -27,7 +27,7 @@ SMALL = 10_000_000  # bytes
 WORDS = (
     "the a small robot counts seven yellow birds above green island sea and then reads books about sky water".split()
 )
-# Windows does not tell a process's peak so; there the memory is left out.
+# Windows does not report a process's peak in this way; there the memory is left out.
 RUN = """
 import runpy, sys
 sys.argv = sys.argv[1:]
@@ -42,7 +42,7 @@ except ImportError:
 
 
 def write_lines(path: Path, size: int) -> None:
-    """A file of so many bytes, or a line more, of lines of 100 to 2,000 characters."""
+    """Write a file of this many bytes, or up to a line more, with lines of 100 to 2,000 characters."""
     numbers = random.Random(0)
     lines = []
     for _ in range(9000):
@@ -63,8 +63,8 @@ def first_step(path: Path, out: Path, arguments: list[str]) -> dict[str, float]:
 
 
 def run_to_first_step(arguments: list[str]) -> dict[str, float]:
-    """Seconds from the start of a pretraining to its first step, seconds of a core for the whole run of one step, and
-    bytes at its peak.
+    """Seconds from the start of pretraining to its first step, CPU seconds of the whole run of one step, and peak
+    memory in bytes.
 
     Raises:
         UserError: the run failed.

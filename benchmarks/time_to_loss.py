@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table
-from benchmarks.distillation_gain import spread
+from benchmarks.comparison.training_runs import SAVE_EVERY, computed, open_texts, read_results, save_table, spread
 from dataset import PretrainDataset, StepLoader
 from model import MiniMindLM, build_model
 from model.loss import next_token_loss, target_mask
@@ -44,13 +43,13 @@ TAIL = 0.2  # the share of the steps whose weights are averaged
 
 @dataclass
 class Variant:
-    """How one variant differs from --optimizer muon with its cosine."""
+    """The differences of a variant from --optimizer muon with its cosine schedule."""
 
     about: str
     optimizer: str = "muon"
     options: dict = field(default_factory=dict)  # of `Muon`
     schedule: Callable[[int, int, int, float], float] = cosine_schedule
-    averages: bool = False  # the weights of the tail, all alike (Izmailov et al. 2018, arXiv:1803.05407)
+    averages: bool = False  # the weights of the tail, equally weighted (Izmailov et al. 2018, arXiv:1803.05407)
 
 
 NEURONS, CAUTIOUS, POLAR = {"neuron_decay": 0.95}, {"cautious": True}, {"polynomials": POLAR_EXPRESS}
@@ -92,11 +91,11 @@ def get_args():
 
 
 def train(variant: Variant, model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_file: Path):
-    """Train for --tokens, from where an earlier call saved.
+    """Train for --tokens, continuing from the state of an earlier call, if any.
 
     Returns:
-        the model to examine; about the run: steps, non-padding tokens, seconds of computing, and those of them in the
-        optimizer.
+        the model to evaluate; and the run's steps, non-padding tokens, seconds of computing, and seconds of those in
+        the optimizer.
     """
     args.optimizer = variant.optimizer
     optimizer = make_optimizer(model, args, **variant.options)
@@ -142,7 +141,7 @@ def train(variant: Variant, model: MiniMindLM, rows: PretrainDataset, here: Runt
 
 
 def measure(args, result_file: Path) -> None:
-    """Train one variant, or go on, and examine it."""
+    """Train one variant, or continue, and evaluate it."""
     device = pick_device(args.device)
     here = Runtime(device, DTYPES[default_dtype(device)])
     tokenizer = load_tokenizer(args.tokenizer)
@@ -159,7 +158,7 @@ def measure(args, result_file: Path) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """The variants, best first, each beside plain Muon with the same seeds: mean and deviation over the seeds."""
+    """The variants, best first, each compared with Muon at the same seeds: mean and standard deviation over seeds."""
     by_variant: dict[str, dict[int, dict]] = {}
     for result in results:
         by_variant.setdefault(result["variant"], {})[result["seed"]] = result

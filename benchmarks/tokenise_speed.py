@@ -32,7 +32,7 @@ LONG_CHARS = {"tokenizers": math.inf, "tiktoken": fast_bpe.LONG_CHARS}  # where 
 
 
 def tokenise(kind: type[RowDataset], path: Path, tokenizer, by: str) -> tuple[float, float, str]:
-    """Build the cache of a file: seconds it takes, seconds of all cores, and the hash of the ids."""
+    """Build a file's cache; returns the seconds, the CPU seconds of all cores, and the hash of the ids."""
     fast_bpe.LONG_CHARS = LONG_CHARS[by]
     started, computed = time.perf_counter(), time.process_time()
     cache = kind(path, tokenizer, 512).cache

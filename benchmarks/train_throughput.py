@@ -50,7 +50,7 @@ PRODUCT_SECONDS = 0.5  # for which matrix products are timed
 def measure(
     contenders: dict[str, Step], rounds: int, seconds: float, synchronize: Callable[[], None]
 ) -> dict[str, float]:
-    """Let the contenders take turns and print their medians; the first one is what the others are compared with.
+    """Let the contenders take turns and print their medians; the others are compared with the first one.
 
     Returns:
         the non-padding tokens per second of each.
@@ -83,7 +83,7 @@ def measure(
 
 
 def product_rate(device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> float:
-    """Floating-point operations per second of large matrix products, the best of several."""
+    """The floating-point operations per second of large matrix products, best of several."""
     n = PRODUCT_SIDE if device.type == "cpu" else 8 * PRODUCT_SIDE
     x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     x @ y
@@ -128,10 +128,10 @@ def get_args() -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace, folder: Path) -> None:
-    """Let all contenders of a stage train and print what came of it.
+    """Let all contenders of a stage train, and print the results.
 
     Args:
-        folder: for files that are needed meanwhile.
+        folder: a folder for temporary files.
     """
     args.device = pick_device(args.device)
     args.learning_rate = 1e-4
@@ -181,7 +181,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
 
 def mean_context(rows: PretrainDataset) -> float:
-    """The length of the sample that a token lies in, on average over the tokens of the first rows."""
+    """The mean length of a token's sample, over the tokens of the first rows."""
     lengths = [len(rows[number]["input_ids"]) for number in range(min(len(rows), 1000))]
     return sum(length**2 for length in lengths) / sum(lengths)
 

@@ -37,10 +37,10 @@ from trainer.schedule import make_optimizer
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operators have made and that still live.
+    """Counts the bytes of storages that operators have allocated and that are still alive.
 
     Attributes:
-        now, peak: bytes, and the most since `peak` was set last.
+        now, peak: bytes now, and their maximum since `peak` was last set.
     """
 
     def __init__(self):
@@ -69,7 +69,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class CudaBytes:
-    """The same from CUDA's allocator."""
+    """The same, reported by CUDA's allocator."""
 
     @property
     def now(self) -> int:
@@ -94,7 +94,7 @@ def counting(device: torch.device) -> Iterator[LiveBytes | CudaBytes]:
 
 
 def training_step(model, optimizer, scaler, run: Runtime, ids: torch.Tensor, engine_steps: bool) -> None:
-    """A step of train_pretrain.py's loop, of one micro-batch of rows without padding."""
+    """A step of train_pretrain.py's loop with one micro-batch of rows without padding."""
     sync_gradients(model, last=True)
     with run.autocast():
         out = model(input_ids=ids, logits_to_keep=target_mask(ids))
@@ -109,7 +109,7 @@ def training_step(model, optimizer, scaler, run: Runtime, ids: torch.Tensor, eng
 
 
 def measure(args, run: Runtime, config: LMConfig, checkpointing: bool) -> dict[str, float]:
-    """Bytes held between steps and at the peak of one, and a step to be timed."""
+    """Bytes allocated between steps and at a step's peak, and a step function to be timed."""
     torch.manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (args.batch_size, args.max_seq_len), device=run.device)
     with counting(run.device) as live:

@@ -1,12 +1,12 @@
 """Cache folders: built once, atomically, and reused by every later run, rank and worker.
 
-The caches of a source (a data file, a folder of pictures) lie in one folder, `.cache/NAME/` beside it:
+The caches of a source (a data file, a folder of images) are in one folder, `.cache/NAME/` beside it:
 
-    STATE-NAME/       a cache: STATE tells one state of the source from another, NAME what is computed, and how
-    STATE-NAME/about.json   of which source it is; its time is when the cache was last opened
-    in_use/           a locked file for every opened cache and process: what has one is never removed
-    lock              held by who builds
-    partial-…/, removed-…/  what is being built or removed, or was when a process was killed
+    STATE-NAME/       a cache: STATE identifies a state of the source, NAME what is computed, and how
+    STATE-NAME/about.json   the source; its modification time is when the cache was last opened
+    in_use/           a locked file for every opened cache and process: caches in use are never removed
+    lock              held by the process that builds
+    partial-…/, removed-…/  caches being built or removed, or left so by a killed process
 """
 
 import errno
@@ -44,7 +44,7 @@ def short_hash(parts: list) -> str:
 
 
 def fingerprint_file(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -> str:
-    """What tells one state of a file from another without reading 9 GB: size, time, and blocks from head to tail."""
+    """A fingerprint of a file's state that need not read 9 GB: size, time, and blocks spread over the file."""
     status = path.stat()
     content = hashlib.sha256()
     with open(path, "rb") as file:
@@ -57,21 +57,21 @@ def fingerprint_file(path: Path, blocks: int = 16, block_bytes: int = 1 << 16) -
 def open_cache(
     source: Path, state: str, name: str, load: Callable[[Path], Loaded], build: Callable[[Path], None]
 ) -> Loaded:
-    """What `load` makes of the cache of this name, in `.cache/` beside `source`, or in `~/.cache` if that is read-only.
+    """The cache of this name, loaded by `load`, from `.cache/` beside `source`, or `~/.cache` if that is read-only.
 
-    Where there is none, `build` fills an empty folder that gets its name when it is whole; a second process waits, and
-    uses the first one's. Then those of other states of the source are removed, unless a process uses one (`hold`).
-    One that vanishes before it is loaded, or is damaged, is made again.
+    If there is none, `build` fills an empty folder, which is renamed once it is complete; a second process waits, and
+    uses the first one's. Then caches of other states of the source are removed, except those in use (`hold`). A cache
+    that vanishes before it is loaded, or is damaged, is built again.
 
     Args:
-        source: the file or folder that it is computed from.
-        state: tells one state of the source from another, a `short_hash`.
-        name: tells what is computed, and by which settings.
-        load: is given the folder, which it holds (`hold`) before it reads; raises OSError, ValueError or LookupError
-            where the content is not whole.
+        source: the file or folder that the cache is computed from.
+        state: identifies the state of the source, a `short_hash`.
+        name: identifies what is computed, and with which settings.
+        load: takes the folder, and calls `hold` before it reads it; raises OSError, ValueError or LookupError if the
+            content is damaged.
 
     Raises:
-        DataError: it cannot be written, or not be made again; whatever `build` raises.
+        DataError: the cache cannot be written or rebuilt; and whatever `build` raises.
     """
     found = find_cache(source, state, name, load)
     for _ in range(2):
@@ -84,7 +84,7 @@ def open_cache(
 
 
 def find_cache(source: Path, state: str, name: str, load: Callable[[Path], Loaded]) -> Loaded | None:
-    """What `open_cache` would find; None where it would build. A damaged cache is removed."""
+    """The cache that `open_cache` would find; None if it would build one. A damaged cache is removed."""
     for root in cache_roots(source):
         folder = root / f"{state}-{name}"
         if folder.is_dir():
@@ -98,9 +98,9 @@ def find_cache(source: Path, state: str, name: str, load: Callable[[Path], Loade
 
 
 def hold(folder: Path, holder: object) -> None:
-    """Keep a cache folder from being removed as long as `holder` lives, and note that it was used now.
+    """Keep a cache folder from being removed while `holder` lives, and record that it was used now.
 
-    Where nothing can be written, or nothing locked, it is not kept: whoever could remove it cannot know.
+    On a read-only file system or one without locks it is not kept, because others cannot see that it is in use.
     """
     with suppress(OSError):
         os.utime(folder / ABOUT)
@@ -120,7 +120,7 @@ def _release(held: BinaryIO, mark: Path, process: int) -> None:
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process holds the cache folder, or may, for all that can be told here."""
+    """Whether a process uses the cache folder, or may use it as far as can be known here."""
     try:
         for mark in (folder.parent / IN_USE).iterdir():
             if mark.name.startswith(f"{folder.name}~"):
@@ -137,10 +137,10 @@ def in_use(folder: Path) -> bool:
 
 
 def remove_cache(folder: Path) -> bool:
-    """Remove a cache folder unless a process uses it; whether it is removed."""
+    """Remove a cache folder unless a process uses it; returns whether it was removed."""
     removed = folder.with_name(f"removed-{secrets.token_hex(4)}")
     try:
-        with _marking(folder.parent):  # nobody begins to use it between the question and the renaming
+        with _marking(folder.parent):  # so that no process begins to use it between the check and the renaming
             if in_use(folder):
                 return False
             folder.rename(removed)
@@ -152,10 +152,10 @@ def remove_cache(folder: Path) -> bool:
 
 @contextmanager
 def _marking(root: Path) -> Iterator[None]:
-    """Alone with the marks of what is in use, for a moment.
+    """Hold the lock on the marks of caches in use.
 
     Raises:
-        OSError: nothing can be written there; NoLocksError where nothing can be locked.
+        OSError: the folder is not writable; NoLocksError if its file system has no locks.
     """
     (root / IN_USE).mkdir(exist_ok=True)
     with lock(root / IN_USE / "lock"):
@@ -163,7 +163,7 @@ def _marking(root: Path) -> Iterator[None]:
 
 
 def cache_roots(source: Path) -> list[Path]:
-    """Where the caches of a source may lie, the best place first."""
+    """The folders that may contain the caches of a source, the preferred one first."""
     beside = source.parent / ".cache" / source.name
     home = home_caches()
     if home is None:
@@ -173,7 +173,7 @@ def cache_roots(source: Path) -> list[Path]:
 
 
 def home_caches() -> Path | None:
-    """Where caches lie that have no place beside their source; None for a user without a home."""
+    """The folder of caches that cannot be stored beside their source; None for a user without a home."""
     given = os.environ.get("XDG_CACHE_HOME")
     try:
         return (Path(given) if given else Path.home() / ".cache") / "minimind"
@@ -182,7 +182,7 @@ def home_caches() -> Path | None:
 
 
 def writable_root(source: Path) -> Path:
-    """The folder to write caches of a source to.
+    """The folder in which to write a source's caches.
 
     Raises:
         DataError: there is none.
@@ -234,13 +234,13 @@ def _build(source: Path, state: str, name: str, build: Callable[[Path], None]) -
 
 
 def is_cache(path: Path) -> bool:
-    """Whether this is a cache folder of ours."""
+    """Whether this is one of our cache folders."""
     return CACHE.fullmatch(path.name) is not None and path.is_dir()
 
 
 @contextmanager
 def _alone(root: Path) -> Iterator[bool]:
-    """While nobody else builds there; yields False where that cannot be known."""
+    """Hold the folder's build lock; yields False if its file system has no locks."""
     try:
         held = lock(root / "lock")
     except NoLocksError as error:
@@ -254,7 +254,7 @@ def _alone(root: Path) -> Iterator[bool]:
 
 
 def _clear(root: Path) -> None:
-    """Remove what killed processes were building or removing; the caller is alone."""
+    """Remove what killed processes left half built or half removed; the caller holds the lock."""
     for folder in root.iterdir():
         if LEFT_OVER.fullmatch(folder.name) and folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
@@ -262,7 +262,7 @@ def _clear(root: Path) -> None:
 
 @contextmanager
 def _renamed_when_whole(folder: Path) -> Iterator[Path]:
-    """A fresh folder to fill; renamed to `folder` at the end, all of it on the disk by then; removed on an error."""
+    """A new folder to fill: at the end it is flushed to disk and renamed to `folder`, on an error it is removed."""
     partial = folder.with_name(f"partial-{os.getpid()}-{secrets.token_hex(4)}")
     partial.mkdir()
     try:
@@ -282,9 +282,9 @@ def _renamed_when_whole(folder: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Have a written file, or a folder's list of names, on the disk, not on its way there.
+    """Flush a written file, or a folder's entries, to disk.
 
-    After a power cut a file system may know a renaming and not what was written before it.
+    After a power failure a file system may have kept a renaming but not the data written before it.
     """
     if path.is_dir():
         with suppress(OSError):  # Windows opens no folders, and some file systems flush none

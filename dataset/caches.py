@@ -11,7 +11,7 @@ from dataset.cache_folder import ABOUT, IN_USE, cache_roots, is_cache, remove_ca
 
 
 class Cache(NamedTuple):
-    """A cache folder: what it was computed from, what it holds, its bytes, and when it was last opened (Unix time)."""
+    """A cache folder: its source, its kind of content, its bytes, and when it was last opened (Unix time)."""
 
     folder: Path
     source: str
@@ -28,8 +28,8 @@ def caches_in(places: Iterable[Path]) -> list[Cache]:
 
 
 def limit_caches(sources: Sequence[str | Path], limit: int) -> None:
-    """Remove the least recently used caches beyond `limit` bytes in all (0: no limit), of those that lie where these
-    sources' may: beside them, and in the home. One that a process uses stays, so this comes when all are open.
+    """Remove the least recently used caches beyond a total of `limit` bytes (0: no limit), beside these sources and in
+    the home folder. Caches in use stay, so call this when all have been opened.
     """
     if not limit:
         return
@@ -50,7 +50,7 @@ def limit_caches(sources: Sequence[str | Path], limit: int) -> None:
 
 
 def free(cache: Cache) -> bool:
-    """Remove a cache unless it is in use, and its root with the last of them; whether it is removed."""
+    """Remove a cache unless it is in use, and its root if it was the last; returns whether it was removed."""
     removed, root = remove_cache(cache.folder), cache.folder.parent
     if removed and not any(is_cache(path) for path in root.iterdir()):
         shutil.rmtree(root / IN_USE, ignore_errors=True)
@@ -62,14 +62,14 @@ def free(cache: Cache) -> bool:
 
 
 def places_in(folder: Path) -> list[Path]:
-    """Where caches of what lies in a folder, or in the folders in it, would be; the folder itself when it is one."""
+    """The cache folders of a folder and of its subfolders, existing or not; the folder itself if it is one."""
     if folder.name == ".cache":
         return [folder]
     return [folder / ".cache", *(below / ".cache" for below in _folders_in(folder) if below.name != ".cache")]
 
 
 def human_size(count: float) -> str:
-    """Bytes as people read them: "47.1 GB"."""
+    """A size in readable form: "47.1 GB"."""
     for unit in ("kB", "MB", "GB"):
         count /= 1000
         if count < 999.95:
@@ -85,7 +85,7 @@ def _folders_in(folder: Path) -> list[Path]:
 
 
 def _cache(folder: Path) -> Cache | None:
-    """None where it is gone meanwhile."""
+    """The cache in a folder; None if it has been removed meanwhile."""
     try:
         files = {path.name: path.stat() for path in folder.iterdir()}
         used = files.get(ABOUT, folder.stat()).st_mtime
@@ -100,6 +100,6 @@ def _cache(folder: Path) -> Cache | None:
 def _read_source(folder: Path) -> str:
     try:
         return json.loads((folder / ABOUT).read_text(encoding="ascii"))["source"]
-    except (OSError, ValueError, LookupError, TypeError):  # of an earlier version: what the folder it lies in says
+    except (OSError, ValueError, LookupError, TypeError):  # an earlier version's: inferred from its folder
         root = folder.parent
         return str(root.parent.parent / root.name) if root.parent.name == ".cache" else root.name

@@ -1,4 +1,4 @@
-"""Data for preference learning: pairs of answers to one prompt, the better and the worse side by side in a row."""
+"""Data for preference learning: pairs of a better and a worse answer to one prompt, in the same row."""
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ class DPODataset(RowDataset):
     dropped.
 
     Attributes:
-        reference: what another model gives each token of the cache, fp32 (tokens,); where it is set, an item has a
-            column `reference`, fp32 (n,).
+        reference: another model's log p of each token of the cache, fp32 (tokens,); if it is set, items have a column
+            `reference`, fp32 (n,).
     """
 
     kind = "pair"
@@ -53,7 +53,7 @@ class DPODataset(RowDataset):
         return row if self.reference is None else row | {"reference": torch.zeros(0)}
 
     def places(self, row: int) -> np.ndarray:
-        """Where the row's tokens stand among all of the cache, int64 (n,)."""
+        """The indices of the row's tokens among all tokens of the cache, int64 (n,)."""
         pieces = self._pieces_in(row)
         begins = self.cache.begins[self.pieces.sample[pieces]]
         return np.concatenate(

@@ -1,6 +1,6 @@
 """A frozen vision tower's features of a folder of images: computed once, then memory-mapped by every run and worker.
 
-A cache is a folder: `features.bin`, fp16 (images, image_tokens, vision_dim), and `info.json`, their names in that
+A cache is a folder with `features.bin`, fp16 (images, image_tokens, vision_dim), and `info.json`, the names in that
 order and the shape of one. At ViT-B/16's 196 x 768 an image takes 301 kB.
 """
 
@@ -23,10 +23,10 @@ FORMAT = 1  # to be raised when the files above change
 
 
 class FeatureCache:
-    """The features in a cache folder, by an image's name. Pickles as the folder's name: each worker maps it itself.
+    """The features in a cache folder, by image name. It pickles as the folder's name: each worker maps the file itself.
 
     Raises:
-        OSError, ValueError, LookupError: a file of it is missing, cut off or damaged.
+        OSError, ValueError, LookupError: a file is missing, truncated or damaged.
     """
 
     def __init__(self, folder: Path):
@@ -57,7 +57,7 @@ def open_feature_cache(
     batch_size: int = 64,
     num_workers: int = 0,
 ) -> FeatureCache:
-    """Open the cache of these images, computing it where there is none.
+    """Open the cache of these images, computing it if there is none.
 
     Args:
         images: the hash of each image's bytes by its name, at least one. The hashes are part of the cache's name: where
@@ -65,7 +65,7 @@ def open_feature_cache(
         images_path: the folder that the names are relative to, beside which the cache lies.
         load: name -> the image's pixels, (1, 3, H, W).
         encode: pixels (images, 3, H, W) -> features (images, image_tokens, vision_dim).
-        tower: tells apart what `load` and `encode` make of an image.
+        tower: identifies the computation of `load` and `encode`.
         batch_size, num_workers: images encoded at once, and processes that load them.
 
     Raises:
@@ -81,7 +81,7 @@ def open_feature_cache(
             for pixels in unwrap_worker_errors(tqdm(loader, desc="encoding images", disable=None)):
                 features = encode(pixels).to("cpu", torch.float16)
                 features.numpy().tofile(file)
-        # In ASCII, what is beyond it in escapes: a file's name need not be UTF-8
+        # In ASCII with escapes, because a file's name need not be UTF-8
         (folder / "info.json").write_text(json.dumps({"names": names, "shape": features.shape[1:]}), encoding="ascii")
 
     # Which images are asked for is not a state of the folder: the next data file may ask for others.
@@ -95,7 +95,7 @@ def open_feature_cache(
 
 
 class _Loaded(Dataset):
-    """The images' pixels, loaded one by one."""
+    """The pixels of each image, loaded on access."""
 
     def __init__(self, names: Sequence[str], load: Callable[[str], Tensor]):
         self.names, self.load = names, load

@@ -16,7 +16,7 @@ EXCERPT_CHARS = 80
 MOST_REPORTED = 20  # bad lines, or names of keys
 MOST_COUNTED = 1000  # names of keys: where a file has more, its keys are no names but data
 
-Ignored = Counter[str]  # how often each key that has no meaning here stands in the lines
+Ignored = Counter[str]  # the number of lines with each key that has no meaning here
 
 
 class DataError(ValueError):
@@ -28,10 +28,10 @@ class BadRecord(ValueError):
 
 
 def unwrap_worker_errors(items: Iterable) -> Iterator:
-    """What a DataLoader yields; a DataError of a worker process, which comes wrapped in a traceback, as it was there.
+    """Yield a DataLoader's items; a worker's DataError, which arrives wrapped in a traceback, is unwrapped.
 
     Raises:
-        DataError: that one.
+        DataError: the unwrapped one.
     """
     try:
         yield from items
@@ -42,10 +42,10 @@ def unwrap_worker_errors(items: Iterable) -> Iterator:
 
 
 def require_data_file(path: str | Path) -> Path:
-    """Return `path` as a Path when it is a file that can be read and is not empty.
+    """Return `path` as a Path if it is a readable file that is not empty.
 
     Raises:
-        DataError: it is missing, no file, empty or not readable.
+        DataError: it is missing, not a file, empty or not readable.
     """
     path = Path(path)
     if not path.exists():
@@ -68,21 +68,20 @@ class JsonlReader:
     """Iterates over a jsonl file, holding one line in memory at a time.
 
     Args:
-        path: the file, UTF-8, one JSON object a line; a BOM, CRLF and blank lines at the end are fine.
-        parse: turns the object of a line into what the caller wants, and counts the keys that it has no use for in the
-            counter that it is given; raises BadRecord when it cannot.
+        path: the file, UTF-8, one JSON object per line; a BOM, CRLF and blank lines at the end are accepted.
+        parse: converts the object of a line into a record, and counts the keys that it does not use in the counter that
+            it is given; raises BadRecord if it cannot.
         skip_bad_lines: count bad lines instead of stopping at the first.
 
     Attributes (they grow while iterating):
-        bytes_read: bytes of the lines read so far.
+        bytes_read: the number of bytes of the lines read so far.
         sha256: of these bytes, a hashlib object.
-        bad_lines: how many lines were skipped.
+        bad_lines: the number of skipped lines.
         bad_reports: "line 17: reason: first characters" of the first `MOST_REPORTED` of them.
-        ignored: how often each key that has no meaning here stands in the good lines.
+        ignored: the number of good lines with each key that has no meaning here.
 
     Raises:
-        DataError: the file is missing or empty, or, while iterating, not jsonl at all, has a bad line or no
-            good.
+        DataError: the file is missing or empty, or, while iterating, is not jsonl, has a bad line, or has no good line.
     """
 
     def __init__(self, path: str | Path, parse: Callable[[dict, Ignored], Any], skip_bad_lines: bool = False):
@@ -124,7 +123,7 @@ class JsonlReader:
             self.ignored[name if name in self.ignored or len(self.ignored) < MOST_COUNTED else "others"] += count
 
     def _lines(self, file: BinaryIO) -> Iterator[bytes]:
-        """The lines as bytes, so that jsonlines can say which one is not UTF-8, counted and kept for the excerpt."""
+        """The lines as bytes, so that jsonlines can say which one is not UTF-8; counted, and kept for excerpts."""
         blank = 0  # lines, which are at the end of the file if nothing follows them
         for line in self._read(file):
             self.bytes_read += len(line)
@@ -165,6 +164,33 @@ class JsonlReader:
         return _why_no_object(cause, self._line) + (f"; the file seems to be {seems}" if seems else "")
 
 
+def read_objects(path: Path, parse: Callable[[dict], Any]) -> Iterator[tuple[int, Any]]:
+    """The objects of a jsonl file, or of a file that is one JSON list, parsed, each with its number from 1.
+
+    Args:
+        parse: raises BadRecord for an object that it cannot use.
+
+    Raises:
+        DataError: the file is neither, or an object is bad; with its line or row.
+    """
+    with open(path, "rb") as file:
+        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if not is_list:
+        yield from enumerate(JsonlReader(path, lambda record, ignored: parse(record)), 1)
+        return
+    try:
+        records = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error})") from None
+    for number, record in enumerate(records, 1):
+        try:
+            if not isinstance(record, dict):
+                raise BadRecord("not a JSON object")
+            yield number, parse(record)
+        except BadRecord as error:
+            raise DataError(f"{path}, row {number}: {error}") from None
+
+
 def parse_object(line: bytes) -> dict[str, Any]:
     """The JSON object of a line, as `JsonlReader` reads it.
 
@@ -195,7 +221,7 @@ def _why_no_object(cause: BaseException | None, line: bytes) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that stands twice, json.loads itself would keep the last value and forget the first."""
+    """A JSON object, refused if a key appears twice: json.loads would silently keep only the last value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -207,7 +233,7 @@ _decoder = json.JSONDecoder(object_pairs_hook=_object)  # json.loads would make 
 
 
 def named_counts(ignored: Mapping[str, int]) -> str:
-    """The keys that were counted, the most frequent first: "id 60, source 60"; at most `MOST_REPORTED`."""
+    """The counted keys, the most frequent first: "id 60, source 60"; at most `MOST_REPORTED`."""
     names = sorted(ignored, key=lambda name: (-ignored[name], name))
     shown = [f"{name} {ignored[name]:,}" for name in names[:MOST_REPORTED]]
     if len(names) > MOST_REPORTED:
@@ -216,7 +242,7 @@ def named_counts(ignored: Mapping[str, int]) -> str:
 
 
 def excerpt(line: bytes, width: int = EXCERPT_CHARS) -> str:
-    """The first `width` characters of a line, safe to print: what is not printable is escaped or replaced."""
+    """The first `width` characters of a line, safe to print: unprintable characters are escaped or replaced."""
     text = line[: 8 * width].decode("utf-8", errors="replace").rstrip("\r\n")
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:width])
     return shown + ("…" if len(text) > width else "")

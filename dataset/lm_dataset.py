@@ -27,19 +27,19 @@ class RowDataset(Dataset):
     of a sample never is. `position_ids` restart at 0 where a sample starts.
 
     Args:
-        data_path: a jsonl file; `dataset/records.py` says what its lines hold.
-        tokenizer: turns the lines into tokens; needed only here, not kept.
-        max_seq_len: the longest sample in tokens, at least 2; a row is as long, or as many times as long as a line has
-            samples (`group`).
-        packing: a row holds as many samples as fit; otherwise one.
+        data_path: a jsonl file; `dataset/records.py` describes its lines.
+        tokenizer: encodes the lines; needed only at construction.
+        max_seq_len: the longest sample in tokens, at least 2; a row has this length, times the number of samples per
+            line (`group`).
+        packing: put as many samples into a row as fit; otherwise one.
         skip_bad_lines: leave bad lines out and count them, instead of stopping at the first.
-        seed: decides which samples share a row.
-        part: "all" samples, or those `split_samples` gives to "train" or "eval".
+        seed: determines which samples share a row.
+        part: "all" samples, or those of "train" or "eval" by `split_samples`.
 
     Attributes:
         max_seq_len: the longest row in tokens.
-        rows_key: what decides the rows, as JSON values.
-        pieces: what became of the samples, in the order of the file; the rows are made of them.
+        rows_key: the values that determine the rows, as JSON values.
+        pieces: the samples after splitting or cutting, in file order; the rows consist of them.
         summary: one line to print at the start of a run: samples, tokens, rows; what was split, cut, dropped, skipped,
             and which keys of the lines were ignored.
 
@@ -89,11 +89,11 @@ class RowDataset(Dataset):
 
     @property
     def identity(self) -> dict:
-        """What the rows are made from, as JSON values, wherever it lies: the hash of the data file's bytes."""
+        """The origin of the rows as JSON values, independent of its path: the hash of the data file's bytes."""
         return {"sha256": self.cache.data_sha256}
 
     def changed_since(self, identity: dict) -> str | None:
-        """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        """A description of what has changed since `identity` was saved; None if nothing has."""
         if "position" in identity:
             return "the saved run used --stream, but this one does not"
         ours = self.cache.data_sha256
@@ -102,11 +102,11 @@ class RowDataset(Dataset):
         return f"{self.data_path} has changed since the saved run began"
 
     def make_pieces(self, samples: np.ndarray) -> Pieces:
-        """The pieces of these samples, which count from 0 there."""
+        """The pieces of these samples, numbered from 0."""
         return self.cut(self.cache.lengths[samples], self.cache.first_target[samples], self.max_seq_len)
 
     def _grouped(self, places: np.ndarray) -> np.ndarray:
-        """From numbers of groups to numbers of what is in them, one after another."""
+        """The indices of the samples in these groups, group after group."""
         return (places[:, None] * self.group + np.arange(self.group)).ravel()
 
     def __len__(self) -> int:
@@ -114,7 +114,7 @@ class RowDataset(Dataset):
 
     @property
     def row_tokens(self) -> np.ndarray:
-        """Tokens of each row, int64 (rows,)."""
+        """The number of tokens in each row, int64 (rows,)."""
         ends = np.concatenate([[0], np.cumsum(self.pieces.length[self._order])])[self._bounds]
         return np.diff(ends)
 
@@ -138,7 +138,7 @@ class RowDataset(Dataset):
         return self._order[self._bounds[row] : self._bounds[row + 1]]
 
     def piece(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids, labels and positions of one of the pieces, each int64 (length,)."""
+        """Ids, labels and positions of a piece, each int64 (length,)."""
         sample, start, length = (field[number] for field in self.pieces)
         ids = self.cache.ids(sample, start, length)
         labels = np.where(self.cache.targets(sample, start, length), ids, IGNORE_INDEX)
@@ -146,7 +146,7 @@ class RowDataset(Dataset):
         return ids, labels, np.arange(length)
 
     def _summary(self, samples: np.ndarray, pieces: Pieces, max_len: int) -> str:
-        """The start-up report, of these samples and the pieces that became of them."""
+        """The start-up report on these samples and the pieces that they were split into."""
         lengths = self.cache.lengths[samples]
         used, pieces_each = np.unique(pieces.sample, return_counts=True)
         split = pieces_each > 1
@@ -195,9 +195,9 @@ class SFTDataset(RowDataset):
 
 
 def split_samples(part: str, n_samples: int) -> np.ndarray:
-    """Which samples of a file a part holds, in order, int64 (samples in the part,).
+    """The indices of a part's samples in a file, ascending, int64 (samples in the part,).
 
-    "eval" is every hundredth sample, at most 500, evenly spread over the file, and none of a file of fewer than 200;
+    "eval" is every hundredth sample, at most 500, evenly spread over the file, or none if it has fewer than 200;
     "train" is the rest, "all" is both.
 
     Raises:

@@ -21,12 +21,12 @@ PER_IMAGE = ("pixel_values", "image_features")  # not one a token
 def collate(items: list[Batch], max_seq_len: int | None = None) -> Batch:
     """Stack rows, padded on the right to the longest of them (at least 2), or to `max_seq_len`.
 
-    Padding has input 0, label -100 and positions from 0, as a sample of its own: what it holds is never attended to
-    from outside and never in the loss.
+    Padding has input 0, label -100 and positions from 0, as a sample of its own: other tokens never attend to it, and
+    it is never in the loss.
 
     Args:
-        items: rows of a dataset, dicts of `input_ids`, `labels`, `position_ids`, each int64 (n,); of a VLMDataset also
-            `image_mask` bool (n,), and `pixel_values` or `image_features`, one an image.
+        items: rows of a dataset, dicts of `input_ids`, `labels`, `position_ids`, each int64 (n,); for a VLMDataset also
+            `image_mask` bool (n,), and `pixel_values` or `image_features`, one per image.
 
     Returns:
         each of them (rows, T), images those of all rows one after another, and `attention_mask` bool (rows, T), False
@@ -51,7 +51,7 @@ def collate(items: list[Batch], max_seq_len: int | None = None) -> Batch:
 
 
 def _padded(rows: list[torch.Tensor], width: int, value: int) -> torch.Tensor:
-    """Rows (n,) of several lengths -> (rows, width), filled up with `value`."""
+    """Rows (n,) of different lengths -> (rows, width), padded with `value`."""
     padded = rows[0].new_full((len(rows), width), value)
     for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = row
@@ -62,20 +62,20 @@ class StepLoader:
     """The micro-batches of one rank, optimizer step by optimizer step.
 
     Each epoch reshuffles the rows, by (seed, epoch) only. A step takes the next batch_size * accumulation_steps *
-    world_size of them (the last of an epoch what is left) and deals them out in micro-batches of batch_size rows: first
-    to rank 0, then to rank 1, and so on, round after round. Every rank gets equally many micro-batches, so
-    collective operations match; one without rows is padding only, and no row is seen twice.
+    world_size of them (the last step of an epoch takes the rest) and distributes them in micro-batches of batch_size
+    rows: first to rank 0, then to rank 1, and so on, in rounds. Every rank gets the same number of micro-batches, so
+    that collective operations match; one without rows is only padding, and no row is seen twice.
 
-    Micro-batches of a packed dataset always have the shape (batch_size, max_seq_len), missing rows being padding, so
-    compiled code sees one shape; others have the rows there are, at least one, padded to the longest.
+    Micro-batches of a packed dataset always have the shape (batch_size, max_seq_len), with padding for missing rows, so
+    that compiled code sees one shape; others have the available rows, at least one, padded to the longest.
 
     Args:
         dataset: rows, with the attributes `packing` and `max_seq_len`.
-        batch_size: rows of a micro-batch.
-        accumulation_steps: micro-batches of a step, on each rank.
+        batch_size: rows per micro-batch.
+        accumulation_steps: micro-batches per step, on each rank.
         epochs: passes over the dataset.
-        rank, world_size: this process, and how many share the work.
-        num_workers: processes that fetch micro-batches ahead; 0 fetches in this one. The order is the same.
+        rank, world_size: this process, and the number of processes.
+        num_workers: processes that load micro-batches ahead; 0 loads in this one. The order is the same.
 
     Attributes:
         steps_per_epoch, total_steps: optimizer steps.
@@ -111,7 +111,7 @@ class StepLoader:
         self.total_steps = epochs * self.steps_per_epoch
 
     def steps(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[list[Batch]]:
-        """Yield each step's micro-batches, as `collate` makes them, from step `start_step` (0-based) to before
+        """Yield each step's micro-batches, collated, from step `start_step` (0-based) to before
         `stop_step`, or to the last.
 
         `steps(k)` yields what `steps(0)` does from its k-th on.
@@ -133,7 +133,7 @@ class StepLoader:
             yield [next(micro_batches) for _ in range(self._rounds(step))]
 
     def _micro_batches(self, start_step: int) -> Iterator[list[int]]:
-        """Row numbers of each of this rank's micro-batches, from a step on."""
+        """The row numbers of each micro-batch of this rank, starting with those of step `start_step`."""
         epoch, rows = None, np.zeros(0, dtype=np.int64)
         for step in range(start_step, self.total_steps):
             if step // self.steps_per_epoch != epoch:
@@ -146,14 +146,14 @@ class StepLoader:
                 yield step_rows[mine : mine + self.batch_size].tolist()
 
     def _rounds(self, step: int) -> int:
-        """Micro-batches that each rank has in a step."""
+        """The number of micro-batches per rank in a step."""
         begin = step % self.steps_per_epoch * self._step_rows
         rows = min(self._step_rows, len(self.dataset) - begin)
         return math.ceil(rows / self._round_rows)
 
 
 def padded_collate(dataset, batch_size: int) -> Callable[[list[Batch]], Batch]:
-    """What makes a micro-batch of a dataset's rows, of one shape where they are packed."""
+    """The function that collates a dataset's rows into a micro-batch, of constant shape if they are packed."""
     fixed = {"rows": 1, "max_seq_len": None}
     if dataset.packing:
         fixed = {"rows": batch_size, "max_seq_len": dataset.max_seq_len}
@@ -161,5 +161,5 @@ def padded_collate(dataset, batch_size: int) -> Callable[[list[Batch]], Batch]:
 
 
 def _collate_padded(items: list[Batch], rows: int, max_seq_len: int | None, empty_row: Batch) -> Batch:
-    """Collate to at least `rows` rows, those that are missing being padding."""
+    """Collate, with empty rows added until there are `rows`."""
     return collate(items + [empty_row] * (rows - len(items)), max_seq_len)

@@ -16,13 +16,13 @@ class NoLocksError(OSError):
 
 
 def lock(path: Path, wait: bool = True) -> BinaryIO | None:
-    """The open file at `path`, made where there is none, locked until it is closed or this process ends.
+    """The open file at `path`, created if necessary, locked until it is closed or this process ends.
 
     Returns:
-        None where another holds the lock and we do not `wait` for it.
+        None if another process holds the lock and we do not `wait` for it.
 
     Raises:
-        NoLocksError: the file system, or the system, has none.
+        NoLocksError: the file system, or the operating system, has no locks.
         OSError: the file cannot be opened for writing.
     """
     file = open(path, "ab")  # noqa: SIM115 - open as long as the lock is held

@@ -11,13 +11,13 @@ from dataset.lm_dataset import RowDataset
 
 
 def amounts(sizes: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """How much to take of each file so that the shares hold and nothing is taken twice.
+    """The amount to take from each file so that the shares hold and nothing is taken twice.
 
-    As much as there is: the file that would run out first is taken whole, the others in proportion.
+    As much as possible is taken: all of the file that would run out first, and the others in proportion.
 
     Args:
-        sizes: how much each file has, in the unit that the shares are of (tokens, lines, characters).
-        shares: above 0, in proportion to each other: 7 and 3 say the same as 0.7 and 0.3.
+        sizes: the size of each file, in the unit of the shares (tokens, lines, characters).
+        shares: above 0, relative to each other: 7 and 3 mean the same as 0.7 and 0.3.
 
     Returns:
         in the same unit, each at most the file's size.
@@ -29,18 +29,18 @@ def amounts(sizes: Sequence[float], shares: Sequence[float]) -> list[float]:
 class MixedRows(Dataset):
     """Rows of several files in one dataset; each row is of one file, and the `StepLoader` shuffles them all together.
 
-    A share is of the non-padding tokens, which is what training costs and what the field's mixtures are given in:
-    by lines, a file of long texts would outweigh one of short ones. Which rows of a file are taken is decided by the
-    seed, once, and is the same in every epoch; a share is met to within one row.
+    Shares are of non-padding tokens, which determine the cost of training and in which mixtures are usually given: by
+    lines, a file of long texts would outweigh one of short ones. The seed determines, once for all epochs, which rows
+    of a file are taken; shares are exact to one row.
 
     Args:
         files: the rows of each file.
-        shares: of each file, in proportion to each other; None takes all rows of all files.
-        seed: decides which rows are taken.
+        shares: of each file, relative to each other; None takes all rows of all files.
+        seed: determines which rows are taken.
 
     Attributes:
-        packing, max_seq_len, empty_row: as of the files' rows.
-        summary: what to print at the start of a run: each file's own summary, then what is taken of it.
+        packing, max_seq_len, empty_row: as for the files' rows.
+        summary: the report at the start of a run: each file's own summary, and how much of it is taken.
     """
 
     def __init__(self, files: Sequence[RowDataset], shares: Sequence[float] | None, seed: int):
@@ -80,12 +80,12 @@ class MixedRows(Dataset):
 
     @property
     def identity(self) -> dict:
-        """What the rows are made from, as JSON values: the hash of each file's bytes, and its share."""
+        """The origin of the rows as JSON values: the hash of each file's bytes, and its share."""
         files = [file.identity for file in self.files]
         return {"sha256": short_hash([files, self.shares]), "files": files, "shares": self.shares}
 
     def changed_since(self, identity: dict) -> str | None:
-        """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        """A description of what has changed since `identity` was saved; None if nothing has."""
         if identity.get("sha256") == self.identity["sha256"]:
             return None
         before = identity.get("files", [])
@@ -96,7 +96,7 @@ class MixedRows(Dataset):
 
 
 def _some_rows(tokens: np.ndarray, wanted: float, seed: tuple[int, int]) -> np.ndarray:
-    """Rows drawn without replacement until they have the tokens wanted, in the order of the file, int64 (taken,)."""
+    """Rows drawn without replacement until they hold `wanted` tokens, in file order, int64 (taken,)."""
     drawn = np.random.default_rng(seed).permutation(len(tokens))
     taken = int(np.searchsorted(np.cumsum(tokens[drawn]), wanted)) + 1
     return np.sort(drawn[:taken])

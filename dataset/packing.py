@@ -1,7 +1,7 @@
 """Packing: long samples are split or cut, and the pieces are packed into rows with little padding.
 
-A sample is what a line of the data gives; a piece is a stretch of one sample, no longer than a row; a row is what the
-model reads, one or several pieces. Arrays here have one number for each of them: (samples,), (pieces,), (rows,).
+A sample comes from a line of the data; a piece is a stretch of one sample, no longer than a row; a row is an input of
+the model, one or several pieces. Arrays here have one number for each of them: (samples,), (pieces,), (rows,).
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ def split_long(lengths: np.ndarray, max_len: int) -> Pieces:
 
 
 def cut_long(lengths: np.ndarray, first_target: np.ndarray, max_len: int) -> Pieces:
-    """One piece a sample, cut after `max_len` tokens; samples without targets are dropped.
+    """One piece per sample, cut after `max_len` tokens; samples without targets are dropped.
 
     Args:
         lengths: tokens of each sample, int64 (samples,).
@@ -56,14 +56,14 @@ def pack(lengths: np.ndarray, max_len: int, seed: int) -> tuple[np.ndarray, np.n
     """Pack pieces into rows of `max_len` tokens: best-fit decreasing, within windows of the shuffled pieces.
 
     Best-fit decreasing takes the pieces from the longest to the shortest and puts each into the row with the least
-    space that still holds it (Johnson, "Near-optimal bin packing algorithms", 1973).
+    space in which it still fits (Johnson, "Near-optimal bin packing algorithms", 1973).
 
     Args:
         lengths: tokens of each piece, all from 1 to `max_len`, int64 (pieces,).
-        seed: decides the shuffle.
+        seed: determines the shuffle.
 
     Returns:
-        order (pieces,) and bounds (rows + 1,), int64: row r holds pieces order[bounds[r]:bounds[r + 1]].
+        order (pieces,) and bounds (rows + 1,), int64: row r has pieces order[bounds[r]:bounds[r + 1]].
     """
     shuffled = np.random.default_rng(seed).permutation(len(lengths))
     order, row_sizes = [], []
@@ -80,7 +80,7 @@ def pack(lengths: np.ndarray, max_len: int, seed: int) -> tuple[np.ndarray, np.n
 def best_fit(lengths: list[int], max_len: int) -> list[int]:
     """The row each piece goes to, pieces taken in the given order; rows are numbered from 0 as they are opened.
 
-    Open rows lie in buckets by their free space, and bit s of the integer `spaces` says whether bucket s has any:
+    Open rows are in buckets by their free space, and bit s of the integer `spaces` says whether bucket s has any:
     the tightest row that fits is the lowest set bit at or above the length, found without a search.
     """
     buckets: list[list[int]] = [[] for _ in range(max_len + 1)]

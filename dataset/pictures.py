@@ -1,7 +1,7 @@
-"""Pictures checked before training: each is fully decoded once, and the result is kept until the file changes.
+"""Images checked before training: each is fully decoded once, and the result is kept until the file changes.
 
-What was found lies beside the caches of the lines' file, in `pictures-….json`: the names that the lines hold, and of
-each picture its fingerprint, the hash of its bytes, and its fault.
+The results are stored beside the caches of the data file, in `pictures-….json`: the names in the lines, and each
+image's fingerprint, the hash of its bytes, and its fault.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ MISSING = "does not exist"
 
 
 class Picture(NamedTuple):
-    """The fingerprint of a picture's file, the hash of its bytes, and what is wrong ("does not exist"), or None."""
+    """The fingerprint of an image's file, the hash of its bytes, and its fault ("does not exist"), or None."""
 
     fingerprint: list[int]
     sha256: str
@@ -34,13 +34,13 @@ class Picture(NamedTuple):
 
 
 def picture_faults(paths: Sequence[Path]) -> list[str | None]:
-    """What is wrong with each of these pictures, such as "does not exist"; None if nothing is."""
+    """The fault of each of these images, such as "does not exist"; None if it has none."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return [picture.fault for picture in pool.map(examine, paths)]
 
 
 def examine(path: Path) -> Picture:
-    """Read a picture and decode all of it: one that is cut off has a whole header."""
+    """Read an image and decode all of it, because a truncated one may have a valid header."""
     try:
         if not os.path.isfile(path):  # Path's own raises where the name is too long, or a folder closed
             return Picture([], "", MISSING)
@@ -56,20 +56,20 @@ def examine(path: Path) -> Picture:
 
 
 def shown(name: str) -> str:
-    """A name in a message, which is one line: a name may hold anything, an image's content by mistake, too."""
+    """A name in a one-line message: a name may contain anything, by mistake even an image's bytes."""
     text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name[:SHOWN])
     return text if len(name) < SHOWN else f"{text}…"
 
 
 def refuse_faulty(names: Sequence[str], images_path: Path, faults: dict[str, str]) -> None:
-    """A line that names a picture with a fault is a bad line.
+    """Refuse a line that names an image with a fault.
 
     Args:
-        names: the line's.
-        faults: what is wrong with a picture, by its name.
+        names: the names in the line.
+        faults: the faults of images, by name.
 
     Raises:
-        BadRecord: which one, and why.
+        BadRecord: the message says which image, and why.
     """
     for name in names:
         if name in faults:
@@ -80,17 +80,17 @@ def refuse_faulty(names: Sequence[str], images_path: Path, faults: dict[str, str
 def check_pictures(
     data_path: str | Path, images_path: Path, names_of: Callable[[dict, Ignored], Sequence[str]]
 ) -> dict[str, Picture]:
-    """The pictures that the lines of a data file name, each examined, by name.
+    """The images that the lines of a data file name, each checked, by name.
 
-    Decoding is shared out among threads, which all cores can follow. A picture that is as it was when it was examined
-    is not read again, and while the data file is as it was, neither are its lines.
+    Decoding is divided among threads, which use all cores. An image that has not changed since it was checked is not
+    read again; nor are the lines if the data file has not changed.
 
     Args:
         images_path: the folder that the names are relative to.
-        names_of: the names in the object of a line; raises BadRecord for a line that is to be passed over here.
+        names_of: returns the names in a line's object; raises BadRecord for a line to be skipped here.
 
     Raises:
-        DataError: the data file is missing; nothing can be written beside it, nor in the home.
+        DataError: the data file is missing; neither its folder nor the home folder is writable.
     """
     path = require_data_file(data_path)
     record = writable_root(path) / f"pictures-{short_hash([str(images_path.resolve())])}.json"
@@ -136,7 +136,7 @@ def _examined(names: Sequence[str], images_path: Path) -> Iterator[tuple[str, Pi
 
 
 def _read(record: Path) -> dict:
-    """What was found before; nothing where that cannot be read."""
+    """The saved results of earlier checks; empty if they cannot be read."""
     try:
         known = json.loads(record.read_text(encoding="ascii"))
         return {"state": known["state"], "pictures": {name: Picture(*seen) for name, seen in known["pictures"].items()}}

@@ -1,9 +1,9 @@
 """Which keys the lines of data files may have, and reading the value of one.
 
-No key of a line is silently ignored. A set of keys says which ones of an object are used and which are refused,
-since leaving them out would change the training; the others, which mean nothing here (an id, a source, a score), are
-counted by name in `ignored`. A refused key that is null or empty says nothing, and is only counted. Keys that differ
-from ours only in letter case or underscores ("System", "toolCalls") mean the same, and are refused.
+No key of a line is silently ignored. A `Keys` says which keys of an object are used and which are refused because
+ignoring them would change the training; the others, which have no meaning here (an id, a source, a score), are counted
+by name in `ignored`. A refused key that is null or empty is only counted. Keys that differ from ours only in letter
+case or underscores ("System", "toolCalls") are taken to mean the same, and are refused.
 """
 
 from collections.abc import Mapping
@@ -17,17 +17,17 @@ from dataset.tool_records import IN_LINE, IN_TURN, says_nothing
 
 
 class Keys(NamedTuple):
-    """The keys of an object: those that it must have, others that are used, and why others are refused."""
+    """The keys of an object: required ones, optional ones, and refused ones with the reasons."""
 
     needed: tuple[str, ...]
     used: tuple[str, ...] = ()
     refused: Mapping[str, str] = MappingProxyType({})
 
     def check(self, found: dict, ignored: Ignored, where: str = "") -> None:
-        """Count the keys that mean nothing here, as "id", or "id (turn)" with `where` " (turn)".
+        """Count the keys without a meaning here, as "id", or "id (turn)" with `where` " (turn)".
 
         Raises:
-            BadRecord: a key is missing, or one that is refused says something.
+            BadRecord: a key is missing, or a refused key is not empty.
         """
         for key in self.needed:
             if key not in found:
@@ -105,7 +105,7 @@ TURN = Keys(
 
 
 def looks_like(record: dict) -> str:
-    """What a line is that could not be read, to follow the reason."""
+    """A description of an unreadable line, to be added after the reason."""
     shape = recognise_shape(record)
     return f" (this is {shape})" if shape else ""
 

@@ -43,7 +43,7 @@ def parse_text(record: dict, ignored: Ignored) -> str:
     """The text of a pretraining record `{"text": "…"}`.
 
     Raises:
-        BadRecord: key missing, not a string, nothing but whitespace, or not encodable.
+        BadRecord: the key is missing, not a string, only white space, or not encodable.
     """
     TEXT.check(record, ignored)
     text = string_at(record, "text")
@@ -55,14 +55,14 @@ def parse_text(record: dict, ignored: Ignored) -> str:
 def parse_chat(record: dict, ignored: Ignored) -> Turns:
     """The chat of a record `{"conversations": [{"role", "content"}, …]}`, every turn with its role.
 
-    A turn without a role is the user's, or the assistant's when the turn before it was the user's. A system turn may
-    only come first; the record's "system" is one. An answer may have its thought beside it, "reasoning_content", and
-    "weight" 0 or "train" false where it is not to be learned. It may call tools; what may be called stands at the first
-    turn then, "tools", see `dataset.tool_records`.
+    A turn without a role is the user's, or the assistant's if the turn before it was the user's. A system turn may only
+    come first; the record's "system" is one. An answer may have a separate thought, "reasoning_content", and "weight" 0
+    or "train" false if it is not to be trained on. It may call tools; the available tools are then in the first turn,
+    "tools", see `dataset.tool_records`.
 
     Raises:
-        BadRecord: not such a list, an unknown role, content that is no string, an empty answer, no answer to learn
-            from, calls and results that do not fit, or a key that is refused.
+        BadRecord: not such a list, an unknown role, content that is not a string, an empty answer, no answer to train
+            on, calls and results that do not match, or a refused key.
     """
     return _chat(record, CHAT, ignored)
 
@@ -70,7 +70,7 @@ def parse_chat(record: dict, ignored: Ignored) -> Turns:
 def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
     """The image names and the chat of a VLM record `{"image": …, "conversations": […]}`.
 
-    "image" is "a.jpg", or "a.jpg,b.jpg", or a list of names; absent, null or empty for text alone.
+    "image" is "a.jpg", or "a.jpg,b.jpg", or a list of names; absent, null or empty for text only.
 
     Raises:
         BadRecord: as in `parse_chat`; "image" is something else, or the chat has fewer `<image>` markers than images.
@@ -92,12 +92,12 @@ def parse_image_chat(record: dict, ignored: Ignored) -> tuple[list[str], Turns]:
 def parse_pair(record: dict, ignored: Ignored) -> Pair:
     """The two chats of a preference record `{"chosen": …, "rejected": …}`.
 
-    Both go the same way up to a turn that the assistant answers differently; answers before it are not targets, they
-    have "weight" 0. With a "prompt", a list of turns or a user's text, which comes in front of both, the two may be
-    lists of turns that continue it, or that repeat it, or texts of the assistant.
+    Both are equal up to a turn that the assistant answers differently; answers before it are not targets: they have
+    "weight" 0. With a "prompt", a list of turns or a user's text that precedes both, the two may be lists of turns that
+    continue or repeat it, or texts of the assistant.
 
     Raises:
-        BadRecord: as in `parse_chat`; or they part before an answer does, and so do not answer one prompt.
+        BadRecord: as in `parse_chat`; or they differ before an answer, and so do not answer the same prompt.
     """
     PAIR.check(record, ignored)
     prompt = _prompt(record, ignored)
@@ -118,10 +118,10 @@ def parse_pair(record: dict, ignored: Ignored) -> Pair:
 
 
 def parse_question(record: dict, ignored: Ignored) -> Turns:
-    """What to ask: the question of a record `{"question": "…"}`, or a chat up to its last user turn, as a chat.
+    """The prompt of a record as a chat: its `"question"`, or its chat up to the last user turn.
 
     Raises:
-        BadRecord: neither key, a chat as in `parse_chat` that is faulty, or no question in it.
+        BadRecord: neither key, a faulty chat (see `parse_chat`), or one without a question.
     """
     if "question" in record:
         QUESTION.check(record, ignored)
@@ -152,7 +152,7 @@ def _chat(record: dict, keys: Keys, ignored: Ignored) -> Turns:
 
 
 def _turns(record: dict, key: str, ignored: Ignored, roles_given: bool = False) -> Turns:
-    """The list of turns at a key, answers not yet checked; with `roles_given` each must say who speaks."""
+    """The turns under a key, before their answers are checked; with `roles_given` each must give its role."""
     turns = value_at(record, key, list, "a list")
     if not turns:
         raise BadRecord(f'"{key}" is empty')
@@ -168,7 +168,7 @@ def _turns(record: dict, key: str, ignored: Ignored, roles_given: bool = False) 
 
 
 def _turn(turn: object, before: Turns, ignored: Ignored) -> Turn:
-    """A turn as it is rendered; `before` holds the turns that came ahead of it."""
+    """A turn in the form in which it is rendered; `before` holds the turns before it."""
     if not isinstance(turn, dict):
         raise BadRecord("not an object")
     if shape := foreign_turn(turn):
@@ -200,7 +200,7 @@ def _turn(turn: object, before: Turns, ignored: Ignored) -> Turn:
 
 
 def _tools_of(turn: dict, role: str) -> Turn:
-    """What a turn lists or calls, or whose result it is."""
+    """A turn's list of tools, its calls, or the id of the call whose result it is."""
     found: Turn = {}
     for key, speaker, said in (
         ("tools", "system", read_tools(turn)),
@@ -224,7 +224,7 @@ def _why_no_role(role: object) -> str:
 
 
 def _thought(turn: dict) -> str:
-    """The "reasoning_content" of a turn; empty where it is absent, null or nothing but whitespace."""
+    """A turn's "reasoning_content"; empty if it is absent, null or only white space."""
     if turn.get("reasoning_content") is None:
         return ""
     thought = string_at(turn, "reasoning_content")
@@ -232,7 +232,7 @@ def _thought(turn: dict) -> str:
 
 
 def _wanted(turn: dict) -> bool | None:
-    """Whether a turn is to be trained on, by "weight" or "train"; None if it does not say."""
+    """Whether a turn is trained on, according to its "weight" or "train"; None if it has neither."""
     weight, train = turn.get("weight"), turn.get("train")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1)):
         raise BadRecord(f'"weight" is {weight!r:.40}, but must be 0 or 1')
@@ -261,14 +261,14 @@ def _check_has_answer(chat: Turns, key: str) -> None:
 
 
 def _check_beginning(record: dict, chat: Turns, ignored: Ignored) -> None:
-    """A "prompt" beside a chat may only repeat how it begins."""
+    """Check that a "prompt" beside a chat only repeats the chat's beginning."""
     prompt = _prompt(record, ignored)
     if not _begins_with(chat, prompt):
         raise BadRecord('the key "prompt" is refused: "conversations" does not begin with it')
 
 
 def _prompt(record: dict, ignored: Ignored) -> Turns:
-    """The turns of "prompt", the last one a user's; none where it is absent or null."""
+    """The turns of "prompt", of which the last is a user's; none if it is absent or null."""
     prompt = record.get("prompt")
     if prompt is None:
         return []
@@ -287,7 +287,7 @@ def _prompt(record: dict, ignored: Ignored) -> Turns:
 
 
 def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
-    """The whole chat of "chosen" or "rejected", the prompt in front."""
+    """The whole chat of "chosen" or "rejected", including the prompt."""
     if isinstance(record.get(key), str):
         if not prompt:
             raise BadRecord(f'"{key}" is a text without a "prompt" that it answers')
@@ -307,7 +307,7 @@ def _side(record: dict, key: str, prompt: Turns, ignored: Ignored) -> Turns:
 
 
 def _begins_with(chat: Turns, prompt: Turns) -> bool:
-    """Whether the chat's first turns are those of the prompt, a system turn in front of them apart."""
+    """Whether the chat begins with the prompt's turns; a system turn that only the chat has is ignored."""
     if prompt and prompt[0]["role"] != "system" and chat and chat[0]["role"] == "system":
         chat = chat[1:]
     return len(chat) >= len(prompt) and all(map(_same, chat, prompt))
@@ -318,7 +318,7 @@ def _same(turn: Turn, other: Turn) -> bool:
 
 
 def _with_system(record: dict, chat: Turns) -> Turns:
-    """The chat with the record's "system", if it has one, as its system turn."""
+    """The chat with the record's "system", if any, as its system turn."""
     if record.get("system") is None:
         return chat
     system = {"role": "system", "content": string_at(record, "system")}

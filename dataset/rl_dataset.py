@@ -28,7 +28,7 @@ def parse_problem(record: dict, ignored: Ignored) -> Problem:
     """The problem of a record `{"question" or "conversations", "answer": text or number}`.
 
     Raises:
-        BadRecord: no answer, an answer that is not text or a finite number; a question as in `parse_question`.
+        BadRecord: no answer, an answer that is not text or a finite number; or as in `parse_question`.
     """
     if "answer" not in record:
         raise BadRecord('the key "answer" is missing')
@@ -45,11 +45,11 @@ def parse_problem(record: dict, ignored: Ignored) -> Problem:
 class RLDataset(RowDataset):
     """`{"question" or "conversations", "answer"}` lines: a row is a prompt, which ends where the model is to answer.
 
-    An item has `input_ids`, `labels` (all -100: nothing is given to learn), `position_ids`, int64 (n,), and `number`,
-    int64 (n,), the line's number among those that were read, n times. Rows are never packed.
+    An item has `input_ids`, `labels` (all -100: there are no targets), `position_ids`, int64 (n,), and `number`, int64
+    (n,), the line's number among the lines read, n times. Rows are never packed.
 
     Args:
-        max_new_tokens: room that a prompt must leave in `max_seq_len`; one that does not is dropped and counted.
+        max_new_tokens: tokens that a prompt must leave free in `max_seq_len`; longer ones are dropped and counted.
     """
 
     kind = "problem"
@@ -87,7 +87,7 @@ class RLDataset(RowDataset):
 
     @property
     def numbers(self) -> np.ndarray:
-        """The numbers of all problems that are asked, int64 (problems,)."""
+        """The numbers of all problems that are kept, int64 (problems,)."""
         return self.pieces.sample
 
     def prompt(self, number: int) -> list[int]:
@@ -95,11 +95,11 @@ class RLDataset(RowDataset):
         return self.cache.ids(number, 0, int(self.cache.lengths[number])).tolist()
 
     def problem(self, number: int) -> Problem:
-        """The problem of a line, as it was read."""
+        """The problem of a line."""
         note = self.cache.note(number)
         return Problem(note["chat"], note["answer"])
 
 
 def asking_for(max_new_tokens: int) -> partial:
-    """The dataset class for answers of up to so many tokens, as `open_data` takes it."""
+    """The dataset class for answers of up to this many tokens, in the form that `open_data` takes."""
     return partial(RLDataset, max_new_tokens=max_new_tokens)

@@ -32,7 +32,7 @@ COLUMN = re.compile(r'"?\w[\w .-]{0,39}"?')
 
 
 def foreign_file(head: bytes) -> str | None:
-    """What a file is that has no line to read, by its first bytes: "a parquet file: …"; None where it may be ours."""
+    """The format of a file without JSON lines, from its first bytes: "a parquet file: …"; None if it may have them."""
     for magic, shape in MAGIC:
         if head.startswith(magic):
             return shape
@@ -45,7 +45,7 @@ def foreign_file(head: bytes) -> str | None:
 
 
 def foreign_first_line(path: Path, line: bytes) -> str | None:
-    """What a file seems to be if its first line is not a JSON object."""
+    """The apparent format of a file whose first line is not a JSON object."""
     text = line.decode("utf-8", errors="replace").strip()
     if text == "{":
         return "JSON spread over several lines; write one object per line (jq -c .)"
@@ -59,7 +59,7 @@ def foreign_first_line(path: Path, line: bytes) -> str | None:
 
 
 def foreign_turn(turn: dict) -> str | None:
-    """What a turn of a chat is that says what we do not read, by its keys."""
+    """The foreign format of a chat turn, and what to do, by its keys; None if it is not recognised."""
     if "content" not in turn and {"from", "value"} <= turn.keys():
         return 'ShareGPT format: rename "from" to "role" (human: user, gpt: assistant) and "value" to "content"'
     speaker = next((key for key in ("from", "speaker", "author") if key in turn), None)
@@ -69,9 +69,9 @@ def foreign_turn(turn: dict) -> str | None:
 
 
 def recognise_shape(record: dict) -> str | None:
-    """What a JSON object is, of our forms or another, and what to do with it; None where that is not clear.
+    """The format of a JSON object, one of ours or another, and what to do with it; None if it is not clear.
 
-    Only for one that a stage could not read: it speaks of lines that want another stage, or other keys.
+    Only for objects that a stage could not read: the message says which stage or keys they need.
     """
     turns = next((record[key] for key in ("conversations", "conversation", "messages") if key in record), None)
     first = turns[0] if isinstance(turns, list) and turns else None
@@ -100,20 +100,20 @@ def recognise_shape(record: dict) -> str | None:
 
 
 def prepare_command(path: Path, stage: str) -> str:
-    """The command that converts a file of another shape."""
+    """The command that converts a file of another format."""
     out = path.with_name(f"{path.name.split('.')[0]}_ours.jsonl")
     return f"python scripts/prepare_data.py {path} --stage {stage} --out {out}"
 
 
 def file_advice(path: Path, shape: str) -> str:
-    """To follow what `foreign_file` says of a file: the command that makes one of ours of it, where there is one."""
+    """The addition to `foreign_file`'s description: the command that converts the file to our format, if any."""
     if not shape.startswith(READ_BY_PREPARING):
         return ""
     return f"; or convert it with: {prepare_command(path, 'pretrain|sft|dpo|reason')}"
 
 
 def line_advice(path: Path, line: bytes) -> str:
-    """The same of a line that a stage could not read: where it has a shape that is not ours, the command for it."""
+    """The same for a line that a stage could not read: the command for its format if it is not ours."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -123,7 +123,7 @@ def line_advice(path: Path, line: bytes) -> str:
 
 
 def raw_stage(record: dict) -> str | None:
-    """The stage that would learn from a record of a shape that is not ours, once it is prepared; None of ours."""
+    """The stage that could train on a record of another format after conversion; None for our own formats."""
     asked = any(key in record for key in ASKED)
     if {"chosen", "rejected"} <= record.keys():
         return "dpo" if "prompt" not in record and asked else None

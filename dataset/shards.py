@@ -12,14 +12,14 @@ from dataset.cache_folder import short_hash
 from dataset.jsonl import DataError, require_data_file
 from dataset.shapes import HEAD_BYTES, file_advice, foreign_file
 
-PATTERN = "*.jsonl"  # what is read of a folder
-PROBES, PROBE_BYTES = 16, 4096  # files that are looked into to tell one state of the data from another, and how far
+PATTERN = "*.jsonl"  # the files that are read in a folder
+PROBES, PROBE_BYTES = 16, 4096  # number of files to fingerprint, and bytes read from each end
 REST_BYTES = 1 << 16  # read at once behind a block, to the end of its last line
 COUNT_BYTES = 1 << 24  # read at once to count lines
 
 
 class Shard(NamedTuple):
-    """A file of a stream: where it is, as messages name it, and its bytes."""
+    """A file of a stream: its location, its name in messages, and its size in bytes."""
 
     address: str
     size: int
@@ -29,7 +29,7 @@ class Shard(NamedTuple):
         return self.address.replace("\\", "/").rpartition("/")[2]
 
     def read(self, begin: int, end: int) -> bytes:
-        """The bytes from `begin` to before `end`, or to the end of the file.
+        """The bytes from `begin` up to `end`, or to the end of the file.
 
         Raises:
             DataError: it cannot be read.
@@ -48,9 +48,9 @@ class Shard(NamedTuple):
             raise unreadable(self.address, error) from error
 
     def lines(self, begin: int, end: int) -> Iterator[tuple[int, bytes]]:
-        """The lines that begin at `begin` or behind it, and before `end`, each with its place; not its line end.
+        """The lines that begin in [begin, end), each with its place, without line ends.
 
-        Ranges that lie end to end give each line of the file once, whatever its length.
+        Adjacent ranges give each line of the file once, whatever its length.
         """
         place = begin
         data = self.read(max(0, begin - 1), end)
@@ -66,7 +66,7 @@ class Shard(NamedTuple):
             place += len(line)
 
     def _rest_of_line(self, at: int, before: bytes) -> bytes:
-        """What belongs to the line that goes on at a place, `before` being what precedes it."""
+        """The rest of the line that continues at byte `at`; `before` is the data before that byte."""
         rest = bytearray()
         while at < self.size and not before.endswith(b"\n"):
             before = self.read(at, at + max(REST_BYTES, len(rest)))
@@ -76,7 +76,7 @@ class Shard(NamedTuple):
         return bytes(rest)
 
     def is_blank_from(self, place: int) -> bool:
-        """Whether nothing but white space follows."""
+        """Whether only white space follows."""
         while place < self.size:
             data = self.read(place, place + REST_BYTES)
             if data.strip():
@@ -85,14 +85,14 @@ class Shard(NamedTuple):
         return True
 
     def line_number(self, place: int) -> int:
-        """The number of the line that begins at a place, from 1; all lines before it are counted, which takes a while
-        in a large file."""
+        """The number, from 1, of the line that begins at a place; counting all lines before it takes a while in a large
+        file."""
         blocks = range(0, place, COUNT_BYTES)
         return 1 + sum(self.read(at, min(at + COUNT_BYTES, place)).count(b"\n") for at in blocks)
 
 
 def _split(data: bytes) -> Iterator[bytes]:
-    """The lines with their ends; unlike bytes.splitlines, \\n alone ends one."""
+    """The lines with their line ends; unlike in bytes.splitlines, only \\n ends a line."""
     begin = 0
     while begin < len(data):
         end = data.find(b"\n", begin) + 1 or len(data)
@@ -101,7 +101,7 @@ def _split(data: bytes) -> Iterator[bytes]:
 
 
 def is_remote(address: str) -> bool:
-    """Whether fsspec is to read it: "s3://…", not "C:\\…"."""
+    """Whether it is an address for fsspec: "s3://…", not "C:\\…"."""
     return "://" in address
 
 
@@ -111,10 +111,10 @@ def unreadable(address: str, error: Exception) -> DataError:
 
 
 def list_shards(data_path: str) -> list[Shard]:
-    """The files of a stream, by name: one file, those of a folder (`PATTERN`), or those that a pattern with * names.
+    """The files of a stream, by name: one file, those of a folder (`PATTERN`), or those that match a pattern with *.
 
     Raises:
-        DataError: there is none, one is empty or no jsonl file, or the address cannot be read.
+        DataError: there is none, one is empty or not a jsonl file, or the address cannot be read.
     """
     if is_remote(data_path):
         shards = _remote_shards(data_path)
@@ -153,8 +153,8 @@ def _remote_shards(address: str) -> list[Shard]:
 
 
 def hash_shards(shards: list[Shard]) -> str:
-    """What tells one state of the files from another without reading them whole: names, sizes, and the beginning and
-    the end of some."""
+    """A fingerprint of the files' state that need not read them whole: names, sizes, and the beginning and end of
+    some."""
     probes = [
         [shard.read(0, PROBE_BYTES).hex(), shard.read(max(0, shard.size - PROBE_BYTES), shard.size).hex()]
         for shard in _some(shards)
@@ -168,10 +168,10 @@ def _some(shards: list[Shard]) -> list[Shard]:
 
 
 class Blocks:
-    """Equal pieces of the files, which are read one by one in any order; only the last of a file is shorter.
+    """Equal pieces of the files, which can be read in any order; only the last one of a file is shorter.
 
     Args:
-        block_bytes: of each.
+        block_bytes: the size of each.
     """
 
     def __init__(self, shards: list[Shard], block_bytes: int):

@@ -13,23 +13,23 @@ from dataset.workers import require_room_for
 
 
 class StreamLoader:
-    """The micro-batches of one rank, optimizer step by optimizer step, as a `StepLoader` gives them, of a stream.
+    """The micro-batches of one rank, optimizer step by optimizer step, like a `StepLoader`, but from a stream.
 
-    A step takes the next batch_size * accumulation_steps * world_size rows, over the ends of windows and epochs, and
-    deals them out as a `StepLoader` does; every micro-batch has all its rows.
+    A step takes the next batch_size * accumulation_steps * world_size rows, across the ends of windows and epochs, and
+    distributes them as a `StepLoader` does; every micro-batch has all its rows.
 
-    Each rank reads every world_size-th window and is given the others' by `gather`: about 3 bytes a token.
+    Each rank reads every world_size-th window and gets the others' by `gather`: about 3 bytes per token.
 
     Args:
-        dataset: the rows; `dataset.position` says where to begin, and always where the step behind the one that was
-            given last begins.
-        gather: what each rank has, in their order; all ranks call it.
-        stop: is told of a bad line, or a file that cannot be read, as the last step before it is given: the run is to
-            save what it has learned, and to end.
+        dataset: the rows; `dataset.position` says where to begin, and is kept at the beginning of the step after the
+            last one that was yielded.
+        gather: returns the values of all ranks, by rank; all ranks call it.
+        stop: called with the error for a bad line or unreadable file when the last step before it is yielded: the run
+            is to save its progress and to end.
         report: prints a line.
 
     Attributes:
-        steps_per_epoch: beyond any number that could be asked for, as a stream has no end.
+        steps_per_epoch: larger than any number of steps, because a stream has no end.
     """
 
     steps_per_epoch = sys.maxsize
@@ -56,10 +56,10 @@ class StreamLoader:
         self._read = Read()
 
     def steps(self, start_step: int, stop_step: int) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each of so many steps, from `dataset.position` on.
+        """Yield the micro-batches of each step, from `dataset.position` on.
 
         Raises:
-            DataError: the first of them cannot be read. Later, `stop` is told instead, and the steps end.
+            DataError: the first step cannot be read. Later `stop` is called instead, and the steps end.
         """
         if start_step >= stop_step:
             return
@@ -87,7 +87,7 @@ class StreamLoader:
             self._report(f"{self.dataset.data_path}: {self._read}")
 
     def _take(self, rows: Iterator) -> tuple[list[tuple[Window, int]], dict]:
-        """The rows of the next step, and where the one behind it begins."""
+        """The rows of the next step, and the position at which the step after it begins."""
         taken, place = [], self.dataset.position
         for _ in range(self._step_rows):
             window, number, place = next(rows)
@@ -95,7 +95,7 @@ class StreamLoader:
         return taken, place
 
     def _rows(self) -> Iterator[tuple[Window, int, dict]]:
-        """Each row, by its window and its number there, and the position behind it."""
+        """Each row, as its window and its number there, and the position after it."""
         first, skipped = self.dataset.position["window"], self.dataset.position["row"]
         empty = 0  # windows in a row
         for number, window in enumerate(self._windows(first), first):
@@ -113,7 +113,7 @@ class StreamLoader:
             skipped = 0
 
     def _windows(self, first: int) -> Iterator[Window | Fault]:
-        """All windows from one on: this rank's, and between them what the others have read."""
+        """All windows from number `first` on: this rank's own, and the others' read counts in between."""
         require_room_for(self.num_workers)
         own = DataLoader(
             Windows(self.dataset, first + self.rank, self.world_size),
@@ -127,5 +127,5 @@ class StreamLoader:
 
 
 def _as_it_is(window: Window | Fault) -> Window | Fault:
-    """For a DataLoader, which would make tensors of the arrays: they go through its pipe and need no shared memory."""
+    """Keeps the DataLoader from making tensors of the arrays: arrays go through its pipe, without shared memory."""
     return window

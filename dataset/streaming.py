@@ -1,10 +1,10 @@
 """Training rows from any number of files of any size, read during training: nothing is cached or kept.
 
-The files are cut into blocks of equal length. Each epoch takes the blocks in an order of its own, and reads them window
-by window: the lines of a window's blocks, from as many places of the data, are tokenised, split or cut, packed and
-shuffled together. A window depends on the data, the seed and its number alone, so that any process can make any of
-them: the workers of a rank take turns, and so do the ranks, which tell each other what they have read. All see the same
-rows in the same order, whatever the number of workers and ranks, and a run that is resumed reads one window again.
+The files are divided into blocks of equal length. Each epoch takes the blocks in its own order, and reads them window
+by window: the lines of a window's blocks, from different places in the data, are tokenised, split or cut, packed and
+shuffled together. A window depends only on the data, the seed and its number, so that any process can make any window:
+the workers of a rank take turns, and so do the ranks, which exchange what they have read. All see the same rows in the
+same order, whatever the number of workers and ranks, and a resumed run reads one window again.
 """
 
 from collections import Counter
@@ -32,8 +32,8 @@ BOM = b"\xef\xbb\xbf"
 
 
 class Read(NamedTuple):
-    """What reading came to: samples, how many were split, cut or dropped, bad lines and the first of them, keys that
-    have no meaning here."""
+    """Counts of what was read: samples, split, cut and dropped ones, bad lines and the first of them, and keys without
+    a meaning here."""
 
     samples: int = 0
     split: int = 0
@@ -61,11 +61,11 @@ class Read(NamedTuple):
 class Window(NamedTuple):
     """Rows that were read together.
 
-    tokens: those of all rows end to end, uint16 or uint32 (tokens,).
-    targets: which of them are targets, bool (tokens,); None: all.
-    lengths: tokens of each piece, int64 (pieces,).
+    tokens: the tokens of all rows, joined, uint16 or uint32 (tokens,).
+    targets: whether each is a target, bool (tokens,); None: all are.
+    lengths: number of tokens in each piece, int64 (pieces,).
     bounds: row r has pieces bounds[r] … bounds[r + 1], int64 (rows + 1,).
-    read: what reading came to.
+    read: the counts of reading it.
     """
 
     tokens: np.ndarray
@@ -79,7 +79,7 @@ class Window(NamedTuple):
         return len(self.bounds) - 1
 
     def row(self, number: int) -> dict[str, torch.Tensor]:
-        """A row as those of `RowDataset` are."""
+        """A row in the form of `RowDataset`'s."""
         first, last = self.bounds[number : number + 2]
         lengths = self.lengths[first:last]
         begin = int(self.lengths[:first].sum())
@@ -96,7 +96,7 @@ class Window(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """Why a window cannot be read, in words."""
+    """The reason why a window cannot be read."""
 
     reason: str
 
@@ -106,14 +106,14 @@ class StreamedRows:
 
     Args:
         data_path: a file, a folder, a pattern with *, or an address that fsspec reads.
-        dataset_class: what a line is, and what becomes of a long sample.
-        max_seq_len, packing, skip_bad_lines, seed: as of a `RowDataset`.
-        buffer_bytes: of a window: as much text is shuffled together.
-        hold_out: keep some blocks back, see `held_out`.
+        dataset_class: defines what a line is, and how a long sample is handled.
+        max_seq_len, packing, skip_bad_lines, seed: as in `RowDataset`.
+        buffer_bytes: the size of a window, whose text is shuffled together.
+        hold_out: hold some blocks out, see `held_out`.
 
     Attributes:
-        position: where the next row is: "window" and "row" in it, JSON values; to be set when a run is resumed.
-        windows: in an epoch.
+        position: the next row, as "window" and "row" in it, JSON values; set it to resume a run.
+        windows: the number of windows per epoch.
         summary: one line to print at the start of a run.
 
     Raises:
@@ -158,11 +158,11 @@ class StreamedRows:
 
     @property
     def identity(self) -> dict:
-        """What the rows are made from, and where the next one is, as JSON values."""
+        """The origin of the rows and the position of the next one, as JSON values."""
         return {"sha256": self._sha256, "position": dict(self.position)}
 
     def changed_since(self, identity: dict) -> str | None:
-        """What is no longer as it was when `identity` was noted, in words; None where all is."""
+        """A description of what has changed since `identity` was saved; None if nothing has."""
         if "position" not in identity:
             return "the saved run did not --stream its data"
         if identity.get("sha256") == self._sha256:
@@ -175,8 +175,8 @@ class StreamedRows:
         return {name: torch.zeros(0, dtype=torch.int64) for name in ("input_ids", "labels", "position_ids")}
 
     def held_out(self) -> "ListedRows | None":
-        """The rows of the blocks that are held out, in which no line that is trained on begins; of at most 500 samples.
-        None where the data is too small to spare a block.
+        """The rows of the held-out blocks, in which no line for training begins, from at most 500 samples. None if
+        there is too little data to hold out a block.
 
         Raises:
             DataError: there is a bad line.
@@ -185,7 +185,7 @@ class StreamedRows:
         return ListedRows(window, self) if window.rows else None
 
     def window(self, number: int) -> Window | Fault:
-        """A window, counted from 0 through all epochs, or why it cannot be read."""
+        """A window, numbered from 0 through all epochs, or the reason why it cannot be read."""
         epoch, place = divmod(number, self.windows)
         if epoch != self._epoch:
             shuffled = np.random.default_rng((self.seed, epoch)).permutation(self._learned)
@@ -221,7 +221,7 @@ class StreamedRows:
         )
 
     def _rows(self, lengths: np.ndarray, seed: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Which pieces share a row, rows in shuffled order: as `pack` gives it."""
+        """Which pieces share a row, as `pack` returns it, with the rows shuffled."""
         if self.packing:
             order, bounds = pack(lengths, self.max_seq_len, seed)
         else:
@@ -233,7 +233,7 @@ class StreamedRows:
 
 
 def any_mask(masks: list[np.ndarray | None]) -> bool:
-    """Whether samples say which of their tokens are targets; all of them do, or none."""
+    """Whether the samples have a target mask; either all have one or none has."""
     return bool(masks) and masks[0] is not None
 
 
@@ -244,14 +244,14 @@ def _counted(lengths: np.ndarray, pieces: Pieces, max_len: int) -> Read:
 
 
 class _Reading:
-    """The records of some blocks, and what is to be told of the lines."""
+    """Reads the records of some blocks, and counts their lines, bad lines and ignored keys."""
 
     def __init__(self, dataset_class: type[RowDataset], skip_bad_lines: bool):
         self._parse, self._skip_bad_lines = dataset_class.parse, skip_bad_lines
         self.counts = Read()
 
     def batches(self, blocks: Blocks, numbers: np.ndarray) -> Iterator[list]:
-        """Records in lists worth the tokenizer's threads."""
+        """Records in lists long enough for the tokenizer's threads."""
         batch, size = [], 0
         for number in numbers:
             for shard, place, line in blocks.lines(int(number)):
@@ -266,7 +266,7 @@ class _Reading:
             yield batch
 
     def _records(self, shard: Shard, place: int, line: bytes) -> list:
-        """The record of a line; none of a bad one that is skipped."""
+        """The record of a line as a list; an empty list for a bad line that is skipped."""
         line = (line.removeprefix(BOM) if place == 0 else line).strip()
         ignored: Counter = Counter()
         try:
@@ -290,7 +290,7 @@ class _Reading:
 
 
 class ListedRows(Dataset):
-    """The rows of one window, for an evaluation."""
+    """The rows of one window, for evaluation."""
 
     def __init__(self, window: Window, rows: StreamedRows):
         self._window = window
@@ -307,9 +307,9 @@ class ListedRows(Dataset):
 
 
 class Windows(IterableDataset):
-    """Each `stride`th window from one on, without end; the workers of a DataLoader take turns.
+    """Every `stride`th window from a first one on, without end; the workers of a DataLoader take turns.
 
-    With `batch_size=None` a DataLoader asks its workers one after another, and so gives the windows in their order.
+    With `batch_size=None` a DataLoader asks its workers in turn, and so yields the windows in order.
     """
 
     def __init__(self, rows: StreamedRows, start: int, stride: int):

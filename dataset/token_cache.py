@@ -1,20 +1,20 @@
 """A data file as tokens on disk: tokenised once, then memory-mapped by every run, rank and worker.
 
-A cache is a folder, written under another name and renamed when it is whole:
+A cache is a folder, written under another name and renamed when it is complete:
 
-    tokens.bin        the tokens of all samples end to end, uint16 (uint32 for a vocabulary beyond 65,536)
+    tokens.bin        the tokens of all samples, joined, uint16 (uint32 for a vocabulary beyond 65,536)
     mask.bin          one bit per token, whether it is a target; empty if every token is
     offsets.bin       int64 (samples + 1,): sample i is tokens[offsets[i]:offsets[i + 1]]
     first_target.bin  int64 (samples,): index of the first target token in the sample, its length if there is none
-    notes.bin         what else belongs to a sample, JSON, end to end; empty where nothing does
-    note_offsets.bin  int64 (samples + 1,): as offsets.bin, in bytes
-    info.json         counts, the first bad lines that were skipped, the keys that mean nothing here, and the
+    notes.bin         further data of each sample, JSON, joined; empty if there is none
+    note_offsets.bin  int64 (samples + 1,): like offsets.bin, in bytes
+    info.json         counts, the first skipped bad lines, the keys without a meaning here, and the
                       hash of all bytes of the data file
 
 Samples are whole, so one cache serves every row length. When the data file changes, the next cache replaces the old.
 
 A cache is found by the data file's size, time and sampled content, and used once its hash is known to be the file's: by
-what no edit leaves as it was (see `fingerprint`), else by hashing the file again.
+`fingerprint`, which every edit changes, or else by hashing the file again.
 """
 
 import hashlib
@@ -45,16 +45,16 @@ BATCH_BYTES = 1 << 21  # …but no more than this, as a token takes about 100 by
 
 
 class TokenCache:
-    """The samples of a cache folder. Pickles as the folder's name, so each worker maps the files itself.
+    """The samples of a cache folder. It pickles as the folder's name, so each worker maps the files itself.
 
     Attributes:
         lengths: tokens of each sample, int64 (samples,).
         first_target: index of the first target token in each sample, its length when there is none, int64 (samples,).
-        bad_lines, told, ignored: what `JsonlReader` says of bad lines, and of keys that mean nothing here.
+        bad_lines, told, ignored: `JsonlReader`'s counts and reports of bad lines, and of keys without a meaning here.
         data_sha256: the hash of all bytes of the data file, hex.
 
     Raises:
-        OSError, ValueError, LookupError: a file of it is missing, cut off or damaged, or it is not the one `expected`.
+        OSError, ValueError, LookupError: a file is missing, truncated or damaged, or not the `expected` cache's.
     """
 
     def __init__(self, folder: Path, expected: str | None = None):
@@ -95,11 +95,11 @@ class TokenCache:
 
     @property
     def begins(self) -> np.ndarray:
-        """Where each sample begins among all tokens, int64 (samples,)."""
+        """The index of each sample's first token, int64 (samples,)."""
         return self._offsets[:-1]
 
     def ids(self, sample: int, start: int, length: int) -> np.ndarray:
-        """Tokens start … start + length of a sample, int64 (length,)."""
+        """The tokens from `start` to `start + length` of a sample, int64 (length,)."""
         begin = self._offsets[sample] + start
         return self._tokens[begin : begin + length].astype(np.int64)
 
@@ -112,7 +112,7 @@ class TokenCache:
         return bits[begin % 8 : begin % 8 + length].astype(bool)
 
     def note(self, sample: int) -> Any:
-        """The note that belongs to a sample; None if the samples have none."""
+        """The note of a sample; None if the samples have none."""
         if self._notes is None:
             return None
         begin, end = self._note_offsets[sample : sample + 2]
@@ -127,18 +127,18 @@ def open_token_cache(
     encode: Callable[[list], list[Sample]],
     skip_bad_lines: bool = False,
 ) -> TokenCache:
-    """Open the cache of a data file, building it where there is none; a second process waits, and uses the first one's.
+    """Open the cache of a data file, building it if there is none; a second process waits and uses the first one's.
 
     Args:
         data_path: a jsonl file. The cache lies in `.cache/` beside it, or in `~/.cache` if that is read-only.
         tokenizer: its hash is part of the cache's name, as are the file's size, time and sampled content.
-        kind: names what `parse` and `encode` make of a line.
-        parse: as in `JsonlReader`: JSON object of a line -> record.
-        encode: list of records -> list of samples, any number of them a record.
+        kind: identifies `parse` and `encode`.
+        parse: as in `JsonlReader`: the JSON object of a line -> record.
+        encode: list of records -> list of samples, any number of them per record.
         skip_bad_lines: leave bad lines out and count them.
 
     Raises:
-        DataError: the file is missing, empty, has a bad line or none that is good, changed meanwhile, or the cache
+        DataError: the file is missing or empty, has a bad line or no good line, has changed meanwhile, or the cache
             cannot be written.
     """
     path = require_data_file(data_path)
@@ -166,9 +166,9 @@ def open_token_cache(
 
 
 def fingerprint(path: Path) -> list[int]:
-    """What no edit of a file leaves as it was: size, times of writing and of any change, and where it lies on the disk.
+    """Values of which any edit of a file changes at least one: size, times of writing and of any change, and inode.
 
-    The time of writing can be set back, that of any change cannot; Windows has none (its is when the file was made).
+    The time of writing can be reset, that of any change cannot; on Windows the latter is the creation time instead.
     """
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
@@ -186,7 +186,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_source(cache: TokenCache, path: Path) -> None:
-    """The cache was made of what the file holds now.
+    """Check that the cache was made from the file's present content.
 
     Raises:
         ValueError: it was not.
@@ -203,7 +203,7 @@ def _check_source(cache: TokenCache, path: Path) -> None:
 
 
 def _write_json(content: object, path: Path) -> None:
-    """A name that is not UTF-8 is written in escapes, as every character beyond ASCII is."""
+    """Write ASCII JSON, with escapes for everything else, because a file name need not be UTF-8."""
     path.write_text(json.dumps(content, indent=2), encoding="ascii")
     flush_to_disk(path)
 
@@ -214,7 +214,7 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
         desc=f"tokenising {reader.path.name}",
         unit="B",
         unit_scale=True,
-        disable=None,  # silent where stderr is no terminal
+        disable=None,  # silent if stderr is not a terminal
     )
     with progress, _Writer(folder, dtype) as writer:
         for samples in _encoded(_batches(reader), encode):
@@ -238,7 +238,7 @@ def _build(folder: Path, reader: JsonlReader, encode: Callable[[list], list[Samp
 
 
 def _batches(reader: JsonlReader) -> Iterator[list]:
-    """Records in lists worth the tokenizer's threads; a list that took a very long line in is closed at once."""
+    """Records in lists long enough for the tokenizer's threads; a very long line ends its list."""
     batch, begin = [], 0
     for record in reader:
         batch.append(record)
@@ -250,7 +250,7 @@ def _batches(reader: JsonlReader) -> Iterator[list]:
 
 
 def _encoded(batches: Iterator[list], encode: Callable[[list], list[Sample]]) -> Iterator[list[Sample]]:
-    """The samples of each batch, encoded while the next one is read: the tokenizer leaves Python alone meanwhile."""
+    """The samples of each batch, encoded while the next one is read: the tokenizer releases Python's lock."""
     with ThreadPoolExecutor(1) as thread:
         encoding = None
         for batch in batches:
@@ -287,7 +287,7 @@ class _Writer:
                 self._files["mask"].write(np.packbits(self._odd_bits))
 
     def write(self, samples: list[Sample]) -> None:
-        """Append samples; either all of them carry a mask or none does, in one cache, and so with notes."""
+        """Append samples; in one cache either all samples have a mask or none has, and the same is true of notes."""
         if not samples:
             return
         ids = [np.asarray(sample[0], self.dtype) for sample in samples]
@@ -306,7 +306,7 @@ class _Writer:
         self.samples += len(ids)
 
     def _write_ends(self, name: str, begin: int, parts: list) -> int:
-        """Append where each of the parts, which lie end to end from `begin`, ends; return the last end."""
+        """Append the end of each of the parts, which are stored consecutively from `begin`; returns the last end."""
         ends = begin + np.cumsum([len(part) for part in parts], dtype=np.int64)
         self._files[name].write(ends)
         return int(ends[-1])
@@ -319,6 +319,6 @@ class _Writer:
 
 
 def find_first_target(mask: np.ndarray) -> int:
-    """Place of the first target token, `len(mask)` when there is none; the first token has nothing before it."""
+    """The index of the first target, `len(mask)` if there is none; the first token, without context, does not count."""
     after_first = mask[1:]
     return int(after_first.argmax()) + 1 if after_first.any() else len(mask)

@@ -19,10 +19,10 @@ OTHER_RESULT_ROLES = ("observation", "ipython", "tool_response")
 
 
 def read_tools(found: dict[str, Any]) -> list[dict]:
-    """The tools that a line or a system turn lists; none where it does not say.
+    """The tools that a line or a system turn lists; empty if it lists none.
 
     Raises:
-        BadRecord: neither a list of objects with a "name" nor the JSON of one; a name twice; two lists that differ.
+        BadRecord: neither a list of objects with a "name" nor its JSON; a repeated name; two different lists.
     """
     lists = [_list_of(found, key, _tool) for key in IN_LINE if not says_nothing(found.get(key))]
     if not lists:
@@ -36,10 +36,10 @@ def read_tools(found: dict[str, Any]) -> list[dict]:
 
 
 def read_calls(turn: dict[str, Any]) -> list[dict]:
-    """The calls of a turn, {"name", "arguments"} and, where the line has one, "id"; none where it has none.
+    """The calls of a turn, {"name", "arguments"} and, if the line has one, "id"; empty if it has none.
 
     Raises:
-        BadRecord: neither such a list nor the JSON of one, no name, or arguments that are not an object.
+        BadRecord: neither such a list nor its JSON, no name, or arguments that are not an object.
     """
     calls = _list_of(turn, "tool_calls", _call) if not says_nothing(turn.get("tool_calls")) else []
     if says_nothing(turn.get("function_call")):
@@ -51,15 +51,15 @@ def read_calls(turn: dict[str, Any]) -> list[dict]:
 
 
 def settle(chat: list[dict], tools: list[dict], key: str) -> list[dict]:
-    """The chat as it is rendered: results in the order of their calls, no ids, the tools at its first turn.
+    """The chat in the form to be rendered: results in the order of their calls, no ids, the tools in the first turn.
 
     Args:
-        tools: those of the line.
-        key: of the chat in the line, for messages.
+        tools: the line's tools.
+        key: the key of the chat, for messages.
 
     Raises:
-        BadRecord: a call of what is not listed, a call without a result though the chat goes on, a result without a
-            call; tools of the line and of the system turn that differ.
+        BadRecord: a call of an unlisted tool, a call without a result although the chat continues, a result without a
+            call, or different tools in the line and in the system turn.
     """
     listed = chat[0].get("tools") if chat else None
     if listed and tools and listed != tools:
@@ -116,7 +116,7 @@ def _parsed(found: dict[str, Any], key: str) -> object:
 
 
 def _tool(entry: object, where: str) -> dict:
-    """A tool's function: the "type" around it says nothing."""
+    """A tool's function, with or without the {"type": "function"} around it."""
     function = function_of(entry) if isinstance(entry, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"].strip():
         raise BadRecord(f'{where} is not an object with a "name", or with one in its "function"')
@@ -144,5 +144,5 @@ def _check_text(value: dict, where: str) -> None:
 
 
 def says_nothing(value: object) -> bool:
-    """Whether a key is as good as absent: null, or an empty text, list or object."""
+    """Whether a value counts as absent: null, or an empty text, list or object."""
     return value is None or (isinstance(value, str | list | dict) and not value)

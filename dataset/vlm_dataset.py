@@ -1,4 +1,4 @@
-"""Data for a vision-language model: chats with images, as rows of tokens with the images' places among them."""
+"""Data for a vision-language model: chats with images, as rows of tokens that include the images' tokens."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,23 +25,23 @@ Record = tuple[list[str], Turns]  # names of images, chat
 
 
 class VLMDataset(SFTDataset):
-    """`{"image": …, "conversations": […]}` lines: text-only, one-image and many-image samples side by side.
+    """`{"image": …, "conversations": […]}` lines: samples without, with one, and with many images.
 
     Each `<image>` marker in a chat takes the next image; further markers stay text. Assistant turns are the targets.
-    An answer that does not fit a row is cut, but a sample that would lose a part of an image is dropped and counted.
+    An answer that does not fit a row is cut, but a sample that would lose part of an image is dropped and counted.
 
-    An item is a row as in `SFTDataset`, with `image_mask` bool (n,), True at the images' places, and the row's
+    An item is a row as in `SFTDataset`, with `image_mask` bool (n,), True at the images' tokens, and the row's
     images in order: `pixel_values` (images, 3, H, W) fp32 or, once `features` is set, `image_features`
     (images, image_tokens, vision_dim).
 
     Args:
         images_path: the folder that the images' names are relative to.
-        image_tokens: places an image takes.
-        processor: makes pixels as the tower wants them.
+        image_tokens: tokens per image.
+        processor: the image processor of the tower.
         The others are those of `SFTDataset`.
 
     Attributes:
-        features: what the tower made of the images; None = rows hold pixels.
+        features: the tower's features of the images; None = rows contain pixels.
 
     Raises:
         DataError: as in `SFTDataset`; an image named in a line is missing, truncated, or has no marker.
@@ -78,7 +78,7 @@ class VLMDataset(SFTDataset):
 
     @property
     def identity(self) -> dict:
-        """As in `RowDataset`; and of the images, what they hold, and the names of those that have a fault."""
+        """As in `RowDataset`, with the images' content, and the names of the damaged ones."""
         faulty = {"left_out": short_hash(self._faulty), "first_left_out": self._faulty[:LISTED]}
         return super().identity | {"images": self._whole} | faulty
 
@@ -129,7 +129,7 @@ class VLMDataset(SFTDataset):
         return {name: pictures[name].sha256 for name in names}
 
     def load_pixels(self, name: str) -> Tensor:
-        """An image of `images_path` as the tower wants it, (1, 3, H, W).
+        """An image of `images_path`, preprocessed for the tower, (1, 3, H, W).
 
         Raises:
             DataError: it cannot be read.
@@ -150,10 +150,10 @@ def _names_in(record: dict, ignored: Ignored) -> Sequence[str]:
 
 
 def parse_image_record(record: dict, ignored: Ignored, images_path: Path, faults: dict[str, str]) -> Record:
-    """`parse_image_chat`, and the images are there and whole.
+    """`parse_image_chat`, with a check that all images exist and are whole.
 
     Args:
-        faults: what is wrong with an image, by its name.
+        faults: the faults of images, by name.
 
     Raises:
         BadRecord: as in `parse_image_chat`, or an image has a fault.
@@ -166,7 +166,7 @@ def parse_image_record(record: dict, ignored: Ignored, images_path: Path, faults
 def encode_image_chats(
     tokenizer: PreTrainedTokenizerFast, records: Sequence[Record], image_tokens: int
 ) -> list[Sample]:
-    """Ids with the images' places, loss masks, and a note of the images' names and where their places start."""
+    """Ids including image tokens, loss masks, and a note with the images' names and the starts of their tokens."""
     place = image_token_id(tokenizer)
     chats = [_placed(chat, len(names), image_tokens) for names, chat in records]
     samples = []
@@ -178,7 +178,7 @@ def encode_image_chats(
 
 
 def _placed(chat: Turns, images: int, image_tokens: int) -> Turns:
-    """The chat with places for `images` images in place of its first markers."""
+    """The chat with image tokens in place of its first `images` markers."""
     turns = []
     for turn in chat:
         before, *after = turn["content"].split(IMAGE_MARKER, images)

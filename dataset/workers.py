@@ -1,4 +1,4 @@
-"""What the worker processes of a DataLoader need beyond it."""
+"""Support for a DataLoader's worker processes."""
 
 import multiprocessing
 from collections.abc import Callable
@@ -12,7 +12,7 @@ MORE_ROOM = "give it more (docker run --shm-size 2g), or --num_workers 0, which 
 
 
 def require_room_for(num_workers: int) -> None:
-    """What a DataLoader is about to set up for its workers, tried out: it leaves much noise behind where it fails.
+    """Try to allocate what a DataLoader will set up for its workers, because its own failure would be noisy.
 
     Raises:
         DataError: there is not even room for a lock.
@@ -25,9 +25,9 @@ def require_room_for(num_workers: int) -> None:
 
 
 def collate_to_send(items: list, collate: Callable[[list], Tensor | dict[str, Tensor]]) -> Tensor | dict[str, Tensor]:
-    """`collate(items)`; a worker puts the batch into shared memory at once, by which it will reach the main process.
+    """`collate(items)`; in a worker the batch is put into shared memory at once, in which the main process gets it.
 
-    Left to PyTorch, that is done by a thread of the worker, and where it fails (Docker's /dev/shm of 64 MB is full) the
+    By default a thread of the worker does this, and if it fails (such as when Docker's /dev/shm of 64 MB is full), the
     batch is lost and the main process waits for it forever.
 
     Raises:

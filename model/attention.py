@@ -21,7 +21,7 @@ def rope_angles(
 
     Args:
         position_ids: (batch, n) int64.
-        scaling: for texts longer than those trained on, see `model.rope_scaling`; None: none.
+        scaling: for texts longer than the training rows, see `model.rope_scaling`; None: none.
 
     Returns:
         Two fp32 tensors (batch, n, 1, head_dim / 2).
@@ -91,7 +91,7 @@ class Segments:
 class GroupedAttention(nn.Module):
     """Causal attention; `n_heads / n_kv_heads` query heads share a key/value head (arXiv:2305.13245).
 
-    What makes queries, keys and values of a token, and an output of what is attended to, is a subclass's.
+    Subclasses compute the queries, keys and values of the tokens, and project the result of the attention.
     """
 
     def __init__(self, config: LMConfig, layer: int):
@@ -114,7 +114,7 @@ class GroupedAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q (batch, n_heads, n, head_dim); k, v (batch, n_kv_heads, length, head_dim) -> shape of q.
 
-        mask None means causal; the queries are then all positions, or only the last one.
+        mask None means causal; the queries are then either all positions or only the last one.
         """
         dropout = self.dropout if self.training else 0.0
         if q.size(2) == 1:  # group the queries that share a key head: no copy of the cache for each
@@ -127,7 +127,7 @@ class GroupedAttention(nn.Module):
 
     @torch.compiler.disable  # the samples' lengths are data-dependent: no static graph
     def _attend_by_segment(self, q: Tensor, k: Tensor, v: Tensor, samples: Segments) -> Tensor:
-        """`_attend`, causal, sample by sample; in fp32, which halves the time of short ones on a CPU."""
+        """Causal `_attend`, one sample at a time, in fp32: for short samples this halves the time on a CPU."""
         rows, groups = (q.size(0), q.size(2)), q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         one_row = (t.transpose(0, 1).flatten(1, 2)[None].float() for t in (q, k, v))  # (1, heads, batch * n, head_dim)

@@ -57,12 +57,12 @@ def render_chat_arrays(
             begin with a system turn gets `DEFAULT_SYSTEM_PROMPT` in front. A turn with "weight" 0 is not trained on.
             An assistant's may have "tool_calls", the first of a chat the "tools" that may be called.
         add_generation_prompt: end each chat with `<s>assistant\\n`, ready for the model to answer.
-        open_thinking: the answer begins with a thought; of MiniMind-3's layout only.
-        tools: what the model may call, where a chat does not say so itself.
+        open_thinking: the answer begins with a thought; only in MiniMind-3's layout.
+        tools: the tools that the model may call if a chat does not list its own.
 
     Returns:
         for each chat (ids int64, loss mask bool), both (n,); the mask is True exactly at the tokens of an assistant's
-        content and calls and at the `</s>` that closes them, where its turn is trained on.
+        content and calls and at the `</s>` that closes them, if its turn is trained on.
 
     Raises:
         ValueError: an unknown role, content that is not a string or cannot be encoded as UTF-8, or what this layout
@@ -171,7 +171,7 @@ def _tools_of(chat: Chat, tools: Sequence[dict] | None) -> Sequence[dict] | None
 
 
 def _listed(chat: Chat, tools: Sequence[dict] | None) -> Chat:
-    """The chat with the listing of its tools at the end of its system turn."""
+    """The chat, with its tools listed at the end of the system turn."""
     if not tools:
         return chat
     default = {"role": "system", "content": DEFAULT_SYSTEM_PROMPT}
@@ -197,9 +197,9 @@ def _match_any(literals: Iterable[str]) -> re.Pattern:
 
 
 def _cut(text: str, guard: re.Pattern) -> list[str]:
-    """The text in parts to be encoded separately, cut after the first character of each literal that `guard` finds.
+    """Split a text into parts to encode separately, after the first character of each literal that `guard` finds.
 
-    The tokenizer turns the literal text of an added token into that token wherever it is whole. Cut in two it is
+    The tokenizer turns the literal text of an added token into that token wherever it is whole. Split in two it is
     ordinary text, and the tokens still spell every character.
     """
     parts, start = [], 0
@@ -211,7 +211,7 @@ def _cut(text: str, guard: re.Pattern) -> list[str]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[np.ndarray]:
-    """The ids of each text, int64 (n,), its parts encoded separately and joined."""
+    """The ids of each text, int64 (n,); its parts are encoded separately and joined."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation or backend.padding:  # left over from a call with truncation=True: not ours to change
         backend = Tokenizer.from_str(backend.to_str())
@@ -229,9 +229,9 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[str]]) -> list[
 
 
 def _calls(texts: list[list[str]]) -> Iterator[list[tuple[int, list[str]]]]:
-    """What goes to the tokenizer in one call, as (index of the text, its parts): `CALL_CHARS` or slightly more.
+    """Batches for the tokenizer, of (index of the text, its parts): each `CALL_CHARS` characters or slightly more.
 
-    Almost always one call is enough. But a token takes 400 bytes inside the tokenizer, so a 50 MB text in one call
+    One batch is almost always enough. But a token takes 400 bytes inside the tokenizer, so a 50 MB text in one call
     would take 6 GB.
     """
     call, chars = [], 0
@@ -247,10 +247,10 @@ def _calls(texts: list[list[str]]) -> Iterator[list[tuple[int, list[str]]]]:
 
 
 def _stretches(parts: list[str]) -> Iterator[list[str]]:
-    """A text's parts together, or a very long text's in stretches of at most `STRETCH_CHARS`.
+    """All parts of a text together, or those of a very long text in stretches of at most `STRETCH_CHARS`.
 
-    A stretch ends before white space, where a word ends for the pre-tokenizer too, so that the tokens are the same.
-    Only text without white space for half a stretch is cut anywhere, which may cost one more token.
+    A stretch ends before white space, where the pre-tokenizer ends a word too, so the tokens stay the same.
+    Only where half a stretch has no white space is it cut elsewhere, which may cost one more token.
     """
     if sum(map(len, parts)) <= STRETCH_CHARS:
         yield parts
@@ -276,8 +276,8 @@ def fit_history(
 
     Args:
         system: the system turn, or empty for the default one.
-        turns: questions and answers, ending with a question, or with what tools gave back to it.
-        room: tokens the prompt may take.
+        turns: questions and answers, ending with a question or with tool results for it.
+        room: the maximum length of the prompt in tokens.
         thinking: `open_thinking` and `tools`, as in `render_chat_arrays`.
 
     Returns:

@@ -100,7 +100,7 @@ CHAT_TEMPLATE = (
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template by which a model with this tokenizer learns chats: its own if it is MiniMind-3's, else ours."""
+    """The chat template of a model with this tokenizer: the tokenizer's own if it is MiniMind-3's, else ours."""
     return tokenizer.chat_template if lays_out_thinking(tokenizer) else CHAT_TEMPLATE
 
 

@@ -35,15 +35,15 @@ class LMConfig(PretrainedConfig):
         aux_loss_alpha: weight of the load-balancing loss.
         seq_aux: balance each row separately, then average; otherwise balance the whole batch.
         norm_topk_prob: normalise the top-k routing weights to sum to one.
-        rope_scaling: for texts longer than those trained on, a dict as in `model.rope_scaling`; None: none.
-        trained_seq_len: the longest row that it was trained on; None: not known. `max_seq_len` promises more.
+        rope_scaling: for texts longer than the training rows, a dict as in `model.rope_scaling`; None: none.
+        trained_seq_len: the longest row that it was trained on; None: unknown. `max_seq_len` may be larger.
         attention: 'gqa', or 'mla', as in `model.latent_attention`; the two fields below apply only to that.
         kv_latent_dim: width of the latent that keys and values are made of; None: 2 head sizes.
         rope_head_dim: the part of a query, and the key that all heads share, that is rotated; None: half a head size.
-        shared_width: of the shared expert, in routed ones: what DeepSeek calls so many shared experts.
+        shared_width: width of the shared expert in routed ones; DeepSeek calls this the number of shared experts.
         balance: what keeps experts evenly loaded, 'loss' (see `aux_loss_alpha`) or 'bias', as in `model.balanced_moe`.
         mtp_depth: further tokens that are predicted in training, as in `model.multi_token`; 0: none.
-        mtp: how, 'sequential' or 'parallel'.
+        mtp: the kind of their modules, 'sequential' or 'parallel'.
 
     Raises:
         ValueError: an invalid value or combination.
@@ -168,7 +168,7 @@ class LMConfig(PretrainedConfig):
 
     @property
     def learned_positions(self) -> int | None:
-        """How many positions training has made good: the trained length, or what `rope_scaling` stretches it to.
+        """The number of positions that training covers: the trained length, or what `rope_scaling` extends it to.
 
         None: not known.
         """
@@ -182,12 +182,12 @@ class LMConfig(PretrainedConfig):
 
     @property
     def rope_dim(self) -> int:
-        """How many numbers of a head are rotated."""
+        """The number of dimensions of a head that are rotated."""
         return self.rope_head_dim if self.attention == "mla" else self.head_dim
 
     @property
     def variant(self) -> str | None:
-        """In words what this has that neither MiniMind2 nor MiniMind-3 has, for what cannot take it; None: nothing."""
+        """The features that neither MiniMind2 nor MiniMind-3 has, in words, for errors; None: there are none."""
         named = [
             f"{name} {getattr(self, name)}" for name, values in VARIANTS.items() if getattr(self, name) != values[0]
         ]

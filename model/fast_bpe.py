@@ -1,12 +1,12 @@
 """Byte-level BPE with tiktoken: the same ids as the tokenizers library, several times faster.
 
-tiktoken merges the same way but knows no list of merges: it joins two neighbours whenever their bytes are an entry, the
-entry of lowest rank first. That comes to the same ids where every merge makes an entry of its own from entries made
-before it, and where the bytes of each entry, encoded alone, become that entry. All three are checked here, as is all
-else that decides the ids; a tokenizer that is of another kind gets no `FastBPE`.
+tiktoken merges in the same way but has no list of merges: it joins two neighbours if their bytes are an entry, the
+entry of lowest rank first. This gives the same ids if every merge makes a new entry from earlier entries, and if the
+bytes of each entry, encoded alone, become that entry. All of this is checked here, as is everything else that affects
+the ids; a tokenizer of another kind gets no `FastBPE`.
 
 The two libraries split text by the same pattern, but may know different versions of Unicode. So a text with a character
-that this Python does not know, or that is not one, is left to the tokenizers library.
+that this Python does not know, or with a surrogate, is left to the tokenizers library.
 """
 
 import itertools
@@ -46,7 +46,7 @@ class FastBPE:
     """Encodes many texts at once, on all cores.
 
     Args:
-        tokenizer: as of `fast_bpe`, which makes this where it can.
+        tokenizer: as in `fast_bpe`, which makes this if possible.
 
     Raises:
         ValueError: tiktoken cannot reproduce its ids.
@@ -64,14 +64,14 @@ class FastBPE:
         ranks = {spelled: rank for rank, spelled in enumerate(merged)}
         self._encoding = tiktoken.Encoding("", pat_str=_pattern(state), mergeable_ranks=ranks, special_tokens=special)
         self._special = set(special)
-        self._ids = np.array([*ids, -1, -2], dtype=np.int64)  # what each of tiktoken's stands for
+        self._ids = np.array([*ids, -1, -2], dtype=np.int64)  # our id for each of tiktoken's
         self._exact = tokenizer
         probes = [[probe] for probe in (*PROBES, *(f"a {content}{content} z" for content in added), _every_number())]
         if not all(map(np.array_equal, self.encode(probes), _exact_ids(tokenizer, probes))):
             raise ValueError("tiktoken gives different ids")
 
     def encode(self, texts: Sequence[list[str]]) -> list[np.ndarray]:
-        """The ids of each text, int64 (n,), whose parts are encoded apart and joined: those of the tokenizers library.
+        """The ids of each text, int64 (n,), whose parts are encoded separately: those of the tokenizers library.
 
         Raises:
             TypeError: a text holds a lone surrogate.
@@ -95,14 +95,14 @@ class FastBPE:
         return self._ids[self._encoding.encode_to_numpy(text, allowed_special=self._special, disallowed_special=())]
 
     def _split(self, ids: np.ndarray) -> list[np.ndarray]:
-        """What lies between the ends of texts, without the ends of parts."""
+        """Split ids into those of each text; the markers that end texts and parts are dropped."""
         ids = ids[ids != -1]
         ends = np.flatnonzero(ids == -2).tolist()
         return [ids[start:end] for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 
 
 def encode_parts(tokenizer: Tokenizer, texts: list[list[str]]) -> list[np.ndarray]:
-    """The ids of each text, int64 (n,), whose parts are encoded apart and joined; by tiktoken where it pays and can be.
+    """The ids of each text, int64 (n,), whose parts are encoded separately; by tiktoken if it can and it is faster.
 
     Args:
         tokenizer: without truncation and padding.
@@ -116,7 +116,7 @@ def encode_parts(tokenizer: Tokenizer, texts: list[list[str]]) -> list[np.ndarra
 
 
 def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
-    """A `FastBPE` with the ids of a tokenizer, None where there cannot be one; made once, in a fifth of a second."""
+    """A `FastBPE` with a tokenizer's ids, None if it is not possible; made once, in a fifth of a second."""
     if tokenizer.encode_special_tokens:  # it leaves tags in a text as text
         return None
     return _make(tokenizer, repr(tokenizer))
@@ -124,7 +124,7 @@ def fast_bpe(tokenizer: Tokenizer) -> FastBPE | None:
 
 @lru_cache(2)
 def _make(tokenizer: Tokenizer, state: str) -> FastBPE | None:
-    """`state` tells a tokenizer that has been changed from what it was."""
+    """`state` is part of the cache key, because a tokenizer can be changed in place."""
     try:
         return FastBPE(tokenizer)
     except ValueError:
@@ -132,7 +132,7 @@ def _make(tokenizer: Tokenizer, state: str) -> FastBPE | None:
 
 
 def _check_added(tokens: list[dict]) -> None:
-    """Added tokens are found by their plain text alone, and none where another begins."""
+    """Require that added tokens match by their plain text alone and that none is a prefix of another."""
     contents = sorted(token["content"] for token in tokens)
     if any(token[name] for token in tokens for name in ("single_word", "lstrip", "rstrip", "normalized")):
         raise ValueError("an added token also strips the text around it")
@@ -141,7 +141,7 @@ def _check_added(tokens: list[dict]) -> None:
 
 
 def _pattern(state: dict) -> str:
-    """tiktoken's pattern for the pre-tokenizer of a tokenizer.json."""
+    """The tiktoken pattern equivalent to the pre-tokenizer of a tokenizer.json."""
     if state["normalizer"] is not None or state["pre_tokenizer"] is None:
         raise ValueError("it normalises, or does not split")
     steps = state["pre_tokenizer"].get("pretokenizers", [state["pre_tokenizer"]])
@@ -153,7 +153,7 @@ def _pattern(state: dict) -> str:
 
 
 def _entries(model: dict, tokenizer: Tokenizer) -> dict[bytes, int]:
-    """The ids of all single bytes, then of what each merge makes, in the order of the merges, by their bytes."""
+    """Ids by the bytes of their tokens: all single bytes, then the result of each merge, in the order of the merges."""
     plain = {"type": "BPE", "dropout": None, "byte_fallback": False, "ignore_merges": False}
     if any(model[name] != value for name, value in plain.items()):
         raise ValueError("it is another kind of BPE")
@@ -173,7 +173,7 @@ def _entries(model: dict, tokenizer: Tokenizer) -> dict[bytes, int]:
 
 
 def _doubtful(texts: Sequence[list[str]]) -> list[int]:
-    """Which texts have a code point that this Python's Unicode does not assign, a noncharacter or a surrogate."""
+    """Indices of the texts with a code point that this Python's Unicode does not assign, or with a surrogate."""
     codes = "".join(part for parts in texts for part in parts).encode("utf-32-le", "surrogatepass")
     there = np.zeros(sys.maxunicode + 1, dtype=bool)
     there[np.frombuffer(codes, np.uint32)] = True
@@ -183,7 +183,7 @@ def _doubtful(texts: Sequence[list[str]]) -> list[int]:
 
 @lru_cache(1)
 def _every_number() -> str:
-    """Every character that Python calls a number, among letters, white space and its like."""
+    """Every character that Python classifies as a number, next to letters, white space and itself."""
     numbers = [chr(code) for code in range(0x20000) if unicodedata.category(chr(code))[0] == "N"]
     return "".join(f"a{number} {number}  {number}!" for number in numbers)
 
@@ -194,7 +194,7 @@ def _exact_ids(tokenizer: Tokenizer, texts: list[list[str]]) -> list[np.ndarray]
 
 
 def _shares(texts: list[str]) -> list[str]:
-    """The texts end to end, cut into about as much for each thread, one after another; each ended by TEXT_END."""
+    """The texts joined, each ended by TEXT_END, in order and in shares of about equal length, one for each thread."""
     wanted = max(SHARE_CHARS, sum(map(len, texts)) // (os.cpu_count() or 1) + 1)
     shares, share, chars = [], [], 0
     for text in texts:

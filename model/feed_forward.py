@@ -11,7 +11,7 @@ class FeedForward(nn.Module):
     """SwiGLU: w2(silu(w1 x) * w3 x) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, config: LMConfig, times: int = 1):
-        """Of `times` the width that the configuration says."""
+        """A network `times` as wide as the configuration's `hidden_dim`."""
         super().__init__()
         hidden_dim = times * config.hidden_dim
         self.w1 = nn.Linear(config.dim, hidden_dim, bias=False)
@@ -20,7 +20,7 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, hidden_dim, bias=False)
 
     def forward(self, x: Tensor, non_padding: Tensor | None = None) -> tuple[Tensor, None]:
-        """x (..., dim) -> same shape, and None in place of a mixture of experts' auxiliary loss."""
+        """x (..., dim) -> same shape, and None instead of a mixture of experts' auxiliary loss."""
         return self.w2(F.silu(self.w1(x)) * self.w3(x)), None
 
 

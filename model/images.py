@@ -83,7 +83,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    """An RGB copy; there are never more than two copies in memory."""
+    """An RGB copy, made with at most two copies in memory."""
     if image.has_transparency_data:
         return _over_white(image)
     if image.mode.startswith("I;16"):  # which Pillow would clip at 255
@@ -93,7 +93,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    """Composite a transparent image over white; band by band, as each step takes several copies."""
+    """Composite a transparent image over white, band by band, because each step makes several copies."""
     result = Image.new("RGB", image.size)
     height = max(1, BAND // image.width)
     for top in range(0, image.height, height):
@@ -168,7 +168,7 @@ def prepare_chat(
     processor: CLIPImageProcessorPil,
     room: int | None = None,
 ) -> ImagePrompt:
-    """The prompt for the assistant's next turn, with the images where the chat has them.
+    """The prompt for the assistant's next turn, with images in the places where the chat has them.
 
     Only an attached image becomes one: `<image>` or `@` in a text stays text.
 
@@ -176,7 +176,7 @@ def prepare_chat(
         chat: turns {"role", "content"}, ending with the user's. Content is a string, or a list of strings and images
             in order, an image being bytes or a Path. A newline separates an image from its neighbours, as in the
             training data.
-        room: tokens the prompt may take (default: the model's context minus one); turns are dropped from the front,
+        room: maximum length in tokens (default: the model's context minus one); turns are dropped from the front,
             with their images, until it fits.
 
     Raises:
@@ -201,7 +201,7 @@ def prepare_chat(
 
 @torch.inference_mode()
 def prompt_embeddings(model: MiniMindVLM, prompt: ImagePrompt) -> Tensor | None:
-    """The input embeddings that an engine prefills in place of the ids, (n, dim) fp32; None without images."""
+    """The input embeddings that an engine prefills instead of the ids, (n, dim) fp32; None without images."""
     if not prompt.images:
         return None
     images = {name: tensor.to(model.device) for name, tensor in prompt.images.items()}
@@ -209,7 +209,7 @@ def prompt_embeddings(model: MiniMindVLM, prompt: ImagePrompt) -> Tensor | None:
 
 
 def _with_places(content: str | list[str | bytes | Path], image_tokens: int) -> str | list[str | list[int]]:
-    """Content for `render_chats`, with image tokens and a newline on either side of them."""
+    """Content for `render_chats`: each image becomes image tokens with a newline on either side."""
     if isinstance(content, str):
         return content
     pieces: list[str | list[int]] = []

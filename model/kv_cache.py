@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class _Buffer:
-    """Storage for the keys and values of all layers; `used` positions are already taken by a cache."""
+    """Storage for the keys and values of all layers; a cache already uses the first `used` positions."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor], capacity: int, used: int):
         self.keys = keys
@@ -15,7 +15,7 @@ class _Buffer:
 
 
 class KVCache:
-    """What `forward(use_cache=True)` returns as `past_key_values`.
+    """The keys and values that `forward(use_cache=True)` returns as `past_key_values`.
 
     A cache is immutable once returned: two continuations of one prompt may both start from it. It works like Go's
     slices: a buffer grows by doubling, the first continuation appends in place (no copy per token), and a second one,
@@ -38,7 +38,7 @@ class KVCache:
     def extend(
         past: "KVCache | None", n_new: int, segment_ids: Tensor | None, next_position: Tensor | None
     ) -> "KVCache":
-        """A cache with room for `n_new` positions after those of `past`; each layer fills them with `append`."""
+        """A cache with space for `n_new` positions after those of `past`; each layer fills them with `append`."""
         start = 0 if past is None else past.length
         buffer = _Buffer([], [], 0, 0) if past is None else past._buffer
         needed = start + n_new
@@ -72,7 +72,7 @@ class KVCache:
 
 
 def _grown(old: Tensor, length: int, capacity: int) -> Tensor:
-    """A copy of `old` (batch, heads, *, head_dim) with room for `capacity` positions."""
+    """A copy of `old` (batch, heads, *, head_dim) with capacity for `capacity` positions."""
     new = old.new_empty(old.size(0), old.size(1), capacity, old.size(3))
     new[:, :, :length] = old[:, :, :length]
     return new

@@ -1,5 +1,5 @@
 """Multi-head latent attention, MLA (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values of all heads are
-projected from one small vector per token, the latent, which is all that the cache holds of them.
+projected from one small vector per token, the latent, and only this is cached.
 
     latent  = norm(W_down x)                    (kv_latent_dim)
     k_h     = [W_up,k,h latent; k_rope]         (head_dim + rope_head_dim), k_rope the same for all heads

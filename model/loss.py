@@ -1,4 +1,4 @@
-"""The language-model loss, and which positions it covers."""
+"""The language-model loss, and the positions that it covers."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -186,7 +186,7 @@ class MiniMind3Block(nn.Module):
 
 
 class MiniMind3Layers(nn.Module):
-    """Everything but the output matrix: it stands under `model` in the names of a published file."""
+    """Everything but the output matrix; in the names of a published file its parameters begin with `model`."""
 
     def __init__(self, config: LMConfig):
         super().__init__()
@@ -196,7 +196,7 @@ class MiniMind3Layers(nn.Module):
 
 
 class MiniMind3LM(MiniMindLM):
-    """The language model of generation 3; `forward` is that of `MiniMindLM`, which finds its parts by the properties.
+    """The language model of generation 3; `forward` is that of `MiniMindLM`, which uses the properties below.
 
     Args:
         config: None = the published 64M dense model.

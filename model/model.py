@@ -63,14 +63,14 @@ SWITCHES = ("output_attentions", "output_hidden_states", "return_dict")
 
 @dataclass
 class MiniMindOutput(ModelOutput):
-    """What `MiniMindLM.forward` returns.
+    """The output of `MiniMindLM.forward`.
 
     loss: fp32 scalar, mean cross-entropy plus `aux_loss`; None without labels.
     logits: (batch, n, vocab), or only those of `logits_to_keep`.
     last_hidden_state: (…, dim) at the same positions, after the final norm: the input of the output matrix.
     cache: pass it back as `past_key_values` to continue; None unless `use_cache`.
     aux_loss: fp32 scalar, the experts' load-balancing loss over all layers; 0 for Dense and outside training.
-    mtp_loss: fp32 scalar, the weighed sum of multi-token prediction's losses, in nats; None where none runs.
+    mtp_loss: fp32 scalar, the weighted sum of multi-token prediction's losses, in nats; None if no module runs.
     """
 
     loss: Tensor | None = None
@@ -213,7 +213,7 @@ class MiniMindLM(TextGeneration, PreTrainedModel, GenerationMixin):
         return MiniMindOutput(loss, logits, cache if use_cache else None, aux_loss, kept, mtp_loss)
 
     def _non_padding(self, attention_mask: Tensor | None, n: int, past: KVCache | None) -> Tensor | None:
-        """(batch, n) bool of the new tokens, False = padding; None when there is no padding."""
+        """Which of the new tokens are not padding, bool (batch, n); None when all are."""
         if attention_mask is None:
             return None
         cached = 0 if past is None else past.length

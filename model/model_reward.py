@@ -10,9 +10,9 @@ SCORE = "score."  # the key of the parameter that a language model lacks
 
 
 class MiniMindReward(MiniMindLM):
-    """The decoder and `score.weight` (1, dim), fp32: a number at each position asked for.
+    """The decoder and `score.weight` (1, dim), fp32: a score at each requested position.
 
-    `forward` is that of `MiniMindLM`, and its `logits` are scores, (positions,), where `logits_to_keep` is a mask.
+    `forward` is that of `MiniMindLM`; its `logits` are scores, (positions,), if `logits_to_keep` is a mask.
     """
 
     def __init__(self, config: LMConfig | None = None):
@@ -21,7 +21,7 @@ class MiniMindReward(MiniMindLM):
         nn.init.zeros_(self.score.weight)  # it starts by scoring everything 0
 
     def forward(self, *args, logits_to_keep: Tensor, **others) -> MiniMindOutput:
-        """Scores at the positions that `logits_to_keep`, (batch, n) bool, picks; see `MiniMindLM.forward`."""
+        """Scores at the positions selected by `logits_to_keep`, (batch, n) bool; see `MiniMindLM.forward`."""
         out = super().forward(*args, logits_to_keep=logits_to_keep, **others)
         out.logits = self.score(out.last_hidden_state).float().squeeze(-1)
         return out

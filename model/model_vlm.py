@@ -1,8 +1,8 @@
 """MiniMind-V: a frozen CLIP encodes the images, and one linear layer projects its features into the prompt.
 
-An image takes a run of `image_tokens` places in the prompt, each the id `image_token_id`. The vision tower makes as
-many vectors of it, one a patch; projected to the model's width they are read in place of the ids' embeddings, and
-everything after that is the language model unchanged (LLaVA's way, Liu et al. 2023, arXiv:2304.08485).
+An image takes a run of `image_tokens` positions in the prompt, each with the id `image_token_id`. The vision tower
+turns it into the same number of vectors, one per patch; projected to the model's width they replace the ids'
+embeddings, and everything after that is the unchanged language model (as in LLaVA, Liu et al. 2023, arXiv:2304.08485).
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ class VLMConfig(LMConfig):
     """Configuration of the vision-language model: `LMConfig` and the layout of an image.
 
     Args:
-        image_token_id: the id that holds an image's places; 34 is `@` of the tokenizer published with MiniMind2.
-        image_tokens: how many places an image takes; a model that is given a vision tower goes by the tower.
+        image_token_id: the id at an image's positions; 34 is `@` in the tokenizer published with MiniMind2.
+        image_tokens: the number of positions per image; a model with a vision tower takes it from the tower.
         vision_dim: width of the tower's output; likewise.
     """
 
@@ -75,7 +75,7 @@ def load_tower(folder: str | Path) -> VisionTower:
 
 
 def tower_output(tower: VisionTower) -> tuple[int, int]:
-    """How many vectors the tower gives for an image, and their width."""
+    """The number of vectors that the tower gives for an image, and their width."""
     return (tower.config.image_size // tower.config.patch_size) ** 2, tower.config.hidden_size
 
 
@@ -86,8 +86,8 @@ class MiniMindVLM(MiniMindLM):
     DeepSpeed do not see it, so it is never trained, never saved and always in eval mode; `.to(…)` moves it.
 
     Args:
-        vision_model: a `transformers` CLIP folder, or a tower as `load_tower` returns it; `config.image_tokens` and
-            `config.vision_dim` are set to what it gives. None: no tower; then only text and `image_features` go in.
+        vision_model: a `transformers` CLIP folder, or a tower from `load_tower`; `config.image_tokens` and
+            `config.vision_dim` are set to match it. None: no tower; only text and `image_features` are accepted.
 
     Raises:
         ValueError: there is no CLIP in the folder.
@@ -116,7 +116,7 @@ class MiniMindVLM(MiniMindLM):
         """Use this tower from now on.
 
         Raises:
-            ValueError: its output has not the width or the number of tokens that the config says.
+            ValueError: its output's width or number of tokens differs from the config's.
         """
         given, wanted = tower_output(tower), (self.config.image_tokens, self.config.vision_dim)
         if given != wanted:
@@ -133,13 +133,13 @@ class MiniMindVLM(MiniMindLM):
         """The tower's features: its last hidden layer without the class token.
 
         Args:
-            pixel_values: (images, 3, H, W), preprocessed as the tower wants them.
+            pixel_values: (images, 3, H, W), preprocessed for the tower.
 
         Returns:
             (images, image_tokens, vision_dim).
 
         Raises:
-            ValueError: the model has no tower, or the images are of another size than it takes.
+            ValueError: the model has no tower, or the images do not have its size.
         """
         if self.vision_encoder is None:
             raise ValueError("the model has no vision tower: give it one with vision_model= or set_tower")
@@ -190,24 +190,24 @@ class MiniMindVLM(MiniMindLM):
         image_features: Images | None = None,
         **kwargs,
     ) -> MiniMindOutput:
-        """One pass, as in `MiniMindLM`, over a prompt whose image places hold images.
+        """One pass, as in `MiniMindLM`, over a prompt with images at its image positions.
 
         With `past_key_values` the new tokens are text unless images are given with them.
 
         Args:
             pixel_values: the images, in any of three forms:
-                - (batch, images, 3, H, W); a row with places for fewer takes its first ones, the others are padding;
-                - for each row a tensor (images, 3, H, W), or None for a row without;
-                - (images, 3, H, W), those of all rows one after another.
-            image_mask: (batch, n) bool, True at the images' places: `image_tokens` a row's image, in order. Default:
-                each run of `image_tokens` times `image_token_id`, from the left, takes the row's next image, and runs
-                beyond the images given are text. A prompt in which somebody may have typed that token itself needs the
-                mask, which `model.images.prepare_chat` gives.
-            image_features: in place of `pixel_values`, what `encode_images` made of them, in the same three forms with
-                (image_tokens, vision_dim) for (3, H, W).
+                - (batch, images, 3, H, W); a row with positions for fewer uses the first ones, the others are padding;
+                - for each row a tensor (images, 3, H, W), or None if it has no images;
+                - (images, 3, H, W), the images of all rows one after another.
+            image_mask: (batch, n) bool, True at the images' positions: `image_tokens` per image, in order. Default:
+                each run of `image_tokens` times `image_token_id`, from the left, takes the row's next image, and
+                further runs are text. A prompt in which a user may have typed that token needs the mask, which
+                `model.images.prepare_chat` returns.
+            image_features: the output of `encode_images`, instead of `pixel_values`, in the same three forms with
+                (image_tokens, vision_dim) instead of (3, H, W).
 
         Raises:
-            ValueError: more images than places, or fewer.
+            ValueError: more or fewer images than positions for them.
         """
         embeds = self.embed(input_ids, pixel_values, image_mask, image_features)
         return super().forward(input_ids, *args, inputs_embeds=embeds, **kwargs)
@@ -216,10 +216,10 @@ class MiniMindVLM(MiniMindLM):
 def find_image_places(
     input_ids: Tensor, image_token_id: int, image_tokens: int, images: Images, item_dims: int
 ) -> Tensor:
-    """Where each row's images stand, by the ids alone.
+    """The positions of each row's images, from the ids alone.
 
-    From the left, `image_tokens` times `image_token_id` in a row are an image's places, until the row has as many as
-    images; shorter runs and further ones are text.
+    From the left, each run of `image_tokens` times `image_token_id` is an image, until all of the row's images are
+    placed; shorter runs and further ones are text.
 
     Args:
         input_ids: (batch, n) int64.
@@ -247,8 +247,8 @@ def flatten_images(images: Images, places_each: list[int], item_dims: int) -> Te
     """The images of all rows one after another, (images, …); the three forms are those of `MiniMindVLM.forward`.
 
     Args:
-        places_each: how many images each row has places for.
-        item_dims: dimensions of an image, 3 of pixels and 2 of features.
+        places_each: the number of images that each row has positions for.
+        item_dims: dimensions of an image, 3 for pixels and 2 for features.
 
     Raises:
         ValueError: more images than places, or fewer.

@@ -90,7 +90,7 @@ class MultiTokenPrediction(nn.ModuleList):
             learned: (batch, n) bool, the positions whose next token is a target. A module's position counts only if
                 those of all modules before it do, so it predicts within one sample.
             embed, output: the model's.
-            block_inputs: `rope`, `mask` and `non_padding` as the blocks have them.
+            block_inputs: `rope`, `mask` and `non_padding` as for the blocks.
 
         Returns:
             fp32 scalars: `weight` times the mean over the modules of each one's sum over its targets, in nats; the sum

@@ -31,7 +31,7 @@ def _normal_float() -> tuple[float, ...]:
     outermost = 1 - (1 / 30 + 1 / 32) / 2
 
     def quantiles(count: int) -> list[float]:
-        """From the outermost inwards, without 0."""
+        """The values from the outermost inwards, without 0."""
         step = (outermost - 0.5) / count
         return [NormalDist().inv_cdf(outermost - i * step) for i in range(count)]
 
@@ -163,7 +163,7 @@ class NF4LoRALinear(NF4Linear, LoRALinear):
 def quantize_nf4(model: nn.Module) -> None:
     """Freeze every Linear of the model's blocks in NF4, in place, with or without an adapter.
 
-    The embedding, which is also the output matrix, norms and routers stay as they are: all but the embedding are small,
+    The embedding (also the output matrix), norms and routers stay as they are: all but the embedding are small,
     and each row of that is a token.
 
     Raises:

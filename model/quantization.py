@@ -2,11 +2,11 @@
 
 int8: a row (output channel) of a matrix shares a scale, w ~ q * scale with q in -127 … 127 (symmetric, per channel).
 int4: 32 neighbours of a row share one, with q in -8 … 7 (symmetric, in groups). A group's largest weight decides how
-coarse its other 31 become; with a scale per group an outlier spoils 31 weights and not a whole row. The embedding and
-the output matrix, which are one, take int8 in either case: each token's logit hangs on a row of them.
+coarse its other 31 become; with a scale per group an outlier affects 31 weights and not a whole row. The embedding,
+which is also the output matrix, is int8 in either case: each token's logit depends on one of its rows.
 
-Dynamic or static: what is rounded ahead of time here are the weights; activations stay as they are (weight-only
-quantisation), so that nothing has to be calibrated on data. docs/quantization.md has the picture.
+Dynamic or static: only the weights are rounded, ahead of time; activations stay as they are (weight-only quantisation),
+so that no calibration data is needed. docs/quantization.md has the picture.
 """
 
 import torch
@@ -27,7 +27,7 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
-    """The fp32 weights that `quantize_int8`'s result stands for."""
+    """The fp32 weights that `quantize_int8`'s result represents."""
     return q.float() * scale[:, None]
 
 
@@ -62,7 +62,7 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_int4(q: Tensor, scale: Tensor) -> Tensor:
-    """The fp32 weights that `quantize_int4`'s result stands for."""
+    """The fp32 weights that `quantize_int4`'s result represents."""
     return (q.float().view(len(q), -1, GROUP) * scale[..., None]).view(q.shape)
 
 
@@ -74,7 +74,7 @@ def round_trip(weight: Tensor, bits: int) -> Tensor:
 
 
 def bits_of(name: str, bits: int) -> int:
-    """Bits of the matrix of this name: the embedding and the output matrix take 8 at least."""
+    """The bits of the matrix of this name: at least 8 for the embedding and the output matrix."""
     return 8 if name.split(".")[-2] in ("tok_embeddings", "embed_tokens", "output", "lm_head") else bits
 
 
@@ -99,9 +99,9 @@ def is_quantized(name: str, weight: Tensor) -> bool:
 
 
 class QuantizationAwareLinear(nn.Linear):
-    """A bias-free Linear that computes with its weights as they will be after quantisation, and learns the exact ones.
+    """A bias-free Linear that computes with its weights as quantised, and trains the exact ones.
 
-    Rounding has no gradient: the straight-through estimator takes it for the identity (Bengio et al. 2013,
+    Rounding has no gradient: the straight-through estimator treats it as the identity (Bengio et al. 2013,
     arXiv:1308.3432; for weights Jacob et al. 2018, arXiv:1712.05877).
     """
 
@@ -119,7 +119,7 @@ class QuantizationAwareLinear(nn.Linear):
 
 
 def make_quantization_aware(model: nn.Module, bits: int) -> None:
-    """Quantisation-aware training of every matrix of the blocks in `bits`; names and shapes of the parameters stay.
+    """Make every matrix of the blocks quantisation-aware, in `bits`; the parameters keep their names and shapes.
 
     The embedding and the output matrix, which int4 leaves at 8 bits, are trained as they are.
 

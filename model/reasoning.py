@@ -26,7 +26,7 @@ FORMAT = re.compile(rf"<think>\n{_NO_TAG}\n</think>\n<answer>\n{_NO_TAG}\n</answ
 
 
 def is_well_formed(text: str) -> bool:
-    """Whether an answer has exactly the form above: each tag once, on its own line, something between, nothing else."""
+    """Whether an answer has exactly the form above: each tag once, on its own line, non-empty parts, nothing else."""
     return FORMAT.fullmatch(text) is not None
 
 
@@ -41,7 +41,7 @@ def with_thought(thought: str, answer: str) -> ThoughtfulAnswer:
     """The text of an answer that thinks first, in the form above.
 
     Raises:
-        ValueError: one of the two holds a tag, so that nobody could tell them apart.
+        ValueError: one of the two contains a tag, so that they could not be told apart.
     """
     for name, text in (("thought", thought), ("answer", answer)):
         if found := _TAG.search(text):
@@ -55,7 +55,7 @@ def thought_before_calls(thought: str) -> ThoughtfulAnswer:
     """The text of a turn that thinks and then calls tools without a word; the calls follow.
 
     Raises:
-        ValueError: the thought holds a tag.
+        ValueError: the thought contains a tag.
     """
     if found := _TAG.search(thought):
         raise ValueError(f"the thought holds the tag {found[0]}, and is to get tags of its own")
@@ -67,8 +67,8 @@ def thought_before_calls(thought: str) -> ThoughtfulAnswer:
 def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """The ids of each tag in an answer: one where the tokenizer has an entry for it, several pieces otherwise.
 
-    Where a tokenizer reads the last piece of a tag together with the line break behind it, as Llama 3's and Qwen's do,
-    these ids stand there as well.
+    If a tokenizer merges the last piece of a tag with the line break after it, as Llama 3's and Qwen's do, those ids
+    are included as well.
     """
     pieces = token_bytes(tokenizer)
     sequences = []
@@ -85,9 +85,9 @@ def tag_sequences(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
 class ReasoningStream:
     """Separates thinking from answer while an answer is generated.
 
-    What stands between `<think>` and `</think>` is thinking, everything else is answer, also of a model that writes no
-    tags at all. The tags themselves, and white space next to them, belong to neither. Text that may become a tag, or
-    be white space before one, waits until that is clear. A second stretch of a part begins on a new line.
+    Text between `<think>` and `</think>` is thinking, everything else is answer, also if there are no tags at all. The
+    tags themselves, and white space next to them, belong to neither. Text that may become a tag, or white space before
+    one, is held back until that is clear. A second stretch of the same part begins on a new line.
     """
 
     def __init__(self):
@@ -97,7 +97,7 @@ class ReasoningStream:
         self._seen: set[str] = set()
 
     def push(self, text: str) -> list[tuple[str, str]]:
-        """What is clear now: ("thinking" | "answer", text) pairs, in order, none of them empty."""
+        """The text that can be assigned now: ("thinking" | "answer", text) pairs, in order, none of them empty."""
         parts = []
         self._waiting += text
         while tag := _TAG.search(self._waiting):
@@ -111,7 +111,7 @@ class ReasoningStream:
         return parts + self._emit(clear)
 
     def flush(self) -> list[tuple[str, str]]:
-        """What was still held back when the answer ended."""
+        """The text that was still held back when the answer ended."""
         rest, self._waiting = self._waiting.rstrip(), ""
         return self._emit(rest)
 
@@ -147,14 +147,14 @@ def split_reasoning(text: str) -> tuple[str, str]:
 
 
 def majority(replies: Sequence[str]) -> tuple[str, int]:
-    """A vote among replies to one question, by what they answer, whatever they thought on the way
+    """A majority vote among replies to one question, by their answers, whatever the thinking before them
     (self-consistency, Wang et al. 2022, arXiv:2203.11171).
 
-    A reply without an answer has no vote, unless none has one.
+    Replies without an answer do not vote, unless none has one.
 
     Returns:
-        the first reply with the answer that is given most often (of equally frequent ones the first), white space
-        apart; how many give it.
+        the first reply with the most frequent answer (of equally frequent ones the first), white space ignored; and
+        the number of replies with that answer.
 
     Raises:
         ValueError: no replies.

@@ -1,4 +1,4 @@
-"""Rotary positions for texts longer than those a model was trained on: the frequencies, changed by a factor.
+"""Rotary positions for texts longer than a model's training rows: frequencies changed by a factor.
 
     linear   position interpolation: all frequencies divided by the factor (Chen et al. 2023, arXiv:2306.15595)
     ntk      a larger base: the lowest frequency divided by the factor, the highest as it was ("NTK-aware", bloc97 2023,
@@ -20,7 +20,7 @@ from torch import Tensor
 TYPES = ("linear", "ntk", "yarn")
 KEYS = ("rope_type", "factor", "original_max_position_embeddings")
 YARN_KEYS = ("beta_fast", "beta_slow", "attention_factor")
-MINIMIND3_YARN = {  # what its switch `inference_rope_scaling` stands for
+MINIMIND3_YARN = {  # its switch `inference_rope_scaling`
     "rope_type": "yarn",
     "factor": 16.0,
     "original_max_position_embeddings": 2048,
@@ -31,7 +31,7 @@ MINIMIND3_YARN = {  # what its switch `inference_rope_scaling` stands for
 
 
 def checked_scaling(scaling: dict | None) -> dict | None:
-    """A scaling with every value filled in that it does not name; None and `rope_type` "default" are none.
+    """A scaling with defaults for all missing values; None for None and for `rope_type` "default".
 
     Raises:
         ValueError: an unknown type or key, or a value out of range.
@@ -68,7 +68,7 @@ def checked_scaling(scaling: dict | None) -> dict | None:
 
 
 def scale_frequencies(frequencies: Tensor, theta: float, scaling: dict) -> tuple[Tensor, float]:
-    """The frequencies (head_dim / 2,) of a scaling that `checked_scaling` made, and what multiplies cosine and sine."""
+    """The frequencies (head_dim / 2,) of a scaling from `checked_scaling`, and the factor of cosine and sine."""
     factor, kind = scaling["factor"], scaling["rope_type"]
     if kind == "linear":
         return frequencies / factor, 1.0
@@ -81,16 +81,16 @@ def scale_frequencies(frequencies: Tensor, theta: float, scaling: dict) -> tuple
 
 
 def ntk_theta(theta: float, factor: float, head_dim: int) -> float:
-    """The base with which the lowest of the frequencies is divided by `factor`."""
+    """The base with which the lowest frequency is divided by `factor`."""
     return theta * factor ** (head_dim / max(head_dim - 2, 1))
 
 
 def _ramp(frequencies: Tensor, theta: float, scaling: dict) -> Tensor:
-    """0 for frequencies to keep, 1 for those to divide by the factor (head_dim / 2,)."""
+    """0 for frequencies to keep, 1 for those to divide by the factor, in between for the rest; (head_dim / 2,)."""
     head_dim, original = 2 * len(frequencies), scaling["original_max_position_embeddings"]
 
     def pair_that_turns(times: float) -> float:
-        """The pair, counted as a fraction, that turns so many times within the trained length."""
+        """The index of the pair, as a fraction, that turns this many times within the trained length."""
         return head_dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_that_turns(scaling["beta_fast"])), 0)

@@ -1,4 +1,4 @@
-"""Where the samples of a packed batch begin and end."""
+"""The boundaries of the samples in a packed batch."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ from model.loss import IGNORE_INDEX
 
 
 def sample_numbers(batch: dict[str, Tensor]) -> Tensor:
-    """The number of the sample that each token belongs to, counted over all rows, (rows, n) int64; padding has that of
-    the sample before it, or -1.
+    """The number of each token's sample, counted over all rows, (rows, n) int64; padding has the number of the sample
+    before it, or -1.
 
     Args:
         batch: position_ids and attention_mask, (rows, n): positions restart at 0 where a sample begins.
@@ -18,7 +18,7 @@ def sample_numbers(batch: dict[str, Tensor]) -> Tensor:
 
 
 def last_targets(batch: dict[str, Tensor], labels: Tensor) -> Tensor:
-    """The place of each sample's last target token, (rows, n) bool, one True a sample that has a target."""
+    """The position of each sample's last target token, (rows, n) bool: one True per sample with targets."""
     learned = labels != IGNORE_INDEX
     numbers = sample_numbers(batch)[learned]
     places = learned.flatten().nonzero()[:, 0]

@@ -31,9 +31,9 @@ class Drafted:
 
 
 class _Reader:
-    """Reads positions of a text and caches their keys and values: the model, or module k of its multi-token modules.
+    """Processes positions of a text and caches their keys and values: the model, or its multi-token module k.
 
-    Module k at position i reads the token at i + k and drafts the one at i + k + 1.
+    Module k at position i takes the token at i + k as its input and drafts the one at i + k + 1.
     """
 
     def __init__(self, model: MiniMindLM, k: int):
@@ -49,12 +49,12 @@ class _Reader:
         self.cache = self.cache.shortened(length)
 
     def hand(self, h: Tensor) -> None:
-        """Give a module the hidden states of further positions."""
+        """Pass the hidden states of further positions to a module."""
         self.unread = h if self.unread is None else torch.cat((self.unread, h), dim=1)
 
     def read_tokens(self, tokens: list[int]) -> tuple[Tensor, list[int]]:
-        """The model: the next tokens of the text -> their last hidden states (1, n, dim), and the likeliest token after
-        each."""
+        """Run the model: the next tokens of the text -> their last hidden states (1, n, dim) and the most likely token
+        after each."""
         seen: list[Tensor] = []
         hook = self.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         try:
@@ -66,10 +66,10 @@ class _Reader:
         return seen[0], out.logits[0].argmax(-1).tolist()
 
     def guess(self, ids: list[int]) -> tuple[int, Tensor]:
-        """A module: read the unread positions -> the drafted token, and their hidden states (1, n, dim).
+        """Run a module on the unread positions -> the drafted token and the positions' hidden states (1, n, dim).
 
         Args:
-            ids: the text, followed by the tokens that the modules before this one have drafted.
+            ids: the text, followed by the tokens that earlier modules have drafted.
         """
         model, module, start = self.model, self.model.mtp[self.k - 1], self.length
         n = self.unread.size(1)

@@ -2,10 +2,10 @@
 
     <|im_start|>user\\n{content}<|im_end|>\\n<|im_start|>assistant\\n<think>\\n{thought}\\n</think>\\n\\n{answer}<|im_end|>\\n
 
-The template itself lays the chat out, tools, calls and results included. Three things are added to it: text that
-somebody typed never becomes a control token, the loss mask, and the choice whether a thought is still to be written.
-What the template writes is prompt: the empty block `<think>\\n\\n</think>\\n\\n` of an answer without a thought, or the
-`<think>\\n` before a written one. A written thought, its `</think>`, the answer and the `<|im_end|>` are targets.
+The template itself renders the chat, including tools, calls and results. Three things are added to it: typed text never
+becomes a control token, the loss mask, and the choice whether the answer is to begin with a thought. What the template
+adds is prompt: the empty block `<think>\\n\\n</think>\\n\\n` of an answer without a thought, or the `<think>\\n` before
+a thought. The thought, its `</think>`, the answer and the `<|im_end|>` are targets.
 """
 
 import json
@@ -26,7 +26,7 @@ Cut = Callable[[str, re.Pattern], list[str]]
 
 
 def lays_out_thinking(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether chats are laid out by the tokenizer's own template: one that MiniMind-3's tokenizer has."""
+    """Whether chats are rendered by the tokenizer's own template, as with MiniMind-3's tokenizer."""
     template = getattr(tokenizer, "chat_template", None)
     return isinstance(template, str) and "open_thinking" in template and {OPEN, CLOSE} <= _added(tokenizer).keys()
 
@@ -44,17 +44,17 @@ def parts_by_template(
     open_thinking: bool = False,
     tools: Sequence[dict] | None = None,
 ) -> list[str]:
-    """A chat's text in parts, each to be encoded alone.
+    """A chat's text in parts, to be encoded separately.
 
     Args:
         chat: turns {"role", "content"}; an assistant's may have a "reasoning_content" and "tool_calls".
         guards: by role, the literals that its text must not produce.
         cut: cuts a text within each literal that a guard finds.
         open_thinking: with `add_generation_prompt`: the answer begins with a thought.
-        tools: what the model may call, for the system turn.
+        tools: the tools that the model may call, for the system turn.
 
     Raises:
-        ValueError: an unknown role, content that is no text, or what the template refuses.
+        ValueError: an unknown role, content that is not text, or a chat that the template refuses.
     """
     said = json.dumps([*chat, tools], ensure_ascii=False, default=str)
     mark = next(char for char in CUTS if char not in said)
@@ -86,7 +86,7 @@ def parts_by_template(
 
 
 def _cut_texts(value: Any, mark: str, cut: Cut, guard: re.Pattern) -> Any:
-    """A JSON value whose texts, keys apart, have a mark wherever they are to be cut."""
+    """A JSON value with a mark at each place where one of its strings, other than keys, is to be cut."""
     if isinstance(value, str):
         return mark.join(cut(value, guard))
     if isinstance(value, Mapping):
@@ -95,7 +95,7 @@ def _cut_texts(value: Any, mark: str, cut: Cut, guard: re.Pattern) -> Any:
 
 
 class Landmarks(NamedTuple):
-    """The ids by which turns are found again: of "assistant\\n", of "\\n" and of "\\n\\n", int64 each."""
+    """The ids that mark turns in a rendered chat: of "assistant\\n", of "\\n" and of "\\n\\n", int64 each."""
 
     header: np.ndarray
     one_break: np.ndarray
@@ -134,10 +134,10 @@ def targets_by_template(
 
 
 def _prompt_length(tokenizer: PreTrainedTokenizerFast, ids: np.ndarray, given: np.ndarray) -> int:
-    """How many of the ids spell line breaks that the template gives, and nothing beyond.
+    """How many of the ids spell only line breaks that the template gives.
 
-    They are those of the breaks alone, unless white space that follows was merged with them: then a token of both is a
-    target.
+    These are the tokens of the line breaks, unless the white space after them was merged in: then the token of both is
+    a target.
     """
     if np.array_equal(ids[: len(given)], given):
         return len(given)

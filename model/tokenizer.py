@@ -1,4 +1,4 @@
-"""What the ids of a byte-level BPE tokenizer stand for: their bytes, their fingerprint, and text as it streams."""
+"""The bytes of a byte-level BPE's ids, a tokenizer's fingerprint, and streaming text."""
 
 import codecs
 import hashlib
@@ -27,7 +27,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
 
     Returns:
         one bytes object per id, `len(tokenizer)` of them: b"" for special tokens (`<unk>`, `<s>`, `</s>`), which are
-        no text, and the text itself in UTF-8 for the other added tokens (`<think>`, …).
+        not text, and the text itself in UTF-8 for the other added tokens (`<think>`, …).
 
     Raises:
         ValueError: the vocabulary is not that of a byte-level BPE.
@@ -49,7 +49,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
 def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id, for a model's config.
 
-    A tokenizer without a pad token pads with unk or eos: padding is known by its place, and never learned.
+    A tokenizer without a pad token pads with unk or eos: padding is known by position, and never a target.
     """
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id) if i is not None)
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": pad}
@@ -69,8 +69,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 class StreamDecoder:
     """Turns ids into text as they are generated, never yielding half a UTF-8 character.
 
-    A Chinese character or an emoji is often spread over several tokens: its bytes wait here until it is whole. Bytes
-    that are not UTF-8 become U+FFFD. Special tokens, and ids that the tokenizer does not have, are no text.
+    A Chinese character or an emoji often spans several tokens: its bytes are held back until it is complete. Bytes
+    that are not UTF-8 become U+FFFD. Special tokens, and ids that the tokenizer does not have, give no text.
 
     Args:
         tokenizer: the tokenizer of the ids, or its `token_bytes`, which spares a server computing it per request.
@@ -81,9 +81,9 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The text that became whole with this id; often empty."""
+        """The text that this id completes; often empty."""
         return self._decoder.decode(self._bytes[token_id] if token_id < len(self._bytes) else b"")
 
     def flush(self) -> str:
-        """What is left at the end: empty, or U+FFFD for a character that was never finished."""
+        """The rest at the end: empty, or U+FFFD for an incomplete character."""
         return self._decoder.decode(b"", final=True)

@@ -20,7 +20,7 @@ PROBES = (
     "1234567890",
     bytes(range(256)).decode("latin-1"),  # as characters: UTF-8 puts all lead and trail bytes to use
 )
-USUAL = {  # by which other families name them
+USUAL = {  # their names in other families
     "bos": ("<|im_start|>", "<|begin_of_text|>", "<|startoftext|>", "<s>", "<bos>", "[BOS]", "<|endoftext|>"),
     "eos": ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|endoftext|>"),
 }
@@ -31,11 +31,11 @@ KINDS = {"Unigram": "Unigram, as SentencePiece's and T5's", "WordPiece": "WordPi
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Check everything that rendering, training and generation rely on.
 
-    That is: a byte-level BPE with ids from 0 on, bos and eos among them; every text comes back from its tokens as it
-    was, and no text that spells a control token becomes one. NFC, as Qwen's normalizer, is let be.
+    It must be a byte-level BPE with ids from 0 on, including bos and eos; decoding must restore every text, and no text
+    that spells a control token may become one. NFC normalisation, as in Qwen's tokenizer, is allowed.
 
     Raises:
-        ValueError: which of it does not hold, and what to do where there is something; one line.
+        ValueError: the requirement that is not met, and what to do if there is a remedy; one line.
     """
     _check_kind(tokenizer)
     ids = sorted(tokenizer.get_vocab().values())
@@ -55,7 +55,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_round_trips(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], pieces: list[bytes]) -> None:
-    """Check that these texts survive the round trip through their tokens.
+    """Check that encoding and decoding restores these texts.
 
     Args:
         pieces: the tokenizer's `token_bytes`.
@@ -97,7 +97,7 @@ def _check_delimiter(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
 
 
 def _check_chat(tokenizer: PreTrainedTokenizerFast, pieces: list[bytes]) -> None:
-    """Turns in which somebody spells every added token: the layout stands, and text stays text."""
+    """Check that the layout holds, and typed text stays text, in turns whose content spells every added token."""
     added = tokenizer.added_tokens_decoder
     typed = " ".join(["a", *(token.content for token in added.values()), "z"])
     chat = [{"role": role, "content": typed} for role in ROLES]

@@ -1,11 +1,11 @@
-"""Tool calls as text: how a chat lists what may be called, how an answer calls it, and how such an answer is read.
+"""Tool calls as text: how a chat lists tools, how an answer calls them, and how such an answer is parsed.
 
 <tool_call>
 {"name": "calculator", "arguments": {"expression": "12 * 30"}}
 </tool_call>
 
-Several calls stand one below another. What a tool gives back is a turn of the role "tool". The listing ends the system
-turn; MiniMind-3's template has a wording of its own, see `model.template_chat`, and the same form of a call.
+Several calls follow each other. A tool's result is a turn of the role "tool". The listing ends the system turn;
+MiniMind-3's template has its own wording, see `model.template_chat`, but the same format for calls.
 """
 
 import json
@@ -20,18 +20,18 @@ Call = dict[str, Any]  # {"name": str, "arguments": dict}
 
 
 def function_of(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The function itself, of {"type": "function", "function": {…}} or of the bare {"name", …}: a tool or a call."""
+    """The function of a tool or call: of {"type": "function", "function": {…}} or of the bare {"name", …}."""
     return tool.get("function") or tool
 
 
 def listing(tools: Sequence[Mapping[str, Any]]) -> str:
-    """What ends the system turn of a chat with tools: the JSON of each function, one a line."""
+    """The end of the system turn in a chat with tools: the JSON of each function, one per line."""
     lines = [f"\n{as_json(function_of(tool))}" for tool in tools]
     return "".join([LISTING_HEAD, *lines, LISTING_TAIL])
 
 
 def with_calls(content: str, calls: Sequence[Mapping[str, Any]]) -> str:
-    """The text of an answer that ends with calls; arguments that are text already stand there as they are."""
+    """The text of an answer that ends with calls; arguments that are already text are inserted as they are."""
     spelled = []
     for call in map(function_of, calls):
         arguments = call["arguments"]
@@ -42,12 +42,12 @@ def with_calls(content: str, calls: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_json(value: object) -> str:
-    """JSON as the filter `tojson` of chat templates writes it."""
+    """JSON in the form of the filter `tojson` of chat templates."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def parse_arguments(arguments: object) -> dict | None:
-    """A call's arguments: an object, or the JSON text of one, "" and null being an empty one; None of anything else."""
+    """A call's arguments, an object or its JSON text; "" and null count as empty, anything else gives None."""
     if arguments is None or arguments == "":
         return {}
     if isinstance(arguments, str):
@@ -56,7 +56,7 @@ def parse_arguments(arguments: object) -> dict | None:
 
 
 def parse_call(text: str) -> Call | None:
-    """The call that stands between the two tags; None where it is not JSON of a name and an object of arguments."""
+    """The call between the two tags; None if it is not JSON with a name and an object of arguments."""
     found = _loads(text)
     if not isinstance(found, dict) or not isinstance(found.get("name"), str) or not found["name"]:
         return None
@@ -65,7 +65,7 @@ def parse_call(text: str) -> Call | None:
 
 
 def _loads(text: str) -> object:
-    """What a JSON text holds; None where it is not one, or could not be written again in UTF-8."""
+    """The value of a JSON text; None if it is not JSON, or cannot be written as UTF-8 again."""
     try:
         found = json.loads(text, parse_constant=_refuse)
         as_json(found).encode()  # half a character cannot be sent
@@ -79,10 +79,10 @@ def _refuse(constant: str) -> None:
 
 
 class CallStream:
-    """Tells calls from text while an answer is written.
+    """Separates calls from text while an answer is generated.
 
-    Text that may become a tag waits until that is clear, and so do white space before it and an unfinished call. A
-    call that cannot be read stays the text that it is. White space around calls belongs to nothing.
+    Text that may become a tag is held back until that is clear, as are white space before it and an unfinished call. A
+    call that cannot be parsed stays text. White space around calls is dropped.
     """
 
     def __init__(self):
@@ -90,7 +90,7 @@ class CallStream:
         self._after_call = False  # nothing but white space since the last call
 
     def push(self, text: str) -> list[str | Call]:
-        """What is clear now, in order: texts, none of them empty, and calls."""
+        """The texts, none of them empty, and the calls that are complete now, in order."""
         self._waiting += text
         clear: list[str | Call] = []
         while (begin := self._waiting.find(CALL_BEGIN)) >= 0:
@@ -114,7 +114,7 @@ class CallStream:
         return clear + self._text(certain)
 
     def flush(self) -> list[str]:
-        """What still waited when the answer ended."""
+        """The text that was still held back when the answer ended."""
         rest, self._waiting = self._waiting, ""
         return self._text(rest)
 
@@ -128,7 +128,7 @@ class CallStream:
 
 
 def _begun(text: str) -> int:
-    """Where the text may have begun to spell a tag; its length where it has not."""
+    """The index at which the text may begin to spell a tag; the text's length if there is none."""
     longest = min(len(text), len(CALL_BEGIN) - 1)
     return len(text) - next((n for n in range(longest, 0, -1) if CALL_BEGIN.startswith(text[-n:])), 0)
 

@@ -1,4 +1,4 @@
-"""What a block is made of: the plain decoder's parts, or others that the configuration names."""
+"""The parts of a block: the plain decoder's, or the variants that the configuration names."""
 
 from torch import nn
 

@@ -1,8 +1,8 @@
 """State dicts as other tools write them, converted to MiniMind's own names if their meaning is certain.
 
-The names of transformers' Llama are also those of MiniMind's own files since April 2025. With them RoPE turns rows half
-a head apart, (i, i + d/2), and ours stand side by side, (2i, 2i + 1): the rows of each head of wq and wk are reordered.
-A MiniMind-3 also has these names, and is recognised by its norms of queries and keys: its names and rows stay as is.
+The names of transformers' Llama are also those of MiniMind's own files since April 2025. In them RoPE rotates rows half
+a head apart, (i, i + d/2), while ours are adjacent, (2i, 2i + 1): the rows of each head of wq and wk are reordered. A
+MiniMind-3 also has these names, and is recognised by its norms of queries and keys: its names and rows stay unchanged.
 """
 
 import re
@@ -39,7 +39,7 @@ OURS, THEIRS = (
 )
 IN_A_LAYER = re.compile(rf"(?P<prefix>(?:.*\.)?)layers\.\d+\.(?:(?P<ours>{OURS})|(?P<theirs>{THEIRS}))\.")
 
-OTHERS = (  # what is not a MiniMind, by one of its names
+OTHERS = (  # other architectures, by one of their tensors' names
     (r"\.lora_(A|B|embedding_A|embedding_B)\b", "peft's LoRA adapter: `convert_model.py from-peft` reads its folder"),
     (r"\bself_attn\.[qkv]_proj\.bias$|\bshared_expert_gate\.", "a Qwen2 or Qwen2-MoE: `convert_model.py "
      "from-transformers` reads its folder"),
@@ -61,9 +61,9 @@ TIED = {  # embedding and output, by generation
 class Recognised(NamedTuple):
     """A state dict under MiniMind's names, fp32.
 
-    note: what was done to get there, in words; empty for a file as MiniMind2 wrote them.
-    newer: it had the names of April 2025.
-    generation: whose names the state has.
+    note: a description of the conversions; empty for a file in MiniMind2's form.
+    newer: whether it had the names of April 2025.
+    generation: the generation whose names the state has.
     """
 
     state: dict[str, Tensor]
@@ -83,20 +83,20 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 def recognise(content: object, n_heads: int, n_kv_heads: int, generation: int | None = None) -> Recognised:
-    """What a weights file holds, as MiniMind's state dict or that of an adapter.
+    """The content of a weight file as MiniMind's state dict or that of an adapter.
 
-    Read are: MiniMind2's own names, and those of April 2025; what DDP, FSDP, torch.compile or Lightning put in front of
-    them; the state dict alone or under "model", "state_dict", "model_state_dict" or "module"; any floating precision;
-    embedding and output, which are one matrix, both there or only one of them. The same of MiniMind-3.
+    Accepted are MiniMind2's own names, those of April 2025, and MiniMind-3's; prefixes of DDP, FSDP, torch.compile or
+    Lightning; the state dict alone or under "model", "state_dict", "model_state_dict" or "module"; any floating
+    precision; embedding and output, which are one matrix, both or only one of them.
 
     Args:
-        content: as it was loaded.
-        n_heads, n_kv_heads: of the model; only the names of April 2025 need them.
-        generation: of the model that it is for, 2 or 3, where the content alone does not tell: an adapter. None: told
-            by its norms of queries and keys.
+        content: the loaded file.
+        n_heads, n_kv_heads: of the model; needed only for the names of April 2025.
+        generation: of the model that it is for, 2 or 3, if the content does not show it, as for an adapter. None: it
+            is recognised by its norms of queries and keys.
 
     Raises:
-        ValueError: the meaning is not certain; the message says what it looks like.
+        ValueError: the meaning is not certain; the message says what the file looks like.
     """
     tensors, notes = _tensors_in(content)
     names = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in tensors}
@@ -109,7 +109,7 @@ def recognise(content: object, n_heads: int, n_kv_heads: int, generation: int | 
     prefix, newer = found["prefix"], found["theirs"] is not None
     if generation is None:
         generation = 3 if any(map(QK_NORM.search, names.values())) else 2
-    outer = prefix.removesuffix("model.") if newer else prefix  # `lm_head` and `vision_proj` stand beside `model`
+    outer = prefix.removesuffix("model.") if newer else prefix  # `lm_head` and `vision_proj` are siblings of `model`
     if outer:
         notes.append(f"{outer} removed from its names")
     newer = newer and generation == 2
@@ -136,7 +136,7 @@ def recognise(content: object, n_heads: int, n_kv_heads: int, generation: int | 
 
 
 def _tensors_in(content: object) -> tuple[Mapping[str, Tensor], list[str]]:
-    """The state dict in a file's content, and in words where it lay."""
+    """The state dict in a file's content, and notes that say under which keys it was."""
     notes: list[str] = []
     while isinstance(content, Mapping):
         if content and all(isinstance(value, Tensor) for value in content.values()):
@@ -184,7 +184,7 @@ def _our_name(theirs: str) -> str:
 
 
 def _in_pairs(name: str, value: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
-    """wq or wk, or what an adapter adds to their rows, with the rows in our order; anything else as it is."""
+    """wq, wk, or an adapter's B for them, with the rows in our order; any other tensor unchanged."""
     found = re.search(r"\.(wq|wk)\.(weight|lora\.B\.weight)$", name)
     if found is None:
         return value
@@ -195,7 +195,7 @@ def _in_pairs(name: str, value: Tensor, n_heads: int, n_kv_heads: int) -> Tensor
 
 
 def _tied(state: dict[str, Tensor], pair: tuple[str, str]) -> dict[str, Tensor]:
-    """The state dict with embedding and output, if it has one of them."""
+    """The state dict with both embedding and output, if it has either of them."""
     there = [state[name] for name in pair if name in state]
     if len(there) == 2 and (there[0].shape != there[1].shape or not torch.equal(*map(torch.nan_to_num, there))):
         raise ValueError(f"has different {' and '.join(pair)}, but a MiniMind has one matrix for both")

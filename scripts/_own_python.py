@@ -15,7 +15,7 @@ OLDEST = (3, 10)
 
 
 def lacks_packages(requirements: Path) -> bool:
-    """Whether this Python lacks a package of a requirements file; the versions are not looked at."""
+    """Whether this Python lacks a package of a requirements file; versions are not checked."""
     lines = requirements.read_text(encoding="utf-8").splitlines()
     for name in [re.split(r"[<>=!~ \[;]", line)[0] for line in lines if line and not line.startswith("#")]:
         try:
@@ -26,10 +26,10 @@ def lacks_packages(requirements: Path) -> bool:
 
 
 def settle(root: Path = ROOT) -> int | None:
-    """Run this script in .venv/ where this Python lacks what it needs.
+    """Run this script in .venv/ if this Python lacks packages that it needs.
 
     Returns:
-        the exit code of that run; None where this Python will do, or is too old, which trainer/start.py tells.
+        the exit code of that run; None if this Python has them, or is too old, which trainer/start.py reports.
     """
     requirements = root / "requirements-core.txt"
     own = root / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

@@ -42,7 +42,7 @@ def get_args():
 
 
 def places(folders: list[Path]) -> list[Path]:
-    """Where to look for caches."""
+    """The folders in which to look for caches."""
     home = home_caches()
     found = [place for folder in folders or [ROOT / "dataset"] for place in places_in(folder)]
     return found if folders or home is None else [*found, home]

@@ -71,8 +71,8 @@ class Chat:
         self.tools = tools
 
     def ask(self, question: str) -> Iterator[tuple[str, str]]:
-        """Yield ("thinking" | "answer", text) as it comes; whatever came of the answer joins the history, also when
-        the caller stops early."""
+        """Yield ("thinking" | "answer", text) as it comes; the answer so far is added to the history, even if the
+        caller stops early."""
         messages = self._messages(question)
         asked = messages[-1]
         answer = ""
@@ -86,7 +86,7 @@ class Chat:
                 self.turns += [asked, {"role": "assistant", "content": answer}]
 
     def act(self, question: str) -> None:
-        """Have the question answered with what the tools say, and show it all; the whole of it joins the history."""
+        """Answer a question with the help of tools, and show everything; all turns are added to the history."""
         from scripts.tool_use.react import act  # only here, as it brings PyTorch with it
 
         messages = self._messages(question)
@@ -115,7 +115,7 @@ class Chat:
 
 
 def _noted(parts: Iterator[tuple[str, str]], said: list[str]) -> Iterator[tuple[str, str]]:
-    """The parts of an answer, and its text in `said`."""
+    """Yield the parts of an answer, and append their text, thinking excepted, to `said`."""
     for part, words in parts:
         if part == "answer":
             said.append(words)
@@ -123,7 +123,7 @@ def _noted(parts: Iterator[tuple[str, str]], said: list[str]) -> Iterator[tuple[
 
 
 def obey(command: str, chat: Chat) -> bool:
-    """Carry out a line that begins with a slash; False: it is not a command but something to say."""
+    """Run a line that begins with a slash as a command; False: it is not a command but a message."""
     name, _, rest = command.partition(" ")
     if name == "/reset":
         chat.turns.clear()
@@ -143,7 +143,7 @@ def obey(command: str, chat: Chat) -> bool:
 
 
 def show(parts: Iterator[tuple[str, str]], hide_thinking: bool) -> None:
-    """Print an answer as it comes; thinking dim on a terminal, under a heading elsewhere."""
+    """Print an answer as it comes, with thinking dim on a terminal, or under a heading elsewhere."""
     terminal = sys.stdout.isatty()
     marks = {"thinking": DIM, "answer": PLAIN} if terminal else {"thinking": "[thinking]\n", "answer": "[answer]\n"}
     shown = "answer"
@@ -160,10 +160,10 @@ def show(parts: Iterator[tuple[str, str]], hide_thinking: bool) -> None:
 
 
 def lines() -> Iterator[str]:
-    """What a person types, or what is piped in, until it ends or says /exit.
+    """Typed or piped lines, until the input ends or a line is /exit.
 
     Raises:
-        UserError: what is piped in is not UTF-8.
+        UserError: the piped input is not UTF-8.
     """
     for line in typed_lines() if sys.stdin.isatty() else piped_lines():
         if line == "/exit":
@@ -172,7 +172,7 @@ def lines() -> Iterator[str]:
 
 
 def typed_lines() -> Iterator[str]:
-    """What a person types, until Ctrl-D. Ctrl-C only clears the line."""
+    """Typed lines, until Ctrl-D. Ctrl-C only clears the line."""
     while True:
         try:
             if line := typed_line("> "):
@@ -192,7 +192,7 @@ def main():
 
 
 def talk(args, tools) -> None:
-    """Send what is typed or piped in, and show what is answered."""
+    """Send typed or piped lines, and show the answers."""
     import openai  # imported late, so that --help is quick
 
     with contextlib.suppress(ImportError):  # arrow keys in input(); Windows has its own

@@ -73,7 +73,7 @@ def get_args():
 
 
 def chat_key(chat: Chat) -> bytes:
-    """Tells one question from another."""
+    """A key that identifies a question."""
     return hashlib.sha256(json.dumps(chat).encode()).digest()[:16]
 
 
@@ -81,15 +81,15 @@ class AnswerFile:
     """The file of answers: `{"conversations": [question…, answer], "model": NAME, "thinking": BOOL}` lines.
 
     Args:
-        made_by: what is the same in every line, the model's name and whether thinking is kept.
-        questions: how often each question, by its key, is asked.
+        made_by: the fields that are the same in every line: the model's name and whether thinking is kept.
+        questions: the number of times that each question is asked, by its key.
 
     Attributes:
-        answered: how often each question, by its key, has an answer there.
+        answered: the number of answers to each question in the file, by its key.
 
     Raises (on construction):
-        UserError: it cannot be written, another run writes to it, or a line in it is not an answer of this model
-            to these questions, in this form.
+        UserError: it is not writable, another run writes to it, or a line in it is not this model's answer to one of
+            these questions in this form.
     """
 
     def __init__(self, path: Path, made_by: dict[str, str | bool], questions: Counter[bytes]):
@@ -112,7 +112,7 @@ class AnswerFile:
                 )
 
     def _locked(self):
-        """What keeps a second run away as long as it lives; None on a file system that has no locks."""
+        """The lock that keeps a second run from writing to the file; None on a file system without locks."""
         from dataset.locks import lock
 
         place = self.path.resolve()  # by whatever name the file is opened
@@ -125,7 +125,7 @@ class AnswerFile:
         return held
 
     def _lines(self) -> Iterator[tuple[bytes, bytes, bool]]:
-        """The key and the bytes of each line, and whether it was made as ours are; no key where it is none of ours."""
+        """Each line's key, its bytes, and whether it has this run's settings; the key is empty for a foreign line."""
         self._file.seek(0)
         for line in self._file.readlines():
             try:
@@ -138,7 +138,7 @@ class AnswerFile:
         """Append an answer.
 
         Raises:
-            UserError: it could not be written; the file is as it was.
+            UserError: it could not be written; the file is unchanged.
         """
         turns = [*chat, {"role": "assistant", "content": answer}]
         line = json.dumps({"conversations": turns, **self.made_by}, ensure_ascii=False).encode() + b"\n"
@@ -154,7 +154,7 @@ class AnswerFile:
         self.answered[chat_key(chat)] += 1
 
     def sort(self, questions: Iterator[Chat]) -> None:
-        """Put the lines into the order of the questions; those whose question is there no longer stand at the end."""
+        """Sort the lines in the order of the questions; lines whose question no longer exists come last."""
         from trainer.files import replacing
 
         lines: dict[bytes, deque[bytes]] = defaultdict(deque)
@@ -177,15 +177,15 @@ async def ask_all(
     give_up_after: int,
     progress,
 ) -> str | None:
-    """Ask every question, some at once; an answer is written the moment it comes.
+    """Ask every question, several at once; an answer is written as soon as it arrives.
 
-    The first Ctrl-C (or SIGTERM) lets those that are being asked finish, a second one does not.
+    The first Ctrl-C (or SIGTERM) lets running requests finish, a second one does not.
 
     Args:
-        give_up_after: so many questions in a row without an answer.
+        give_up_after: stop after this many questions in a row without an answer.
 
     Returns:
-        why it stopped before the end, or None.
+        the reason for stopping early, or None.
     """
     import openai
 
@@ -232,10 +232,10 @@ async def ask_all(
 
 
 def parse_text(content) -> str:
-    """What a message says; the client takes whatever an endpoint sends for text.
+    """The text of a message; the client may return any type that an endpoint sends.
 
     Raises:
-        NoAnswer: it is not text, or holds half a character, which no file can.
+        NoAnswer: it is not text, or contains a lone surrogate, which UTF-8 cannot encode.
     """
     if not isinstance(content, str | None):
         raise NoAnswer(f"it is not text but {str(content)[:60]}")
@@ -246,7 +246,7 @@ def parse_text(content) -> str:
 
 
 def extract_answer(completion, thinking: bool) -> str:
-    """The text to learn from a chat completion.
+    """The text of a chat completion to train on.
 
     Raises:
         NoAnswer: there is none, or it is cut off.

@@ -28,7 +28,7 @@ from trainer.weights import load_tokenizer
 
 
 def draw_sheet(exam: list[dict], replies: list[str], images_path: Path, columns: int, path: Path) -> None:
-    """Write a PNG: a question a cell, its picture or pictures above."""
+    """Write a PNG with one cell per question, its image or images above it."""
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
 
     rows = math.ceil(len(exam) / columns)

@@ -61,7 +61,7 @@ def get_args():
 
 
 def load(args, lora: Path | None = None):
-    """Model and tokenizer that the command line names, with an adapter merged where there is one."""
+    """The model and tokenizer that the command line names, with any adapter merged."""
     from trainer.loading import load_for_inference
 
     names = ("dim", "n_layers", "n_heads", "n_kv_heads", "num_experts_per_tok", "max_seq_len", "use_moe", "rope_theta")
@@ -80,7 +80,7 @@ def check_adapter_name(adapter: Path) -> None:
 
 
 def save(model, tokenizer, out: Path, about: dict) -> None:
-    """A .pth and the json beside it."""
+    """Save a .pth and the json beside it."""
     from model.tokenizer import tokenizer_hash
     from trainer.architecture import architecture, positions
     from trainer.files import save_json, save_tensors

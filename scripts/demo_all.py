@@ -4,7 +4,6 @@ It continues from `make demo`, whose data and weights it uses (and creates if th
 call are reused, and interrupted training continues where it stopped.
 """
 
-import json
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from model import MiniMindLM
 from model.model_lora import load_lora
-from scripts.demo.exam import identify_training, open_model, run
+from scripts.demo.exam import Results, identify_training, open_model, run
 from scripts.demo.first_model import make_model
 from scripts.demo.measures import (
     Opened,
@@ -33,7 +32,6 @@ from scripts.report_card.examining import DEMO_EXAMS, remember_exam
 from scripts.report_card.making import make_report
 from trainer.arguments import Parser
 from trainer.errors import run_main
-from trainer.files import save_json
 from trainer.weights import read_settings
 
 Measure = Callable[[MiniMindLM, PreTrainedTokenizerBase], float]
@@ -42,7 +40,7 @@ Measure = Callable[[MiniMindLM, PreTrainedTokenizerBase], float]
 
 
 class Stage(NamedTuple):
-    """A training, and what to measure before and after it; weights are named as they lie in OUT."""
+    """A training, and its measure before and after; weights are named as in OUT."""
 
     name: str
     command: tuple[str, ...]  # nothing: `make demo` has done it
@@ -56,7 +54,7 @@ class Stage(NamedTuple):
     teacher: str | None = None
 
     def state(self) -> dict[str, str]:
-        """Tells one training of its weights, and of those that they came from, from another."""
+        """Identifies a training of its weights, and of the weights that it starts from."""
         sources = [name for name in (self.start, self.teacher) if name]
         return {
             "began": "-".join(identify_training(OUT / f"{name}.pth") for name in sources),
@@ -128,7 +126,7 @@ STAGES = (
 
 
 def opened(weights: str | None, like: str) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, an adapter on its base; without a name a random model like another."""
+    """A model and its tokenizer, an adapter merged into its base; without a name a random model of the same size."""
     if weights is not None and weights.startswith("lora/"):
         about = read_settings(OUT / f"{weights}.pth")
         model, tokenizer = open_model(OUT / about["base"])
@@ -142,7 +140,7 @@ def opened(weights: str | None, like: str) -> tuple[MiniMindLM, PreTrainedTokeni
 
 
 def facts_known(name: str) -> float:
-    """The share of the demo's facts that a model knows; kept for the report, too."""
+    """The share of the demo's facts that a model knows, also stored for the report."""
     exam = "eval_facts.jsonl"
     counts = DEMO_EXAMS[exam].ask(exam, *opened(name, name))
     remember_exam(OUT, name, exam, counts)
@@ -151,7 +149,7 @@ def facts_known(name: str) -> float:
 
 
 def examined(stage: Stage, known: dict) -> dict:
-    """What is known of a stage, its start and its end examined if they have not been."""
+    """The results of a stage; its start and end are evaluated if they have not been."""
     now = stage.state()
     if known.items() >= now.items():
         return known
@@ -166,7 +164,7 @@ def examined(stage: Stage, known: dict) -> dict:
 
 
 def table(stages: tuple[Stage, ...], results: dict[str, dict]) -> str:
-    """A line a stage: minutes, its own measure before and after, the demo's facts it knows then."""
+    """A table with a line per stage: minutes, its measure before and after, and the demo's facts known then."""
     lines = [f"{'stage':<14}{'minutes':>8}  {'measure':<36}{'start':>8}{'end':>8}{'facts':>8}"]
     for stage in stages:
         result = results[stage.name]
@@ -179,24 +177,17 @@ def table(stages: tuple[Stage, ...], results: dict[str, dict]) -> str:
 def main():
     Parser(__doc__).parse_args()
     make_model()
-    file = OUT / "all.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-
-    def remember(stage: Stage, known: dict) -> dict:
-        results[stage.name] = known
-        save_json(results, file)
-        return known
-
+    results = Results(OUT / "all.json")
     for stage in STAGES:
         known = results.get(stage.name, {})
         if stage.command:
             begins_from = stage.state()["began"]
             anew = known.get("begins_from", begins_from) != begins_from  # it has been trained again since
             if not anew:
-                known = remember(stage, known | {"begins_from": begins_from})
+                known = results.keep(stage.name, known | {"begins_from": begins_from})
             run(*stage.command, "--overwrite" if anew else "--resume")
             known = {**known, "begins_from": begins_from}
-        remember(stage, examined(stage, known))
+        results.keep(stage.name, examined(stage, known))
     for stage in STAGES:
         if stage.detail:
             print(f"\n{results[stage.name]['detail']}")

@@ -5,19 +5,16 @@ out/demo/r1. Results of an earlier call are reused; interrupted training continu
 the chat model, which has never seen a thought (R1-Zero), is run for comparison.
 """
 
-import json
-
 import _repo  # noqa: F401  (lets `python scripts/demo_r1.py` find the packages)
 
 from scripts.demo import trying
-from scripts.demo.exam import identify_training, open_model
+from scripts.demo.exam import Results, identify_training, open_model
 from scripts.demo.first_model import make_model
 from scripts.demo.measures import facts
 from scripts.demo.settings import OUT
 from trainer.argument_types import seed
 from trainer.arguments import Parser
 from trainer.errors import run_main
-from trainer.files import save_json
 from trainer.weights import read_settings
 
 
@@ -29,16 +26,14 @@ def main():
     start = OUT / "full_sft_256.pth"
     root = trying.R1 / f"{identify_training(start)}_{args.seed}"  # other weights or another seed, another recipe
     root.mkdir(parents=True, exist_ok=True)
-    file = root / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    results = Results(root / "results.json")
     verifier = None
 
     def remember(name: str, weights, minutes: float) -> None:
         if name not in results:
             print(f"\nevaluating {name} …", flush=True)
             found = trying.examine(weights, verifier)._asdict()
-            results[name] = found | {"minutes": minutes, "facts": facts(*open_model(weights))}
-            save_json(results, file)
+            results.keep(name, found | {"minutes": minutes, "facts": facts(*open_model(weights))})
 
     remember("chat model", start, read_settings(start)["seconds"] / 60)
     stages = trying.recipe(root, start, args.seed)

@@ -5,18 +5,15 @@ out/demo/tools, where results of an earlier call are used again. A table at the 
 unseen sums and lookups with and without tools, factual questions with a needless call, and the share of valid calls.
 """
 
-import json
-
 import _repo  # noqa: F401  (lets `python scripts/demo_tools.py` find the packages)
 
 from scripts.demo import tool_lessons
-from scripts.demo.exam import identify_training, run
+from scripts.demo.exam import Results, identify_training, run
 from scripts.demo.first_model import make_model
 from scripts.demo.settings import OUT
 from trainer.argument_types import seed
 from trainer.arguments import Parser
 from trainer.errors import run_main
-from trainer.files import save_json
 from trainer.weights import read_settings
 
 SHOWN = ("What is 48213 * 7731?", "How many kaluno are in stock?", "北京是哪个国家的首都？", "2024-02-29 是星期几？")
@@ -34,8 +31,7 @@ def main():
     flags = ("--data_path", str(lessons), "--from_weight", str(start), "--out_dir", str(root), "--seed", str(args.seed))
     run("train_full_sft.py", *tool_lessons.SIZES, *tool_lessons.LEARNING, *flags, "--resume")
 
-    file = root / "results.json"
-    results = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    results = Results(root / "results.json")
     asked = tool_lessons.questions(args.seed)
     for name, examined, with_tools in (
         ("chat model, no tools", start, False),
@@ -43,10 +39,9 @@ def main():
         ("then, with tools", weights, True),
     ):
         if name not in results:
-            print(f"\nevaluating: {name} …", flush=True)
+            print(f"\nevaluating {name} …", flush=True)
             found = tool_lessons.examine(examined, asked, with_tools)
-            results[name] = tool_lessons.summary(asked, found)
-            save_json(results, file)
+            results.keep(name, tool_lessons.summary(asked, found))
     print(f"\nA conversation:\n{tool_lessons.conversation(weights, SHOWN)}")
     print(f"\nUnseen questions, greedy:\n{tool_lessons.table_of(results)}")
     print(f"training took {read_settings(weights)['seconds'] / 60:.1f} minutes")

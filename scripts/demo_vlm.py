@@ -51,14 +51,14 @@ TEXT_BAR = 0.03  # what the language model may lose on questions without a pictu
 
 
 def text_ability(model: MiniMindLM, tokenizer) -> dict[str, float]:
-    """Shares right of the demo's questions without a picture, for each language."""
+    """The shares of right answers to the demo's questions without images, by language."""
     questions = [question for exam in EXAMS for question in read_lines(DATA / f"eval_{exam}.jsonl")]
     replies, _ = answer(model, tokenizer, [question["question"] for question in questions])
     return {lang: right / of for (lang, kind), (right, of) in tally(questions, replies).items() if kind == "all"}
 
 
 def show_examination() -> dict:
-    """Ask everything, print what a person wants to see, return the figures."""
+    """Ask every question, print a summary, and return the figures."""
     model, tokenizer, processor = load_vlm_for_inference(OUT / f"sft_vlm_{SIZE[1]}.pth", OUT / "clip")
     model.to(pick_device(None))
     exam = read_lines(DATA / "eval_vlm.jsonl")

@@ -21,6 +21,7 @@ from scripts.evaluation import require_harness
 from trainer.argument_types import BooleanFlag, non_negative_int, positive_int, seed
 from trainer.arguments import Parser, add_device_argument, add_model_arguments, add_untold_arguments
 from trainer.errors import UserError, print_notice, run_main
+from trainer.inference_arguments import add_adapter_argument, add_stage_arguments
 
 
 def get_args():
@@ -44,15 +45,8 @@ def get_args():
     )
     who = parser.add_argument_group("which model", "--weights, or the flags that select a model in eval_model.py")
     who.add_argument("--weights", nargs="+", default=[], metavar="W", help=".pth files, or transformers folders")
-    who.add_argument(
-        "--model_mode",
-        type=int,
-        choices=range(6),
-        default=1,
-        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 grpo, 5 ppo",
-    )
-    who.add_argument("--load", type=int, choices=(0, 1), default=0, help="1: --out_dir is a transformers folder")
-    who.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load")
+    add_stage_arguments(who)
+    add_adapter_argument(who)
     who.add_argument("--batch_size", type=positive_int, default=16, help="questions at once")
     add_model_arguments(parser)
     add_untold_arguments(parser)
@@ -93,7 +87,7 @@ def check(args) -> None:
 
 
 def partial_of(output: Path) -> Path:
-    """What has been answered so far, until `output` is written."""
+    """The file of the answers so far, used until `output` is written."""
     return output.with_name(f"{output.name}.partial.jsonl")
 
 

@@ -39,7 +39,7 @@ def get_args():
 
 
 def find_runs(path: Path) -> list[Run]:
-    """The runs below a folder, or the one whose weights or whose .resume folder `path` is.
+    """The runs below a folder, or the run of which `path` is the weights or the .resume folder.
 
     Raises:
         UserError: there is none.
@@ -57,14 +57,14 @@ def find_runs(path: Path) -> list[Run]:
 
 
 def _walk(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """As os.walk, but not into the states of a run."""
+    """os.walk, but not into the folders with a run's states."""
     for folder, folders, files in os.walk(path):
         yield folder, list(folders), files
         folders[:] = [name for name in folders if not name.endswith(".resume") and not name.startswith(".")]
 
 
 def describe(run: Run) -> tuple[list[str], bool]:
-    """The lines that say what there is of a run, and whether all of it is whole."""
+    """A description of a run in lines, and whether all its files are intact."""
     from trainer.resume_files import find_whole_state, list_states, verify
 
     lines, whole = [f"{run.weights.with_suffix('')}"], True
@@ -96,7 +96,7 @@ def describe(run: Run) -> tuple[list[str], bool]:
 
 
 def _check_weights(path: Path) -> tuple[str, bool]:
-    """What is to be said of weights that lie where people look for them, and whether they may be whole."""
+    """A remark on published weights, and False if they are damaged."""
     from trainer.files import check_hash
     from trainer.weights import read_settings
 
@@ -117,7 +117,7 @@ def _what_is_saved(state: dict) -> str:
 
 
 def _writer(folder: Path) -> str | None:
-    """The process whose run holds the folder's lock; None where nobody does, or it cannot be told."""
+    """The process whose run holds the folder's lock; None if there is none, or locks do not work there."""
     from dataset.locks import lock
     from trainer.run_lock import read_owner
 
@@ -147,7 +147,7 @@ def command_of(state: dict) -> str:
 
 
 def _without(flags: list[str], *names: str) -> list[str]:
-    """Arguments without these flags and their values."""
+    """The arguments without these flags and their values."""
     kept, i = [], 0
     while i < len(flags):
         name, _, value = flags[i].partition("=")

@@ -33,7 +33,7 @@ from trainer.errors import UserError, run_main, shown
 
 
 class Stage(NamedTuple):
-    """What reads a stage's lines, and its usual row length in tokens."""
+    """The dataset class of a stage, and its usual row length in tokens."""
 
     dataset: str
     max_seq_len: int
@@ -51,7 +51,7 @@ STAGES = {
 
 
 class Marks(NamedTuple):
-    """What stands before and after what is learned, and before and after a control token that is not."""
+    """The marks around targets, and around control tokens that are not targets."""
 
     learned: tuple[str, str]
     control: tuple[str, str]
@@ -79,10 +79,10 @@ def get_args():
 
 
 def guess_stage(path: Path) -> str | None:
-    """The stage that learns from such lines as the first good one; None where no stage does as it is.
+    """The stage for lines like the first good one; None if no stage can train on them as they are.
 
     Raises:
-        DataError: the file is missing, empty, or nothing that can be read.
+        DataError: the file is missing, empty or unreadable.
     """
     from dataset.jsonl import DataError, JsonlReader, require_data_file
     from dataset.shapes import raw_stage
@@ -108,10 +108,10 @@ def guess_stage(path: Path) -> str | None:
 
 
 def show_raw(path: Path, samples: int) -> None:
-    """Print what a file of another shape holds.
+    """Print the content of a file of another format.
 
     Raises:
-        UserError: always: which command makes a stage's file of it, or that nothing in it is known.
+        UserError: always: the message names the command that converts it, or says that nothing was recognised.
     """
     from dataset.shapes import foreign_file, prepare_command
     from scripts.preparing.inspection import RawLook, show_piece
@@ -131,7 +131,7 @@ def show_raw(path: Path, samples: int) -> None:
 
 
 def open_stage(stage: str, args, tokenizer):
-    """The dataset that the stage's training would make of the file; bad lines are left out."""
+    """The dataset that the stage would train on; bad lines are left out."""
     import dataset
     from trainer.vision import image_data, open_vision
 
@@ -154,10 +154,10 @@ class Spelling:
         self._literal = re.compile("|".join(map(re.escape, (*self.control.values(), *BRACKETS.learned))))
 
     def write(self, ids: list[int], learned: list[bool], pictures: dict[int, tuple[str, int]]) -> str:
-        """The tokens as text, targets marked.
+        """The tokens as text, with targets marked.
 
         Args:
-            pictures: the name of each picture, and how many places it takes, by its first place.
+            pictures: each image's name and number of tokens, by the position of its first token.
         """
         runs = []
         for is_learned, run in groupby(self._units(ids, learned, pictures), key=lambda unit: unit[0]):
@@ -191,7 +191,7 @@ def _by_kind(units) -> Iterator[tuple[str, Iterator]]:
 
 
 def show_samples(data, spelling: Spelling, count: int, seed: int | None) -> None:
-    """Print `count` samples, or pairs: the first, or such as the seed draws."""
+    """Print `count` samples or pairs: the first ones, or randomly drawn ones if there is a seed."""
     import numpy as np
 
     groups = len(data.pieces.sample) // data.group
@@ -214,7 +214,7 @@ def show_samples(data, spelling: Spelling, count: int, seed: int | None) -> None
 
 
 def locate_pictures(data, sample: int) -> dict[int, tuple[str, int]]:
-    """The name of each picture of a sample, and how many places it takes, by its first place."""
+    """Each image's name and number of tokens in a sample, by the position of its first token."""
     extra = data.cache.note(sample)
     if not extra:
         return {}
@@ -222,10 +222,10 @@ def locate_pictures(data, sample: int) -> dict[int, tuple[str, int]]:
 
 
 def report(data, is_text: bool) -> None:
-    """Print what training's start-up line says, what of it is learned, the bad lines, and how long the samples are.
+    """Print training's start-up report, the share of targets, the bad lines, and the lengths of the samples.
 
     Args:
-        is_text: of a stage that splits what is longer than a row.
+        is_text: whether the stage splits samples that are longer than a row.
     """
     import numpy as np
 

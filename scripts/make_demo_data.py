@@ -68,7 +68,7 @@ STORIES = {
 
 
 def chat(*turns: str, system: str | None = None) -> dict:
-    """User and assistant in turn, as a line of an SFT file."""
+    """A line of an SFT file with turns of user and assistant."""
     messages = [{"role": "system", "content": system}] if system else []
     roles = ("user", "assistant")
     return {"conversations": messages + [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]}
@@ -84,7 +84,7 @@ def sentence(answer: str, lang: str) -> str:
 
 
 def politely(question: str, lang: str, rng: random.Random, share: float) -> str:
-    """The question, in a share of cases after a polite opening; a request ("Tell me …") goes without."""
+    """The question, in a share of cases with a polite opening; requests ("Tell me …") get none."""
     if rng.random() < share and question[-1] in "?？" and not question.startswith("请问"):
         return rng.choice(POLITE[lang]) + question
     return question
@@ -94,9 +94,9 @@ def politely(question: str, lang: str, rng: random.Random, share: float) -> str:
 
 
 def fact_chats(world: list[Relation], rng: random.Random) -> list[dict]:
-    """Every fact in every training phrasing, some politely introduced, some under a system prompt.
+    """Every fact in every training phrasing, some with a polite opening, some with a system prompt.
 
-    A small relation is asked about twice as often: its phrasings have fewer rows to be learned from.
+    Small relations are asked about twice as often, because their phrasings have fewer rows to be learned from.
     """
     lines = []
     for relation in world:
@@ -109,8 +109,8 @@ def fact_chats(world: list[Relation], rng: random.Random) -> list[dict]:
 
 
 def joined(lines: list[dict], rng: random.Random, share: float = 0.5, questions: int = 3) -> list[dict]:
-    """A share of the single questions, joined to talks of several: more answers to learn in as many tokens, and an
-    answer depends on its own question only. Lines with a system prompt stay as they are."""
+    """Join a share of the single questions to chats of several: more answers for the same number of tokens, and an
+    answer should depend only on its own question. Lines with a system prompt are unchanged."""
     rest, single = [], []
     for line in rng.sample(lines, len(lines)):
         joins = line["conversations"][0]["role"] != "system" and rng.random() < share
@@ -120,7 +120,7 @@ def joined(lines: list[dict], rng: random.Random, share: float = 0.5, questions:
 
 
 def talks(world: list[Relation], rng: random.Random, count: int) -> list[dict]:
-    """Short talks: a question, a follow-up that only makes sense after it, thanks."""
+    """Short chats: a question, a follow-up that depends on it, thanks."""
     lines = []
     for _ in range(count):
         relation = rng.choice(
@@ -145,12 +145,12 @@ def identity_chats(who: list[Identity], rng: random.Random, repeats: int) -> lis
 
 
 def among(known: list[dict], new: list[dict], rng: random.Random, count: int) -> list[dict]:
-    """New lines among some that the model knows already, so that learning the new does not cost it the old."""
+    """Mix new lines with known ones, so that the model does not forget the old while it learns the new."""
     return rng.sample(lines := rng.sample(known, count) + new, len(lines))
 
 
 def fact_texts(world: list[Relation], rng: random.Random) -> list[dict]:
-    """Every fact in every statement, and a few statements in a row; some as question and answer."""
+    """Every fact as every statement, some of them several in a row, and some as question and answer."""
     texts = []
     for relation in world:
         for x, (y, *_) in relation.rows:
@@ -166,7 +166,7 @@ def fact_texts(world: list[Relation], rng: random.Random) -> list[dict]:
 
 
 def is_examined(a: int, b: int) -> bool:
-    """Whether the pair, in either order, is kept for the test: one in ten."""
+    """Whether the pair, in either order, is held out for the test: one in ten is."""
     low, high = sorted((a, b))
     return hashlib.sha256(f"{low},{high}".encode()).digest()[0] % 10 == 0
 
@@ -183,7 +183,7 @@ def all_sums() -> Iterator[tuple[int, str, int, int]]:
 
 
 def sum_lines(rng: random.Random) -> tuple[list[dict], list[dict]]:
-    """Sums to learn, as chats, and sums never seen, as questions."""
+    """Sums for training, as chats, and held-out sums, as questions."""
     learned, examined = [], []
     for a, op, b, result in all_sums():
         lang = rng.choice(("en", "zh"))
@@ -196,7 +196,7 @@ def sum_lines(rng: random.Random) -> tuple[list[dict], list[dict]]:
 
 
 def reasoning(rng: random.Random, count: int, taken: set) -> Iterator[tuple[str, str, str, str]]:
-    """(question, thinking, answer, lang): stories of three numbers that are not in `taken`, which they join."""
+    """(question, thinking, answer, lang): stories of three numbers that are not in `taken`, to which they are added."""
     while count:
         a, b, c = rng.randint(2, 40), rng.randint(2, 40), rng.randint(2, 30)
         if c > a + b or (a, b, c) in taken or is_examined(a, b) or is_examined(a + b, c):
@@ -210,7 +210,7 @@ def reasoning(rng: random.Random, count: int, taken: set) -> Iterator[tuple[str,
 
 
 def checked_problems(rng: random.Random, count: int, beyond: int, taken: set, asked: set[str]) -> list[dict]:
-    """Problems without thoughts: stories as above, and `beyond` of each kind that goes further, all mixed."""
+    """Problems without thoughts: stories as above, and `beyond` problems of each further kind, mixed."""
     stories = [problem(q, int(a), "story", lang) for q, _, a, lang in reasoning(rng, count, taken)]
     return rng.sample(lines := [*stories, *problems_beyond(rng, beyond, asked)], len(lines))
 
@@ -219,8 +219,12 @@ def checked_problems(rng: random.Random, count: int, beyond: int, taken: set, as
 
 
 def preferences(who: list[Identity], phrasings: str) -> list[dict]:
-    """Asked for its name, the model should give that alone: "I am MiniMind." is preferred to what it was taught to
-    say, "I am MiniMind, a small language model."; `phrasings`: "asked" or "held_out", plain and after every opening."""
+    """Pairs that teach the model to answer with only its name: "I am MiniMind." is preferred to the answer that it was
+    trained on, "I am MiniMind, a small language model.".
+
+    Args:
+        phrasings: "asked" or "held_out"; each is used plain and after every opening.
+    """
     pairs = []
     for identity in who:
         name, *more = re.split("[,，]", identity.answer)
@@ -234,7 +238,7 @@ def preferences(who: list[Identity], phrasings: str) -> list[dict]:
 
 
 def build(seed: int) -> dict[str, list[dict]]:
-    """Every file's lines, by name."""
+    """The lines of every file, by name."""
     rng = random.Random(seed)
     world = relations()
     me, other = identities(*MINIMIND), identities(*WILLOW)
@@ -283,7 +287,7 @@ def build(seed: int) -> dict[str, list[dict]]:
             chat(q["question"], sentence(q["answers"][0], q["lang"])) for q in rng.sample(questions, 400)
         ],
     }
-    trying, asked = random.Random(seed), set()  # a generator of its own: what is above stays as it was
+    trying, asked = random.Random(seed), set()  # a separate generator, so that the data above stays the same
     return files | {
         "rl_cold_start.jsonl": among(facts, r1[:COLD_START], random.Random(seed), 2 * COLD_START),
         "rl_math.jsonl": checked_problems(trying, 3000, 250, taken, asked),
@@ -293,7 +297,7 @@ def build(seed: int) -> dict[str, list[dict]]:
 
 
 def as_jsonl(files: dict[str, list[dict]]) -> dict[str, bytes]:
-    """What stands in each file, by its name."""
+    """The content of each file, by its name."""
     return {
         name: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         for name, lines in files.items()
@@ -301,13 +305,13 @@ def as_jsonl(files: dict[str, list[dict]]) -> dict[str, bytes]:
 
 
 def check_ours(digests: dict[str, str | None], folder: Path) -> dict[str, str]:
-    """Which of these files are in `folder`, each with its SHA-256.
+    """Those of these files that exist in `folder`, each with its SHA-256.
 
     Args:
-        digests: of what is to be written, by name; None where nothing is.
+        digests: the hashes of the new content, by name; None if nothing is to be written.
 
     Raises:
-        UserError: one is there that this script did not write, or that was changed since.
+        UserError: a file exists that this script did not write, or that has been changed since.
     """
     ours = read_manifest(folder / "manifest.json")
     there = {name: file_digest(folder / name) for name in digests if os.path.lexists(folder / name)}
@@ -320,10 +324,10 @@ def check_ours(digests: dict[str, str | None], folder: Path) -> dict[str, str]:
 
 
 def write(files: dict[str, bytes], folder: Path) -> list[str]:
-    """Write jsonl files into `folder`, and a manifest of what was written; returns a line about each.
+    """Write jsonl files into `folder`, and a manifest of them; returns a line about each.
 
     Raises:
-        UserError: as of `check_ours`; nothing is written then.
+        UserError: as in `check_ours`; then nothing is written.
     """
     digests = {name: sha256(content) for name, content in files.items()}
     there = check_ours(digests, folder)
@@ -348,15 +352,15 @@ def sha256(content: bytes) -> str:
 
 
 def file_digest(path: Path) -> str | None:
-    """The SHA-256 of a file; None of what is not a file."""
+    """The SHA-256 of a file; None if there is no such file."""
     return sha256(path.read_bytes()) if path.is_file() else None
 
 
 def read_manifest(path: Path) -> dict[str, str]:
-    """The SHA-256 of each file that an earlier run wrote, by name; empty where there was none.
+    """The SHA-256 of each file that an earlier run wrote, by name; empty if there was none.
 
     Raises:
-        UserError: a file of that name that is not such a list.
+        UserError: the manifest's name belongs to another kind of file.
     """
     if not path.exists():
         return {}

@@ -42,7 +42,7 @@ MARKER = "<image>\n"
 
 
 def invent_all(counts: dict[str, int], kinds: Sequence[tuple[str, str]], name: str, rng: random.Random):
-    """{file name: scene}, so many of each kind."""
+    """{file name: scene}, with the given number of each kind."""
     scenes = [invent(kind, kinds, rng) for kind, count in counts.items() for _ in range(count)]
     return {f"{name}_{number:05d}.jpg": scene for number, scene in enumerate(scenes)}
 
@@ -59,16 +59,16 @@ def descriptions(scenes: dict[str, Scene], rng: random.Random) -> list[dict]:
 
 
 def conversation(names: Sequence[str], asked: Sequence[Question], rng: random.Random) -> dict:
-    """Questions and answers about the same picture or pictures, in any order."""
+    """Questions and answers about the same images, in random order."""
     turns = [text for question in rng.sample(asked, len(asked)) for text in (question.text, question.answer)]
     turns[0] = MARKER * len(names) + turns[0]
     return {"image": ",".join(names)} | chat(*turns)
 
 
 def pairs(scenes: dict[str, Scene], others: dict[str, Scene], count: int, rng: random.Random) -> list[tuple[str, str]]:
-    """Names of two pictures of one thing each, one of `scenes` and one of `others`, in any order, of which one is big
-    and one small: in a quarter of the pairs of the same colour and shape, in a quarter each only of the same colour,
-    only of the same shape, and of neither."""
+    """Names of two images of one thing each, one from `scenes` and one from `others`, in random order, one big and one
+    small: a quarter of the pairs have the same colour and shape, a quarter each only the same colour, only the same
+    shape, and neither."""
     alike, alike_there = _of_one_thing(scenes), _of_one_thing(others)
     kinds = [
         [(a, b) for a, b in product(alike, alike_there) if (a[0] == b[0], a[1] == b[1]) == same and a[2] != b[2]]
@@ -80,7 +80,7 @@ def pairs(scenes: dict[str, Scene], others: dict[str, Scene], count: int, rng: r
 
 
 def _of_one_thing(scenes: dict[str, Scene]) -> dict[tuple[str | None, str, str], list[str]]:
-    """Names of the pictures of a single thing, by its colour, shape and size."""
+    """The names of the images of a single thing, by its colour, shape and size."""
     alike = defaultdict(list)
     for name, scene in scenes.items():
         if scene.kind == "one":
@@ -89,7 +89,7 @@ def _of_one_thing(scenes: dict[str, Scene]) -> dict[tuple[str | None, str, str],
 
 
 def lessons(scenes: dict[str, Scene], compared: int, described: int, text_lines: int, rng: random.Random) -> list[dict]:
-    """The SFT lines: all questions about each picture, about pairs of them, descriptions, and chats without one."""
+    """The SFT lines: all questions about each image, about pairs of images, descriptions, and chats without images."""
     lines = [conversation([name], questions(scene, rng.choice(LANGUAGES), rng), rng) for name, scene in scenes.items()]
     named = {name: scene for name, scene in scenes.items() if scene.things[0].colour}
     nameless = {name: scene for name, scene in scenes.items() if name not in named}
@@ -105,7 +105,7 @@ def lessons(scenes: dict[str, Scene], compared: int, described: int, text_lines:
 
 
 def examination(scenes: dict[str, Scene], compared: int, rng: random.Random) -> list[dict]:
-    """Each question about each picture, in each language half of the pictures, and about pairs."""
+    """Each question about each image, half of the images per language, and questions about pairs."""
     asked = [
         ([name], question)
         for number, (name, scene) in enumerate(scenes.items())
@@ -120,7 +120,7 @@ def examination(scenes: dict[str, Scene], compared: int, rng: random.Random) -> 
 
 
 def zero_shot(scenes: dict[str, Scene]) -> list[dict]:
-    """For each picture, in each language: which of these captions is true?"""
+    """For each image and language: which of these captions is true?"""
     return [
         {"image": name, "kind": kind, "lang": lang, "choices": choices, "answer": answer}
         for name, scene in scenes.items()
@@ -136,7 +136,7 @@ def as_jpeg(scene: Scene, side: int = SIDE) -> bytes:
 
 
 def eval_images(rng: random.Random) -> dict[str, bytes]:
-    """A few larger pictures for eval_vlm.py, {file name: JPEG}; the names say what they show."""
+    """A few larger images for eval_vlm.py, {file name: JPEG}; the names say what they show."""
     kinds = ("one", "many", "two", "one", "many", "two", "one", "one")
     pairs = rng.sample(KINDS_HELD_OUT, len(kinds))  # so that no pair fills the folder
     scenes = [invent(kind, KINDS_HELD_OUT if kind == "two" else [pairs.pop()], rng) for kind in kinds]
@@ -145,10 +145,10 @@ def eval_images(rng: random.Random) -> dict[str, bytes]:
 
 
 def write_images(images: dict[str, bytes], folder: Path) -> str:
-    """Write pictures, and a manifest of what was written; returns a line about them.
+    """Write images, and a manifest of them; returns a line about them.
 
     Raises:
-        UserError: as of `check_ours` for every file there, and nothing is written then; or they cannot be written.
+        UserError: as in `check_ours` for every file there, and then nothing is written; or they cannot be written.
     """
     digests = {name: sha256(content) for name, content in images.items()}
     found = [path.name for path in folder.iterdir()] if folder.is_dir() else []

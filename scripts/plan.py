@@ -18,7 +18,7 @@ PER_MACHINE = 8  # GPUs
 
 
 def memory_size(text: str) -> int:
-    """Bytes of a size; a bare number is in GB, as cards are sold."""
+    """The number of bytes in a size; a bare number is in GB, as for graphics cards."""
     return byte_size(f"{text}GB" if text.strip().replace(".", "", 1).isdigit() else text)
 
 

@@ -47,10 +47,10 @@ def get_args():
 
 
 def sort_out(replies: Sequence, checks: Sequence) -> tuple[list[str], list[str]]:
-    """The texts that pass, each rule giving at least its number, and those that do not; each text once.
+    """The texts that pass, for which each rule reaches its minimum, and those that do not; each text once.
 
     Args:
-        replies: of one question, `Reply`s; checks: `WeighedReward`s, whose weight is the least that is accepted.
+        replies: the `Reply`s to one question; checks: `WeighedReward`s, whose weight is the minimum.
     """
     from trainer.rewards import judge
 
@@ -62,7 +62,7 @@ def sort_out(replies: Sequence, checks: Sequence) -> tuple[list[str], list[str]]
 
 
 def answered(question: Sequence[dict], text: str) -> list[dict]:
-    """A chat with its answer."""
+    """A chat with an answer added."""
     return [*question, {"role": "assistant", "content": text}]
 
 
@@ -91,7 +91,7 @@ def main():
     numbers = [int(number) for number in data.numbers][: args.limit]
 
     def sampled() -> Iterator[list[Reply]]:
-        """The replies to each question."""
+        """The sampled replies to each question."""
         for start in tqdm(range(0, len(numbers), args.batch_size), unit="batch", disable=None):
             asked = [number for number in numbers[start : start + args.batch_size] for _ in range(args.samples)]
             seeds = [sampling_seed(args.seed, 0, number, n % args.samples) for n, number in enumerate(asked)]

@@ -18,7 +18,7 @@ from trainer.errors import run_main
 
 
 def default_folder() -> Path:
-    """The demo's folder where it has weights, else out/."""
+    """The demo's folder if it has weights, else out/."""
     demo = ROOT / "out" / "demo"
     return demo if any(demo.glob("*.pth")) else ROOT / "out"
 

@@ -22,34 +22,30 @@ from trainer.argument_types import BooleanFlag, non_negative_float, non_negative
 from trainer.arguments import (
     Parser,
     add_device_argument,
-    add_engine_arguments,
     add_model_arguments,
     add_tower_argument,
     add_untold_arguments,
 )
 from trainer.errors import UserError, print_notice, run_main
+from trainer.inference_arguments import (
+    VLM_STAGES,
+    add_adapter_argument,
+    add_engine_arguments,
+    add_stage_arguments,
+    number_stages,
+)
 
 API_KEY = "MINIMIND_API_KEY"
-LAST_WORDS = 5  # seconds in which answers that were cut off are told so
+LAST_WORDS = 5  # seconds for telling clients that their answers were cut off
 THREAD_SWITCH = 0.001  # seconds; with Python's 0.005 the engine's thread waits too long for the one that sends
 
 
 def get_args():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--model_mode",
-        type=int,
-        choices=range(6),
-        default=1,
-        help="0 pretrain, 1 full_sft, 2 rlhf, 3 reason, 4 grpo, 5 ppo; with --vlm: 0 pretrain_vlm, 1 sft_vlm, "
-        "2 sft_vlm_multi",
-    )
-    parser.add_argument(
-        "--load", type=int, choices=(0, 1), default=0, help="0: our .pth; 1: the transformers folder in --out_dir"
-    )
+    add_stage_arguments(parser, more=f"; with --vlm: {number_stages(VLM_STAGES)}")
     add_model_arguments(parser)
     add_untold_arguments(parser)
-    parser.add_argument("--lora_name", default=None, metavar="NAME", help="LoRA adapter to load: out/lora/NAME_512.pth")
+    add_adapter_argument(parser)
     parser.add_argument("--vlm", action=BooleanFlag, help="serve a vision-language model: image parts in chats")
     add_tower_argument(parser)
     parser.add_argument(
@@ -89,7 +85,7 @@ def get_args():
 
 
 def load(args):
-    """What the flags name: model, tokenizer, and what places images in a prompt, or None."""
+    """Load what the flags name: model, tokenizer, and the function that places images in a prompt, or None."""
     if args.fetch_private and not args.fetch_images:
         raise UserError("--fetch_private needs --fetch_images")
     if args.fetch_images and not args.vlm:
@@ -126,7 +122,7 @@ def listen(host: str, port: int) -> socket.socket:
     """The socket to serve on.
 
     Raises:
-        UserError: the address is taken, or not this machine's.
+        UserError: the address is in use, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -138,7 +134,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def telling_keep_alive(app, seconds: int):
-    """The app with answers that say how long their connection stays open, so that clients leave it in time."""
+    """The app, with responses that say how long their connection stays open, so that clients stop using it in time."""
 
     async def telling(scope, receive, send):
         async def told(message):
@@ -155,7 +151,7 @@ def telling_keep_alive(app, seconds: int):
 
 
 def serve(app, served, sock: socket.socket, drain_seconds: float, keep_alive: int) -> None:
-    """Serve until a signal; then finish what is being written, for `drain_seconds` at most.
+    """Serve until a signal; then finish running answers, for at most `drain_seconds`.
 
     Args:
         keep_alive: seconds that a connection may be idle between two requests.

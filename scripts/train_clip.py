@@ -41,7 +41,7 @@ from trainer.muon import Muon
 from trainer.schedule import OptimizerPair, cosine_schedule, set_learning_rate
 
 DEMO = ROOT / "dataset" / "demo"
-POSITION = 0.3  # deviation of what stands for a patch's row, and of its column's, at the start
+POSITION = 0.3  # initial standard deviation of the row and column embeddings of a patch
 OFFERED = ("bfloat16", "float32")  # float16 would want a gradient scaler
 WORDS = 500  # entries of the captions' own byte-level BPE; 256 of them are the bytes
 
@@ -78,15 +78,15 @@ def get_args():
 def info_nce(images: Tensor, texts: Tensor, scale: Tensor, true: Tensor) -> Tensor:
     """Symmetric InfoNCE (van den Oord et al. 2018, arXiv:1807.03748; in CLIP's form).
 
-    The similarity of picture i and caption j is scale * cos(i, j). Seen from a picture, the captions are classes and
-    those that are true of it the right ones; seen from a caption, the pictures are. Where several are right, the target
-    is shared out among them (as in supervised contrastive learning, Khosla et al. 2020, arXiv:2004.11362): CLIP, which
-    cannot know, takes a picture's own caption alone for true, and "a star" for wrong of every other star.
+    The similarity of image i and caption j is scale * cos(i, j). For an image, the captions are classes, and the
+    matching ones are right; for a caption, the images are. If several are right, the target is divided among them (as
+    in supervised contrastive learning, Khosla et al. 2020, arXiv:2004.11362): CLIP, which lacks this information,
+    treats only an image's own caption as right, and "a star" as wrong for every other star.
 
     Args:
         images, texts: (batch, width), of any length; pair i is images[i], texts[i].
         scale: the inverse temperature, learned.
-        true: bool (batch, batch), True where caption j is true of picture i; the diagonal is.
+        true: bool (batch, batch), True if caption j matches image i; the diagonal is True.
 
     Returns:
         the mean of both cross-entropies, nats, fp32 scalar.
@@ -98,15 +98,15 @@ def info_nce(images: Tensor, texts: Tensor, scale: Tensor, true: Tensor) -> Tens
 
 
 def picture_vectors(clip: CLIPModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Pixels (pictures, 3, H, W) -> what the class token says, as CLIP has it, and what the patch tokens say in their
-    mean, each (pictures, width)."""
+    """Pixels (images, 3, H, W) -> embeddings of the class token, as in CLIP, and of the mean of the patch tokens, each
+    (images, width)."""
     seen = clip.vision_model(pixel_values=pixels)
     patches = clip.vision_model.post_layernorm(seen.last_hidden_state[:, 1:].mean(1))
     return clip.visual_projection(seen.pooler_output), clip.visual_projection(patches)
 
 
 def caption_vectors(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
-    """Captions -> (captions, width)."""
+    """Captions -> their embeddings (captions, width)."""
     batch = tokenizer(texts, padding=True, return_tensors="pt").to(clip.device)
     hidden = clip.text_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     return clip.text_projection(hidden.pooler_output)
@@ -137,10 +137,10 @@ def choice_record(record: dict, ignored: Ignored) -> tuple[str, str, str, list[s
 
 
 def read_lines(path: Path, parse: Callable[[dict, Ignored], tuple], args) -> list[tuple]:
-    """What `parse` makes of the lines of a file, the picture's name first; all pictures are there and whole.
+    """The results of `parse` for the lines of a file, the image's name first; all images exist and are whole.
 
     Raises:
-        DataError: a line or its picture is bad, and --skip_bad_lines was not given; no line is good.
+        DataError: a line or its image is bad, and --skip_bad_lines was not given; or no line is good.
     """
     pictures = check_pictures(path, args.images_path, lambda record, ignored: [parse(record, ignored)[0]])
     faults = {name: picture.fault for name, picture in pictures.items() if picture.fault}
@@ -160,7 +160,7 @@ def read_lines(path: Path, parse: Callable[[dict, Ignored], tuple], args) -> lis
 
 
 def load_pictures(names: list[str], args) -> Tensor:
-    """All pictures as the tower wants them, fp16 (pictures, 3, H, W): they fit in memory, and are read once."""
+    """All images, preprocessed for the tower, fp16 (images, 3, H, W): they fit in memory, and are read once."""
     processor = default_processor(args.image_size)
     try:
         return torch.cat([to_pixels(processor, [read_image(args.images_path / name)]).half() for name in names])
@@ -169,7 +169,7 @@ def load_pictures(names: list[str], args) -> Tensor:
 
 
 def train_caption_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE with CLIP's two marks; the end is where the text network gives its vector."""
+    """A small byte-level BPE with CLIP's two special tokens; the text embedding is read at the end token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     backend.decoder = decoders.ByteLevel()
@@ -190,7 +190,7 @@ def train_caption_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_clip(args, tokenizer: PreTrainedTokenizerFast, longest: int) -> CLIPModel:
-    """The two networks, of one width, with heads of 32; captions of at most `longest` tokens."""
+    """The two networks, of equal width, with heads of size 32; captions have at most `longest` tokens."""
     half = {"hidden_size": args.width, "intermediate_size": 4 * args.width, "num_attention_heads": args.width // 32}
     vision = {"image_size": args.image_size, "patch_size": args.patch_size, "num_hidden_layers": args.layers}
     text = {
@@ -203,7 +203,7 @@ def make_clip(args, tokenizer: PreTrainedTokenizerFast, longest: int) -> CLIPMod
     }
     clip = CLIPModel(CLIPConfig(vision_config=half | vision, text_config=half | text, projection_dim=args.width))
     clip.set_attn_implementation("eager")  # for so few tokens twice as fast on a CPU as SDPA, whose backward is slow
-    # transformers' positions are a hundredth of what a patch is, and in minutes nobody would learn where things are
+    # transformers' position embeddings are a hundredth of the patches', too small to learn positions in minutes
     side = args.image_size // args.patch_size
     across, down = torch.randn(side, args.width) * POSITION, torch.randn(side, 1, args.width) * POSITION
     clip.vision_model.embeddings.position_embedding.weight.data[1:] = (across + down).flatten(0, 1)
@@ -212,10 +212,10 @@ def make_clip(args, tokenizer: PreTrainedTokenizerFast, longest: int) -> CLIPMod
 
 @torch.no_grad()
 def zero_shot(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, pixels: Tensor, exam: list) -> dict[str, float]:
-    """The share of pictures whose true caption is the nearest of those offered, for each language and kind.
+    """The share of images whose true caption is the nearest of the choices, for each language and kind.
 
     Args:
-        pixels: (pictures, 3, H, W); exam: for each (kind, lang, choices, number of the true one).
+        pixels: (images, 3, H, W); exam: for each image (kind, lang, choices, index of the true one).
     """
     clip.eval()
     counts = defaultdict(lambda: [0, 0])
@@ -309,12 +309,12 @@ def main():
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder is one that `save` wrote, and nothing else lies in it."""
+    """Whether a folder was written by `save` and contains nothing else."""
     return (folder / "zero_shot.json").is_file() and not any(path.is_dir() for path in folder.iterdir())
 
 
 def save(clip: CLIPModel, tokenizer: PreTrainedTokenizerFast, args, shares: dict[str, float]) -> None:
-    """Write the folder beside its place, then move it there; an earlier one goes when the new one is there."""
+    """Write the folder beside its final place, then move it there; an earlier one is removed afterwards."""
     place = real_place(args.out_dir)  # where a link leads to: a folder is moved within a disk only
     partial, earlier = (place.with_name(f".{place.name}.{end}") for end in ("partial", "earlier"))
     for left in (partial, earlier):

@@ -41,10 +41,10 @@ TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<image>")
 
 
 def stream_texts(record: dict, ignored: Ignored) -> list[str]:
-    """The texts of a line in any of the project's formats.
+    """The texts in a line of any of the project's formats.
 
     Raises:
-        BadRecord: it is in none of them.
+        BadRecord: it has none of these formats.
     """
     if "text" in record:
         return [parse_text(record, ignored)]
@@ -63,19 +63,19 @@ def stream_texts(record: dict, ignored: Ignored) -> list[str]:
 
 
 def is_held_out_text(text: str, share: float) -> bool:
-    """Whether a text is for measuring, not for training; the same text always falls on the same side."""
+    """Whether a text is held out for measuring; the same text always falls on the same side."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") < share * 2**32
 
 
 def texts_in(paths: list[Path], share: float, kept_aside: bool) -> Iterator[tuple[Path, str]]:
-    """Stream (file, text) of the training texts, or of the held-out ones."""
+    """Stream (file, text) for the training texts, or for the held-out ones."""
     for path in paths:
         reader = JsonlReader(path, stream_texts)
         for texts in reader:
             for text in texts:
                 if is_held_out_text(text, share) == kept_aside:
                     yield path, text
-        if reader.ignored and kept_aside:  # told once: the texts that are held out are read in every call, and last
+        if reader.ignored and kept_aside:  # reported once: the held-out texts are read in every call, and last
             print_notice(f"{path}: ignored keys: {named_counts(reader.ignored)}")
 
 
@@ -98,10 +98,10 @@ def train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def verify(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Check what the project relies on.
+    """Check the properties that the project relies on.
 
     Raises:
-        UserError: which of it does not hold.
+        UserError: one of them does not hold; the message says which.
     """
     ids = tokenizer.convert_tokens_to_ids(list(SPECIAL))
     if ids != [0, 1, 2]:
@@ -125,7 +125,7 @@ def detect_kind(path: Path, text: str) -> str | None:
 
 
 def characters_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[tuple[Path, str]]) -> dict[str, float]:
-    """Characters divided by tokens, of each kind of text."""
+    """Characters per token for each kind of text."""
     characters, tokens = defaultdict(int), defaultdict(int)
     for path, text in texts:
         if kind := detect_kind(path, text):
@@ -135,7 +135,7 @@ def characters_per_token(tokenizer: PreTrainedTokenizerFast, texts: Iterator[tup
 
 
 def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the folder that `AutoTokenizer` loads; what was there stays as it was until all of it is written and holds.
+    """Write the folder that `AutoTokenizer` loads; an earlier one is kept until the new one is complete and verified.
 
     Raises:
         UserError: it cannot be written; see `verify`.

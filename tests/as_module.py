@@ -1,4 +1,4 @@
-"""Runs a module as `python -m` does, with its imports at hand: `as_module.py benchmarks.faults --help`."""
+"""Runs a module like `python -m`, for the fork server: `as_module.py benchmarks.faults --help`."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""Fixtures that every test file may ask for."""
+"""Fixtures for all tests."""
 
 import json
 import os
@@ -43,8 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_configure() -> None:
-    """Scripts under test hear Ctrl-C also where the suite runs in the background, which ignores it, and no client of
-    theirs or ours asks this machine through a proxy."""
+    """Let scripts under test receive Ctrl-C even if the suite runs in the background, where it is ignored, and keep
+    requests to this machine away from proxies."""
     for name in [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]:
         del os.environ[name]
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -53,7 +53,7 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real text and reference logits beside the repository; where it is absent, tests skip."""
+    """The folder of real text and reference logits beside the repository; without it the test is skipped."""
     folder = ROOT.parent / "shared"
     if not folder.is_dir():
         pytest.skip("../shared is not here")
@@ -62,19 +62,19 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of a few hundred entries, laid out like the shipped one: 3 special tokens, then the 5 tags."""
+    """A byte-level BPE of a few hundred entries, in the shipped one's order: 3 special tokens, then the 5 tags."""
     return train_tokenizer(SPECIAL + TAGS)
 
 
 @pytest.fixture(scope="session")
 def plain_tokenizer() -> PreTrainedTokenizerFast:
-    """The same without entries for the tags, like the tokenizer published with MiniMind2: a tag is several tokens."""
+    """The same without entries for the tags, like MiniMind2's published tokenizer: a tag is several tokens."""
     return train_tokenizer(SPECIAL)
 
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tiny_tokenizer, tmp_path_factory) -> Path:
-    """`tiny_tokenizer` as a folder for --tokenizer."""
+    """`tiny_tokenizer` saved in a folder for --tokenizer."""
     folder = tmp_path_factory.mktemp("tokenizer")
     tiny_tokenizer.save_pretrained(folder)
     return folder
@@ -82,7 +82,7 @@ def tokenizer_dir(tiny_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory) -> Path:
-    """A folder with a few dozen lines for pretraining and SFT, by the project's file names."""
+    """A folder with a few dozen lines for pretraining and SFT, under the project's file names."""
     folder = tmp_path_factory.mktemp("data")
     texts = [f"{n}. {SENTENCES[n % 8]} {SENTENCES[(n + 3) % 8]}"[: 40 + n] for n in range(60)]
     write_jsonl(folder / "pretrain_hq.jsonl", [{"text": text} for text in texts])
@@ -96,7 +96,7 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_out(tiny_data, tokenizer_dir, tmp_path_factory) -> Path:
-    """An --out_dir with pretrain_32 and full_sft_32, made by the real scripts. Read it or copy it, never write."""
+    """An --out_dir with pretrain_32 and full_sft_32, trained by the real scripts. Read or copy it; do not change it."""
     out = tmp_path_factory.mktemp("out")
     common = ("--out_dir", out, "--tokenizer", tokenizer_dir, *TINY_TRAINING, "--epochs", "4")
     run_script("train_pretrain.py", *common, "--data_path", tiny_data / "pretrain_hq.jsonl", "--max_steps", "4")
@@ -110,7 +110,7 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
 
 
 def train_tokenizer(added: list[str], vocab_size: int = 600) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on SENTENCES, `added` its first entries."""
+    """A byte-level BPE trained on SENTENCES, with `added` as its first entries."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -120,7 +120,7 @@ def train_tokenizer(added: list[str], vocab_size: int = 600) -> PreTrainedTokeni
     )
     backend.train_from_iterator(SENTENCES, trainer)
     state = json.loads(backend.to_str())
-    for token in state["added_tokens"]:  # the trainer calls all of them special
+    for token in state["added_tokens"]:  # the trainer marks all of them as special
         token["special"] = token["content"] in SPECIAL
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),

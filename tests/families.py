@@ -1,11 +1,11 @@
-"""Tokenizers of other families in small: trained on SENTENCES, with the special tokens that such families have."""
+"""Small tokenizers of other model families: trained on SENTENCES, with the special tokens of each family."""
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import SENTENCES
 
-FAMILIES = {  # special tokens, which come last, and what they are for
+FAMILIES = {  # special tokens, which come last, and their roles
     "gpt2": (["<|endoftext|>"], dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")),
     "llama3": (
         ["<|begin_of_text|>", "<|end_of_text|>"],
@@ -23,7 +23,7 @@ FAMILIES = {  # special tokens, which come last, and what they are for
 
 
 def byte_level(special: list[str], vocab_size: int = 400) -> Tokenizer:
-    """A byte-level BPE whose special tokens are its last entries."""
+    """A byte-level BPE with its special tokens as the last entries."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -35,13 +35,13 @@ def byte_level(special: list[str], vocab_size: int = 400) -> Tokenizer:
 
 
 def family(name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of FAMILIES."""
+    """The tokenizer of one of FAMILIES."""
     special, roles = FAMILIES[name]
     return PreTrainedTokenizerFast(tokenizer_object=byte_level(special), **roles)
 
 
 def with_llama_3s_pattern(special_tags: bool = False) -> PreTrainedTokenizerFast:
-    """Cuts text as Llama 3 does, which puts punctuation and the line breaks behind it together.
+    """Splits text as Llama 3 does, which keeps punctuation and the line breaks after it together.
 
     Args:
         special_tags: <think> and </think> are special tokens.
@@ -60,7 +60,7 @@ def with_llama_3s_pattern(special_tags: bool = False) -> PreTrainedTokenizerFast
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """As T5's."""
+    """A unigram tokenizer, like T5's."""
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     special = ["<pad>", "<s>", "</s>", "<unk>"]
@@ -70,7 +70,7 @@ def unigram() -> PreTrainedTokenizerFast:
 
 
 def bpe_of_characters() -> PreTrainedTokenizerFast:
-    """As Llama 2's: pieces of text, and a token for each byte that has none."""
+    """A BPE of characters with byte fallback, like Llama 2's."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "▁a"]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))

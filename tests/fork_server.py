@@ -1,10 +1,11 @@
-"""A process that has imported what the scripts import, and forks a copy of itself for each script the tests run.
+"""A process that has imported what the scripts import, and forks a copy of itself for each script that a test runs.
 
-Importing torch and transformers takes seconds, more than most tiny runs. A forked copy has them already; in all else it
-is a process of its own, with its own arguments, environment, signals, terminal and exit code. Nothing here computes, so
-that no thread is running when it forks.
+Importing torch and transformers takes seconds, more than most tiny runs. A forked copy has already imported them; apart
+from that it is a separate process, with its own arguments, environment, signals, terminal and exit code. The server
+computes nothing, so that no thread is running when it forks.
 
-Reads a JSON request a line, {"start": {…}} or {"poll": pid}, and writes a JSON reply. `tests/running.py` is its client.
+Reads one JSON request per line, {"start": {…}} or {"poll": pid}, and writes a JSON reply; the client is
+`tests/running.py`.
 """
 
 import atexit
@@ -31,7 +32,7 @@ from trainer.weights import SHIPPED_TOKENIZER
 
 
 def serve() -> dict | None:
-    """Answer requests until there are no more; in a forked copy return what it shall become."""
+    """Answer requests until the input ends; in a forked copy return the request that it is to run."""
     requests, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     for line in requests:
         request = json.loads(line)
@@ -49,8 +50,8 @@ def serve() -> dict | None:
 
 
 def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, stdin: str, out: str, err: str) -> None:
-    """Run a script as `python script arguments…` would, with these files, or a terminal, as its streams."""
-    os.setsid()  # so a terminal that is opened now is the one that controls it
+    """Run a script like `python script arguments…`, with these files, or a terminal, as its streams."""
+    os.setsid()  # so that a terminal opened now becomes the controlling one
     os.dup2(os.open(stdin, os.O_RDONLY), 0)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -58,7 +59,7 @@ def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, std
         stream = io.FileIO(number, "w" if number else "r", closefd=False)
         buffer = io.BufferedWriter(stream) if number else io.BufferedReader(stream)
         setattr(sys, name, io.TextIOWrapper(buffer, "utf-8", line_buffering=number == 2 or os.isatty(number)))
-    if os.isatty(0):  # as a terminal starts it, even where the tests themselves run under nohup
+    if os.isatty(0):  # as if started at a terminal, even if the tests run under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(env)
@@ -73,7 +74,7 @@ def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, std
     except BaseException:
         code = 1
         traceback.print_exc()
-    # As Python ends, but without tearing a million objects down, which takes longer than most of these runs.
+    # Like Python's exit, but without destroying a million objects, which takes longer than most of these runs.
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -81,8 +82,8 @@ def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, std
 
 
 if __name__ == "__main__":
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # these two import more on first use
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])  # these two import more at first use
     transformers.AutoTokenizer.from_pretrained(str(SHIPPED_TOKENIZER), local_files_only=True)
-    gc.freeze()  # so that a copy does not copy all that it only looks through
+    gc.freeze()  # so that a forked copy's garbage collection does not copy memory
     if (order := serve()) is not None:
         become(**order)

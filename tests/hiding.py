@@ -1,10 +1,10 @@
-"""Python as it is on Windows, as far as that can be had here: what only Unix has is hidden from the project's own code.
+"""Simulates Python on Windows as far as possible: Unix-only modules and attributes are hidden from the project's code.
 
 `python -m tests.hiding modules` imports every module of the repository, and prints a line for each that fails.
-`python -m tests.hiding run SCRIPT ARGUMENTS…` runs a script, whose processes are started anew, not forked.
+`python -m tests.hiding run SCRIPT ARGUMENTS…` runs a script whose processes are spawned, not forked.
 
-Installed packages look at the system they run on and go on seeing all of it. Files are held as Windows holds them,
-too: none is flushed through a handle that only reads, and what is open, or mapped, is neither renamed nor replaced.
+Installed packages still see the real system. Files also behave as on Windows: none can be flushed through a read-only
+handle, and none can be renamed or replaced while it is open or mapped.
 """
 
 import builtins
@@ -42,7 +42,7 @@ ATTRIBUTES = {
 
 
 def ours(depth: int) -> bool:
-    """Whether the code that calls, `depth` frames up, is the project's own."""
+    """Whether the calling code, `depth` frames up, is the project's own."""
     file = sys._getframe(depth + 1).f_code.co_filename
     return any(file.startswith(f"{ROOT / room}{os.sep}") for room in ROOMS) or (
         Path(file).parent == ROOT and file.endswith(".py")
@@ -50,7 +50,7 @@ def ours(depth: int) -> bool:
 
 
 def hide() -> None:
-    """From now on the project's code finds no Unix-only module, and no such attribute of `os`, `signal` and `time`."""
+    """Hide Unix-only modules, and such attributes of `os`, `signal` and `time`, from the project's code."""
     find = builtins.__import__
 
     def import_(name, globals=None, locals=None, fromlist=(), level=0):
@@ -65,7 +65,7 @@ def hide() -> None:
 
 
 def hold_files() -> None:
-    """From now on `os.fsync`, `os.replace` and `os.rename` refuse what Windows refuses; /proc says what is open."""
+    """Let `os.fsync`, `os.replace` and `os.rename` refuse what Windows refuses; /proc lists the open files."""
     fsync = os.fsync
 
     def flush(handle: int) -> None:
@@ -90,7 +90,7 @@ def _move(move, source, target, **how) -> None:
 
 
 def open_files() -> set[str]:
-    """What this process has open or mapped, but for what it runs."""
+    """The files that this process has open or mapped, except the code that it runs."""
     found = set()
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -100,7 +100,7 @@ def open_files() -> set[str]:
 
 
 def _lacking(names: tuple[str, ...]) -> type[types.ModuleType]:
-    """A kind of module that has these attributes for installed packages alone."""
+    """A module type whose attributes of these names only installed packages can see."""
 
     class Lacking(types.ModuleType):
         def __getattr__(self, name):
@@ -112,7 +112,7 @@ def _lacking(names: tuple[str, ...]) -> type[types.ModuleType]:
 
 
 def modules() -> list[str]:
-    """Every module of the repository but tests."""
+    """Every module of the repository except the tests."""
     packaged = [path for room in ROOMS for path in sorted((ROOT / room).glob("**/*.py"))]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in packaged + sorted(ROOT.glob("*.py"))]
     return [name.removesuffix(".__init__") for name in names]
@@ -121,7 +121,7 @@ def modules() -> list[str]:
 def main(what: str, *arguments: str) -> None:
     hide()
     if what == "modules":
-        sys.path.insert(0, str(ROOT / "scripts"))  # as for any script there
+        sys.path.insert(0, str(ROOT / "scripts"))  # as for any script on Windows
         for name in modules():
             try:
                 importlib.import_module(name)

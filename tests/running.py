@@ -1,4 +1,4 @@
-"""Running the repository's scripts as a user does: a process of its own, read by its exit code and its output."""
+"""Runs the repository's scripts as a user does, in their own process, and checks exit code and output."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ TINY_TRAINING = (
     *("--warmup_iters", "2", "--log_interval", "1", "--eval_interval", "0"),
 )
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-PATIENCE = 900  # seconds; only what hangs takes as long
+PATIENCE = 900  # seconds; only a hanging run takes as long
 LAST_WORDS = 60  # seconds; for the ranks whose peer is gone
 
 
@@ -45,19 +45,19 @@ def run_script(
     launcher: Sequence[str] | None = None,
     each: Sequence[Sequence[str | Path]] = (),
 ) -> subprocess.CompletedProcess:
-    """Run a script of the repository to its end; one thread a process.
+    """Run a script of the repository to its end, with one thread per process.
 
     Args:
-        processes: above 1 they share one run, as torchrun would start them.
-        exit_code: what it must end with; None accepts any.
+        processes: if more than 1, they share one run, as started by torchrun.
+        exit_code: the required exit code; None accepts any.
         env: added to this process's environment.
-        stdin: what is piped in, or the file that is; the script never sees a terminal.
-        launcher: start a new Python with these arguments before the script's name, rather than copy one that has its
-            imports behind it.
-        each: of several processes, what each has behind the arguments of all, as on machines that differ.
+        stdin: text to pipe in, or a file; the script never sees a terminal.
+        launcher: start a new Python with these arguments before the script's name, instead of forking a process that
+            has imported everything.
+        each: arguments of each process, added to those of all, as on machines that differ.
 
     Raises:
-        AssertionError: it ended with another exit code; the message holds all it printed.
+        AssertionError: it ended with another exit code; the message contains its output.
     """
     if launcher is not None:
         done = subprocess.run(
@@ -80,13 +80,13 @@ def run_script(
 
 
 class RunningScript:
-    """A script under way; arguments as for `run_script`.
+    """A running script; arguments as for `run_script`.
 
     Args:
-        terminal: path of a terminal for it to run at, in place of pipes.
+        terminal: path of a terminal to run it at, instead of pipes.
 
     Attributes:
-        pids: its processes, rank by rank.
+        pids: its processes, by rank.
     """
 
     def __init__(
@@ -130,15 +130,15 @@ class RunningScript:
         return self._err.read_text(encoding="utf-8", errors="replace") if self._err.exists() else ""
 
     def codes(self) -> dict[int, int]:
-        """The exit codes of those of its processes that have ended, by their ids; the others are left alone."""
+        """The exit codes of those processes that have ended, by their ids; the others are not waited for."""
         for pid in self.pids:
             if pid not in self._codes and (code := _ask(poll=pid)["exit_code"]) is not None:
                 self._codes[pid] = code
         return self._codes
 
     def exit_code(self) -> int | None:
-        """None while it runs; when a rank fails, the others are ended, as launchers do, and those that still wait for
-        it after a while are killed."""
+        """None while it runs. When a rank fails, the others are terminated, as launchers do, and killed if they still
+        wait for it after a while."""
         if any(self.codes().values()) and self._failed_at is None:
             self.send(signal.SIGTERM)
             self._failed_at = time.monotonic()
@@ -148,16 +148,16 @@ class RunningScript:
         return None if len(self._codes) < len(self.pids) else (failed or [0])[0]
 
     def send(self, number: int) -> None:
-        """Send a signal to all its processes that still run."""
+        """Send a signal to all its processes that are still running."""
         for pid in self.pids:
             if pid not in self._codes:
                 os.kill(pid, number)
 
     def wait_for(self, text: str) -> None:
-        """Until it has printed `text` on stdout.
+        """Wait until it has printed `text` on stdout.
 
         Raises:
-            AssertionError: it ended without.
+            AssertionError: it ended before that.
         """
         deadline = time.monotonic() + PATIENCE
         while text not in self.stdout:
@@ -167,7 +167,7 @@ class RunningScript:
             time.sleep(0.01)
 
     def wait(self) -> subprocess.CompletedProcess:
-        """Its end."""
+        """Wait for its end."""
         deadline = time.monotonic() + PATIENCE
         while (code := self.exit_code()) is None:
             if time.monotonic() > deadline:
@@ -180,14 +180,14 @@ class RunningScript:
 
 
 def from_process(replies: multiprocessing.Queue, *processes: multiprocessing.Process):
-    """The next thing that one of some processes puts into a queue.
+    """The next item that one of these processes puts into a queue.
 
     Raises:
-        AssertionError: one has failed, or all have ended without.
+        AssertionError: one has failed, or all have ended without putting one.
     """
     deadline = time.monotonic() + PATIENCE
     while True:
-        codes = [process.exitcode for process in processes]  # asked first: what it has put is there when it ends
+        codes = [process.exitcode for process in processes]  # checked first: what it has put is there when it ends
         with contextlib.suppress(queue.Empty):
             return replies.get(timeout=0.05)
         assert all(code in (None, 0) for code in codes), f"a process has failed: {codes}"
@@ -196,10 +196,10 @@ def from_process(replies: multiprocessing.Queue, *processes: multiprocessing.Pro
 
 
 def one_error_line(done: subprocess.CompletedProcess) -> str:
-    """The error a script ended with: exactly one line that begins with "error: ", and no traceback.
+    """The error that a script ended with: exactly one line beginning with "error: ", and no traceback.
 
     Raises:
-        AssertionError: it is not like that.
+        AssertionError: the output is not of that form.
     """
     assert "Traceback" not in done.stderr, done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -208,10 +208,10 @@ def one_error_line(done: subprocess.CompletedProcess) -> str:
 
 
 def call_script(script: str, *arguments: str | Path, stop_after: int | None = None, exit_code: int = 0) -> None:
-    """Run a script of the repository in this process: no start-up to wait for; what it prints is capsys's to read.
+    """Run a script of the repository in this process, without start-up time; capsys reads its output.
 
     Args:
-        stop_after: pull the plug once so many optimizer steps are done (and saved, if they were to be).
+        stop_after: abort after this many optimizer steps (which are saved if due).
 
     Raises:
         AssertionError: it ended with another exit code.
@@ -237,7 +237,7 @@ def call_script(script: str, *arguments: str | Path, stop_after: int | None = No
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             for thread in threading.enumerate():
-                if thread.name == Background.NAME:  # a process that ends waits for what is being saved
+                if thread.name == Background.NAME:  # a process waits at its end for a save under way
                     thread.join()
     assert code == exit_code, f"{script} ended with {code}, not {exit_code}"
 
@@ -247,10 +247,10 @@ def _environment(added: dict[str, str] | None) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at.
+    """A free port of this machine.
 
-    It lies below those that a system gives out by itself, and in a stretch that belongs to this worker of pytest, so
-    that it is still free when a script comes to take it.
+    It lies below the ephemeral ports, in a range of this pytest worker's own, so that it is still free when a script
+    binds it.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     first = 20_000 + worker % 12 * 1000
@@ -262,7 +262,7 @@ def free_port() -> int:
 
 
 def _ranks(processes: int) -> list[dict[str, str]]:
-    """The environment that torchrun gives each rank."""
+    """The environment variables that torchrun sets for each rank."""
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 

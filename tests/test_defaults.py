@@ -1,6 +1,6 @@
-"""What every script does where nothing is said: each default, as the documentation and old commands have it.
+"""The default, least value and choices of every script's flags.
 
-The numbers are written out here once more on purpose. Whoever changes one changes what a user's command does.
+The numbers are repeated here on purpose: changing one changes what a user's command does.
 """
 
 import argparse
@@ -33,7 +33,7 @@ TRAINING = {
 
 
 def stage(data: str, batch_size: int, learning_rate: float, warmup_iters: int, **own) -> dict:
-    """A stage's defaults: what all have, and its own."""
+    """A stage's defaults: the common ones and its own."""
     first = {"data_path": f"dataset/{data}.jsonl", "batch_size": batch_size, "learning_rate": learning_rate}
     return TRAINING | first | {"warmup_iters": warmup_iters} | own
 
@@ -292,7 +292,7 @@ for line, own in CONVERSIONS.items():
 
 
 def arguments(line: str, monkeypatch) -> dict:
-    """What a script takes from a command line; paths as text, those in the repository from its root on."""
+    """A script's parsed arguments; paths are text, those in the repository relative to its root."""
     name, *_ = typed = line.split()
     monkeypatch.setattr("sys.argv", typed)
     module = importlib.import_module(name)
@@ -302,7 +302,7 @@ def arguments(line: str, monkeypatch) -> dict:
 
 
 def _parsed_by(main, monkeypatch) -> argparse.Namespace:
-    """What a script whose `main` parses its arguments itself finds in them; it goes no further."""
+    """The parsed arguments of a script that parses them in `main`, which is stopped there."""
 
     class Parsed(Exception):
         pass
@@ -397,7 +397,7 @@ LEAST = {
     ("line", "flag", "least"), [(line, flag, least) for line, flags in LEAST.items() for flag, least in flags.items()]
 )
 def test_the_least_that_a_flag_takes(line, flag, least, monkeypatch):
-    """None: whatever is above 0."""
+    """None stands for any value above 0."""
     taken, refused = (0.001, 0) if least is None else (least, least - 1)
     assert arguments(f"{line} --{flag}={taken}", monkeypatch)[flag] == taken
     with pytest.raises(UserError, match=f"--{flag}"):

@@ -1,4 +1,4 @@
-"""The README and the pages in docs/ tell the truth of today: their commands exist, know the flags shown, and run."""
+"""The README and docs/ are up to date: their commands exist, accept the flags shown, and run."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from PIL import Image
 from tests.conftest import write_jsonl
 from tests.running import ROOT, TINY, TINY_TRAINING, run_script
 
-# in the order in which their commands are run: each page may need what an earlier one has trained
+# in the order in which their commands are run: a page may need weights that an earlier one has trained
 PAGES = (
     *(
         "README",
@@ -49,7 +49,7 @@ DATA_OF = {
 
 
 def commands(page: str) -> list[list[str]]:
-    """The lines of every bash block of a page, continued lines joined, split into words without VARIABLE=value."""
+    """The commands in a page's bash blocks: continued lines joined, split into words, without VARIABLE=value."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     split = [shlex.split(line, comments=True) for line in lines if line.strip() and not line.startswith("#")]
@@ -57,7 +57,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def script_of(command: list[str]) -> str | None:
-    """The script that a command runs: a path, or `benchmarks/x.py` for `python -m benchmarks.x`."""
+    """The script that a command runs, as a path: `benchmarks/x.py` for `python -m benchmarks.x`."""
     if command[:2] == ["python", "-m"] and command[2].startswith("benchmarks."):
         return f"{command[2].replace('.', '/')}.py"
     return next((word for word in command if word.endswith(".py")), None)
@@ -152,7 +152,7 @@ def test_every_file_and_section_linked_is_there(page):
 
 @pytest.fixture(scope="module")
 def every_data(tiny_data, tmp_path_factory) -> Path:
-    """`tiny_data`, with pairs, reasoning and pictures beside it."""
+    """`tiny_data` with pairs, reasoning and images added."""
     folder = shutil.copytree(tiny_data, tmp_path_factory.mktemp("readme") / "data")
     asked = [[{"role": "user", "content": f"How much is {n} and {n}?"}] for n in range(16)]
     pairs = [{"chosen": [*q, said(f"It is {2 * n}.")], "rejected": [*q, said("No.")]} for n, q in enumerate(asked)]
@@ -169,7 +169,7 @@ def every_data(tiny_data, tmp_path_factory) -> Path:
 
 
 def mixed(flags: list[str], data: Path) -> list[str]:
-    """The flags, with the files of --mix replaced by `data` and a copy of it."""
+    """The flags with the files of --mix replaced by `data` and a copy of it."""
     copy = data.with_name(f"copy_{data.name}")
     files = iter([shutil.copy(data, copy), data])
     return [
@@ -182,7 +182,7 @@ def said(text: str) -> dict[str, str]:
 
 
 def test_the_commands_run_shrunken(every_data, tokenizer_dir, clip_dir, tmp_path):
-    """Each (script, launcher, kind of model) once, in the pages' order, each from what the ones before it made."""
+    """Each (script, launcher, kind of model) once, in the pages' order, using the results of earlier commands."""
     common = ("--tokenizer", tokenizer_dir, "--out_dir", tmp_path)
     seen = set()
     for command in ALL:
@@ -193,7 +193,7 @@ def test_the_commands_run_shrunken(every_data, tokenizer_dir, clip_dir, tmp_path
             assert f"> {flags[flags.index('--prompt') + 1]}" in shown.stdout
         form = (script, command[0], *(flag in flags for flag in ("--use_moe", "--deepspeed", "--mix", "--from_weight")))
         if script not in DATA_OF or "--nnodes" in command or command[0] == "deepspeed" or form in seen:
-            continue  # several machines there are none here; the deepspeed launcher has a test of its own
+            continue  # there is only one machine here; the deepspeed launcher has its own test
         seen.add(form)
         shrunken = [*TINY_TRAINING, "--max_seq_len", "128", "--max_steps", "2", "--overwrite"]
         if script == "train_distillation.py":

@@ -1,6 +1,6 @@
-"""Who may import whom: model, then dataset, trainer, scripts and the stage scripts, benchmarks; and no circle.
+"""Which package may import which: model, then dataset, trainer, scripts with the stage scripts, benchmarks; no circles.
 
-Imports inside functions count, too: they may be lazy for the sake of a heavy package, not to avoid a circle.
+Imports inside functions count, too: they may delay a heavy package, but not avoid a circle.
 """
 
 import ast
@@ -18,7 +18,7 @@ STAGE = 3  # train_*.py and eval_*.py: they use the packages below, and the comm
 
 @cache
 def modules() -> dict[str, Path]:
-    """Every module of ours, by its dotted name."""
+    """Every module of the project, by its dotted name."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split()
@@ -28,7 +28,7 @@ def modules() -> dict[str, Path]:
 
 @cache
 def imports(module: str) -> tuple[str, ...]:
-    """What a module imports of ours, anywhere in it."""
+    """The project's modules that a module imports, anywhere in it."""
     tree = ast.parse(modules()[module].read_text(encoding="utf-8"))
     found = []
     for node in ast.walk(tree):

@@ -1,5 +1,5 @@
-"""Windows and macOS, as far as they can be tried elsewhere: nothing that only Unix has is needed, text is UTF-8
-wherever it is read or written, and processes are started anew as there."""
+"""Windows and macOS, as far as they can be tested elsewhere: nothing Unix-only is needed, text is read and written as
+UTF-8, and processes are spawned."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ WRITERS = ("read_text", "write_text")
 
 
 def hidden(*arguments: str | Path) -> subprocess.CompletedProcess:
-    """What tests/hiding.py prints."""
+    """The output of tests/hiding.py."""
     command = [sys.executable, "-m", "tests.hiding", *map(str, arguments)]
     return subprocess.run(
         command,
@@ -38,7 +38,7 @@ def test_every_module_imports_without_what_only_unix_has():
 
 @pytest.mark.parametrize("kind", [(), ("--stream",)], ids=["map-style", "stream"])
 def test_a_stage_trains_without_what_only_unix_has(kind, tmp_path, tiny_data, tokenizer_dir):
-    """With a worker, and processes that are started anew: what goes to them is pickled."""
+    """With a worker, and with processes that are spawned, so that their arguments are pickled."""
     flags = ("--data_path", tiny_data / "pretrain_hq.jsonl", "--tokenizer", tokenizer_dir, "--out_dir", tmp_path)
     several = ("--num_workers", "1", "--max_steps", "2", "--eval_interval", "2")
     done = hidden("run", ROOT / "train_pretrain.py", *TINY_TRAINING, *flags, *several, *kind)
@@ -48,7 +48,7 @@ def test_a_stage_trains_without_what_only_unix_has(kind, tmp_path, tiny_data, to
 
 
 def test_hiding_hides_from_our_code_alone():
-    """Compiled as if they stood in our files: Unix-only modules and attributes are gone there, and only there."""
+    """In code compiled as if it were in our files, Unix-only modules and attributes are missing, and only there."""
     code = """
 from tests import hiding
 hiding.hide()
@@ -100,7 +100,7 @@ os.rename(folder + "/d", folder + "/e")
 
 
 def calls(tree: ast.AST):
-    """(name, call) of each call in a module."""
+    """Each call in a module, as (name, call)."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -108,12 +108,12 @@ def calls(tree: ast.AST):
 
 
 def mode_of(name: str, call: ast.Call) -> str:
-    """The mode that a call opens with, as far as it is written there."""
+    """The mode with which a call opens a file, if it is a literal."""
     given = [word.value for word in call.keywords if word.arg == "mode"]
     place = 1 if name in ("open", "fdopen") and isinstance(call.func, ast.Name | ast.Attribute) else 0
     owner = getattr(call.func, "value", None)
     if name == "open" and owner is not None and getattr(owner, "id", "") not in ("io", "os"):
-        place = 0  # of a path
+        place = 0  # a method of a path
     given += call.args[place : place + 1]
     mode = given[0] if given else None
     usual = "w+b" if name.endswith("TemporaryFile") else "r"
@@ -121,7 +121,7 @@ def mode_of(name: str, call: ast.Call) -> str:
 
 
 def without_encoding(source: str) -> list[int]:
-    """The lines of a module that open text in whatever encoding the machine has."""
+    """The lines of a module that open text without naming an encoding."""
     found = []
     for name, call in calls(ast.parse(source)):
         owner = getattr(getattr(call.func, "value", None), "id", "")
@@ -161,13 +161,13 @@ def test_text_of_an_unknown_encoding_is_found(source, found):
 
 
 def test_text_is_read_and_written_in_a_named_encoding():
-    """Windows has cp1252 for what names none."""
+    """Windows would use cp1252."""
     found = {path.relative_to(ROOT): without_encoding(path.read_text(encoding="utf-8")) for path in SOURCES}
     assert not {path: lines for path, lines in found.items() if lines}
 
 
 def imported(source: str) -> set[str]:
-    """The top-level modules that a module imports when it is imported: not inside of functions."""
+    """The top-level modules that a module imports on import, not inside functions."""
     names: set[str] = set()
     waiting: list[ast.AST] = [ast.parse(source)]
     while waiting:
@@ -192,7 +192,7 @@ def test_no_module_imports_what_only_unix_has():
 
 
 def needed(source: str) -> set[str]:
-    """What a module takes from `os`, `signal` and `time` that only Unix has, and asks nowhere whether it is there."""
+    """Unix-only names that a module uses from `os`, `signal` and `time` without checking that they exist."""
     tree = ast.parse(source)
     names = {module.__name__: set(hidden) for module, hidden in hiding.ATTRIBUTES.items()}
     asked = {
@@ -216,7 +216,7 @@ def test_no_module_needs_what_only_unix_has():
     }
     assert not needed("if hasattr(os, 'getuid'): os.getuid()")
     assert not needed("os.getpid(), signal.SIGTERM, path.uname")
-    # faults are injected by what Unix has, and benchmarks/faults.py says so first
+    # faults are injected with Unix features, and benchmarks/faults.py checks for them first
     sources = [path for path in SOURCES if "fault_injection" not in path.parts]
     found = {path.relative_to(ROOT): needed(path.read_text(encoding="utf-8")) for path in sources}
     assert not {path: names for path, names in found.items() if names}

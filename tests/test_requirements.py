@@ -1,4 +1,4 @@
-"""The requirements files and pyproject.toml name the same packages, and what the code imports is among them."""
+"""The requirements files and pyproject.toml name the same packages, and include all that the code imports."""
 
 import ast
 import re
@@ -12,17 +12,17 @@ from tests.running import ROOT
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:  # pytest brings it there
+else:  # installed with pytest
     import tomli as tomllib
 
 OURS = {"model", "dataset", "trainer", "scripts", "benchmarks", "tests", "_repo", "_own_python", "tomli"} | {
     path.stem for path in ROOT.glob("*.py")
 }
-PACKAGE_OF = {"PIL": "pillow", "charset_normalizer": "charset-normalizer"}  # where a module's name is not its package's
+PACKAGE_OF = {"PIL": "pillow", "charset_normalizer": "charset-normalizer"}  # where a module's name differs
 
 
 def group(name: str) -> list[str]:
-    """The requirements of a dependency group of pyproject.toml, those of the groups it includes among them."""
+    """The requirements of a dependency group in pyproject.toml, including those of the groups that it includes."""
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     found = []
     for entry in groups[name]:
@@ -31,7 +31,7 @@ def group(name: str) -> list[str]:
 
 
 def requirements(name: str) -> list[str]:
-    """The requirements in a file, those of the files it includes among them."""
+    """The requirements in a file, including those of the files that it includes."""
     found = []
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         if line.startswith("-r "):
@@ -55,7 +55,7 @@ def test_the_file_lists_what_pyproject_lists(file, name):
 
 
 def imported(folder: str) -> set[str]:
-    """The top-level modules that the tracked files under a folder import, the standard library's and ours left out."""
+    """The third-party top-level modules that the tracked files under a folder import."""
     listed = subprocess.run(["git", "ls-files", folder], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     modules = set()
     for path in (Path(ROOT / line) for line in listed.splitlines() if line.endswith(".py")):
@@ -80,7 +80,7 @@ def test_what_users_run_imports_only_what_is_listed():
 
 def test_what_is_listed_is_imported():
     used = set().union(*map(imported, ("model", "dataset", "trainer", "scripts", ":(glob)*.py")))
-    assert names(requirements("requirements.txt")) <= used | {"tensorboard"}  # torch.utils.tensorboard wants it
+    assert names(requirements("requirements.txt")) <= used | {"tensorboard"}  # torch.utils.tensorboard needs it
 
 
 def test_the_packages_need_no_more_than_the_core():

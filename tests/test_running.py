@@ -1,4 +1,4 @@
-"""What the tests wait with: it must not wait for what is dead."""
+"""The tests' own waiting functions: they must not wait for dead processes."""
 
 import multiprocessing
 import os
@@ -50,7 +50,7 @@ def test_a_process_that_has_died_is_not_waited_for(targets, told):
 
 
 def test_a_rank_that_waits_for_a_dead_one_is_ended(tmp_path, monkeypatch):
-    """Also one that does not hear SIGTERM."""
+    """Also one that ignores SIGTERM."""
     script = tmp_path / "stuck.py"
     script.write_text(
         "import os, signal, sys\n"

@@ -104,7 +104,7 @@ class AdamW8bit(torch.optim.Optimizer):
         parameter.addcdiv_(m, root, value=-group["lr"] / (1 - beta1**step))
 
     def _moment(self, state: dict, name: str, like: Tensor) -> Tensor:
-        """A moment in fp32, as a separate copy; zeros at the start."""
+        """A copy of a moment in fp32; zeros before the first step."""
         if name in state:
             return state[name].clone()
         if f"{name}_codes" in state:

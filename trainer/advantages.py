@@ -71,9 +71,9 @@ def clipped_policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, mask
 
 
 def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, epsilon: float) -> Tensor:
-    """max((V - R)^2, (clip(V, old V - epsilon, old V + epsilon) - R)^2) / 2: a critic that has moved far from what it
-    said of these answers learns no more from them (openai/baselines' PPO2; Engstrom et al. 2020, arXiv:2005.12729,
-    section 3). Each (answers, n); 0 outside the mask."""
+    """max((V - R)^2, (clip(V, old V - epsilon, old V + epsilon) - R)^2) / 2: a critic that has moved far from its
+    earlier values of these answers learns no more from them (openai/baselines' PPO2; Engstrom et al. 2020,
+    arXiv:2005.12729, section 3). Each (answers, n); 0 outside the mask."""
     bounded = torch.minimum(torch.maximum(values, old - epsilon), old + epsilon)
     losses = torch.maximum((values - returns).square(), (bounded - returns).square()) / 2
     return losses.masked_fill(~mask, 0.0)

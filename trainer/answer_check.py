@@ -24,7 +24,7 @@ FORM = re.compile(
 
 
 class Quantity(NamedTuple):
-    """An exact number and what stands behind it (or the currency before it); "" where nothing does."""
+    """An exact number and the unit after it (or the currency before it); "" if there is none."""
 
     value: Fraction
     unit: str
@@ -34,8 +34,8 @@ def is_right_answer(answer: str, expected: str) -> bool:
     """Whether `answer` is the expected answer, and nothing else.
 
     Numbers are compared by value, so that "= 42.", full-width digits, "四十二", "42.0" and "84/2" are all 42, and
-    "1,234" is 1234. A unit behind the number is ignored where none is expected ("42 apples" for 42); where one is, it
-    must be there. Two numbers are two answers, and never right. What is not a number is compared as text; letter case,
+    "1,234" is 1234. A unit after the number is ignored if none is expected ("42 apples" for 42); if one is expected, it
+    must be there. Two numbers are two answers, and never right. Anything else is compared as text; letter case,
     spacing and the punctuation around it do not count.
     """
     right, given = read_quantity(expected), read_quantity(answer)
@@ -45,7 +45,7 @@ def is_right_answer(answer: str, expected: str) -> bool:
 
 
 def read_quantity(text: str) -> Quantity | None:
-    """The one number of a text, with its unit; None where there is none, or more than that."""
+    """The only number in a text, with its unit; None if there is none or more than one."""
     text = NARROW_FRACTION.sub(" ", GROUPING_SPACES.sub("", text))
     text = unicodedata.normalize("NFKC", text).translate(DASHES)
     found = FORM.fullmatch(_with_digits(text))
@@ -76,7 +76,7 @@ def _fraction(sign: str, below: str, above: str) -> str:
 
 
 def _number(text: str) -> str:
-    """The digits of a Chinese number; the text as it is where it is not one (十十)."""
+    """The digits of a Chinese number; the text itself if it is not a number (十十)."""
     sign = "-" if text.startswith("负") else ""
     whole, _, decimals = text.removeprefix("负").partition("点")
     value = _whole_number(whole)
@@ -86,7 +86,7 @@ def _number(text: str) -> str:
 
 
 def _whole_number(text: str) -> int | None:
-    """四十二 -> 42, 十二 -> 12, 一万零五百 -> 10500, 两百五 -> 250, 二零二五 -> 2025; None of what is not a number."""
+    """四十二 -> 42, 十二 -> 12, 一万零五百 -> 10500, 两百五 -> 250, 二零二五 -> 2025; None if it is not a number."""
     if all(char in DIGITS for char in text):  # digit by digit, as years are read
         return int("".join(str(DIGITS[char]) for char in text))
     total = group = 0  # before the last 万 or 亿, and since

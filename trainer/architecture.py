@@ -1,4 +1,4 @@
-"""What a model is: its configuration from flags, from a json, or from the shapes of its tensors."""
+"""A model's configuration, from flags, from a json, or from the shapes of its tensors."""
 
 import copy
 import inspect
@@ -33,14 +33,14 @@ SIZES = {*inspect.signature(LMConfig).parameters, *OUR_FIELD, "inference_rope_sc
 
 
 def architecture(config: LMConfig) -> dict:
-    """The fields that decide parameters and maths (the experts' only where there are any), and what ends a text."""
+    """The fields that determine parameters and computation (the experts' only if there are any), and the end token."""
     names = [name for name in ARCHITECTURE if config.use_moe or ("expert" not in name and name != "norm_topk_prob")]
     names += [name for name, is_there in VARIANT.items() if is_there(config)]
     return {name: getattr(config, name) for name in (*names, *DELIMITERS)}
 
 
 def positions(config: LMConfig) -> dict:
-    """For the json beside weights: the positions that the model takes, and those that it was trained on."""
+    """For the json beside weights: the number of positions that the model takes, and that it was trained on."""
     return {name: getattr(config, name) for name in POSITIONS}
 
 
@@ -79,10 +79,10 @@ def config_from_sizes(sizes: dict, tokenizer: PreTrainedTokenizerBase) -> LMConf
 
 
 def changed_config(config: LMConfig, sizes: dict) -> LMConfig:
-    """A copy with other sizes, under either's names.
+    """A copy with other sizes, under MiniMind2's or MiniMind-3's names.
 
     Raises:
-        UserError: a scaling of the positions that there is not.
+        UserError: an unknown scaling of the positions.
     """
     config = copy.deepcopy(config)
     try:
@@ -96,7 +96,7 @@ def changed_config(config: LMConfig, sizes: dict) -> LMConfig:
 
 
 def _stretched(sizes: dict, trained: int | None) -> dict:
-    """The sizes with a scaling that stretches the trained length, where it does not say which length."""
+    """The sizes; a scaling that does not say which trained length it extends gets `trained`."""
     scaling = sizes.get("rope_scaling")
     if scaling and trained and scaling.get("original_max_position_embeddings") is None:
         scaling = scaling | {"original_max_position_embeddings": trained}
@@ -130,7 +130,7 @@ def infer_sizes(state: dict[str, Tensor]) -> dict:
 
 
 def _variant(state: dict[str, Tensor]) -> dict:
-    """The fields of VARIANT that the tensors of a generation 2 tell."""
+    """The fields of VARIANT that the tensors of a generation-2 model reveal."""
     found = {}
     down, norm = (state.get(f"layers.0.attention.{name}.weight") for name in ("wkv_down", "latent_norm"))
     if down is not None and norm is not None:
@@ -144,7 +144,7 @@ def _variant(state: dict[str, Tensor]) -> dict:
 
 
 def _name_of_2(name: str) -> str:
-    """A parameter's name of generation 3, as far as its sizes are told by it, as in generation 2."""
+    """A generation-3 parameter's name in generation 2, for the parameters whose shapes give the sizes."""
     for theirs, ours in (
         *(("model.", ""), ("embed_tokens", "tok_embeddings"), ("mlp", "feed_forward"), ("gate_proj", "w1")),
         *(("self_attn", "attention"), ("q_proj", "wq"), ("k_proj", "wk")),
@@ -154,7 +154,7 @@ def _name_of_2(name: str) -> str:
 
 
 def _heads(state: dict[str, Tensor]) -> dict:
-    """How many heads queries and keys have: their norm is as wide as one."""
+    """The number of query and key heads; each head is as wide as its norm."""
     sides = {"n_heads": ("wq", "q_norm"), "n_kv_heads": ("wk", "k_norm")}
     found = {}
     for size, names in sides.items():

@@ -1,4 +1,4 @@
-"""What a flag's text may be: the types that `add_argument` is given. Imports nothing heavy."""
+"""The types of flags, for `add_argument`. Imports nothing heavy."""
 
 import argparse
 import math
@@ -6,7 +6,7 @@ import re
 
 
 class BooleanFlag(argparse.Action):
-    """`--x`, `--x 1|0|true|False|yes|no`, and `--no-x`: what people type, read as they mean it."""
+    """A switch: `--x`, `--x 1|0|true|False|yes|no`, or `--no-x`, each parsed as it is meant."""
 
     WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}  # noqa: RUF012
 
@@ -24,7 +24,7 @@ class BooleanFlag(argparse.Action):
 
 
 def text(value: str) -> str:
-    """What is said to a model or a server, who take whole characters only; a path may be any bytes."""
+    """Text for a model or a server, which must be valid UTF-8; only a path may be any bytes."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -49,7 +49,7 @@ def non_negative_int(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """What every random generator here takes: an integer of 0 to 2^63 - 1."""
+    """A seed that every random generator accepts: an integer from 0 to 2^63 - 1."""
     number = int(text)
     if not 0 <= number < 1 << 63:
         raise argparse.ArgumentTypeError(f"must be 0 to 2^63 - 1, not {text}")
@@ -81,7 +81,7 @@ def probability(text: str) -> float:
 
 
 def byte_size(text: str) -> int:
-    """Bytes of a size as people write it: "50GB", "1.5 TB", "512MiB", "0"."""
+    """The number of bytes in a size such as "50GB", "1.5 TB", "512MiB", "0"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
     if not found:
         raise argparse.ArgumentTypeError(f"must be a size such as 50GB or 500MB, not {text}")
@@ -90,7 +90,7 @@ def byte_size(text: str) -> int:
 
 
 def mix_part(text: str) -> tuple[str, float]:
-    """A data file and its share, of "FILE:SHARE"."""
+    """A data file and its share, from "FILE:SHARE"."""
     file, _, share = text.rpartition(":")
     try:
         if not file:

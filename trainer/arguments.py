@@ -11,7 +11,6 @@ from trainer.argument_types import (
     non_negative_int,
     positive_float,
     positive_int,
-    probability,
     rope_scaling,
     seed,
     text,
@@ -21,13 +20,6 @@ from trainer.errors import UserError
 from trainer.trackers import TRACKERS
 
 ROOT = Path(__file__).resolve().parent.parent  # defaults are found from any working directory
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # of the weights of a model that writes
-# The default sampling settings: of eval_*.py, the server, the web page, exported folders and GGUFs,
-# the demo's tests. At OpenAI's own temperature of 1 a small model rambles. These differ on purpose:
-# - the server's chats end where the model's context does, its completions after OpenAI's 16 tokens;
-# - scripts/chat_openai_api.py leaves everything to the server it talks to;
-# - `model.generate` and the engine's `Request`, which programs call, are greedy.
-SAMPLING = {"max_new_tokens": 512, "temperature": 0.85, "top_p": 0.85, "top_k": 0, "repetition_penalty": 1.0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +36,7 @@ def check_mix(mix: list[tuple[str, float]]) -> None:
     """Refuse a --mix that names a file twice.
 
     Raises:
-        UserError: which.
+        UserError: the message names it.
     """
     names = [str(Path(file).resolve()) for file, _ in mix]
     if twice := next((file for (file, _), name in zip(mix, names, strict=True) if names.count(name) > 1), None):
@@ -52,7 +44,7 @@ def check_mix(mix: list[tuple[str, float]]) -> None:
 
 
 def add_untold_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the shapes of the tensors do not tell about a language model, for files without a json; and longer texts."""
+    """Settings that a weight file without a json does not reveal, and scaling of the positions for longer texts."""
     group = parser.add_argument_group("what the weights alone do not show")
     group.add_argument(
         "--num_experts_per_tok", type=positive_int, help="experts per token (default: 2; of generation 3: 1)"
@@ -80,69 +72,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device_argument(parser) -> None:
-    """--device, of a parser or of a group of one."""
+    """--device, added to a parser or a group."""
     what = "cpu, cuda, cuda:N, mps, xpu (default: the accelerator PyTorch finds, else cpu)"
     parser.add_argument("--device", default=None, help=what)
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """The sampling flags; `sampling_settings` reads them."""
-    group = parser.add_argument_group("writing")
-    group.add_argument("--max_new_tokens", type=positive_int, help="maximum answer length in tokens")
-    group.add_argument("--temperature", type=non_negative_float, help="sampling temperature; 0: greedy")
-    group.add_argument(
-        "--top_p", type=probability, help="nucleus sampling: keep the most likely tokens up to this probability"
-    )
-    group.add_argument("--top_k", type=non_negative_int, help="sample from this many most likely tokens; 0: no limit")
-    group.add_argument("--repetition_penalty", type=positive_float, help="1: none")
-    group.add_argument("--seed", type=seed, default=None, help="makes sampling reproducible")
-    parser.set_defaults(**SAMPLING)
-
-
-def add_engine_arguments(parser, dtype: str | None = None) -> None:
-    """How the inference engine keeps the weights and multiplies by them, of a parser or of a group of one;
-    `trainer.loading.open_engine` reads them.
-
-    Args:
-        dtype: the default; None = as the weights are.
-    """
-    parser.add_argument(
-        "--dtype",
-        choices=PRECISIONS,
-        default=dtype,
-        help=f"precision of the weights in memory (default: {dtype or 'as saved'})",
-    )
-    parser.add_argument(
-        "--deterministic",
-        action=BooleanFlag,
-        help="one kernel for any number of concurrent answers, not the fastest for each: "
-        "an answer does not depend on the others",
-    )
-    parser.add_argument(
-        "--compile",
-        action=BooleanFlag,
-        default=None,
-        help="compile the decode step of a single answer: up to twice as fast on a CPU, "
-        "half a minute at the first start (default: only in the server, for models of 10M parameters or more)",
-    )
-    parser.add_argument(
-        "--speculate",
-        type=non_negative_int,
-        default=0,
-        metavar="N",
-        help="draft up to N tokens by prompt look-up and keep those that the model would generate: faster when an "
-        "answer repeats its prompt (default: 0, off)",
-    )
-    parser.add_argument(
-        "--draft",
-        metavar="WEIGHTS",
-        help="smaller model that drafts: a name in --out_dir, a .pth or a transformers folder",
-    )
-
-
-def sampling_settings(args: argparse.Namespace) -> dict:
-    """What `model.generate` and `model.stream` take, from the flags of `add_sampling_arguments`."""
-    return {name: getattr(args, name) for name in (*SAMPLING, "seed")}
 
 
 def add_tower_argument(parser: argparse.ArgumentParser) -> None:
@@ -320,7 +252,7 @@ def check_stream(args: argparse.Namespace) -> None:
     """Refuse flags that --stream cannot be combined with.
 
     Raises:
-        UserError: what.
+        UserError: the message names them.
     """
     if not args.max_steps:
         raise UserError("--stream needs --max_steps: a stream has no end")

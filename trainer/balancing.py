@@ -1,4 +1,4 @@
-"""Balancing experts by their biases, see `model.balanced_moe`; with a cut-up step or several processes as with one."""
+"""Balancing experts by their biases, see `model.balanced_moe`; the same with accumulation and several processes."""
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ def balance_experts(model: nn.Module, rate: float, run: Runtime) -> float:
     `rate` (Wang et al. 2024, arXiv:2408.15664, algorithm 1). All ranks must call it, after each step.
 
     Returns:
-        the largest violation of all layers: how much more than the mean the fullest expert had, as a part of the mean.
+        the largest violation of all layers: the excess of the fullest expert's tokens over the mean, relative to it.
     """
     routers = [module for module in plain_model(model).modules() if isinstance(module, BiasedRouter)]
     routers = [router for router in routers if router.load is not None]  # multi-token modules may not be trained

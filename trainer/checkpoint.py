@@ -34,14 +34,14 @@ class Checkpoint:
 
     A save copies everything needed to resume in memory, and continues in a thread: it writes a new folder in `resume/`,
     moves the pointer `resume/latest` to it, and copies its weights and their json to their usual place. A crash at any
-    moment leaves a complete state, and a run that resumes from it repairs the copies. The states before it stay as
-    --keep_last and --keep_every say; from a damaged one a run goes back to the one before.
+    moment leaves a complete state, and a run that resumes from it repairs the copies. --keep_last and --keep_every say
+    which earlier states are kept; if a state is damaged, a run resumes from the one before it.
 
     The saved state does not depend on how the work was distributed: a single process, DDP or any ZeRO stage resumes it.
 
     Args:
-        keep: which of the model's keys are saved (an adapter's, say); the others are as the stage loaded them.
-        facts: what else is to be known of the stage (a LoRA's rank, a DPO's beta), as JSON values: they go into the
+        keep: says which of the model's keys are saved (such as an adapter's); the others are as the stage loaded them.
+        facts: further facts on the stage (LoRA's rank, DPO's beta), as JSON values: they go into the
             json, and a run that is resumed must have the same.
 
     Raises (on construction):
@@ -93,7 +93,7 @@ class Checkpoint:
         }
         if args.max_seq_len > config.max_seq_len:
             raise UserError(f"--max_seq_len {args.max_seq_len}: the model takes at most {config.max_seq_len} tokens")
-        if not runtime.is_main:  # what lies on another machine decides nothing: rank 0 does
+        if not runtime.is_main:  # files on other machines are ignored: rank 0 decides
             return
         states = list_states(self.folder)
         if args.resume and self.path.exists() and not states:
@@ -133,8 +133,8 @@ class Checkpoint:
         self._background.wait()
 
     def add_metrics(self, progress: Progress, metrics: dict) -> None:
-        """Tell in the json what was measured of the weights after they were saved, and copy them to `NAME_best_D.pth`
-        if --save_best is given and they are the best; nothing when this step saved none.
+        """Add metrics that were measured after the weights were saved to their json, and copy them to `NAME_best_D.pth`
+        if --save_best is given and they are the best; does nothing if this step saved none.
 
         Raises:
             UserError: it could not be written; the json is unchanged.
@@ -152,7 +152,7 @@ class Checkpoint:
             self._best = loss
 
     def _write(self, content: dict, progress: dict, metrics: dict) -> None:
-        """Write a new folder; once all of it is on disk, it becomes the state to resume from."""
+        """Write a new folder; once it is wholly on disk, it becomes the state to resume from."""
         temporary, final = self.folder / ".saving", self.folder / f"step_{progress['step']:08d}"
         try:
             if temporary.exists():
@@ -183,7 +183,7 @@ class Checkpoint:
             shutil.rmtree(temporary, ignore_errors=True)  # what prevented the write may also prevent this
 
     def _tidy(self) -> None:
-        """Delete the states that are not to be kept, and those of a run that this one replaces."""
+        """Delete the states that are no longer kept, and those of a run that this one replaces."""
         every = self.keep_every
         self._states = [
             *(name for name in self._states[: -self.keep_last] if every and step_of(name) % every == 0),
@@ -194,7 +194,7 @@ class Checkpoint:
                 shutil.rmtree(left)
 
     def _clear(self) -> None:
-        """Delete the partial files of a killed run."""
+        """Delete the partial files that a killed run has left."""
         beside = (".pth", ".json", ".metrics.jsonl", ".png")
         for path in (self.pointer, *(self.path.with_suffix(suffix) for suffix in beside)):
             for left in left_by_a_kill(path):
@@ -207,7 +207,7 @@ class Checkpoint:
                 shutil.copyfile(folder / name, temporary)
 
     def load(self, model: nn.Module, optimizer, scaler, dataset: RowDataset | StreamedRows | None = None) -> Progress:
-        """Continue: fill model, optimizer, scaler and random state with what was saved last; nothing saved = a start.
+        """Resume: restore model, optimizer, scaler and random state from the last save; without one, start fresh.
 
         All ranks must call it: rank 0 decides. From here on Ctrl-C and similar signals save first.
 
@@ -249,7 +249,7 @@ class Checkpoint:
         return progress
 
     def _saved_last(self) -> str | None:
-        """The name of the folder to resume from; None to start."""
+        """The name of the folder to resume from; None to start from the beginning."""
         if not (self.resuming and self.runtime.is_main and list_states(self.folder)):
             return None
         name, damages = find_whole_state(self.pointer)
@@ -267,7 +267,7 @@ class Checkpoint:
                     raise UserError(f"rank {rank} has {name} {value}, but rank 0 has {settings[0].get(name)}")
 
     def _mend(self, folder: Path) -> None:
-        """Repair what a crash in the middle of a save left behind, or what has been damaged since."""
+        """Repair files that a crash during a save left unfinished, or that have been damaged since."""
         beside, saved = self.path.with_suffix(".json"), folder / "model.json"
         there = self.path.is_file() and beside.is_file()
         weights = json.loads(saved.read_text(encoding="utf-8")).get("sha256")  # None: saved by an earlier version
@@ -297,7 +297,7 @@ class Checkpoint:
 
 
 def _learned_from(args) -> dict:
-    """For the json: the data file, or the files of a mixture with their shares; and the weights it began with."""
+    """For the json: the data file, or the files of a mixture with their shares; and the weights it started from."""
     mix, start = getattr(args, "mix", None), getattr(args, "from_weight", None)
     learned = {"data_path": str(args.data_path)} if not mix else {"data_path": None, "mix": mix}
     return learned | ({} if start in (None, "none") else {"from_weight": start})

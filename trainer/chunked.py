@@ -16,11 +16,11 @@ def sum_over_rows(
     batch: dict[str, Tensor],
     labels: Tensor,
 ) -> Tensor:
-    """`loss_of(logits, batch, labels)`, worked out for a few rows at a time: what it needs on its way never exists for
-    the whole batch.
+    """`loss_of(logits, batch, labels)`, computed for a few rows at a time, so that its intermediate tensors never exist
+    for the whole batch.
 
     Args:
-        loss_of: from some rows' logits, their part of the batch and their labels to a scalar, a sum over target tokens.
+        loss_of: (some rows' logits, their part of the batch, their labels) -> scalar, a sum over target tokens.
         logits: (target tokens, vocab), those at `target_mask(labels)`.
         batch: (batch, n) each.
         labels: (batch, n) int64, not shifted; -100 is ignored.
@@ -40,15 +40,15 @@ def sum_over_rows(
 
 
 def sum_in_chunks(loss_of: Callable[[Tensor, int], Tensor], logits: Tensor, sizes: Iterable[int]) -> Tensor:
-    """The sum of `loss_of` over parts of `logits`, each differentiated before the next one starts.
+    """The sum of `loss_of` over chunks of `logits`, each differentiated before the next one starts.
 
-    What a loss needs on its way (softmaxes, another model's logits) so exists for one part only; of the whole there
-    are the logits and their gradient.
+    Intermediate tensors (softmaxes, another model's logits) thus exist for one chunk only; only the logits and their
+    gradient exist as a whole.
 
     Args:
-        loss_of: (logits of a part, its number) -> scalar, a sum over its tokens.
+        loss_of: (logits of a chunk, its number) -> scalar, a sum over its tokens.
         logits: (tokens, vocab), any float dtype; the gradient has the same.
-        sizes: how many tokens each part has, in order; a part without any is left out.
+        sizes: the number of tokens in each chunk, in order; empty chunks are skipped.
 
     Returns:
         fp32 scalar; its backward reaches `logits` and nothing else.

@@ -17,8 +17,8 @@ from trainer.runtime import Runtime
 def open_data(
     dataset_class: type[Dataset], args, tokenizer: PreTrainedTokenizerBase, run: Runtime
 ) -> tuple[StepLoader | StreamLoader, Dataset | None]:
-    """The training rows by steps, and the held-out rows: those of --eval_path, else some held out of --data_path, or of
-    each file of --mix; None with --eval_interval 0, or when the data is too small to spare any.
+    """The training rows by steps, and the held-out rows: those of --eval_path, else some of --data_path or of each file
+    of --mix; None with --eval_interval 0, or if there is too little data to hold any out.
 
     Raises:
         DataError: see `dataset_class`.
@@ -44,7 +44,7 @@ def open_data(
         held_out = None
         if args.eval_interval:
             held_out = learned_from("eval") if hold_out else rows(args.eval_path, "all")
-        # A stage that opens more of them limits them all after that, so as not to lose what it is about to open
+        # A stage that opens more caches limits them all afterwards, so as not to remove one that it is about to open
         if not (getattr(args, "cache_features", False) or getattr(args, "cache_reference", False)):
             limit_caches([path for path, _ in mix] if mix else [args.data_path], args.cache_limit)
     run.print(train.summary)
@@ -66,7 +66,7 @@ def open_data(
 def _open_stream(
     dataset_class: type[RowDataset], args, tokenizer: PreTrainedTokenizerBase, run: Runtime, hold_out: bool
 ) -> tuple[StreamLoader, Dataset | None]:
-    """The same with --stream."""
+    """`open_data` with --stream."""
     rows = StreamedRows(
         args.data_path,
         tokenizer,
@@ -100,5 +100,5 @@ def _open_stream(
 
 
 def count_steps(loader: StepLoader | StreamLoader, args) -> int:
-    """Optimizer steps of the whole run: --epochs of them, or --max_steps if that is less."""
+    """The optimizer steps of the whole run: those of --epochs, or --max_steps if that is less."""
     return min(args.max_steps or sys.maxsize, args.epochs * loader.steps_per_epoch)

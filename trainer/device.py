@@ -17,8 +17,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str | None, local_rank: int = 0) -> torch.device:
-    """The requested device, or this rank's accelerator, or the CPU. An accelerator becomes the
-    current one, ready for any lengths.
+    """The requested device, or this rank's accelerator, or the CPU. An accelerator becomes the current device, with
+    settings for rows of any length.
 
     Raises:
         UserError: it does not exist.
@@ -58,11 +58,11 @@ def default_dtype(device: torch.device) -> str:
     if device.type == "cpu":
         able = getattr(torch.cpu, "get_capabilities", dict)()  # bf16: what ARM calls it
         return "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
-    return "float32"  # as exact as any, on what nobody here has measured
+    return "float32"  # the most exact, on devices that have not been measured
 
 
 def _accelerator() -> torch.device | None:
-    """The machine's accelerator, if there is one and it works."""
+    """The machine's accelerator; None if there is none or it does not work."""
     current = torch.accelerator.current_accelerator
     if "check_available" in inspect.signature(current).parameters:  # from PyTorch 2.7 on
         return current(check_available=True)
@@ -90,15 +90,15 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
-    """Go on from a `random_state`; what it holds of another type of device is left alone."""
+    """Restore a `random_state`; states of other types of devices in it are ignored."""
     torch.set_rng_state(state["cpu"])
     if device.type != "cpu" and device.type in state:
         _module(device).set_rng_state(state[device.type], device)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. Without waiting on CUDA alone, which has read ordinary memory when the call returns;
-    others may read it when it has been freed (mps: pytorch/pytorch#189690)."""
+    """The tensor on the device. Only CUDA copies without waiting, as it has read pageable memory when the call returns;
+    other devices may read it after it has been freed (mps: pytorch/pytorch#189690)."""
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 

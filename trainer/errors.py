@@ -23,8 +23,8 @@ class UserError(Exception):
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that the user can fix becomes one line on stderr and exit code 2.
 
-    Of several ranks one speaks: rank 0 at once, another that fails alone a little later, and those last that fail
-    because one is gone; the launcher ends the rest as soon as it can.
+    Of several ranks only one reports: rank 0 at once, another rank that fails alone a little later, and last those that
+    fail because a rank is gone; the launcher terminates the rest as soon as it can.
     """
     _prepare_streams()
     try:
@@ -50,7 +50,7 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _prepare_streams() -> None:
-    """Whatever reads what we print, or nobody: neither is a reason to stop."""
+    """Make printing safe: a stream that is closed, or cannot encode a character, must not stop a script."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
@@ -62,19 +62,19 @@ def _prepare_streams() -> None:
 
 
 def shown(text: object) -> str:
-    """A path, or text with one in it, as any file, terminal or library takes it: a name that is not UTF-8, which Python
-    keeps as half characters, with those spelled out."""
+    """A path, or a text with one in it, in a form that any file, terminal or library accepts: bytes that are not UTF-8,
+    which Python keeps as lone surrogates, are escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def print_notice(text: str, every_rank: bool = False) -> None:
-    """Print a line on stderr, on rank 0 alone or on every rank."""
+    """Print a line on stderr, only on rank 0 or on every rank."""
     if every_rank or os.environ.get("RANK", "0") == "0":
         print(shown(" ".join(text.split())), file=sys.stderr, flush=True)
 
 
 def _message(error: Exception) -> str | None:
-    """What to tell the user; None for an error that is the program's own."""
+    """The message for the user; None for an error that is the program's own fault."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         return missing([package]) if package and importlib.util.find_spec(package) is None else None

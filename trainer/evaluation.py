@@ -49,15 +49,15 @@ def evaluate(model: nn.Module, held_out: Dataset, tokenizer, runtime: Runtime, b
 
 
 def held_out_loader(held_out: Dataset, batch_size: int, runtime: Runtime) -> StepLoader:
-    """This rank's share, dealt out as in training: equally many batches, of the shape that is compiled already."""
+    """This rank's share, as in training: the same number of batches per rank, of the shape compiled already."""
     return StepLoader(held_out, batch_size, 1, 1, 0, rank=runtime.rank, world_size=runtime.world_size)
 
 
 def sum_over_ranks(measure: Callable[[], list[float]], count: int, model: nn.Module, runtime: Runtime) -> list[float]:
-    """What `measure` finds on each rank, with the model in eval mode, summed; afterwards the model is as it was.
+    """The sum over ranks of what `measure` returns with the model in eval mode; the mode is restored afterwards.
 
     Args:
-        measure: gives `count` sums over this rank's share of the held-out rows.
+        measure: returns `count` sums over this rank's share of the held-out rows.
 
     Raises:
         EvaluationError: it failed on some rank; raised on all of them, so that none waits for another.

@@ -1,4 +1,4 @@
-"""What PPO computes for answers before it trains on them, and where its critic is kept."""
+"""PPO's computations on answers before training on them, and the optimizer state that contains its critic."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from trainer.runtime import Runtime
 
 
 class Experience(NamedTuple):
-    """What is computed for a micro-batch of answers before the updates, each (answers, n)."""
+    """The values computed for a micro-batch of answers before the updates, each (answers, n)."""
 
     log_probs: Tensor
     values: Tensor
@@ -52,7 +52,7 @@ class WithCritic:
 
 
 def answers_alone(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A micro-batch without the columns that are one number an answer, which the model does not take."""
+    """A micro-batch without the columns with one number per answer, which the model does not take."""
     return {name: tensor for name, tensor in batch.items() if name not in ("rewards", "advantages")}
 
 
@@ -60,8 +60,8 @@ def answers_alone(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def gather_experience(
     model: nn.Module, frozen: nn.Module, batches: Sequence[dict[str, Tensor]], coefficient: float, args, run: Runtime
 ) -> tuple[list[Experience], float]:
-    """What policy and critic find of the answers before they learn from them, and the KL to the start, nats a token;
-    all ranks must call it."""
+    """Log-probabilities, values, advantages and returns of the answers before the updates, and the KL to the reference
+    in nats per token; all ranks must call it."""
     found, masks, kl = [], [], 0.0
     for batch in batches:
         batch = run.to_device(batch)

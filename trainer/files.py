@@ -18,7 +18,7 @@ from trainer.errors import UserError
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; renamed over `path` once written and flushed, deleted on any failure.
 
-    Where `path` is a symbolic link, it stays one: the file it leads to is replaced, where that lies.
+    If `path` is a symbolic link, it stays one: the file that it points to is replaced in its own folder.
 
     Raises:
         UserError: it could not be written (disk full, no permission); `path` is as it was.
@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it that are missing; their names are on the disk before this returns."""
+    """Make a folder and its missing parents; they are flushed to disk before this returns."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
@@ -46,7 +46,7 @@ def make_folder(folder: Path) -> None:
 
 
 def real_place(path: Path) -> Path:
-    """Where a file or folder is, with all symbolic links resolved."""
+    """The path of a file or folder with all symbolic links resolved."""
     return Path(os.path.realpath(path))
 
 
@@ -68,7 +68,7 @@ def require_utf8(folder: Path, what: str) -> None:
 
 
 def left_by_a_kill(path: Path) -> list[Path]:
-    """What `replacing(path)` was writing when a process was killed."""
+    """The partial files of `replacing(path)` in processes that were killed."""
     target = real_place(path)
     if not target.parent.is_dir():
         return []
@@ -80,13 +80,13 @@ def _prefix(target: Path) -> str:
 
 
 def move(path: Path, to: Path) -> None:
-    """Rename within a folder, over what is there; the rename is on the disk before this returns."""
+    """Rename within a folder, replacing the target; the rename is flushed to disk before this returns."""
     os.replace(path, to)
     _folder_to_disk(to.parent)
 
 
 def _folder_to_disk(folder: Path) -> None:
-    """Flush the names in a folder, where a system has that (Windows has not, nor have some network file systems)."""
+    """Flush a folder's entries to disk where the system can (Windows and some network file systems cannot)."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
@@ -119,7 +119,7 @@ def save_tensors(content, path: Path) -> str:
 
 
 class _Hashing:
-    """A file to write to from its beginning to its end, hashed on the way."""
+    """A file that is written sequentially and hashed at the same time."""
 
     def __init__(self, file):
         self.file = file
@@ -135,7 +135,7 @@ class _Hashing:
 
 @contextlib.contextmanager
 def writing_tensors() -> Iterator[None]:
-    """Turns PyTorch's own word for a write that failed into an OSError."""
+    """Turns PyTorch's own error for a failed write into an OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -154,7 +154,7 @@ def save_json(content: dict, path: Path) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """A file's SHA-256, 64 hex digits; half a second a GB."""
+    """A file's SHA-256, 64 hex digits; half a second per GB."""
     short_hash = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -163,9 +163,9 @@ def file_hash(path: Path) -> str:
 
 
 def check_hash(path: Path, beside: Path, about: dict) -> None:
-    """Compare a .pth with the "sha256" that the json beside it tells of it; one that tells none is not checked.
+    """Compare a .pth with the "sha256" in the json beside it; without one it is not checked.
 
-    Nor is the same file in another format, which shares the json.
+    Nor is the same model in another format, which shares the json.
 
     Raises:
         UserError: the file does not match.

@@ -1,11 +1,11 @@
 """Reading a folder of transformers: a Llama, a Qwen2-MoE, a Qwen3, a Qwen3-MoE or a MiniMind of its own.
 
-A MiniMind-3 is a Qwen3 or a Qwen3-MoE under the same names. A Dense MiniMind2 is a Llama, a MoE a Qwen2-MoE
-(`scripts/formats/transformers_folder.py` writes them all). Of these three things
-differ, and each has an exact answer, so weights come back from a folder as the bits they went in with:
+A MiniMind-3 is a Qwen3 or a Qwen3-MoE under the same names. A dense MiniMind2 is a Llama, a mixture of experts a
+Qwen2-MoE (`scripts/formats/transformers_folder.py` writes them all). These two differ from ours in three points, each
+of which can be converted exactly, so that weights come back from a folder bit for bit:
 
-- RoPE turns pairs of rows of wq and wk. Ours stand side by side (2i, 2i+1), theirs half a head apart (i, i + d/2): the
-  rows of each head are put in the other order, and as queries and keys change alike, their products do not.
+- RoPE rotates pairs of rows of wq and wk. Ours are adjacent (2i, 2i+1), theirs half a head apart (i, i + d/2): the rows
+  of each head are reordered, and as queries and keys are reordered alike, their products do not change.
 - Qwen2-MoE adds biases to q, k and v: they are zero.
 - Qwen2-MoE multiplies its shared expert by a sigmoid gate. A gate of zeros gives 1/2 for every token, so the shared w2
   is doubled, and a power of two costs no bit.
@@ -32,7 +32,7 @@ THEIR_TYPES = ("llama", "qwen2_moe", "qwen3", "qwen3_moe")  # generation 2, dens
 
 
 def require_folder(folder: Path) -> Path:
-    """The folder, which must be one of a transformers model.
+    """Check that a folder is that of a transformers model, and return it.
 
     Raises:
         UserError: it has no config.json.
@@ -48,7 +48,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], LMConfig]:
     Weights may be safetensors, in one file or several, or an old pytorch_model.bin; nothing in them is run.
 
     Raises:
-        UserError: something is missing or damaged, or the folder holds what a MiniMind is not.
+        UserError: something is missing or damaged, or the folder's architecture is not a MiniMind's.
     """
     theirs = read_json(require_folder(folder) / "config.json")
     state = _read_tensors(folder)
@@ -60,10 +60,10 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], LMConfig]:
 
 
 def check_config(folder: Path) -> None:
-    """Look at a folder's config.json alone: transformers reads it with the tokenizer, and tells less of what is wrong.
+    """Check only a folder's config.json: transformers would read it with the tokenizer, with less helpful errors.
 
     Raises:
-        UserError: it is missing, damaged, or of what a MiniMind is not.
+        UserError: it is missing, damaged, or its architecture is not a MiniMind's.
     """
     theirs = read_json(require_folder(folder) / "config.json")
     with _telling(folder):
@@ -72,7 +72,7 @@ def check_config(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _telling(folder: Path) -> Iterator[None]:
-    """What goes wrong in here tells the user about the folder."""
+    """Turn errors raised inside into a UserError that names the folder."""
     try:
         yield
     except KeyError as missing:
@@ -90,11 +90,11 @@ def to_our_config(theirs: dict, state: Mapping[str, Tensor]) -> LMConfig:
 
     Args:
         theirs: its config.json, of a `model_type` in THEIR_TYPES or our own, "minimind", "minimind-v", "minimind3".
-        state: its parameters; shared experts that are zero in every layer are none.
+        state: its parameters; shared experts that are zero in every layer do not count as experts.
 
     Raises:
         KeyError: a field is missing.
-        UserError: an architecture that MiniMind is not; the message names the field.
+        UserError: the architecture is not a MiniMind's; the message names the field.
     """
     kind = theirs.get("model_type")
     if kind == MiniMind3Config.model_type or (kind == LMConfig.model_type and any(map(QK_NORM.search, state))):
@@ -180,7 +180,7 @@ def _minimind3(theirs: dict) -> MiniMind3Config:
 
 
 def _scaling(rope: dict, longest: int) -> dict | None:
-    """How a folder stretches its positions, for LMConfig."""
+    """A folder's scaling of the positions, for LMConfig."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("yarn", "linear"):
         return None
@@ -195,8 +195,8 @@ def to_our_state(theirs: Mapping[str, Tensor], config: LMConfig) -> dict[str, Te
     """The parameters of a folder of theirs as MiniMind's, fp32: the inverse of `to_their_state`.
 
     Raises:
-        UserError: a parameter that MiniMind has no place for and that is not neutral (a bias, a gate, another output
-            matrix than the embedding).
+        UserError: a parameter that MiniMind does not have and that is not neutral (a bias, a gate, an output matrix
+            different from the embedding).
     """
     state = {}
     for name, value in theirs.items():

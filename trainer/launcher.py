@@ -1,4 +1,4 @@
-"""What a launcher (torchrun, deepspeed, accelerate launch) tells each process: its rank, and how many there are."""
+"""Each process's rank and the number of processes, as set by the launcher (torchrun, deepspeed, accelerate)."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -18,7 +18,7 @@ ACCELERATE = {
 
 
 class Place(NamedTuple):
-    """A process among those of a run; `local_rank` is its number on its machine, None where nobody said it."""
+    """A process among those of a run; `local_rank` is its number on its machine, None if the launcher sets none."""
 
     rank: int = 0
     world_size: int = 1
@@ -27,10 +27,10 @@ class Place(NamedTuple):
 
 
 def read_place(environment: Mapping[str, str]) -> Place:
-    """The place that the environment names; without a launcher a process is alone.
+    """The place given by the environment; without a launcher a process is alone.
 
     Raises:
-        UserError: the environment names half of a place, or an impossible one.
+        UserError: the environment is incomplete or inconsistent.
     """
     _tell_accelerate(environment)
     numbers = {name: _number(name, environment) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
@@ -67,7 +67,7 @@ def _number(name: str, environment: Mapping[str, str]) -> int | None:
 
 
 def _tell_accelerate(environment: Mapping[str, str]) -> None:
-    """Settings of `accelerate launch` that change nothing here, where somebody has asked for them."""
+    """Name the settings of `accelerate launch` that were given but have no effect here."""
     for name, (nothing, theirs, ours) in ACCELERATE.items():
         value = environment.get(name, nothing)
         if value.lower() not in (nothing, ""):
@@ -75,7 +75,7 @@ def _tell_accelerate(environment: Mapping[str, str]) -> None:
 
 
 def _tell_copies(environment: Mapping[str, str]) -> None:
-    """srun and mpirun start independent copies, which is seldom what was meant."""
+    """Warn that srun or mpirun has started independent copies, which is seldom intended."""
     for name, launcher in COPIES.items():
         if environment.get(name, "1") not in ("0", "1"):
             print_notice(

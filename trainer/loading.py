@@ -13,6 +13,7 @@ from trainer.architecture import SIZES, untold_sizes
 from trainer.device import DTYPES
 from trainer.errors import UserError
 from trainer.folder_layouts import check_config, require_folder
+from trainer.inference_arguments import STAGES, VLM_STAGES
 from trainer.vision import Vision, load_vlm, open_vision
 from trainer.weights import (
     existing,
@@ -25,8 +26,6 @@ from trainer.weights import (
 )
 
 COMPILE_FROM = 10_000_000  # parameters; the decode step of a smaller model is fast enough as it is
-STAGES = ("pretrain", "full_sft", "rlhf", "reason", "grpo", "ppo")  # by --model_mode
-VLM_STAGES = ("pretrain_vlm", "sft_vlm", "sft_vlm_multi")  # likewise
 
 
 def load_for_inference(
@@ -38,14 +37,14 @@ def load_for_inference(
     """A model for inference and its tokenizer; loaded strictly.
 
     Args:
-        path: a file (.pth, .safetensors), or a folder of `transformers`, of type llama, qwen2_moe, qwen3, qwen3_moe or
-            minimind, of generation 2 or 3. What a flag names, as "full_sft", `find_weights` makes a path of.
-        tokenizer: its folder, or itself; None: the one in the folder of `path`, else the shipped one. It must be the
-            one that the weights were trained with, as far as a json or the folder tells.
+        path: a file (.pth, .safetensors), or a `transformers` folder of type llama, qwen2_moe, qwen3, qwen3_moe or
+            minimind, of generation 2 or 3. `find_weights` turns a flag's value such as "full_sft" into a path.
+        tokenizer: a folder or a tokenizer; None: the one in the folder `path`, else the shipped one. It must be the one
+            that the weights were trained with, as far as a json or the folder says.
         lora: the file of a LoRA adapter, to be merged into the weights.
-        sizes: fields of LMConfig (dim, n_layers, n_heads, use_moe, …), for a downloaded file: what no json beside it
-            and no shape of its tensors tells is otherwise as MiniMind2 had it, or MiniMind-3. They are compared with
-            what is told. MiniMind-3's own names mean the same (hidden_size, num_experts_per_tok, rope_theta, …), and
+        sizes: fields of LMConfig (dim, n_layers, n_heads, use_moe, …), for a downloaded file. They must agree with the
+            json beside it and the shapes of its tensors; fields that neither gives default to MiniMind2's, or
+            MiniMind-3's. MiniMind-3's own names (hidden_size, num_experts_per_tok, rope_theta, …) mean the same, and
             `inference_rope_scaling` is its YaRN.
 
     Returns:
@@ -80,11 +79,11 @@ def load_vlm_for_inference(
     vision_model: str | os.PathLike,
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
 ) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
-    """The same for a vision-language model, with what prepares images for it.
+    """The same for a vision-language model, with its image processor.
 
     Args:
         path: a file, or a folder that `MiniMindVLM.save_pretrained` wrote.
-        vision_model: the folder of the CLIP whose vision tower it looks through.
+        vision_model: the folder of the CLIP whose vision tower it uses.
         tokenizer: as in `load_for_inference`.
 
     Returns:
@@ -97,9 +96,9 @@ def load_vlm_for_inference(
 
 
 def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
-    """What --model_mode, --load, --lora_name and the model flags name, by `load_for_inference`.
+    """Load the model that --model_mode, --load, --lora_name and the model flags name, by `load_for_inference`.
 
-    --dim, --n_layers and --use_moe always have a value: it is the model's only where no json tells better.
+    --dim, --n_layers and --use_moe always have a value: it applies only if no json gives the model's sizes.
     """
     path, tokenizer = _find_by_flags(args, STAGES)
     sizes = untold_sizes(args)
@@ -111,13 +110,13 @@ def load_by_flags(args) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
 def open_engine(
     model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, args, slots: int, compile_large: bool = False
 ) -> Engine:
-    """An inference engine by the flags of `trainer.arguments.add_engine_arguments`.
+    """An inference engine by the flags of `trainer.inference_arguments.add_engine_arguments`.
 
     Args:
-        compile_large: where --compile is not given, compile the decode step of a model of `COMPILE_FROM` parameters.
+        compile_large: without --compile, compile the decode step of models of `COMPILE_FROM` parameters or more.
 
     Raises:
-        UserError: the model's matrices, or the draft model's, cannot take the precision; a draft model that is missing,
+        UserError: the model's or the draft model's matrices do not fit the precision; the draft model is missing,
             damaged, or has another tokenizer.
     """
     compile = args.compile
@@ -146,7 +145,7 @@ def open_engine(
 
 
 def load_vlm_by_flags(args) -> tuple[MiniMindVLM, PreTrainedTokenizerBase, CLIPImageProcessorPil]:
-    """What --model_mode, --load, --vision_model and the model flags name, by `load_vlm_for_inference`."""
+    """Load the model that --model_mode, --load, --vision_model and the model flags name."""
     vision = open_vision(str(args.vision_model))
     return _load_vlm(vision, *_find_by_flags(args, VLM_STAGES))
 
@@ -161,7 +160,7 @@ def _load_vlm(
 def _open(
     path: str | os.PathLike, tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None
 ) -> tuple[Path, PreTrainedTokenizerBase]:
-    """The weights' path, which is there, and the tokenizer that goes with them."""
+    """The path of weights that exist, and the tokenizer that belongs to them."""
     path = existing(Path(path))
     if path.is_dir():
         check_config(path)
@@ -172,7 +171,7 @@ def _open(
 
 
 def _find_by_flags(args, stages: tuple[str, ...]) -> tuple[Path, PreTrainedTokenizerBase | None]:
-    """The weights' path, and the tokenizer that is named, if one is: a wrong one is told first of all."""
+    """The weights' path, and --tokenizer's tokenizer if given: it is loaded first, so that its errors come first."""
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if args.load == 1:
         return require_folder(Path(args.out_dir)), tokenizer

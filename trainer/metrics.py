@@ -27,9 +27,9 @@ EVERY_STAGE = ("loss", "lr", "grad_norm")  # what each logs of a step; the other
 class Metrics:
     """Reports of a run on rank 0; every other rank's calls do nothing.
 
-    `out/NAME_D.metrics.jsonl` gets a line per report, and `out/NAME_D.png` is drawn from it at the end. A run that goes
-    on drops what the interrupted one reported after its last checkpoint, and a new run what an earlier one left, but
-    only when it has something to report itself.
+    `out/NAME_D.metrics.jsonl` gets a line per report, and `out/NAME_D.png` is drawn from it at the end. A resumed run
+    drops the lines that the interrupted one reported after its last checkpoint, and a new run those of an earlier one,
+    but only when it has something to report itself.
 
     Attributes:
         last: the newest value of each metric, None for one that was not finite.
@@ -62,13 +62,13 @@ class Metrics:
             self._tracker = start_tracker(kind, args.wandb_project, path, settings, progress.step)
 
     def due(self, interval: int, stopping: bool = False) -> bool:
-        """Whether something done every `interval` steps, and at the end, is to be done now."""
+        """Whether an action that takes place every `interval` steps, and at the end, is due now."""
         step = self.progress.step
         return step % interval == 0 or step == self.total_steps or stopping
 
     def log(self, **values: float) -> None:
-        """Report a training step: loss, rate, what else the stage measures, tokens per second since the last report,
-        time left."""
+        """Report a training step: loss, learning rate, the stage's other metrics, tokens per second since the last
+        report, and the time left."""
         progress, now = self.progress, time.monotonic()
         speed = (progress.tokens - self._since_tokens) / max(1e-9, now - self._since)
         self._since, self._since_tokens = now, progress.tokens
@@ -143,7 +143,7 @@ def _words(name: str) -> str:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics file, without one that a crash cut off; nothing when there is not a file."""
+    """The lines of a metrics file, without one that a crash cut off; empty if there is no file."""
     if not path.is_file():
         return []
     lines = []
@@ -156,8 +156,8 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def draw_curve(metrics: Path) -> Path | None:
-    """Loss over steps from a metrics file, training and held out, as a PNG beside it; of a model that learned by trying
-    the reward and the length of its answers as well. None when there is nothing."""
+    """Draw training and held-out loss over steps from a metrics file as a PNG beside it; with reinforcement learning
+    also the reward and the length of the answers. None if there is nothing to draw."""
     lines = read_metrics(metrics)
     trained = _series(lines, "loss")
     if not trained:
@@ -185,7 +185,7 @@ def draw_curve(metrics: Path) -> Path | None:
 
 
 def _series(lines: list[dict], name: str) -> list[tuple[int, float]]:
-    """The steps and values of a metric, where it was finite."""
+    """The steps and values of a metric wherever it was finite."""
     return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 

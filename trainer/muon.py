@@ -1,4 +1,4 @@
-"""Muon: momentum whose update of each matrix is orthogonalised, so that all its directions are learned equally."""
+"""Muon: momentum with an orthogonalised update of each matrix, so that all its directions are learned equally."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,14 +34,14 @@ class Muon(torch.optim.Optimizer):
         W <- W - lr (0.2 sqrt(max(W.shape)) u + decay W)
 
     An orthogonal matrix has entries with an RMS of 1 / sqrt(max(shape)); the factor gives them AdamW's 0.2, so that one
-    learning rate serves both. Matrices of one shape are made orthogonal together, in batched products.
+    learning rate serves both. Matrices of equal shape are orthogonalised together, in batched products.
 
     Args:
         params: matrices, (rows, columns).
         lr: in AdamW's units.
         momentum: mu, with Nesterov's look ahead.
         weight_decay: decoupled.
-        polynomials: those of the iteration that makes an update orthogonal.
+        polynomials: those of the iteration that orthogonalises an update.
         neuron_decay: beta_2 of NorMuon (Li et al. 2025, arXiv:2510.05491), 0.95 in the paper, which keeps the mean
             square of each row of u and divides the row by its root:
 
@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
                     self._move(matrix, update.mul_(scale), group)
 
     def _momentum(self, matrix: Tensor, mu: float) -> Tensor:
-        """Count in the gradient; the momentum as it will be after one more like it (Nesterov)."""
+        """Add the gradient to the momentum; returns the momentum as if the same gradient came once more (Nesterov)."""
         state = self.state[matrix]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(matrix.grad)
@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         return matrix.grad.lerp(momentum, mu)
 
     def _level_neurons(self, matrices: list[Tensor], updates: Tensor, decay: float) -> Tensor:
-        """NorMuon's step: rows of about one size, and the norm of an orthogonal matrix, sqrt(min(shape))."""
+        """NorMuon's update: rows of about equal norm, scaled to the norm of an orthogonal matrix, sqrt(min(shape))."""
         squares = updates.square().mean(-1, keepdim=True)  # (matrices, rows, 1)
         for matrix, square in zip(matrices, squares, strict=True):
             state = self.state[matrix]
@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _of_one_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Those that have a gradient, in lists of one shape, each as long as `ENTRIES_AT_ONCE` allows."""
+    """The parameters with a gradient, in lists of equal shape, each as long as `ENTRIES_AT_ONCE` allows."""
     by_shape: dict[tuple, list[Tensor]] = {}
     for matrix in matrices:
         if matrix.grad is not None:
@@ -119,12 +119,12 @@ def _of_one_shape(matrices: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def orthogonalise(matrices: Tensor, polynomials: Polynomials = JORDAN) -> Tensor:
-    """About U V^T for each U S V^T of `matrices`, by odd polynomials of degree five, which change the singular values
-    alone (Newton-Schulz as in Jordan et al. 2024):
+    """Approximately U V^T for each U S V^T of `matrices`, by odd polynomials of degree five, which change only the
+    singular values (Newton-Schulz as in Jordan et al. 2024):
 
         X <- a X + (b A + c A^2) X,   A = X X^T,   from X = matrix / |matrix|
 
-    In bfloat16 where the device computes in it, else in float32: a CPU that only emulates bfloat16 is some twenty times
+    In bfloat16 if the device supports it, else in float32: a CPU that only emulates bfloat16 is about twenty times
     slower in it.
 
     Args:
@@ -132,8 +132,8 @@ def orthogonalise(matrices: Tensor, polynomials: Polynomials = JORDAN) -> Tensor
         polynomials: (a, b, c) of each iteration.
 
     Returns:
-        its shape and dtype; singular values that were not tiny beside the largest are about 1: by `JORDAN` 0.7 to 1.2,
-        by `POLAR_EXPRESS` 0.87 to 1.13.
+        the same shape and dtype; singular values that were not tiny compared with the largest become about 1: 0.7 to
+        1.2 with `JORDAN`, 0.87 to 1.13 with `POLAR_EXPRESS`.
     """
     dtype = torch.bfloat16 if default_dtype(matrices.device) == "bfloat16" else torch.float32
     x = matrices.to(dtype)

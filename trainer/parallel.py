@@ -1,4 +1,4 @@
-"""What the loop calls as its model: compiled, and shared with other processes by DDP, DeepSpeed or FSDP2."""
+"""The loop's model: compiled, and shared with other processes by DDP, DeepSpeed or FSDP2."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ def wrap_model(
     """
     require_same_weights(model, runtime)
     if compile_blocks:
-        for block in model.layers:  # all alike: compiled once, and the state dict keeps its names
+        for block in model.layers:  # identical blocks: compiled once, and the state dict keeps its names
             block.compile()
     runtime.engine = "compiled" if compile_blocks else "eager"
     if runtime.deepspeed_config:
@@ -65,12 +65,12 @@ def sync_gradients(model: nn.Module, last: bool) -> None:
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model inside DDP's or DeepSpeed's wrapper; FSDP2 has none."""
+    """The model inside the wrapper of DDP or DeepSpeed; FSDP2 has none."""
     return getattr(model, "module", model)
 
 
 def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Each parameter that `keep` names, whole, fp32, where it lies, under its plain name; one with two names is held
+    """Each parameter that `keep` selects, whole, fp32, on its device, under its plain name; a shared tensor is kept
     once.
 
     All ranks must call it: ZeRO-3 and FSDP2 gather.
@@ -82,13 +82,13 @@ def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bo
                 place = ((value.to_local() if hasattr(value, "to_local") else value).data_ptr(), value.shape)
                 if place not in held:
                     value = whole(value.detach()).float()
-                    held[place] = value.clone() if runtime.deepspeed_config else value  # what is gathered goes again
+                    held[place] = value.clone() if runtime.deepspeed_config else value  # gathered: freed again
                 found[key] = held[place]
     return found
 
 
 def load_full_state_dict(model: nn.Module, optimizer, weights: dict[str, Tensor], keep: Callable[[str], bool]) -> None:
-    """Fill in what `full_state_dict` gave; what `keep` does not name stays. All ranks must call it.
+    """Load the result of `full_state_dict`; parameters that `keep` does not select stay. All ranks must call it.
 
     Raises:
         RuntimeError: a parameter is missing, or has another shape.
@@ -105,7 +105,7 @@ def load_full_state_dict(model: nn.Module, optimizer, weights: dict[str, Tensor]
 
 
 def require_same_weights(model: nn.Module, runtime: Runtime) -> None:
-    """All ranks must call it, before a step is taken together: it would mix what they have.
+    """Check that all ranks start with equal weights, which a joint step would mix; all ranks must call it.
 
     Raises:
         UserError: a rank's weights differ from rank 0's.
@@ -134,9 +134,9 @@ def _gathered(plain: nn.Module, runtime: Runtime) -> contextlib.AbstractContextM
 
 
 def should_compile(args, runtime: Runtime, steps: int) -> bool:
-    """Whether to use torch.compile: as --compile says, else where it works and the run is long enough to pay off
-    (unpacked rows vary in length, and each length would be recompiled; the hooks of ZeRO-3 and FSDP2 compile over and
-    over).
+    """Whether to use torch.compile: as --compile says, else if it works and the run is long enough for it to pay off
+    (unpacked rows vary in length, and each length would be compiled; the hooks of ZeRO-3 and FSDP2 cause repeated
+    compilation).
 
     Raises:
         UserError: --compile was given but does not work here.
@@ -154,7 +154,7 @@ def should_compile(args, runtime: Runtime, steps: int) -> bool:
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """What keeps torch.compile from working on this machine; None where it works."""
+    """The reason why torch.compile does not work on this machine; None if it works."""
     compilers = ("g++", "clang++", "cl")  # the last on Windows
     if device.type == "cpu" and not (os.environ.get("CXX") or any(map(shutil.which, compilers))):
         return "no C++ compiler found"

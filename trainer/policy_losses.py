@@ -1,4 +1,4 @@
-"""What a policy learns from its own answers: advantages within a group, five clipped objectives, a KL estimate.
+"""Losses of a policy on its own answers: advantages within a group, five clipped objectives, a KL estimate.
 
 Shapes: an answer is a row; n is the length of the rows less one, since a token is predicted one position earlier.
 `mask` (answers, n) bool says which of these predictions are an answer's tokens. Log-probabilities are in nats, fp32
@@ -8,7 +8,7 @@ An objective returns each token's loss (answers, n) and its weight (answers, n),
 
     loss = sum_t weight_t * (loss_t + beta * kl_t)
 
-summed over all micro-batches and ranks of a step is what the paper has.
+summed over all micro-batches and ranks of a step is the paper's loss.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from torch import Tensor
 
 
 class Clip(NamedTuple):
-    """How far below and above 1 a ratio counts."""
+    """How far a ratio may be below and above 1 before it is clipped."""
 
     low: float
     high: float
 
 
 class Share(NamedTuple):
-    """What a step covers on all ranks together: answers, tokens of answers, and the most tokens an answer may have."""
+    """The size of a step on all ranks together: answers, their tokens, and the maximum length of an answer."""
 
     answers: float
     tokens: float
@@ -34,7 +34,7 @@ class Share(NamedTuple):
 
 
 def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
-    """How much better each answer is than the others to its question: (r - mean) / (std + 1e-4) within each group
+    """The advantage of each answer over the others to its question: (r - mean) / (std + 1e-4) within each group
     (GRPO, Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
 
     A group of equal rewards has advantages of exactly 0.
@@ -42,7 +42,7 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
     Args:
         rewards: (groups, size).
         scale: divide by the standard deviation; without it (Dr. GRPO, Liu et al. 2025, arXiv:2503.20783, section 3.1)
-            a question that is almost always or almost never solved weighs no more than others.
+            a question that is almost always or almost never solved has no more weight than others.
 
     Returns:
         the shape of `rewards`.
@@ -54,7 +54,7 @@ def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
 
 
 def without_signal(rewards: Tensor) -> Tensor:
-    """Which groups teach nothing, as all their answers got the same: rewards (groups, size) -> (groups,) bool."""
+    """Which groups give no signal because all their rewards are equal: rewards (groups, size) -> (groups,) bool."""
     return (rewards == rewards[:, :1]).all(1)
 
 
@@ -78,7 +78,7 @@ def grpo_loss(
     (GRPO, Shao et al. 2024, arXiv:2402.03300, equation 3).
 
     Args:
-        log_probs: of the policy that learns; old: of the one that wrote the answers, without gradient.
+        log_probs: of the policy being trained; old: of the policy that sampled the answers, without gradient.
         advantages: (answers,).
     """
     return _clipped(_ratios(log_probs, old, mask), advantages, clip), _per_answer(mask) / share.answers
@@ -104,7 +104,7 @@ def dapo_loss(
 def gspo_loss(
     log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, share: Share, clip: Clip
 ) -> tuple[Tensor, Tensor]:
-    """-min(s A, clip(s) A) with one ratio an answer, s = (policy / old policy of the whole answer) ^ (1 / its length)
+    """-min(s A, clip(s) A) with one ratio per answer, s = (policy / old policy of the whole answer) ^ (1 / its length)
     (GSPO, Zheng et al. 2025, arXiv:2507.18071, equations 5 and 7)."""
     losses = _clipped(_answer_ratios(log_probs, old, mask), advantages, clip)  # (answers, 1)
     return losses.expand_as(log_probs), _per_answer(mask) / share.answers
@@ -113,9 +113,9 @@ def gspo_loss(
 def cispo_loss(
     log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, share: Share, clip: Clip
 ) -> tuple[Tensor, Tensor]:
-    """-min(r, 1 + high) A log policy, the ratio without gradient: no token's gradient is ever cut off, only its weight
-    is bounded; mean over all tokens (CISPO, MiniMax-M1 2025, arXiv:2506.13585, equations 4 and 5, which have no lower
-    bound, either)."""
+    """-min(r, 1 + high) A log policy, the ratio without gradient: no token's gradient is ever dropped, only its weight
+    is bounded; mean over all tokens (CISPO, MiniMax-M1 2025, arXiv:2506.13585, equations 4 and 5, which also have no
+    lower bound)."""
     weights = _ratios(log_probs, old, mask).detach().clamp(max=1 + clip.high)
     losses = -weights * advantages[:, None] * log_probs.masked_fill(~mask, 0.0)
     return losses, mask / share.tokens
@@ -138,7 +138,7 @@ def _clipped(ratios: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
 
 
 def _per_answer(mask: Tensor) -> Tensor:
-    """1 / length of its answer for each token, 0 outside."""
+    """The weight of each token: 1 / length of its answer, 0 outside the mask."""
     return mask / mask.sum(1, keepdim=True).clamp(min=1)
 
 
@@ -146,7 +146,7 @@ Objective = Callable[[Tensor, Tensor, Tensor, Tensor, Share, Clip], tuple[Tensor
 
 
 class Variant(NamedTuple):
-    """What --loss names: the objective, the clip that its paper uses, and what else its recipe has."""
+    """A choice of --loss: the objective, its paper's clip, and the rest of its recipe."""
 
     objective: Objective
     clip: Clip
@@ -167,8 +167,8 @@ LOSSES = {
 def clipped_tokens(
     log_probs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: Clip, loss: str = "grpo"
 ) -> Tensor:
-    """How many tokens have a ratio beyond the bound that their advantage is held to, and so teach nothing more (by
-    cispo: count less), fp32 scalar. By gspo all tokens of an answer are, or none.
+    """The number of tokens whose ratio is beyond the clip on the side of their advantage, so that they have no gradient
+    (with cispo: a bounded weight), fp32 scalar. With gspo it is all tokens of an answer or none.
 
     Args:
         advantages: of each answer, (answers,), or of each token, (answers, n).

@@ -1,4 +1,4 @@
-"""Log-probabilities of a policy, laid out answer by answer, and the metrics of a reinforcement-learning step."""
+"""A policy's log-probabilities in rows of answers, and the metrics of a reinforcement-learning step."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ LEARNING_METRICS = ("loss", "kl", "entropy", "clipped")
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """One value per target token, (target tokens,), at its place: mask (answers, n) bool -> (answers, n), 0 outside."""
+    """Put values (target tokens,) at their tokens' places: mask (answers, n) bool -> (answers, n), 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
@@ -19,7 +19,7 @@ def spread(values: Tensor, mask: Tensor) -> Tensor:
 def reference_log_probs(
     frozen: nn.Module, batch: dict[str, Tensor], labels: Tensor, mask: Tensor, temperature: float
 ) -> Tensor:
-    """log p of each answer's tokens under the model that training began with, (answers, n), 0 outside the mask."""
+    """log p of each answer's tokens under the frozen reference, (answers, n), 0 outside the mask."""
     logits = frozen(**batch, logits_to_keep=target_mask(labels)).logits
     return spread(token_log_probs(logits / temperature, labels), mask)
 
@@ -31,20 +31,34 @@ def token_entropies(logits: Tensor) -> Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
+@torch.no_grad()
+def learning_sums(loss: Tensor, logits: Tensor, clipped: Tensor, kl: Tensor | None = None) -> Tensor:
+    """LEARNING_METRICS of a micro-batch, each summed over its target tokens, (4,) fp32.
+
+    Args:
+        loss: the micro-batch's share of the step's loss, a scalar.
+        logits: of the target tokens, (target tokens, vocab).
+        clipped: how many tokens were clipped, a scalar.
+        kl: the penalty of each token, 0 outside the mask, (answers, n); None: no penalty in the loss.
+    """
+    kl = torch.zeros_like(loss) if kl is None else kl.sum()
+    return torch.stack([value.float() for value in (loss, kl, token_entropies(logits).sum(), clipped)])
+
+
 def step_values(
     learned: Tensor, written: dict[str, float], totals: Totals, updates: int, seconds: float, run: Runtime
 ) -> dict[str, float]:
-    """What to report of a step, over all ranks, which must all call it.
+    """The metrics of a step over all ranks, which must all call it.
 
     Args:
-        learned: LEARNING_METRICS summed over this rank's tokens and all updates; the loss is a share already.
+        learned: `learning_sums`, added up over this rank's micro-batches and all updates.
         written: sums over this rank's answers, see `Rollouts.write`.
-        seconds: that the learning took.
+        seconds: the duration of the updates.
 
     Returns:
-        loss, reward and reward_NAME (means over answers), kl, entropy, clipped (over tokens), length (tokens an
-        answer), finished (share of answers that ended by themselves), no_signal (share of groups whose answers all got
-        the same), resampled (groups replaced), writing_seconds and learning_seconds (of the slowest rank).
+        loss, reward and reward_NAME (means over answers), kl, entropy, clipped (over tokens), length (tokens per
+        answer), finished (share of answers that ended by themselves), no_signal (share of groups with equal rewards),
+        resampled (groups replaced), writing_seconds and learning_seconds (of the slowest rank).
     """
     names = list(written)
     sums = dict(zip((*LEARNING_METRICS, *names), run.sums(*learned.tolist(), *written.values()), strict=True))

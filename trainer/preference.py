@@ -63,7 +63,7 @@ def count_pairs(batches: list[dict[str, Tensor]]) -> int:
 def reference_token_log_probs(
     cached: Tensor | None, frozen: nn.Module | None, batch: dict[str, Tensor], labels: Tensor
 ) -> Tensor:
-    """What the reference gives each target token, in nats, (target tokens,) fp32.
+    """The reference's log p of each target token, in nats, (target tokens,) fp32.
 
     Args:
         cached: the batch's column `reference`, (batch, n) fp32; without it, `frozen` is run.
@@ -79,7 +79,7 @@ def attach_reference_log_probs(
 ) -> None:
     """Give the dataset its column `reference`: log-probabilities under `model`, computed once and kept on disk.
 
-    They lie beside the dataset's token cache, under a name in which everything has a part that decides them: the
+    They are stored beside the dataset's token cache, under a name that depends on everything that affects them: the
     data file, the tokenizer, the rows, the model's weights and settings, the precision. The ranks share the work.
 
     Raises:
@@ -108,7 +108,7 @@ def attach_reference_log_probs(
 
 @torch.no_grad()
 def _all_log_probs(dataset: DPODataset, model: nn.Module, run: Runtime, batch_size: int) -> np.ndarray:
-    """fp32 (tokens of the dataset's cache,), 0 outside the loss."""
+    """log p of every token of the dataset's cache, fp32 (tokens,); 0 for tokens that are not targets."""
     values = np.zeros(dataset.cache.lengths.sum(), dtype=np.float32)
     training = model.training
     model.eval()
@@ -172,8 +172,8 @@ def evaluate_pairs(
     Args:
         frozen: the reference, None where `held_out` has its log-probabilities.
         per_answer: `sum_per_answer` or `mean_per_answer`.
-        loss_function: from log-probabilities of policy and reference, (pairs, 2) each, and `beta` to each pair's loss
-            and margin, (pairs,) each.
+        loss_function: (log-probabilities of policy and reference, (pairs, 2) each, and `beta`) -> each pair's loss and
+            margin, (pairs,) each.
 
     Raises:
         EvaluationError: see `sum_over_ranks`.

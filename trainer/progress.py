@@ -1,4 +1,4 @@
-"""How far a run has come."""
+"""The progress of a run."""
 
 import time
 from dataclasses import dataclass

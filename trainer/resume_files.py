@@ -12,7 +12,7 @@ STATE = "state.json"
 
 
 class Damaged(UserError):
-    """A file is not what was saved."""
+    """A file differs from what was saved."""
 
     def __init__(self, path: Path, how: str = "another sha256"):
         super().__init__(f"{path} is damaged: it does not match what was saved ({how})")
@@ -35,7 +35,7 @@ def find_whole_state(pointer: Path) -> tuple[str, list[str]]:
     """The state to resume from: the one that a pointer names, or the newest intact one before it.
 
     Returns:
-        its name, and what is wrong with each that was passed over.
+        its name, and the damage of each state that was skipped.
 
     Raises:
         UserError: there is none.
@@ -68,7 +68,7 @@ def seal(folder: Path, state: dict, hashes: dict[str, str]) -> None:
 
 
 def read_state(folder: Path, run: Runtime) -> dict:
-    """What `seal` was given as `state`. All ranks must call it; rank 0 has found the folder whole.
+    """The `state` that was passed to `seal`. All ranks must call it; rank 0 has verified the folder.
 
     Raises:
         UserError: a file is missing on this rank, is damaged, or differs from rank 0's; the message names it.
@@ -86,8 +86,8 @@ def read_state(folder: Path, run: Runtime) -> dict:
 
 
 def verify(folder: Path) -> dict:
-    """What `seal` was given as `state`, once all files are found as they were written; those of earlier versions, which
-    kept no hashes, are taken as they are.
+    """Check all files against their hashes, and return the `state` that was passed to `seal`; folders of earlier
+    versions, which kept no hashes, are not checked.
 
     Raises:
         Damaged: which file is not.

@@ -63,7 +63,7 @@ def evaluate_scores(
 
 
 def load_reward_model(path: Path, tokenizer: PreTrainedTokenizerBase) -> MiniMindReward:
-    """A reward model in eval mode, fp32, on the CPU, of the size that its json or its tensors tell.
+    """A reward model in eval mode, fp32, on the CPU; its json or its tensors give its size.
 
     Raises:
         UserError: missing, damaged, a model without a scalar head, or another tokenizer's.
@@ -97,7 +97,7 @@ def score_chats(
 
 
 def reward_by_model(path: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> WeighedReward:
-    """A rule that gives an answer a reward model's score, as it is.
+    """A rule whose reward is the reward model's score.
 
     Raises:
         UserError: as in `load_reward_model`.

@@ -29,12 +29,12 @@ NGRAM = 4  # tokens; a repetition is one of these that occurred before
 class Reply(NamedTuple):
     """An answer to be scored.
 
-    question: the chat it answers, a list of {"role", "content"}, the last one the user's.
-    text: what the model wrote, tags included.
-    expected: the right answer, of the data.
-    tokens: the ids it is made of, without the one that ended it.
-    finished: whether it ended by itself, and not at the length limit.
-    limit: most tokens it may have.
+    question: the chat that it answers, a list of {"role", "content"}, ending with the user's.
+    text: the model's text, including tags.
+    expected: the right answer from the data.
+    tokens: its ids, without the end token.
+    finished: whether it ended by itself, not at the length limit.
+    limit: its maximum number of tokens.
     """
 
     question: Sequence[dict]
@@ -49,8 +49,8 @@ Reward = Callable[[Reply], float]
 
 
 def split_strictly(text: str) -> tuple[str, str] | None:
-    """Thought and answer of a text that has one of each, in this order, each tag once and nothing outside them; a text
-    without any tag is an answer without a thought. None for anything else, which could hide a second answer."""
+    """The thought and the answer of a text with one of each, in this order, each tag once and nothing outside; a text
+    without tags is an answer without a thought. None for anything else, which could hide a second answer."""
     if not any(tag in text for tag in TAGS):
         return "", text
     found = WHOLE.fullmatch(text)
@@ -60,16 +60,16 @@ def split_strictly(text: str) -> tuple[str, str] | None:
 
 
 def format_reward(reply: Reply) -> float:
-    """1 for exactly the form of model/reasoning.py, with something in the thought, and ended; else 0."""
+    """1 for a finished answer in exactly the form of model/reasoning.py, with a non-empty thought; else 0."""
     parts = split_strictly(reply.text)
     return float(reply.finished and is_well_formed(reply.text) and parts is not None and bool(parts[0]))
 
 
 def accuracy_reward(reply: Reply) -> float:
-    """1 where the answer is the expected one, by `is_right_answer`; else 0.
+    """1 if the answer is the expected one, by `is_right_answer`; else 0.
 
-    Only what stands between the answer tags counts, once, so that neither several answers, nor one in the thought, nor
-    tags twice get anything; tags around an empty thought do not either.
+    Only the text between the answer tags counts, so that several answers, an answer in the thought, repeated tags, or
+    tags around an empty thought get nothing.
     """
     parts = split_strictly(reply.text)
     if parts is None or not reply.finished or (not parts[0] and TAGS[0] in reply.text):
@@ -103,11 +103,11 @@ def language_reward(reply: Reply) -> float:
 
 
 def steps_reward(reply: Reply) -> float:
-    """The share of the thought's equations that are sound: true, not written before, and of numbers that the question
-    or an earlier equation gave; 0 without an equation.
+    """The share of the thought's equations that are sound: true, not a repetition, and with numbers from the question
+    or an earlier equation; 0 without an equation.
 
-    A reward for the process (Lightman et al. 2023, arXiv:2305.20050), by rule: where whole solutions are rarely right
-    it tells which half was.
+    A process reward (Lightman et al. 2023, arXiv:2305.20050) by rule: if whole solutions are rarely right, it shows
+    which steps were.
     """
     parts = split_strictly(reply.text)
     equations = EQUATION.findall(parts[0]) if parts else []
@@ -133,7 +133,7 @@ REWARDS: dict[str, Reward] = {
 
 
 class WeighedReward(NamedTuple):
-    """A rule with its name, as metrics show it, and its weight in the sum."""
+    """A rule with its name in the metrics, and its weight in the sum."""
 
     name: str
     weight: float
@@ -141,7 +141,7 @@ class WeighedReward(NamedTuple):
 
 
 def read_rewards(parts: Sequence[str]) -> list[WeighedReward]:
-    """What --rewards names: `name:weight`, `module:function:weight` or either without a weight, which is then 1.
+    """The rewards that --rewards names: `name:weight`, `module:function:weight`, or either without a weight (then 1).
 
     Raises:
         UserError: there is no such rule, module or function; a weight that is not a number; a rule named twice.
@@ -183,10 +183,10 @@ def _own_rule(name: str) -> Reward:
 
 
 def judge(reply: Reply, rewards: Sequence[WeighedReward]) -> list[float]:
-    """What each rule gives, not yet weighed.
+    """The reward of each rule, not yet weighted.
 
     Raises:
-        UserError: a rule gives something that is not a finite number.
+        UserError: a rule returns something that is not a finite number.
     """
     values = []
     for name, _, rule in rewards:

@@ -1,4 +1,4 @@
-"""Answers that a model generates while it is trained: sampled by the engine, scored, and laid out as training rows."""
+"""Answers that a model generates during its training: sampled by the engine, scored, and turned into training rows."""
 
 import hashlib
 import time
@@ -22,13 +22,13 @@ from trainer.rewards import Reply, WeighedReward, judge
 from trainer.runtime import Runtime
 
 SLOTS = 128  # answers written at once at most
-OF_ANSWERS = ("reward", "length", "finished")  # what is reported, summed over answers,
-OF_GROUPS = ("no_signal", "resampled")  # and over groups, where an answer has others beside it
+OF_ANSWERS = ("reward", "length", "finished")  # reported values, summed over answers,
+OF_GROUPS = ("no_signal", "resampled")  # and over groups, if a group has several answers
 Batch = dict[str, Tensor]
 
 
 class Written(NamedTuple):
-    """An answer: its ids, with the one that ended it, its text without, and whether it ended by itself."""
+    """An answer: its ids including the end token, its text without it, and whether it ended by itself."""
 
     ids: list[int]
     text: str
@@ -36,7 +36,7 @@ class Written(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The answers to one question, what each rule gave each of them (answers, rules), and their weighed sums."""
+    """The answers to one question, the reward of each rule (answers, rules), and their weighted sums."""
 
     number: int  # of the problem
     answers: list[Written]
@@ -45,18 +45,18 @@ class Group(NamedTuple):
 
 
 def sampling_seed(seed: int, step: int, question: int, answer: int, attempt: int = 0) -> int:
-    """The seed of one answer, whichever rank writes it, in whatever order: 63 bits of a hash."""
+    """The seed of one answer, independent of the rank that generates it and of the order: 63 bits of a hash."""
     text = f"{seed},{step},{question},{answer},{attempt}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 class Writer:
-    """The engine, with the weights that are trained: `refresh` before each writing.
+    """The engine with the weights being trained: call `refresh` before each generation.
 
     Args:
-        answers: most that will be asked for at once.
-        slot_len: longest prompt and answer together, in tokens.
-        max_new_tokens: longest answer.
+        answers: the maximum number of concurrent answers.
+        slot_len: maximum length of prompt and answer together, in tokens.
+        max_new_tokens: maximum length of an answer.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Writer:
         self._engine.refresh(plain_model(model))
 
     def write(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int | None], temperature: float) -> list[Written]:
-        """An answer to each prompt, sampled from all of the vocabulary, so that the trainer's log-probabilities, at the
-        same temperature, are those that the tokens were drawn by."""
+        """An answer to each prompt, sampled from the whole vocabulary, so that the trainer's log-probabilities, at the
+        same temperature, are those of the sampling distribution."""
         answers = self._engine.run(
             Request(prompt=prompt, max_new_tokens=self.limit, temperature=temperature, seed=seed)
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -84,15 +84,15 @@ class Writer:
 
 
 class Rollouts:
-    """Generates, scores and lays out the answers of a step. The answers of a rank depend only on its questions.
+    """Generates and scores the answers of a step and collates them. A rank's answers depend only on its questions.
 
     Args:
-        dataset: where the questions come from.
+        dataset: the questions.
         args: seed, temperature, batch_size, accumulation_steps, max_seq_len, max_new_tokens.
         rewards: the rules.
         group_size: answers to each question.
         scale: divide advantages by the standard deviation of the group's rewards.
-        resample: how often a question whose answers all got the same is replaced by another.
+        resample: how often a question whose answers all have the same reward is replaced by another.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Rollouts:
         """A step's answers.
 
         Args:
-            questions: micro-batches of prompts, as the `StepLoader` deals them out.
+            questions: micro-batches of prompts from the `StepLoader`.
 
         Returns:
             for each of these a micro-batch of answers, `group_size` rows a question: input_ids, labels, position_ids,
@@ -141,7 +141,7 @@ class Rollouts:
         return batches, sums
 
     def _groups(self, numbers: list[int], step: int) -> list[Group]:
-        """A group of answers to each question; where one teaches nothing, of another question in its place."""
+        """A group of answers to each question; a question whose group gives no signal is replaced by another."""
         groups = self._written(numbers, step, 0)
         self._resampled = 0
         for attempt in range(1, self.resample + 1):
@@ -183,7 +183,7 @@ class Rollouts:
         return group
 
     def _rows(self, groups: Sequence[Group]) -> Batch:
-        """A micro-batch; without any questions a row of padding, on which the rank computes nothing with the others."""
+        """A micro-batch; without questions one row of padding, so that the rank takes part in the collective calls."""
         if not groups:
             return collate([_row([], [])]) | {"rewards": torch.zeros(1), "advantages": torch.zeros(1)}
         items = [_row(self.dataset.prompt(group.number), answer.ids) for group in groups for answer in group.answers]
@@ -193,19 +193,19 @@ class Rollouts:
 
 
 def reply_of(dataset: RLDataset, number: int, answer: Written, limit: int) -> Reply:
-    """An answer to a problem, as the rules take it."""
+    """An answer to a problem, in the form that the rules take."""
     problem = dataset.problem(number)
     tokens = answer.ids[:-1] if answer.finished else answer.ids
     return Reply(problem.chat, answer.text, problem.answer, tokens, answer.finished, limit)
 
 
 def weighed(values: Sequence[float], rewards: Sequence[WeighedReward]) -> float:
-    """The weighed sum of what the rules gave."""
+    """The weighted sum of the rules' rewards."""
     return sum(reward.weight * value for reward, value in zip(rewards, values, strict=True))
 
 
 def _numbers_in(batch: Batch) -> list[int]:
-    """The problems asked in a micro-batch of prompts; a row of padding asks none."""
+    """The numbers of the problems in a micro-batch of prompts; rows of padding have none."""
     return batch["number"][:, 0][batch["attention_mask"].any(1)].tolist()
 
 
@@ -220,7 +220,7 @@ def _row(prompt: Sequence[int], answer: Sequence[int]) -> Batch:
 def evaluate_answers(
     model: nn.Module, held_out: RLDataset, writer: Writer, rewards: Sequence[WeighedReward], run: Runtime, args
 ) -> dict[str, float]:
-    """Greedy answers to the held-out questions, judged by the rules: means over all of them on all ranks.
+    """Greedy answers to the held-out questions, scored by the rules: means over all of them on all ranks.
 
     Returns:
         eval_reward, eval_length in tokens, and eval_NAME of each rule.

@@ -1,4 +1,4 @@
-"""Keeping a second run away from the folder that a run writes to."""
+"""The lock that keeps a second run from the folder that a run writes to."""
 
 import os
 import platform
@@ -10,17 +10,17 @@ from dataset.locks import NoLocksError, lock
 from trainer.errors import UserError, print_notice
 from trainer.files import make_folder, write_error
 
-OWNER = "lock.owner"  # beside the lock, since on Windows nobody else can read what is locked
+OWNER = "lock.owner"  # beside the lock, because on Windows other processes cannot read a locked file
 
 
 def lock_run(folder: Path, weights: Path) -> BinaryIO | None:
-    """The open file whose lock says that `weights` and `folder` are this run's; it ends with this process.
+    """The open file whose lock reserves `weights` and `folder` for this run; it is released when this process ends.
 
     Returns:
         None on a file system that has no locks: reported in one line, and the run continues.
 
     Raises:
-        UserError: another run holds it; nothing can be written there.
+        UserError: another run holds it, or the folder is not writable.
     """
     try:
         make_folder(folder)
@@ -38,14 +38,14 @@ def lock_run(folder: Path, weights: Path) -> BinaryIO | None:
 
 
 def read_owner(folder: Path) -> str | None:
-    """The process whose run writes to a folder, or has written there last."""
+    """The process whose run writes to a folder, or wrote to it last."""
     owner = folder / OWNER
     return owner.read_text(encoding="utf-8") if owner.is_file() else None
 
 
 def _leave_to_this_process(file: BinaryIO) -> None:
-    """A DataLoader's workers close their copy: they outlive a run that is killed by some seconds, and the lock with
-    them."""
+    """Make the DataLoader's workers close their copy of the file: they outlive a killed run by some seconds and would
+    hold its lock."""
     held = weakref.ref(file)
 
     def close_copy() -> None:

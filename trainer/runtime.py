@@ -1,4 +1,4 @@
-"""Where a stage runs: device, precision, the processes that share a step, and signals."""
+"""A stage's runtime: device, precision, the processes that share a step, and signals."""
 
 import atexit
 import contextlib
@@ -27,7 +27,7 @@ EXIT_TIME_IS_UP = 75  # sysexits.h: a temporary failure, try again
 
 @dataclass
 class Totals:
-    """What one optimizer step covers on all ranks: target tokens, non-empty rows, non-padding tokens."""
+    """The size of one optimizer step on all ranks: target tokens, non-empty rows, non-padding tokens."""
 
     target_tokens: float
     rows: float
@@ -35,7 +35,7 @@ class Totals:
 
 
 class Clock:
-    """What --stop_after and --save_minutes ask for, in seconds from now; None: nothing."""
+    """The times of --stop_after and --save_minutes, in seconds from now; None: never."""
 
     def __init__(self, stop_after: float | None = None, save_every: float | None = None):
         self._stop_at = time.monotonic() + stop_after if stop_after else math.inf
@@ -79,7 +79,7 @@ class Runtime:
 
     @property
     def dtype_name(self) -> str:
-        """As --dtype has it: "bfloat16"."""
+        """The dtype as in --dtype: "bfloat16"."""
         return str(self.dtype).removeprefix("torch.")
 
     def autocast(self) -> torch.autocast:
@@ -102,19 +102,19 @@ class Runtime:
 
     @property
     def sharded(self) -> bool:
-        """Whether DeepSpeed or FSDP2 shares the model and its optimizer out; a step is then their engine's."""
+        """Whether DeepSpeed or FSDP2 shards the model and its optimizer; their engine then takes the steps."""
         return self.deepspeed_config is not None or self.fsdp_clip is not None
 
     def totals(self, batches: list[dict[str, Tensor]]) -> Totals:
-        """Count a step's micro-batches over all ranks, so that each token of it weighs the same wherever it lies."""
+        """Count a step's micro-batches over all ranks, so that each of its tokens has the same weight."""
         target_tokens = sum(int(target_mask(batch["labels"]).sum()) for batch in batches)
         rows = sum(int(batch["attention_mask"].any(1).sum()) for batch in batches)
         non_padding_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         return Totals(*self.sums(target_tokens, rows, non_padding_tokens))
 
     def start_loop(self) -> None:
-        """From now on Ctrl-C and its like let the current step end and be saved, a second Ctrl-C ends at once; and it
-        is watched that the ranks take their steps."""
+        """From now on Ctrl-C and similar signals let the current step end and be saved, a second Ctrl-C ends at once,
+        and the watchdog checks that the ranks take their steps."""
         self._signals.catch(speak=self.is_main)
         if self._watchdog is not None:
             self._watchdog.start()
@@ -138,9 +138,9 @@ class Runtime:
         return signalled + late > 0, signalled + late + save > 0
 
     def finish(self, finished: bool) -> None:
-        """The end of a stage. One that is not `finished`, as it was asked to stop, ends with the signal's exit code,
-        with `EXIT_TIME_IS_UP`, or with the error given to `stop_because`. All ranks must call it: they wait until
-        rank 0 has written what it had to."""
+        """End the stage. A run that was asked to stop before it was `finished` exits with the signal's exit code, with
+        `EXIT_TIME_IS_UP`, or with the error passed to `stop_because`. All ranks must call it: they wait until rank 0
+        has written everything."""
         if self._watchdog is not None:
             self._watchdog.stop()
         # They meet here: once a rank has ended with an error code, torchrun kills the others. That SIGTERM nobody asked
@@ -156,7 +156,7 @@ class Runtime:
             sys.exit(128 + came[0] if came and self._signalled else EXIT_TIME_IS_UP)
 
     def gather(self, value) -> list:
-        """What each rank has, in their order; all ranks must call it, with anything that can be pickled."""
+        """The values of all ranks, by rank; all ranks must call it, with a value that can be pickled."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -164,13 +164,13 @@ class Runtime:
         return values
 
     def first_that_differs(self, value) -> int | None:
-        """The first rank that has something else than rank 0; None where all have the same."""
+        """The first rank whose value differs from rank 0's; None if all are equal."""
         values = self.gather(value)
         return next((rank for rank, theirs in enumerate(values) if theirs != values[0]), None)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 prepares (reads, tokenises, writes a cache), then the others find it done."""
+        """Let rank 0 do the work first (read, tokenise, write a cache), then the other ranks, which find it done."""
         if self._preparation is None:
             yield
             return
@@ -184,7 +184,7 @@ class Runtime:
             dist.barrier(group=self._preparation)
 
     def print(self, text: str) -> None:
-        """Print a line, on rank 0."""
+        """Print a line on rank 0."""
         if self.is_main:
             with terminal_may_go():
                 print(text, flush=True)
@@ -194,8 +194,8 @@ def start_runtime(args) -> Runtime:
     """Set up this process from the training arguments and the launcher's environment; seeds torch.
 
     Raises:
-        UserError: no such device, or another rank's; --deepspeed without a launcher; half a launcher's environment;
-            the processes do not find each other.
+        UserError: the device does not exist or is another rank's; --deepspeed without a launcher; an incomplete
+            launcher's environment; the processes cannot connect to each other.
     """
     place = read_place(os.environ)
     device = pick_device(args.device, place.local_rank or 0)
@@ -236,7 +236,7 @@ def start_runtime(args) -> Runtime:
 
 
 def _meet(backend: str) -> None:
-    """Find the other processes of the run."""
+    """Connect to the other processes of the run."""
     try:
         dist.init_process_group(backend)
     except (RuntimeError, ValueError) as error:

@@ -99,5 +99,5 @@ def make_optimizer(model: nn.Module, args, weight_decay: float = 0.1, **muon_opt
 
 
 def _is_hidden(key: str) -> bool:
-    """Whether a matrix lies in a block and is not a router's, whose rows are no directions of a hidden state."""
+    """Whether a matrix belongs to a block and not to a router, whose rows are not directions of a hidden state."""
     return bool(re.match(r"(model\.)?layers\.", key)) and ".gate." not in key

@@ -1,7 +1,7 @@
-"""PyTorch's own FSDP2 (`fully_shard`), behind the same lines as plain training: each rank keeps a share of every
+"""PyTorch's own FSDP2 (`fully_shard`), behind the same lines as plain training: each rank keeps a shard of every
 weight, gradient and moment, and gathers a block's weights while it computes with them.
 
-PyTorch FSDP: Zhao et al. 2023, arXiv:2304.11277; what it shares is ZeRO's stage 3.
+PyTorch FSDP: Zhao et al. 2023, arXiv:2304.11277; it shards as ZeRO's stage 3 does.
 """
 
 import torch
@@ -14,7 +14,7 @@ from trainer.runtime import Runtime
 def shard(model: nn.Module, optimizer, runtime: Runtime) -> tuple[nn.Module, "WholeStateOptimizer"]:
     """Shard a model across the ranks, block by block, and let its optimizer step the shards.
 
-    The embedding, which is also the output matrix, and the last norm are the root's, gathered once for a pass. With
+    The embedding, which is also the output matrix, and the last norm belong to the root: gathered once per pass. With
     --offload all the shards, their gradients and moments stay in CPU memory, and the optimizer steps there.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -36,17 +36,17 @@ def shard(model: nn.Module, optimizer, runtime: Runtime) -> tuple[nn.Module, "Wh
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has sharded it."""
+    """Whether the model was sharded by `shard`."""
     return hasattr(model, "set_requires_gradient_sync")
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor whole, from the ranks' shares of it; all ranks must call it."""
+    """The whole tensor, gathered from the ranks' shards; all ranks must call it."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def share_of(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's share of a whole tensor, as `like` is shared: along its first dimension, as torch.chunk cuts it."""
+    """This rank's shard of a whole tensor, cut like `like`: along the first dimension, as by torch.chunk."""
     from torch.distributed.tensor import DTensor
 
     local = like.to_local()
@@ -59,12 +59,12 @@ def share_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 class ShardScaler(torch.amp.GradScaler):
-    """What the loop calls as its GradScaler where the gradients are shared out.
+    """Replaces the loop's GradScaler where the gradients are sharded.
 
-    `scaler.scale(loss).backward()` is as ever; all that follows a backward is `clip_and_step`.
+    `scaler.scale(loss).backward()` is unchanged; `clip_and_step` replaces everything after the backward pass.
 
     Args:
-        grad_clip: the largest norm of the gradient.
+        grad_clip: the maximum norm of the gradient.
     """
 
     def __init__(self, model: nn.Module, optimizer: "WholeStateOptimizer", scaler, grad_clip: float):
@@ -75,7 +75,7 @@ class ShardScaler(torch.amp.GradScaler):
         """Clip, take the step unless the gradient is not finite, and zero it.
 
         Returns:
-            the gradient's norm before clipping, of all shares together.
+            the gradient's norm before clipping, over all shards.
         """
         self.unscale_(self.optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip))
@@ -87,7 +87,7 @@ class ShardScaler(torch.amp.GradScaler):
 
 
 class WholeStateOptimizer:
-    """An AdamW over shares, whose state is read and written whole: what one engine saved, any other can resume."""
+    """AdamW over shards, whose state is loaded and saved whole: any engine can resume what another has saved."""
 
     def __init__(self, optimizer: torch.optim.AdamW):
         self.optimizer = optimizer
@@ -103,7 +103,7 @@ class WholeStateOptimizer:
         self.optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict:
-        """As a plain AdamW's. All ranks must call it."""
+        """The state of a plain AdamW. All ranks must call it."""
         state = self.optimizer.state_dict()
         states = {
             number: {name: whole(value) for name, value in moments.items()}
@@ -112,7 +112,7 @@ class WholeStateOptimizer:
         return state | {"state": states}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over a plain AdamW's state, of which each rank keeps its share."""
+        """Load a plain AdamW's state, of which each rank keeps its shard."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         states = {
             number: {
@@ -124,7 +124,7 @@ class WholeStateOptimizer:
 
 
 def load_whole(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Fill a model that is shared out with whole weights, by name; those that are not named stay.
+    """Load whole weights, by name, into a sharded model; weights that are not given stay.
 
     Raises:
         RuntimeError: a weight has another shape.

@@ -19,10 +19,10 @@ WORKERS_LAST = 5  # seconds
 
 
 class Signals:
-    """The signals that have come since `catch`; each lets the current step end and be saved, and all but SIGUSR1 end
-    the run then.
+    """The signals received since `catch`: each lets the current step end and be saved, and all but SIGUSR1 then end the
+    run.
 
-    A second Ctrl-C ends at once. SIGHUP is left ignored where it was so at the start: by nohup.
+    A second Ctrl-C ends it at once. SIGHUP stays ignored if it was ignored at the start, as by nohup.
     """
 
     def __init__(self):
@@ -34,17 +34,17 @@ class Signals:
         return bool(self._came)
 
     def take_save_asked(self) -> bool:
-        """Whether a signal has asked to save since this was called last."""
+        """Whether a signal has asked for a save since the last call."""
         asked, self._save_asked = self._save_asked, 0
         return asked > 0
 
     @property
     def first(self) -> int | None:
-        """The number of the first one; None where none has come."""
+        """The number of the first signal; None if none has come."""
         return self._came[0][0] if self._came else None
 
     def catch(self, speak: bool) -> None:
-        """From now on signals are noted, not obeyed; `speak`: and told on stderr."""
+        """Record signals from now on instead of obeying them; `speak`: also report them on stderr."""
         process = os.getpid()
 
         def on_signal(number: int, _frame) -> None:
@@ -64,7 +64,7 @@ class Signals:
                 leave_terminal()
             if speak and len(self._came) == 1:
                 text = f"\n{name}: saving after this step (Ctrl-C again: stop at once)\n"
-                with contextlib.suppress(OSError):  # nobody may be there to read it
+                with contextlib.suppress(OSError):  # the reader may be gone
                     os.write(2, text.encode())  # print is not to be used while another print may be under way
 
         def on_save_signal(_number: int, _frame) -> None:
@@ -80,7 +80,7 @@ class Signals:
 
 @contextlib.contextmanager
 def terminal_may_go() -> Iterator[None]:
-    """What is printed in here may find its terminal gone: then the run goes on unseen."""
+    """Tolerate a terminal that disappears during a print inside: the run then continues without output."""
     try:
         yield
     except OSError as error:
@@ -90,7 +90,7 @@ def terminal_may_go() -> Iterator[None]:
 
 
 def leave_terminal() -> None:
-    """From now on nothing is printed at a terminal or into a pipe, where each print would fail; to a file it is."""
+    """Discard output to a terminal or pipe from now on, where each print would fail; output to files continues."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         with contextlib.suppress(OSError):  # closed already

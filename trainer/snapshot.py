@@ -8,16 +8,16 @@ from torch import Tensor
 
 
 class Snapshot:
-    """Copies tensors into CPU memory of its own, which the next copy uses again: to touch new memory takes longer than
-    to copy."""
+    """Copies tensors into its own CPU memory, which the next copy reuses: touching new memory takes longer than
+    copying."""
 
     def __init__(self):
         self._kept: dict[tuple, Tensor] = {}
         self._copied: dict[tuple, Tensor] = {}
 
     def copy(self, value):
-        """The value, a tensor or dicts and lists with tensors in them, with each tensor copied; what shares memory in
-        full shares it in the copy, too. It holds until the next call."""
+        """A copy of a tensor, or of dicts and lists with tensors in them; tensors that share all their memory share it
+        in the copy, too. The copy is valid until the next call."""
         self._copied = {}
         try:
             return self._copy(value, ())
@@ -48,7 +48,7 @@ class Snapshot:
 
 
 class Background:
-    """Runs one piece of work at a time in a thread that outlives the main one: a program that ends waits for it."""
+    """Runs one task at a time in a non-daemon thread: Python waits for it before it exits."""
 
     NAME = "checkpoint"  # of the thread
 
@@ -57,7 +57,7 @@ class Background:
         self._error: BaseException | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin `work`, once what was begun before has ended; see `wait` for what it raises."""
+        """Begin `work` once the previous task has ended; raises that task's error, as `wait` does."""
         self.wait()
 
         def run() -> None:
@@ -70,7 +70,7 @@ class Background:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the work begun last; raises what it raised, once."""
+        """Wait for the last task; raises its error, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

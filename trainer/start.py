@@ -1,7 +1,7 @@
 """What a script needs before anything else: a Python that can run MiniMind, and a home folder for its packages.
 
-Importing this module ends the script in one line that says what to type where the first is missing, and makes the
-second where that is. So it is imported before any package, and an old Python can read it.
+If the packages are missing, importing this module ends the script with one line that says what to type; if the home
+folder is missing, it makes one. So it is imported before any package, and even an old Python can parse it.
 """
 
 import getpass
@@ -17,7 +17,7 @@ CALLED = {"torch": "PyTorch", "PIL": "Pillow"}
 
 
 def missing(packages):
-    """What to tell somebody whose Python lacks these packages, in one line."""
+    """The one-line message for a Python that lacks these packages."""
     names = ", ".join(CALLED.get(name, name) for name in packages)
     return f"{names} {'is' if len(packages) == 1 else 'are'} not installed for {sys.executable}: {_what_to_type()}"
 
@@ -31,7 +31,7 @@ def _what_to_type():
 
 
 def why_not():
-    """What keeps this Python from running MiniMind; None where nothing does."""
+    """The reason why this Python cannot run MiniMind; None if it can."""
     if sys.version_info < OLDEST:
         wanted, here = (".".join(map(str, version[:2])) for version in (OLDEST, sys.version_info))
         return f"MiniMind needs Python {wanted} or newer, but {sys.executable} is {here}"
@@ -40,11 +40,11 @@ def why_not():
 
 
 def settle():
-    """Give this process a home folder and a user's name where it has none, as in a container that runs under any
-    number: PyTorch's compiler, Matplotlib, Streamlit and our own caches ask for them.
+    """Give this process a home folder and a user name if it has none, as in a container that runs under an arbitrary
+    uid: PyTorch's compiler, Matplotlib, Streamlit and our own caches need them.
 
     Returns:
-        the folder, or None where there is a home.
+        the folder, or None if there is a home.
     """
     user = f"uid{os.getuid()}" if hasattr(os, "getuid") else "user"
     try:

@@ -1,4 +1,4 @@
-"""Chatting with a model in a terminal or a pipe: where questions come from, and how an answer is shown."""
+"""Chatting with a model at a terminal or through a pipe: reading questions and printing answers."""
 
 import itertools
 import sys
@@ -12,19 +12,19 @@ def typed_line(prompt: str) -> str:
     """A line that a person types, without white space around it.
 
     Raises:
-        EOFError: there is no more.
+        EOFError: the input has ended.
         UserError: it is not UTF-8.
     """
     try:
         line = input(prompt)
-        line.encode()  # under LANG=C what is not UTF-8 comes as half characters
+        line.encode()  # under LANG=C other bytes become lone surrogates
     except UnicodeError:
         raise UserError("the input is not UTF-8: set the terminal to UTF-8, and LANG to, say, C.UTF-8") from None
     return line.strip()
 
 
 def read_line(prompt: str) -> str:
-    """What a person types; nothing at the end of input.
+    """A line that a person types; empty at the end of input.
 
     Raises:
         UserError: it is not UTF-8.
@@ -37,10 +37,10 @@ def read_line(prompt: str) -> str:
 
 
 def piped_lines() -> Iterator[str]:
-    """The lines that are piped in, without white space around them, and none that is empty.
+    """The piped lines, stripped, without empty ones.
 
-    They are read as bytes: what the system takes a pipe's text for (on Windows not UTF-8; under LANG=C anything, with
-    what it cannot read kept as half characters) is not what they are.
+    They are read as bytes and decoded here, because the system's own encoding of pipes may not be UTF-8 (on Windows),
+    or may turn other bytes into lone surrogates (under LANG=C).
 
     Raises:
         UserError: a line is not UTF-8.
@@ -57,7 +57,7 @@ def piped_lines() -> Iterator[str]:
 
 
 def questions(prompts: list[str] | None, samples: Iterable[str], by_hand: bool) -> Iterator[str]:
-    """What to ask: what a person types until an empty line, or `prompts`, or piped lines, or at a terminal `samples`.
+    """The questions: typed ones until an empty line, or `prompts`, or piped lines, or at a terminal `samples`.
 
     Raises:
         UserError: what is typed or piped in is not UTF-8.
@@ -74,16 +74,16 @@ def questions(prompts: list[str] | None, samples: Iterable[str], by_hand: bool) 
 
 
 def recent(turns: list[dict], questions: int) -> list[dict]:
-    """The last so many questions of a talk, each with all that followed it."""
+    """The last `questions` questions of a chat, each with the turns that followed it."""
     asked = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
     return turns[asked[-min(questions, len(asked))] :] if questions and asked else []
 
 
 def room_for_prompt(context: int, max_new_tokens: int) -> int:
-    """Tokens that are left for a prompt beside the longest answer.
+    """The number of tokens that the longest answer leaves for the prompt.
 
     Raises:
-        UserError: none.
+        UserError: none are left.
     """
     if max_new_tokens >= context:
         raise UserError(f"--max_new_tokens {max_new_tokens}: the model's context is {context}")
@@ -91,23 +91,23 @@ def room_for_prompt(context: int, max_new_tokens: int) -> int:
 
 
 def stream_texts(stream, pieces: list) -> Iterator[str]:
-    """The text of each piece of an engine's answer as it comes; the piece itself goes to `pieces`."""
+    """Yield the text of each piece of an engine's answer as it comes, and append the piece to `pieces`."""
     for piece in stream:
         pieces.append(piece)
         yield piece.text
 
 
 def report_speed(pieces: Iterable, started: float, prefix: str = "") -> None:
-    """Say on stderr how many tokens an engine's pieces, or answers, have, and how fast they came since `started`."""
+    """Report on stderr the number of tokens in an engine's pieces or answers, and the speed since `started`."""
     seconds, count = time.monotonic() - started, sum(len(piece.tokens) for piece in pieces)
     print(f"[{prefix}{count} tokens, {count / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
 def show(pieces, reasoning: bool, hide_thinking: bool, opened: bool = False) -> None:
-    """Print an answer as its pieces come; of a reasoning model thinking and answer apart.
+    """Print an answer as its pieces come; a reasoning model's thinking and answer get headings.
 
     Args:
-        opened: the prompt has already begun a thought.
+        opened: the prompt has already opened a thought.
     """
     from model.reasoning import THOUGHT_BEGUN, split_stream
 

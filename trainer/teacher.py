@@ -1,4 +1,4 @@
-"""The frozen model a student learns from: loading it, checking that it uses the same tokens, and running it."""
+"""The frozen model that a student learns from: loading it, checking that it uses the same tokens, running it."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def load_teacher(path: Path, tokenizer: PreTrainedTokenizerBase, max_seq_len: in
         path: a file with a MiniMind's weights, or a `transformers` folder of any architecture; see `find_weights`.
 
     Raises:
-        UserError: it is missing, cannot be read, reads other tokens than the student, or fewer than `max_seq_len`.
+        UserError: it is missing, unreadable, has other tokens than the student, or a context below `max_seq_len`.
     """
     teacher = _from_folder(path, tokenizer) if path.is_dir() else load_weights(path, None, tokenizer)
     longest = getattr(teacher.config, "max_position_embeddings", None)  # None: no limit that it tells of
@@ -55,7 +55,7 @@ def _from_folder(folder: Path, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
 
 
 def first_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """The first thing in which two tokenizers differ, in words; None when every text gets the same ids from both."""
+    """The first difference between two tokenizers, in words; None if every text gets the same ids from both."""
     if tokenizer_hash(ours) == tokenizer_hash(theirs):
         return None
     for token_id in range(max(len(ours), len(theirs))):
@@ -63,7 +63,7 @@ def first_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerB
         if left != right:
             return f"id {token_id} is {left!r} for the student and {right!r} for the teacher"
     left, right = (json.loads(tokenizer.backend_tokenizer.to_str()) for tokenizer in (ours, theirs))
-    # as far as the shorter list goes, hence not strict: that one is longer is told below
+    # not strict: up to the end of the shorter list; different lengths are reported below
     for i, (a, b) in enumerate(zip(left["model"].get("merges", []), right["model"].get("merges", []), strict=False)):
         if a != b:
             return f"merge {i} joins {a} for the student and {b} for the teacher"
@@ -73,12 +73,12 @@ def first_difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerB
 
 @torch.no_grad()
 def teacher_logits(teacher: nn.Module, batch: dict[str, Tensor], kept: Tensor, vocab_size: int) -> Tensor:
-    """What the teacher predicts at some positions of a batch; samples packed in a row stay apart.
+    """The teacher's logits at some positions of a batch; samples packed into a row do not see each other.
 
     Args:
         batch: input_ids, position_ids and attention_mask, each (rows, n).
-        kept: bool (rows, n), True at the positions wanted.
-        vocab_size: columns beyond it, with which some models fill up their matrices, are cut off.
+        kept: bool (rows, n), True at these positions.
+        vocab_size: further columns, with which some models pad their matrices, are cut off.
 
     Returns:
         (positions, vocab_size).

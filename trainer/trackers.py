@@ -10,22 +10,23 @@ WITHOUT_ACCOUNT = {"wandb": "WANDB_MODE=offline", "swanlab": "SWANLAB_MODE=offli
 
 
 class Tracker(Protocol):
-    """What a started tracker can do."""
+    """The interface of a started tracker."""
 
     def log(self, values: dict[str, float | None], step: int) -> None:
-        """Report numbers of an optimizer step; None is one that was not finite."""
+        """Report the values of an optimizer step; None stands for one that was not finite."""
 
     def finish(self) -> None:
-        """Write what is left."""
+        """Write the remaining values."""
 
 
 def start_tracker(kind: str, project: str, path: Path, settings: dict, step: int) -> Tracker:
     """Open a run of this `kind` (of TRACKERS).
 
     Args:
-        path: of the weights; its stem names the run, and TensorBoard's files lie beside it, in NAME_D.tensorboard.
-        settings: what the run was started with.
-        step: of the run so far; TensorBoard forgets what an earlier run told of later ones.
+        path: the path of the weights; its stem names the run, and TensorBoard's files are beside it, in
+            NAME_D.tensorboard.
+        settings: the settings of the run.
+        step: the run's current step; TensorBoard drops later steps that an earlier run has reported.
 
     Raises:
         UserError: the package is not installed, or it does not start (no account, no network).

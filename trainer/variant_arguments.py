@@ -37,7 +37,7 @@ def check_variant_arguments(args: argparse.Namespace) -> None:
     """Refuse flags that cannot be combined.
 
     Raises:
-        UserError: what.
+        UserError: the message names them.
     """
     given = [name for name in FIELDS if getattr(args, name, None) is not None]
     if given and args.generation != 2:
@@ -55,7 +55,7 @@ def check_variant_engine(config, args: argparse.Namespace) -> None:
         config: the LMConfig that is trained, or the flags.
 
     Raises:
-        UserError: what, and why.
+        UserError: the message says which, and why.
     """
     sharer = "--deepspeed" if args.deepspeed else "--fsdp" if args.fsdp else None
     if sharer and config.balance == "bias":

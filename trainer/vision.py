@@ -1,4 +1,4 @@
-"""What the vision-language stages share: their flags, the tower, the model around it, features kept on disk."""
+"""Shared by the vision-language stages: the tower, the model around it, and cached features."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,12 +23,12 @@ from trainer.folder_layouts import read_json
 from trainer.runtime import Runtime
 from trainer.weights import load_weights, read_settings
 
-# of a CLIPVisionConfig: what its weights do not tell, and their output depends on
+# fields of a CLIPVisionConfig that affect the output but not the weights
 TOWER_SETTINGS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "image_size", "patch_size")
 
 
 class Vision(NamedTuple):
-    """A vision tower, what prepares images for it, and the fingerprint of its weights."""
+    """A vision tower, its image processor, and the fingerprint of its weights."""
 
     tower: VisionTower
     processor: CLIPImageProcessorPil
@@ -98,7 +98,7 @@ def load_vlm(
 
 
 def image_data(args, vision: Vision) -> Callable[..., VLMDataset]:
-    """`VLMDataset` for `open_data`, with what the vision flags decide."""
+    """`VLMDataset` for `open_data`, with the settings of the vision flags."""
     image_tokens, _ = tower_output(vision.tower)
     return partial(VLMDataset, images_path=args.images_path, image_tokens=image_tokens, processor=vision.processor)
 
@@ -106,7 +106,7 @@ def image_data(args, vision: Vision) -> Callable[..., VLMDataset]:
 def cache_features(
     model: MiniMindVLM, datasets: Sequence[VLMDataset | None], args, vision: Vision, run: Runtime
 ) -> None:
-    """Give the data sets the tower's output for each of their images, computed now unless it is on disk.
+    """Give the datasets the tower's output for each of their images, computed now unless it is cached.
 
     Raises:
         DataError: an image cannot be read; the disk is full.

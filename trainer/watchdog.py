@@ -1,4 +1,4 @@
-"""A watchdog: that a run keeps making steps, and that all its processes are alive."""
+"""A watchdog: checks that a run keeps making steps, and that all its processes are alive."""
 
 import datetime
 import os
@@ -30,10 +30,10 @@ class Watchdog(threading.Thread):
     or when another rank sends no heartbeat: PyTorch's collectives would wait for half an hour.
 
     When one rank stalls, all ranks say where they are stuck: the one at fault is at a different line from the others.
-    A rank that has ended, or was killed, has closed its connections: that the main thread learns at once.
+    A rank that has ended, or was killed, has closed its connections, which the main thread notices at once.
 
     Args:
-        world_size: processes of the run; PyTorch's process group exists where there are several.
+        world_size: the number of processes; if there are several, PyTorch's process group exists.
         stall_timeout: seconds without a step after which the run has stalled; 0: none.
     """
 
@@ -59,7 +59,7 @@ class Watchdog(threading.Thread):
         self._stepped_at = time.monotonic()
 
     def stop(self) -> None:
-        """The run has ended in order; all ranks call it."""
+        """Stop watching a run that has ended properly; all ranks call it."""
         self._ending.set()
         if self.is_alive():
             self.join(SILENT)
@@ -78,8 +78,12 @@ class Watchdog(threading.Thread):
                 self._end(f"no step for {waited:.0f} s (--stall_timeout {self.stall_timeout:g})")
 
     def _meet(self, stalled: bool) -> tuple[bool, bool]:
-        """Hear of all other ranks: whether to meet again, which ends once one of them has, whose watchdog none is to
-        wait for any more; and whether the run has stalled for any."""
+        """Exchange heartbeats with all other ranks.
+
+        Returns:
+            whether to do so again: no, once a rank is ending, because the others must not wait for its watchdog; and
+            whether any rank has stalled.
+        """
         ending = torch.tensor([self._ending.is_set(), stalled], dtype=torch.int64)
         try:
             dist.monitored_barrier(self._group, timeout=datetime.timedelta(seconds=SILENT), wait_all_ranks=True)
@@ -104,7 +108,7 @@ class Watchdog(threading.Thread):
         os._exit(EXIT_STALLED)
 
     def _where(self) -> str:
-        """The innermost line of ours that the main thread is in, and the function that it is in at all."""
+        """The innermost line of MiniMind that the main thread is at, and the innermost function of any package."""
         frame = inner = sys._current_frames().get(self._main.ident)
         while frame is not None and not is_ours(Path(frame.f_code.co_filename)):
             frame = frame.f_back

@@ -20,15 +20,15 @@ NO_WEIGHTS = (  # by how a file begins
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a flag that takes the name of weights was given a file's."""
+    """Whether the value of a WEIGHTS flag is a file name."""
     return name.endswith(SUFFIXES)
 
 
 def read_content(path: Path) -> object:
-    """The contents of a file: tensors, and plain values around them. No code in it is executed.
+    """The content of a file: tensors, and plain values around them. No code in it is executed.
 
     Raises:
-        UserError: missing, damaged, or no such file; the message says what it looks like.
+        UserError: missing, damaged, or another kind of file; the message says what it looks like.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")
@@ -49,8 +49,8 @@ def read_weights(path: Path, n_heads: int = 8, n_kv_heads: int = 2, generation: 
     """The parameters in a file, fp32, under MiniMind's names; see `recognise`.
 
     Args:
-        n_heads, n_kv_heads: of the model they are for (default: MiniMind2's).
-        generation: of that model, for an adapter; None: told by the content.
+        n_heads, n_kv_heads: of the model that they are for (default: MiniMind2's).
+        generation: of that model, for an adapter; None: recognised by the content.
 
     Raises:
         UserError: as in `read_content`; or the file is not a MiniMind, or only a part of one.

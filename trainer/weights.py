@@ -51,10 +51,10 @@ NEWER_BOS = "<|im_start|>"  # of the tokenizer that goes with MiniMind's names o
 
 
 def load_tokenizer(folder: str | os.PathLike | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, or the shipped one; a MiniMind can be trained with it.
+    """The tokenizer in `folder`, or the shipped one, checked for use with a MiniMind.
 
     Raises:
-        UserError: no tokenizer there, a damaged one, or one that `check_tokenizer` refuses.
+        UserError: there is no tokenizer, it is damaged, or `check_tokenizer` refuses it.
     """
     tokenizer = read_tokenizer(folder or SHIPPED_TOKENIZER)
     try:
@@ -67,10 +67,10 @@ def load_tokenizer(folder: str | os.PathLike | None = None) -> PreTrainedTokeniz
 
 
 def read_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, whichever kind it is.
+    """The tokenizer in `folder`, of any kind.
 
     Raises:
-        UserError: no tokenizer there, or a damaged one; the path is not UTF-8.
+        UserError: there is no tokenizer, or it is damaged; the path is not UTF-8.
     """
     folder = Path(folder)
     require_utf8(folder, "--tokenizer")
@@ -89,7 +89,7 @@ def weights_name(stage: str, dim: int, use_moe: bool) -> str:
 
 
 def weights_path(args, stage: str) -> Path:
-    """Where the weights of a stage lie that has the flags' size."""
+    """The path of a stage's weights of the flags' size."""
     return Path(args.out_dir) / f"{weights_name(stage, args.dim, args.use_moe)}.pth"
 
 
@@ -97,12 +97,12 @@ def find_weights(name: str, args) -> Path:
     """The file or folder that a WEIGHTS flag names (--from_weight, --teacher_weight, …).
 
     Args:
-        name: a stage, whose size --dim and --use_moe say ("full_sft"); weights in --out_dir by their whole name
-            ("full_sft_768"); or a path: of a .pth or .safetensors, or of a folder of `transformers`. Of a plain
-            word, what lies in --out_dir comes before a folder in the working directory.
+        name: a stage ("full_sft"), with the size of --dim and --use_moe; the whole name of weights in --out_dir
+            ("full_sft_768"); or the path of a .pth, a .safetensors, or a `transformers` folder. For a plain word,
+            weights in --out_dir take precedence over a folder in the working directory.
 
     Raises:
-        UserError: nothing is there; the message says what is.
+        UserError: there are no such weights; the message lists those that exist.
     """
     path = Path(name)
     if is_file_name(name) or (path.is_dir() and os.path.dirname(name)):
@@ -119,10 +119,10 @@ def find_adapter(name: str | None, args) -> Path | None:
     """The LoRA adapter that --lora_name names: `out/lora/NAME_D.pth`, or the path of a .pth itself.
 
     Returns:
-        None where none is named, which old commands say by the word "None".
+        None if none is named, for which old commands pass the word "None".
 
     Raises:
-        UserError: it is not there; the message says what is.
+        UserError: it does not exist; the message lists those that do.
     """
     if name in (None, "None"):
         return None
@@ -132,19 +132,19 @@ def find_adapter(name: str | None, args) -> Path | None:
 
 
 def _present(path: Path) -> Path | None:
-    """A file of weights, or where only that is there, the .safetensors by the same name."""
+    """The file of weights, or the .safetensors of the same name if only that exists."""
     return next(filter(Path.is_file, (path, path.with_suffix(".safetensors"))), None)
 
 
 def existing(path: Path, by_flags: bool = False, adapter: bool = False) -> Path:
-    """The path of weights, or where only that is there, of the .safetensors by the same name; or a folder's.
+    """The path of existing weights, or the .safetensors of the same name if only that exists; or a folder's.
 
     Args:
-        by_flags: the path was made of --dim and --use_moe, and not given by the user.
+        by_flags: the path was derived from --dim and --use_moe, not given by the user.
         adapter: it is a LoRA adapter's.
 
     Raises:
-        UserError: nothing is there, and the message says what is; a folder that is not a model's.
+        UserError: there are no weights, and the message lists those that exist; or the folder is not a model's.
     """
     if path.is_dir() and not adapter:
         return require_folder(path)
@@ -176,10 +176,10 @@ def build_config(args, tokenizer: PreTrainedTokenizerBase) -> LMConfig:
 
 
 def _variant(args) -> dict:
-    """The fields of a variant: those of the weights that a stage starts from, by their json, and what flags say."""
+    """The fields of a variant, from the json of the weights that a stage starts from, and from the flags."""
     name, found = getattr(args, "from_weight", "none"), {}
     if name != "none":
-        with contextlib.suppress(UserError):  # it is told when they are loaded
+        with contextlib.suppress(UserError):  # it is reported when they are loaded
             path = find_weights(name, args)
             said = (read_settings(path) or {}).get("config", {}) if path.is_file() else {}
             if all(said.get(size) == getattr(args, size) for size in ("dim", "use_moe")):
@@ -191,7 +191,7 @@ def _variant(args) -> dict:
 
 
 def read_settings(path: Path) -> dict | None:
-    """What the json beside the weights says; None where there is none (a downloaded file).
+    """The json beside the weights; None if there is none (a downloaded file).
 
     Raises:
         UserError: it is damaged.
@@ -209,7 +209,7 @@ def read_settings(path: Path) -> dict | None:
 
 @contextlib.contextmanager
 def _reading(beside: Path) -> Iterator[None]:
-    """What goes wrong in here tells the user that the json is damaged."""
+    """Turn errors raised inside into a UserError: the json is damaged."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -226,12 +226,12 @@ def load_weights(
     """A model with the weights in a file, or in a folder of `transformers`, loaded strictly: fp32, on the CPU.
 
     Args:
-        wanted: the configuration that the flags ask for, or some of its fields. What is not said is told by the json
-            beside the file or the folder's config.json; and for a downloaded file, which has none, by the shapes of its
-            tensors (with the heads, experts per token and rope of MiniMind2; MiniMind-3's tell their heads).
-        tokenizer: must be the one the weights were trained with, by the json or the tokenizer in the folder.
+        wanted: the configuration that the flags ask for, or some of its fields. The others come from the json beside
+            the file or the folder's config.json; and for a downloaded file, which has none, from the shapes of its
+            tensors (with MiniMind2's heads, experts per token and RoPE; MiniMind-3's tensors also give the heads).
+        tokenizer: must be the one that the weights were trained with, by the json or the tokenizer in the folder.
         missing: prefixes of parameters that the weights may lack.
-        build: makes the model that the weights go into.
+        build: makes the model that the weights are loaded into.
 
     Raises:
         UserError: missing, damaged, of another shape or another tokenizer; the message names both sides.
@@ -276,15 +276,15 @@ def _named_once(sizes: dict) -> dict:
 
 
 def _assumed(found: dict, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a MiniMind-3's file came alone, so that the shipped tokenizer, which is not its own, was assumed: a
-    notice says so, and its own embeddings count."""
+    """Whether MiniMind-3's weights came without a tokenizer, so that the shipped one was assumed, which is not theirs:
+    a notice says so, and the vocabulary size is that of the embeddings."""
     return found["generation"] == 3 and Path(tokenizer.name_or_path) == SHIPPED_TOKENIZER
 
 
 def _read_file(
     path: Path, known: LMConfig | dict, tokenizer: PreTrainedTokenizerBase, downloaded: bool
 ) -> dict[str, Tensor]:
-    """The parameters in a file, and a line on stderr about what had to be done or assumed."""
+    """The parameters in a file; prints a notice about what had to be converted or assumed."""
     known = known if isinstance(known, dict) else architecture(known)
     heads = {name: known[name] for name in ("n_heads", "n_kv_heads") if name in known}
     state, done, newer, generation = read_weights(path, **heads)
@@ -304,7 +304,7 @@ def _read_file(
 
 
 def _fill(model: MiniMindLM, state: dict[str, Tensor], path: Path, missing: tuple[str, ...]) -> None:
-    """Put a state dict into a model; only what begins with `missing` may lack."""
+    """Load a state dict into a model; only keys that begin with `missing` may be missing."""
     wanted = model.state_dict()
     lacking = [key for key in wanted if key not in state and not key.startswith(missing)]
     surplus = [key for key in state if key not in wanted]
@@ -319,7 +319,7 @@ def _fill(model: MiniMindLM, state: dict[str, Tensor], path: Path, missing: tupl
 
 
 def load_adapter(path: Path, model: MiniMindLM) -> LoRASettings:
-    """Give the model the LoRA adapter in a file, which stays apart from its weights; `merge_lora` adds it to them.
+    """Load the LoRA adapter in a file into the model, separate from its weights; `merge_lora` adds it to them.
 
     Raises:
         UserError: missing, damaged, or made for another base; the message names both sides.
@@ -382,7 +382,7 @@ def _compare(path: Path, ours: dict, by: str, theirs: dict, asking: str) -> None
 
 
 def _compare_positions(path: Path, saved: LMConfig, config: LMConfig, origin: str) -> None:
-    """Refuse to drop a scaling of the positions that the weights were trained with, and nobody asked to."""
+    """Refuse to drop the scaling of the positions that the weights were trained with unless the user asks for it."""
     if saved.rope_scaling and not config.rope_scaling:
         kind, factor = saved.rope_scaling["rope_type"], saved.rope_scaling["factor"]
         flags = [f"{kind}:{factor:g}", str(saved.rope_scaling.get("original_max_position_embeddings", ""))]

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine, which shards what an optimizer keeps (ZeRO), behind the same lines as plain training."""
+"""DeepSpeed's engine, which shards the optimizer's state (ZeRO), behind the same lines as plain training."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.runtime import Runtime
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, beside its number of steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step count
 
 
 def deepspeed_engine(model: nn.Module, optimizer, runtime: Runtime):
@@ -35,12 +35,12 @@ def deepspeed_engine(model: nn.Module, optimizer, runtime: Runtime):
 
 
 class DeepSpeedScaler(torch.amp.GradScaler):
-    """What the loop calls as its GradScaler where a DeepSpeed engine holds the gradients.
+    """Replaces the loop's GradScaler where a DeepSpeed engine holds the gradients.
 
-    `scaler.scale(loss).backward()` is as ever; all that follows a backward is `clip_and_step`.
+    `scaler.scale(loss).backward()` is unchanged; `clip_and_step` replaces everything after the backward pass.
 
     Args:
-        scaler: the one that it replaces, switched on or off alike.
+        scaler: the GradScaler that it replaces, enabled or not.
     """
 
     def __init__(self, engine, scaler: torch.amp.GradScaler):
@@ -73,7 +73,7 @@ class DeepSpeedScaler(torch.amp.GradScaler):
         return self._step_by_zero() if self.is_zero else self._step_by_hand()
 
     def _step_by_hand(self) -> float:
-        """Without ZeRO the engine clips but does not say the norm, nor skip anything."""
+        """Clip and step without ZeRO, where the engine neither reports the norm nor skips a non-finite step."""
         self.unscale_(self.engine.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.engine.gradient_clipping())
         if torch.isfinite(norm):
@@ -110,12 +110,12 @@ class _EngineLoss:
 
 
 class ShardedOptimizer:
-    """ZeRO's optimizer, whose state is read and written whole, as that of the AdamW that it shards: what one engine
-    saved, any other, or none, can resume from.
+    """ZeRO's optimizer, whose state is loaded and saved whole, like that of the AdamW that it shards: any engine, or
+    plain training, can resume what another has saved.
 
     Args:
         sharded: DeepSpeed's optimizer, of stage 1, 2 or 3.
-        groups: the parameters of each group of the AdamW.
+        groups: AdamW's parameters, by group.
     """
 
     def __init__(self, sharded, groups: list[list[nn.Parameter]]):
@@ -127,7 +127,7 @@ class ShardedOptimizer:
         return self.sharded.param_groups
 
     def state_dict(self) -> dict:
-        """As `torch.optim.AdamW.state_dict` gives it, on the CPU. All ranks must call it."""
+        """The state in the form of `torch.optim.AdamW.state_dict`, on the CPU. All ranks must call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         self._link_states()
@@ -145,9 +145,9 @@ class ShardedOptimizer:
         return {"state": states, "param_groups": groups}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over the state of an AdamW of the same parameters. All ranks must call it.
+        """Load the state of an AdamW with the same parameters. All ranks must call it.
 
-        A shard holds many parameters and counts one number of steps: the largest of theirs.
+        A shard contains many parameters but has one step count: the largest of theirs.
         """
         for parameters, shards, saved in zip(self.groups, self._shards(), state["param_groups"], strict=True):
             states = [state["state"].get(number) for number in saved["params"]]
@@ -163,7 +163,7 @@ class ShardedOptimizer:
                     self._set(parameter, each[name], name)
 
     def load_weights(self, weights: dict[nn.Parameter, Tensor]) -> None:
-        """Set parameters, whole tensors by the engine's parameter: its own, and the fp32 copies in the shards.
+        """Set parameters, given as whole tensors: the engine's own, and the fp32 copies in the shards.
 
         All ranks must call it.
         """
@@ -175,7 +175,7 @@ class ShardedOptimizer:
             self._set(parameter, value.float(), None)
 
     def _set(self, parameter: nn.Parameter, value: Tensor, name: str | None) -> None:
-        """Fill in a parameter's part of the shards: of the moment `name`, or of the weights."""
+        """Write a parameter's value into the shards: into the moment `name`, or the weights if it is None."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -202,15 +202,15 @@ class ShardedOptimizer:
         return self.sharded.optimizer
 
     def _shards(self) -> list[list[Tensor]]:
-        """The flat fp32 tensors that the AdamW steps, of each of its groups."""
+        """The flat fp32 tensors that AdamW updates, by parameter group."""
         if not self._stage_3:
             return [[shard] for shard in self.sharded.single_partition_of_fp32_groups]
         flat, group_of = self.sharded.fp32_partitioned_groups_flat, self.sharded.sub_group_to_group_id
         return [[shard for i, shard in enumerate(flat) if group_of[i] == group] for group in range(len(self.groups))]
 
     def _link_states(self) -> None:
-        """Let parameters find their moments in the shards. Stages 1 and 2 link them once, after the step of the first
-        group, when the other groups have none yet."""
+        """Link the parameters to their moments in the shards again. Stages 1 and 2 link them only once, after the first
+        group's step, when the other groups have no moments yet."""
         if not self._stage_3 and self._adamw.state:
             self.sharded._hp_optimizer_states_linked = False
             self.sharded._lazy_init_hp_params_optimizer_state()

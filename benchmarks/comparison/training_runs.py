@@ -1,8 +1,10 @@
-"""Benchmarks that train models and compare them share this: compute time, the data, and the results of all calls."""
+"""Shared by benchmarks that train models and compare them: compute time, data, and the results of all calls."""
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +17,7 @@ SAVE_EVERY = 60.0  # seconds of computing
 
 
 def computed(device: torch.device) -> float:
-    """Seconds: of the process on a CPU, all threads together; of the clock elsewhere, once the device is done."""
+    """Seconds: CPU time of all threads on a CPU; elsewhere wall-clock time, after the device has finished."""
     if device.type == "cpu":
         return time.process_time()
     torch.ones(1, device=device).item()  # waits
@@ -37,8 +39,13 @@ def open_texts(
 
 
 def read_results(folder: Path) -> list[dict]:
-    """What all calls so far have left in a folder, in the order of their names."""
+    """The results of all calls so far in a folder, in the order of their file names."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*_seed_*.json"))]
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and, of several values, standard deviation, each in the number format `form`."""
+    return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
 
 
 def save_table(said: str, file: Path) -> None:

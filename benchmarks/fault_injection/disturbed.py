@@ -1,4 +1,4 @@
-"""A run that something happens to, and what must hold afterwards, whatever it was."""
+"""A run with an injected fault, and the guarantees that must hold after any fault."""
 
 import json
 import random
@@ -19,27 +19,27 @@ PATIENCE = 600  # seconds; only what hangs takes as long
 
 
 class BrokenPromise(AssertionError):
-    """After a fault something was lost, or could not be resumed."""
+    """After a fault something was lost, or the run could not be resumed."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that was never disturbed: its weights, and how long it took."""
+    """An undisturbed run: its weights, and its duration."""
 
     weights: dict[str, torch.Tensor]
     seconds: float
 
 
 class Disturbed:
-    """One run of one stage, for a fault to work on and then to be `check`ed.
+    """One run of one stage, into which a fault is injected before it is `check`ed.
 
     Args:
-        out: an empty folder, for it alone.
-        start: starts a script with a fault in it, see `processes.Forked`.
-        reference: of the same stage with as many processes; None while that is being made.
+        out: an empty folder of its own.
+        start: starts a script with a fault, see `processes.Forked`.
+        reference: of the same stage with the same number of processes; None while it is being made.
 
     Attributes:
-        reached: the last step that a process has reported before it ended.
+        reached: the last step that a process reported before it ended.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Disturbed:
         self._run = None
 
     def start(self, fault: str = "none", place: int = 0, *flags: str, **env: str):
-        """Start the stage with a fault in it, see `striking`; what it returns is for `wait` alone where several run."""
+        """Start the stage with a fault, see `striking`; the returned run is only needed for `wait` if several run."""
         flags = [*self.world.flags(self.stage, self.out, self.processes, self.data), *flags]
         self._run = self._start(fault, str(place), self.stage.script, *flags, processes=self.processes, env=env)
         return self._run
@@ -63,13 +63,13 @@ class Disturbed:
         self._run.send(getattr(signal, name))
 
     def wait(self, *allowed: int, run=None, alone: bool = False) -> str:
-        """Until it ends, as one of some exit codes says, or -9 for SIGKILL.
+        """Wait until it ends with one of these exit codes, -9 being SIGKILL.
 
         Args:
-            alone: the first of its processes that ends counts, and the others are killed then.
+            alone: the first process to end decides, and the others are then killed.
 
         Returns:
-            what it said on stderr.
+            its output on stderr.
         """
         run = run or self._run
         deadline = time.monotonic() + PATIENCE
@@ -91,7 +91,7 @@ class Disturbed:
         return said
 
     def stop_after(self, step: int) -> None:
-        """Run it as far as about this step, and stop it there in order."""
+        """Run it to about this step, and stop it there properly."""
         self.start("stop", step)
         self.wait(143)
 
@@ -100,14 +100,14 @@ class Disturbed:
         return self.resume / (self.resume / "latest").read_text(encoding="utf-8")
 
     def check(self) -> int:
-        """The guarantee: an intact state exists, --resume continues from it, and the weights at the end are those of
-        the run that was never disturbed.
+        """Check the guarantee: an intact state exists, --resume continues from it, and the final weights are those of
+        the undisturbed run.
 
         Returns:
-            the number of steps that had been taken and were taken again.
+            the number of steps that had to be repeated.
 
         Raises:
-            BrokenPromise: it is not so.
+            BrokenPromise: the guarantee is broken.
         """
         saved = 0
         if list_states(self.resume):
@@ -137,7 +137,7 @@ class Laboratory:
     """Makes runs, disturbs them and checks them.
 
     Args:
-        folder: an empty one.
+        folder: an empty folder.
         start: see `processes.Forked`.
     """
 
@@ -147,10 +147,10 @@ class Laboratory:
         self._tried = 0
 
     def disturb(self, kind, stage: Stage, rng: random.Random) -> int:
-        """Do one thing of a kind (see `kinds`) to a run of a stage.
+        """Inject a fault of a kind (see `kinds`) into a run of a stage.
 
         Returns:
-            the steps lost.
+            the number of steps lost.
 
         Raises:
             BrokenPromise: more than steps was lost.

@@ -1,4 +1,4 @@
-"""What may happen to a run: each fault a few lines; `Laboratory` checks the same promise after any of them."""
+"""The kinds of faults, each in a few lines; `Laboratory` checks the same guarantee after any of them."""
 
 import os
 import random
@@ -21,10 +21,10 @@ class Kind:
     """A kind of fault.
 
     Attributes:
-        happen: does it to a run.
-        processes: of the run.
-        most: steps that may be taken again: those since the last save, and since the one before it where that was still
-            being written, or is what was damaged.
+        happen: injects it into a run.
+        processes: the number of processes of the run.
+        most: steps that may be repeated: those since the last save, or since the one before it if the last was still
+            being written or was damaged.
     """
 
     name: str
@@ -45,7 +45,7 @@ def kind(name: str, **how: int) -> Callable[[Happen], Happen]:
 
 
 def any_step(rng: random.Random) -> int:
-    """One with a state before it, and some steps behind it."""
+    """A step with a saved state before it, and some steps after it."""
     return rng.randint(SAVE_INTERVAL + 1, STEPS - 2)
 
 
@@ -137,7 +137,7 @@ def lose_power(run: Disturbed, rng: random.Random) -> None:
 
 
 def damaged_file(run: Disturbed, rng: random.Random) -> Path:
-    """Any file that is read to go on, or that people look for; not the lock."""
+    """Any file that is read to resume, or that users look for, except the lock."""
     run.stop_after(any_step(rng))
     beside = [run.weights, run.weights.with_suffix(".json")]
     return rng.choice([*sorted(run.newest().iterdir()), *beside])
@@ -177,13 +177,13 @@ def damage_pointer(run: Disturbed, rng: random.Random) -> None:
 
 
 def own_data(run: Disturbed, rng: random.Random) -> None:
-    """A copy of the data that may be changed, and a run on it that was stopped."""
+    """A copy of the data that may be changed, and a stopped run on it."""
     run.data = Path(shutil.copy(run.data, run.out.parent / "data.jsonl"))
     run.stop_after(any_step(rng))
 
 
 def refused_with(run: Disturbed, content: bytes) -> None:
-    """With this in the data file it must not go on; then the file is as it was."""
+    """Check that the run refuses to resume with this content in the data file, and restore the file."""
     before = run.data.read_bytes()
     run.data.write_bytes(content)
     run.start("none", 0, "--resume")
@@ -229,7 +229,7 @@ def move(run: Disturbed, rng: random.Random) -> None:
 def not_finite(fault: str) -> Happen:
     def happen(run: Disturbed, rng: random.Random) -> None:
         run.stop_after(SAVE_INTERVAL)
-        # a save among the skipped steps would go on behind their rows, and so to other weights
+        # a save among the skipped steps would continue after their rows, and so give other weights
         run.start(fault, rng.randint(1, 2), "--resume", "--save_interval", str(STEPS))
         if "10 times in a row" not in run.wait(2):
             raise BrokenPromise("it ends without saying why")

@@ -1,5 +1,5 @@
-"""What every training script imports, for the process that forks them to have it at hand. Nothing here computes, so
-that no thread is running when it forks."""
+"""The imports of every training script, for the process that forks them. Nothing here computes, so that no thread is
+running when it forks."""
 
 import importlib
 

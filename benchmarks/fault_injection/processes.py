@@ -1,4 +1,4 @@
-"""Runs under way: processes that are forked from one that has imported everything, each with its own output and end."""
+"""Running scripts: processes forked from one that has imported everything, each with its own output and exit code."""
 
 import atexit
 import multiprocessing
@@ -12,14 +12,14 @@ PRELOADED = "benchmarks.fault_injection.preloaded"
 
 
 class Forked:
-    """A script under way in processes of its own; arguments as for `striking.run`.
+    """A script running in its own processes; arguments as for `striking.run`.
 
     Args:
-        processes: above 1 they share one run, as torchrun would start them.
+        processes: if more than 1, they share one run, as started by torchrun.
         env: added to this process's environment.
 
     Attributes:
-        pids: its processes, rank by rank.
+        pids: its processes, by rank.
     """
 
     def __init__(self, *arguments: str, processes: int = 1, env: dict[str, str] | None = None):
@@ -48,18 +48,18 @@ class Forked:
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def codes(self) -> dict[int, int]:
-        """The exit codes of those of its processes that have ended, by their ids."""
+        """The exit codes of those processes that have ended, by their ids."""
         return {process.pid: code for process in self._processes if (code := process.exitcode) is not None}
 
     def send(self, number: int) -> None:
-        """Send a signal to all its processes that still run."""
+        """Send a signal to all its processes that are still running."""
         for process in self._processes:
             if process.exitcode is None:
                 os.kill(process.pid, number)
 
 
 def ranks(processes: int) -> list[dict[str, str]]:
-    """The environment that torchrun gives each rank."""
+    """The environment variables that torchrun sets for each rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Every training stage in small: data and weights that let each take sixteen steps in a second."""
+"""Every training stage at a tiny size: data and weights with which sixteen steps take a second."""
 
 import json
 from dataclasses import dataclass
@@ -29,9 +29,9 @@ class Stage:
     """A training script.
 
     Attributes:
-        written: its weights' name, without size and ending.
-        data: of the files that `make_world` writes.
-        start: the weights that it begins with.
+        written: its weights' name, without size and suffix.
+        data: its data among the files that `make_world` writes.
+        start: the weights that it starts from.
     """
 
     script: str
@@ -63,7 +63,7 @@ class World:
         self.folder = folder
 
     def flags(self, stage: Stage, out: Path, processes: int, data: Path | None = None) -> list[str]:
-        """What a stage's script is called with, to share a step's rows among processes."""
+        """The flags of a stage's script with which the processes share a step's rows."""
         named = [str(self.folder / flag) if flag.endswith(".pth") else flag for flag in stage.flags]
         if stage.start:
             named += ["--from_weight", str(self.folder / stage.start)]
@@ -75,7 +75,7 @@ class World:
 
 
 def make_world(folder: Path) -> World:
-    """20 samples of each kind of data, pictures, a CLIP, and random weights as if downloaded."""
+    """20 samples of each kind of data, images, a CLIP, and random weights as if downloaded."""
     from transformers import CLIPConfig, CLIPModel
 
     (folder / "images").mkdir(parents=True)

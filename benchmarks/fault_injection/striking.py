@@ -1,7 +1,7 @@
-"""Runs a script in which something goes wrong, as `striking.py FAULT PLACE script arguments…`.
+"""Runs a script with an injected fault, as `striking.py FAULT PLACE script arguments…`.
 
-PLACE says where: the number of a step, of a call of the file system, or of bytes. Of several ranks the one that
-STRUCK_RANK in the environment names is struck, else rank 1.
+PLACE is the number of a step, of a file system call, or of bytes. Of several ranks the one that STRUCK_RANK in the
+environment names is struck, by default rank 1.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def is_struck() -> bool:
 
 
 def at_step(do: Callable[[], None]) -> Callable[[int], None]:
-    """Does something as a step is reported."""
+    """Runs a function when a step is reported."""
 
     def arrange(step: int) -> None:
         log = Metrics.log
@@ -53,7 +53,7 @@ def send(name: str) -> Callable[[], None]:
 
 
 def watch_changes(out: Path, do: Callable[[str], None]) -> None:
-    """Call `do` before each change of what lies in a folder that a save makes."""
+    """Call `do` before each change of a folder that a save makes."""
 
     def hook(event: str, arguments: tuple) -> None:
         if event not in CHANGES or threading.current_thread().name != Background.NAME:
@@ -78,7 +78,7 @@ def kill_in_save(nth: int) -> None:
 
 
 def read_only(nth: int) -> None:
-    """From a save's nth change on nothing can be changed, as on a disk that its kernel has remounted so."""
+    """Refuse all changes from a save's nth change on, as on a disk that has been remounted read-only."""
     changes = []
 
     def refuse(event: str) -> None:
@@ -90,7 +90,7 @@ def read_only(nth: int) -> None:
 
 
 def full_disk(size: int) -> None:
-    """No file grows beyond so many bytes."""
+    """Let no file grow beyond this many bytes."""
     import resource
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # Python turns it into an OSError
@@ -98,7 +98,7 @@ def full_disk(size: int) -> None:
 
 
 def not_finite(where: str) -> Callable[[int], None]:
-    """From a step on the loss, a gradient or what the first layer is given is NaN."""
+    """From a step on make the loss, a gradient or the first layer's input NaN."""
 
     def arrange(step: int) -> None:
         backwards = []
@@ -126,7 +126,7 @@ def not_finite(where: str) -> Callable[[int], None]:
 
 
 def set_clock_back(seconds: int) -> None:
-    """After the first hundred times that it is asked."""
+    """Set the clock back after its first hundred calls."""
     asked, now = [], time.time
 
     def watched() -> float:
@@ -137,9 +137,8 @@ def set_clock_back(seconds: int) -> None:
 
 
 class LosingDisk:
-    """A disk that keeps what was flushed, and nothing else, when its power goes: the bytes of a file as they were at
-    its last fsync, the names in a folder as they were at its own. What is left at the nth fsync is laid down at
-    OUT.after."""
+    """A disk that loses everything that was not flushed when the power fails: a file keeps its bytes of its last fsync,
+    a folder its names of its last fsync. The remaining content at the nth fsync is written to OUT.after."""
 
     def __init__(self, nth: int):
         self.out, self.nth, self.flushed = _out(), nth, 0
@@ -196,7 +195,7 @@ def _out() -> Path:
 
 
 def run(fault: str, place: str, script: str, *arguments: str) -> None:
-    """Run a script of the repository as `python script arguments…` would, in this process."""
+    """Run a script of the repository in this process, like `python script arguments…`."""
     script = str(ROOT / script)
     sys.argv = [script, *arguments]
     sys.path[0] = str(ROOT)

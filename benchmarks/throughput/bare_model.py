@@ -1,4 +1,4 @@
-"""The strongest plain peer: the same decoder with nothing but speed in mind.
+"""The strongest plain peer: the same decoder, optimised only for speed.
 
 Queries, keys and values come from one matrix product, gate and up from another; norms are `nn.RMSNorm`; attention is
 causal over whole rows, across samples; the loss is part of the graph. It has no padding, no sample boundaries, no cache
@@ -39,7 +39,7 @@ class BareBlock(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on the halves of each head, x (batch, heads, n, head_dim): no interleaving, the cheaper way."""
+    """Rotary positions on the halves of each head, x (batch, heads, n, head_dim): cheaper than interleaved pairs."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).type_as(x)
 

@@ -1,4 +1,4 @@
-"""A training step of each contender, as a function that takes one and says what it saw."""
+"""A training step of each contender, as a function that takes one step and returns its number of tokens."""
 
 import itertools
 import time
@@ -23,7 +23,7 @@ ROWS_JOINED = 2000  # of the packed rows, for the peer that reads one long text
 
 
 def peer_model(config: LMConfig) -> PreTrainedModel:
-    """transformers' model of the same shape: Llama's, or Qwen2-MoE's, which has a shared expert too."""
+    """transformers' model of the same shape: Llama, or Qwen2-MoE, which also has a shared expert."""
     shape = {
         **{"vocab_size": config.vocab_size, "hidden_size": config.dim, "intermediate_size": config.hidden_dim},
         **{"num_hidden_layers": config.n_layers, "num_attention_heads": config.n_heads},
@@ -43,7 +43,7 @@ def peer_model(config: LMConfig) -> PreTrainedModel:
 
 
 def with_peft(model: PreTrainedModel, rank: int = 16) -> nn.Module:
-    """The same with peft's LoRA on the square matrices of attention, as `apply_lora` has it."""
+    """The same with peft's LoRA on the square matrices of attention, like `apply_lora`."""
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "o_proj"]))

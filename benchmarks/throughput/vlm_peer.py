@@ -1,4 +1,4 @@
-"""Rows with pictures in them, and a peer that reads them, for the VLM stage; what a picture shows does not matter."""
+"""Rows with images, and a peer that reads them, for the VLM stage; the images' content does not matter."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ LINES = 2000
 
 
 class SameFeatures:
-    """Stands for the cached features of a tower: of every picture the same random ones."""
+    """Replaces a tower's cached features: the same random ones for every image."""
 
     def __init__(self):
         self.one = torch.randn(1, IMAGE_TOKENS, VISION_DIM, generator=torch.Generator().manual_seed(0))
@@ -27,13 +27,13 @@ class SameFeatures:
 
 
 def chats_with_pictures(chats: Path, folder: Path) -> Path:
-    """The first lines of a file of chats as a VLM's data, each with a picture before its first question.
+    """The first lines of a file of chats as a VLM's data, each with an image before its first question.
 
     Args:
-        folder: where the data and its picture are written.
+        folder: the folder for the data and its image.
 
     Raises:
-        UserError: the file holds no `conversations`.
+        UserError: the file has no `conversations`.
     """
     Image.new("RGB", (32, 32)).save(folder / "picture.png")
     lines = []
@@ -51,7 +51,7 @@ def chats_with_pictures(chats: Path, folder: Path) -> Path:
 
 
 def picture_rows(path: Path, tokenizer: PreTrainedTokenizerFast, max_seq_len: int, packing: bool = True) -> VLMDataset:
-    """The rows of `chats_with_pictures`, features in place of pixels, as with --cache_features."""
+    """The rows of `chats_with_pictures` with features instead of pixels, as with --cache_features."""
     processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     pictures = {"images_path": path.parent, "image_tokens": IMAGE_TOKENS, "processor": processor}
     rows = VLMDataset(path, tokenizer, max_seq_len, packing, **pictures)
@@ -60,7 +60,7 @@ def picture_rows(path: Path, tokenizer: PreTrainedTokenizerFast, max_seq_len: in
 
 
 class PeerVLM(nn.Module):
-    """transformers' language model behind one linear layer, as MiniMind-V is built."""
+    """transformers' language model after one linear layer, as in MiniMind-V."""
 
     def __init__(self, language_model: PreTrainedModel):
         super().__init__()
@@ -70,7 +70,7 @@ class PeerVLM(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, image_mask: Tensor, image_features: Tensor
     ):
-        """Rows (batch, n), pictures one after another -> transformers' output with the mean loss."""
+        """Rows (batch, n), with all images one after another -> transformers' output with the mean loss."""
         embeds = self.language_model.get_input_embeddings()(input_ids)
         projected = self.vision_proj(image_features).to(embeds.dtype)
         embeds = embeds.masked_scatter(image_mask[..., None], projected)

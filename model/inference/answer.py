@@ -61,11 +61,11 @@ class Answer:
             self.counts = torch.zeros(vocabulary, device=device)
 
     def unread(self) -> int:
-        """How many tokens the slot does not hold yet: 1 during decoding, the last one."""
+        """The number of tokens that the slot has not cached yet: 1 during decoding, the last one."""
         return len(self.ids) - len(self.slot.holds)
 
     def predicted(self, start: int, n: int) -> list[int]:
-        """Which of `ids` to predict when the n tokens from `start` are processed: the next one, and the prompt's."""
+        """Which of `ids` to predict when the n tokens from `start` are processed: the next token, and the prompt's."""
         end = start + n
         prompt: Iterable[int] = ()
         if self.request.prompt_logprobs:  # once each, even if new weights prefill the prompt again
@@ -82,7 +82,7 @@ class Answer:
         return logits
 
     def settled(self, token: int) -> int:
-        """The token to write where this one was sampled, see `ConstrainedText.settle`."""
+        """The token to append when this one was sampled, see `ConstrainedText.settle`."""
         return token if self.constrained is None else self.constrained.settle(token, self.limit - self.count)
 
     def write(self, token: Token) -> Piece:
@@ -113,7 +113,7 @@ class Answer:
         return self._add(text + rest, tokens + last, reason)
 
     def _reason(self, reason: str) -> str:
-        """Why the answer ends here: one that its constraint calls whole has not run out of tokens."""
+        """The finish reason: "stop" for an answer that its constraint accepts as complete, even at the token limit."""
         if self.constrained is None or self._detokenizer.stopped:
             return reason
         if self.constrained.whole:
@@ -136,7 +136,7 @@ def _keys(request: Request) -> list[Hashable]:
 
 
 class _Slot:
-    """What the decoder's slot `number` holds, and for whom."""
+    """A slot of the decoder: its number, what is cached in it, and the answer that it serves."""
 
     def __init__(self, number: int):
         self.number = number
@@ -146,6 +146,6 @@ class _Slot:
 
 
 def common_prefix_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """How many items two sequences have in common at their start."""
+    """The length of the longest common prefix of two sequences."""
     # as far as the shorter one goes, hence not strict
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

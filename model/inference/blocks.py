@@ -1,8 +1,8 @@
-"""A block's weights as the inference decoder takes them, of whichever generation the block is.
+"""A block's weights in the form that the inference decoder takes, for both generations.
 
-The decoder rotates the pairs (2i, 2i + 1), as generation 2 does. Generation 3 turns (i, i + head_dim / 2), so the rows
-of each head of its q and k, and the weights of their norms, are put in the other order: a norm does not mind, and as
-queries and keys change alike, neither do their products.
+The decoder rotates the pairs (2i, 2i + 1), as generation 2 does. Generation 3 rotates (i, i + head_dim / 2), so the
+rows of each head of its q and k, and the weights of their norms, are reordered: this does not change the norms, nor,
+since queries and keys are reordered alike, their products.
 """
 
 from typing import NamedTuple
@@ -21,11 +21,11 @@ from model.weight_layouts import interleaved
 
 
 class Parts(NamedTuple):
-    """What a block computes with; an adapter is merged.
+    """The weights of a block, with any adapter merged.
 
     qkv: (rows, dim) each. qk_norm: (n_heads + n_kv_heads, head_dim), a row per head; None in generation 2; of latent
     attention the latent's norm, and the matrices are absorbed. router: (experts, dim), None in a dense block, and
-    router_bias (experts,) where there is one. experts: of each the two matrices into it, and the one out of it; a
+    router_bias (experts,) or None. experts: for each, its two input matrices and its output matrix; a
     shared one is the last.
     """
 

@@ -1,7 +1,7 @@
-"""What a decoder's cache holds of a token: keys and values of the heads, or with latent attention the latent alone.
+"""The cached row of a token in a decoder: keys and values of the heads, or with latent attention only the latent.
 
-The decoder multiplies by one matrix for queries and what is cached, `qkv` (tokens, queries, then the cached row), lets
-`place` put the positions in, stores the cached rows, and attends to keys and values as `split` finds them there.
+The decoder computes queries and the cached row with one matrix, `qkv` (tokens, queries, then the cached row), lets
+`place` apply the positions, stores the cached rows, and attends to the keys and values that `split` returns.
 """
 
 import math
@@ -20,8 +20,8 @@ class CachedHeads:
     """Keys and values of n_kv_heads heads.
 
     Attributes:
-        row: shape of what the cache holds of a token in a layer, (2, n_kv_heads, head_dim): keys, then values.
-        q_width: numbers of all heads' queries.
+        row: shape of a token's cached row in a layer, (2, n_kv_heads, head_dim): keys, then values.
+        q_width: width of all heads' queries together.
     """
 
     def __init__(self, config: LMConfig):
@@ -31,7 +31,7 @@ class CachedHeads:
         self._eps = config.norm_eps
 
     def place(self, qkv: Tensor, rope: Tensor, norm: Tensor | None) -> None:
-        """Norm queries and keys, in generation 3, and rotate them, in place.
+        """Rotate queries and keys in place, in generation 3 after norming them.
 
         Args:
             qkv: (tokens, width) fp32.
@@ -51,7 +51,7 @@ class CachedHeads:
 
 
 class CachedLatents(CachedHeads):
-    """Latents, see `model.latent_attention`, with the absorbed matrices: one head, whose values are a part of its keys.
+    """Latents, see `model.latent_attention`, with absorbed matrices: one head, whose values are part of its keys.
 
     row: (1, 1, kv_latent_dim + rope_head_dim).
     """
@@ -81,7 +81,7 @@ def cached_heads(config: LMConfig) -> CachedHeads:
 
 
 class Absorbed(NamedTuple):
-    """Latent attention's matrices, those of the way up absorbed.
+    """Latent attention's matrices, with the up-projections absorbed.
 
     qkv: (n_heads * width, dim), each head's query as it meets the cached row, and (width, dim) for that row.
     wo: (dim, n_heads * kv_latent_dim). norm: (kv_latent_dim,), the latent's.
@@ -94,7 +94,7 @@ class Absorbed(NamedTuple):
 
 @torch.no_grad()
 def absorb(attention: LatentAttention) -> Absorbed:
-    """The matrices in fp32. A query's has the softmax's scale in it, which is of the heads as they were."""
+    """The matrices in fp32. The query's includes the softmax scale, which is that of the original head size."""
     heads, latent, end = attention.n_heads, attention.latent_dim, attention.rope_dim
     wq, down, up, wo = map(effective_weight, (attention.wq, attention.wkv_down, attention.wkv_up, attention.wo))
     up_k, up_v = up.float().view(heads, 2, -1, latent).unbind(1)  # (heads, head_dim, kv_latent_dim) each
@@ -106,5 +106,5 @@ def absorb(attention: LatentAttention) -> Absorbed:
 
 
 def effective_weight(linear: torch.nn.Linear) -> Tensor:
-    """(out, in), with an adapter's update in it."""
+    """The weight (out, in), including an adapter's update."""
     return (linear.effective_weight() if isinstance(linear, LoRALinear) else linear.weight).detach()

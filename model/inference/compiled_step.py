@@ -22,7 +22,8 @@ from model.inference.matrices import INT4, INT8, PLAIN, Kernel, Matrix, Precisio
 class Stacked(NamedTuple):
     """The weights of all layers, each kind in one tensor (or two), so that a step has few arguments.
 
-    Each matrix is a tuple of what its kernel reads, with the layers in front: (n_layers, out, in) for fp32 and bf16.
+    Each matrix is a tuple of its kernel's tensors with the layers as the first dimension: (n_layers, out, in) for fp32
+    and bf16.
     """
 
     attention_norm: Tensor
@@ -42,7 +43,7 @@ def row_kernel(precision: Precision) -> Kernel:
 
 
 def stack(matrices: list[Matrix], kernel: Kernel) -> tuple[Tensor, ...]:
-    """What `kernel` reads of each matrix, in one tensor; the matrices then share it, so that a refresh reaches both."""
+    """The matrices in `kernel`'s form, stacked; the matrices then share this memory, so that a refresh reaches both."""
     stacked = tuple(torch.stack(parts) for parts in zip(*(m.kept[kernel.keep] for m in matrices), strict=True))
     for layer, matrix in enumerate(matrices):
         matrix.kept[kernel.keep] = tuple(part[layer] for part in stacked)
@@ -72,7 +73,8 @@ def build_step(config: LMConfig, precision: Precision) -> Callable[..., tuple[Te
     def attend(q: Tensor, k: Tensor, v: Tensor, past: Tensor) -> Tensor:
         """q (kv_heads, group, head_dim), k, v (kv_heads, head_dim), past (length, 2, kv_heads, head_dim) -> (dim,).
 
-        To the past by PyTorch's kernel, whose softmax is left open: the token itself joins by the sum of exponentials.
+        PyTorch's kernel attends to the past and also returns the log of the softmax's denominator, with which the
+        token's attention to itself is added.
         """
         keys, values = past.permute(1, 2, 0, 3)[:, None].unbind(0)  # (1, kv_heads, length, head_dim)
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], keys, values)
@@ -84,7 +86,7 @@ def build_step(config: LMConfig, precision: Precision) -> Callable[..., tuple[Te
         stored = []
 
         def store(value: Tensor) -> Tensor:
-            """An output of the graph lies in memory; else it would be computed again for each row of a matrix."""
+            """Make a value an output of the graph: otherwise it would be recomputed for each row of a matrix."""
             stored.append(value)
             return value
 
@@ -118,7 +120,7 @@ class CompiledStep:
         output: the output matrix; its kernel for one row is that of the step.
 
     Raises:
-        Exception: whatever keeps the compiler from working here.
+        Exception: anything that keeps the compiler from working here.
     """
 
     def __init__(self, config: LMConfig, precision: Precision, layers: Sequence, norm: Tensor, output: Matrix):
@@ -138,21 +140,21 @@ class CompiledStep:
         self._step = torch.compile(build_step(config, precision), fullgraph=True)
 
     def refresh(self, layers: Sequence) -> None:
-        """Take the layers' norms as they are now; the matrices are shared."""
+        """Copy the layers' current norms; the matrices are shared."""
         for name in ("attention_norm", "qk_norm", "ffn_norm"):
             mine = getattr(self._weights, name)
             if mine is not None:
                 mine.copy_(torch.stack([getattr(layer, name) for layer in layers]))
 
     def __call__(self, x: Tensor, rope: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (vocab,) and the token's keys and values; see `build_step`. Of at least two tokens before it."""
+        """Logits (vocab,) and the token's keys and values; see `build_step`. The past must have at least two tokens."""
         torch._dynamo.mark_dynamic(past, 1)  # one graph for every length
         logits, new, _ = self._step(x, rope, past, self._weights)
         return logits, new
 
 
 def best_time(run: Callable[[], object], rounds: int = 7) -> float:
-    """The least seconds of a few runs, after one that does not count."""
+    """The shortest time of a few runs in seconds, after one warm-up run."""
     run()
     times = []
     for _ in range(rounds):

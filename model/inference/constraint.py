@@ -1,6 +1,6 @@
-"""What an answer's text may be, where not everything will do: the next tokens that fit, and a way to the end in time.
+"""The interface of constraints on an answer's text: which tokens may come next, and how to end in time.
 
-The engine knows of a constraint only what stands here; `scripts.serving.grammars` makes them from JSON schemas.
+The engine knows only this interface; `scripts.serving.grammars` makes constraints from JSON schemas.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class ConstrainedText(Protocol):
-    """An answer's text so far, against its constraint. Belongs to one answer."""
+    """The state of one answer's text under its constraint."""
 
     @property
     def whole(self) -> bool:
@@ -23,22 +23,22 @@ class ConstrainedText(Protocol):
         """Whether it must end here."""
 
     def allowed(self) -> np.ndarray:
-        """The tokens that may come next, the end token where the text is whole: (bytes,) uint8, a bit for each token,
-        the lowest one of a byte first."""
+        """The tokens that may come next, including the end token if the text is complete: uint8 (bytes,), one bit per
+        token, the lowest bit of a byte first."""
 
     def settle(self, token: int, left: int) -> int:
-        """The token that is written in place of an allowed one that was sampled: the same, unless the text could not be
-        ended any more within the `left` tokens of the answer, this one included."""
+        """The token to append instead of an allowed one that was sampled: the same, unless the text could then not be
+        completed within the `left` tokens of the answer, this one included."""
 
     def take(self, token: int) -> None:
-        """Go on by a token."""
+        """Append a token."""
 
 
 class Constraint(Protocol):
-    """What is asked of an answer. May be shared by requests, and used from any thread."""
+    """A form that an answer must have. May be shared by requests, and used from any thread."""
 
     def begin(self) -> ConstrainedText:
-        """An answer's text that has no token yet."""
+        """The state of an answer without tokens."""
 
 
 def unpacked(allowed: np.ndarray, vocabulary: int) -> np.ndarray:
@@ -49,6 +49,6 @@ def unpacked(allowed: np.ndarray, vocabulary: int) -> np.ndarray:
 
 
 def only_allowed(logits: Tensor, texts: Sequence[ConstrainedText]) -> Tensor:
-    """The logits (texts, vocab) with -inf for what must not follow each text."""
+    """The logits (texts, vocab) with -inf for tokens that must not follow each text."""
     allowed = unpacked(np.stack([text.allowed() for text in texts]), logits.size(1))
     return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))

@@ -47,10 +47,10 @@ EXPERTS = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts", "norm_
 
 @dataclass
 class Span:
-    """Tokens that one pass reads into a slot, behind the `start` ones it holds.
+    """Tokens that one pass processes in a slot, after the `start` tokens that it has cached.
 
-    `embeddings` (tokens, dim) stand in for those of the tokens: a prompt with images. `branches` follow the tokens,
-    each as if it alone did: the options of a question. They lie in the slot one behind the other.
+    `embeddings` (tokens, dim) replace those of the tokens, for a prompt with images. `branches` follow the tokens, each
+    as if it were the only one: the options of a question. They are stored in the slot one after another.
     """
 
     slot: int
@@ -60,11 +60,11 @@ class Span:
     branches: Sequence[list[int]] = ()
 
     def all_tokens(self) -> list[int]:
-        """What is read, branches included."""
+        """The tokens to process, including those of branches."""
         return [*self.tokens, *itertools.chain.from_iterable(self.branches)]
 
     def positions(self) -> Iterator[int]:
-        """Where each of `all_tokens` stands in its text; a branch begins where the tokens end."""
+        """The position of each of `all_tokens` in its text; a branch begins where the tokens end."""
         end = self.start + len(self.tokens)
         yield from range(self.start, end)
         for branch in self.branches:
@@ -77,12 +77,12 @@ class Decoder:
     Args:
         model: Dense or MoE; an adapter on it is merged into the snapshot; a VLM's projection and tower are not used.
         slots: requests that can be in flight.
-        slot_len: positions a slot has room for.
-        dtype: of the weights, torch.float32, torch.bfloat16, "int8" or "int4" (None: as they are). What runs between
-            the matrices is fp32, as are keys and values on a CPU, whose attention is faster in it.
+        slot_len: positions per slot.
+        dtype: of the weights, torch.float32, torch.bfloat16, "int8" or "int4" (None: as they are). Operations between
+            the matrices are in fp32, as are keys and values on a CPU, whose attention is faster in it.
         deterministic: one kernel for any number of rows, so that an answer does not depend on the others; else the
             fastest for each, timed now.
-        compile: decode one answer by a compiled step, where that can be made and is faster; takes seconds.
+        compile: decode a single answer by a compiled step if it can be compiled and is faster; takes seconds.
 
     Attributes:
         compiled: whether there is such a step.
@@ -135,9 +135,9 @@ class Decoder:
 
     @torch.inference_mode()
     def refresh(self, model: MiniMindLM) -> None:
-        """Copy the weights that the model has now over those taken before; nothing is allocated that stays.
+        """Copy the model's current weights over the snapshot; nothing is allocated permanently.
 
-        What the slots hold was computed by the old weights: read it again.
+        The slots' contents were computed with the old weights: prefill them again.
 
         Raises:
             ValueError: a model of another architecture; nothing is changed then.
@@ -152,7 +152,7 @@ class Decoder:
             self._step.refresh(self._layers)
 
     def _weights_of(self, model: MiniMindLM) -> Iterator[tuple[str, Tensor]]:
-        """What a pass reads, in the order of `__init__`, and as what: "embedding", "vector", "matrix" or "output"."""
+        """A pass's weights in the order of `__init__`, with their kinds: "embedding", "vector", "matrix", "output"."""
         yield "embedding", model.tok_embeddings.weight.detach()
         for block in model.layers:
             parts = parts_of_block(block)
@@ -173,7 +173,7 @@ class Decoder:
         yield "output", effective_weight(model.output)
 
     def _keep(self, kind: str, weight: Tensor) -> Tensor | Matrix:
-        """A copy of a weight as a pass reads it."""
+        """A copy of a weight in the form in which a pass reads it."""
         if kind == "embedding":
             return Embedding(weight, self.precision)
         if kind == "vector":
@@ -184,7 +184,7 @@ class Decoder:
         return norm.weight.detach().float() * math.sqrt(self.config.dim)  # see _normed
 
     def _pick_kernels(self, model: MiniMindLM, deterministic: bool, compile: bool) -> dict[str, Kernels]:
-        """The kernels of the blocks' matrices and of the output's, which int4 leaves at 8 bits."""
+        """The kernels for the matrices of the blocks and of the output layer, which int4 leaves at 8 bits."""
         parts = parts_of_block(model.layers[0])
         layer = [
             torch.cat(parts.qkv),
@@ -220,10 +220,10 @@ class Decoder:
 
     @torch.inference_mode()
     def read(self, spans: Sequence[Span]) -> Tensor:
-        """Read tokens of several requests at once and keep their keys and values.
+        """Process tokens of several requests at once and cache their keys and values.
 
         Args:
-            spans: at most one a slot. Those of a single token come first: they share one attention.
+            spans: at most one per slot. Those of a single token come first: they share one attention call.
 
         Returns:
             (tokens of all spans, dim), the normed hidden state after each, for `logits`.
@@ -276,11 +276,11 @@ class Decoder:
 
     @staticmethod
     def _fits_step(span: Span) -> bool:
-        """A single token behind at least two: the compiled graph is made for any number of those but 0 and 1."""
+        """Whether it is a single token after at least two: the compiled graph takes any past length but 0 and 1."""
         return len(span.tokens) == 1 and span.start >= 2 and span.embeddings is None and not span.branches
 
     def _step_through(self, span: Span) -> Tensor:
-        """One token through the compiled step -> logits (1, vocab)."""
+        """Decode one token with the compiled step -> logits (1, vocab)."""
         angles = self._rope[span.start, 0]  # (head_dim / 2,) complex
         x = self._embeddings(torch.tensor(span.tokens))[0]
         past = self._kv[:, span.slot, : span.start]
@@ -290,7 +290,7 @@ class Decoder:
 
     @torch.inference_mode()
     def _compile_step(self) -> CompiledStep | None:
-        """The compiled step, or None where it cannot be made or is not faster than `read` and `logits`."""
+        """The compiled step; None if it cannot be compiled or is not faster than `read` and `logits`."""
         span = Span(0, min(TIMED_BEHIND, self.slot_len - 1), [0])
         if not self._fits_step(span):
             return None
@@ -308,12 +308,12 @@ class Decoder:
         return self._output(hidden).float()
 
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm in few operations: x / rms = x sqrt(dim) / hypot(|x|, sqrt(dim eps)), with sqrt(dim) in `weight`."""
+        """RMSNorm in few operations: x / rms = x sqrt(dim) / hypot(|x|, sqrt(dim eps)); `weight` contains sqrt(dim)."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x / torch.hypot(length, self._eps)).mul_(weight).to(self.dtype)
 
     def _attention(self, spans: Sequence[Span], sizes: list[int]) -> Callable[[Tensor, int], Tensor]:
-        """What attends for the tokens of these spans: (queries (tokens, n_heads * head_dim), layer) -> as many."""
+        """The attention of these spans' tokens: a function of queries (tokens, n_heads * head_dim) and the layer."""
         decodes = next((i for i, size in enumerate(sizes) if size > 1), len(spans))
         parts = [self._prefill_attention(span) for span in spans[decodes:]]
         sizes = sizes[decodes:]
@@ -329,10 +329,10 @@ class Decoder:
         return attend
 
     def _decode_attention(self, spans: Sequence[Span]) -> Callable[[Tensor, int], Tensor]:
-        """One query in each of several slots, in one call over the range of slots they lie in.
+        """Attention for one query in each of several slots, in one call over the range of those slots.
 
-        Queries that share a key head stand side by side, as rows of one product. A slot in the range that does not
-        write has a query of zeros, and nobody reads its answer.
+        Queries that share a key head become rows of one matrix product. A slot in the range that does not decode gets
+        a query of zeros, and its output is not used.
         """
         first = min(span.slot for span in spans)
         rows = [span.slot - first for span in spans]
@@ -361,9 +361,9 @@ class Decoder:
         return attend
 
     def _prefill_attention(self, span: Span) -> Callable[[Tensor, int], Tensor]:
-        """Queries of consecutive tokens in one slot, and of the branches behind them.
+        """Attention for the queries of consecutive tokens in one slot, and of the branches after them.
 
-        Key heads make the batch and the queries that share one its heads, so that none is copied for each.
+        Key heads are the batch dimension and the queries that share one are its heads, so that no key is copied.
         """
         n = len(span.tokens) + sum(map(len, span.branches))
         end = span.start + n
@@ -389,7 +389,7 @@ class Decoder:
     # ------------------------------------------------------------------------------------------------- the slots
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Let slot `target` hold the first `length` positions of slot `source`."""
+        """Copy the first `length` positions of slot `source` to slot `target`."""
         self._kv[:, target, :length] = self._kv[:, source, :length]
 
     def swap(self, a: int, b: int, length: int) -> None:

@@ -28,7 +28,7 @@ class Detokenizer:
         return self._give(self._clear())
 
     def flush(self) -> tuple[str, tuple[Token, ...]]:
-        """What is left at the end."""
+        """The rest at the end of the answer."""
         if self.stopped:
             return "", ()
         self._held += self._decoder.flush()

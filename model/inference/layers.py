@@ -1,4 +1,4 @@
-"""What a layer of the inference decoder computes with. `tokens` counts those of all spans of a pass."""
+"""The parts of the inference decoder's layers. `tokens` counts the tokens of all spans of a pass."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class SwiGLU(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What a block computes with: the norms' weights fp32, see `Decoder._normed`; qk_norm as in `blocks.Parts`."""
+    """The weights of a block: the norms' in fp32, see `Decoder._normed`; qk_norm as in `blocks.Parts`."""
 
     attention_norm: Tensor
     wqkv: Matrix

@@ -1,4 +1,4 @@
-"""The matrices of a decoder: what each precision keeps of them, and which kernel multiplies them.
+"""The matrices of a decoder: how each precision stores them, and which kernel multiplies by them.
 
 One row of input reads every weight once, so the time of a matmul is its bytes over the memory bandwidth, if the
 kernel is good; many rows are bound by arithmetic. Which kernel is good differs between processors: the candidates are
@@ -27,7 +27,7 @@ TIMED_WEIGHTS = 16_000_000  # more than a processor's caches hold, less than a s
 class Kernel(NamedTuple):
     """A kernel: one way to multiply by a matrix.
 
-    keep: weight (out, in) fp32 -> the tensors that it reads.
+    keep: weight (out, in) fp32 -> the tensors that the kernel reads.
     multiply: x (rows, in) fp32 or bf16, then those tensors -> (rows, out) fp32 or bf16.
     """
 
@@ -67,7 +67,7 @@ def _packed(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _keep_int8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The numbers int8, their scales fp32, and scales of 1 in bf16: PyTorch's kernel takes no others."""
+    """int8 weights, their fp32 scales, and bf16 scales of 1, because PyTorch's kernel accepts only bf16 scales."""
     q, scale = quantize_int8(weight)
     return q, scale, torch.ones_like(scale, dtype=torch.bfloat16)
 
@@ -81,7 +81,7 @@ def _int8_widened(x: Tensor, q: Tensor, scale: Tensor, ones: Tensor) -> Tensor:
 
 
 def _keep_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel's own order of the numbers, and its pairs of scale and offset bf16 (in / GROUP, out, 2)."""
+    """The weights in the kernel's own packing, and its pairs of scale and offset, bf16 (in / GROUP, out, 2)."""
     q, scale = quantize_int4(weight)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int() + 8, 1)
     return packed, torch.stack((scale, torch.zeros_like(scale)), -1).transpose(0, 1).bfloat16().contiguous()
@@ -92,7 +92,7 @@ def _int4_kernel(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def _keep_int4_plain(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Two numbers to a byte: uint8 (out, in / 2), and scales fp32 (out, in / GROUP)."""
+    """Two weights per byte, uint8 (out, in / 2), and their fp32 scales (out, in / GROUP)."""
     q, scale = quantize_int4(weight)
     low, high = (q + 8).to(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
     return low | high << 4, scale
@@ -109,7 +109,7 @@ INT4 = Kernel("int4", _keep_int4, _int4_kernel)
 
 
 def candidates(precision: Precision, device: torch.device) -> list[Kernel]:
-    """The kernels for a precision on a device; the first is the one that serves all where only one may.
+    """The kernels for a precision on a device; the first is used where a single one must serve all rows.
 
     Args:
         precision: torch.float32, torch.bfloat16, "int8" or "int4".
@@ -133,12 +133,12 @@ def candidates(precision: Precision, device: torch.device) -> list[Kernel]:
 
 
 def output_precision(precision: Precision) -> Precision:
-    """What the output matrix takes, and the embedding that it is tied to: 8 bits where the others have 4."""
+    """The precision of the output matrix and of the embedding tied to it: 8 bits where the others have 4."""
     return "int8" if precision == "int4" else precision
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes in this dtype here."""
+    """Whether oneDNN can compute in this dtype on this machine."""
     if not torch.backends.mkldnn.is_available():
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -153,11 +153,11 @@ class Kernels(NamedTuple):
     by_class: tuple[Kernel, ...]
 
     def for_rows(self, rows: int) -> Kernel:
-        """The one for so many rows of input."""
+        """The kernel for this many rows of input."""
         return self.by_class[next((i for i, most in enumerate(ROW_CLASSES) if rows <= most), -1)]
 
     def with_first(self, kernel: Kernel) -> "Kernels":
-        """These, but one row of input goes to `kernel`."""
+        """The same kernels, but with `kernel` for one row of input."""
         return Kernels((kernel, *self.by_class[1:]))
 
 
@@ -173,7 +173,7 @@ def fastest_kernels(
     """The fastest kernel of each class on this machine, now: by its best of a few rounds over random matrices.
 
     Args:
-        shapes: (out, in) of the matrices of a layer; as many layers are timed as no cache holds, one for many rows.
+        shapes: (out, in) of a layer's matrices; more layers are timed than fit into any cache, one for many rows.
     """
     kernels = candidates(precision, device)
     if len(kernels) == 1 or device.type != "cpu":
@@ -201,7 +201,7 @@ class Matrix:
 
     Args:
         weight: (out, in).
-        kernels: which of them for how many rows.
+        kernels: the kernel for each class of row counts.
     """
 
     def __init__(self, weight: Tensor, kernels: Kernels):

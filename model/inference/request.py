@@ -1,4 +1,4 @@
-"""What to generate and how, and what each step emits."""
+"""Requests for generation, and the pieces that each step emits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What a step adds to an answer.
+    """The part of an answer that one step adds.
 
-    text: what is safe to emit: never an incomplete character, nor a possible beginning of a stop string.
-    tokens: those that spell it.
+    text: text that is safe to emit: never an incomplete character, nor a possible beginning of a stop string.
+    tokens: the tokens that spell it.
     finish_reason: "stop", "length", "timeout", "cancelled" or "error" in the last piece, None before.
     """
 
@@ -51,7 +51,7 @@ class Request:
         prompt_logprobs: return them for the prompt too (`Answer.prompt_tokens`).
         timeout: seconds from submission after which the answer is ended.
         embeddings: (prompt, dim), used in place of the prompt's token embeddings: a prompt with images.
-        constraint: what the answer's text may be; it has then ended with "stop" where it is whole. None = anything.
+        constraint: the form that the answer must have; an answer that satisfies it ends with "stop". None = any text.
     """
 
     prompt: Sequence[int]

@@ -94,12 +94,12 @@ def sample_token(
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """What the next token is sampled from: logits (batch, vocab) -> the same; not for temperature 0."""
+    """The next token's distribution: logits (batch, vocab) -> probabilities of that shape; not for temperature 0."""
     return keep_top_p(keep_top_k(logits / temperature, top_k), top_p).softmax(-1)
 
 
 def with_logprobs(logits: Tensor, tokens: list[int], asked: list[int | None]) -> list[Token]:
-    """Each row's token, if requested with its log-probability and so many of the most likely: logits (rows, vocab)."""
+    """Each row's token, with its log-probability and the requested number of alternatives: logits (rows, vocab)."""
     facts = [Token(token) for token in tokens]
     rows = [row for row, best in enumerate(asked) if best is not None]
     if rows:

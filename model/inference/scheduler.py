@@ -33,8 +33,8 @@ SHARED_PREFIX_MIN = 64  # tokens of a prompt worth waiting for while another req
 class Engine:
     """Generates many answers at once with one model. Not thread-safe; see `EngineThread`.
 
-    Prefixes are cached: what an earlier request left in a slot is reused by one with the same prefix (the next turn of
-    a chat, another choice for the same prompt). In fp32 an answer does not depend on what else is in the batch.
+    Prefixes are cached: a slot's contents from an earlier request are reused by one with the same prefix (the next turn
+    of a chat, another choice for the same prompt). In fp32 an answer does not depend on the rest of the batch.
 
     Args:
         model: Dense, MoE or VLM, with or without a LoRA adapter; the engine keeps a snapshot of its weights, not the
@@ -46,12 +46,13 @@ class Engine:
             wait for them.
         dtype: of the weights, torch.float32, torch.bfloat16, "int8" or "int4"; None = as they are.
         deterministic: one kernel of each matrix for any number of answers; False = the fastest for each, timed now. In
-            fp32 an answer may then differ from the one that it is alone where two tokens are as likely to 1e-4.
-        compile: decode an answer that runs alone by a compiled step, where that is faster; takes seconds.
-        speculate: tokens drafted at most by looking up how the text went on before; 0 = none. An answer stays the
-            same (in fp32), and comes sooner where it repeats its prompt or itself; see `model.inference.speculation`.
-        draft: a smaller model of the same vocabulary that drafts where no look-up does; `refresh` leaves it as it is.
-            An answer without a seed is then another one of the same probabilities.
+            fp32 an answer may then differ from the same answer alone where two tokens are equally likely to 1e-4.
+        compile: decode a single running answer by a compiled step if that is faster; takes seconds.
+        speculate: maximum number of tokens drafted by looking up how the text continued before; 0 = none. An answer
+            stays the same (in fp32), and comes sooner where it repeats its prompt or itself; see
+            `model.inference.speculation`.
+        draft: a smaller model of the same vocabulary that drafts where look-up finds nothing; `refresh` does not change
+            it. An answer without a seed may then differ, with the same distribution.
 
     Raises:
         ValueError: a setting out of range; a draft model of another vocabulary; see `Decoder`.
@@ -164,7 +165,7 @@ class Engine:
         self.decoder.refresh(model)
 
     def cancel(self, answer: Answer, reason: str = "cancelled") -> None:
-        """End an answer where it is; the next step begins by giving its slot to a request that waits."""
+        """End an answer where it is; the next step first gives its slot to a waiting request."""
         answer.end_by = answer.end_by or reason
 
     def stream(self, request: Request) -> Iterator[Piece]:
@@ -185,10 +186,10 @@ class Engine:
         return pieces()
 
     def run(self, requests: Iterable[Request]) -> list[Answer]:
-        """Write the answers to all requests, as many at once as there are slots.
+        """Generate the answers to all requests, as many at once as there are slots.
 
         Raises:
-            ValueError: see `check`; before anything is written.
+            ValueError: see `check`; before anything is generated.
         """
         answers = [self.prepare(request) for request in requests]
         for answer in answers:
@@ -203,7 +204,7 @@ class Engine:
         """Prefill or decode the next tokens of all requests in slots, and sample a token for each that is caught up.
 
         Returns:
-            what was added to which answer; an answer's last piece has its `finish_reason`.
+            (answer, piece) for everything that was added; an answer's last piece has its `finish_reason`.
 
         Raises:
             Exception: whatever failed. By then every unfinished request has ended with "error"; the next step returns
@@ -257,7 +258,7 @@ class Engine:
                 self._release(slot)
 
     def _end_early(self) -> None:
-        """End what was cancelled or has timed out."""
+        """End the answers that were cancelled or have timed out."""
         now = time.monotonic()
         for answer in [*self._waiting, *(slot.answer for slot in self._slots if slot.answer)]:
             if answer.deadline is not None and now >= answer.deadline:
@@ -287,11 +288,11 @@ class Engine:
             return False
 
     def _release(self, slot: _Slot) -> None:
-        """Free a slot; its contents stay, in case a prompt shares the prefix."""
+        """Free a slot; its contents stay cached in case a later prompt shares the prefix."""
         slot.answer.slot, slot.answer, slot.last_used = None, None, self._steps
 
     def _admit(self) -> None:
-        """Give free slots to waiting requests, in order; none waits for a slot that it could have."""
+        """Assign free slots to waiting requests, in order; one whose prefix is still being prefilled waits for it."""
         for answer in list(self._waiting) if self.running < len(self._slots) else ():
             free = [slot for slot in self._slots if slot.answer is None]
             if not free:
@@ -314,7 +315,7 @@ class Engine:
             self._waiting.remove(answer)
 
     def _compact_slots(self) -> None:
-        """One attention covers the range of decoding slots: keep more than half of that range decoding."""
+        """Keep at least half of the range of decoding slots in use, because one attention call covers all of it."""
         writers = [slot for slot in self._slots if slot.answer and slot.answer.unread() == 1]
         if not writers:
             return
@@ -327,9 +328,9 @@ class Engine:
             moved.number, hole.number = to, last
 
     def _plan_prefills(self) -> dict[_Slot, int]:
-        """The slots that run in this step, and their tokens; those with one token come first.
+        """How many tokens each slot processes in this step; slots with one token come first.
 
-        Decoding answers take one each; the rest of the budget goes to prompts, first come, first served.
+        Each decoding answer takes one token; the rest of the budget goes to prompts, first come, first served.
         """
         unread = {slot: slot.answer.unread() for slot in self._slots if slot.answer}
         reading = {slot: n for slot, n in unread.items() if n == 1}
@@ -342,7 +343,7 @@ class Engine:
         return dict(sorted(reading.items(), key=lambda item: item[1] > 1))
 
     def _span(self, slot: _Slot, n: int, draft: Draft | None) -> Span:
-        """The next n tokens for a slot, and its draft."""
+        """The next n tokens of a slot, followed by its draft."""
         start, answer = len(slot.holds), slot.answer
         embeddings = answer.request.embeddings
         if embeddings is not None:
@@ -357,8 +358,8 @@ class Engine:
 
         Args:
             logits: (rows, vocab) fp32.
-            predicted: for each row the answer, and the index in its `ids` that the row predicts.
-            choose: `sample_token`, or what takes its place.
+            predicted: the answer of each row, and the index in its `ids` of the token that the row predicts.
+            choose: `sample_token` or a replacement.
         """
         tokens = [answer.ids[place] if place < len(answer.ids) else None for answer, place in predicted]
         adjusted = logits

@@ -1,13 +1,14 @@
 """Speculative decoding (Leviathan et al. 2023, arXiv:2211.17192): several tokens of an answer from one pass.
 
-Decoding reads every weight for one token of an answer. Here cheap guesses of the next tokens, a draft, are read along
-with the last token, and one pass says for each whether the model would have written it. What it would not is dropped,
-with all that follows, and the model's own token comes in its place: the answer is the model's, only sooner.
+Decoding reads every weight for one token of an answer. Here cheap guesses of the next tokens, a draft, are processed
+along with the last token, and one pass shows for each whether the model would have generated it. The first token that
+it would not, and all after it, are dropped and replaced by the model's own token: the answer is the model's, only
+sooner.
 
 Drafts come from the text itself (look-up, also called prompt look-up decoding: answers repeat their prompts and
 themselves), or from a smaller model. A look-up has no probabilities: its token x is kept with the model's probability
-p(x), and otherwise replaced by a sample of p without x. Sampling from p as always, and keeping the draft as long as it
-is what was sampled, is just that, and uses the same random numbers as no draft at all. A draft model's token, sampled
+p(x), and otherwise replaced by a sample of p without x. Sampling from p as usual, and keeping the draft as long as it
+equals the samples, does exactly this, with the same random numbers as without a draft. A draft model's token, sampled
 from its q, is kept with probability min(1, p(x) / q(x)), and otherwise replaced by a sample of max(0, p - q).
 """
 
@@ -36,7 +37,7 @@ MOST_CREDIT = 4.0  # what was won earlier is not lost on what follows
 
 
 class Draft(NamedTuple):
-    """Guesses of the next tokens; of each the probabilities (1, vocab) it was sampled from, or none if it was not.
+    """Guesses of the next tokens, each with the probabilities (1, vocab) that it was sampled from, if it was.
 
     cost: seconds that the draft and its verification add to a step, as the number of tokens decoded in them.
     """
@@ -55,7 +56,7 @@ def keep_or_replace(
     drafted: int,
     q: Tensor,
 ) -> Tensor:
-    """A token distributed as `sample_token` of the same logits has it, and as often as possible the drafted one.
+    """A token with the distribution of `sample_token` for these logits, and as often as possible the drafted one.
 
     Args:
         logits: (1, vocab), the model's; with the request's settings they give p.
@@ -74,17 +75,17 @@ def keep_or_replace(
 
 
 class Lookup:
-    """Where each n-gram of a growing text occurred last, and so how the text may continue."""
+    """The last occurrence of each n-gram of a growing text, which suggests how the text may continue."""
 
     def __init__(self):
         self._behind: dict[tuple[int, ...], int] = {}  # n-gram -> the place after its last occurrence
         self._end = 1  # n-grams that end before this place are in it
 
     def draft(self, ids: Sequence[int], n: int) -> list[int]:
-        """What followed the longest suffix that occurred before: n tokens, or none.
+        """The n tokens after an earlier occurrence of the longest suffix that has one; empty if none has.
 
         Args:
-            ids: the text so far; that of the call before, and what was added.
+            ids: the text so far, which begins with that of the previous call.
         """
         for end in range(self._end, len(ids)):  # not the suffix itself
             for length in NGRAMS:
@@ -94,17 +95,17 @@ class Lookup:
         for length in NGRAMS:
             found = self._behind.get(tuple(ids[-length:])) if length < len(ids) else None
             if found:
-                # beyond the end of the text it repeats what it repeats already
+                # beyond the end of the text the repetition continues
                 return [ids[found + i % (len(ids) - found)] for i in range(n)]
         return []
 
 
 class DraftModel:
-    """A smaller model with the same vocabulary, and the keys and values of its own.
+    """A smaller model with the same vocabulary and its own keys and values.
 
     Args:
         decoder: its decoder, with a slot for each of the engine's.
-        token_budget: tokens of a pass at most, in which it reads a prompt.
+        token_budget: maximum tokens per pass when it prefills a prompt.
     """
 
     def __init__(self, decoder: Decoder, token_budget: int):
@@ -115,9 +116,9 @@ class DraftModel:
         self.seconds = best_time(lambda: decoder.predict([Span(0, min(TIMED_BEHIND, decoder.slot_len - 1), [0])], [0]))
 
     def draft(self, wanted: dict[_Slot, int]) -> dict[_Slot, tuple[list[int], list[Tensor]]]:
-        """So many tokens for each slot's answer, and what they were sampled from.
+        """Draft tokens for each slot's answer, with the probabilities that they were sampled from.
 
-        A greedy answer gets the likeliest tokens, and so does one with a seed: it is then the same as without drafts.
+        A greedy answer gets the most likely tokens, as does one with a seed, which is then the same as without drafts.
         """
         texts = {slot: list(slot.answer.ids) for slot in wanted}
         drafts = {slot: ([], []) for slot in wanted}
@@ -137,7 +138,7 @@ class DraftModel:
         return drafts
 
     def _read(self, texts: Sequence[tuple[_Slot, list[int]]]) -> Tensor:
-        """The logits (texts, vocab) after each text, of which it reads what its slot does not hold yet."""
+        """The logits (texts, vocab) after each text; only tokens that its slot has not cached yet are processed."""
         last: list[Span] = []
         for slot, ids in texts:
             number = self._numbers.setdefault(slot, len(self._numbers))
@@ -161,7 +162,7 @@ class DraftModel:
 
 
 class _Account:
-    """What drafts have won and lost an answer, in tokens; `next` is the length of the next one."""
+    """The tokens that drafts have saved or cost an answer so far; `next` is the length of the next draft."""
 
     def __init__(self, most: int):
         self.lookup = Lookup()
@@ -170,15 +171,15 @@ class _Account:
 
 
 class Speculation:
-    """Whether to draft for an answer, what, and what becomes of it.
+    """Decides whether to draft for an answer, drafts, and verifies the drafts.
 
-    A draft costs time whether it is kept or not. How much is timed at start; an answer whose drafts are not kept runs
-    out of credit and is decoded as usual, with an attempt now and then.
+    A draft costs time whether it is accepted or not. This time is measured at start; an answer whose drafts are not
+    accepted runs out of credit and is decoded as usual, with an occasional attempt.
 
     Args:
         decoder: the model's.
-        most: tokens drafted by look-up at most; 0 = no look-up.
-        model: what drafts where look-up finds nothing.
+        most: maximum number of tokens drafted by look-up; 0 = no look-up.
+        model: the draft model for when look-up finds nothing.
     """
 
     def __init__(self, decoder: Decoder, most: int, model: DraftModel | None = None):
@@ -193,7 +194,7 @@ class Speculation:
         self._most_rows = self._seconds[-1][0]
 
     def seconds(self, rows: int) -> float:
-        """Of a pass over so many tokens, between and beyond the timed ones in proportion."""
+        """The seconds of a pass over this many tokens, interpolated or extrapolated linearly from the timed ones."""
         if len(self._seconds) == 1:
             return self._seconds[0][1] * rows
         i = min(max(bisect.bisect_left(self._seconds, (rows, 0.0)), 1), len(self._seconds) - 1)
@@ -201,21 +202,21 @@ class Speculation:
         return t0 + (t1 - t0) * (rows - n0) / (n1 - n0)
 
     def cost(self, writers: int, rows: int, n: int, model_seconds: float = 0.0) -> float:
-        """The seconds that a draft of n tokens adds to a pass, as tokens: as many as are decoded without it in them.
+        """The time that a draft of n tokens adds to a pass, as the number of tokens decoded without it in that time.
 
         Args:
-            writers: answers that the step adds to.
-            rows: tokens of the pass so far.
-            model_seconds: what the draft itself takes.
+            writers: the number of answers that decode in this step.
+            rows: the number of tokens in the pass so far.
+            model_seconds: the time of drafting itself.
         """
         extra = self.seconds(rows + n) - self.seconds(rows) + model_seconds
         return max(0.0, extra) * writers / self.seconds(writers)
 
     def drafts(self, reading: Iterable[_Slot], room: int) -> dict[_Slot, Draft]:
-        """Drafts for some of the slots that run in a step: of those whose answers decode.
+        """Drafts for some of the slots in a step whose answers decode.
 
         Args:
-            room: tokens that may be added to the step's.
+            room: the number of tokens that may be added to the step's.
         """
         slots = [slot for slot in reading if slot.answer.unread() == 1]
         found: dict[_Slot, Draft] = {}
@@ -249,13 +250,13 @@ class Speculation:
         return found
 
     def verify(self, slot: _Slot, draft: Draft, logits: Tensor, predict: Callable[..., None]) -> None:
-        """Write the tokens of a draft up to the first that the model does not, and the model's own next one.
+        """Append the tokens of a draft up to the first that the model would not generate, and the model's own next one.
 
-        Each is chosen as it would be without a draft, so that penalties, log-probabilities and seeds are what they are.
+        Each is chosen as without a draft, so that penalties, log-probabilities and seeds have the same effect.
 
         Args:
             logits: (tokens of the draft + 1, vocab), after the last token and each of the draft.
-            predict: `Engine._predict`, which writes a token.
+            predict: `Engine._predict`, which appends a token.
         """
         answer, kept = slot.answer, 0
         for i in range(len(logits)):
@@ -277,7 +278,7 @@ class Speculation:
 def make_speculation(
     decoder: Decoder, most: int, draft: MiniMindLM | None, token_budget: int, deterministic: bool, compile: bool
 ) -> Speculation | None:
-    """`Speculation` by the arguments of an `Engine`; None where it has no drafts.
+    """The `Speculation` for the arguments of an `Engine`; None without drafts.
 
     Raises:
         ValueError: a draft model of another vocabulary; see `Decoder`.

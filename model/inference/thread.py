@@ -85,13 +85,13 @@ class EngineThread:
             self._thread.join()
 
     def _call(self, call: Callable[[], None]) -> None:
-        """Have the engine's thread call this before its next step."""
+        """Have the engine's thread run a call before its next step."""
         self._calls.put(call)
         if self._closed:
             self._call_the_rest()
 
     def _call_the_rest(self) -> None:
-        """Run calls that came too late for the thread's loop; in the thread or the caller, whichever is first."""
+        """Run the calls that came too late for the thread's loop, in the thread or the caller, whichever is first."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._calls.get_nowait()()

@@ -21,7 +21,7 @@ SHOWN = ("你是谁？", "中国的首都是哪里？", "Who made you?", "What i
 
 
 def show_examination(weights: Path) -> dict[str, float]:
-    """Ask every held-out question, print what a person wants to see, return the shares."""
+    """Ask every held-out question, print a summary, and return the shares of right answers."""
     model, tokenizer = open_model(weights)
     replies, _ = answer(model, tokenizer, SHOWN)
     print("\nA few answers:")
@@ -44,7 +44,7 @@ def show_examination(weights: Path) -> dict[str, float]:
 
 
 def show_nearest(questions: Sequence[dict], replies: Sequence[str], count: int = 10) -> None:
-    """Print some of the questions, spread over all kinds, each with the training question most like it."""
+    """Print some of the questions, spread over all kinds, each with the most similar training question."""
     trained = [
         turn["content"]
         for line in read_lines(DATA / "sft_mini_512.jsonl")
@@ -59,14 +59,14 @@ def show_nearest(questions: Sequence[dict], replies: Sequence[str], count: int =
 
 
 def make_model() -> None:
-    """Data, pretraining and fine-tuning, as far as they are not there."""
+    """Make the data, pretrain and fine-tune, as far as results are missing."""
     run("scripts/make_demo_data.py")
     run("train_pretrain.py", *SIZE, *TRAINING, *PRETRAIN, "--resume")
     run("train_full_sft.py", *SIZE, *TRAINING, *SFT, "--resume")
 
 
 def run_demo() -> None:
-    """Train the model if it is missing, test it, and report what it took."""
+    """Train the model if it is missing, test it, and report the time."""
     started = time.monotonic()
     make_model()
     shares = show_examination(OUT / "full_sft_256.pth")

@@ -1,4 +1,4 @@
-"""How far a model of the demo has come: facts, problems, preferences, losses on held-out data."""
+"""Measures of the demo's models: facts, problems, preferences, losses on held-out data."""
 
 from functools import partial
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from scripts.demo.exam import answer, read_lines
 from scripts.demo.scoring import is_right
 from scripts.demo.settings import DATA
 from train_dpo import dpo_loss
-from trainer.arguments import SAMPLING
 from trainer.evaluation import evaluate
+from trainer.inference_arguments import SAMPLING
 from trainer.preference import evaluate_pairs, sum_per_answer
 from trainer.runtime import Runtime
 
@@ -23,7 +23,7 @@ VOTES = 8
 
 
 def share_right(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, exam: str, max_new_tokens: int = 48) -> float:
-    """How many questions of a file it answers right, greedy; thinking does not count."""
+    """The share of a file's questions that are answered right, greedy; thinking is ignored."""
     lines = read_lines(DATA / exam)
     replies, _ = answer(model, tokenizer, [line["question"] for line in lines], max_new_tokens=max_new_tokens)
     return count_right(lines, replies) / len(lines)
@@ -35,19 +35,19 @@ def count_right(lines: list[dict], replies: list[str]) -> int:
 
 
 def prefers_the_better(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
-    """The share of held-out pairs whose better answer is the more probable."""
+    """The share of held-out pairs whose better answer is more probable."""
     pairs = DPODataset(DATA / "eval_dpo.jsonl", tokenizer, 128)
     return evaluate_pairs(model, model, pairs, here(model), 32, sum_per_answer, dpo_loss, beta=0.1)["eval_accuracy"]
 
 
 def held_out_loss(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Nats a token of SFT's held-out answers."""
+    """Nats per token on SFT's held-out answers."""
     rows = SFTDataset(DATA / "eval_sft.jsonl", tokenizer, 128)
     return evaluate(model, rows, tokenizer, here(model), 32)["eval_loss"]
 
 
 def bits_per_byte(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Of the texts that pretraining holds out."""
+    """Bits per byte of pretraining's held-out texts."""
     rows = PretrainDataset(DATA / "pretrain_hq.jsonl", tokenizer, 128, part="eval")
     return evaluate(model, rows, tokenizer, here(model), 32)["eval_bits_per_byte"]
 
@@ -62,20 +62,20 @@ problems = partial(share_right, exam="eval_reason.jsonl", max_new_tokens=96)
 
 
 def sft_loss_change(start: Opened, end: Opened) -> str:
-    """What preference learning did to the loss that fine-tuning had brought down."""
+    """The change of fine-tuning's loss through preference learning."""
     before, after = held_out_loss(*start), held_out_loss(*end)
     return f"DPO: nats per token on SFT's held-out answers {before:.4f} -> {after:.4f} ({after / before - 1:+.1%})"
 
 
 def reasoning_accuracy(start: Opened, end: Opened) -> str:
-    """A thought, and how many of the new problems are right."""
+    """An example of a thought, and the share of new problems that are solved."""
     lines = read_lines(DATA / "eval_reason.jsonl")
     thought = answer(*end, [lines[0]["question"]], max_new_tokens=96)[0][0]
     return f"> {lines[0]['question']}\n{thought}\n\n{solve(*end).describe()}"
 
 
 class Solved(NamedTuple):
-    """How many of the held-out problems: in the right form, right at temperature 0, right by majority of VOTES."""
+    """Counts of held-out problems: with the right format, right at temperature 0, right by a majority of VOTES."""
 
     problems: int
     form: int

@@ -1,7 +1,7 @@
-"""Problems with answers that can be checked, and no thought beside them: what the demo learns by trying.
+"""Problems with answers that can be checked, without thoughts, for the demo's reinforcement learning.
 
-`story` is what the reasoning data shows, three numbers up to 40, one added and one taken away. The others reach beyond
-it: `more` numbers, `larger` ones, `units` to be converted, and `two_step` problems with a product in them.
+`story` is like the reasoning data: three numbers up to 40, one added and one subtracted. The other kinds go beyond it:
+`more` numbers, `larger` ones, `units` to be converted, and `two_step` problems with a product.
 """
 
 import random
@@ -71,8 +71,8 @@ BEYOND: dict[str, Callable[[random.Random, str], tuple[str, int]]] = {
 
 
 def problems_beyond(rng: random.Random, count: int, taken: set[str]) -> Iterator[dict]:
-    """`count` problems of each kind of BEYOND, in turn, in both languages; none asks what is in `taken`, which they
-    join."""
+    """`count` problems of each kind of BEYOND, in turn, in both languages; none has a question in `taken`, to which
+    they are added."""
     for _ in range(count):
         for kind, make in BEYOND.items():
             lang = rng.choice(("en", "zh"))

@@ -1,4 +1,4 @@
-"""What is said and asked of a drawn scene, in both languages: captions, questions, comparisons."""
+"""Texts on a drawn scene, in both languages: captions, questions, comparisons."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from scripts.demo.scenes import COLOURS, LANGUAGES, NUMBERS, PLACES, RELATIONS, 
 
 
 def captions(scene: Scene, lang: str) -> list[str]:
-    """What may be said of a scene in a language: everything first, then less."""
+    """Captions that are true of a scene, in a language, the most complete first."""
     first = scene.things[0]
     parts = [say_shape(first.shape, lang)]
     if first.colour:
@@ -38,7 +38,7 @@ def captions(scene: Scene, lang: str) -> list[str]:
 
 
 def alternatives(scene: Scene, lang: str) -> Iterator[tuple[str, list[str], int]]:
-    """What else a caption might say: (what is in question, captions, number of the true one), for zero-shot exams."""
+    """Alternative captions for zero-shot exams: (aspect, captions, index of the true one)."""
     first, second = scene.things[0], scene.things[-1]
     if scene.kind == "one":
         pairs, places = [(c, s) for c in COLOURS for s in SHAPES], list(PLACES)
@@ -56,7 +56,7 @@ def alternatives(scene: Scene, lang: str) -> Iterator[tuple[str, list[str], int]
 
 
 def _name(pair: Pair, lang: str) -> str:
-    """'red circle', '红色圆形'; of a colour without a name the shape alone."""
+    """'red circle', '红色圆形'; only the shape if the colour has no name."""
     colour, shape = COLOURS[pair[0]][1:] if pair[0] else ("", ""), SHAPES[pair[1]]
     return f"{colour[0]} {shape[0]}".lstrip() if lang == "en" else f"{colour[1]}{shape[1]}"
 
@@ -102,7 +102,7 @@ def say_how_many(pair: Pair, number: int, lang: str) -> str:
 
 
 def say_relation(first: str, relation: str, second: str, lang: str) -> str:
-    """Of what `say_what`, `say_colour` and `say_shape` say."""
+    """The relation of two things as a phrase; `first` and `second` come from `say_what`, `say_colour`, `say_shape`."""
     en, _, zh, _ = RELATIONS[relation]
     return f"{first}在{second}的{zh}" if lang == "zh" else f"{first} {en} {second}"
 
@@ -197,7 +197,7 @@ def _sentence(answer: str, lang: str) -> str:
 
 
 def questions(scene: Scene, lang: str, rng: random.Random) -> list[Question]:
-    """All that can be asked about a scene, each once, in a random phrasing."""
+    """All questions about a scene, each once, in a random phrasing."""
     i = LANGUAGES.index(lang)
     first = scene.things[0]
 
@@ -226,7 +226,7 @@ def questions(scene: Scene, lang: str, rng: random.Random) -> list[Question]:
 
 
 def comparisons(first: Scene, second: Scene, lang: str, rng: random.Random) -> list[Question]:
-    """All that can be asked about two scenes of one thing each."""
+    """All questions about two scenes with one thing each."""
     i = LANGUAGES.index(lang)
     a, b = first.things[0], second.things[0]
     asked = [("same shape", SAME[a.shape == b.shape][i])]

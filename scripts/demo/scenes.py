@@ -1,6 +1,6 @@
-"""A small world of pictures: coloured shapes on varied backgrounds, what can be said of them and asked about them.
+"""A small world of images: coloured shapes on varied backgrounds, with captions and questions.
 
-Nothing here reads or writes files; `make_demo_images.py` does. All lengths are shares of the picture's side.
+Nothing here reads or writes files; `make_demo_images.py` does. All lengths are shares of the image's side.
 """
 
 import colorsys
@@ -76,9 +76,9 @@ RADII = {"big": (0.18, 0.21), "small": (0.1, 0.125), "many": (0.085, 0.1)}
 
 
 def is_held_out(colour: str, shape: str) -> bool:
-    """Whether this colour is kept away from this shape: one shape of each colour is, and a second of every other, so
-    that every colour and every shape is seen, and the pair itself never, by neither the tower nor the language model,
-    and that among such pairs there are some of one colour, and some of one shape."""
+    """Whether this pair of colour and shape is held out: one shape of each colour is, and a second of every other
+    colour, so that every colour and every shape appears in training, but these pairs never do, neither for the tower
+    nor for the language model; some of them share a colour, and some a shape."""
     number = list(COLOURS).index(colour)
     apart = (list(SHAPES).index(shape) - number) % len(SHAPES)
     return apart == 0 or (apart == 3 and number % 2 == 0)
@@ -125,10 +125,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Things on a background; `seed` decides what no caption tells: texture, shade, noise.
+    """Things on a background; `seed` determines what captions do not mention: texture, shade, noise.
 
-    `kind` is "one" (a single thing), "many" (1 to 5 of the same kind) or "two" (the first stands `relation` the
-    second).
+    `kind` is "one" (a single thing), "many" (1 to 5 of the same kind) or "two" (the first is `relation` the second).
     """
 
     kind: str
@@ -141,7 +140,7 @@ class Scene:
 
 
 def invent(kind: str, kinds: Sequence[Pair], rng: random.Random) -> Scene:
-    """A random scene whose things are of the given (colour, shape) pairs."""
+    """A random scene with things of the given (colour, shape) pairs."""
     return {"one": _one, "many": _many, "two": _two}[kind](kinds, rng)
 
 
@@ -179,7 +178,7 @@ def _two(kinds, rng: random.Random) -> Scene:
 
 
 def draw(scene: Scene, side: int) -> Image.Image:
-    """The scene as an RGB picture of side x side pixels; the same scene always gives the same pixels."""
+    """The scene as an RGB image of side x side pixels; the same scene always gives the same pixels."""
     rng = np.random.default_rng(scene.seed)
     fine = 4 * side  # drawn four times finer, then reduced: smooth edges
     canvas = Image.fromarray(_background(rng, side)).resize((fine, fine), Image.Resampling.NEAREST)
@@ -198,14 +197,14 @@ def draw(scene: Scene, side: int) -> Image.Image:
 
 
 def _between_names(rng: np.random.Generator) -> tuple[int, int, int]:
-    """A colour that captions have no word for, mostly in a pale tone: white has no other neighbours."""
+    """A colour without a name in the captions, mostly pale, because only pale colours border on white."""
     hue = rng.uniform(*BETWEEN_NAMES[rng.choice(list(BETWEEN_NAMES))])
     saturation, value = rng.triangular(0.25, 0.25, 1), rng.uniform(0.9, 1)
     return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue / 360, saturation, value))
 
 
 def _stripes(thing: Thing, rng: np.random.Generator, side: int) -> np.ndarray:
-    """Stripes of two named colours, at any angle, several across the thing, uint8 (side, side, 3)."""
+    """Several stripes of two named colours across the thing, at any angle, uint8 (side, side, 3)."""
     one, other = (COLOURS[name][0] for name in rng.choice(list(COLOURS), 2, replace=False))
     angle, phase, period = rng.uniform(0, np.pi), rng.uniform(), rng.uniform(0.6, 1.2) * thing.radius
     y, x = np.mgrid[:side, :side] / side
@@ -214,7 +213,7 @@ def _stripes(thing: Thing, rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, side: int) -> np.ndarray:
-    """A muted, textured ground, uint8 (side, side, 3)."""
+    """A muted, textured background, uint8 (side, side, 3)."""
     shade = np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], float) + rng.uniform(-14, 14)
     y, x = np.mgrid[:side, :side] / side
     texture = TEXTURES[rng.integers(len(TEXTURES))]
@@ -231,7 +230,7 @@ def _background(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _outlines(thing: Thing) -> Iterator[tuple[list[tuple[float, float]], bool]]:
-    """The polygons of a thing, and whether each covers the ground or, as the hole of a ring, leaves it free."""
+    """The polygons of a thing, and whether each covers the background or, like a ring's hole, shows it."""
     for shape, scale, covers in ((thing.shape, 1.0, True), ("hole", 0.55, False))[: 1 + (thing.shape == "ring")]:
         turn, radius = math.radians(thing.turn), thing.radius * scale
         cos, sin = radius * math.cos(turn), radius * math.sin(turn)
@@ -239,7 +238,7 @@ def _outlines(thing: Thing) -> Iterator[tuple[list[tuple[float, float]], bool]]:
 
 
 def _unit_outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape of radius 1 around (0, 0), y downwards."""
+    """The corners of a shape of radius 1 around (0, 0), y pointing down."""
 
     def spoke(degrees: float, length: float = 1.0) -> tuple[float, float]:
         return length * math.sin(math.radians(degrees)), -length * math.cos(math.radians(degrees))

@@ -1,4 +1,4 @@
-"""Where the demo's data and weights lie, and how its stages are trained."""
+"""The paths of the demo's data and weights, and the settings of its stages."""
 
 from trainer.arguments import ROOT
 

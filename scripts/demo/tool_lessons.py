@@ -1,4 +1,4 @@
-"""`make demo-tools`: what the demo's chat model learns of tools, and an examination of what it does with them."""
+"""`make demo-tools`: training data on tools for the demo's chat model, and an exam on using them."""
 
 import json
 import random
@@ -34,7 +34,7 @@ MOST_CALLS = 4
 
 
 class Question(NamedTuple):
-    """kind: "sum", "look-up" or "fact"; tools: names of those that are listed, none of them for an answer by itself."""
+    """kind: "sum", "look-up" or "fact"; tools: names of the listed tools, empty for an answer without tools."""
 
     lang: str
     kind: str
@@ -44,7 +44,7 @@ class Question(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What became of a question."""
+    """The outcome of a question."""
 
     right: bool
     called: bool
@@ -53,7 +53,7 @@ class Asked(NamedTuple):
 
 
 def write_lessons(path: Path, seed: int, talks: int = TALKS, general: int = GENERAL) -> None:
-    """The lines to learn from, with the demo's general chats among them; nothing where the file is there."""
+    """Write the training lines, mixed with the demo's general chats; does nothing if the file exists."""
     if path.exists():
         return
     rng = random.Random(seed)
@@ -67,8 +67,8 @@ def write_lessons(path: Path, seed: int, talks: int = TALKS, general: int = GENE
 
 
 def questions(seed: int, each: int = EACH) -> list[Question]:
-    """Sums with numbers and operators beyond those of the lessons, things that were never looked up there, and the
-    demo's held-out facts, with tools listed that they do not need."""
+    """Sums with numbers and operators beyond those of training, things that were never looked up there, and the demo's
+    held-out facts, with listed tools that they do not need."""
     rng = random.Random(f"examination {seed}")
     asked = []
     facts = read_lines(DATA / "eval_facts.jsonl")
@@ -98,7 +98,7 @@ def _listed(rng: random.Random, needed: str) -> tuple[str, ...]:
 
 
 def examine(weights: Path, asked: Sequence[Question], with_tools: bool = True) -> list[Asked]:
-    """Ask every question, greedy, many at a time; what is called is run."""
+    """Ask every question, greedy, many at a time, running the tools that are called."""
     model, tokenizer = open_model(weights)
     engine = Engine(model, tokenizer, slots=SLOTS, slot_len=1024, token_budget=1024)
     talks: list[list[dict[str, Any]]] = [[{"role": "user", "content": question.text}] for question in asked]
@@ -132,7 +132,7 @@ def _with_tools(talk: list[dict], question: Question) -> list[dict]:
 
 
 def _ended(tally: Asked, question: Question, text: str) -> Asked:
-    """The tally with the last answer: a fact is compared as a whole, a number must be among those that it names."""
+    """Add a final answer to the tally: a fact must match as a whole, a number must be among those in the answer."""
     if question.kind == "fact":
         right = is_right(text, question.answers)
     else:
@@ -142,8 +142,8 @@ def _ended(tally: Asked, question: Question, text: str) -> Asked:
 
 
 def summary(asked: Sequence[Question], found: Sequence[Asked]) -> dict[str, dict[str, float]]:
-    """By language: shares of right answers of each kind, of facts for which something was called, of calls that are
-    valid (1 where there are none)."""
+    """Shares by language: of right answers of each kind, of facts with a needless call, and of valid calls (1 if there
+    are no calls)."""
     shares: dict[str, dict[str, float]] = {}
     for lang in sorted({question.lang for question in asked}):
         of_lang = [pair for pair in zip(asked, found, strict=True) if pair[0].lang == lang]
@@ -160,7 +160,7 @@ def summary(asked: Sequence[Question], found: Sequence[Asked]) -> dict[str, dict
 
 
 def table_of(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A line for each model and language."""
+    """A table with a line per model and language."""
     columns = {"sum": "sums", "look-up": "look-ups", "fact": "facts", "needless": "needless", "valid": "valid"}
     lines = [f"{'':<26}" + "".join(f"{name:>10}" for name in columns.values())]
     for name, by_lang in results.items():
@@ -170,7 +170,7 @@ def table_of(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def conversation(weights: Path, texts: Sequence[str]) -> str:
-    """A few questions, what is called for them, and the answers, greedy."""
+    """A few questions with the calls made for them, and the greedy answers."""
     model, tokenizer = open_model(weights)
     engine = Engine(model, tokenizer, slots=1, slot_len=1024)
     lines = []

@@ -1,6 +1,6 @@
-"""Talks in which a model calls tools, in both languages: what the demo's tool_mix.jsonl holds.
+"""Chats in which a model calls tools, in both languages: the content of the demo's tool_mix.jsonl.
 
-Every result is what the tool itself gives back. Some questions need no tool, some two, and some calls fail.
+Every result is the tool's real one. Some questions need no tool, some two, and some calls fail.
 """
 
 import datetime
@@ -52,14 +52,14 @@ MORE_ARE = {"en": "Then there are {r} {x} in stock.", "zh": "那么 {x} 的库�
 
 
 class Talk:
-    """A talk that is being written: its turns, with results that are the tools' own."""
+    """A chat under construction: its turns, with the tools' real results."""
 
     def __init__(self, question: str):
         self.turns: list[dict] = [{"role": "user", "content": question}]
         self._calls = 0
 
     def call(self, *calls: tuple[str, dict]) -> list[str]:
-        """Have the assistant call tools; what they give back."""
+        """Let the assistant call tools; returns their results."""
         ids = [f"call_{self._calls + n}" for n in range(1, len(calls) + 1)]
         self._calls += len(calls)
         functions = [{"name": name, "arguments": json.dumps(given, ensure_ascii=False)} for name, given in calls]
@@ -76,7 +76,7 @@ class Talk:
 
 
 def tool_talks(rng: random.Random, count: int, world: list[Relation]) -> list[dict]:
-    """So many lines of an SFT file, each with the tools that may be called in it."""
+    """This many lines of an SFT file, each with the tools that may be called in it."""
     kinds = (_sum, _sum, _sum, _weekday, _later, _units, _stock, _stock, _no_stock, _no_sum, _both, _more, _fact, _fact)
     lines = []
     for _ in range(count):
@@ -88,7 +88,7 @@ def tool_talks(rng: random.Random, count: int, world: list[Relation]) -> list[di
 
 
 def _number(rng: random.Random) -> int:
-    """Beyond those of the demo's sums in the head, which stay in their own files."""
+    """A number larger than those in the demo's arithmetic without tools, which has files of its own."""
     return rng.randint(101, 10 ** rng.randint(3, 5))
 
 
@@ -190,7 +190,7 @@ def _more(rng, lang, world) -> tuple[Talk, list[str]]:
 
 
 def _fact(rng, lang, world) -> tuple[Talk, list[str]]:
-    """A question that the model answers by itself, although it could call something."""
+    """A question that the model answers without a call, although tools are listed."""
     relation = rng.choice([relation for relation in world if relation.lang == lang])
     x, (y, *_) = rng.choice(relation.rows)
     talk = Talk(rng.choice(relation.asked).format(x=x))

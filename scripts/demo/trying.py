@@ -2,11 +2,11 @@
 
     cold start    SFT on 300 written thoughts and some general chats, from the demo's chat model
     first GRPO    reinforcement learning
-    rejection     what it now gets right and in form becomes SFT lines, with general chats among them
+    rejection     its right answers in the right format become SFT lines, mixed with general chats
     SFT           of the chat model, on these
     second GRPO   from there
 
-Everything lies in one folder, `out/demo/r1`, a folder a stage: no other demo's weights are touched.
+Everything is in `out/demo/r1`, with one folder per stage: no other demo's weights are changed.
 """
 
 import json
@@ -46,7 +46,7 @@ FIRST_STEPS, SECOND_STEPS, ZERO_STEPS = ("180", "60", "30")  # of 128 answers
 
 
 class Stage(NamedTuple):
-    """A training of the recipe: its folder in `R1`, the name of what it writes, and its command but for --out_dir."""
+    """A training of the recipe: its folder in `R1`, the name of its weights, and its command without --out_dir."""
 
     folder: str
     written: str
@@ -57,7 +57,7 @@ class Stage(NamedTuple):
 
 
 def recipe(root: Path, start: Path, seed: int) -> dict[str, Stage]:
-    """The stages in order, by name, each starting from what an earlier one left under `root`."""
+    """The stages in order, by name, each starting from an earlier one's weights under `root`."""
     cold = Stage("cold_start", "reason", ("train_distill_reason.py", *COLD, *_from(start)))
     cold = cold._replace(command=(*cold.command, "--data_path", str(DATA / "rl_cold_start.jsonl")))
     first = Stage("grpo_1", "grpo", ("train_grpo.py", *TRYING, *_from(cold.weights(root)), "--max_steps", FIRST_STEPS))
@@ -79,8 +79,8 @@ def train(stage: Stage, root: Path) -> None:
 
 
 def sample(stage: Stage, root: Path, seed: int) -> None:
-    """Answers of a stage's model that are right and in form, general chats among them, as `sampled.jsonl`; and pairs of
-    right and wrong ones, as `pairs.jsonl`, for the verifier. Nothing where they are there."""
+    """Write right answers of a stage's model in the right format, mixed with general chats, as `sampled.jsonl`, and
+    pairs of right and wrong answers as `pairs.jsonl`, for the verifier; does nothing if these files exist."""
     together = root / "sampled.jsonl"
     if together.exists():
         return
@@ -97,7 +97,7 @@ def sample(stage: Stage, root: Path, seed: int) -> None:
 
 
 def train_verifier(root: Path, start: Path, seed: int) -> Path:
-    """A reward model of the pairs that `sample` left."""
+    """Train a reward model on the pairs written by `sample`."""
     settings = ("--epochs", "2", "--batch_size", "16", "--learning_rate", "3e-4", "--eval_interval", "0")
     data = ("--data_path", str(root / "pairs.jsonl"), *_from(start), "--out_dir", str(root / "verifier"))
     run("train_reward.py", *SIZES, *settings, *data, "--seed", str(seed), "--resume")
@@ -105,7 +105,7 @@ def train_verifier(root: Path, start: Path, seed: int) -> Path:
 
 
 class Solved(NamedTuple):
-    """Shares of the unseen problems, in the cold start's range and beyond it, and what the answers are like."""
+    """Shares of solved unseen problems, in the cold start's range and beyond it, and properties of the answers."""
 
     problems: int  # in range
     form: float
@@ -121,7 +121,7 @@ def examine(weights: Path, verifier: Path | None = None, seed: int = 0, problems
     """Ask every problem of eval_rl.jsonl, greedy, and those in range VOTES times at temperature 1.
 
     Args:
-        problems: ask the first so many alone.
+        problems: ask only the first N.
     """
     model, tokenizer = open_model(weights)
     data = RLDataset(DATA / "eval_rl.jsonl", tokenizer, 160, False, max_new_tokens=LIMIT)
@@ -164,7 +164,7 @@ def _share(rule: str, replies: Sequence[Reply]) -> float:
 
 
 def thoughts(weights: Path, count: int = 3) -> list[str]:
-    """What a model writes to the first problems of eval_rl.jsonl, greedy, as it is."""
+    """A model's unedited greedy answers to the first problems of eval_rl.jsonl."""
     model, tokenizer = open_model(weights)
     data = RLDataset(DATA / "eval_rl.jsonl", tokenizer, 160, False, max_new_tokens=LIMIT)
     numbers = [int(number) for number in data.numbers][:count]
@@ -176,8 +176,8 @@ def thoughts(weights: Path, count: int = 3) -> list[str]:
 
 
 def table(results: dict[str, dict]) -> str:
-    """A line a stage: form and right answers of the unseen problems in range, right ones beyond it, length, facts,
-    minutes."""
+    """A table with a line per stage: format and right answers on unseen problems in range, right answers beyond it,
+    length, facts, minutes."""
     names = f"{'form':>8}{'greedy':>9}{'8 votes':>9}{'verifier':>10}{'beyond':>9}{'tokens':>8}{'facts':>8}"
     lines = [f"{'':<14}{'minutes':>8}{names}"]
     for name, found in results.items():

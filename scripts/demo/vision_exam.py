@@ -1,4 +1,4 @@
-"""Questions about pictures: asking them, and telling what was seen from what could be guessed."""
+"""Questions about images: asking them, and telling seeing from guessing."""
 
 import math
 import random
@@ -24,7 +24,7 @@ def look(
     exam: Sequence[dict],
     batch_size: int = 128,
 ) -> list[str]:
-    """Greedy answers to questions about pictures, `{"image": [name, …], "question"}`."""
+    """Greedy answers to questions about images, `{"image": [name, …], "question"}`."""
     prompts = []
     for question in exam:
         content = [*(images_path / name for name in question["image"]), question["question"]]
@@ -46,7 +46,7 @@ def look(
 
 
 def shuffled(exam: Sequence[dict], seed: int = 0) -> list[dict]:
-    """The same questions with each other's pictures, among those of one kind and language."""
+    """The same questions with images swapped among those of one kind and language."""
     mixed = list(exam)
     for numbers in _groups(exam).values():
         others = random.Random(seed).sample(numbers, len(numbers))
@@ -58,9 +58,9 @@ def shuffled(exam: Sequence[dict], seed: int = 0) -> list[dict]:
 def shares(
     exam: Sequence[dict], replies: Sequence[str], blind: Sequence[str]
 ) -> dict[tuple[str, str], dict[str, float]]:
-    """For each (language, kind): the shares of `right`, of `majority` (what the most frequent answer would get) and of
-    `shuffled` (what the replies to shuffled pictures get), how many were `asked`, and `limit`: what `shuffled` may
-    reach by luck, three standard deviations above `majority`."""
+    """For each (language, kind): the share of `right` answers, of `majority` (always giving the most frequent answer)
+    and of `shuffled` (with swapped images), the number `asked`, and `limit`: what `shuffled` may reach by chance, three
+    standard deviations above `majority`."""
     result = {}
     for group, numbers in _groups(exam).items():
         asked = len(numbers)

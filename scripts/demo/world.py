@@ -1,4 +1,4 @@
-"""A small true world in two languages, read from world.json: facts, and the ways to ask about each."""
+"""A small world of true facts in two languages, read from world.json, and phrasings of questions about each."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,11 @@ WORLD = json.loads(Path(__file__).with_name("world.json").read_text(encoding="ut
 class Relation(NamedTuple):
     """One kind of fact in one language.
 
-    In phrasings `{x}` is what is asked about and `{y}` the answer; where two things are asked about at once, as units
-    are, they are `{x[0]}` and `{x[1]}`.
+    In phrasings `{x}` is the subject of the question and `{y}` the answer; if there are two subjects, as for units,
+    they are `{x[0]}` and `{x[1]}`.
 
-    rows: what is asked about, and the accepted answers, the one that is taught first.
-    asked, held_out: questions for training, and for the examination alone.
+    rows: the subject and the accepted answers, the one used in training first.
+    asked, held_out: questions for training, and for the exam only.
     stated: sentences for pretraining.
     """
 
@@ -27,7 +27,7 @@ class Relation(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """Who the model says it is: questions in training and held-out phrasings, and the accepted answers' first form."""
+    """Questions on the model's identity, in training and held-out phrasings, and the first accepted answer."""
 
     lang: str
     asked: tuple[str, ...]
@@ -49,7 +49,7 @@ def relations() -> list[Relation]:
 
 
 def identities(name_en: str, maker_en: str, name_zh: str, maker_zh: str) -> list[Identity]:
-    """The identity questions, for MiniMind or for whoever an adapter turns it into."""
+    """The identity questions, for MiniMind or for the identity that an adapter gives it."""
     names = {"en": {"name": name_en, "maker": maker_en}, "zh": {"name": name_zh, "maker": maker_zh}}
     return [
         Identity(

@@ -1,4 +1,4 @@
-"""How good a model is: what stands behind scripts/eval_benchmarks.py, on EleutherAI's harness and our own engine."""
+"""Behind scripts/eval_benchmarks.py: evaluation with EleutherAI's harness and our own engine."""
 
 import importlib.util
 import logging
@@ -7,7 +7,7 @@ from trainer.errors import UserError
 
 
 def require_harness() -> None:
-    """Before anything here is imported, which needs it; and keep it from reporting each prompt and sampler.
+    """Require lm_eval before the modules here, which need it, are imported; silence its log of prompts and samplers.
 
     Raises:
         UserError: it is not installed.

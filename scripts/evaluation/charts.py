@@ -1,4 +1,4 @@
-"""Results as a picture."""
+"""Results as a chart."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ ROW = 0.3  # inches
 
 
 def score_chart(models: Mapping[str, Results], path: Path) -> None:
-    """A PNG: a bar for each exam and model with its standard error, and where chance lies."""
+    """Draw a PNG with a bar for each exam and model, its standard error, and the chance level."""
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a display
 
     results = next(iter(models.values()))

@@ -9,15 +9,15 @@ from trainer.errors import UserError
 
 
 def shuffle_stems(name: str, rows: Sequence[dict], stem: Sequence[str], seed: int) -> list[dict]:
-    """Every row with another one's stem and its own options: what is left of a score then is prior.
+    """Give every row another row's stem, with its own options: the score that remains is due to priors.
 
     Args:
-        name: of the exam.
-        stem: the fields of a row that are the question, without its options.
-        seed: of the order, in which each takes the next one's.
+        name: the exam's name.
+        stem: the fields of a row that form the question without its options.
+        seed: of a random order, in which each row takes the next one's stem.
 
     Raises:
-        UserError: the stem cannot be parted from the options, or there is no other one.
+        UserError: the stem cannot be separated from the options, or there is only one row.
     """
     if not stem:
         raise UserError(f"--control shuffle: {name} has no stem apart from its options")
@@ -30,14 +30,14 @@ def shuffle_stems(name: str, rows: Sequence[dict], stem: Sequence[str], seed: in
 
 
 class Position(NamedTuple):
-    """How often an option's place was chosen, and how often it was the right one; shares of all questions."""
+    """The shares of all questions in which an option's position was chosen, and in which it was the right one."""
 
     chosen: float
     right: float
 
 
 def position_bias(chosen: Iterable[int], targets: Iterable[int]) -> dict[str, Position]:
-    """By letter, A for the first option: what a model that likes a place shows in the first number alone."""
+    """By letter, A for the first option: a model's preference for a position shows only in `chosen`."""
     chosen, targets = Counter(chosen), Counter(targets)
     n = sum(targets.values())
     places = range(max([*chosen, *targets]) + 1)

@@ -1,4 +1,4 @@
-"""Asking: each question as the harness words it, each option's log-likelihood, and what follows from them."""
+"""Asking questions: the harness's prompts, each option's log-likelihood, and the chosen options."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ class Answer:
     """A model's answer to a question.
 
     Attributes:
-        exam: its name.
-        number: of the question, from 0.
-        prompt: what was read; a list where each option has its own.
-        options: as they stand in the question; empty where a text is only to be continued.
+        exam: the exam's name.
+        number: the question's number, from 0.
+        prompt: the prompt; a list if each option has its own.
+        options: the question's options; empty if a text is only to be continued.
         logprobs: each option's summed log-likelihood, in nats.
-        target: the number of the right option; of a text to be continued, the continuation.
-        greedy: whether greedy decoding writes the first continuation.
-        row: tells its question from others, however it was asked.
+        target: the number of the right option; for a text to be continued, the continuation.
+        greedy: whether greedy decoding gives the first continuation.
+        row: identifies the question, whatever the prompt.
     """
 
     exam: str
@@ -39,12 +39,12 @@ class Answer:
 
     @property
     def chosen(self) -> int:
-        """The likeliest option; of equal ones the first, as the harness has it."""
+        """The most likely option; of equal ones the first, as in the harness."""
         return int(np.argmax(self.logprobs))
 
     @property
     def chosen_norm(self) -> int:
-        """The one with the largest log-likelihood per character, likewise."""
+        """The option with the largest log-likelihood per character, likewise."""
         return int(np.argmax(np.array(self.logprobs) / [float(len(option)) for option in self.options]))
 
     @property
@@ -56,14 +56,14 @@ class Answer:
         return self.chosen_norm == self.target
 
     def line(self) -> dict:
-        """For --log_samples."""
+        """The line for --log_samples."""
         about = {"task": self.exam, "number": self.number, "prompt": self.prompt, "target": self.target}
         chosen = {"chosen": self.chosen, "chosen_norm": self.chosen_norm} if self.options else {}
         return about | {"options": self.options, "logprobs": self.logprobs} | chosen | {"right": self.right}
 
 
 class Asked(NamedTuple):
-    """A question as it is put to a model, one request for each of its options."""
+    """A question as requests to a model, one for each of its options."""
 
     exam: Exam
     number: int
@@ -77,7 +77,7 @@ def worded(
     """The questions of some exams.
 
     Args:
-        chat: as a chat, examples as earlier turns, in the layout of the model; otherwise as plain text.
+        chat: as a chat in the model's layout, with examples as earlier turns; otherwise as plain text.
         limit, shuffle: see `Exam.rows`.
     """
     how = {"apply_chat_template": chat, "chat_template": lm.apply_chat_template if chat else None}
@@ -93,7 +93,7 @@ def worded(
 
 
 def ask(asked: Sequence[Asked], lm: LM) -> list[Answer]:
-    """A model's answers to questions, all of which it is given together."""
+    """A model's answers to questions, which it gets all at once."""
     found = iter(lm.loglikelihood([request for question in asked for request in question.requests]))
     return [_answer(*question, [next(found) for _ in question.requests]) for question in asked]
 

@@ -1,5 +1,5 @@
-"""MiniMind as a model of EleutherAI's harness: `lm_eval`'s own `hf` class in all that touches text, our decoder and our
-engine in what computes.
+"""MiniMind as a model of EleutherAI's harness: `lm_eval`'s own `hf` class handles texts and tokens, our decoder and our
+engine do the computation.
 
     lm_eval.simple_evaluate(model=MiniMindHarness(model, tokenizer), tasks=["cmmlu"], num_fewshot=5)
 """
@@ -23,11 +23,11 @@ from trainer.errors import UserError
 class MiniMindHarness(HFLM):
     """Dense, MoE, an adapter on it, a reasoning model, or a VLM's language half; fp32 where the weights are.
 
-    Texts become tokens as the `hf` class makes them from a folder of `convert_model.py to-transformers`, control tokens
-    and the chat's layout included, so that scores are the same, question by question.
+    Texts are tokenised as by the `hf` class with a folder of `convert_model.py to-transformers`, including control
+    tokens and chat layout, so that scores are the same, question by question.
 
     Args:
-        batch_size: questions in flight, or answers that are being written.
+        batch_size: concurrent questions, or answers being generated.
     """
 
     def __init__(self, model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, batch_size: int = 16):
@@ -37,9 +37,9 @@ class MiniMindHarness(HFLM):
         self._likelihoods = Likelihoods(model, batch_size)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """As the harness defines it: (log-likelihood in nats, whether greedy decoding writes it) of each continuation.
+        """As defined by the harness: (log-likelihood in nats, whether greedy decoding gives it) of each continuation.
 
-        What is encoded more than once, a question for each of its options, is encoded once.
+        Texts that occur several times, such as a question with each of its options, are encoded only once.
         """
         pairs = [request.args for request in requests]
         encoded = self._encoded(pairs)
@@ -49,7 +49,7 @@ class MiniMindHarness(HFLM):
         )
 
     def _encoded(self, pairs: list[tuple[str, str]]) -> dict[tuple[str, str], tuple[list[int], list[int]]]:
-        """`_encode_pair` of each, whose two texts are encoded with all the others, on all cores."""
+        """The result of `_encode_pair` for each pair, with all texts encoded in one call, on all cores."""
         texts = dict.fromkeys(text for pair in pairs for text in self._texts(*pair))
         kwargs = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
         bos = self.tokenizer.decode(self.prefix_token_id)
@@ -71,7 +71,7 @@ class MiniMindHarness(HFLM):
 
     @staticmethod
     def _texts(context: str, continuation: str) -> tuple[str, ...]:
-        """The context without the spaces at its end, which belong to what follows, and both together."""
+        """The context without trailing spaces, which count as part of the continuation, and the two joined."""
         return (context.rstrip(), context + continuation) if context else ()
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
@@ -96,7 +96,7 @@ class MiniMindHarness(HFLM):
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers, greedy or sampled as each request says, cut before its first stop text; several at once."""
+        """Answers, greedy or sampled as each request says, cut before its first stop string; several at once."""
         engine = Engine(self.model, self.tokenizer, slots=self.batch_size)
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         answers = {}

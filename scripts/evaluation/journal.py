@@ -1,4 +1,4 @@
-"""What a model has answered already, in a file beside the results: an interrupted run continues from there."""
+"""A model's answers so far, in a file beside the results: an interrupted run continues from there."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from trainer.errors import UserError
 
 
 class Journal:
-    """A file of JSON lines, one a request, written as each is answered; the harness's cache hook.
+    """A file of JSON lines, one per request, written when it is answered; the harness's cache hook.
 
     Args:
-        path: the file; what it holds is known, except a last line that a kill cut short.
-        model: tells the weights and the tokenizer from others; a request's key hashes it with the texts.
+        path: the file; its lines are used again, except a last one that a kill has truncated.
+        model: identifies the weights and the tokenizer; a request's key is a hash of it and the texts.
     """
 
     def __init__(self, path: Path, model: str):
@@ -43,7 +43,7 @@ class Journal:
         return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:32]
 
     def add_partial(self, method: str, arguments: Sequence, value: Sequence) -> None:
-        """An answer, from the model; on its way to the disk when this returns."""
+        """Record a model's answer; it has been passed to the operating system when this returns."""
         entry = {"key": self.key(method, arguments), "value": [*value]}
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
@@ -53,10 +53,10 @@ class Journal:
 
 
 class Resumed:
-    """A model of the harness that is asked only what its journal does not know.
+    """A model of the harness that gets only the requests that its journal has no answer to.
 
     Args:
-        told: called with how many of how many requests are known.
+        told: called with the number of answered requests and of all requests.
     """
 
     def __init__(self, lm: LM, journal: Journal, told: Callable[[int, int], None]):

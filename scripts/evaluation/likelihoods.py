@@ -16,26 +16,26 @@ LOGIT_ROWS = 1024  # of the vocabulary's width that exist at once
 
 
 class Question(NamedTuple):
-    """A context, one token at least, and the continuations asked for, each one token at least."""
+    """A context and its continuations, each of at least one token."""
 
     context: list[int]
     continuations: list[list[int]]
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation: the sum of its tokens' log-probabilities, in nats, and whether each is the likeliest."""
+    """A continuation's sum of token log-probabilities, in nats, and whether every token is the most likely one."""
 
     logprob: float
     greedy: bool
 
 
 class Likelihoods:
-    """Reads questions with one model: a context once for all its continuations, and what the contexts of neighbours
-    (in the order of their tokens) begin with, such as a subject's few-shot examples, once for all of them.
+    """Processes questions with one model: a context only once for all its continuations, and a common prefix of
+    neighbouring contexts (in the order of their tokens), such as a subject's few-shot examples, only once for all.
 
     Args:
         model: see `Decoder`.
-        batch_size: questions in flight.
+        batch_size: concurrent questions.
     """
 
     def __init__(self, model: MiniMindLM, batch_size: int):
@@ -46,10 +46,10 @@ class Likelihoods:
         self._holders = 0
 
     def of(self, questions: Sequence[Question]) -> Iterator[tuple[int, list[Likelihood]]]:
-        """Yield (number of the question, the likelihoods of its continuations), in the order in which they are read.
+        """Yield (number of the question, the likelihoods of its continuations), in the order of processing.
 
         Raises:
-            ValueError: context and continuation, all but its last token, are longer than the model's `max_seq_len`.
+            ValueError: context and continuation without its last token are longer than the model's `max_seq_len`.
         """
         longest = self.model.config.max_seq_len
         texts = [question for question in questions if _room(question) <= longest]
@@ -81,7 +81,7 @@ class Likelihoods:
         return self._decoder
 
     def _hold(self, decoder: Decoder, beginning: list[int], slots: int) -> None:
-        """Let each of the first slots hold these tokens."""
+        """Prefill these tokens into each of the first `slots` slots."""
         same = common_prefix_length(self._held, beginning)
         if same < len(beginning):
             for start in range(same, len(beginning), BATCH_TOKENS):
@@ -93,7 +93,7 @@ class Likelihoods:
         self._holders = max(self._holders, slots)
 
     def _read(self, decoder: Decoder, batch: list[Question], start: int) -> list[list[Likelihood]]:
-        """One pass over contexts whose first `start` tokens are held, and over their continuations."""
+        """One pass over contexts, whose first `start` tokens are cached, and over their continuations."""
         spans = [
             Span(slot, start, question.context[start:], branches=[ids[:-1] for ids in question.continuations])
             for slot, question in enumerate(batch)
@@ -128,12 +128,12 @@ class Likelihoods:
 
 
 def _room(question: Question) -> int:
-    """Tokens that are read for it: the last of a continuation is only predicted."""
+    """The number of tokens to process for a question: the last of each continuation is only predicted."""
     return len(question.context) + sum(len(ids) - 1 for ids in question.continuations)
 
 
 def _logprobs(decoder: Decoder, hidden: torch.Tensor, pairs: list[tuple[int, int]]) -> list[tuple[float, bool]]:
-    """For each (row of `hidden`, token): the token's log-probability there, and whether it is the likeliest."""
+    """For each (row of `hidden`, token): the token's log-probability, and whether it is the most likely one."""
     needed = sorted({row for row, _ in pairs})
     place = {row: i for i, row in enumerate(needed)}
     found: list[tuple[float, bool] | None] = [None] * len(pairs)
@@ -156,10 +156,10 @@ def _logprobs(decoder: Decoder, hidden: torch.Tensor, pairs: list[tuple[int, int
 
 
 def runs(contexts: Sequence[list[int]]) -> Iterator[tuple[int, int, int]]:
-    """Cut sorted contexts where what neighbours share changes much: at a new subject, whose examples are others.
+    """Split sorted contexts where the common prefix of neighbours changes much: at a new subject with other examples.
 
     Yields:
-        (first, one past the last, tokens that all of these begin with; never a whole context, 0 where it does not pay).
+        (first, one past the last, length of their common prefix; never a whole context, 0 if it does not pay).
     """
     n = len(contexts)
     shared = [min(common_prefix_length(a, b), len(a) - 1, len(b) - 1) for a, b in itertools.pairwise(contexts)]
@@ -179,7 +179,7 @@ def runs(contexts: Sequence[list[int]]) -> Iterator[tuple[int, int, int]]:
 
 
 def _batches(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
-    """(first, one past the last) of consecutive texts with these sizes in tokens that are read together."""
+    """(first, one past the last) of consecutive texts that form a batch; `sizes` are in tokens."""
     first, tokens = 0, 0
     for i, size in enumerate(sizes):
         if i > first and (i - first == most or tokens + size > BATCH_TOKENS):

@@ -1,4 +1,4 @@
-"""Which models are asked: our weights by our own reading, any other `transformers` folder by the harness's."""
+"""Opening the models to evaluate: our weights by our own loader, other `transformers` folders by the harness's."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,8 @@ from trainer.architecture import untold_sizes
 from trainer.device import pick_device
 from trainer.errors import UserError, print_notice
 from trainer.folder_layouts import check_config
-from trainer.loading import STAGES, load_by_flags, load_for_inference, merge_adapter
+from trainer.inference_arguments import STAGES
+from trainer.loading import load_by_flags, load_for_inference, merge_adapter
 from trainer.weight_files import read_weights
 from trainer.weights import (
     architecture,
@@ -33,10 +34,10 @@ PROJECTION = "vision_proj.vision_proj.0.weight"  # what a vision-language model 
 
 
 def open_models(args) -> Iterator[tuple[str, Callable[[], TemplateLM]]]:
-    """(name, what opens it) of each model that the command line names: --weights, or eval_model.py's flags.
+    """(name, function that opens it) for each model of the command line: --weights, or eval_model.py's flags.
 
     Raises:
-        UserError: when opened: missing, damaged, or no model.
+        UserError: when opened: missing, damaged, or not a model.
     """
     device = pick_device(args.device)
     if not args.weights:
@@ -67,10 +68,10 @@ def _open(path: Path, args, device: torch.device) -> TemplateLM:
 def _language_half(
     path: Path, projection: Tensor, tokenizer_folder: str | None, adapter: Path | None
 ) -> tuple[MiniMindLM, PreTrainedTokenizerBase]:
-    """A vision-language model that is given no picture, so it needs no tower.
+    """The language model of a vision-language model: without images it needs no vision tower.
 
     Args:
-        projection: its weight (dim, vision_dim), by which its tower's width is known.
+        projection: the weight of the projection (dim, vision_dim), which gives the tower's width.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
 
@@ -103,5 +104,5 @@ def _open_other(path: Path, args, device: torch.device, reason: UserError) -> HF
 
 
 def fingerprint(lm: TemplateLM) -> str:
-    """Tells a model's weights and tokenizer from others'."""
+    """Identifies a model's weights and tokenizer."""
     return f"{hash_weights(lm.model.state_dict())}-{tokenizer_hash(lm.tokenizer)}"

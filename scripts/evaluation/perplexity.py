@@ -1,4 +1,4 @@
-"""How well a model predicts a text, in numbers that do not depend on its tokenizer."""
+"""How well a model predicts a text, measured independently of its tokenizer."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ TEXTS_AT_ONCE = 64
 
 
 class Predicted(NamedTuple):
-    """Of some texts: their tokens, UTF-8 bytes, and negative log-likelihood in nats."""
+    """The tokens, UTF-8 bytes, and negative log-likelihood in nats of some texts."""
 
     texts: int
     tokens: int
@@ -25,7 +25,7 @@ class Predicted(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
-        """Compares models with different tokenizers, as nats per token do not."""
+        """Bits per byte, which can compare models with different tokenizers, unlike nats per token."""
         return self.nats / math.log(2) / self.bytes
 
     @property
@@ -34,14 +34,14 @@ class Predicted(NamedTuple):
 
 
 def windows(ids: Sequence[int], begin: int, window: int, stride: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Cut a text into (context, predicted) so that each token is predicted once.
+    """Split a text into (context, predicted) pairs so that each token is predicted once.
 
     Args:
         ids: the text's tokens.
-        begin: the token that stands before the first, `<s>`.
-        window: tokens that a model reads at once.
-        stride: tokens that each window after the first predicts; the others are the context of these, so that none but
-            the text's own beginning has less than `window - stride` tokens before it.
+        begin: the token before the first, `<s>`.
+        window: tokens that a model processes at once.
+        stride: tokens that each window after the first predicts; the others are their context, so that only the text's
+            beginning has less than `window - stride` tokens before it.
     """
     whole, at = [begin, *ids], 1
     while at < len(whole):
@@ -55,7 +55,7 @@ def perplexity(lm: "TemplateLM", texts: Iterable[str], window: int) -> Predicted
 
     Args:
         lm: any model of the harness whose texts are tokens.
-        window: in tokens; more than the model takes is cut to that.
+        window: in tokens; at most the model's context.
 
     Raises:
         UserError: there is no text.
@@ -103,8 +103,8 @@ def predict_texts(
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a file: a .jsonl's lines with a "text", or the turns of chats one below the other; any other file is
-    one text.
+    """The texts of a file: of a .jsonl each line's "text", or the turns of its chat joined by line breaks; any other
+    file is one text.
 
     Raises:
         UserError, DataError: missing, not UTF-8, or a malformed line.

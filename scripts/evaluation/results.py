@@ -1,4 +1,4 @@
-"""From answers to results: a score for each benchmark, group and subject, and two models compared on each question."""
+"""From answers to results: scores of benchmarks, groups and subjects, and question-wise comparison of two models."""
 
 import hashlib
 import itertools
@@ -16,8 +16,8 @@ Results = dict[str, dict]  # by "benchmark", "benchmark/group" or "benchmark/sub
 
 
 def results_of(exams: Sequence[Exam], answers: Iterable[Answer]) -> Results:
-    """{name: {"n", "acc", "acc_norm", "stderr", "chance", "p"}}, see `Score`; a subject's has "p_holm" too, for all
-    subjects of its benchmark together."""
+    """{name: {"n", "acc", "acc_norm", "stderr", "chance", "p"}}, see `Score`; subjects also have "p_holm", adjusted for
+    all subjects of the benchmark."""
     by_exam: dict[str, list[Answer]] = {exam.name: [] for exam in exams}
     for answer in answers:
         by_exam[answer.exam].append(answer)
@@ -42,7 +42,7 @@ def _scored(answers: list[Answer]) -> dict:
 
 
 def positions_of(exams: Sequence[Exam], answers: Sequence[Answer]) -> dict[str, dict]:
-    """{benchmark: {letter: {"chosen", "right"}}}, where options are given."""
+    """{benchmark: {letter: {"chosen", "right"}}}, for benchmarks with options."""
     found = {}
     for benchmark in dict.fromkeys(exam.benchmark for exam in exams):
         names = {exam.name for exam in exams if exam.benchmark == benchmark}
@@ -54,7 +54,7 @@ def positions_of(exams: Sequence[Exam], answers: Sequence[Answer]) -> dict[str, 
 
 
 def right_answers(answers: Iterable[Answer]) -> dict[str, dict]:
-    """What `compare` needs: for each exam which questions were answered rightly, "0110…", and their hash."""
+    """The input of `compare`: for each exam, which questions were answered correctly, "0110…", and their hash."""
     found = {}
     for name, these in itertools.groupby(answers, key=lambda answer: answer.exam):
         these = list(these)
@@ -64,7 +64,7 @@ def right_answers(answers: Iterable[Answer]) -> dict[str, dict]:
 
 
 def submission(answers: Iterable[Answer]) -> dict[str, dict[str, str]]:
-    """{subject: {number: letter}}, as C-Eval's site takes it."""
+    """{subject: {number: letter}}, the format of C-Eval's site."""
     found: dict[str, dict[str, str]] = {}
     for answer in answers:
         found.setdefault(answer.exam.partition("/")[2], {})[str(answer.number)] = "ABCD"[answer.chosen]
@@ -72,10 +72,10 @@ def submission(answers: Iterable[Answer]) -> dict[str, dict[str, str]]:
 
 
 def read_results(path: Path) -> dict[str, dict]:
-    """{model: what --output says of it}.
+    """{model: its results in an --output file}.
 
     Raises:
-        UserError: missing, or no such file.
+        UserError: the file is missing, or of another kind.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -88,10 +88,10 @@ def read_results(path: Path) -> dict[str, dict]:
 
 
 def compare(first: dict, second: dict) -> dict[str, Paired]:
-    """McNemar's test for each benchmark that two models were asked, on the questions that both were.
+    """McNemar's test of two models for each common benchmark, on the common questions.
 
     Raises:
-        UserError: there are none.
+        UserError: they have none in common.
     """
     pairs: dict[str, tuple[list[bool], list[bool]]] = {}
     for name, asked in first["right"].items():

@@ -1,4 +1,4 @@
-"""What a score is worth: its standard error, the level of chance, and whether it can be told from that."""
+"""Statistics of a score: its standard error, the chance level, and whether it differs from chance."""
 
 import math
 from collections import Counter
@@ -11,11 +11,11 @@ ALPHA = 0.05
 
 
 class Score(NamedTuple):
-    """Of n questions.
+    """The score on n questions.
 
-    acc: share of right answers. acc_norm: the same where each option's log-likelihood is divided by its length in
-    characters, as the harness does. stderr: of acc. chance: expected share of who draws among each question's options.
-    p: of the hypothesis that this is all, two-sided. chance and p are None where no options are given.
+    acc: share of right answers. acc_norm: the same with each option's log-likelihood divided by its length in
+    characters, as in the harness. stderr: of acc. chance: expected share with random choices among each question's
+    options. p: two-sided, for the hypothesis that choices are random. chance and p are None without options.
     """
 
     n: int
@@ -27,11 +27,11 @@ class Score(NamedTuple):
 
 
 def score(right: Sequence[bool], right_norm: Sequence[bool] | None, options: Sequence[int]) -> Score:
-    """The score of answers.
+    """The score of some answers.
 
     Args:
-        right, right_norm: of each question, whether it was answered rightly, also by length-normalised likelihood.
-        options: how many each question had; 0 where none are given.
+        right, right_norm: whether each question was answered correctly, also by length-normalised likelihood.
+        options: the number of each question's options; 0 if it has none.
     """
     n, acc = len(right), float(np.mean(right))
     acc_norm = None if right_norm is None else float(np.mean(right_norm))
@@ -43,15 +43,15 @@ def score(right: Sequence[bool], right_norm: Sequence[bool] | None, options: Seq
 
 
 def standard_error(share: float, n: int) -> float:
-    """Of a share of n questions: sqrt(s (1 - s) / (n - 1)), the sample's standard deviation by sqrt(n); n = 1: NaN."""
+    """The standard error of a share s of n questions: sqrt(s (1 - s) / (n - 1)); NaN for n = 1."""
     return math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else math.nan
 
 
 def chance_distribution(options: Sequence[int]) -> np.ndarray:
-    """(n + 1,): how probable each number of right answers is for who draws among each question's k options.
+    """The probability of each number of right answers with random choices among each question's k options, (n + 1,).
 
-    A binomial distribution where k is the same everywhere, else a Poisson-binomial one: the convolution of a binomial
-    for each k.
+    A binomial distribution if k is always the same, else a Poisson-binomial one: the convolution of a binomial for each
+    k.
     """
     whole = np.ones(1)
     for k, n in sorted(Counter(options).items()):
@@ -60,7 +60,7 @@ def chance_distribution(options: Sequence[int]) -> np.ndarray:
 
 
 def binomial(n: int, p: float) -> np.ndarray:
-    """(n + 1,): the probabilities of 0 to n successes."""
+    """The probabilities of 0 to n successes, (n + 1,)."""
     if p in (0.0, 1.0):
         return np.eye(n + 1)[int(p * n)]
     log_factorial = np.array([math.lgamma(i + 1) for i in range(n + 1)])
@@ -70,19 +70,19 @@ def binomial(n: int, p: float) -> np.ndarray:
 
 
 def chance_p(right: int, options: Sequence[int]) -> float:
-    """Two-sided exact p of so many right answers under chance: the probability of all that are no more probable, as R's
-    and scipy's `binomtest` have it."""
+    """The exact two-sided p of this many right answers under chance: the total probability of all numbers that are no
+    more probable, as in R's and scipy's `binomtest`."""
     return _no_more_probable(chance_distribution(options), right)
 
 
 def _no_more_probable(probabilities: np.ndarray, seen: int) -> float:
-    limit = probabilities[seen] * (1 + 1e-7)  # rounding must not tell apart what is equal
+    limit = probabilities[seen] * (1 + 1e-7)  # rounding must not separate equal values
     return min(1.0, float(probabilities[probabilities <= limit].sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Each p adjusted for the others: below alpha for any of true hypotheses with probability alpha at most (Holm 1979,
-    "A simple sequentially rejective multiple test procedure")."""
+    """Each p adjusted for the others: the probability that any true hypothesis gets one below alpha is at most alpha
+    (Holm 1979, "A simple sequentially rejective multiple test procedure")."""
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         largest = max(largest, (len(p_values) - rank) * p_values[i])
@@ -91,8 +91,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 class Paired(NamedTuple):
-    """Two models on the same n questions: how many only the first, or only the second, answered rightly; p of McNemar's
-    exact test; the second's accuracy minus the first's, and its standard error."""
+    """Two models on the same n questions: the numbers that only the first, or only the second, answered correctly; p of
+    McNemar's exact test; the second's accuracy minus the first's, and its standard error."""
 
     n: int
     only_first: int
@@ -103,8 +103,9 @@ class Paired(NamedTuple):
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> Paired:
-    """Whether one model is better than the other (McNemar 1947, "Note on the sampling error of the difference between
-    correlated proportions"), exactly: among questions that one alone has right, each is as likely to be that one."""
+    """The exact test whether one model is better (McNemar 1947, "Note on the sampling error of the difference between
+    correlated proportions"): under the null hypothesis, a question that only one has right is equally likely to be
+    either's."""
     n = len(first)
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))

@@ -39,7 +39,7 @@ CEVAL = {
 
 
 def groups_of(subjects: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    """{subject: its groups} of one of the tables above."""
+    """{subject: its groups} from one of the tables above."""
     found: dict[str, tuple[str, ...]] = {}
     for group, names in subjects.items():
         for subject in names.split():

@@ -1,4 +1,4 @@
-"""Results as people read them in a terminal."""
+"""Results as tables for a terminal."""
 
 from collections.abc import Iterable, Mapping
 
@@ -14,7 +14,7 @@ LEGEND = (
 
 
 def score_table(models: Mapping[str, Results]) -> str:
-    """A line an exam, a column a model."""
+    """A table with a line per exam and a column per model."""
     results = next(iter(models.values()))
     longest = max(map(len, map(_indented, results)))
     lines = [f"{'':<{longest}}{'':>17}  " + "".join(f"{_short(name):<{WIDTH}}" for name in models)]
@@ -47,7 +47,7 @@ def _short(name: str) -> str:
 
 
 def position_table(models: Mapping[str, Mapping[str, dict]]) -> str:
-    """Per model and benchmark: how often each place was chosen, and how often it was right."""
+    """For each model and benchmark: how often each position was chosen, and how often it was right."""
     lines = ["share of answers by place: chosen / right"]
     for name, benchmarks in models.items():
         for benchmark, shares in benchmarks.items():
@@ -57,7 +57,7 @@ def position_table(models: Mapping[str, Mapping[str, dict]]) -> str:
 
 
 def predicted_table(rows: Iterable[tuple[str, str, Predicted]]) -> str:
-    """A line for each (model, file)."""
+    """A table with a line for each (model, file)."""
     lines = [f"{'':<{WIDTH}}{'bits/byte':>10}{'nats/token':>12}{'tokens':>12}{'bytes':>13}  file"]
     for name, file, found in rows:
         numbers = f"{found.bits_per_byte:>10.4f}{found.nats_per_token:>12.4f}{found.tokens:>12,}{found.bytes:>13,}"
@@ -66,7 +66,7 @@ def predicted_table(rows: Iterable[tuple[str, str, Predicted]]) -> str:
 
 
 def compared_table(pairs: Iterable[tuple[str, str, Mapping[str, Paired]]]) -> str:
-    """For each two models a line a benchmark: the second's accuracy minus the first's, in points."""
+    """For each pair of models a line per benchmark: the second's accuracy minus the first's, in points."""
     lines = []
     for first, second, found in pairs:
         lines.append(f"{second} against {first}")

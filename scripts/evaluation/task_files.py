@@ -1,14 +1,13 @@
-"""The publishers' own files of each benchmark, as rows with the names that the harness's prompts use.
+"""The published files of each benchmark, as rows with the field names that the harness's prompts use.
 
 Everything is read as text: an option "1.0", "NA" or "007" stays what it is.
 """
 
 import csv
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from dataset.jsonl import BadRecord, JsonlReader
+from dataset.jsonl import BadRecord, read_objects
 from trainer.errors import UserError
 
 Row = dict[str, object]
@@ -49,10 +48,10 @@ FILES = {  # of each benchmark: by the harness's name of a split, what the publi
 
 
 def folder_of(benchmark: str, data_dir: Path) -> Path:
-    """`data_dir`/NAME, or `data_dir` itself where it has no such folder.
+    """`data_dir`/NAME, or `data_dir` itself if there is no such folder.
 
     Raises:
-        UserError: no folder there.
+        UserError: `data_dir` is not a folder.
     """
     if not data_dir.is_dir():
         raise UserError(f"--data_dir {data_dir} is not a folder")
@@ -60,13 +59,13 @@ def folder_of(benchmark: str, data_dir: Path) -> Path:
 
 
 def read_splits(benchmark: str, data_dir: Path, needed: str) -> Splits:
-    """The files of a benchmark that has no subjects; those that are not there are left out.
+    """The files of a benchmark without subjects; missing ones are left out.
 
     Args:
         needed: the split that is scored.
 
     Raises:
-        UserError: this one is missing, or a file is malformed; with file and row.
+        UserError: that split is missing, or a file is malformed; with file and row.
     """
     folder = folder_of(benchmark, data_dir)
     splits = {}
@@ -80,13 +79,13 @@ def read_splits(benchmark: str, data_dir: Path, needed: str) -> Splits:
 
 
 def read_subjects(benchmark: str, data_dir: Path, splits: tuple[str, ...], needed: str) -> dict[str, Splits]:
-    """Subjects of CMMLU or C-Eval: DIR/{dev,val,test}/SUBJECT.csv, or SUBJECT_SPLIT.csv as C-Eval packs them.
+    """The subjects of CMMLU or C-Eval: DIR/{dev,val,test}/SUBJECT.csv, or SUBJECT_SPLIT.csv as published by C-Eval.
 
     Args:
         needed: the split that is scored; its files are the subjects.
 
     Raises:
-        UserError: as of `read_splits`.
+        UserError: as in `read_splits`.
     """
     folder = folder_of(benchmark, data_dir)
     files = sorted((folder / needed).glob("*.csv"))
@@ -112,11 +111,11 @@ def read_letters(path: Path, capitals: bool, answered: bool = True) -> list[Row]
     """A CSV of questions with options A to D: `,Question,A,B,C,D,Answer`, or `id,question,A,B,C,D,answer[,…]`.
 
     Args:
-        capitals: the first of these.
-        answered: False where answers are kept back; they read "A" then, for whoever must have one.
+        capitals: whether it is the first of these formats.
+        answered: False if the answers are not published; they are then "A", because the harness needs one.
 
     Raises:
-        UserError: with file and row.
+        UserError: the file is malformed; with file and row.
     """
     question, answer = ("Question", "Answer") if capitals else ("question", "answer")
     names = [question, *LETTERS, *([answer] if answered else [])]
@@ -152,36 +151,22 @@ def _objects(path: Path, parse: Callable[[dict], Row]) -> list[Row]:
     """The rows of a file of JSON lines, or of one JSON list of objects.
 
     Raises:
-        UserError, DataError: with file and line, or row.
+        UserError: the file is missing, or has no rows.
+        DataError: see `read_objects`.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    with open(path, "rb") as file:
-        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if not is_list:
-        return list(JsonlReader(path, lambda record, ignored: parse(record)))
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    rows = []
-    for number, record in enumerate(records, 1):
-        try:
-            if not isinstance(record, dict):
-                raise BadRecord("not a JSON object")
-            rows.append(parse(record))
-        except BadRecord as error:
-            raise UserError(f"{path}, row {number}: {error}") from None
+    rows = [row for _, row in read_objects(path, parse)]
     if not rows:
         raise UserError(f"{path} contains no questions")
     return rows
 
 
 def _text(record: dict, *keys: str, empty: bool = False) -> str:
-    """What stands under a key, or under a path of keys.
+    """The text under a key, or under a path of keys.
 
     Raises:
-        BadRecord: nothing, no text, or, unless that may be, an empty one.
+        BadRecord: it is missing, not text, or empty although `empty` is false.
     """
     name = ".".join(keys)
     for key in keys:
@@ -258,10 +243,10 @@ def read_siqa(path: Path) -> list[Row]:
 
 
 def _labelled_rows(path: Path, rows: list[Row], labels: tuple[str, ...]) -> Iterable[tuple[Row, str]]:
-    """The rows with the lines of the labels file beside theirs: NAME-labels.lst for NAME.jsonl.
+    """The rows with their labels, which are in NAME-labels.lst beside NAME.jsonl.
 
     Raises:
-        UserError: it is missing, of another length, or holds something else.
+        UserError: that file is missing, has another number of labels, or holds something else.
     """
     beside = path.with_name(f"{path.stem}-labels.lst")
     if not beside.is_file():
@@ -279,7 +264,7 @@ def _labelled_rows(path: Path, rows: list[Row], labels: tuple[str, ...]) -> Iter
 
 
 def read_own(path: Path) -> list[Row]:
-    """A user's own questions: `{"question", "choices": […], "answer": index or letter}` a line."""
+    """A user's own questions: lines `{"question", "choices": […], "answer": index or letter}`."""
 
     def parse(record: dict) -> Row:
         question, choices = _text(record, "question"), _texts(record.get("choices"), "choices")

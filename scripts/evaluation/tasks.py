@@ -1,6 +1,6 @@
 """The benchmarks by name, as tasks of the harness: its prompts, its choice of few-shot examples, its targets.
 
-A task's rows come from the publishers' own files, or, without any, from where the harness fetches them.
+A task's rows come from the published files, or, without them, from the harness's download.
 """
 
 import functools
@@ -27,12 +27,12 @@ lm_eval.utils.env.from_string = functools.lru_cache(maxsize=None)(lm_eval.utils.
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How the harness has it.
+    """A benchmark as the harness defines it.
 
     Attributes:
         path: its YAML, "{}" for the subject.
         scored: the split that is scored.
-        stem: the fields of a row that are the question, without its options; () where the two cannot be parted.
+        stem: the fields of a row that form the question without its options; () if they cannot be separated.
         subjects: {subject: its groups}.
     """
 
@@ -56,7 +56,7 @@ BENCHMARKS = {
     "winogrande": Benchmark("winogrande/default.yaml", "validation"),
 }
 FETCHED_ONLY = ("lambada", "winogrande")
-OWN = {  # a user's own questions are asked as OpenBookQA's: the question, and which option goes on from it best
+OWN = {  # a user's own questions are asked like OpenBookQA's: which option continues the question best
     "output_type": "multiple_choice",
     "test_split": "test",
     "doc_to_text": "question",
@@ -70,9 +70,9 @@ class Exam:
     """A benchmark, or a subject of one.
 
     Attributes:
-        benchmark: its name here; of a user's own file, the file's.
+        benchmark: its name here; for a user's own file, the file's name.
         stem: see `Benchmark`.
-        seed: of the draw of few-shot examples, where the harness draws them.
+        seed: for drawing few-shot examples, if the harness draws them.
     """
 
     benchmark: str
@@ -87,10 +87,10 @@ class Exam:
         return f"{self.benchmark}/{self.subject}" if self.subject else self.benchmark
 
     def rows(self, limit: int | None, shuffle: int | None = None) -> list[dict]:
-        """The rows to ask, at most `limit`, the first; with a seed to shuffle by, see `shuffle_stems`.
+        """The rows to ask: the first `limit`; shuffled if a seed is given, see `shuffle_stems`.
 
         Raises:
-            UserError: as of `shuffle_stems`.
+            UserError: as in `shuffle_stems`.
         """
         rows = [dict(row) for _, row in self.task.doc_iterator(limit=limit, rank=0, world_size=1)]
         return rows if shuffle is None else shuffle_stems(self.name, rows, self.stem, shuffle)
@@ -99,15 +99,15 @@ class Exam:
 def open_exams(
     names: Sequence[str], data_dir: Path | None, num_fewshot: int, seed: int, split: str | None = None
 ) -> Iterator[Exam]:
-    """The exams of these benchmarks, or .jsonl files of a user's own, subject by subject.
+    """The exams of these benchmarks, or of a user's own .jsonl files, subject by subject.
 
     Args:
-        data_dir: the publishers' files; None: the harness fetches.
-        seed: of the draw of few-shot examples, where the harness draws them.
-        split: score this one instead (C-Eval's "test").
+        data_dir: the folder of the published files; None: the harness downloads them.
+        seed: for drawing few-shot examples, if the harness draws them.
+        split: score this split instead (C-Eval's "test").
 
     Raises:
-        UserError: an unknown name, missing or malformed files, too few examples, or nothing could be fetched.
+        UserError: an unknown name, missing or malformed files, too few examples, or a failed download.
     """
     for name in names:
         if name.endswith((".jsonl", ".json")):
@@ -141,7 +141,7 @@ def open_exams(
 
 
 def _opened(exam: Exam, config: dict, splits: Splits | None, num_fewshot: int, seed: int) -> Exam:
-    """The exam with its task of the harness."""
+    """The exam with its harness task."""
     if splits is not None:
         config |= {"dataset_path": None, "dataset_name": None, "custom_dataset": functools.partial(_datasets, splits)}
         for kind in ("training_split", "validation_split", "test_split"):

@@ -1,8 +1,8 @@
 """MiniMind in GGUF, the one-file format of llama.cpp, and the Modelfile that Ollama reads beside it.
 
-llama.cpp's "llama" turns the same interleaved pairs of rows as we do, and its "qwen3" and "qwen3moe" those of a
-MiniMind-3, so every matrix goes in as it is. Its tokenizer is our byte-level BPE ("gpt2"), told by a name how to cut
-text before merging.
+llama.cpp's "llama" rotates the same interleaved pairs of rows as we do, and its "qwen3" and "qwen3moe" those of a
+MiniMind-3, so every matrix is stored unchanged. Its tokenizer "gpt2" is our byte-level BPE; a name says how text is
+split before merging.
 """
 
 import json
@@ -22,8 +22,8 @@ from model.chat_template import chat_template_of, without_generation_marks
 from model.rope_scaling import ntk_theta
 from model.template_chat import lays_out_thinking
 from model.tokenizer import special_ids
-from trainer.arguments import SAMPLING
 from trainer.errors import UserError
+from trainer.inference_arguments import SAMPLING
 
 DTYPES = {  # of matrices, by the name on the command line: how a tensor is stored, and what the file calls itself
     "f32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
@@ -66,11 +66,11 @@ SINGLE_DIGITS = {"type": "Digits", "individual_digits": True}
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerFast) -> str:
-    """llama.cpp's name for the way this tokenizer cuts text: "gpt-2" for GPT-2's pattern alone, as MiniMind2's,
-    "smollm" for single digits first, as the shipped one's.
+    """llama.cpp's name for the way this tokenizer splits text: "gpt-2" for only GPT-2's pattern, as in MiniMind2's,
+    "smollm" for single digits first, as in the shipped one.
 
     Raises:
-        UserError: another way.
+        UserError: it splits text differently.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     cuts = backend["pre_tokenizer"] or {}
@@ -90,12 +90,12 @@ def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path
     """Write weights, tokenizer and chat template into one file; norms and routers stay fp32.
 
     Args:
-        dtype: of the matrices, a key of DTYPES.
-        name: by which llama.cpp introduces the model.
+        dtype: the matrices' type, a key of DTYPES.
+        name: the model's name in llama.cpp.
 
     Raises:
-        UserError: a MoE of generation 2, a tokenizer that llama.cpp does not know, or a width that blocks of 32
-            do not divide.
+        UserError: a mixture of experts of generation 2, a tokenizer that llama.cpp does not know, or a width that is
+            not a multiple of 32.
     """
     config = model.config
     third = config.generation == 3
@@ -142,7 +142,7 @@ def write_gguf(model: MiniMindLM, tokenizer: PreTrainedTokenizerFast, path: Path
 
 
 def _tensors_of_2(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Each matrix and norm under llama.cpp's name; the output, tied, it takes from the embedding."""
+    """Each matrix and norm under llama.cpp's name, except the tied output, which llama.cpp takes from the embedding."""
     for key, value in state.items():
         if key != "output.weight":
             layer, part = re.fullmatch(r"(?:layers\.(\d+)\.)?(.+)\.weight", key).groups()
@@ -150,7 +150,7 @@ def _tensors_of_2(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors_of_3(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The same of generation 3; a layer's experts lie in one tensor (experts, out, in) for each of their matrices."""
+    """The same for generation 3; a layer's experts become one tensor (experts, out, in) per matrix."""
     experts: dict[str, list[Tensor]] = {}
     for key, value in state.items():
         if key == "lm_head.weight":
@@ -168,8 +168,8 @@ def _tensors_of_3(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _add_rope(writer: gguf.GGUFWriter, config: LMConfig) -> None:
-    """The positions: base and scaling. llama.cpp multiplies YaRN's cosine and sine by 1 + 0.1 ln(factor) on its own, so
-    what it is told is the attention factor divided by that."""
+    """Base and scaling of the positions. llama.cpp itself multiplies YaRN's cosine and sine by 1 + 0.1 ln(factor), so
+    it gets the attention factor divided by that."""
     scaling = config.rope_scaling or {}
     kind, factor = scaling.get("rope_type"), scaling.get("factor", 1.0)
     stretched = kind == "ntk"  # by its other name: a larger base
@@ -187,7 +187,7 @@ def _add_rope(writer: gguf.GGUFWriter, config: LMConfig) -> None:
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> None:
-    """Entries, merges, special ids and the chat template; ids that the model has and the tokenizer not are unused."""
+    """Vocabulary, merges, special ids and chat template; ids that only the model has are marked as unused."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
@@ -217,12 +217,12 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast, 
 
 
 def modelfile(weights: Path, tokenizer: PreTrainedTokenizerFast, context: int) -> str:
-    """What `ollama create NAME -f FILE` reads: the weights, MiniMind's chat layout as a Go template, how to sample.
+    """The Modelfile for `ollama create NAME -f FILE`: weights, chat layout as a Go template, sampling settings.
 
     Args:
         weights: the GGUF, in the same folder.
-        tokenizer: its tokenizer, by whose bos and eos a turn begins and ends.
-        context: tokens of prompt and answer together.
+        tokenizer: its tokenizer, whose bos and eos begin and end a turn.
+        context: maximum length of prompt and answer together, in tokens.
     """
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     if lays_out_thinking(tokenizer):  # without a thought, and without a system prompt of its own

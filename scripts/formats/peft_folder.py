@@ -1,9 +1,9 @@
-"""A LoRA adapter as a folder of peft's, and back.
+"""A LoRA adapter as a peft folder, and back.
 
-It has two forms there. For a MiniMind folder, as `save_pretrained` writes it, its layers keep their names. For the
-Llama or Qwen2-MoE that `convert_model.py to-transformers` makes, they have that architecture's, and what is done to a
-matrix W is done to B, whose rows are those of W's change B A. No way there or back costs a bit. A MiniMind-3's layers
-have one name everywhere.
+A peft folder has one of two forms. For a MiniMind folder from `save_pretrained`, the layers keep their names. For the
+Llama or Qwen2-MoE of `convert_model.py to-transformers`, they have that architecture's names, and the conversion of a
+matrix W is applied to B, whose rows are those of W's update B A. Both conversions are exact. A MiniMind-3's layers have
+the same names everywhere.
 """
 
 import json
@@ -27,7 +27,7 @@ def to_peft_state(adapter: Mapping[str, Tensor], config: LMConfig, as_llama: boo
     """An adapter's state dict under peft's names.
 
     Raises:
-        UserError: `as_llama`, and a routed expert has a part in it: transformers keeps all experts in one tensor.
+        UserError: `as_llama` with an adapter on a routed expert: transformers keeps all experts in one tensor.
     """
     if as_llama and config.variant:
         raise UserError(f"a Llama has no {config.variant}: use --layout minimind")
@@ -49,7 +49,7 @@ def to_peft_state(adapter: Mapping[str, Tensor], config: LMConfig, as_llama: boo
 
 
 def to_our_state(state: Mapping[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """The inverse of `to_peft_state`, fp32, whichever form it has.
+    """The inverse of `to_peft_state`, fp32, for either form.
 
     Raises:
         UserError: a tensor that is not part of a plain LoRA on a MiniMind's layers.
@@ -104,10 +104,10 @@ def write_folder(
 
 
 def read_folder(folder: Path, config: LMConfig) -> tuple[dict[str, Tensor], dict]:
-    """The adapter in a folder of peft's, and what is known of it (its alpha).
+    """The adapter in a peft folder, and its settings (alpha).
 
     Raises:
-        UserError: no such folder, a damaged one, or a kind of adapter that MiniMind has not.
+        UserError: the folder does not exist, is damaged, or has a kind of adapter that MiniMind lacks.
     """
     if not (folder / SETTINGS).is_file() or not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} holds no {SETTINGS} and {WEIGHTS}: it is not an adapter that peft saved")

@@ -1,9 +1,9 @@
-"""Writing a MiniMind as one of the architectures that every tool knows: a Dense model is a Llama, a MoE a Qwen2-MoE; of
-generation 3 a Qwen3 and a Qwen3-MoE.
+"""Writing a MiniMind as an architecture that every tool knows: a dense model as a Llama, a mixture of experts as a
+Qwen2-MoE; in generation 3 as a Qwen3 or Qwen3-MoE.
 
-`trainer/folder_layouts.py` says what differs, and reads the folders back, bit for bit. One is written as plain files
-(config.json, generation_config.json, model.safetensors, tokenizer), readable by transformers 4 and 5 and by what reads
-their folders.
+`trainer/folder_layouts.py` describes the differences, and reads the folders back, bit for bit. A folder is written as
+plain files (config.json, generation_config.json, model.safetensors, tokenizer), readable by transformers 4 and 5 and by
+all tools that read their folders.
 """
 
 import json
@@ -19,17 +19,17 @@ from model import LMConfig, MiniMindLM
 from model.chat_template import chat_template_of
 from model.rope_scaling import ntk_theta
 from model.weight_layouts import THEIR_NAME, half_split
-from trainer.arguments import SAMPLING
 from trainer.errors import UserError
 from trainer.folder_layouts import WEIGHTS
+from trainer.inference_arguments import SAMPLING
 
 # ------------------------------------------------------------------------------------------------------- tensors
 
 
 def to_their_state(state: Mapping[str, Tensor], config: LMConfig) -> dict[str, Tensor]:
-    """MiniMind's state dict as a Llama's, or, with `use_moe`, as a Qwen2-MoE's; generation 3's names are Qwen3's.
+    """MiniMind's state dict as Llama's, or with `use_moe` as Qwen2-MoE's; generation 3 already has Qwen3's names.
 
-    The output matrix, tied to the embedding, is left out, as transformers does. A MoE without a shared expert gets one
+    The output matrix, tied to the embedding, is left out, as in transformers. An MoE without a shared expert gets one
     of zeros.
     """
     if config.generation == 3:
@@ -70,10 +70,10 @@ ARCHITECTURES = {  # by generation, and whether there are experts
 
 
 def to_their_config(config: LMConfig) -> dict:
-    """The content of config.json. The rope's base stands in it twice: under the names of transformers 4 and 5.
+    """The content of config.json. It has the RoPE base twice: under the names of transformers 4 and 5.
 
     Raises:
-        UserError: the model has what none of these architectures has.
+        UserError: the model has a feature that none of these architectures has.
     """
     if config.variant:
         raise UserError(f"{config.variant}: no architecture of transformers that is written here has this")
@@ -112,7 +112,7 @@ def to_their_config(config: LMConfig) -> dict:
 
 
 def _rope(config: LMConfig) -> dict:
-    """The positions' base and scaling. YaRN's attention factor is always there: transformers has its own default."""
+    """Base and scaling of the positions, always with YaRN's attention factor: transformers' default is another."""
     theta, scaling = config.rope_theta, config.rope_scaling or {"rope_type": "default"}
     if scaling["rope_type"] == "ntk":  # by its other name: a larger base
         theta, scaling = ntk_theta(theta, scaling["factor"], config.head_dim), {"rope_type": "default"}
@@ -143,7 +143,7 @@ def _experts(config: LMConfig) -> dict:
 
 
 def write_folder(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write all that `transformers` needs into an empty folder, without code of ours."""
+    """Write everything that `transformers` needs into an empty folder, without our code."""
     config = model.config
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(to_their_config(config), folder / "config.json")
@@ -164,10 +164,10 @@ def write_folder(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase, folder: 
 
 @torch.inference_mode()
 def check_equal(model: MiniMindLM, folder: Path) -> float:
-    """How far the logits that `transformers` computes from a folder are from the model's, on random ids.
+    """The largest difference between the logits of `transformers` for a folder and the model's, on random ids.
 
     Raises:
-        UserError: more than 1e-4 of the largest logit (or of 1, where that is less).
+        UserError: it is more than 1e-4 of the largest logit (or of 1 if that is less).
     """
     ids = torch.randint(model.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     ids = ids[:, : model.config.max_seq_len]

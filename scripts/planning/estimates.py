@@ -1,4 +1,4 @@
-"""How long a step takes, what travels between the devices, and what a run costs: estimates, not measurements."""
+"""Estimates, not measurements, of a step's time, the communication between devices, and a run's cost."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ ROOM = 0.9  # of a device's memory; the rest is CUDA's own, and what the allocat
 
 
 class Gpu(NamedTuple):
-    """A GPU by its maker's data sheet: memory, bytes, and dense bfloat16 products accumulated in fp32, operations/s."""
+    """A GPU by its data sheet: memory in bytes, and operations/s of dense bfloat16 products accumulated in fp32."""
 
     memory: float
     flops: float
@@ -28,14 +28,14 @@ GPUS = {  # NVIDIA's data sheets and architecture white papers, without sparsity
 
 
 class Machines(NamedTuple):
-    """What a run is to use.
+    """The machines of a run.
 
-    gpus: how many, in all.
-    gpu: one of them.
-    mfu: the part of `gpu.flops` that the products of the model reach ("model FLOPs utilization", Chowdhery et al. 2022,
-        arXiv:2204.02311, section 4.1). Llama 3 reached 0.38 to 0.43 (arXiv:2407.21783, section 3.3.2), small models
-        reach less.
-    bandwidth: bytes/s that each GPU sends to the others while it receives as many.
+    gpus: their total number.
+    gpu: the kind of GPU.
+    mfu: the share of `gpu.flops` that the model's matrix products reach ("model FLOPs utilization", Chowdhery et al.
+        2022, arXiv:2204.02311, section 4.1). Llama 3 reached 0.38 to 0.43 (arXiv:2407.21783, section 3.3.2), small
+        models reach less.
+    bandwidth: bytes/s that each GPU sends to the others while it receives at the same rate.
     """
 
     gpus: int
@@ -45,7 +45,7 @@ class Machines(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What an optimizer step covers: rows of `n` tokens in a micro-batch of each GPU, and micro-batches of each."""
+    """An optimizer step on each GPU: rows of `n` tokens per micro-batch, and micro-batches per step."""
 
     n: int
     rows: int
@@ -55,7 +55,7 @@ class Work(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An optimizer step: seconds of computing and of sending, bytes that each GPU sends, its memory in bytes."""
+    """An optimizer step: seconds of computing and of communication, bytes that each GPU sends, its memory in bytes."""
 
     computing: float
     sending: float
@@ -64,14 +64,14 @@ class Step(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Sending goes on behind computing, as engines overlap both: the longer of the two."""
+        """The longer of computing and communication, which engines overlap."""
         return max(self.computing, self.sending)
 
 
 def sent_bytes(config: LMConfig, engine: Engine, gpus: int, accumulation: int) -> int:
     """Bytes that each GPU sends in an optimizer step.
 
-    To sum up over N devices in a ring, each sends 2 (N - 1) / N times what is summed (Patarasuk & Yuan 2009, "Bandwidth
+    In a ring all-reduce over N devices, each sends 2 (N - 1) / N times the data (Patarasuk & Yuan 2009, "Bandwidth
     optimal all-reduce algorithms"); a reduce-scatter or an all-gather is half of that. DDP and ZeRO-1 sum the gradients
     once per step; ZeRO-2 scatters them in each micro-batch, and gathers the weights once; ZeRO-3 and FSDP2 gather the
     weights twice in each micro-batch and scatter the gradients (Rajbhandari et al. 2020, arXiv:1910.02054, section 7).
@@ -87,9 +87,9 @@ def sent_bytes(config: LMConfig, engine: Engine, gpus: int, accumulation: int) -
 
 
 def peak_bytes(config: LMConfig, engine: Engine, gpus: int, work: Work, optimizer: str) -> int:
-    """Memory of one GPU at its peak: the state (exact), what the backward needs (within 10 %), what comes and goes.
+    """Peak memory of one GPU: the state (exact), the saved activations (within 10 %), and temporary tensors.
 
-    ZeRO-3 and FSDP2 hold the whole weights of what they compute, which is here one block and the embedding.
+    ZeRO-3 and FSDP2 gather the whole weights of the module being computed: here one block and the embedding.
     """
     gathered = 0
     if engine.splits_weights:
@@ -104,7 +104,7 @@ def peak_bytes(config: LMConfig, engine: Engine, gpus: int, work: Work, optimize
 
 
 def estimate_step(config: LMConfig, engine: Engine, machines: Machines, work: Work, optimizer: str = "adamw") -> Step:
-    """What an optimizer step takes: `training_flops` at the rate that `machines` names, and `sent_bytes`."""
+    """The cost of an optimizer step: `training_flops` at the rate of `machines`, and `sent_bytes`."""
     rows = work.rows * work.accumulation
     flops = rows * training_flops(config, work.n, work.checkpointing)
     sent = sent_bytes(config, engine, machines.gpus, work.accumulation)

@@ -1,4 +1,4 @@
-"""Memory of a training step on one device: what the engines hold of the model, and what the backward pass needs."""
+"""Memory of a training step on one device: the engines' state of the model, and saved activations."""
 
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ BUCKET = 500_000_000  # numbers in the buffer through which DeepSpeed's ZeRO 1 a
 
 
 class Engine(NamedTuple):
-    """A way to share the work: its name, the flags it takes, and what it splits over the processes.
+    """A way to share the work: its name, its flags, and what it shards across the processes.
 
-    Weights are fp32 in all of them, and autocast computes in --dtype.
+    Weights are fp32 in all of them; autocast computes in --dtype.
     """
 
     name: str
@@ -21,7 +21,7 @@ class Engine(NamedTuple):
     splits_weights: bool = False
     splits_gradients: bool = False
     splits_optimizer: bool = False
-    copies: str = ""  # what it holds once more
+    copies: str = ""  # its additional copies
 
 
 ALONE = Engine("one process")
@@ -34,14 +34,15 @@ ENGINES = (ALONE, DDP, ZERO_1, ZERO_2, FSDP2, ZERO_3)
 
 
 class State(NamedTuple):
-    """Bytes that a process holds of the model, whatever the batch.
+    """Bytes of a process's model state, independent of the batch.
 
-    weights, gradients: fp32, 4 bytes a parameter.
-    optimizer: AdamW's two moments, 8 bytes a parameter, or Muon's one of the matrices between embedding and output, and
-        a step count of 4 bytes for each of AdamW's tensors. AdamW in 8 bits: see `moments_in_8_bits`.
-    copies: what the engine holds once more. DDP: the gradients, in the buckets that it sends (PyTorch's
-        DistributedDataParallel, `gradient_as_bucket_view`). ZeRO: its share of the weights, which the optimizer steps,
-        and up to stage 2 a buffer of `reduce_bucket_size` numbers (DeepSpeed's configuration, zero_optimization).
+    weights, gradients: fp32, 4 bytes per parameter.
+    optimizer: AdamW's two moments, 8 bytes per parameter, or Muon's single one for the matrices between embedding and
+        output, and a step count of 4 bytes for each of AdamW's tensors. AdamW in 8 bits: see `moments_in_8_bits`.
+    copies: the engine's additional copies. DDP: the gradients, in its communication buckets (PyTorch's
+        DistributedDataParallel, `gradient_as_bucket_view`). ZeRO: its shard of the weights, which the optimizer
+        updates, and up to stage 2 a buffer of `reduce_bucket_size` numbers (DeepSpeed's configuration,
+        zero_optimization).
     """
 
     weights: int
@@ -55,10 +56,10 @@ class State(NamedTuple):
 
 
 def state_bytes(config: LMConfig, engine: Engine = ALONE, processes: int = 1, optimizer: str = "adamw") -> State:
-    """Weights, gradients and optimizer of one process. Exact where nothing is split; a share is rounded up, as engines
-    fill the last one up.
+    """Weights, gradients and optimizer of one process. Exact without sharding; shard sizes are rounded up, because
+    engines pad the last shard.
 
-    ZeRO's shares: Rajbhandari et al. 2020, arXiv:1910.02054, section 5, here with fp32 weights.
+    ZeRO's shards: Rajbhandari et al. 2020, arXiv:1910.02054, section 5, here with fp32 weights.
     """
     parameters = count_parameters(config)
     moments = 2 * FP32 * parameters.total
@@ -89,7 +90,7 @@ def state_bytes(config: LMConfig, engine: Engine = ALONE, processes: int = 1, op
 
 
 def moments_in_8_bits(config: LMConfig) -> int:
-    """Bytes of both moments in trainer/adamw8bit.py: a byte each and 4 for every block; small tensors stay in fp32."""
+    """Bytes of both moments in trainer/adamw8bit.py: one per number and 4 per block; small tensors stay in fp32."""
     dim, kv_dim, layers = config.dim, config.n_kv_heads * config.head_dim, config.n_layers
     sizes = {  # numbers of a tensor: how many such tensors there are
         "embedding": (config.vocab_size * dim, 1),
@@ -105,7 +106,7 @@ def moments_in_8_bits(config: LMConfig) -> int:
 
 
 def _matrices(config: LMConfig) -> int:
-    """Feed-forwards of all layers, each of three matrices."""
+    """The number of feed-forward networks in all layers; each has three matrices."""
     experts = config.n_routed_experts + config.n_shared_experts if config.use_moe else 1
     return config.n_layers * experts
 
@@ -119,7 +120,7 @@ def saved_bytes(
     packed: bool = False,
     fused_norm: bool = True,
 ) -> int:
-    """Bytes that the forward pass saves for the backward, weights apart: within 10 % by test.
+    """Bytes that the forward pass saves for the backward pass, without weights: within 10 % by test.
 
     Counted by hand over model/model.py, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198, section 4), whose
     block, however, has two-layer feed-forwards and computes wholly in half precision. Here, per token, the residual
@@ -127,11 +128,11 @@ def saved_bytes(
     each product that reads it); keys and values are repeated for each query head.
 
     Args:
-        rows, n: rows of a micro-batch, and tokens of each.
+        rows, n: rows per micro-batch, and tokens per row.
         half: autocast to bfloat16 or float16; False computes in fp32.
-        checkpointing: the input of each block alone is saved, and one block at a time is computed again.
-        packed: rows hold several samples, which a mask separates (on a GPU).
-        fused_norm: as on GPUs; PyTorch's RMSNorm on a CPU also saves what it has normalised.
+        checkpointing: only the input of each block is saved, and one block at a time is recomputed.
+        packed: rows have several samples, which a mask separates (on a GPU).
+        fused_norm: as on GPUs; PyTorch's RMSNorm on a CPU also saves its normalised input.
     """
     tokens, block = rows * n, block_bytes(config, rows, n, half, packed, fused_norm)
     inputs = tokens * FP32 * config.dim
@@ -141,7 +142,7 @@ def saved_bytes(
 
 
 def block_bytes(config: LMConfig, rows: int, n: int, half: bool, packed: bool, fused_norm: bool) -> int:
-    """What one block saves.
+    """Bytes that one block saves for the backward pass.
 
     Per token: the block's input and the input of the second norm, fp32, with 4 bytes each for the norms' scales; the
     inputs of wq, wk, wv; q, and k and v repeated for each head; attention's output, which is also the input of wo, and
@@ -156,8 +157,9 @@ def block_bytes(config: LMConfig, rows: int, n: int, half: bool, packed: bool, f
 
 
 def _feed_forward_bytes(config: LMConfig, half: bool) -> int:
-    """Per token: the inputs of w1 and w3, w1's output, its SiLU, w3's output, and the input of w2; of a mixture of
-    experts for each expert that a token is routed to, with its weighted output, and the router's input."""
+    """Bytes kept for the backward pass per token: the inputs of w1 and w3, w1's output, its SiLU, w3's output, and the
+    input of w2; in a mixture of experts these, and the weighted output, for each expert of the token, and the router's
+    input."""
     size, dim = 2 if half else FP32, config.dim
     inner = 4 * size * config.hidden_dim
     inputs = (2 if half else 1) * size * dim
@@ -169,21 +171,21 @@ def _feed_forward_bytes(config: LMConfig, half: bool) -> int:
 
 
 def head_bytes(config: LMConfig, tokens: int, half: bool) -> int:
-    """What the last norm, the output matrix and the loss save: the inputs of the first two, and the softmax over the
-    vocabulary in fp32."""
+    """Bytes that the last norm, the output matrix and the loss save: the inputs of the first two, and the softmax over
+    the vocabulary in fp32."""
     return tokens * (FP32 * config.dim + (2 if half else FP32) * config.dim + FP32 * config.vocab_size)
 
 
 def rope_bytes(config: LMConfig, tokens: int) -> int:
-    """Cosine and sine, which all layers share."""
+    """Bytes of cosine and sine, which all layers share."""
     return 2 * FP32 * tokens * config.head_dim // 2
 
 
 def working_bytes(config: LMConfig, rows: int, n: int, half: bool = True) -> int:
-    """What comes and goes, at most, beside what is saved: an estimate.
+    """An estimate of the peak of temporary bytes, in addition to the saved ones.
 
-    The logits in --dtype and in fp32, with the gradient of both; and under autocast the copies of the weights in
-    --dtype, which the backward reads again.
+    They are the logits in --dtype and in fp32, with the gradient of both, and under autocast the copies of the weights
+    in --dtype, which the backward pass uses again.
     """
     size = 2 if half else FP32
     logits = rows * n * config.vocab_size * (2 * size + FP32)

@@ -1,4 +1,4 @@
-"""Which engine, micro-batch and accumulation a run should use: the fastest by estimate that fits."""
+"""Recommends engine, micro-batch and accumulation: those with the shortest estimated time that fit."""
 
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ class Plan(NamedTuple):
 def best_plan(
     config: LMConfig, engine: Engine, machines: Machines, n: int, step_rows: int, half: bool, optimizer: str
 ) -> Plan | None:
-    """The engine's plan with the largest micro-batch that fits, without gradient checkpointing where that is possible;
-    None where not even one row fits.
+    """The engine's plan with the largest micro-batch that fits, without gradient checkpointing if possible; None if not
+    even one row fits.
 
     Args:
         step_rows: rows of an optimizer step on each GPU.
@@ -39,7 +39,7 @@ def best_plan(
 def all_plans(
     config: LMConfig, machines: Machines, n: int, step_rows: int, half: bool, optimizer: str
 ) -> list[tuple[Engine, Plan | None]]:
-    """Every engine that can share the work among so many GPUs, the simplest first, with its best plan."""
+    """The best plan of every engine for this number of GPUs, the simplest engine first."""
     engines = [ALONE] if machines.gpus == 1 else [engine for engine in ENGINES if engine is not ALONE]
     if optimizer != "adamw":  # ZeRO shards that alone
         engines = [engine for engine in engines if not engine.splits_optimizer]
@@ -47,7 +47,7 @@ def all_plans(
 
 
 def recommend(plans: list[tuple[Engine, Plan | None]]) -> Plan | None:
-    """The simplest of those that are about as fast as the fastest; None where none fits."""
+    """The simplest plan of those about as fast as the fastest; None if none fits."""
     fitting = [plan for _, plan in plans if plan is not None]
     if not fitting:
         return None

@@ -1,4 +1,4 @@
-"""A plan as lines for people to read."""
+"""A plan as readable lines."""
 
 from model import LMConfig
 from scripts.planning.estimates import ROOM, Machines, sent_bytes
@@ -27,7 +27,7 @@ def describe_model(config: LMConfig, n: int) -> str:
 def describe_plans(
     config: LMConfig, plans: list[tuple[Engine, Plan | None]], machines: Machines, optimizer: str
 ) -> str:
-    """A table: what each engine holds on each GPU, in GB, and what a step takes."""
+    """A table of each engine's memory per GPU in GB, and time per step."""
     columns = ("engine", "weights", "gradients", "optimizer", "copies", "batch", "saved", "working", "peak")
     lines = [
         f"memory of each GPU in GB, of {machines.gpu.memory / 1e9:,.0f} (a run should stay below {ROOM:.0%} of it)",
@@ -51,7 +51,7 @@ def describe_plans(
 
 
 def describe_run(config: LMConfig, plan: Plan | None, machines: Machines, args, per_machine: int) -> str:
-    """The engine to take, the command, and time and price."""
+    """The recommended engine, the command, time and price."""
     if plan is None:
         return (
             "recommended   none of these engines: not even one row fits. Use more GPUs, or larger ones, or tensor and "

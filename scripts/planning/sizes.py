@@ -1,4 +1,4 @@
-"""What a model has and what it computes: parameters and floating-point operations, exact."""
+"""A model's exact numbers of parameters and floating-point operations."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ class Parameters(NamedTuple):
 
     embedding: vocabulary times width, which the output matrix shares.
     attention: the four projections of all layers.
-    feed_forward: of all layers; of a mixture of experts all experts, and the routers.
+    feed_forward: of all layers; in a mixture of experts all experts and the routers.
     norms: the weights of all RMSNorms.
     """
 
@@ -38,7 +38,7 @@ def count_parameters(config: LMConfig) -> Parameters:
 
 
 def count_active(config: LMConfig) -> int:
-    """The parameters that a token passes through: of a mixture of experts those it is routed to, and the shared one."""
+    """The parameters that a token uses: in a mixture of experts those of its routed experts and the shared one."""
     if not config.use_moe:
         return count_parameters(config).total
     idle = config.n_routed_experts - config.num_experts_per_tok
@@ -46,7 +46,7 @@ def count_active(config: LMConfig) -> int:
 
 
 def count_tensors(config: LMConfig) -> int:
-    """The parameter tensors of a model, the output matrix being the embedding."""
+    """The number of a model's parameter tensors; the output matrix is the embedding."""
     experts = config.n_routed_experts + config.n_shared_experts if config.use_moe else 1
     return 2 + config.n_layers * (2 + 4 + 3 * experts + config.use_moe)
 
@@ -54,12 +54,12 @@ def count_tensors(config: LMConfig) -> int:
 def forward_flops(config: LMConfig, n: int, logits: bool = True) -> int:
     """Floating-point operations of one row of `n` tokens, forward: two for each multiply-and-add of a matrix product.
 
-    2 per token and parameter of each matrix, the embedding counting once, as the output matrix (Kaplan et al. 2020,
-    arXiv:2001.08361, section 2.1), and 4 n^2 dim per layer for q k^T and weights v, of all n^2 pairs (Chowdhery et al.
-    2022, arXiv:2204.02311, appendix B; a causal kernel that leaves out the upper half does half of these).
+    2 per token and parameter of each matrix, with the embedding counted once, as the output matrix (Kaplan et al. 2020,
+    arXiv:2001.08361, section 2.1), and 4 n^2 dim per layer for q k^T and weights v, over all n^2 pairs (Chowdhery et
+    al. 2022, arXiv:2204.02311, appendix B; a causal kernel that skips the upper half does half of these).
 
     Args:
-        logits: False leaves the output matrix out, which a block that is computed again does not need.
+        logits: False leaves out the output matrix, which recomputed blocks do not need.
     """
     matrices = count_active(config) - count_parameters(config).norms
     if not logits:
@@ -70,9 +70,9 @@ def forward_flops(config: LMConfig, n: int, logits: bool = True) -> int:
 def training_flops(config: LMConfig, n: int, checkpointing: bool = False) -> int:
     """Floating-point operations of one row of `n` tokens, forward and backward.
 
-    The backward of a matrix product is two of the same size, so three times `forward_flops`. With gradient
-    checkpointing (Chen et al. 2016, arXiv:1604.06174) the blocks run forward once more; a dense one without its last
-    product, whose result nothing needs.
+    The backward pass of a matrix product is two products of the same size, so the total is three times `forward_flops`.
+    With gradient checkpointing (Chen et al. 2016, arXiv:1604.06174) the blocks run forward once more; a dense one
+    without its last product, whose result is not needed.
     """
     again = 0
     if checkpointing:

@@ -1,10 +1,10 @@
-"""What is wrong with an answer, or with the order of a chat's turns."""
+"""Faults of answers, and of the order of a chat's turns."""
 
 import re
 
 from scripts.preparing.stage_records import TAG, WELL_FORMED
 
-# "As an AI…" alone is how some good answers begin; what makes a refusal is that it says what it cannot do.
+# Some good answers begin with "As an AI…"; a refusal also says what it cannot do.
 CANNOT = r"(?:can(?:no|')t|cannot|am (?:not|unable)|'m (?:not|unable)|do(?: no|n')t|won't|will not|must decline)"
 WITHIN = r"[^。！？\n]{0,25}?"
 DOING = "|".join(
@@ -35,17 +35,17 @@ CUT_CHARS = 100  # an answer this short may be a list, a name or a title
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a text says, at the beginning of a sentence of its first 300 characters, that it will not answer."""
+    """Whether a text refuses to answer, at the beginning of a sentence in its first 300 characters."""
     text = text[:300]
     chinese = ("无" in text or "不" in text or "没" in text) and any(sign in text for sign in CHINESE_SIGNS)
     return (chinese or any(sign in text for sign in ENGLISH_SIGNS)) and REFUSAL.search(text) is not None
 
 
 def is_cut_off(answer: str) -> bool:
-    """Whether an answer seems to stop before its end: an open code block, or a last sentence that has none.
+    """Whether an answer seems to be cut off: in an open code block, or in its last sentence.
 
-    A last line without a full stop is no sign alone: lists, titles and sums have none. One in which sentences end, but
-    not the last one, is.
+    A last line without a full stop is not enough: lists, titles and sums have none. A last line in which sentences end,
+    except the last one, is.
     """
     answer = answer.rstrip()
     if answer.count("```") % 2:
@@ -64,7 +64,7 @@ def is_cut_off(answer: str) -> bool:
 
 
 def turns_fault(turns: list[dict]) -> str | None:
-    """What is wrong with the order of a chat's turns; None where nothing is.
+    """The fault in the order of a chat's turns; None if there is none.
 
     A chat may begin with a system turn; then user and assistant take turns, the user first.
     """
@@ -90,7 +90,7 @@ def turns_fault(turns: list[dict]) -> str | None:
 
 
 def thought_fault(answer: str, required: bool) -> bool:
-    """Whether the tags of an answer are not <think>, </think>, <answer>, </answer> in the form of ours, each once."""
+    """Whether an answer's tags differ from our form, <think>, </think>, <answer>, </answer>, each once."""
     if not required and not TAG.search(answer):
         return False
     return WELL_FORMED.fullmatch(answer) is None

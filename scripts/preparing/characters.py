@@ -1,4 +1,4 @@
-"""What a batch of texts is made of, counted for all of them at once in numpy: characters by kind, and repetition."""
+"""Character statistics of a batch of texts, computed together in numpy: characters by kind, and repetition."""
 
 import unicodedata
 from functools import cache
@@ -26,7 +26,7 @@ SLICE_CHARS = 1 << 19  # counted at once
 
 @cache
 def table() -> np.ndarray:
-    """For every code point its kind and marks, uint8 (0x110000,)."""
+    """The kind and marks of every code point, uint8 (0x110000,)."""
     kinds = np.full(0x110000, KIND["symbol"], np.uint8)
     letters = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me"}
     for start, end, name in (
@@ -70,15 +70,15 @@ def table() -> np.ndarray:
 
 
 class Counts(NamedTuple):
-    """Of a batch of n texts.
+    """Character statistics of a batch of n texts.
 
     Attributes:
         chars: length of each, int64 (n,).
         kinds: characters of each kind, in the order of `KINDS`, int64 (n, kinds).
-        untidy: whether normalising may change characters of it, bool (n,).
-        odd: characters that are frequent in text decoded wrongly, int64 (n,).
-        repeated: share of its n-grams that stand in it before, float (n,).
-        runs: share of its characters but white space that are in a run of equal ones, no symbols, float (n,).
+        untidy: whether normalising may change the text, bool (n,).
+        odd: characters that are frequent in wrongly decoded text, int64 (n,).
+        repeated: share of its n-grams that repeat an earlier one, float (n,).
+        runs: share of its characters, white space apart, in a run of equal ones that are not symbols, float (n,).
     """
 
     chars: np.ndarray
@@ -89,11 +89,11 @@ class Counts(NamedTuple):
     runs: np.ndarray
 
     def of(self, *names: str) -> np.ndarray:
-        """Characters of these kinds together, int64 (n,)."""
+        """The number of characters of these kinds together, int64 (n,)."""
         return self.kinds[:, [KIND[name] for name in names]].sum(axis=1)
 
     def with_texts(self, numbers: list[int], others: "Counts") -> "Counts":
-        """The counts where texts with these numbers have changed, by those of the new ones."""
+        """The counts after the texts with these numbers have changed, given the counts of the new texts."""
         changed = Counts(*(array.copy() for array in self))
         for array, new in zip(changed, others, strict=True):
             array[numbers] = new
@@ -136,10 +136,10 @@ def _count(texts: list[str]) -> Counts:
 
 
 def _repeated(points: np.ndarray, chars: np.ndarray, is_han: np.ndarray) -> np.ndarray:
-    """The share of each text's n-grams that stand in it before; of Han 8 characters, of other scripts 16.
+    """The share of each text's n-grams that repeat an earlier one; 8 characters of Han, 16 of other scripts.
 
-    Sorting all is what costs. So one in `SAMPLED` is looked at first, chosen by its hash and so alike wherever it
-    stands, and all of those texts alone where many of these repeat.
+    Sorting them all would be slow. So one in `SAMPLED` is examined first, chosen by its hash so that all its copies
+    are, and then all n-grams of only those texts in which many of the sampled ones repeat.
     """
     guess = _share_repeated(points, chars, is_han, SAMPLED)
     shares = np.where(guess > SUSPICIOUS, guess, 0.0)
@@ -181,9 +181,9 @@ def _share_repeated(points: np.ndarray, chars: np.ndarray, is_han: np.ndarray, s
 
 
 def _in_runs(points: np.ndarray, owner: np.ndarray, marks: np.ndarray, n: int) -> np.ndarray:
-    """How many characters of each text, white space apart, stand in a run of at least `RUN` equal ones.
+    """How many characters of each text, white space apart, belong to a run of at least `RUN` equal characters.
 
-    Symbols and hyphens do not count: rules of tables and blanks to fill in are made of them.
+    Symbols and hyphens do not count: table rules and blanks to fill in are made of them.
     """
     kinds = marks[1:] & MASK
     same = (

@@ -1,4 +1,4 @@
-"""Which lines are taken, and in which order: drawn by a hash of the seed and each line's number."""
+"""The selection and order of lines, by a hash of the seed and each line's number."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,7 +9,7 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def draw(seed: int, purpose: str, numbers: np.ndarray) -> np.ndarray:
-    """A random number of 64 bits for each line, uint64 (n,), the same whoever asks.
+    """A reproducible random 64-bit number for each line, uint64 (n,).
 
     By SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", 2014.
     """
@@ -29,10 +29,10 @@ Portions = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]  # keys, and ho
 
 
 def cutoff(portions: Portions, amount: float) -> int:
-    """The largest key that is taken so that the lines with the smallest keys come to the amount, or just below it.
+    """The largest key for which the lines up to it come to the amount, or just below it.
 
     Returns:
-        -1 where not one line fits.
+        -1 if not even one line fits.
     """
     sums = np.zeros(BINS)
     for keys, sizes in portions():
@@ -55,12 +55,12 @@ def _of_bin(portions: Portions, number: int):
 
 
 def bucket_of(keys: np.ndarray, buckets: int) -> np.ndarray:
-    """Which of so many buckets a key falls into; buckets follow each other as keys do."""
+    """The bucket that each key falls into; buckets are in the order of the keys."""
     return ((keys >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)).astype(np.int64)
 
 
 def amounts(sizes: Sequence[float], shares: Sequence[float]) -> list[float]:
-    """How much to take of each part so that the shares hold and nothing is taken twice."""
+    """The amount to take from each part so that the shares hold and nothing is taken twice."""
     from dataset.mixing import amounts as of_files
 
     return of_files(sizes, shares)

@@ -1,6 +1,6 @@
-"""Sources cut into chunks of a few MB, the unit of work: each is cleaned by one process, alone, in bounded memory.
+"""Sources cut into chunks of a few MB, the unit of work: one process cleans each, in bounded memory.
 
-Where a source is cut depends on nothing but its bytes, so that the result is the same whoever works on it and when.
+The cuts depend only on a source's bytes, so that the result does not depend on the processes.
 """
 
 import json
@@ -23,14 +23,14 @@ PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
 
 
 class Fault(str):
-    """Why a line cannot be read."""
+    """The reason why a line cannot be read."""
 
 
 class Chunk(NamedTuple):
     """A piece of a source.
 
     Attributes:
-        number: its place in the source.
+        number: its number within the source.
         first: the number of its first line, row or value, from 1.
         data: bytes of whole lines, a list of values as bytes, an Arrow table, or texts as (file, line, text).
         header: the names of a table's columns.
@@ -49,7 +49,7 @@ def cut_into_chunks(source: Source, unit: str, lost: list[str]) -> Iterator[Chun
     """The chunks of a source, in its order.
 
     Args:
-        unit: what one text of a text file is: "document", "paragraph" or "line".
+        unit: the unit of text in a text file: "document", "paragraph" or "line".
         lost: gets a line about each file that could not be read to its end.
     """
     cutters = {"jsonl": _cut_lines, "csv": _cut_table, "json": _cut_json, "parquet": _cut_parquet}
@@ -73,9 +73,9 @@ def _reason(error: Exception) -> str:
 
 
 def _whole_lines(blocks: Iterator[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Pieces of whole lines, of `CHUNK_BYTES` or little more; or the beginning of a line that is too long, and True.
+    """Pieces of whole lines, of `CHUNK_BYTES` or slightly more; or the beginning of a line that is too long, and True.
 
-    What had been read when an archive breaks is yielded first, but for the line that it breaks in.
+    If an archive is damaged, the whole lines before the damage are yielded first.
     """
     ready: list[bytes] = []  # whole lines
     carry: list[bytes] = []  # the beginning of the next one
@@ -128,7 +128,7 @@ def _cut_lines(source: Source) -> Iterator[Cut]:
 
 
 def _cut_table(source: Source) -> Iterator[Cut]:
-    """Cut between rows: at a line break that no quotation mark is open at."""
+    """Cut a table between rows: at a line break outside quotation marks."""
     first, header, pending = 1, None, b""
     for piece, too_long in _whole_lines(read_blocks(source, source.paths[0])):
         if too_long:
@@ -190,7 +190,7 @@ def _cut_parquet(source: Source) -> Iterator[Cut]:
 
 
 def _cut_texts(source: Source, unit: str, lost: list[str]) -> Iterator[Chunk]:
-    """Texts of many files together, or a piece of a long one; the cutting into units is left to who reads the chunk."""
+    """The texts of many files together, or a piece of a long one; the reader of the chunk splits it into units."""
     number, data, size = 0, [], 0
     for path in source.paths:
         one = source if len(source.paths) == 1 else _sniffed_text(source, path)
@@ -214,13 +214,13 @@ def _cut_texts(source: Source, unit: str, lost: list[str]) -> Iterator[Chunk]:
 
 
 def _sniffed_text(source: Source, path: Path) -> Source:
-    """A text of a folder, with its own compression and encoding."""
+    """The source of a single text in a folder, with its own compression and encoding."""
     one = sniff(path)
     return source._replace(paths=(path,), compression=one.compression, encoding=one.encoding)
 
 
 class Row(NamedTuple):
-    """What was read of a line: where it stands, and its object or why there is none."""
+    """A line as read: its place, and its object or the reason why there is none."""
 
     file: str
     line: int
@@ -228,7 +228,7 @@ class Row(NamedTuple):
 
 
 def read_rows(chunk: Chunk) -> Iterator[Row]:
-    """The rows of a chunk, each an object or a `Fault`; blank lines are passed over."""
+    """The rows of a chunk, each an object or a `Fault`; blank lines are skipped."""
     name = chunk.source.name
     for line, reason in chunk.faults:
         yield Row(name, line, Fault(reason))

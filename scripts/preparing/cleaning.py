@@ -24,7 +24,7 @@ LINE_CHARS = 12  # a line of a document that is shorter is not boilerplate
 
 
 class Findings:
-    """What happened to the lines of a chunk, to be counted over all of them."""
+    """What happened to the lines of a chunk, to be added up over all chunks."""
 
     def __init__(self):
         self.counts: dict[str, Counter] = defaultdict(Counter)
@@ -81,7 +81,7 @@ def clean(chunk: Chunk, settings: Settings, folder: Path) -> str:
 
 
 def _convert(row: Row, settings: Settings, found: Findings) -> list[dict]:
-    """The stage's records of a row: one, or none where it cannot be used, or those that it wraps."""
+    """The stage's records of a row: one, none if the row cannot be used, or all those that it wraps."""
     if isinstance(row.value, Fault):
         found.add("bad", str(row.value), row, "")
         return []
@@ -103,7 +103,7 @@ def _piece(record: dict, settings: Settings, found: Findings) -> Piece:
 
 
 def _clean_batch(rows, records, settings: Settings, found: Findings, lines, about, boilerplate) -> None:
-    """Add the lines of a batch that are left, with what is said about each."""
+    """Add the lines of a batch that pass the filters to `lines`, and their attributes to `about`."""
     if not records:
         return
     whole = ["\n".join(texts(record)) for record in records]
@@ -141,7 +141,7 @@ def _clean_batch(rows, records, settings: Settings, found: Findings, lines, abou
 
 
 def line_hashes(lines: list[str]) -> list[int]:
-    """A 64-bit hash of each line, white space around it apart; 0 of one that is too short to be boilerplate."""
+    """A 64-bit hash of each stripped line; 0 for lines that are too short to be boilerplate."""
     found = []
     for line in lines:
         line = line.strip()
@@ -155,7 +155,7 @@ def line_hashes(lines: list[str]) -> list[int]:
 
 
 def _normalise(records: list[dict], whole: list[str], counts: Counts) -> list[int]:
-    """Normalise what may change; returns the numbers of the lines that did."""
+    """Normalise the texts that need it; returns the numbers of the changed lines."""
     changed = []
     for number, record in enumerate(records):
         held = holders(record)
@@ -176,7 +176,7 @@ def _normalise(records: list[dict], whole: list[str], counts: Counts) -> list[in
 
 
 def _mask(batch: filters.Batch, left: np.ndarray, settings: Settings, found: Findings, rows: list[Row]) -> None:
-    """Mask what the settings say, in the lines that are left; `batch.texts` follow."""
+    """Mask the personal data that the settings name in the remaining lines, and update `batch.texts`."""
     kinds = {kind for kind in PERSONAL if getattr(settings, kind) == "mask"}
     digits = batch.counts.of("digit")
     for number in left if kinds else ():

@@ -1,4 +1,4 @@
-"""The second pass, chunk by chunk: lines that many documents share are removed, and what is compared is prepared."""
+"""The second pass, chunk by chunk: removes lines that many documents share, and prepares the comparison."""
 
 from functools import cache
 from pathlib import Path
@@ -19,24 +19,24 @@ EXAMPLES = 3
 
 
 class Comparison(NamedTuple):
-    """What a process needs to prepare a chunk's comparison."""
+    """The settings that a process needs to prepare a chunk's comparison."""
 
     work: Path
     settings: Settings
-    boilerplate: Path | None  # the hashes of the lines to remove, sorted; None where there are none
+    boilerplate: Path | None  # the hashes of the lines to remove, sorted; None if there are none
 
     def chunk(self, name: str) -> CleanChunk:
-        """The chunk as it is after this pass."""
+        """The chunk after this pass."""
         return CleanChunk(self.work / ("final" if self.boilerplate else "clean") / name)
 
 
 def find_boilerplate(files: list[Path], least: int) -> np.ndarray:
-    """The hashes of lines that stand in at least so many documents, sorted.
+    """The hashes of lines that occur in at least this many documents, sorted.
 
-    A share of the hashes is in memory at a time, by their last bits.
+    Only a share of the hashes, by their last bits, is in memory at a time.
 
     Args:
-        files: of each chunk (2, n) uint64: hashes, and in how many of its documents each stands.
+        files: for each chunk uint64 (2, n): hashes, and the number of its documents with each.
     """
     total = sum(np.load(file, mmap_mode="r").shape[1] for file in files)
     shares = 1 << max(0, -(-total // HASHES_AT_ONCE) - 1).bit_length()
@@ -81,14 +81,14 @@ def prepare(job: Comparison, name: str) -> str:
 
 @cache
 def evaluation(files: tuple[str, ...]):
-    """The questions of the evaluation files, read once by each process."""
+    """The questions of the evaluation files, read once per process."""
     from scripts.preparing.contamination import Evaluation  # here, since it brings PyTorch
 
     return Evaluation([Path(file) for file in files])
 
 
 def _without_boilerplate(job: Comparison, name: str, summary: dict) -> list[dict]:
-    """The chunk's texts without the lines that many documents share, written as a chunk of their own."""
+    """Write the chunk's texts again, without the lines that many documents share, as a new chunk."""
     source = CleanChunk(job.work / "clean" / name)
     known = np.load(job.boilerplate, mmap_mode="r")
     about = source.about()

@@ -1,8 +1,8 @@
-"""Lines that hold a question of an evaluation: of a model that has learned them, its score says nothing.
+"""Lines that contain a question of an evaluation: the score of a model trained on them is meaningless.
 
 A unit is a Chinese (Japanese, Korean) character or a word of letters and digits; case, width, accents, white space and
-punctuation do not matter. A line is contaminated by 13 consecutive units of a question, as GPT-3's authors had it
-("Language Models are Few-Shot Learners", 2020, appendix C), or by the whole of a question of 6 to 12 units.
+punctuation do not matter. A line is contaminated by 13 consecutive units of a question, as for GPT-3
+("Language Models are Few-Shot Learners", 2020, appendix C), or by a whole question of 6 to 12 units.
 """
 
 import functools
@@ -33,7 +33,7 @@ _MIX = np.uint64(0x5851F42D4C957F2D)
 
 
 class Match(NamedTuple):
-    """Where the question stands, and what of it stands in the line, as it is written there."""
+    """A question's file and line, and the part of it that the contaminated line contains, as written there."""
 
     file: Path
     line: int
@@ -44,14 +44,14 @@ class Evaluation:
     """The questions of evaluation files, to look for in lines.
 
     Args:
-        files: as of `read_questions`.
+        files: as in `read_questions`.
 
     Attributes:
-        questions: how many there are.
-        too_short: how many of them have fewer than 6 units, and are not looked for.
+        questions: the number of questions.
+        too_short: the number of questions with fewer than 6 units, which are not searched for.
 
     Raises:
-        UserError, DataError: as of `read_questions`.
+        UserError, DataError: as in `read_questions`.
     """
 
     def __init__(self, files: Sequence[Path]):
@@ -81,7 +81,7 @@ class Evaluation:
                 self._tables[length] = _Table(all_found)
 
     def find(self, texts: Sequence[str]) -> list[Match | None]:
-        """For each text the first question found in it, by length of what is shared, or None."""
+        """The first question found in each text, by the length of the shared part, or None."""
         found: list[Match | None] = [None] * len(texts)
         for numbers, block in _blocks(texts):
             units = _Units(block)
@@ -96,7 +96,7 @@ class Evaluation:
         return found
 
     def _match(self, units: "_Units", place: int, length: int, candidates: np.ndarray) -> Match | None:
-        """The candidate whose units are the same, letter by letter."""
+        """The match with the candidate whose units are the same letter by letter; None if there is none."""
         looked_for = units.spelled(place, length)
         for question, first in candidates.tolist():
             if _spelled(self._texts[question], first, length) == looked_for:
@@ -105,7 +105,7 @@ class Evaluation:
 
 
 class _Table:
-    """Hashes, and the question and place where each is from.
+    """Hashes, each with the question and place that it comes from.
 
     Args:
         found: (3, n) uint64: hash, question, place of the first unit.
@@ -120,13 +120,13 @@ class _Table:
         self.filter[self.hashes >> self.shift] = True
 
     def may_hold(self, hashes: np.ndarray) -> np.ndarray:
-        """The places of those that are among ours."""
+        """The indices of those hashes that are in the table."""
         some = np.flatnonzero(self.filter[hashes >> self.shift])
         at = np.searchsorted(self.hashes, hashes[some])
         return some[self.hashes[np.minimum(at, len(self.hashes) - 1)] == hashes[some]]
 
     def at(self, hashed: np.uint64) -> np.ndarray:
-        """(n, 2): question and place of those with this hash."""
+        """Question and place of each entry with this hash, (n, 2)."""
         return self.about[np.searchsorted(self.hashes, hashed) : np.searchsorted(self.hashes, hashed, "right")]
 
 
@@ -159,7 +159,7 @@ class _Units:
         self._hashes = _prefix_hashes(hashes * _MIX, _UNITS)
 
     def windows(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The hash of each run of `length` units of one text, and the number of its first unit."""
+        """The hash of each run of `length` units within one text, and the number of its first unit."""
         runs = max(0, len(self.text) - length + 1)
         places = np.flatnonzero(self.text[:runs] == self.text[length - 1 :][:runs])
         hashes = self._hashes[length : length + runs] - self._hashes[:runs]
@@ -169,14 +169,14 @@ class _Units:
         return hashes[places], places
 
     def spelled(self, first: int, length: int) -> list[str]:
-        """The letters of some units, without case and width."""
+        """The letters of some units, with case and width folded."""
         return [
             "".join(map(chr, self.codes[self.starts[unit] : self.ends[unit]].tolist()))
             for unit in range(first, first + length)
         ]
 
     def shown(self, first: int, length: int) -> str:
-        """They and what stands between them, as in the text."""
+        """The stretch of text from the first of these units to the last."""
         return self.joined[self.origin[self.starts[first]] : self.origin[self.ends[first + length - 1] - 1] + 1]
 
 
@@ -191,7 +191,7 @@ def _spelled(text: str, first: int, length: int) -> list[str]:
 
 
 def _blocks(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
-    """Blocks of texts of about `BLOCK` characters, with the number of each; a long text is cut, with an overlap."""
+    """Blocks of texts of about `BLOCK` characters, with the texts' numbers; long texts are cut with an overlap."""
     numbers, block, size = [], [], 0
     for number, text in enumerate(texts):
         for start in range(0, max(1, len(text) - OVERLAP), PIECE):
@@ -207,14 +207,14 @@ def _blocks(texts: Sequence[str]) -> Iterator[tuple[list[int], list[str]]]:
 
 
 def _prefix_hashes(values: np.ndarray, base: int) -> np.ndarray:
-    """(n + 1): sums of the first values times base^0, base^1 …, mod 2^64: the hash of a run is a difference of two."""
+    """Sums of the first values times base^0, base^1 …, mod 2^64, (n + 1,): a run's hash is the difference of two."""
     sums = np.zeros(len(values) + 1, np.uint64)
     np.cumsum(values * _powers(base, 1, len(values))[: len(values)], out=sums[1:])
     return sums
 
 
 def _powers(base: int, sign: int, count: int) -> np.ndarray:
-    """base^0, base^1 … or base^0, base^-1 …, mod 2^64: `count` of them or more."""
+    """At least `count` powers base^0, base^1 … or base^0, base^-1 …, mod 2^64."""
     return _cached_powers(pow(base, sign, 1 << 64), 1 << max(BLOCK.bit_length(), count.bit_length()))
 
 
@@ -227,7 +227,7 @@ def _cached_powers(base: int, count: int) -> np.ndarray:
 
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray]:
-    """Of each code point its kind (uint8), and the one it counts as (uint32): of its case, width and accents."""
+    """For each code point its kind (uint8), and its fold without case, width and accents (uint32)."""
     kinds, folded = np.zeros(0x110000, np.uint8), np.arange(0x110000, dtype=np.uint32)
     for code in range(NAMED):
         char = chr(code)

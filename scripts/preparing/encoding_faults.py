@@ -1,4 +1,4 @@
-"""Text that was decoded wrongly, told by the letters that this leaves behind."""
+"""Detects wrongly decoded text by the characters that it leaves behind."""
 
 import re
 
@@ -13,7 +13,7 @@ SURE = 2  # pairs, below which a text may have them by chance
 
 
 def wrongly_decoded(text: str) -> int:
-    """How many characters of a text stand in such pairs; 0 where there are too few to tell."""
+    """The number of characters in such pairs; 0 if there are too few to be sure."""
     found = sum(map(len, FILLED.findall(text)))
     for pattern in (LATIN, GBK):
         hits = [len(hit) for hit in pattern.findall(text)]

@@ -1,16 +1,15 @@
-"""The questions of evaluation files, in whatever format their publishers or this project keep them."""
+"""The questions of evaluation files, in the formats of their publishers and of this project."""
 
 import csv
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dataset.jsonl import BadRecord, JsonlReader
+from dataset.jsonl import BadRecord, read_objects
 from trainer.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl", ".txt")
 COLUMNS = ("question", "query", "prompt", "problem", "text")  # of a table, in any case; the first that is there
-NAMES = (  # of a record: what is asked, without the options and the answer; the first whose keys are all there
+NAMES = (  # keys of a record's question, without options and answer; the first entry whose keys all exist
     ("context", "question"),
     ("question",),
     ("question_stem",),
@@ -33,12 +32,12 @@ Question = tuple[Path, int, str]  # file, its line (of a table or a JSON list: i
 def read_questions(paths: Sequence[Path]) -> Iterator[Question]:
     """All questions of some files, and of the csv, tsv, json, jsonl and txt files in some folders.
 
-    A table has a column "question" (as CMMLU and C-Eval), a record one of the keys of the benchmarks that
-    eval_benchmarks.py reads, or of our own stages: there the user's turns are the questions. A text file has one
-    a line.
+    A table has a column "question" (as in CMMLU and C-Eval), a record one of the keys of the benchmarks that
+    eval_benchmarks.py reads, or of our own stages, where the user's turns are the questions. A text file has one per
+    line.
 
     Raises:
-        UserError, DataError: a file is missing or not like that; with file and line.
+        UserError, DataError: a file is missing or in another format; with file and line.
     """
     for path in paths:
         if not path.is_dir():
@@ -87,31 +86,15 @@ def _of_table(path: Path, separator: str) -> Iterator[Question]:
 
 
 def _of_records(path: Path) -> Iterator[Question]:
-    with open(path, "rb") as file:
-        is_list = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    if not is_list:
-        reader = JsonlReader(path, lambda record, ignored: _questions(record))
-        for number, questions in enumerate(reader, 1):
-            yield from ((path, number, question) for question in questions)
-        return
-    try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    for number, record in enumerate(records, 1):
-        try:
-            if not isinstance(record, dict):
-                raise BadRecord("not a JSON object")
-            yield from ((path, number, question) for question in _questions(record))
-        except BadRecord as error:
-            raise UserError(f"{path}, row {number}: {error}") from None
+    for number, questions in read_objects(path, _questions):
+        yield from ((path, number, question) for question in questions)
 
 
 def _questions(record: dict) -> list[str]:
-    """What is asked in a record.
+    """The questions in a record.
 
     Raises:
-        BadRecord: nothing is, under the keys that we know.
+        BadRecord: it has none under a known key.
     """
     for key in CHATS:
         turns = record.get(key)

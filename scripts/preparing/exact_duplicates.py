@@ -1,4 +1,4 @@
-"""Lines whose texts are equal but for white space, by a hash of 128 bits; the first of them stays."""
+"""Lines with equal texts, apart from white space, by a 128-bit hash; the first of them is kept."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ KEYS_AT_ONCE = 1 << 22  # in memory, 16 bytes each and as much again to sort the
 
 
 def exact_keys(texts: Sequence[str]) -> np.ndarray:
-    """A 128-bit hash (BLAKE2b) of each text with every run of white space made one space.
+    """A 128-bit hash (BLAKE2b) of each text, with every run of white space replaced by one space.
 
     Returns:
         (n, 2) uint64.
@@ -25,10 +25,10 @@ def exact_keys(texts: Sequence[str]) -> np.ndarray:
 def find_exact_duplicates(key_files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
     """The lines that repeat an earlier one.
 
-    A share of the keys is in memory at a time, by their first bits.
+    Only a share of the keys, by their first bits, is in memory at a time.
 
     Args:
-        key_files: what `exact_keys` returned for each chunk, as .npy, in the order of the lines.
+        key_files: the results of `exact_keys` for each chunk, as .npy, in the order of the lines.
 
     Returns:
         the numbers of the lines to drop, ascending, and of the line that each repeats; both int64.

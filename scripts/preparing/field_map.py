@@ -1,4 +1,4 @@
-"""--map: which keys of a record hold what, where its shape is not known."""
+"""--map: the meaning of a record's keys if its format is unknown."""
 
 from scripts.preparing.record_shapes import Piece, Turn, Unusable, clean, read_turns, think
 from trainer.errors import UserError
@@ -11,7 +11,7 @@ def parse_map(spec: str) -> dict[str, tuple[str, ...]]:
     """ "user=question+context assistant=answer" as the keys of each part.
 
     Raises:
-        UserError: a part that is not known, or no whole record.
+        UserError: an unknown part, or an incomplete record.
     """
     found = {}
     for word in spec.split():
@@ -28,7 +28,7 @@ def parse_map(spec: str) -> dict[str, tuple[str, ...]]:
 
 
 def mapped(record: dict, keys: dict[str, tuple[str, ...]]) -> Piece:
-    """What a record says, by the keys that the user named.
+    """The content of a record, by the keys that the user named.
 
     Raises:
         Unusable: one of them is missing.
@@ -68,7 +68,7 @@ def _text(record: dict, keys: tuple[str, ...]) -> str:
 
 
 def _value(record: object, path: str):
-    """What stands at a key, or at keys within each other, "data.question"."""
+    """The value under a key, or under nested keys such as "data.question"."""
     if isinstance(record, dict) and path in record:
         return record[path]
     for key in path.split("."):

@@ -1,4 +1,4 @@
-"""The filters: each looks at a batch of lines and says which it removes."""
+"""The filters: each examines a batch of lines and says which to remove."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -32,15 +32,15 @@ WHAT = {
 
 
 class Batch:
-    """Lines to look at, and what several filters need of them.
+    """A batch of lines, with statistics that several filters need.
 
     Attributes:
         records: the lines.
-        texts: of each its texts, one after the other.
-        broken: of each how many characters were decoded wrongly or are controls, before normalising.
-        counts, languages: of its characters, after it.
-        tokens: of each line, or None.
-        answers: of each line.
+        texts: the joined texts of each line.
+        broken: the number of wrongly decoded and control characters in each, before normalising.
+        counts, languages: statistics of its characters, after normalising.
+        tokens: the number of tokens of each line, or None.
+        answers: the answers in each line.
     """
 
     def __init__(self, records: list[dict], texts: list[str], broken: np.ndarray, counts: Counts, tokens=None):
@@ -50,7 +50,7 @@ class Batch:
 
 
 def count_broken(texts: list[str], counts: Counts) -> np.ndarray:
-    """How many characters of each text were decoded wrongly, or are controls."""
+    """The number of characters in each text that were decoded wrongly, or are control characters."""
     broken = counts.of("broken", "control")
     for number in np.flatnonzero(counts.odd >= 2):
         broken[number] += wrongly_decoded(texts[number])
@@ -58,7 +58,7 @@ def count_broken(texts: list[str], counts: Counts) -> np.ndarray:
 
 
 def removed(batch: Batch, settings: Settings) -> np.ndarray:
-    """For each line the place in `WHAT` of the first filter that removes it, -1 where none does."""
+    """The index in `WHAT` of the first filter that removes each line, -1 if none does."""
     found = np.full(len(batch.records), -1, np.int8)
     for number, name in enumerate(WHAT):
         left = np.flatnonzero(found < 0)
@@ -78,7 +78,7 @@ def _each(items: list, left: np.ndarray, is_faulty: Callable[[Any], bool]) -> np
 
 
 def _any(is_faulty: Callable[[str], bool]) -> Callable[[list[str]], bool]:
-    """Whether one of several answers is faulty."""
+    """Extend a test of one answer to several: true if any answer is faulty."""
 
     def of_several(several: list[str]) -> bool:
         return is_faulty(several[0]) if len(several) == 1 else any(map(is_faulty, several))
@@ -102,7 +102,7 @@ def _turns(batch: Batch, settings: Settings, left: np.ndarray) -> Hits:
 
 
 def chats(record: dict) -> Iterator[Sequence[dict]]:
-    """The chats of a line."""
+    """The chats in a line."""
     for key in ("conversations", "chosen", "rejected"):
         if key in record:
             yield record[key]

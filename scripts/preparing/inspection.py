@@ -1,4 +1,4 @@
-"""What scripts/inspect_data.py tells of a file beyond its samples: shapes, languages, roles, lengths, duplicates."""
+"""Statistics of a file for scripts/inspect_data.py: formats, languages, roles, lengths, duplicates."""
 
 import hashlib
 import itertools
@@ -21,15 +21,15 @@ BAR = 40  # characters of the longest bar
 
 
 class RawLook:
-    """A look at the first lines of a file of any shape.
+    """A summary of the first lines of a file of any format.
 
     Attributes:
-        format: as "parquet" or "jsonl, gzip".
-        lines: how many were looked at.
-        shapes, roles, languages, unusable: counted.
-        faults: "line 3: reason" of the first bad lines; `bad` is how many there are.
-        examples: the first records that were recognised.
-        stage: which would learn from most of them.
+        format: such as "parquet" or "jsonl, gzip".
+        lines: the number of lines examined.
+        shapes, roles, languages, unusable: their counts.
+        faults: "line 3: reason" of the first bad lines; `bad` is their number.
+        examples: the first recognised records.
+        stage: the stage that could train on most of them.
     """
 
     def __init__(self, path: Path):
@@ -82,11 +82,11 @@ class RawLook:
 
     @property
     def stage(self) -> str:
-        """That which would learn from most lines; "pretrain" where none was recognised."""
+        """The stage that could train on the most lines; "pretrain" if no line was recognised."""
         return self.stages.most_common(1)[0][0] if self.stages else "pretrain"
 
     def describe(self) -> list[str]:
-        """Lines to print."""
+        """The summary as lines to print."""
         first = f" (the first {LOOKED_AT:,})" if self.lines == LOOKED_AT else ""
         said = [f"format: {self.format}", f"lines looked at: {self.lines:,}{first}"]
         for name in ("shapes", "roles", "languages"):
@@ -97,7 +97,7 @@ class RawLook:
 
 
 def show_piece(piece: Piece) -> str:
-    """A record as it was understood, safe to print."""
+    """A record as it was recognised, safe to print."""
     if piece.text is not None:
         return excerpt(piece.text)
     said = [f"  {turn['role']}: {excerpt(turn['content'])}" for turn in piece.turns or []]
@@ -107,7 +107,7 @@ def show_piece(piece: Piece) -> str:
 
 
 def histogram(lengths: np.ndarray) -> list[str]:
-    """Samples by tokens, in steps of a factor of two, as bars to print."""
+    """A histogram of samples by tokens, in steps of a factor of two, as bars to print."""
     steps = np.floor(np.log2(np.maximum(1, lengths))).astype(int)
     counts = np.bincount(steps)
     said = []
@@ -118,12 +118,12 @@ def histogram(lengths: np.ndarray) -> list[str]:
 
 
 def what_rows_cut(lengths: np.ndarray, first_target: np.ndarray, is_text: bool) -> list[str]:
-    """For each --max_seq_len how many samples are longer, what happens to them, and how many are dropped.
+    """For each --max_seq_len the number of longer samples, what happens to them, and how many are dropped.
 
     Args:
-        lengths: tokens of each sample.
-        first_target: place of each one's first token to learn.
-        is_text: long ones are split, and nothing is lost.
+        lengths: number of tokens in each sample.
+        first_target: index of each sample's first target token.
+        is_text: whether long samples are split, so that nothing is lost.
     """
     said = []
     for row in ROW_LENGTHS:
@@ -140,7 +140,7 @@ def what_rows_cut(lengths: np.ndarray, first_target: np.ndarray, is_text: bool) 
 
 
 def duplicates(cache) -> int:
-    """How many samples of a `TokenCache` repeat an earlier one, token by token."""
+    """The number of samples in a `TokenCache` that repeat an earlier one token by token."""
     seen: set[bytes] = set()
     for sample, length in enumerate(cache.lengths):
         seen.add(hashlib.blake2b(cache.ids(sample, 0, length).tobytes(), digest_size=12).digest())
@@ -148,7 +148,7 @@ def duplicates(cache) -> int:
 
 
 def plot_lengths(lengths: np.ndarray, row: int, path: Path) -> None:
-    """The histogram as a PNG."""
+    """Draw the histogram as a PNG."""
     from matplotlib.figure import Figure
 
     from trainer.files import replacing

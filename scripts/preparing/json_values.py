@@ -1,11 +1,11 @@
-"""The values of a JSON text of any size, cut out one by one: the elements of an array, or objects behind each other."""
+"""The values in a JSON text of any size, cut out one by one: an array's elements, or consecutive objects."""
 
 import re
 from collections.abc import Iterable, Iterator
 
 # A whole string, a bracket, or a string that has no end yet.
 TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]|"', re.DOTALL)
-LONGEST = 64 << 20  # bytes of one value, and of one line: what is longer is not data to learn from
+LONGEST = 64 << 20  # bytes of one value, and of one line: longer ones are not training data
 
 
 class BrokenValues(ValueError):
@@ -13,9 +13,9 @@ class BrokenValues(ValueError):
 
 
 def cut_values(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The values of a JSON text, as bytes: of an array its elements, else every value that stands there.
+    """The values of a JSON text, as bytes: the elements if it is an array, else all consecutive values.
 
-    Only brackets and strings are looked at, so that it is fast; whoever parses a value finds what is wrong inside it.
+    For speed only brackets and strings are examined; parsing a value reveals errors inside it.
 
     Args:
         blocks: the text in pieces of any size.

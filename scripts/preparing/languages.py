@@ -1,4 +1,4 @@
-"""Which language a text is in, as far as it matters here: Chinese, English or another."""
+"""The language of a text, as far as it matters here: Chinese, English or another."""
 
 import numpy as np
 
@@ -19,10 +19,10 @@ LOOKED_AT = 400  # characters of a text
 
 
 def weights(texts: list[str], counts: Counts) -> np.ndarray:
-    """How much of each text is in each language of `NAMES`, float (n, 3), in Latin letters.
+    """The amount of each text in each language of `NAMES`, in Latin letters, float (n, 3).
 
-    Characters tell Chinese; kana among them Japanese, which is another. Of what is written in Latin letters, accents
-    and the frequent small words tell whether it is English.
+    Han characters indicate Chinese, or with kana among them Japanese, which counts as another language. For text in
+    Latin letters, accents and frequent short words decide whether it is English.
     """
     han, kana = counts.of("han") * HAN_LETTERS, counts.of("kana") * HAN_LETTERS
     latin, accented, others = counts.of("latin"), counts.of("accented"), counts.of("other_letter")

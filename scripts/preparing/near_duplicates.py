@@ -1,11 +1,11 @@
-"""Lines that are nearly another one: pairs are proposed by shared shingles and count by their Levenshtein distance.
+"""Near-duplicate lines: pairs are proposed by shared shingles and decided by their Levenshtein distance.
 
-All entries (a shingle and its line) are sorted, a share of the range of shingles at a time, so that equal ones come
-together. In a group of lines with one shingle, each is compared with those nearest to it in length; in a large one (a
-phrase, a template) with those most like it by their sketches, too. A pair is read and measured if the sketches are
-alike. Once lines have been dropped, those that are left of the large groups are compared in another round.
+All entries (a shingle and its line) are sorted, a share of the range of shingles at a time, so that equal shingles are
+adjacent. In a group of lines with the same shingle, each is compared with those nearest to it in length; in a large
+group (a phrase, a template) also with those most similar by their sketches. A pair is read and measured if the sketches
+are similar. Once lines have been dropped, the remaining lines of large groups are compared in another round.
 
-Everything between the steps lies in files; what is in memory does not grow with the data, but for a few bytes a line.
+Intermediate results are in files; memory does not grow with the data, apart from a few bytes per line.
 """
 
 import functools
@@ -26,7 +26,7 @@ ENTRIES_AT_ONCE = 1 << 22
 PAIRS_AT_ONCE = 1 << 19
 PORTION = 1 << 17  # entries whose sketches are in memory
 GROUP = 8  # lines that each line of a group is compared with, those that are nearest in length
-NEIGHBOURS = 3  # that it is compared with besides in a large group, those that are most like it
+NEIGHBOURS = 3  # further lines to compare with in a large group, the most similar ones
 LIKE = 0.25  # the sketches' estimate from which a pair is read; a tenth of the characters changed leaves 0.5
 ROUNDS = 4
 KEPT = 4  # lines of a cluster that all its lines are compared with
@@ -35,14 +35,14 @@ NUMBER_BITS = 32  # of a line in a pair
 
 
 class TextStore(Protocol):
-    """The texts of all lines. It goes to worker processes, so it is small when pickled."""
+    """The texts of all lines. It is sent to worker processes, so it is small when pickled."""
 
     def read(self, numbers: Sequence[int]) -> list[str]:
-        """The texts of these lines, whose numbers ascend."""
+        """The texts of these lines; the numbers must ascend."""
 
 
 class _Search(NamedTuple):
-    """What every process needs to know."""
+    """The settings that every process needs."""
 
     signature_files: tuple[Path, ...]
     starts: tuple[int, ...]  # the number of each file's first line, and of the line after the last
@@ -67,18 +67,18 @@ def find_near_duplicates(
     dropped: np.ndarray | None = None,
     pool: Executor | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The lines that are near-duplicates of one that is kept: of two, the longer one is, or else the earlier.
+    """The lines that are near-duplicates of a kept line: of two, the longer one is kept, or if equal, the earlier.
 
     A pair counts when 1 - Levenshtein distance / length of the longer is at least `threshold`.
 
     Args:
-        signature_files: what `signatures` returned for each chunk, as .npy, in the order of the lines.
-        work: a folder of its own, which may be deleted afterwards.
-        dropped: numbers of lines to leave out, because they repeat another exactly.
+        signature_files: the results of `signatures` for each chunk, as .npy, in the order of the lines.
+        work: an own folder, which may be deleted afterwards.
+        dropped: numbers of lines to leave out because they are exact duplicates.
         pool: processes that share the work; the result does not depend on them.
 
     Returns:
-        the numbers of the lines to drop, ascending, and of the kept line that each is near to; both int64.
+        the numbers of the lines to drop, ascending, and of the kept line that each is near; both int64.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -103,7 +103,7 @@ def find_near_duplicates(
 
 
 def _prepare(files: Sequence[Path], texts: TextStore, threshold: float, work: Path) -> tuple[_Search, np.ndarray]:
-    """Lengths and sketches of all lines, each in one file; which lines there are, all true."""
+    """Write the lengths and the sketches of all lines to one file each; returns also a mask of the lines, all true."""
     work.mkdir(parents=True, exist_ok=True)
     starts, entries = [0], 0
     for file in files:
@@ -134,9 +134,10 @@ def _run(pool: Executor | None, job, items: Iterable) -> list:
 
 
 def _propose(search: _Search, turn: int, share: int) -> bool:
-    """Write the pairs of one share of the shingles, the loser's number first; says whether a group was large.
+    """Write the candidate pairs of one share of the shingles, the loser's number first; returns whether any group was
+    large.
 
-    The first turn looks at all groups, the others at the large ones of which a line has been dropped since.
+    The first turn examines all groups, later turns only the large ones that have lost a line since.
     """
     at_first, before, alive = np.load(search.work / "alive.npy", mmap_mode="r")
     groups, lines = _groups(search, share, at_first)
@@ -169,14 +170,14 @@ def _propose(search: _Search, turn: int, share: int) -> bool:
 
 
 def _is_large(groups: np.ndarray, lengths: np.ndarray, threshold: float) -> np.ndarray:
-    """Whether an entry's group is too large to compare all lines in it whose lengths allow it."""
+    """Whether an entry's group is too large to compare all pairs of lines that are similar in length."""
     far = np.zeros(len(groups), bool)
     far[:-GROUP] = (groups[GROUP:] == groups[:-GROUP]) & (lengths[:-GROUP] >= threshold * lengths[GROUP:])
     return _of_groups(groups, far)
 
 
 def _of_groups(groups: np.ndarray, some: np.ndarray) -> np.ndarray:
-    """True for all entries of the groups in which it is true of one."""
+    """True for all entries of a group if it is true for one of them."""
     new = np.ones(len(groups), bool)
     new[1:] = groups[1:] != groups[:-1]
     group = np.cumsum(new)
@@ -186,7 +187,7 @@ def _of_groups(groups: np.ndarray, some: np.ndarray) -> np.ndarray:
 
 
 def _groups(search: _Search, share: int, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The entries of a share whose shingle stands in two lines or more, sorted: (shingle, line's number)."""
+    """The entries of a share whose shingle occurs in two or more lines, sorted: (shingle, line number)."""
     shift, bits = np.uint64(64 - search.shares.bit_length() + 1), np.uint64(search.line_bits)
     in_chunk, found = np.uint64((1 << LINE_BITS) - 1), [np.empty(0, np.uint64)]
     for file, start in zip(search.signature_files, search.starts, strict=False):
@@ -210,10 +211,10 @@ def _groups(search: _Search, share: int, alive: np.ndarray) -> tuple[np.ndarray,
 def _compare(
     groups: np.ndarray, lengths: np.ndarray, large: np.ndarray, sketches: np.ndarray, threshold: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The places of two entries of one group that may be near-duplicates, by their lengths and sketches.
+    """The indices of pairs of entries in one group that, by lengths and sketches, may be near-duplicates.
 
     Args:
-        groups: ascending, and in each group the lengths.
+        groups: ascending; the lengths ascend within each group.
     """
     for one, other in _neighbours(groups, lengths, GROUP, threshold):
         like = likeness(sketches[one], sketches[other]) >= LIKE
@@ -237,7 +238,7 @@ def _compare(
 def _neighbours(
     groups: np.ndarray, lengths: np.ndarray | None, most: int, threshold: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each entry with the `most` that follow in its group, as long as the lengths, which ascend, allow it."""
+    """Each entry paired with up to `most` entries after it in its group, as far as the ascending lengths allow."""
     places = np.arange(len(groups))
     for distance in range(1, most + 1):
         places = places[: np.searchsorted(places, len(groups) - distance)]
@@ -251,7 +252,7 @@ def _neighbours(
 
 
 def _pack(one: np.ndarray, other: np.ndarray, of_one: np.ndarray, of_other: np.ndarray) -> np.ndarray:
-    """A pair as one number, first the line that goes if the two are near: the shorter, or else the later one."""
+    """A pair as one number; the line to drop if they are near comes first: the shorter, or if equal, the later one."""
     first = (of_one < of_other) | ((of_one == of_other) & (one > other))
     loser, winner = np.where(first, one, other), np.where(first, other, one)
     return loser.astype(np.uint64) << np.uint64(NUMBER_BITS) | winner.astype(np.uint64)
@@ -261,7 +262,7 @@ def _pack(one: np.ndarray, other: np.ndarray, of_one: np.ndarray, of_other: np.n
 
 
 def _check_all(search: _Search, pool: Executor | None, files: list[Path]) -> np.ndarray:
-    """(n, 2): loser and winner of each proposed pair that counts."""
+    """Loser and winner of each proposed pair that is near enough, (n, 2)."""
     total = sum(len(np.load(file, mmap_mode="r")) for file in files)
     portions = max(1, min(search.starts[-1], total // (PAIRS_AT_ONCE // 8)))
     limits = np.linspace(0, search.starts[-1], portions + 1).astype(np.int64).tolist()
@@ -285,7 +286,7 @@ def _check(search: _Search, files: list[Path], losers: tuple[int, int]) -> np.nd
 
 
 def near_pairs(ones: Sequence[str], others: Sequence[str], threshold: float) -> np.ndarray:
-    """`is_near` of each text and the other one in its place: (n) bool."""
+    """`is_near` for each pair of texts, bool (n,)."""
     settings = {"scorer": Levenshtein.normalized_similarity, "score_cutoff": threshold, "dtype": np.float64}
     lengths = np.maximum(*(np.fromiter(map(len, texts), np.int64, len(texts)) for texts in (ones, others)))
     if len(ones) and lengths.max() <= PIECE:
@@ -296,8 +297,8 @@ def near_pairs(ones: Sequence[str], others: Sequence[str], threshold: float) -> 
 def is_near(one: str, other: str, threshold: float) -> bool:
     """Whether 1 - Levenshtein distance / length of the longer is at least `threshold`.
 
-    Long texts are compared in as many pieces each, of at most 50,000 characters. The sum of the pieces' distances is
-    no less than the distance of the whole, so no pair counts that should not.
+    Long texts are compared in the same number of pieces, of at most 50,000 characters. The sum of the pieces' distances
+    is at least the distance of the whole, so there are no false positives.
     """
     longer = max(len(one), len(other))
     if longer <= PIECE:
@@ -312,10 +313,10 @@ def is_near(one: str, other: str, threshold: float) -> bool:
 
 
 def _settle(search: _Search, pool: Executor | None, edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs that count, (n, 2) losers and winners, and some more; and of each line the one that it is dropped for.
+    """The near pairs, (n, 2) losers and winners, with some added, and for each line the one that it is dropped for.
 
-    In a cluster, whose lines are near to each other or have others between them, every line is compared with those for
-    which most of them were dropped: where one of these is dropped later, its lines have another.
+    In a cluster of lines that are connected by near pairs, every line is also compared with the lines for which most
+    were dropped: if one of those is dropped later, the lines dropped for it still have another.
     """
     lengths, file, tried = search.lengths(), search.work / "pairs-settle.npy", np.empty(0, np.uint64)
     for _ in range(ROUNDS):
@@ -342,7 +343,7 @@ def _settle(search: _Search, pool: Executor | None, edges: np.ndarray) -> tuple[
 
 
 def _clusters(edges: np.ndarray, lines: int) -> np.ndarray:
-    """Of each line the least line that edges lead to, over any number of them: (lines) int64."""
+    """For each line the lowest line number that any path of edges leads to, int64 (lines,)."""
     least = np.arange(lines)
     while True:
         before = least.copy()
@@ -355,9 +356,9 @@ def _clusters(edges: np.ndarray, lines: int) -> np.ndarray:
 
 
 def _decide(edges: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Of each line the kept one that it is dropped for, or -1.
+    """For each line the kept line that it is dropped for, or -1.
 
-    The longest lines are decided first: one is dropped if it is near to one that is kept, not to one that is dropped.
+    The longest lines are decided first; a line is dropped only if it is near a line that is kept.
     """
     loser, winner = edges.T
     order = np.lexsort((winner, -lengths[winner].astype(np.int64), loser, -lengths[loser].astype(np.int64)))

@@ -1,7 +1,7 @@
-"""Writing that says the same in one way: NFC, plain letters and digits, plain spaces and line breaks.
+"""Normalising texts: NFC, plain letters and digits, plain spaces and line breaks.
 
-What stands between backquotes is left as it is, and of lines that look like code every character is. Chinese
-punctuation stays full-width, as it is written; indentation stays; nothing is joined or reflowed.
+Text between backquotes is unchanged, and so are all characters of lines that look like code. Chinese punctuation stays
+full-width; indentation stays; nothing is joined or reflowed.
 """
 
 import re
@@ -28,7 +28,7 @@ CHARACTERS = {
 
 
 def looks_untidy(text: str) -> bool:
-    """Whether white space of the text may change; that characters may, `characters.count` says."""
+    """Whether white space of the text may change; for other characters see `characters.count`."""
     return bool(text) and (
         " \n" in text
         or "\n\n\n\n" in text
@@ -41,8 +41,8 @@ def looks_untidy(text: str) -> bool:
 
 
 def normalise(text: str) -> str:
-    """The text in NFC, with plain letters, digits, spaces and line breaks, no control characters, none that are not
-    seen, no white space at the end of lines and at most two blank lines in a row; code as it was."""
+    """The text in NFC, with plain letters, digits, spaces and line breaks, without control and invisible characters or
+    white space at line ends, and with at most two blank lines in a row; code is unchanged."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if "`" in text:
         parts = FENCED.split(text)

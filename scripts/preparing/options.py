@@ -1,4 +1,4 @@
-"""What prepare_data.py takes: its flags, and what they come to for each stage where nothing is said."""
+"""The flags of prepare_data.py, and their defaults for each stage."""
 
 import argparse
 from dataclasses import dataclass, fields
@@ -42,7 +42,7 @@ DEFAULTS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result, and nothing that does not: neither the number of processes nor where anything lies."""
+    """The settings that determine the result, and only those: not the number of processes, nor any paths."""
 
     stage: str
     seed: int
@@ -90,7 +90,7 @@ class Settings:
 
 
 def share(text: str) -> float:
-    """A number of 0 to 1."""
+    """A number from 0 to 1."""
     number = non_negative_float(text)
     if number > 1:
         raise argparse.ArgumentTypeError(f"must be 0 to 1, not {text}")
@@ -98,7 +98,7 @@ def share(text: str) -> float:
 
 
 def percentage(text: str) -> float:
-    """A share of "10%" or "0.1"; below all."""
+    """A share such as "10%" or "0.1"; less than 1."""
     try:
         number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
@@ -109,7 +109,7 @@ def percentage(text: str) -> float:
 
 
 def language_list(text: str) -> tuple[str, ...]:
-    """Languages with commas between them."""
+    """A comma-separated list of languages."""
     found = tuple(text.split(","))
     if unknown := [name for name in found if name not in LANGUAGES]:
         raise argparse.ArgumentTypeError(f"languages are {', '.join(LANGUAGES)}, not {', '.join(unknown)}")
@@ -117,7 +117,7 @@ def language_list(text: str) -> tuple[str, ...]:
 
 
 def add_arguments(parser: argparse.ArgumentParser, cores: int) -> None:
-    """All flags. A filter's default is None, for the stage's own."""
+    """Add all flags. A filter's default is None, which stands for the stage's own."""
     parser.add_argument("inputs", nargs="*", metavar="IN", help="files, folders or patterns to read")
     parser.add_argument("--stage", choices=STAGES, required=True, help="stage that will train on it")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT.jsonl", help="the file to write")
@@ -197,10 +197,10 @@ def add_arguments(parser: argparse.ArgumentParser, cores: int) -> None:
 
 
 def check(args: argparse.Namespace) -> Settings:
-    """The settings that arguments come to.
+    """The settings that the arguments result in.
 
     Raises:
-        UserError: which flag is wrong, and what it takes.
+        UserError: a flag is wrong; the message says which, and what it takes.
     """
     if bool(args.inputs) == bool(args.mix):
         raise UserError(

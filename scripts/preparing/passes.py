@@ -1,4 +1,4 @@
-"""The passes in order; each continues from what an earlier run has left in the work folder."""
+"""The passes in order; each continues from an earlier run's results in the work folder."""
 
 import re
 from collections import Counter, defaultdict
@@ -28,14 +28,14 @@ EXAMPLES = 5  # of each kind, in the report
 
 @dataclass
 class Findings:
-    """What all passes have found, for the report.
+    """The findings of all passes, for the report.
 
     Attributes:
-        sources: what was read, and of each what was counted in it: {"shapes": Counter, "removed": Counter, …}.
+        sources: the sources, each with its counts: {"shapes": Counter, "removed": Counter, …}.
         lost: a line about each file that could not be read to its end.
-        examples: of what was removed, by "removed: name": (file, line, text).
-        dropped: lines by why they were dropped after cleaning.
-        notes: (name, text) of what else is to be said.
+        examples: removed texts as (file, line, text), by "removed: name".
+        dropped: the number of lines dropped after cleaning, by reason.
+        notes: further remarks as (name, text).
     """
 
     sources: list[Source]
@@ -47,7 +47,7 @@ class Findings:
     boilerplate: int = 0
 
     def total(self, kind: str) -> Counter:
-        """What was counted of a kind in all sources."""
+        """The counts of a kind, over all sources."""
         return sum((counts[kind] for counts in self.by_source.values()), Counter())
 
 
@@ -56,7 +56,7 @@ class Preparation:
 
     Args:
         inputs: files, folders and patterns; empty with a --mix.
-        out: the file to write; its work folder lies beside it.
+        out: the file to write; its work folder is beside it.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Preparation:
         self.found = Findings(self.sources)
         self.pool = WorkerPool(workers)
         if settings.against:
-            comparing.evaluation(settings.against)  # what is wrong with these files is told now
+            comparing.evaluation(settings.against)  # so that faults of these files are reported now
         self.work_path = out.with_name(f"{self.name}.work")
         others = [*settings.against, *([settings.ppl_model] if settings.ppl_model else [])]
         identity = identify(self.sources, asdict(settings), [name for name in others if Path(name).is_file()])
@@ -80,7 +80,7 @@ class Preparation:
             print_notice(f"{self.work_path}: left by a run with other settings or inputs; starting over")
 
     def _check_targets(self, identity: dict, overwrite: bool) -> None:
-        """Nothing that is there is replaced unless that is wanted, or this run itself was about to."""
+        """Refuse to replace existing files without --overwrite, unless this run was interrupted while placing them."""
         there = [path for path in self.targets() if path.exists()]
         if not there or overwrite:
             return
@@ -95,7 +95,7 @@ class Preparation:
         raise UserError(f"{there[0]} already exists: use --overwrite to replace it, or choose another --out")
 
     def targets(self) -> list[Path]:
-        """The files of this name that are there, or may be written."""
+        """The files of this name that exist or may be written."""
         shard = re.compile(rf"{re.escape(self.name)}-\d{{5}}\.jsonl")
         parent = self.out.parent
         shards = sorted(path for path in parent.iterdir() if shard.fullmatch(path.name)) if parent.is_dir() else []
@@ -118,14 +118,14 @@ class Preparation:
             self._add(CleanChunk(folder / name).summary())
 
     def _chunks(self, lost: list[str], folder: Path) -> Iterator[Chunk]:
-        """All chunks, those that are done without their data."""
+        """All chunks; those already done come without their data."""
         for source in self.sources:
             for chunk in cut_into_chunks(source, self.settings.text_unit, lost):
                 name = f"{source.number:06d}-{chunk.number:07d}"
                 yield chunk._replace(data=None) if CleanChunk(folder / name).is_done() else chunk
 
     def _shown(self, what: str, results: Iterator, total: int | None = None) -> Iterator:
-        """The results, with a bar on a terminal."""
+        """The results, with a progress bar on a terminal."""
         return tqdm(results, desc=what, unit=" chunks", disable=None, total=total, leave=False)
 
     def _add(self, summary: dict) -> None:
@@ -183,7 +183,7 @@ class Preparation:
         self._drop(what, *np.load(saved))
 
     def _add_comparison(self, name: str, start: int) -> None:
-        """Count what a chunk's comparison has found, and drop its contaminated lines."""
+        """Count the findings of a chunk's comparison, and drop its contaminated lines."""
         summary = orjson.loads((self.work.path / "keys" / f"{name}.json").read_bytes())
         source = self.sources[int(name.partition("-")[0])]
         self.found.boilerplate += summary["boilerplate"]
@@ -207,7 +207,7 @@ class Preparation:
             self.found.examples[kind].append([file, line, text])
 
     def _drop(self, why: str, dropped: np.ndarray, repeats: np.ndarray | None = None) -> None:
-        """Leave lines out, with examples of some."""
+        """Drop lines, and report some as examples."""
         left = self.kept[dropped]
         self.found.dropped[why] += int(left.sum())
         self.kept[dropped] = False
@@ -231,7 +231,7 @@ class Preparation:
         return source.name, int(self.cleaned[place].about()["line"][line - self.starts[place]])
 
     def judge(self) -> None:
-        """The optional pass: lines that a model reads worst are dropped."""
+        """The optional pass: drop the lines that a model predicts worst."""
         if self.settings.ppl_model:
             from scripts.preparing.quality import worst_lines
 
@@ -272,7 +272,7 @@ class Preparation:
         return f"of {read:,} lines nothing is left ({most or '; '.join(self.found.lost) or 'there were none'})"
 
     def place(self, report: Callable[[Path], list[Path]]) -> list[Path]:
-        """Put what was written, and the report, where it belongs; what was there of an earlier run goes."""
+        """Move the written files and the report to their final place, and remove those of an earlier run."""
         written = self.written + report(self.work.path / "out")
         self.work.note("placing", {})
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -287,10 +287,10 @@ class Preparation:
 
 
 def all_sources(inputs: list[str], settings: Settings) -> list[Source]:
-    """What is read, in order: the inputs, or the parts of --mix.
+    """The sources in order: the inputs, or the parts of --mix.
 
     Raises:
-        UserError: nothing is there.
+        UserError: there are none.
     """
     if not settings.mix:
         return find_sources(inputs)

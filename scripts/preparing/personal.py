@@ -1,4 +1,4 @@
-"""Addresses and numbers that belong to somebody: found, and masked."""
+"""Finding and masking personal data: addresses and numbers."""
 
 import re
 from collections import Counter
@@ -49,7 +49,7 @@ PATTERNS: dict[str, tuple[str, tuple[Pattern, ...]]] = {  # of each kind, what t
 
 
 def may_hold(text: str, digits: int) -> Iterator[str]:
-    """The kinds that a text with so many digits may hold, by a quick look."""
+    """The kinds that a text with this many digits may contain, by a quick check."""
     if "://" in text or "www." in text or "WWW." in text:
         yield "urls"
     if "@" in text:
@@ -60,12 +60,12 @@ def may_hold(text: str, digits: int) -> Iterator[str]:
 
 
 def find(text: str, kind: str) -> bool:
-    """Whether the text holds something of a kind."""
+    """Whether the text contains personal data of a kind."""
     return any(check(found[0]) for pattern, check in PATTERNS[kind][1] for found in pattern.finditer(text))
 
 
 def mask(text: str, kind: str, counts: Counter) -> str:
-    """The text with what is of a kind replaced; counted by kind."""
+    """The text with personal data of a kind masked, and counted by kind."""
     placeholder, patterns = PATTERNS[kind]
 
     def replace(check: Callable[[str], bool], found: re.Match) -> str:

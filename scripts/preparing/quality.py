@@ -1,4 +1,4 @@
-"""How well a small model reads each line: what it finds hardest is mostly not language."""
+"""How well a small model predicts each line: the worst lines are mostly not natural language."""
 
 from collections.abc import Sequence
 
@@ -25,10 +25,10 @@ def worst_lines(
 ) -> np.ndarray:
     """The numbers of the lines to drop: the share `settings.drop_worst` with the most bits per byte, int64.
 
-    The bits of each chunk are kept in the work folder.
+    The bits of each chunk are stored in the work folder.
 
     Raises:
-        UserError: the weights or the device are not there.
+        UserError: the weights or the device do not exist.
     """
     from trainer.device import pick_device
     from trainer.loading import load_for_inference

@@ -1,4 +1,4 @@
-"""The shapes that people's records have, recognised by their keys, and what of each a stage can learn."""
+"""Common formats of records, recognised by their keys, and the content that stages can train on."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,16 +7,16 @@ Turn = dict[str, Any]  # "role", "content", maybe "weight"
 
 
 class Unusable(ValueError):
-    """Nothing of a record can be learned; the message is the reason, one of few, so that they can be counted."""
+    """A record cannot be used for training; the message is one of a few reasons, so that they can be counted."""
 
 
 class Piece(NamedTuple):
-    """What a record says: a text, or a chat, or a chat with two answers.
+    """The content of a record: a text, a chat, or a chat with two answers.
 
     Attributes:
-        shape: what it was recognised as.
-        text: of a plain text, else None.
-        turns: of a chat; of a pair those that both answers follow.
+        shape: the format that was recognised.
+        text: a plain text, else None.
+        turns: those of a chat, or those before a pair's two answers.
         chosen, rejected: the turns of a pair, else None.
     """
 
@@ -47,10 +47,10 @@ NO_SHAPE = "an unknown shape: name its keys with --map"
 
 
 def recognise(record: dict) -> Piece:
-    """What a record says, by the keys it has.
+    """The content of a record, by its keys.
 
     Raises:
-        Unusable: it has no shape that is known, or cannot be learned.
+        Unusable: its format is unknown, or it cannot be used for training.
     """
     if len(record) == 1 and isinstance(text := record.get("text"), str):
         return Piece("text", text=clean(text))
@@ -76,7 +76,7 @@ def _key(record: dict, keys: tuple[str, ...]) -> str | None:
 
 
 def clean(text: object) -> str:
-    """A text that UTF-8 can spell: half a character becomes U+FFFD, which the filter of broken text finds."""
+    """A text that UTF-8 can encode: a lone surrogate becomes U+FFFD, which the filter of broken text finds."""
     if not isinstance(text, str):
         if text is None:
             return ""
@@ -96,7 +96,7 @@ def clean(text: object) -> str:
 
 
 def _parts(parts: list) -> str:
-    """The text of content in parts, as OpenAI's API has it."""
+    """The text of content that is a list of parts, as in OpenAI's API."""
     texts = []
     for part in parts:
         if isinstance(part, str):
@@ -126,10 +126,10 @@ def _chat(record: dict, key: str) -> Piece:
 
 
 def read_turns(turns: list) -> tuple[list[Turn], str]:
-    """The turns of a chat with our names, and what form they had.
+    """The turns of a chat with our names, and the format they had.
 
     Raises:
-        Unusable: a turn of a role that no stage learns, or that is not a turn.
+        Unusable: a turn with a role that no stage uses, or something that is not a turn.
     """
     read: list[Turn] = []
     shape = "ours"
@@ -168,7 +168,7 @@ def read_turns(turns: list) -> tuple[list[Turn], str]:
 
 
 def _add_extras(turn: dict, one: Turn) -> None:
-    """A turn's thought, in the tags of ours, and whether it is learned."""
+    """Add a turn's thought, in our tags, and its weight if it is not trained on."""
     thought = next((turn[key] for key in THOUGHT_KEYS if isinstance(turn.get(key), str) and turn[key].strip()), None)
     if thought:
         one["content"] = think(clean(thought), one["content"])
@@ -177,7 +177,7 @@ def _add_extras(turn: dict, one: Turn) -> None:
 
 
 def think(thought: str, answer: str) -> str:
-    """An answer and the thought before it, in tags; empty where there is no answer."""
+    """An answer with the thought before it, in tags; empty if there is no answer."""
     return f"<think>\n{thought.strip()}\n</think>\n<answer>\n{answer.strip()}\n</answer>" if answer.strip() else ""
 
 
@@ -198,7 +198,7 @@ def _alpaca(record: dict) -> Piece:
 
 
 def _exchange(record: dict, asked: str, answer: str) -> list[Turn]:
-    """What was said before, the question and the answer."""
+    """The turns of the history, the question and the answer."""
     turns: list[Turn] = []
     for exchange in record.get("history") or []:
         if not isinstance(exchange, list | tuple) or len(exchange) != 2:
@@ -280,7 +280,7 @@ def _begins(chat: list[Turn], before: list[Turn]) -> bool:
 
 
 def _spoken(text: str) -> list[Turn]:
-    """A chat written out, as the HH-RLHF data has it: "\\n\\nHuman: …\\n\\nAssistant: …"."""
+    """A chat as plain text, as in the HH-RLHF data: "\\n\\nHuman: …\\n\\nAssistant: …"."""
     turns = []
     for part in f"\n\n{text}".replace("\n\nHuman:", "\0u").replace("\n\nAssistant:", "\0a").split("\0")[1:]:
         turns.append({"role": "user" if part[0] == "u" else "assistant", "content": clean(part[1:]).strip()})
@@ -288,7 +288,7 @@ def _spoken(text: str) -> list[Turn]:
 
 
 def nested_records(record: dict) -> list[dict] | None:
-    """The records of an object that only wraps them, {"data": [{…}, …]}; None where it is one itself."""
+    """The records of an object that only wraps them, {"data": [{…}, …]}; None if it is a record itself."""
     lists = [record[key] for key in NESTED_KEYS if isinstance(record.get(key), list) and record[key]]
     if len(lists) == 1 and all(isinstance(one, dict) for one in lists[0]):
         return lists[0]

@@ -1,4 +1,4 @@
-"""OUT.report.png: what came in and where it went, how long the lines are, and which languages they are in."""
+"""OUT.report.png: kept and removed lines, their lengths, and their languages."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,7 +9,7 @@ KEPT, REMOVED = "#2a7f62", "#b5523b"
 
 
 def draw_chart(found, figures, path: Path) -> None:
-    """Three panels: lines by what became of them, tokens of a line, languages.
+    """Draw three panels: kept and removed lines, tokens per line, languages.
 
     Args:
         found: the `Findings` of the passes.

@@ -1,4 +1,4 @@
-"""What is told of a run: on the terminal, and in OUT.report.md."""
+"""The report of a run: on the terminal, and in OUT.report.md."""
 
 from collections import Counter
 from pathlib import Path
@@ -18,13 +18,13 @@ MOST_SHOWN = 40  # sources, or reasons
 
 
 class Figures:
-    """What there is to say of the lines that were written.
+    """The figures on the lines that were written.
 
     Attributes:
-        lines, held_out, chars: of all that was written.
+        lines, held_out, chars: totals of what was written.
         languages: lines by language.
         lengths: characters of each line, in the order of the chunks.
-        tokens: of sampled lines; `sampled` says whether of all.
+        tokens: number of tokens in each sampled line; `sampled` says whether these are all lines.
     """
 
     def __init__(self, run: Preparation, chosen: Chosen):
@@ -71,7 +71,7 @@ def _count(lines: list[bytes], run: Preparation) -> np.ndarray:
 
 
 def describe(run: Preparation, figures: Figures) -> list[str]:
-    """What is printed at the end."""
+    """The text printed at the end."""
     found = run.found
     lines = found.total("lines")
     printed = [*shapes_read(found)]
@@ -99,7 +99,7 @@ def describe(run: Preparation, figures: Figures) -> list[str]:
 
 
 def shapes_read(found: Findings) -> list[str]:
-    """A line about each source: which shape its lines have."""
+    """A line about each source: the formats of its lines."""
     said = []
     for source in found.sources[:MOST_SHOWN]:
         counts = found.by_source[source.number]
@@ -123,7 +123,7 @@ def _named(counts: Counter) -> str:
 def write_report(
     run: Preparation, figures: Figures, licences: dict[str, str], folder: Path, command: str
 ) -> list[Path]:
-    """OUT.report.md and OUT.report.png in the folder."""
+    """Write OUT.report.md and OUT.report.png in the folder."""
     from scripts.preparing.report_chart import draw_chart
 
     picture = folder / f"{run.name}.report.png"
@@ -200,7 +200,7 @@ def _what_was_removed(found: Findings) -> list[str]:
 
 
 def licence_of(name: str, licences: dict[str, str]) -> str:
-    """What --source says of a source: by its whole name, or that of the file or a folder above it."""
+    """A source's licence according to --source, by its whole name, its file name, or a folder above it."""
     path = Path(name)
     for called in (
         name,
@@ -214,7 +214,7 @@ def licence_of(name: str, licences: dict[str, str]) -> str:
 
 
 def escape(text: object) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """Text escaped so that Markdown shows it literally, on one line."""
     shown = " ".join(str(text).split())
     return "".join(f"\\{char}" if char in "\\`*_{}[]<>|#~$" else char for char in shown)
 

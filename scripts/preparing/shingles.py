@@ -1,13 +1,13 @@
-"""Which lines may be near-duplicates: samples of their shingles, that is, of the runs of characters in them.
+"""Candidates for near-duplicate lines, by samples of their shingles, that is, of the runs of characters in them.
 
-Two lines are compared where both samples hold the same shingle. A sample is a bottom-k sketch (Broder, "On the
-resemblance and containment of documents", 1997): the shingles with the k smallest hashes, so two lines choose alike
-without knowing of each other. One equal shingle is enough, so the shingles are long: a run of six Chinese or twelve
-Latin characters seldom stands in two lines by chance. Of a short line all shingles are taken, and shorter ones: where
-a tenth of 20 characters has been changed, a run of five is whole wherever the changes fall.
+Two lines are compared if their samples have a shingle in common. A sample is a bottom-k sketch (Broder, "On the
+resemblance and containment of documents", 1997): the shingles with the k smallest hashes, so that similar lines choose
+the same ones independently. One common shingle is enough, so shingles are long: a run of six Chinese or twelve Latin
+characters seldom occurs in two lines by chance. For short lines all shingles are taken, and shorter ones: if a tenth of
+20 characters has been changed, some run of five is unchanged wherever the changes are.
 
-Beside it stands a sketch that estimates how much of two lines is the same (one-permutation hashing: Li, Owen, Zhang,
-NeurIPS 2012), so that few chance pairs are read and compared.
+A second sketch estimates the similarity of two lines (one-permutation hashing: Li, Owen, Zhang, NeurIPS 2012), so that
+few chance pairs are read and compared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ _KEY_MASK = np.uint64((1 << KEY_BITS) - 1)
 
 
 def signatures(texts: Sequence[str]) -> np.ndarray:
-    """What `find_near_duplicates` needs of the lines of a chunk, fewer than 16 million.
+    """The data that `find_near_duplicates` needs on a chunk's lines, which must be fewer than 16 million.
 
     Returns:
         uint64, one after the other: the number of lines n; their lengths in characters (n); their sketches (4 n, 32
@@ -55,21 +55,21 @@ def signatures(texts: Sequence[str]) -> np.ndarray:
 
 
 def parts(signature: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths (n) uint64, sketches (n, 32) uint8 and entries of what `signatures` returned, without a copy."""
+    """Lengths (n) uint64, sketches (n, 32) uint8 and entries in a result of `signatures`, as views."""
     lines = int(signature[0])
     sketches, entries = signature[1 + lines : 1 + 5 * lines], signature[1 + 5 * lines :]
     return signature[1 : 1 + lines], sketches.view(np.uint8).reshape(lines, BINS), entries
 
 
 def likeness(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """The Jaccard similarity of two lines' short shingles, estimated: (n) float32 of two times (n, 32) uint8."""
+    """The estimated Jaccard similarity of two lines' short shingles: two uint8 (n, 32) -> float32 (n,)."""
     either = _count_true((one | other) != 0)
     same = _count_true((one == other) & (one != 0))
     return (same / np.maximum(either, 1)).astype(np.float32)
 
 
 def _count_true(flags: np.ndarray) -> np.ndarray:
-    """How many of each row of 32 are true, by sums of eight bytes at a time."""
+    """The number of true values in each row of 32, summed eight bytes at a time."""
     eights = flags.view(np.uint64)
     return (eights.sum(axis=1) * np.uint64(0x0101010101010101) >> np.uint64(56)).astype(np.int64)
 
@@ -83,7 +83,7 @@ def sorted_once(values: np.ndarray) -> np.ndarray:
 
 
 def _blocks(lengths: np.ndarray) -> Iterator[slice]:
-    """Texts of these lengths in blocks of about `BLOCK` characters."""
+    """Slices of consecutive texts with these lengths, of about `BLOCK` characters each."""
     ends = np.cumsum(lengths)
     start = 0
     while start < len(ends):
@@ -94,7 +94,7 @@ def _blocks(lengths: np.ndarray) -> Iterator[slice]:
 
 
 class _Block:
-    """The code points of some texts one after the other, and the hashes of the runs that begin at each of them."""
+    """The code points of some texts, joined, and the hashes of the runs that begin at each of them."""
 
     def __init__(self, texts: list[str]):
         codes = np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -109,7 +109,7 @@ class _Block:
         self._hashes = {1: np.concatenate([codes, np.zeros(LONG[1], np.uint32)]).astype(np.uint64) + np.uint64(1)}
 
     def _hash(self, run: int) -> np.ndarray:
-        """A polynomial of the `run` code points from each on, mod 2^64: of two halves, where it has them."""
+        """A polynomial hash of the `run` code points from each one on, mod 2^64, combined from shorter runs' hashes."""
         if run not in self._hashes:
             first = run // 2 if run % 2 == 0 else run - 1
             power = np.uint64(pow(_BASE, run - first, 1 << 64))
@@ -119,7 +119,7 @@ class _Block:
         return self._hashes[run]
 
     def _smallest(self, runs: tuple[int, int], wanted: int, lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """About the `wanted` smallest hashes of the shingles of each of those lines (n, bool), and each one's line."""
+        """About the `wanted` smallest shingle hashes of each line in the mask `lines`, and the line of each hash."""
         size = len(self.line)
         hashes = np.where(self.chinese, self._hash(runs[0])[:size], self._hash(runs[1])[:size])
         hashes ^= hashes >> np.uint64(31)
@@ -133,7 +133,7 @@ class _Block:
         return hashes[small], self.line[small]
 
     def sketches(self) -> np.ndarray:
-        """(n, 32) uint8: of each bin's smallest hash eight bits, 0 where it has none."""
+        """Eight bits of the smallest hash in each bin, 0 for an empty bin, uint8 (n, 32)."""
         hashes, line = self._smallest(BLENDED, 8 * BINS, np.ones(len(self.lengths), bool))
         smallest = np.full(len(self.lengths) * BINS, 0xFFFFFFFF, np.uint32)
         bins = line * np.int64(BINS) + (hashes & np.uint64(BINS - 1)).astype(np.int64)
@@ -143,7 +143,7 @@ class _Block:
         return sketch.reshape(-1, BINS)
 
     def samples(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The samples of short shingles and of long ones: 40 bits of each one's hash, and its line."""
+        """The samples of short and of long shingles: 40 bits of each shingle's hash, and its line."""
         for runs, lines in ((SHORT, self.width <= SHORT_LINE), (LONG, self.width >= LONG_LINE)):
             if lines.any():
                 hashes, line = self._smallest(runs, 3 * SAMPLE, lines)

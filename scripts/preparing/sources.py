@@ -1,4 +1,4 @@
-"""What is given to prepare: files, folders and patterns, of any format and compression, as a list of sources."""
+"""The inputs: files, folders and patterns, of any format and compression, as a list of sources."""
 
 import bz2
 import codecs
@@ -27,22 +27,22 @@ ARRAY = re.compile(r"\[\s*[\[{\"]")
 
 
 class BrokenArchive(Exception):
-    """A compressed file cannot be read on; what came before is whole."""
+    """A compressed file is damaged from here on; what was read before is intact."""
 
 
 class Source(NamedTuple):
-    """One file to read, or many small texts of one folder.
+    """One file, or many small texts in one folder.
 
     Attributes:
-        number: its place in the order of all.
-        name: as it is called in the report.
+        number: its number among all sources.
+        name: its name in the report.
         paths: one file, or the texts of a folder.
         format: "jsonl", "json", "csv", "parquet" or "text".
         compression: "gzip", "zstd", "xz", "bzip2" or None.
-        encoding: "utf-8", or what the text is decoded from.
-        delimiter: of a table.
-        quoted: whether a table's cells may stand in quotes.
-        group: which of the parts of --mix it belongs to.
+        encoding: "utf-8", or another encoding of the text.
+        delimiter: a table's delimiter.
+        quoted: whether a table's cells may be quoted.
+        group: the part of --mix that it belongs to.
     """
 
     number: int
@@ -57,10 +57,10 @@ class Source(NamedTuple):
 
 
 def find_sources(given: list[str], group: int = 0, first: int = 0) -> list[Source]:
-    """The sources of files, folders (with all below them) and patterns, each in the order of names.
+    """The sources in files, folders (with all subfolders) and patterns, each sorted by name.
 
     Raises:
-        UserError: nothing is there, or nothing that can be read.
+        UserError: there is nothing, or nothing readable.
     """
     sources: list[Source] = []
     for name in given:
@@ -102,7 +102,7 @@ def _ending(path: Path) -> str:
 
 
 def sniff(path: Path, group: int = 0, number: int = 0) -> Source:
-    """What kind of file it is, by its beginning first and by its name second."""
+    """The kind of a file, by its beginning first and by its name second."""
     source = Source(number, shown(path), (path,), "text", group=group)
     try:
         with open(path, "rb") as file:
@@ -132,7 +132,7 @@ def sniff(path: Path, group: int = 0, number: int = 0) -> Source:
 
 
 def _is_lines(text: str) -> bool:
-    """Whether some line of the beginning is a JSON object; its last one may be cut."""
+    """Whether a line at the beginning is a JSON object; also true if there is only one line, which may be cut."""
     import orjson
 
     for line in text.split("\n")[:20]:
@@ -151,7 +151,7 @@ def _table(source: Source, head: str, delimiter: str | None) -> Source:
 
 
 def guess_encoding(head: bytes) -> str:
-    """The encoding of a text by its beginning: UTF-8 unless it is clear that it is another."""
+    """The encoding of a text by its beginning: UTF-8 unless it is clearly another."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     if len(head) >= 4 and head[:400].count(0) > len(head[:400]) // 4:
@@ -183,11 +183,11 @@ def _is_utf8(line: bytes) -> bool:
 
 @contextlib.contextmanager
 def unpacked(path: Path, compression: str | None) -> Iterator[BinaryIO]:
-    """The file opened to read, decompressed on the way.
+    """The file, opened for reading and decompressed while it is read.
 
     Raises:
-        BrokenArchive: reading it failed within an archive, where the with block reads.
-        OSError: it cannot be read at all.
+        BrokenArchive: reading an archive failed, inside the with block.
+        OSError: the file is unreadable.
     """
     if compression is None:
         with open(path, "rb") as file:
@@ -210,7 +210,7 @@ def read_blocks(source: Source, path: Path) -> Iterator[bytes]:
 
     Raises:
         BrokenArchive: the archive ends or is damaged there.
-        OSError: the disk cannot read it.
+        OSError: the file is unreadable.
     """
     decoder = None if source.encoding == "utf-8" else codecs.getincrementaldecoder(source.encoding)(errors="replace")
     first = True
@@ -226,7 +226,7 @@ def read_blocks(source: Source, path: Path) -> Iterator[bytes]:
 
 
 def parse_table(data: bytes, header: list[str] | None, source: Source) -> Iterator[tuple[int, list[str] | str]]:
-    """The rows of a piece of a table, or why one is none, with the number of lines before it."""
+    """The rows of a piece of a table, or the fault of one, each with the number of lines before it."""
     csv.field_size_limit(1 << 30)
     text = io.StringIO(data.decode("utf-8", errors="replace").replace("\x00", "\ufffd"), newline="")
     quoting = csv.QUOTE_MINIMAL if source.quoted else csv.QUOTE_NONE

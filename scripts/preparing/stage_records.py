@@ -1,4 +1,4 @@
-"""A stage's lines: made of what a record says, and taken apart again to look at."""
+"""A stage's lines: built from a record's content, and taken apart again for the filters."""
 
 import re
 
@@ -14,10 +14,10 @@ WELL_FORMED = re.compile(
 
 
 def build(piece: Piece, stage: str) -> dict:
-    """The line of a stage that holds what a record says.
+    """A stage's line with the content of a record.
 
     Raises:
-        Unusable: there is nothing in it that the stage learns.
+        Unusable: it has nothing that the stage trains on.
     """
     if stage in TEXT_STAGES:
         if piece.text is not None:
@@ -31,7 +31,7 @@ def build(piece: Piece, stage: str) -> dict:
             raise Unusable("no pair of answers, which --stage dpo needs")
         return {"chosen": piece.turns + piece.chosen, "rejected": piece.turns + piece.rejected}
     turns = piece.turns + (piece.chosen or [])
-    while turns and turns[-1]["role"] == "user":  # a question that nobody answered
+    while turns and turns[-1]["role"] == "user":  # a question without an answer
         turns = turns[:-1]
     for turn in turns:
         if turn["role"] == "assistant" and "think>" in turn["content"]:
@@ -40,7 +40,7 @@ def build(piece: Piece, stage: str) -> dict:
 
 
 def tidy_thought(answer: str) -> str:
-    """An answer that begins with a thought in tags, in the form of ours; any other as it is."""
+    """An answer that begins with a thought in tags, in our form; any other answer unchanged."""
     found = THOUGHT_FIRST.fullmatch(answer)
     if not found:
         return answer
@@ -51,7 +51,7 @@ def tidy_thought(answer: str) -> str:
 
 
 def holders(record: dict) -> list[dict]:
-    """The objects that hold a text each, under "text" or "content"; what two chats share once."""
+    """The objects with a text each, under "text" or "content"; turns shared by two chats only once."""
     if "text" in record:
         return [record]
     if "conversations" in record:
@@ -70,7 +70,7 @@ def texts(record: dict) -> list[str]:
 
 
 def whole_text(record: dict) -> str:
-    """What a line says, by which it is compared with others: without the system prompt, which many share."""
+    """A line's text for comparison with other lines: without the system prompt, which many share."""
     if "text" in record:
         return record["text"]
     if "conversations" in record:
@@ -81,7 +81,7 @@ def whole_text(record: dict) -> str:
 
 
 def shared_turns(chosen: list[Turn], rejected: list[Turn]) -> int:
-    """How many turns two chats begin with alike."""
+    """The number of equal turns at the beginning of two chats."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
@@ -89,13 +89,13 @@ def shared_turns(chosen: list[Turn], rejected: list[Turn]) -> int:
 
 
 def questions(record: dict) -> str:
-    """What the users of a chat said; empty of a text."""
+    """The text of a chat's user turns; empty for a plain text."""
     turns = record.get("conversations") or record.get("chosen") or []
     return "\n".join(turn["content"] for turn in turns if turn["role"] == "user")
 
 
 def answers(record: dict) -> list[str]:
-    """What is learned as an answer."""
+    """The texts that are trained on as answers."""
     if "text" in record:
         return []
     turns = record["conversations"] if "conversations" in record else record["chosen"] + record["rejected"]

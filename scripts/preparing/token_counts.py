@@ -1,4 +1,4 @@
-"""How many tokens lines have as training makes them: with the template of a chat, and its system prompt."""
+"""The number of tokens of lines as in training: with the chat template and the system prompt."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ def _tokenizer(folder: str | None):
 
 
 def count_tokens(records: list[dict], stage: str, tokenizer: str | None) -> np.ndarray:
-    """Tokens of each line, int64 (n,); of a pair those of its longer side.
+    """The number of tokens in each line, int64 (n,); for a pair that of its longer side.
 
     Raises:
         UserError: there is no such tokenizer.

@@ -23,12 +23,12 @@ class WorkFolder:
     """The folder of a run.
 
     Attributes:
-        path: where it lies.
-        goes_on: whether a run with the same settings and inputs was there.
-        other: whether one with other settings or inputs was.
+        path: its path.
+        goes_on: whether it has results of a run with the same settings and inputs.
+        other: whether it has results of a run with other settings or inputs.
 
     Raises (on construction):
-        UserError: another run is at work there, or it cannot be written.
+        UserError: another run is using it, or it is not writable.
     """
 
     def __init__(self, path: Path, identity: dict):
@@ -57,7 +57,7 @@ class WorkFolder:
             (path / name).mkdir(exist_ok=True)
 
     def done(self, name: str) -> dict | None:
-        """What a step noted when it was done."""
+        """The record of a finished step; None if it is not finished."""
         path = self.path / f"{name}.json"
         return orjson.loads(path.read_bytes()) if path.exists() else None
 
@@ -65,27 +65,27 @@ class WorkFolder:
         write_whole(self.path / f"{name}.json", orjson.dumps(content))
 
     def remove(self) -> None:
-        """Delete it with all that is in it."""
+        """Delete the folder with all its content."""
         if self._lock is not None:
             self._lock.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """A file of the work folder, whole or not there; not flushed, as a lost one is only made again."""
+    """Write a file of the work folder atomically; it is not flushed, because a lost file is simply made again."""
     with _whole(path) as file:
         file.write(data)
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """A .npy file, likewise."""
+    """Write a .npy file, likewise."""
     with _whole(path) as file:
         np.save(file, array)
 
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[BinaryIO]:
-    """Not `trainer.files.replacing`, which flushes, and brings torch into every worker."""
+    """A file that appears whole. Unlike `trainer.files.replacing` it is not flushed and does not import torch."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         yield file
@@ -93,7 +93,7 @@ def _whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def identify(sources: Sequence[Source], settings: dict, others: Sequence[str]) -> dict:
-    """What a result is made from: the settings, this code, and each file's size, time and beginning."""
+    """Identifies the inputs of a result: the settings, this code, and each file's size, time and beginning."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         code.update(path.read_bytes())
@@ -112,12 +112,12 @@ def identify(sources: Sequence[Source], settings: dict, others: Sequence[str]) -
 
 
 class CleanChunk(NamedTuple):
-    """A cleaned chunk on the disk: its lines, and about each of them an entry of `LINE`."""
+    """A cleaned chunk on disk: its lines, and an entry of `LINE` about each."""
 
     path: Path
 
     def write(self, lines: Sequence[bytes], about: np.ndarray, summary: dict) -> None:
-        """Write its files, the summary last: where that is, the others are whole."""
+        """Write its files, the summary last: if that exists, the others are complete."""
         write_whole(self.path.with_suffix(".jsonl"), b"".join(lines))
         save_array(self.path.with_suffix(".npy"), about)
         write_whole(self.path.with_suffix(".json"), orjson.dumps(summary))
@@ -129,7 +129,7 @@ class CleanChunk(NamedTuple):
         return orjson.loads(self.path.with_suffix(".json").read_bytes())
 
     def about(self) -> np.ndarray:
-        """(n,) of `LINE`."""
+        """The entries about its lines, (n,) of `LINE`."""
         return np.load(self.path.with_suffix(".npy"))
 
     def lines(self) -> list[bytes]:
@@ -137,7 +137,7 @@ class CleanChunk(NamedTuple):
         return self.path.with_suffix(".jsonl").read_bytes().split(b"\n")[:-1]
 
     def some_lines(self, numbers: np.ndarray) -> list[bytes]:
-        """The lines with these numbers, which ascend, with their line breaks."""
+        """The lines with these numbers, which must ascend, with their line breaks."""
         if not len(numbers):
             return []
         ends = self.about()["end"].astype(np.int64)
@@ -154,14 +154,14 @@ class CleanChunk(NamedTuple):
 
 
 class LineTexts(NamedTuple):
-    """The texts of all lines of the chunks, to be read by their number: a `TextStore`."""
+    """The texts of all lines of the chunks, by number: a `TextStore`."""
 
     chunks: tuple[CleanChunk, ...]
     starts: tuple[int, ...]  # the number of each chunk's first line, and of the line after the last
     what: str  # "whole_text" or "questions" of scripts/preparing/stage_records.py
 
     def read(self, numbers: Sequence[int]) -> list[str]:
-        """The texts of these lines, whose numbers ascend."""
+        """The texts of these lines; the numbers must ascend."""
         from scripts.preparing import stage_records
 
         text_of = getattr(stage_records, self.what)

@@ -1,4 +1,4 @@
-"""Processes that share a pass's chunks; what they return comes in the order in which it was asked for."""
+"""Processes that share a pass's chunks; results come in the order of the items."""
 
 import contextlib
 import multiprocessing
@@ -16,14 +16,14 @@ from trainer.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-AHEAD = 2  # chunks a process has waiting for it, beside the one it works on
+AHEAD = 2  # queued chunks per process, besides the one in progress
 
 
 class WorkerPool:
-    """So many processes; with one, the work is done in this process.
+    """A pool of processes; with one, the work is done in this process.
 
     Attributes:
-        executor: of the processes, None with one.
+        executor: the processes' executor, None with one.
     """
 
     def __init__(self, workers: int):
@@ -42,10 +42,10 @@ class WorkerPool:
             self.executor.shutdown(wait=error[0] is None, cancel_futures=True)
 
     def map(self, job: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The result of each item, in their order; few items are taken before their turn.
+        """The result of each item, in order; only few items are taken ahead.
 
         Raises:
-            UserError: a process was ended from outside, as a system does that has no memory left.
+            UserError: a process was killed from outside, such as for lack of memory.
         """
         if self.executor is None:
             yield from map(job, items)
@@ -66,7 +66,7 @@ class WorkerPool:
 
 
 def _begin() -> None:
-    """A worker leaves Ctrl-C to its parent, and ends when that is gone, also by a kill."""
+    """Let a worker leave Ctrl-C to its parent, and exit when the parent does, even if that was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM"):
         os.environ.setdefault(name, "1" if name[0] == "O" else "false")

@@ -1,4 +1,4 @@
-"""The last pass: which lines are taken, in which order, and the files that they make."""
+"""The last pass: the selection and order of lines, and the files that are written."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ FEWEST_LINES = 200  # of which some are held out
 
 
 class Chosen(NamedTuple):
-    """What is taken of the cleaned lines.
+    """The selection among the cleaned lines.
 
     Attributes:
-        chunks: in their order; `starts` the number of each one's first line, and of the line after the last.
-        groups: which part of --mix each chunk is of.
+        chunks: in order; `starts`: the number of each one's first line, and of the line after the last.
+        groups: the part of --mix that each chunk belongs to.
         train, held_out: bool (all lines,).
     """
 
@@ -35,9 +35,9 @@ class Chosen(NamedTuple):
 
 
 def choose(chunks: Sequence[CleanChunk], groups: Sequence[int], kept: np.ndarray, settings: Settings) -> Chosen:
-    """Which of the kept lines are taken, by --mix and --max_lines, and which of those are held out.
+    """Select lines by --mix and --max_lines, and among them the held-out ones.
 
-    A share of --mix is of the characters, as tokens are not counted; in one language it is the same.
+    Shares of --mix are of characters, because tokens are not counted; within one language this is equivalent.
     """
     starts = [0]
     for chunk in chunks:
@@ -76,7 +76,7 @@ def choose(chunks: Sequence[CleanChunk], groups: Sequence[int], kept: np.ndarray
 
 
 def _cut(which: np.ndarray, starts, groups, group: int | None, seed: int, purpose: str, limit: int) -> None:
-    """Leave out the lines of a group whose key is above the limit."""
+    """Unmark the lines of a group whose key is above the limit."""
     for own, start, end in zip(groups, starts[:-1], starts[1:], strict=True):
         if group is None or own == group:
             keys = draw(seed, purpose, np.arange(start, end))
@@ -86,7 +86,7 @@ def _cut(which: np.ndarray, starts, groups, group: int | None, seed: int, purpos
 def write_lines(chosen: Chosen, which: np.ndarray, settings: Settings, out: "LineFiles", folder: Path) -> None:
     """Write the lines of `which` to `out`, shuffled or not.
 
-    Shuffled in bounded memory: every line goes by its key into one of several files, each of which is then sorted.
+    Shuffling takes bounded memory: every line goes by its key into one of several files, each of which is then sorted.
     """
     if not settings.shuffle:
         for chunk, start, end in zip(chosen.chunks, chosen.starts[:-1], chosen.starts[1:], strict=True):
@@ -126,11 +126,11 @@ def write_lines(chosen: Chosen, which: np.ndarray, settings: Settings, out: "Lin
 
 
 class LineFiles:
-    """One file of lines, or several of so many lines each, written in a folder.
+    """One file of lines, or several with a given number of lines, written in a folder.
 
     Attributes:
         paths: of the files written so far.
-        lines: how many were written.
+        lines: the number of lines written.
     """
 
     def __init__(self, folder: Path, name: str, shard_lines: int = 0):
@@ -162,7 +162,7 @@ class LineFiles:
             self._file = None
 
     def close(self) -> list[Path]:
-        """The files, whole; one that is empty where nothing was written."""
+        """Finish and return the files; an empty one if nothing was written."""
         if not self.paths:
             self._open()
         self._close()

@@ -1,4 +1,4 @@
-"""What stands in a report, in which words; how it looks is left to `rendering`."""
+"""The contents and wording of a report; `rendering` determines its appearance."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ NOTHING = "–"
 class Cell(NamedTuple):
     """A field of a table.
 
-    share: 0 to 1, drawn as a bar behind the text. chance: likewise, a tick on it.
+    share: 0 to 1, drawn as a bar behind the text. chance: likewise, drawn as a tick on it.
     """
 
     text: str
@@ -26,13 +26,13 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a word about what follows, and one of a table, answers, a picture or points.
+    """A heading, an introduction, and one of a table, answers, a picture or points.
 
     Attributes:
-        rows: the first field of each is the name of a model.
+        rows: the first field of each is a model's name.
         answers: (question, [(model, answer)]).
-        picture: whether it is that of the losses.
-        points: (what, a word about it).
+        picture: whether it is the picture of the losses.
+        points: (subject, remark).
     """
 
     title: str
@@ -47,12 +47,12 @@ class Section:
 def sections(
     stages: list[Found], results: Mapping[str, dict], problems: Mapping[str, str], held_out: str | None, drawn: bool
 ) -> Iterator[Section]:
-    """The report.
+    """The sections of the report.
 
     Args:
-        results: {model: {part: what was found}}, see `examine`; a model that was not evaluated is missing.
-        problems: {model: why not}.
-        held_out: the name of the text that all predict.
+        results: {model: {part: result}}, see `examine`; models that were not evaluated are missing.
+        problems: {model: the reason why it was not evaluated}.
+        held_out: the name of the text that all models predict.
         drawn: whether there is a picture of the losses.
     """
     yield training(stages, results)
@@ -75,7 +75,7 @@ def sections(
 
 
 def training(stages: Iterable[Found], results: Mapping[str, dict]) -> Section:
-    """What each model is and took, by the json beside it."""
+    """Each model's description and training cost, from the json beside it."""
     rows = []
     for found in stages:
         about = found.about
@@ -116,7 +116,7 @@ def predicted_text(found: Mapping[str, dict], title: str | None) -> Section:
 
 
 def exams(results: Mapping[str, dict]) -> Section:
-    """The demo's questions: a column for each exam and language."""
+    """The demo's exams, with a column for each exam and language."""
     columns: dict[tuple[str, str], int] = {}  # how many were asked
     for part in (f"exam {name}" for name in DEMO_EXAMS):
         for found in results.values():
@@ -133,7 +133,7 @@ def exams(results: Mapping[str, dict]) -> Section:
 
 
 def benchmark(name: str, found: Mapping[str, dict]) -> Section:
-    """One benchmark, all its subjects together."""
+    """One benchmark, over all its subjects."""
     rows = []
     for model, scores in found.items():
         of = scores[name]
@@ -153,7 +153,7 @@ def benchmark(name: str, found: Mapping[str, dict]) -> Section:
 
 
 def side_by_side(said: Mapping[str, dict[str, str]]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Each question with what every model says to it; questions of most models first."""
+    """Each question with every model's answer; questions asked of most models first."""
     questions = dict.fromkeys(question for answers in said.values() for question in answers)
     asked = [(question, [(n, a[question]) for n, a in said.items() if question in a]) for question in questions]
     return sorted(asked, key=lambda pair: -len(pair[1]))
@@ -193,7 +193,7 @@ def _time(seconds: object) -> str:
 
 
 def _data(about: Mapping[str, object]) -> str:
-    """The names of the files that a model has learned from: one, or those of a mixture."""
+    """The names of the files that a model was trained on: one, or those of a mixture."""
     mix = about.get("mix")
     files = [part[0] for part in mix if isinstance(part, list) and part] if isinstance(mix, list) else []
     names = [Path(file).name for file in (files or [about.get("data_path")]) if isinstance(file, str)]

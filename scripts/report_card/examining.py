@@ -1,4 +1,4 @@
-"""What a report finds out about each model: parts that are asked one by one, and each only once."""
+"""The evaluation of each model for a report: in parts, each of which is done only once."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
@@ -41,14 +41,14 @@ DEMO_BEGINNINGS = ("中国的首都是", "The chemical symbol of gold is")
 
 
 class DemoExam(NamedTuple):
-    """Held-out questions of the demo, marked by exact match."""
+    """Held-out questions of the demo, scored by exact match."""
 
     title: str
     max_new_tokens: int = 48
     of_stage: str | None = None  # None: of all that chat
 
     def ask(self, name: str, model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> dict:
-        """{language: [right, asked]}, greedy; thinking does not count."""
+        """{language: [right, asked]}, greedy; thinking is ignored."""
         lines = read_lines(DATA / name)
         replies, _ = answer(model, tokenizer, [line["question"] for line in lines], max_new_tokens=self.max_new_tokens)
         counts = tally(lines, [split_reasoning(reply)[1] for reply in replies])
@@ -56,7 +56,7 @@ class DemoExam(NamedTuple):
 
 
 def by_language(counts: dict[tuple[str, str], tuple[int, int]]) -> dict[str, list[int]]:
-    """{language: [right, asked]} of a tally."""
+    """{language: [right, asked]} from a tally."""
     return {lang: [*count] for (lang, kind), count in sorted(counts.items()) if kind == "all"}
 
 
@@ -70,12 +70,12 @@ DEMO_EXAMS = {
 
 
 class Part(NamedTuple):
-    """Something to find out about a model.
+    """A part of a model's evaluation.
 
     Attributes:
-        name: its key in the kept json.
-        asked: JSON values; the result is good for as long as they are the same.
-        measure: gives JSON values.
+        name: its key in the stored json.
+        asked: JSON values; the result is valid as long as they are the same.
+        measure: returns the result as JSON values.
     """
 
     name: str
@@ -91,10 +91,10 @@ class HeldOut(NamedTuple):
 
 
 def held_out_text(file: Path | None, stages: Iterable[Found]) -> HeldOut | None:
-    """A file that the user names, or for the demo's models what their pretraining holds out; else nothing.
+    """The file that the user names, or for the demo's models their pretraining's held-out text; else None.
 
     Raises:
-        UserError, DataError: as of `read_texts`; there is no text.
+        UserError, DataError: as in `read_texts`; there is no text.
     """
     if file is not None:
         texts = list(read_texts(file))
@@ -109,7 +109,7 @@ def held_out_text(file: Path | None, stages: Iterable[Found]) -> HeldOut | None:
 
 
 def predict(texts: list[str], model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> Predicted:
-    """As `scripts/eval_benchmarks.py --ppl`, without the harness."""
+    """The same as `scripts/eval_benchmarks.py --ppl`, without the harness."""
     likelihoods = Likelihoods(model, 16)
 
     def encode(some: list[str]) -> list[list[int]]:
@@ -126,7 +126,7 @@ def predict(texts: list[str], model: MiniMindLM, tokenizer: PreTrainedTokenizerB
 def write_answers(
     questions: tuple[str, ...], chats: bool, model: MiniMindLM, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, str]:
-    """{question: what the model says, greedy}; to one that does not chat, a question is a text to continue."""
+    """{question: the model's greedy answer}; a model that does not chat continues the question as a text."""
     turns = [[{"role": "user", "content": question}] for question in questions]
     prompts = [ids for ids, _ in render_chats(tokenizer, turns, add_generation_prompt=True)]
     if not chats:
@@ -140,10 +140,10 @@ def write_answers(
 
 
 class Benchmarks:
-    """The benchmarks whose files lie in a folder, DATA_DIR/NAME/….
+    """The benchmarks whose files are in a folder, DATA_DIR/NAME/….
 
     Raises:
-        UserError: no folder, none in it, or the harness is not installed.
+        UserError: it is not a folder, has no benchmarks, or the harness is not installed.
     """
 
     def __init__(self, data_dir: Path, num_fewshot: int, limit: int | None):
@@ -163,7 +163,7 @@ class Benchmarks:
         self.exams = functools.cache(self._exams)
 
     def asked(self, name: str) -> dict:
-        """What tells one asking of a benchmark from another."""
+        """The values that identify an evaluation of a benchmark."""
         folder = self.data_dir / name
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
@@ -185,7 +185,7 @@ class Benchmarks:
 
 
 def parts_of(found: Found, held_out: HeldOut | None, benchmarks: Benchmarks | None) -> Iterator[Part]:
-    """What to find out about a model."""
+    """The parts of a model's evaluation."""
 
     def parameters(model: MiniMindLM, tokenizer: PreTrainedTokenizerBase) -> dict:
         tensors = read_weights(found.path).state.values() if found.is_adapter else model.parameters()
@@ -212,34 +212,34 @@ def parts_of(found: Found, held_out: HeldOut | None, benchmarks: Benchmarks | No
 
 
 def kept_of(found: Found, out_dir: Path, tokenizer: str | None = None) -> Kept:
-    """What is known of a model in a folder.
+    """The stored results of a model in a folder.
 
     Raises:
-        UserError: as of `Found.hash`.
+        UserError: as in `Found.hash`.
     """
     return Kept(out_dir / "report" / f"{found.name}.json", f"{found.hash()} {tokenizer or ''}".strip())
 
 
 def remember_exam(out_dir: Path, model: str, name: str, counts: dict[str, list[int]]) -> None:
-    """Keep what the demo has found out by itself, so that its report need not ask once more.
+    """Store the results of the demo's own evaluation, so that its report need not repeat it.
 
     Args:
-        name: of a file in `DEMO_EXAMS`; counts: as of `DemoExam.ask`.
+        name: the name of a file in `DEMO_EXAMS`; counts: as from `DemoExam.ask`.
     """
     kept = kept_of(found_at(out_dir / f"{model}.pth", model), out_dir)
     kept.put(f"exam {name}", exam_asked(name), counts)
 
 
 def exam_asked(name: str) -> list:
-    """What tells one asking of an exam of the demo from another."""
+    """The values that identify an evaluation of one of the demo's exams."""
     return [file_hash(DATA / name), DEMO_EXAMS[name].max_new_tokens]
 
 
 def examine(found: Found, parts: Iterable[Part], kept: Kept, tokenizer: str | None, device: str | None) -> dict:
-    """{part: what is found}; the model is loaded only where something is not known.
+    """{part: result}; the model is loaded only if a result is missing.
 
     Raises:
-        UserError: the weights cannot be asked.
+        UserError: the weights cannot be loaded.
     """
     results, opened = {}, None
     for part in parts:

@@ -1,4 +1,4 @@
-"""What has been found out about a model, kept beside the weights: it is not computed again."""
+"""Stored results of a model's evaluation, beside the weights, so that they are not computed again."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ class Kept:
     """One json per model. Each result is written as soon as it is known, so that an interrupted run continues from it.
 
     Args:
-        path: the json; one that is damaged, or not of these weights, counts as empty.
-        weights: tells the weights from others.
+        path: the json; if it is damaged, or belongs to other weights, it counts as empty.
+        weights: identifies the weights.
     """
 
     def __init__(self, path: Path, weights: str):
@@ -27,17 +27,17 @@ class Kept:
             pass
 
     def get(self, part: str, asked: object) -> dict | None:
-        """The result of a part of the report; None where it is not known, or was of another question."""
+        """The result of a part of the evaluation; None if it is unknown or belongs to other inputs."""
         known = self.content["parts"].get(part, {})
         return known["found"] if known.get("asked") == digest(asked) else None
 
     def put(self, part: str, asked: object, found: dict) -> None:
-        """Keep it; on the disk when this returns."""
+        """Store a result; it is on disk when this returns."""
         self.content["parts"][part] = {"asked": digest(asked), "found": found}
         save_json(self.content, self.path)
 
 
 def digest(asked: object) -> str:
-    """Of what was asked, JSON values, a short hash."""
+    """A short hash of the JSON values that identify an evaluation."""
     text = json.dumps(asked, sort_keys=True)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]

@@ -20,7 +20,7 @@ SVG_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "minimind"}  # words sta
 
 
 def read_curves(metrics: Path) -> tuple[Curve, Curve]:
-    """The training loss and the held-out loss in a metrics file; lines that tell of no finite one are left out."""
+    """The training and held-out losses in a metrics file, without lines that have no finite loss."""
     lines = read_metrics(metrics)
     return tuple(
         [(line["step"], line[name]) for line in lines if line["step"] > 0 and isinstance(line.get(name), int | float)]
@@ -29,10 +29,10 @@ def read_curves(metrics: Path) -> tuple[Curve, Curve]:
 
 
 def draw_losses(curves: Mapping[str, tuple[Curve, Curve]], png: Path) -> str:
-    """Write a PNG, and return the same picture as SVG whose axes have the colour of the text around it.
+    """Write a PNG, and return the same picture as an SVG whose axes have the colour of the surrounding text.
 
     Args:
-        curves: by model, not all of them empty.
+        curves: the curves by model; at least one is not empty.
     """
     import matplotlib
 
@@ -77,7 +77,7 @@ def _columns(curve: Curve) -> tuple[list, list]:
 
 
 def _if_few(least: float, most: float):
-    """Numbers at the minor ticks of a logarithmic axis: the more, the less it spans."""
+    """A formatter for a logarithmic axis that labels more minor ticks the less the axis spans."""
     span = most / least if least > 0 else math.inf
     digits = "23456789" if span < 3 else "235" if span < 100 else ""
     return lambda value, _: f"{value:,.3g}" if f"{value:e}"[0] in digits else ""

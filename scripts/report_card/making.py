@@ -3,6 +3,7 @@
 import datetime
 from pathlib import Path
 
+from dataset.jsonl import DataError
 from scripts.report_card.contents import sections
 from scripts.report_card.examining import Benchmarks, examine, held_out_text, kept_of, parts_of
 from scripts.report_card.loss_curves import draw_losses, read_curves
@@ -22,22 +23,22 @@ def make_report(
     tokenizer: str | None = None,
     device: str | None = None,
 ) -> Path:
-    """Examine what is not known of the models in a folder yet, and write report.md and report.html there.
+    """Evaluate the models in a folder as far as results are missing, and write report.md and report.html there.
 
-    What was found out lies in `report/NAME.json`; a model that cannot be asked is named in the report, and the others
-    are examined.
+    Results are stored in `report/NAME.json`; a model that cannot be evaluated is named in the report, and the others
+    are evaluated.
 
     Args:
-        ppl: the text to predict; None: of the demo's models, what their pretraining holds out.
+        ppl: the text to predict; None: for the demo's models their pretraining's held-out text.
         data_dir: see `Benchmarks`; None: no benchmarks.
-        num_fewshot, limit: of them; examples before a question, and the first so many questions of each subject.
-        tokenizer: as of `load_for_inference`.
+        num_fewshot, limit: for the benchmarks: examples before a question, and only the first N questions of a subject.
+        tokenizer: as in `load_for_inference`.
 
     Returns:
-        the address of report.html.
+        the URL of report.html.
 
     Raises:
-        UserError, DataError: there is nothing to examine, or a file to examine with is malformed.
+        UserError, DataError: there is nothing to evaluate, or the text to predict is malformed.
     """
     stages = find_stages(out_dir)
     pages = [out_dir / "report.md", out_dir / "report.html"]
@@ -54,7 +55,7 @@ def make_report(
                 raise UserError(found.problem)
             kept = kept_of(found, out_dir, tokenizer)
             results[found.name] = examine(found, parts_of(found, held_out, benchmarks), kept, tokenizer, device)
-        except UserError as error:
+        except (UserError, DataError) as error:
             print_notice(f"{found.name} cannot be evaluated: {error}")
             problems[found.name] = str(error)
 

@@ -1,4 +1,4 @@
-"""A report as a page of its own, and as Markdown. Whatever a model or a file says is text in both, never markup."""
+"""A report as an HTML page, and as Markdown. Texts from models and files are shown literally in both."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")  # which no page 
 
 
 def as_html(title: str, subtitle: str, sections: Sequence[Section], svg: str) -> str:
-    """The page: its styles and its picture are in it, and it asks for nothing else."""
+    """The page, self-contained with its styles and its picture."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["clean"] = _clean
     template = environment.from_string(PAGE.read_text(encoding="utf-8"))
@@ -22,7 +22,7 @@ def as_html(title: str, subtitle: str, sections: Sequence[Section], svg: str) ->
 
 
 def as_markdown(title: str, subtitle: str, sections: Sequence[Section], png: str) -> str:
-    """The same, with the picture beside it."""
+    """The same as Markdown, with the picture as a separate file."""
     lines = [MARK, f"# {_plain(title)}", "", _plain(subtitle), ""]
     for section in sections:
         lines += [f"## {_plain(section.title)}", ""]
@@ -50,7 +50,7 @@ def _clean(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text in a line of Markdown that reads as it is."""
+    """Text escaped so that Markdown shows it literally."""
     text = _clean(text.strip()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*\[\]|~$])|(?<!\w)(_)|(_)(?!\w)", lambda found: f"\\{found[0]}", text)
     return "<br>".join(text.splitlines())

@@ -1,4 +1,4 @@
-"""Which models lie in an out folder."""
+"""Finds the models in an out folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ class Found:
     """A file of weights.
 
     Attributes:
-        name: as it lies in the folder: "full_sft_512", "lora/identity_512".
+        name: its name in the folder: "full_sft_512", "lora/identity_512".
         about: the json beside it; empty for a downloaded file.
-        problem: why that could not be read.
+        problem: the reason why the json could not be read.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Found:
 
     @property
     def stage(self) -> str:
-        """By its name, "full_sft"; "lora" of every adapter; of a file with a name of its own, that."""
+        """The stage by the file's name, such as "full_sft"; "lora" for adapters; for other names the name itself."""
         size = SIZE_IN_NAME.fullmatch(self.name)
         return "lora" if self.name.startswith("lora/") else size["stage"] if size else self.name
 
@@ -42,7 +42,7 @@ class Found:
 
     @property
     def chats(self) -> bool:
-        """Whether it has learned to answer; a pretrained model continues text."""
+        """Whether it is a chat model; a pretrained model only continues text."""
         return self.stage != "pretrain"
 
     @property
@@ -50,7 +50,7 @@ class Found:
         """The weights that an adapter belongs to.
 
         Raises:
-            UserError: its json does not say which, or there is none.
+            UserError: its json does not name them, or there is no json.
         """
         base = self.about.get("base")
         if not isinstance(base, str):
@@ -59,16 +59,16 @@ class Found:
 
     @property
     def is_of_the_demo(self) -> bool:
-        """Whether the demo's questions are about what it has learned."""
+        """Whether it was trained on the demo's data, so that the demo's questions apply."""
         data = self.about.get("data_path")
         learned = isinstance(data, str) and Path(data).resolve().parent == DATA.resolve()
         return learned or self.path.is_relative_to(OUT.resolve())
 
     def hash(self) -> str:
-        """Tells these weights from others, an adapter's with those of its base.
+        """Identifies these weights; for an adapter together with those of its base.
 
         Raises:
-            UserError: as of `base`; the base is missing.
+            UserError: as in `base`; the base is missing.
         """
         if not self.is_adapter:
             return file_hash(self.path)
@@ -78,10 +78,10 @@ class Found:
 
 
 def find_stages(out_dir: Path) -> list[Found]:
-    """The models in a folder and in its lora/, in the order in which they are trained, small ones first.
+    """The models in a folder and in its lora/, in the order of training, small ones first.
 
     Raises:
-        UserError: no folder, or no weights in it.
+        UserError: it is not a folder, or has no weights.
     """
     out_dir = out_dir.resolve()
     if not out_dir.is_dir():
@@ -97,7 +97,7 @@ def find_stages(out_dir: Path) -> list[Found]:
 
 
 def found_at(path: Path, name: str) -> Found:
-    """The file, with what the json beside it says."""
+    """A file of weights with the json beside it."""
     try:
         return Found(name, path, read_settings(path) or {})
     except UserError as error:

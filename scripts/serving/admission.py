@@ -1,7 +1,7 @@
-"""How a request to the OpenAI API comes in: its body, read and parsed, and its places among the answers being written.
+"""Admission of a request to the OpenAI API: reading and parsing its body, and reserving places for its answers.
 
-Everything is asked before it costs anything: the key and the shut-down before the body, the body's size while it
-arrives, its form in a thread beside the event loop, and a place in the queue before anything is computed for it.
+Everything is checked before it costs anything: the key and a shut-down before the body is read, the body's size while
+it arrives, its form in a thread beside the event loop, and a place in the queue before anything is computed.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ Body = TypeVar("Body", bound=Form)
 
 
 class Places:
-    """The places for answers. All of it belongs to the event loop's thread.
+    """The places for answers. Use it only in the event loop's thread.
 
     Args:
-        capacity: answers that may be written and wait at a time.
+        capacity: the maximum number of running and queued answers.
 
     Attributes:
-        taken: places of answers that are written, wait, or are being prepared.
-        draining: what has a place is finished, nothing new begins.
-        closed: nothing is finished any more.
+        taken: places of answers that are running, queued or being prepared.
+        draining: admitted answers are finished, new ones are refused.
+        closed: no answer is finished any more.
     """
 
     def __init__(self, capacity: int):
@@ -46,20 +46,20 @@ class Places:
         self._ends: deque[float] = deque(maxlen=64)  # when answers ended lately
 
     def check_open(self) -> None:
-        """Refuse what is new while the server shuts down.
+        """Refuse new requests while the server shuts down.
 
         Raises:
-            ApiError: it does.
+            ApiError: it is shutting down.
         """
         if self.draining:
             raise ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
 
     @contextlib.contextmanager
     def taking(self, count: int) -> Iterator[None]:
-        """Take so many places for answers; they are free again at once if what follows fails, else as each answer ends.
+        """Take places for this many answers; they are freed at once if the block fails, else when each answer ends.
 
         Raises:
-            ApiError: there are not so many.
+            ApiError: there are not enough places.
         """
         self.check_open()
         if count > self.capacity:
@@ -79,21 +79,21 @@ class Places:
             raise
 
     def end(self) -> None:
-        """An answer has ended."""
+        """Free the place of an answer that has ended."""
         self.taken -= 1
         self._ends.append(time.monotonic())
 
     def _retry_after(self) -> str:
-        """Whole seconds until a place is likely to be free, by how fast answers ended lately."""
+        """Whole seconds until a place in the queue is likely to be free, by the rate at which answers ended lately."""
         each = (time.monotonic() - self._ends[0]) / len(self._ends) if self._ends else 1
         return str(min(60, max(1, round(each))))
 
 
 async def read_request(http: Request, kind: type[Body]) -> Body:
-    """A request's body.
+    """A request's parsed body.
 
     Raises:
-        ApiError: too large, no JSON, not of this kind, or it asks for what is not done here.
+        ApiError: it is too large, not JSON, not of this kind, or asks for something unsupported.
     """
     media_type = http.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type.rpartition("/")[2].rpartition("+")[2] != "json":  # a web page may send others without being asked
@@ -105,7 +105,7 @@ async def read_body(http: Request) -> bytearray:
     """A body's bytes.
 
     Raises:
-        ApiError: it is too large, said as soon as that is known; or the client hung up.
+        ApiError: it is too large, as soon as that is known; or the client disconnected.
     """
     too_large = ApiError(413, f"the body is larger than {LARGEST_BODY >> 20} MiB")
     declared = http.headers.get("content-length", "")
@@ -123,10 +123,10 @@ async def read_body(http: Request) -> bytearray:
 
 
 def parse(kind: type[Body], data: bytes | bytearray) -> Body:
-    """A body from its bytes.
+    """Parse a body.
 
     Raises:
-        ApiError: no JSON, not of this kind, or it asks for what is not done here.
+        ApiError: it is not JSON, not of this kind, or asks for something unsupported.
     """
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise ApiError(413, f"the body holds more than {MOST_VALUES} values")

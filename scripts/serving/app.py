@@ -34,7 +34,7 @@ from scripts.serving.responses import (
     whole_completion,
 )
 from scripts.serving.schema import ApiError, ChatRequest, CompletionRequest
-from trainer.arguments import SAMPLING
+from trainer.inference_arguments import SAMPLING
 
 NAME = "minimind"
 COMPLETION_TOKENS = 16  # where a completion names no max_tokens; OpenAI's
@@ -46,7 +46,7 @@ SCHEMAS = "#/components/schemas/{model}"  # where the OpenAPI document has them
 
 
 def sampling(body: schema.Sampling) -> dict:
-    """A request's settings for the engine, without what is particular to chats or completions."""
+    """A request's settings for the engine, without those specific to chats or completions."""
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     given = {
         "temperature": SAMPLING["temperature"] if body.temperature is None else body.temperature,
@@ -68,15 +68,15 @@ def choices(body: schema.Sampling, **settings) -> list[engine.Request]:
 
 
 def new_tokens(asked: int | None, usual: int | None = None) -> int | None:
-    """How long an answer may be, for the engine: None = as long as there is room."""
+    """The maximum length of an answer for the engine; None = up to the end of the context."""
     return usual if asked is None else None if asked == NO_LIMIT else asked
 
 
 async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.Request]:
-    """What a chat asks of the engine.
+    """The engine's requests for a chat.
 
     Raises:
-        ApiError: its messages cannot be read, or the form that it asks for is not supported.
+        ApiError: its messages cannot be read, or the requested form is not supported.
     """
     if opens_thought(body) and not lays_out_thinking(server.tokenizer):
         raise ApiError(400, "open_thinking: this model's chat template has no thinking", "chat_template_kwargs")
@@ -112,7 +112,7 @@ async def chat_requests(server: ServerState, body: ChatRequest) -> list[engine.R
 def completion_requests(
     body: CompletionRequest, prompts: Sequence[CompletionPrompt], constraint: Constraint | None = None
 ) -> list[engine.Request]:
-    """What a completion asks of the engine: for each prompt its choices."""
+    """The engine's requests for a completion: the choices of each prompt."""
     settings = {
         "constraint": constraint,
         "max_new_tokens": new_tokens(body.max_tokens, usual=COMPLETION_TOKENS),
@@ -123,7 +123,7 @@ def completion_requests(
 
 
 def texts_or_ids(body: CompletionRequest) -> list[str] | list[list[int]]:
-    """A completion's prompts, one or several."""
+    """A completion's one or several prompts."""
     prompt = body.prompt
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
@@ -155,8 +155,8 @@ def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[
     """The app.
 
     Args:
-        api_key: what callers must send as a bearer token; None = nothing.
-        origins: web pages that browsers may call from; "*" = all.
+        api_key: the bearer token that clients must send; None = none.
+        origins: web origins whose pages may call the API from a browser; "*" = all.
     """
     app = FastAPI(title="MiniMind", version="1", description=__doc__)
     if origins:
@@ -200,7 +200,7 @@ def make_app(server: ServerState, api_key: str | None = None, origins: Sequence[
         return {"responses": errors | {200: {"model": model, "content": content}}, "response_model": None}
 
     def takes(kind: type) -> dict:
-        """Documents a body that FastAPI must not read: only we ask for the key before it."""
+        """Documents a request body that FastAPI does not parse, because the key is checked before the body is read."""
         content = {"application/json": {"schema": {"$ref": SCHEMAS.format(model=kind.__name__)}}}
         return {"openapi_extra": {"requestBody": {"required": True, "content": content}}}
 

@@ -1,4 +1,4 @@
-"""Asking an OpenAI-compatible server: what its clients here have in common."""
+"""Shared by the clients of OpenAI-compatible servers."""
 
 import contextlib
 import ipaddress
@@ -12,10 +12,10 @@ from trainer.errors import UserError
 
 
 def check_address(base_url: str, api_key: str) -> None:
-    """Refuse what no client could send.
+    """Refuse an address or key that no client could send.
 
     Raises:
-        UserError: no http(s) address, or a key that no header can hold.
+        UserError: not an http(s) address, or a key that is invalid in a header.
     """
     try:
         parts = urlsplit(base_url)
@@ -38,7 +38,7 @@ def check_key(api_key: str, what: str = "the API key") -> None:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether a name or an address leads back here, where no proxy stands in between."""
+    """Whether a name or address is this machine's, for which no proxy is used."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -49,7 +49,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def proxy_variable(base_url: str) -> str | None:
-    """The environment variable whose proxy an address is asked through; None where it is asked directly."""
+    """The environment variable with the proxy for an address; None if it is contacted directly."""
     parts = urlsplit(base_url)
     if is_this_machine(parts.hostname) or urllib.request.proxy_bypass_environment(parts.netloc.rpartition("@")[2]):
         return None
@@ -58,25 +58,25 @@ def proxy_variable(base_url: str) -> str | None:
 
 
 def of_environment(*names: str) -> str:
-    """Those of these environment variables that are set, for a message."""
+    """Those of these environment variables that are set, in words for a message."""
     there = ", ".join(name for name in os.environ if name.lower() in names)
     return f"{there or 'the settings'} in the environment"
 
 
 def certificates_error(error: OSError) -> UserError:
-    """The error to raise when the certificates that the environment names cannot be read."""
+    """The error to raise if the certificates named by the environment cannot be read."""
     return UserError(f"{of_environment('ssl_cert_file', 'ssl_cert_dir')}: {error}; fix or unset it")
 
 
 def open_client(base_url: str, api_key: str, asynchronous: bool = False, **settings):
-    """An `openai.OpenAI`, or `openai.AsyncOpenAI`, which asks this machine directly and others as the environment says.
+    """An `openai.OpenAI` or `openai.AsyncOpenAI`; it uses the environment's proxies, but not for this machine.
 
     Args:
-        settings: of the client, such as `timeout`.
+        settings: settings of the client, such as `timeout`.
 
     Raises:
-        UserError: the address or the key is none, or the environment names a proxy, or certificates, that the client
-            cannot use.
+        UserError: an invalid address or key, or the environment names a proxy or certificates that the client cannot
+            use.
     """
     import openai
 
@@ -95,7 +95,7 @@ def open_client(base_url: str, api_key: str, asynchronous: bool = False, **setti
 
 
 def explain_failure(error: Exception, base_url: str) -> str:
-    """What an `openai.APIError` says, why, and which proxy it came through."""
+    """An `openai.APIError` in words: the message, the cause, and the proxy in use."""
     text = f"{error} ({error.__cause__})" if str(error.__cause__ or "") else str(error)
     through = proxy_variable(base_url)
     return f"{text}, through the proxy in {through}" if through else text
@@ -105,7 +105,7 @@ def models_at(client) -> list[str]:
     """The names of the models that an `openai.OpenAI` finds at its address.
 
     Raises:
-        UserError: nothing answers there, it refuses, or it is not such an API.
+        UserError: nothing answers there, it refuses the request, or it is not such an API.
     """
     import openai
 
@@ -133,17 +133,17 @@ def models_at(client) -> list[str]:
 def answer_parts(
     client, model: str, messages: list[dict], stream: bool = True, calls: list[dict] | None = None, **sampling
 ) -> Iterator[tuple[str, str]]:
-    """Yield ("thinking" | "answer", text) as the server sends it; closing the iterator tells the server to stop.
+    """Yield ("thinking" | "answer", text) as the server sends it; closing the iterator makes the server stop.
 
     Args:
         client: an `openai.OpenAI`.
-        messages: the talk so far, a question last.
-        calls: takes the answer's tool calls, as a message has them.
-        sampling: `temperature`, `max_tokens`, `tools` and the like; those that are None are left to the server.
+        messages: the chat so far, ending with a question.
+        calls: a list to which the answer's tool calls are added, as in a message.
+        sampling: `temperature`, `max_tokens`, `tools` and the like; None leaves a setting to the server.
 
     Raises:
-        openai.APIError: whatever the server says, or that it does not answer.
-        UserError: what it says is not an answer.
+        openai.APIError: the server's error, or that it does not respond.
+        UserError: its response is not an answer.
     """
     sampling = {name: value for name, value in sampling.items() if value is not None}
     reply: Any = client.chat.completions.create(model=model, messages=messages, stream=stream, **sampling)
@@ -164,7 +164,7 @@ def answer_parts(
 
 
 def _gather(parts, calls: list[dict]) -> None:
-    """Add what a chunk, or a message, has of tool calls: a later part of a call brings more of its arguments."""
+    """Add the tool calls of a chunk or message; later parts of a call continue its arguments."""
     for part in parts:
         place = getattr(part, "index", None)
         if place is None or place >= len(calls):

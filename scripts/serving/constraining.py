@@ -1,4 +1,4 @@
-"""What a request says of its answer's form, as a constraint for the engine."""
+"""From a request's requirements on the answer's form to a constraint for the engine."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ MISSING = "structured output needs the package llguidance on the server: pip ins
 
 
 def listed_functions(body: ChatRequest) -> list[dict[str, Any]]:
-    """What a chat's answer may call, {"name", "description", "parameters"} each; nothing where it must not."""
+    """The functions that a chat's answer may call, {"name", "description", "parameters"} each; empty if it must not."""
     if "none" in (body.tool_choice, body.function_call):
         return []
     functions = [tool.function for tool in body.tools or ()] or body.functions or ()
@@ -19,10 +19,10 @@ def listed_functions(body: ChatRequest) -> list[dict[str, Any]]:
 
 
 def check_tools(body: ChatRequest) -> None:
-    """Refuse what does not fit together.
+    """Refuse fields on tools that contradict each other.
 
     Raises:
-        ApiError: tools in both forms; a call that is forced, of what is not listed.
+        ApiError: tools in both formats; a forced call of an unlisted function.
     """
     if body.tools and body.functions:
         raise ApiError(400, "functions: this is the older form of tools; give only one of the two", "functions")
@@ -38,22 +38,22 @@ def check_tools(body: ChatRequest) -> None:
 
 
 def _forced_name(body: ChatRequest) -> str | None:
-    """The function that must be called; None where none is named."""
+    """The function that must be called; None if the request names none."""
     if isinstance(body.tool_choice, NamedTool):
         return body.tool_choice.function.name
     return None if body.function_call in (None, "auto", "none") else body.function_call.name
 
 
 def one_call(body: ChatRequest) -> bool:
-    """Whether an answer has one call at most."""
+    """Whether an answer may have at most one call."""
     return body.parallel_tool_calls is False or bool(body.functions)
 
 
 def constraint_of(server: ServerState, body: Sampling) -> Constraint | None:
-    """What the answer to a request must be; None where it is free text.
+    """The constraint on the answer to a request; None for free text.
 
     Raises:
-        ApiError: two forms at once, or one that is not supported.
+        ApiError: two forms at once, or an unsupported one.
     """
     given = _forms(body)
     functions: list[dict[str, Any]] = []
@@ -85,7 +85,7 @@ def constraint_of(server: ServerState, body: Sampling) -> Constraint | None:
 
 
 def _forms(body: Sampling) -> list[tuple[str, str, Any]]:
-    """The forms that a request gives: the field, the kind, and the value."""
+    """The output formats that a request asks for, each as (field, kind, value)."""
     found: list[tuple[str, str, Any]] = []
     wanted, several = body.response_format, body.structured_outputs
     if isinstance(wanted, ObjectFormat):

@@ -1,8 +1,8 @@
-"""Pictures from http(s) addresses that callers of a server name, without letting them reach what only the server can.
+"""Fetches images from http(s) URLs in requests, without giving clients access to the server's private networks.
 
-Every address is looked up here, on every redirection anew, and the connection goes to the very address that was
-checked: a name that means another machine a moment later (DNS rebinding) leads nowhere. Proxies of the environment are
-not used, as they would look names up themselves.
+Every host name is looked up here, again for every redirection, and the connection goes to exactly the address that was
+checked: a name whose address changes a moment later (DNS rebinding) has no effect. Proxies of the environment are not
+used, because they would look up names themselves.
 """
 
 import ipaddress
@@ -22,13 +22,13 @@ MOST_REDIRECTIONS = 5
 
 
 class ImageFetcher:
-    """From addresses to what is there; may be called from several threads.
+    """Fetches the content of URLs; may be called from several threads.
 
     Args:
-        private: also ask this machine itself and its private networks.
+        private: also fetch from this machine and its private networks.
 
     Raises:
-        UserError: the certificates that the environment names cannot be read.
+        UserError: the certificates named by the environment cannot be read.
     """
 
     def __init__(self, private: bool = False):
@@ -40,17 +40,17 @@ class ImageFetcher:
         self._client = httpx.Client(
             trust_env=False,
             verify=authorities,
-            headers={"Accept-Encoding": "identity"},  # what is packed may be larger than it seems
+            headers={"Accept-Encoding": "identity"},  # compressed content may be larger than it seems
             limits=httpx.Limits(
                 max_keepalive_connections=0
             ),  # a connection is known by address, its certificate by name
         )
 
     def __call__(self, urls: Sequence[str]) -> list[bytes]:
-        """What is at these addresses.
+        """The content of these addresses.
 
         Raises:
-            ApiError: one cannot be had, is not to be asked, or they are too large or too slow together.
+            ApiError: one cannot be fetched or is not allowed, or together they are too large or too slow.
         """
         end_by, room, images = time.monotonic() + REQUEST_SECONDS, LARGEST_REQUEST, []
         for url in urls:
@@ -74,7 +74,7 @@ class ImageFetcher:
         raise _refusal(url, f"cannot be fetched: more than {MOST_REDIRECTIONS} redirects")
 
     def _open(self, url: str, at: httpx.URL, end_by: float) -> httpx.Response:
-        """The head of what is at an address, asked of the first of its machines that answers."""
+        """The response, before its body is read, from the first of the host's addresses that answers."""
         if at.scheme not in ("http", "https") or not at.raw_host:
             raise _refusal(url, "cannot be fetched: it redirects to a non-http(s) URL")
         headers = {"Host": at.netloc.decode("ascii")}
@@ -95,10 +95,10 @@ class ImageFetcher:
         raise failure
 
     def _machines(self, url: str, at: httpx.URL) -> Iterator[str]:
-        """The machines that a name stands for, as addresses that may be asked; one at least.
+        """The host's addresses from which this server may fetch; at least one.
 
         Raises:
-            ApiError: there is none that may be.
+            ApiError: there is none.
         """
         port = at.port or (443 if at.scheme == "https" else 80)
         found = socket.getaddrinfo(at.raw_host.decode("ascii"), port, type=socket.SOCK_STREAM)
@@ -110,7 +110,7 @@ class ImageFetcher:
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet's, also where an IPv4 address is wrapped in an IPv6 one."""
+    """Whether an IP address is public; also for an IPv4 address embedded in an IPv6 address."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
         wrapped = ip.ipv4_mapped or ip.sixtofour
@@ -136,7 +136,7 @@ def _read(url: str, reply: httpx.Response, room: int, end_by: float) -> bytes:
 
 
 def _left(url: str, end_by: float) -> float:
-    """Seconds until then."""
+    """Seconds left until `end_by`."""
     left = end_by - time.monotonic()
     if left <= 0:
         raise _refusal(url, f"did not arrive within the {REQUEST_SECONDS} seconds allowed for a request's images")

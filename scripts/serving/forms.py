@@ -1,4 +1,4 @@
-"""What every part of a request to the API is: a form in which null is as good as nothing."""
+"""The base of every part of a request to the API: a model in which null counts as absent."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from pydantic import BaseModel, model_validator
 
 
 def without_nulls(given: Any) -> Any:
-    """An object without its fields that are null; anything else as it is."""
+    """An object without its null fields; any other value unchanged."""
     return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 class Form(BaseModel):
-    """A part of a request, in which null is as good as nothing."""
+    """A part of a request, in which null counts as absent."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
-"""Answers of a given form: from a JSON schema, a regular expression, a list of choices or tools to what may come next.
+"""Constraints on answers from a JSON schema, a regular expression, a list of choices, or tools.
 
-llguidance (Microsoft's, a parser of Earley's kind over the bytes of tokens) says which tokens keep the text within its
-grammar. JSON is written as `json.dumps` does it, `{"a": 1, "b": [2, 3]}`, which is what models here have learned.
+llguidance (by Microsoft, an Earley parser over the bytes of tokens) says which tokens keep the text within its grammar.
+JSON has the format of `json.dumps`, `{"a": 1, "b": [2, 3]}`, on which the models here are trained.
 """
 
 import json
@@ -23,7 +23,7 @@ LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator":
 ANY_OBJECT = {"type": "object"}
 MOST_CALLS = 8  # in an answer that must call
 KEPT = 64  # grammars of late that need not be made again
-WATCHED = 128  # last tokens of an answer, at least, in which it is seen to that what is open can be closed
+WATCHED = 128  # minimum number of last tokens in which it is ensured that open brackets can be closed
 LONGEST_WAY = 4096  # tokens of the shortest answer that is looked for
 NEVER, LATER = 1 << 40, 1 << 20  # ranks
 NEAR = 16  # tokens to spare, below which even those that open nothing are looked at
@@ -34,7 +34,7 @@ OUT_OF_PATTERN = bytes(range(33, 48)) + bytes(range(58, 65)) + b"0123456789" + b
 
 
 class Vocabulary:
-    """A tokenizer's tokens, as grammars need them."""
+    """A tokenizer's tokens in the form that grammars need."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -51,14 +51,14 @@ class Vocabulary:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def spell(self, text: bytes) -> list[int]:
-        """Tokens of a text that may end, or begin, within a character."""
+        """The tokens of a text that may begin or end within a character."""
         try:
             return self.for_matchers.greedy_tokenize(text.decode())
         except UnicodeDecodeError:
             return [self.spellings.index(bytes([byte])) for byte in text]
 
     def ranks(self, order: bytes) -> np.ndarray:
-        """The place of each token in an order of single bytes; behind them the others, the shortest ones first."""
+        """The rank of each token: the given single bytes in order, then the other tokens, shortest first."""
         return np.array(
             [
                 order.index(spelled) if len(spelled) == 1 and spelled in order else len(order) + len(spelled)
@@ -68,12 +68,12 @@ class Vocabulary:
 
 
 class Grammar:
-    """A constraint: what an answer's text must be; see `model.inference.constraint`.
+    """A constraint by a grammar; see `model.inference.constraint`.
 
     Args:
-        matcher: at the beginning of the text.
-        ways_out: the ranks of tokens by how soon they end a text: outside of JSON's strings, and within one.
-        pattern: it is not JSON: any token may open something, and none of those that lead out leads out twice.
+        matcher: a matcher at the beginning of the text.
+        ways_out: ranks of tokens by how soon they end a text, outside JSON strings and within one.
+        pattern: the form is not JSON: any token may open something, and none of those that lead out leads out twice.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class Grammar:
         return Text(self)
 
     def way_out(self, matcher: LLMatcher, most: int) -> list[int] | None:
-        """Tokens that make the text whole, few though not always the fewest; None where `most` do not suffice.
+        """Tokens that complete the text, few though not always the fewest; None if `most` are not enough.
 
         Args:
-            matcher: where the text stands; it goes along.
+            matcher: a matcher at the text's end, which is advanced.
         """
         way: list[int] = []
         used = np.zeros(len(self.vocabulary.tokens), np.int64)  # a pattern's loops are left by what was not tried yet
@@ -114,7 +114,7 @@ def packed(matcher: LLMatcher) -> np.ndarray:
 
 
 class Text:
-    """An answer's text within a grammar."""
+    """The state of an answer's text within a grammar."""
 
     def __init__(self, grammar: Grammar):
         self._grammar = grammar
@@ -161,7 +161,7 @@ class Text:
 
 
 class Grammars:
-    """Makes constraints for a tokenizer's models; the last ones are kept. May be used from several threads."""
+    """Makes constraints for a tokenizer's models, and caches the last ones. May be used from several threads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.vocabulary = Vocabulary(tokenizer)
@@ -174,10 +174,10 @@ class Grammars:
         """The constraint of a form, see `schema_form` and the others.
 
         Args:
-            pattern: it is not JSON.
+            pattern: the form is not JSON.
 
         Raises:
-            ValueError: what in it is not supported; one line.
+            ValueError: something in it is not supported; one line.
         """
         with self._lock:
             if form in self._kept:
@@ -201,7 +201,7 @@ def schema_form(schema: Mapping[str, Any] | bool) -> str:
     """JSON that a schema accepts.
 
     Raises:
-        ValueError: a keyword that is not supported, or a value that it cannot have; one line.
+        ValueError: an unsupported keyword, or an invalid value of one; one line.
     """
     schema = ({} if schema else {"enum": []}) if isinstance(schema, bool) else schema
     laid_out = {**schema, "x-guidance": LAYOUT}
@@ -212,10 +212,10 @@ def schema_form(schema: Mapping[str, Any] | bool) -> str:
 
 
 def pattern_form(pattern: str) -> str:
-    """Text that a regular expression (Rust's, without look-around) matches from beginning to end.
+    """Text that is fully matched by a regular expression (Rust's syntax, without look-around).
 
     Raises:
-        ValueError: it is not one; one line.
+        ValueError: it is not a valid one; one line.
     """
     grammar = LLMatcher.grammar_from_regex(pattern)
     failed, told = LLMatcher.validate_grammar_with_warnings(grammar)
@@ -233,7 +233,7 @@ def calls_form(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
     """Calls of tools, {"name", "parameters"} each.
 
     Args:
-        several: more than one call, too.
+        several: allow more than one call.
 
     Raises:
         ValueError: as in `schema_form`.
@@ -251,7 +251,7 @@ def calls_form(tools: Sequence[Mapping[str, Any]], several: bool) -> str:
 
 
 def _told(error: str) -> str:
-    """llguidance's error in one line, with the name of what it does not support."""
+    """llguidance's error in one line, naming the unsupported feature."""
     if found := re.search(r"Unimplemented keys: (\[.*?\])", error):
         names = ", ".join(f'"{name}"' for name in json.loads(found[1]))
         return f"the schema keyword {names} is not supported"

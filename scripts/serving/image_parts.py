@@ -1,4 +1,4 @@
-"""The images of a chat, from the addresses in its image parts to bytes: every form of base64 that clients send."""
+"""The bytes of a chat's images, from the URLs in its image parts: every form of base64 that clients send."""
 
 import base64
 import binascii
@@ -9,20 +9,20 @@ from urllib.parse import unquote
 from model.tool_calls import in_call_order, parse_arguments
 from scripts.serving.schema import MOST_IMAGES, ApiError, Message
 
-SHORTEST = 32  # characters; what is shorter can be a path or a name, but no image
+SHORTEST = 32  # characters; a shorter text may be a path or a name, but not an image
 TODAYS_ROLES = {"developer": "system", "function": "tool"}
 URL_SAFE = str.maketrans("-_", "+/")
 Fetch = Callable[[Sequence[str]], list[bytes]]
 
 
 def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> list[dict]:
-    """A chat's messages as turns whose content is a text or, where it has images, a list of texts and image bytes.
+    """A chat's messages as turns whose content is a text or, with images, a list of texts and image bytes.
 
-    Results of tools come in the order of the calls.
+    Tool results are sorted in the order of the calls.
 
     Args:
         sees: whether the model takes images.
-        fetch: from http(s) addresses to what is there; None where fetching is off.
+        fetch: fetches the content of http(s) URLs; None if fetching is off.
 
     Raises:
         ApiError: a missing image, too many, or a model that takes none; a result without a call.
@@ -51,7 +51,7 @@ def read_turns(messages: Sequence[Message], sees: bool, fetch: Fetch | None) -> 
 
 
 def _calls(message: Message) -> dict:
-    """What a message calls, or whose result it is, for its turn."""
+    """A message's calls, or the id of the call whose result it is, as entries of its turn."""
     found: dict = {} if message.tool_call_id is None else {"tool_call_id": message.tool_call_id}
     calls = [(call.id, call.function) for call in message.tool_calls or ()]
     calls += [(None, message.function_call)] if message.function_call else []
@@ -72,10 +72,10 @@ def _content(parts: list[str | bytes]) -> str | list[str | bytes]:
 
 
 def read_images(urls: Sequence[str], fetch: Fetch | None) -> list[bytes]:
-    """The bytes of images, in the order of their addresses. Nothing is fetched unless all others can be read.
+    """The bytes of images, in the order of their URLs. Nothing is fetched unless all others can be decoded.
 
     Raises:
-        ApiError: one of them is not an image's address, or cannot be had.
+        ApiError: one of them is not an image's URL, or cannot be fetched.
     """
     images = {place: read_base64(url) for place, url in enumerate(urls) if not _is_remote(url)}
     remote = [place for place in range(len(urls)) if place not in images]
@@ -91,9 +91,9 @@ def _is_remote(url: str) -> bool:
 
 
 def read_base64(url: str) -> bytes:
-    """What a data: URL holds, or base64 by itself.
+    """The bytes of a data: URL, or of bare base64.
 
-    Both alphabets of base64 are read, with padding or without, with white space in it, and percent-encoded.
+    Both base64 alphabets are accepted, with or without padding, with white space, and percent-encoded.
 
     Raises:
         ApiError: it is neither, or damaged.

@@ -1,7 +1,7 @@
-"""The chat page, for text and for pictures alike; drawn by Streamlit, which runs `page` anew at every click.
+"""The chat page, for text and for images; drawn by Streamlit, which runs `page` again at every click.
 
-What a person, a model or a server wrote goes through `st.text`, selections and input fields only: it is shown as the
-characters it is, never as Markdown or HTML.
+Text from users, models and servers is shown only by `st.text`, selections and input fields: literally, never as
+Markdown or HTML.
 """
 
 import argparse
@@ -13,10 +13,11 @@ from pathlib import Path
 import streamlit as st
 
 from scripts.serving.page_models import Answer, RemoteModel, adapters_for, connect, load_local, weights_in
-from trainer.arguments import ROOT, SAMPLING, add_device_argument
+from trainer.arguments import ROOT, add_device_argument
 from trainer.errors import UserError
+from trainer.inference_arguments import SAMPLING
 
-SOURCES = ("out/", "OpenAI API")  # alike in both languages: a selection whose words change loses its mark
+SOURCES = ("out/", "OpenAI API")  # the same in both languages: a selection whose options change loses its state
 PICTURES = ["png", "jpg", "jpeg", "webp", "bmp", "gif"]
 WORDS = {
     "中文": {
@@ -97,7 +98,7 @@ WORDS = {
 
 @dataclass(eq=False)
 class Turn:
-    """A question, with pictures or without, and, once asked, its answer."""
+    """A question, with or without images, and, once asked, its answer."""
 
     number: int
     question: str
@@ -105,7 +106,7 @@ class Turn:
     answer: Answer | None = None
 
     def messages(self) -> list[dict]:
-        """As a later question's history has it; a turn without an answer is not part of it."""
+        """The turn in the form of a later question's history; a turn without an answer is left out."""
         if self.answer is None or not self.answer.raw:
             return []
         return [self.asked(), {"role": "assistant", "content": self.answer.raw}]
@@ -116,7 +117,7 @@ class Turn:
 
 @dataclass
 class Settings:
-    """What the side bar says: who answers (None: nobody can), and how."""
+    """The side bar's settings: the backend that answers (None: there is none), and the sampling settings."""
 
     backend: object | None = None
     system: list[dict] = field(default_factory=list)
@@ -153,7 +154,7 @@ def _remote(address: str, key: str):
 
 
 def choose_local(words: dict, args, vision: bool):
-    """The backend for a model in `out/`; None where there is none."""
+    """The backend for a model in `out/`; None if there is none."""
     weights = weights_in(args.out_dir, vision)
     if not weights:
         st.info(words["no_weights"].format(f"`{args.out_dir}`"), icon=":material/info:")
@@ -176,7 +177,7 @@ def choose_local(words: dict, args, vision: bool):
 
 
 def choose_remote(words: dict, args):
-    """The backend for a model behind an address; None where it has none."""
+    """The backend for a model at a server's address; None if it has none."""
     address = st.text_input(words["address"], args.base_url, key="address")
     key = st.text_input(words["key"], type="password", placeholder="OPENAI_API_KEY", key="api_key")
     if not key and address == args.base_url:  # never to an address that somebody typed
@@ -187,7 +188,7 @@ def choose_remote(words: dict, args):
 
 
 def side_bar(words: dict, args, vision: bool) -> Settings:
-    """Draw the side bar; what it says."""
+    """Draw the side bar; returns its settings."""
     settings = Settings()
     remote = st.radio(words["source"], SOURCES, horizontal=True, key="source") == SOURCES[1]
     try:
@@ -221,7 +222,7 @@ def side_bar(words: dict, args, vision: bool) -> Settings:
 
 
 def say(question: str, pictures: list[bytes] = ()) -> None:
-    """Put a question at the end of the talk; whatever is still being written ends."""
+    """Add a question to the chat; a running answer is stopped."""
     state = st.session_state
     for turn in state.turns:
         if turn.answer is not None:
@@ -246,7 +247,7 @@ def ask_again(turn: Turn) -> None:
 
 
 def ask(turn: Turn, settings: Settings) -> None:
-    """Let the model begin its answer."""
+    """Start the model's answer."""
     turns = st.session_state.turns
     earlier = turns[: turns.index(turn)]
     known = [message for old in earlier[max(0, len(earlier) - settings.history) :] for message in old.messages()]
@@ -254,7 +255,7 @@ def ask(turn: Turn, settings: Settings) -> None:
 
 
 def draw_pictures(turn: Turn, words: dict) -> None:
-    """The pictures of a question as the model sees them, or which one it cannot see."""
+    """Draw the images of a question as the model sees them, or name the one it cannot read."""
     if not turn.pictures:
         return
     from model.images import ImageError, read_image
@@ -271,7 +272,7 @@ def draw_pictures(turn: Turn, words: dict) -> None:
 
 
 def draw_answer(turn: Turn, words: dict, last: bool) -> None:
-    """Show an answer, and follow it while it is being written."""
+    """Show an answer, and update it while it is being generated."""
     answer = turn.answer
     above, text, below = st.container(), st.empty(), st.container()
     thinking = None
@@ -321,7 +322,7 @@ def draw_answer(turn: Turn, words: dict, last: bool) -> None:
 
 
 def draw_greeting(words: dict, ready: bool, vision: bool) -> None:
-    """What an empty talk shows: a few questions to begin with, or where pictures go."""
+    """Draw an empty chat: a few questions to begin with, or where to add images."""
     st.header(words["hello"], anchor=False)
     if vision:
         st.write(words["attach"])
@@ -334,10 +335,10 @@ def draw_greeting(words: dict, ready: bool, vision: bool) -> None:
 
 
 def page(vision: bool = False) -> None:
-    """Draw the page; `vision` for models that take pictures.
+    """Draw the page; `vision` for models that take images.
 
     Raises:
-        UserError: Python runs the script, and not Streamlit.
+        UserError: the script was run by Python instead of Streamlit.
     """
     if not st.runtime.exists():
         script = "web_demo_vlm.py" if vision else "web_demo.py"

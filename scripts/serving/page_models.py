@@ -1,7 +1,7 @@
-"""Who answers on a page, and an answer while it is being written: nothing here knows of Streamlit.
+"""The backends of a chat page, and running answers; nothing here depends on Streamlit.
 
-Streamlit runs the page's script anew at every click, so an answer is written by a thread of its own, and whichever run
-of the script comes by shows how far it is.
+Streamlit runs the page's script again at every click, so an answer is generated in its own thread, and each run of the
+script shows its current state.
 """
 
 import base64
@@ -19,14 +19,14 @@ AT_ONCE = 4  # answers that a model writes at the same time, each for another pa
 
 
 class Answer:
-    """What a model says to a question; begins at once.
+    """A model's answer to a question; generation begins at once.
 
     Attributes:
-        thinking, text: what came so far.
-        raw: as the model wrote it, tags and all, for the history of the talk.
-        error: why it ended, where it went wrong; else None.
-        stopped: whether somebody stopped it.
-        tokens, seconds: how many, and how long they took; a server does not say how many.
+        thinking, text: the parts so far.
+        raw: the model's own text, including tags, for the chat's history.
+        error: the error that ended it, or None.
+        stopped: whether the user stopped it.
+        tokens, seconds: number of tokens and their time; a server does not report the number.
     """
 
     def __init__(self, parts: Iterator[tuple[str, str]]):
@@ -54,7 +54,7 @@ class Answer:
                     self.raw += text
                     self.tokens += part == "token"
                 self.seconds = time.monotonic() - started
-        except Exception as error:  # whatever it is, the page must say it and go on
+        except Exception as error:  # whatever it is, the page must report it and continue
             self.error = getattr(error, "message", None) or str(error) or type(error).__name__
         finally:
             parts.close()
@@ -65,13 +65,13 @@ class Answer:
         return self._ended.is_set()
 
     def stop(self) -> None:
-        """Leave it at what is there."""
+        """Stop generating, and keep the text so far."""
         if not self.ended:
             self.stopped = True
             self._ended.set()
 
     def watch(self, seconds: float) -> None:
-        """Wait so long, or until it has ended."""
+        """Wait until it has ended, at most this long."""
         self._watched = time.monotonic()
         self._ended.wait(seconds)
 
@@ -80,9 +80,9 @@ class LocalModel:
     """A model in this process.
 
     Args:
-        model, tokenizer: as loaded.
-        processor: prepares pictures for its vision tower; None where it has none.
-        pretrained: it only continues texts, and is prompted with the question alone.
+        model, tokenizer: the loaded ones.
+        processor: the image processor of its vision tower; None if it has none.
+        pretrained: it only continues texts, and is prompted with only the question.
     """
 
     def __init__(self, model, tokenizer, processor=None, pretrained: bool = False):
@@ -96,16 +96,16 @@ class LocalModel:
         weakref.finalize(self, self._thread.close)
 
     def parts(self, system: list[dict], turns: Sequence[dict], sampling: dict) -> Iterator[tuple[str, str]]:
-        """Yield ("thinking" | "answer", text) to show, and ("token" | "raw", text) of what the model writes itself.
+        """Yield ("thinking" | "answer", text) to show, and ("token" | "raw", text) with the model's own text.
 
         Args:
-            system: the system turn, or nothing for the default one.
-            turns: the talk so far, a question last; content is a string, or a list of pictures (their bytes) and
+            system: the system turn, or empty for the default one.
+            turns: the chat so far, ending with a question; content is a string, or a list of images (their bytes) and
                 strings.
             wishes: settings of an engine's `Request`; `open_thinking`: the answer begins with a thought.
 
         Raises:
-            ValueError: the question does not fit, a picture cannot be read, or a wish is out of range.
+            ValueError: the question does not fit, an image cannot be read, or a setting is out of range.
             RuntimeError: the engine failed.
         """
         from model.inference.request import Request
@@ -132,7 +132,7 @@ class LocalModel:
             raise RuntimeError("the engine failed; see the terminal")
 
     def _prompt(self, system: list[dict], turns: list[dict], room: int, **thinking):
-        """Ids, and for pictures in them the embeddings, else None."""
+        """The prompt's ids, and its embeddings if it contains images, else None."""
         from model.chat import fit_history, render_text
         from model.images import prepare_chat, prompt_embeddings
 
@@ -145,13 +145,13 @@ class LocalModel:
 
 
 class RemoteModel:
-    """A model behind an OpenAI-compatible address."""
+    """A model at an OpenAI-compatible server's address."""
 
     def __init__(self, client, name: str):
         self.client, self.name = client, name
 
     def parts(self, system: list[dict], turns: Sequence[dict], sampling: dict) -> Iterator[tuple[str, str]]:
-        """As `LocalModel.parts`; wishes are of the chat completions API."""
+        """As in `LocalModel.parts`; `wishes` are parameters of the chat completions API."""
         from model.reasoning import ReasoningStream
 
         messages = [*system, *({**turn, "content": _as_parts(turn["content"])} for turn in turns)]
@@ -166,7 +166,7 @@ class RemoteModel:
 
 
 def _as_parts(content: str | list[str | bytes]) -> str | list[dict]:
-    """Content as the API has it: pictures as data: addresses."""
+    """Content in the API's form, with images as data: URLs."""
     if isinstance(content, str):
         return content
     return [
@@ -178,7 +178,7 @@ def _as_parts(content: str | list[str | bytes]) -> str | list[dict]:
 
 
 def weights_in(out_dir: Path, vision: bool) -> list[Path]:
-    """The .pth files a page can talk to, those that chat first, the newest of a kind before older ones."""
+    """The .pth files for a page: chat models first, and of each kind the newest first."""
     order = ("full_sft", "rlhf", "full_dist", "reason", "grpo", "ppo", "sft_vlm", "pretrain")
 
     def rank(path: Path) -> tuple[int, float]:
@@ -196,7 +196,7 @@ def weights_in(out_dir: Path, vision: bool) -> list[Path]:
 
 
 def adapters_for(weights: Path) -> list[Path]:
-    """The LoRA adapters in `lora/` beside the weights whose name says the same size."""
+    """The LoRA adapters in `lora/` beside the weights with the same size in their name."""
     size = weights.stem.removesuffix("_moe").rpartition("_")[2] + ("_moe" if weights.stem.endswith("_moe") else "")
     return sorted(path for path in (weights.parent / "lora").glob(f"*_{size}.pth"))
 
@@ -204,13 +204,13 @@ def adapters_for(weights: Path) -> list[Path]:
 def load_local(
     weights: Path, adapter: Path | None, tokenizer_folder: str | None, device: str | None, vision_model: str | None
 ) -> LocalModel:
-    """A model and, merged into it, an adapter.
+    """Load a model, with any adapter merged into it.
 
     Args:
-        vision_model: the vision tower's folder, for weights that go with one.
+        vision_model: the vision tower's folder, for weights that need one.
 
     Raises:
-        UserError: one of them does not load.
+        UserError: one of them cannot be loaded.
     """
     from trainer.device import pick_device
     from trainer.loading import load_for_inference, load_vlm_for_inference
@@ -228,7 +228,7 @@ def connect(base_url: str, api_key: str) -> tuple[object, list[str]]:
     """A client for an address, and the names of the models there.
 
     Raises:
-        UserError: it is not an address, nothing answers, it refuses, or a proxy is in the way.
+        UserError: it is not an address, nothing answers, it refuses the request, or a proxy prevents it.
     """
     import openai
 

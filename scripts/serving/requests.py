@@ -1,4 +1,4 @@
-"""The answers to one request to the OpenAI API while the engine writes them."""
+"""The answers to one request to the OpenAI API while the engine generates them."""
 
 import asyncio
 import time
@@ -27,18 +27,18 @@ FAILURES = {  # status, message, param, code of answers that did not come to the
 
 @dataclass
 class ServerState:
-    """The model that is served, and what it has to do.
+    """The model that is served, and its load.
 
     Args:
         place_images: from turns whose content is a text, or a list of texts and image bytes, to token ids and the
-            prompt's embeddings; None where the model takes no images.
-        fetch: from http(s) addresses to what is there; None where fetching is off.
-        reasoning: the model writes its thinking apart.
-        capacity: answers that may be written and wait at a time.
+            prompt's embeddings; None if the model takes no images.
+        fetch: fetches the content of http(s) URLs; None if fetching is off.
+        reasoning: whether the model separates thinking from answer.
+        capacity: the maximum number of running and queued answers.
 
     Attributes:
-        places: for them.
-        looking: the thread in which images are read and looked at, one request's after another's: each takes memory.
+        places: their places.
+        looking: the thread that reads and encodes images, one request at a time, because each takes memory.
     """
 
     thread: EngineThread
@@ -57,14 +57,14 @@ class ServerState:
 
     @cached_property
     def grammars(self):
-        """Makes the constraints of answers that must have a form; see `scripts.serving.grammars`."""
+        """Makes the constraints for answers of a given form; see `scripts.serving.grammars`."""
         from scripts.serving.grammars import Grammars  # here, as few requests ask for it
 
         return Grammars(self.tokenizer)
 
     @property
     def context(self) -> int:
-        """How long a prompt and its answer can be together."""
+        """The maximum length of a prompt and its answer together."""
         return self.thread.engine.decoder.slot_len
 
     def end(self, answer: Answer) -> None:
@@ -72,13 +72,13 @@ class ServerState:
         self.places.end()
 
     def close(self) -> None:
-        """Cut off what is not finished."""
+        """End all unfinished answers."""
         self.places.closed = True
         for answer in self.unfinished:
             self.thread.cancel(answer)
 
     def spelling(self, token: int) -> tuple[str, list[int]]:
-        """A token as text and as bytes; half a character is spelled 'bytes:\\xe4', as OpenAI does it."""
+        """A token as text and as bytes; part of a character is written as 'bytes:\\xe4', as by OpenAI."""
         raw = self.thread.engine.token_bytes[token]
         if not raw:
             return self.tokenizer.convert_ids_to_tokens(token), []
@@ -89,15 +89,15 @@ class ServerState:
 
 
 class RunningRequest:
-    """The answers to one HTTP request while they are written. A client that goes away ends them, and so does a failure
-    of one of them.
+    """The answers to one HTTP request while they are generated. They end if the client disconnects, or if one of them
+    fails.
 
     Args:
-        requests: one for each of the places that were taken; from here on each is free again when its answer ends.
+        requests: one for each place that was taken; from here on each place is freed when its answer ends.
         param: the request's field that the prompts came from.
 
     Raises (on construction):
-        ApiError: one of the requests cannot be done.
+        ApiError: one of the requests is invalid.
     """
 
     def __init__(self, server: ServerState, requests: Sequence[engine.Request], http: Request, param: str):
@@ -137,7 +137,7 @@ class RunningRequest:
                 raise ApiError(400, str(error), param) from error  # the schema has looked at the settings
 
     def _deliver(self, index: int, piece: Piece) -> None:
-        """Called in the engine's thread."""
+        """Pass a piece from the engine's thread, which calls this, to the event loop."""
         self._loop.call_soon_threadsafe(self._arrive, index, piece)
 
     def _arrive(self, index: int, piece: Piece) -> None:
@@ -161,7 +161,7 @@ class RunningRequest:
                 self.server.thread.cancel(answer)
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
-        """What arrives, until all answers have ended: (index, piece). Pieces that arrived together are joined.
+        """Pieces as they arrive, until all answers have ended: (index, piece). Pieces that arrive together are joined.
 
         Raises:
             ApiError: an answer did not come to its end.
@@ -178,14 +178,14 @@ class RunningRequest:
             for index, piece in joined.items():
                 failure = FAILURES.get(piece.finish_reason)
                 if failure:
-                    self.cancel()  # the others, which nobody will read
+                    self.cancel()  # the others, which will not be read
                 left -= piece.finish_reason is not None
                 yield index, piece._replace(finish_reason=None) if failure else piece
                 if failure:
                     raise ApiError(*failure)
 
     async def finish(self) -> list[str]:
-        """Wait for all answers; their finish_reasons.
+        """Wait for all answers; returns their finish_reasons.
 
         Raises:
             ApiError: an answer did not come to its end.

@@ -1,4 +1,4 @@
-"""What the engine wrote, as the OpenAI API has it: chats and completions, in chunks and whole."""
+"""The engine's answers in the form of the OpenAI API: chats and completions, in chunks and whole."""
 
 import json
 import uuid
@@ -23,8 +23,8 @@ class CompletionPrompt:
     """A completion's prompt.
 
     Attributes:
-        text: to be echoed.
-        begun: leading ids that are ours, and no part of it.
+        text: the text to be echoed.
+        begun: the number of leading ids that were added here, and are not part of it.
     """
 
     ids: list[int]
@@ -33,7 +33,7 @@ class CompletionPrompt:
 
 
 def usage(answers: Sequence[Answer], prompts: Sequence[Sequence[int]]) -> dict:
-    """Tokens of an HTTP request; a prompt with several choices counts once."""
+    """The token counts of an HTTP request; a prompt with several choices counts once."""
     read, written = sum(map(len, prompts)), sum(answer.count for answer in answers)
     first_choices = answers[:: len(answers) // len(prompts)]
     return {
@@ -49,7 +49,7 @@ def finite(logprob: float) -> float:
 
 
 def chat_logprobs(server: ServerState, tokens: Sequence[Token]) -> dict:
-    """The form in which chats give log-probabilities."""
+    """Log-probabilities in the format of chats."""
 
     def entry(token: int, logprob: float) -> dict:
         text, raw = server.spelling(token)
@@ -64,7 +64,7 @@ def chat_logprobs(server: ServerState, tokens: Sequence[Token]) -> dict:
 
 
 def completion_logprobs(server: ServerState, tokens: Sequence[Token], offset: int) -> dict:
-    """The form in which completions give log-probabilities; `offset` is where the first token's text begins."""
+    """Log-probabilities in the format of completions; `offset` is the position of the first token's text."""
     offsets, decoder = [], StreamDecoder(server.thread.engine.token_bytes)
     for token in tokens:
         offsets.append(offset)
@@ -86,7 +86,7 @@ def event(content: dict | str) -> str:
 
 
 async def events(writing: RunningRequest, chunks: AsyncIterator[dict]) -> AsyncIterator[str]:
-    """Chunks as events; an error in the middle is one too."""
+    """Chunks as events; an error while streaming becomes an event, too."""
     try:
         async for chunk in chunks:
             yield event(chunk)
@@ -98,21 +98,21 @@ async def events(writing: RunningRequest, chunks: AsyncIterator[dict]) -> AsyncI
 
 
 def opens_thought(body: ChatRequest) -> bool:
-    """Whether the prompt of a chat ends with the beginning of a thought."""
+    """Whether a chat's prompt ends with the beginning of a thought."""
     return bool(body.chat_template_kwargs and body.chat_template_kwargs.open_thinking)
 
 
 def answered_call(call: Call) -> dict:
-    """A call in the form of OpenAI's API, with an id of its own."""
+    """A call in the form of OpenAI's API, with a new id."""
     function = {"name": call["name"], "arguments": as_json(call["arguments"])}
     return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
 
 
 class ChatParts:
-    """One answer of a chat in parts, as its pieces come: thoughts, texts and calls.
+    """One answer of a chat, split into thoughts, texts and calls as its pieces come.
 
     Attributes:
-        calls: how many there were.
+        calls: the number of calls so far.
     """
 
     def __init__(self, reasoning: bool, body: ChatRequest):
@@ -124,7 +124,7 @@ class ChatParts:
         self.calls = 0
 
     def deltas(self, text: str, last: bool) -> list[dict]:
-        """What can be sent now."""
+        """The deltas that can be sent now."""
         told = [("answer", text)] if text else []
         if self._thoughts:
             told = self._thoughts.push(text) + (self._thoughts.flush() if last else [])
@@ -160,7 +160,7 @@ class ChatParts:
 
 
 async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) -> AsyncIterator[dict]:
-    """A chat's answers chunk by chunk."""
+    """A chat's answers as chunks."""
     server = writing.server
     head = head | {"object": "chat.completion.chunk"}
     counted = bool(body.stream_options and body.stream_options.include_usage)
@@ -187,13 +187,13 @@ async def chat_chunks(writing: RunningRequest, body: ChatRequest, head: dict) ->
 
 
 def reason_of(finish_reason: str, calls: int, body: ChatRequest) -> str:
-    """Why an answer ended, as clients of tools expect it: one that was cut off still says so."""
+    """An answer's finish_reason in the form that tool clients expect; a truncated answer still says so."""
     called = "function_call" if body.functions else "tool_calls"
     return called if calls and finish_reason == "stop" else finish_reason
 
 
 async def whole_chat(writing: RunningRequest, body: ChatRequest, head: dict) -> dict:
-    """A chat's answers at once."""
+    """A chat's whole answers."""
     server, reasons = writing.server, await writing.finish()
     said = []
     for index, (answer, reason) in enumerate(zip(writing.answers, reasons, strict=True)):
@@ -217,7 +217,7 @@ async def whole_chat(writing: RunningRequest, body: ChatRequest, head: dict) -> 
 
 
 class CompletionText:
-    """The text and log-probabilities of completions, piece by piece, with their prompts where they are echoed."""
+    """The text and log-probabilities of completions, piece by piece, with echoed prompts."""
 
     def __init__(self, writing: RunningRequest, body: CompletionRequest, prompts: list[CompletionPrompt]):
         self.writing, self.body = writing, body
@@ -227,7 +227,7 @@ class CompletionText:
         self._echoed = [False] * len(self.prompts)
 
     def add(self, index: int, text: str, tokens: Sequence[Token], last: bool) -> tuple[str, dict | None]:
-        """What is next: text, and the log-probabilities of its tokens; with the last of it, of the end token too."""
+        """The next text and the log-probabilities of its tokens; with the last text, also that of the end token."""
         answer, prompt = self.writing.answers[index], self.prompts[index]
         if self.body.echo and not self._echoed[index]:
             self._echoed[index] = True
@@ -243,7 +243,7 @@ class CompletionText:
 
 
 async def completion_chunks(writing, body: CompletionRequest, head: dict, prompts) -> AsyncIterator[dict]:
-    """Completions chunk by chunk."""
+    """Completions as chunks."""
     counted = bool(body.stream_options and body.stream_options.include_usage)
     if counted:
         head = head | {"usage": None}
@@ -258,7 +258,7 @@ async def completion_chunks(writing, body: CompletionRequest, head: dict, prompt
 
 
 async def whole_completion(writing, body: CompletionRequest, head: dict, prompts) -> dict:
-    """Completions at once."""
+    """Whole completions."""
     reasons = await writing.finish()
     texts, written = CompletionText(writing, body, prompts), []
     for index, (answer, reason) in enumerate(zip(writing.answers, reasons, strict=True)):

@@ -1,6 +1,6 @@
-"""What the OpenAI API's requests and answers look like: the part of it that `scripts/serve_openai_api.py` speaks.
+"""The requests and responses of the OpenAI API, as far as `scripts/serve_openai_api.py` supports them.
 
-Where a field is null it is as if it were not there. For fields that a request has beyond these see `unsupported`.
+A null field counts as absent. For other fields in requests see `unsupported`.
 """
 
 from typing import Annotated, Any, Literal, get_args
@@ -58,7 +58,7 @@ class StreamOptions(Form):
 
 
 class Sampling(Form):
-    """What chats and completions have in common."""
+    """The fields that chats and completions share."""
 
     model: str | None = Field(None, description="a name from /v1/models; default: the served model")
     stream: bool | None = None
@@ -112,7 +112,7 @@ class ImagePart(Form):
 
 
 def usual_part(part: Any) -> Any:
-    """A part of a message's content as chats have it, where it is written as OpenAI's Responses API has it."""
+    """A part of a message's content in the form of chats, converted from that of OpenAI's Responses API."""
     if not isinstance(part, dict):
         return part
     kind, image = part.get("type"), part.get("image_url")
@@ -295,7 +295,7 @@ class Error(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What every answer with a status of 400 and above holds."""
+    """The body of every response with a status of 400 or above."""
 
     model_config = ConfigDict(json_schema_extra={"required": ["error"]})
     error: Error
@@ -305,7 +305,7 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(HTTPException):
-    """A request that ends with an error object."""
+    """An error that ends a request with an error object."""
 
     def __init__(
         self,
@@ -327,7 +327,7 @@ class ApiError(HTTPException):
 
 
 def invalid(error: ValidationError) -> ApiError:
-    """What pydantic says about a request, in our form."""
+    """pydantic's error on a request, in our form."""
     worst = max(error.errors(include_url=False, include_input=False), key=_fit)
     param = _place(worst["loc"])
     if not param:
@@ -336,13 +336,13 @@ def invalid(error: ValidationError) -> ApiError:
 
 
 def _fit(error: dict) -> tuple[bool, bool, int]:
-    """How near a value came to what it was tried for: of a union's members, the nearest one's error is told."""
+    """How close a value is to matching a member of a union: the closest member's error is reported."""
     kind = error["type"]
     return kind != "literal_error", not kind.endswith(("_type", "_parsing")), len(error["loc"])
 
 
 def _place(loc: tuple[str | int, ...]) -> str:
-    """('messages', 0, 'content', 'str') -> 'messages[0].content': fields and places, not the types tried for them."""
+    """('messages', 0, 'content', 'str') -> 'messages[0].content': fields and indices without the types tried."""
     place = ""
     for part in loc:
         if isinstance(part, int):

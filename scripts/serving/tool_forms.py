@@ -1,4 +1,4 @@
-"""The parts of a request that say what may be called, and what form an answer must have."""
+"""The parts of a request on tools and on the form of the answer."""
 
 from typing import Annotated, Any, Literal
 
@@ -76,7 +76,7 @@ ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discr
 
 
 class StructuredOutputs(Form):
-    """One of several forms, under vLLM's name."""
+    """One of several forms of an answer, under vLLM's name."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -86,7 +86,7 @@ class StructuredOutputs(Form):
 
 
 def without_empty_forms(given: Any) -> Any:
-    """A request without the fields that ask for free text."""
+    """A request without fields that only ask for free text."""
     if not isinstance(given, dict):
         return given
     named = ("regex", "choice", "structured_outputs", "guided_json", "guided_regex", "guided_choice")

@@ -18,8 +18,8 @@ class Undone(NamedTuple):
     """Fields that are refused.
 
     Attributes:
-        why: what the error says after the field's name.
-        harmless: values that ask for nothing, beside null.
+        why: the rest of the error after the field's name.
+        harmless: values that have no effect, besides null.
     """
 
     names: tuple[str, ...]
@@ -92,11 +92,11 @@ def refuse_undone(body: dict[str, Any], kind: type[Form]) -> None:
     """Refuse a request that asks for something unsupported.
 
     Args:
-        body: as it came.
-        kind: what it is to be; its own fields are used, whatever the tables say.
+        body: the body as received.
+        kind: its model; the fields that it declares are used, whatever the tables say.
 
     Raises:
-        ApiError: it does; `param` is the field.
+        ApiError: it asks for something unsupported; `param` is the field.
     """
     uncalled = {"tools"} if body.get("tool_choice") == "none" else set()
     uncalled |= {"functions"} if body.get("function_call") == "none" else set()

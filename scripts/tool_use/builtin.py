@@ -1,4 +1,4 @@
-"""The tools that come with MiniMind: a calculator, a calendar, units, and a small table to look things up in."""
+"""The built-in tools: a calculator, a calendar, unit conversion, and a small table to look things up in."""
 
 import datetime
 import random
@@ -19,7 +19,7 @@ SYLLABLES = ("ba", "do", "fi", "ka", "lu", "me", "no", "ri", "sa", "tu", "vo", "
 
 
 def table(entries: int = 200) -> dict[str, int]:
-    """The small table: made-up things and how many of them are in stock, the same in every process."""
+    """The small table: invented things and the number in stock, the same in every process."""
     rng = random.Random(22)
     names: dict[str, int] = {}
     while len(names) < entries:
@@ -89,7 +89,7 @@ def built_in_tools(names: list[str]) -> list[Tool]:
     """The built-in tools of these names, "all" for all of them.
 
     Raises:
-        ValueError: another name.
+        ValueError: an unknown name.
     """
     if other := next((name for name in names if name not in BUILT_IN and name != "all"), None):
         raise ValueError(f"there is no tool {other!r}; choose from all, {', '.join(BUILT_IN)}")
@@ -98,5 +98,5 @@ def built_in_tools(names: list[str]) -> list[Tool]:
 
 
 def registry_of(names: list[str]) -> Registry:
-    """`built_in_tools`, ready to be called."""
+    """`built_in_tools` in a registry."""
     return Registry(built_in_tools(names))

@@ -1,4 +1,4 @@
-"""Arithmetic by walking a syntax tree: exact, and never more work than a line of digits can ask for."""
+"""Exact arithmetic by walking a syntax tree, with bounded work."""
 
 import ast
 import operator
@@ -40,7 +40,7 @@ def evaluate(expression: str) -> Fraction:
 
 
 def written(number: Fraction) -> str:
-    """A number as a person writes it: whole, or rounded to 12 significant digits."""
+    """A number in usual notation: an integer, or rounded to 12 significant digits."""
     if number.denominator == 1:
         return str(number.numerator)
     try:

@@ -1,6 +1,6 @@
-"""The tools of MCP servers (Model Context Protocol): programs that are started here, or servers at an address.
+"""The tools of MCP servers (Model Context Protocol): programs started here, or servers at an address.
 
-They are third-party code and may do anything: before one runs the user is asked, unless --yes is given.
+They are third-party code and may do anything: unless --yes is given, the user is asked before one runs.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ def mcp_tools(commands: Sequence[str], addresses: Sequence[str]) -> Iterator[lis
     """The tools of these servers; at the end the programs are stopped.
 
     Args:
-        commands: of programs that speak MCP over their standard input and output.
-        addresses: of servers that speak MCP over HTTP, such as http://127.0.0.1:8000/mcp.
+        commands: the commands of programs that speak MCP over standard input and output.
+        addresses: the addresses of servers that speak MCP over HTTP, such as http://127.0.0.1:8000/mcp.
 
     Raises:
-        UserError: the package mcp is missing, a command is not one, or a server does not start or answer.
+        UserError: the package mcp is missing, a command is invalid, or a server does not start or answer.
     """
     if not commands and not addresses:
         yield []
@@ -56,7 +56,7 @@ def mcp_tools(commands: Sequence[str], addresses: Sequence[str]) -> Iterator[lis
 
 
 def _opened(portal, opened: contextlib.ExitStack, client, given: str) -> list[Tool]:
-    """The tools of a server that is connected to, until `opened` is closed."""
+    """Connect to a server until `opened` is closed; returns its tools."""
     try:
         opened.enter_context(portal.wrap_async_context_manager(client))
         return _tools_of(portal, client)
@@ -100,12 +100,12 @@ def _tool(portal, client, found) -> Tool:
 
 
 def _text(part) -> str:
-    """A part of a result as text: what is not text is named."""
+    """A part of a result as text; of other media only the type is named."""
     return part.text if part.type == "text" else f"[{part.type}]"
 
 
 def _first(error: BaseException) -> str:
-    """What an error says, or the first one of a group: in one line."""
+    """The message of an error, or of the first in a group, in one line."""
     while isinstance(getattr(error, "exceptions", None), tuple | list) and error.exceptions:
         error = error.exceptions[0]
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -9,21 +9,17 @@ from typing import Any
 from scripts.tool_use.builtin import built_in_tools
 from scripts.tool_use.mcp_tools import mcp_tools
 from scripts.tool_use.registry import Registry
+from scripts.tool_use.tool_flags import wants_tools
 from trainer.errors import UserError, print_notice
 from trainer.talk import read_line
 
 
-def wants_tools(args) -> bool:
-    """Whether --tools, --mcp or --mcp_http is given."""
-    return bool(args.tools or args.mcp or args.mcp_http)
-
-
 @contextlib.contextmanager
 def open_tools(args) -> Iterator[Registry | None]:
-    """What the flags name; None where they name nothing. At the end the MCP servers that were started are stopped.
+    """The tools that the flags name, or None. At the end the MCP servers that were started are stopped.
 
     Raises:
-        UserError: a name that is not a tool's, or is that of two; an MCP server that does not answer.
+        UserError: a name is not a tool's, or belongs to two tools; an MCP server does not answer.
     """
     if not wants_tools(args):
         yield None

@@ -17,13 +17,13 @@ def act(
     max_calls: int,
     tell: Callable[[str, str], None] = lambda call, result: None,
 ) -> list[Turn]:
-    """What follows a question: answers with calls, their results, and the last answer.
+    """Continue a chat after a question: answers with calls, their results, and the last answer.
 
     Args:
-        ask: from the chat so far to the assistant's next turn, which may have "tool_calls".
+        ask: returns the assistant's next turn, which may have "tool_calls", for the chat so far.
         turns: the chat, a question last.
-        max_calls: calls that are carried out; a model that asks for more is told so once, and then has the last word.
-        tell: hears of each call, as text, and of its result.
+        max_calls: the number of calls to run; a model that makes more is told so once and may then give a last answer.
+        tell: called with each call, as text, and its result.
 
     Returns:
         the turns that follow `turns`.

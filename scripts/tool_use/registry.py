@@ -1,4 +1,4 @@
-"""Python functions as tools: the schema from signature and docstring, the call with its arguments checked."""
+"""Python functions as tools: schemas from signature and docstring, and calls with checked arguments."""
 
 import inspect
 import re
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
-MOST_CHARS = 2000  # of a result: what is longer would leave the model no room
+MOST_CHARS = 2000  # of a result: a longer one would fill the model's context
 ERROR = "error: "  # how the result of a call that failed begins
 
 
@@ -29,7 +29,7 @@ def tool_of(function: Callable[..., object]) -> Tool:
     the description, its "Args:" those of the parameters.
 
     Raises:
-        TypeError: a parameter of another type, or none at all.
+        TypeError: a parameter has another type, or none.
     """
     text = inspect.getdoc(function) or ""
     about = dict(re.findall(r"^ +(\w+): (.+)$", text.partition("Args:")[2], re.MULTILINE))
@@ -58,10 +58,10 @@ class Registry:
     """Tools by name.
 
     Args:
-        allow: asked with the name and the arguments before a foreign tool acts.
+        allow: asked with the name and the arguments before a third-party tool runs.
 
     Raises (on construction):
-        ValueError: two of one name.
+        ValueError: two tools have the same name.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Registry:
         return [{"type": "function", "function": tool.schema} for tool in self._tools.values()]
 
     def call(self, name: str, arguments: dict[str, Any] | None) -> str:
-        """What a tool gives back, as text; what went wrong is a result too, for the model to read."""
+        """Run a tool; returns its result as text. An error is a result, too, for the model to read."""
         tool = self._tools.get(name)
         if tool is None:
             return f"{ERROR}there is no tool {name!r:.40}; the tools are {', '.join(self._tools)}"
@@ -92,13 +92,13 @@ class Registry:
             return f"{ERROR}the user did not allow this call"
         try:
             result = str(tool.function(**arguments))
-        except Exception as error:  # whatever a tool does wrong, the talk goes on
+        except Exception as error:  # whatever a tool does wrong, the chat continues
             result = f"{ERROR}{error or type(error).__name__}"
         return result if len(result) <= MOST_CHARS else f"{result[:MOST_CHARS]}…"
 
 
 def _fault(parameters: dict[str, Any], arguments: dict[str, Any]) -> str | None:
-    """What is wrong with a call's arguments; None if nothing is."""
+    """The fault in a call's arguments; None if there is none."""
     known: dict[str, dict] = parameters["properties"]
     if other := next((name for name in arguments if name not in known), None):
         return f"there is no argument {other!r:.40}; the arguments are {', '.join(known)}"

@@ -25,3 +25,8 @@ def add_tool_arguments(parser: argparse.ArgumentParser) -> None:
         "--mcp_http", type=text, action="append", metavar="URL", help="add the tools of the MCP server at this address"
     )
     parser.add_argument("--yes", action=BooleanFlag, help="run MCP tools without asking")
+
+
+def wants_tools(args) -> bool:
+    """Whether --tools, --mcp or --mcp_http is given."""
+    return bool(args.tools or args.mcp or args.mcp_http)

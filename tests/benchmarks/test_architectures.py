@@ -1,33 +1,23 @@
-"""benchmarks/architectures.py: a row and a seed a call, nothing is trained twice, a stopped one goes on; same sizes."""
+"""benchmarks/architectures.py: one row and seed per call, no repeated training, resumption, models of equal size."""
 
 import json
+from functools import partial
 
 import pytest
 
 from benchmarks import architectures
 from model import LMConfig, MiniMindLM
-from tests.conftest import write_jsonl
 
 STOPPED = RuntimeError("the plug is pulled")
 
 
 @pytest.fixture
-def call(tmp_path, tokenizer_dir, monkeypatch, capsys):
+def call(compare, monkeypatch):
     tiny = {"dim": 32, "n_layers": 1, "hidden_dim": 16, "n_heads": 4}
     for row, sizes in architectures.ROWS.items():
         monkeypatch.setitem(architectures.ROWS, row, sizes | tiny)
     monkeypatch.setattr(architectures, "WRITTEN_TOKENS", 4)
-    lines = [{"text": f"The little robot counts {n} yellow birds above the sea."} for n in range(220)]
-    data = write_jsonl(tmp_path / "texts.jsonl", lines)
-    common = ("--steps", "3", "--max_seq_len", "32", "--out_dir", str(tmp_path / "out"), "--device", "cpu")
-
-    def run(*flags: str) -> str:
-        named = ("--data_path", str(data), "--tokenizer", str(tokenizer_dir))
-        monkeypatch.setattr("sys.argv", ["architectures.py", *named, *common, *flags])
-        architectures.main()
-        return capsys.readouterr().out
-
-    return run
+    return partial(compare, architectures, "--steps", "3")
 
 
 def test_the_table_grows_row_by_row_and_seed_by_seed(call, tmp_path, monkeypatch):
@@ -47,7 +37,7 @@ def test_the_table_grows_row_by_row_and_seed_by_seed(call, tmp_path, monkeypatch
     before = json.loads((folder / "fine_bias_seed_1.json").read_text(encoding="utf-8"))
     assert [len(layers[0]) for layers in before["loads"]] == [16] * 3
 
-    (folder / "fine_bias_seed_1.json").unlink()  # once more, stopped and gone on with
+    (folder / "fine_bias_seed_1.json").unlink()  # again, interrupted and resumed
     monkeypatch.setattr(architectures, "SAVE_EVERY", 0.0)
     saves = iter([None, STOPPED])
 

@@ -1,9 +1,10 @@
-"""What the comparisons of stages do beside training: which lines they learn from, and how they say a result."""
+"""The comparisons of stages, apart from training: which lines they train on, and how they report a result."""
 
 import pytest
 
 from benchmarks import distillation_memory, real_text
-from benchmarks.distillation_gain import first_lines, spread
+from benchmarks.comparison.training_runs import spread
+from benchmarks.distillation_gain import first_lines
 from benchmarks.reasoning_gain import without_thinking
 from scripts.demo.measures import with_error
 from trainer.errors import UserError

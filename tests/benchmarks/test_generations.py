@@ -1,28 +1,18 @@
-"""benchmarks/generations.py: both layouts are trained, a finished seed is not trained again, a stopped one goes on."""
+"""benchmarks/generations.py: both layouts are trained, a finished seed is not repeated, an interrupted one resumes."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import generations
-from tests.conftest import write_jsonl
 
 
 @pytest.fixture
-def call(tmp_path, tokenizer_dir, monkeypatch, capsys):
+def call(compare, monkeypatch):
     monkeypatch.setattr(generations, "SIZES", {"26M": {"dim": 32, "n_layers": 1}})
-    lines = [{"text": f"The little robot counts {n} yellow birds above the sea."} for n in range(220)]
-    data = write_jsonl(tmp_path / "texts.jsonl", lines)
-    common = ("--minutes", "0.004", "--max_seq_len", "32", "--out_dir", str(tmp_path / "out"), "--device", "cpu")
-
-    def run(*flags: str) -> str:
-        named = ("--data_path", str(data), "--tokenizer", str(tokenizer_dir))
-        monkeypatch.setattr("sys.argv", ["generations.py", *named, *common, *flags])
-        generations.main()
-        return capsys.readouterr().out
-
-    return run
+    return partial(compare, generations, "--minutes", "0.004")
 
 
 def test_a_table_of_both_grows_seed_by_seed(call, tmp_path):

@@ -1,4 +1,4 @@
-"""benchmarks/long_context.py: positions are counted where they are, the needle lies where it should; a whole run."""
+"""benchmarks/long_context.py: loss by position, the needle at its depth, and a whole run."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def test_nats_are_counted_by_the_position_they_are_predicted_at(monkeypatch):
     found = long_context.nats_by_position(model, ids)
     with torch.no_grad():
         nats = F.cross_entropy(model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    # position 0 is never predicted, so the first stretch has 3 tokens of a row, the second 4, the third 2
+    # position 0 is never predicted, so the first stretch has 3 tokens per row, the second 4, the third 2
     expected = [nats[:, 0:3].mean(), nats[:, 3:7].mean(), nats[:, 7:9].mean()]
     assert found == pytest.approx([value.item() for value in expected], rel=1e-5)
 

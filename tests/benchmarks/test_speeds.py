@@ -1,4 +1,4 @@
-"""The comparisons of speed: how they time and sum up, by a clock of the test's own, and each once for real, tiny."""
+"""The speed benchmarks: how they time and summarise, with a fake clock, and one tiny real run of each."""
 
 import asyncio
 import importlib.util
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 class Clock:
-    """Stands for the module `time`; seconds pass only where a test says so."""
+    """Replaces the module `time`; its clock moves only when a test advances it."""
 
     def __init__(self):
         self.now = 0.0
@@ -29,7 +29,7 @@ class Clock:
         return self.now
 
     def passing(self, seconds, result):
-        """What takes so many seconds, call by call, and returns the result."""
+        """A function whose calls take these numbers of seconds, one after another, and return the result."""
         each = iter(seconds)
 
         def work():
@@ -53,8 +53,8 @@ def test_a_figure_is_the_median_of_the_rounds_behind_a_warm_up(clock):
 
 
 def test_contenders_are_compared_with_the_first_round_by_round(clock, capsys):
-    """Two warm-up steps each, then as many as fit into 4 seconds."""
-    slow = clock.passing((50, 50, 4, 2, 2, 1, 1, 1, 1), (100, 200))  # 25, 50 and 100 real tokens a second
+    """Two warm-up steps each, then as many steps as fit into 4 seconds."""
+    slow = clock.passing((50, 50, 4, 2, 2, 1, 1, 1, 1), (100, 200))  # 25, 50 and 100 non-padding tokens per second
     fast = clock.passing((50, 50, 4, 4, 2, 2), (300, 300))  # 75, 75 and 150
     train_throughput.measure({"slow": slow, "fast": fast}, 3, 4, lambda: None)
     *_, first, second = capsys.readouterr().out.splitlines()
@@ -75,7 +75,7 @@ def test_writing_is_timed_for_real(monkeypatch, capsys):
 
 @pytest.fixture
 def time_training(monkeypatch, tiny_data, capsys):
-    """Calls benchmarks.train_throughput, tiny, and returns the lines that it printed."""
+    """Runs benchmarks.train_throughput at a tiny size and returns the lines that it printed."""
     asked = []
     monkeypatch.setattr(train_throughput, "pick_device", lambda name: asked.append(name) or CPU)
     monkeypatch.setattr(train_throughput, "PRODUCT_SECONDS", 0.0)
@@ -125,7 +125,7 @@ def test_experts_adapters_and_pictures_have_a_peer_of_their_kind(flags, data, pe
 
 
 def test_the_bare_peer_is_a_minimind_of_fused_matrices():
-    """The same loss from the same weights, once its halves are rotated in MiniMind's order."""
+    """The same loss from the same weights, once its query and key rows are in MiniMind's order."""
     config = LMConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=64)
     torch.manual_seed(0)
     ours, bare = MiniMindLM(config).eval(), BareModel(config, 12)
@@ -165,11 +165,11 @@ def test_what_the_clients_ask_is_of_many_lengths_and_answered_alike_each_time():
 
 
 class TestLoad:
-    """Clients at a server that a test stands in for: an answer takes a second."""
+    """Load from clients on a fake server, whose answers take one second."""
 
     @pytest.fixture
     def load(self, clock, monkeypatch):
-        """Runs three clients for 100 seconds; returns the seconds to the first text that they were told."""
+        """Runs three clients for 100 seconds; returns their seconds to the first text."""
         sleep, told, asking = asyncio.sleep, [], set()
 
         def run(answers=lambda question: question) -> list[float]:
@@ -188,7 +188,7 @@ class TestLoad:
             )
             monkeypatch.setattr(serve_load, "asyncio", patient)
             asyncio.run(serve_load.load("http://127.0.0.1:9", 7, SimpleNamespace(clients=3, seconds=100)))
-            assert len(asking) == 1 + 3  # the one that asks every question alone
+            assert len(asking) == 1 + 3  # the peer that answers one question at a time
             return told[80:]
 
         return run
@@ -199,7 +199,7 @@ class TestLoad:
         p5, p50, p95 = np.quantile(seconds, (0.05, 0.5, 0.95), method="weibull")
         assert f"first text, s:            p5 {p5:.3f}  p50 {p50:.3f}  p95 {p95:.3f}\n" in said
         assert f"{len(seconds)} answers" in said
-        assert "tokens/s of an answer:    p5 2.000  p50 2.000  p95 2.000\n" in said  # four behind the first, in 2 s
+        assert "tokens/s of an answer:    p5 2.000  p50 2.000  p95 2.000\n" in said  # four after the first, in 2 s
         assert "answers that differ from those alone: 0\n" in said
         assert "memory: 7 MiB early, 7 MiB at the end, +0.0%\n" in said
 
@@ -210,7 +210,7 @@ class TestLoad:
 
 
 def asked_of(lines: list[dict | str]) -> tuple[str, int, float, float]:
-    """What `ask` makes of the lines of a stream."""
+    """The result of `ask` for the lines of a stream."""
     sent = "".join(f"data: {line if isinstance(line, str) else json.dumps(line)}\n\n" for line in lines)
     transport = httpx.MockTransport(lambda request: httpx.Response(200, text=sent))
 

@@ -1,29 +1,19 @@
-"""benchmarks/time_to_loss.py: every variant trains, a stopped call goes on to the same weights, the table compares seed
-by seed."""
+"""benchmarks/time_to_loss.py: every variant trains, an interrupted call resumes to the same weights, and the table
+compares variants seed by seed."""
 
 import json
+from functools import partial
 
 import pytest
 
 from benchmarks import time_to_loss
-from tests.conftest import write_jsonl
 from trainer.errors import UserError
 
 
 @pytest.fixture
-def call(tmp_path, tokenizer_dir, monkeypatch, capsys):
+def call(compare, monkeypatch):
     monkeypatch.setattr(time_to_loss, "SIZES", {"7M": {"dim": 32, "n_layers": 1}})
-    lines = [{"text": f"The little robot counts {n} yellow birds above the sea."} for n in range(220)]
-    data = write_jsonl(tmp_path / "texts.jsonl", lines)
-    common = ("--tokens", "640", "--max_seq_len", "32", "--batch_size", "2", "--warmup_iters", "1", "--device", "cpu")
-
-    def run(*flags: str) -> str:
-        files = ("--data_path", str(data), "--tokenizer", str(tokenizer_dir), "--out_dir", str(tmp_path / "out"))
-        monkeypatch.setattr("sys.argv", ["time_to_loss.py", *files, *common, *flags])
-        time_to_loss.main()
-        return capsys.readouterr().out
-
-    return run
+    return partial(compare, time_to_loss, "--tokens", "640", "--batch_size", "2", "--warmup_iters", "1")
 
 
 def results(tmp_path) -> dict:

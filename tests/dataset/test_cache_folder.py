@@ -1,4 +1,4 @@
-"""Cache folders: whole or not there, made again when they vanish, and never removed while somebody uses them."""
+"""Cache folders: complete or absent, rebuilt when they vanish, and never removed while in use."""
 
 import errno
 import multiprocessing
@@ -33,7 +33,7 @@ NAME = f"text-{short_hash([])}"
 
 
 class Value:
-    """What is loaded from a cache of one file."""
+    """The content of a cache of one file."""
 
     def __init__(self, folder: Path):
         hold(folder, self)
@@ -101,7 +101,7 @@ def test_everything_is_on_the_disk_before_it_is_renamed(source, monkeypatch):
     monkeypatch.setattr(Path, "rename", renamed)
     open_cache(source, STATE, NAME, Value, build_two)
     place = events.index("renamed")
-    assert {"value", "other", "folder", None} == set(events[:place])  # None: about.json, written after
+    assert {"value", "other", "folder", None} == set(events[:place])  # None: about.json, which is written afterwards
     assert events[place - 1] == "folder"
     assert events[place + 1 :] == ["root"]
 
@@ -186,7 +186,7 @@ class TestUse:
         process.join(PATIENCE)
         assert len(list((folder.parent / "in_use").iterdir())) == 2
         assert not in_use(folder)
-        assert len(list((folder.parent / "in_use").iterdir())) == 1  # what it left is cleared
+        assert len(list((folder.parent / "in_use").iterdir())) == 1  # its remains are removed
         assert remove_cache(folder)
 
     def test_a_forked_worker_that_ends_does_not_end_its_parent_s(self, source):
@@ -206,7 +206,7 @@ class TestUse:
 
     def test_one_removed_by_renaming_is_never_half_there(self, source, monkeypatch):
         folder = open_cache(source, STATE, NAME, Value, build).folder
-        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed in the middle
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed while it builds
         assert remove_cache(folder)
         assert not folder.exists()
         (left,) = folders(folder.parent)
@@ -242,7 +242,7 @@ class TestWithoutLocks:
     def test_nothing_is_removed_as_it_may_be_in_use(self, source, root, no_locks):
         folder = open_cache(source, STATE, NAME, Value, build).folder
         assert not remove_cache(folder)
-        (root / "partial-1-00000000").mkdir()  # of another run, for all we know
+        (root / "partial-1-00000000").mkdir()  # perhaps another run's
         open_cache(source, OTHER_STATE, NAME, Value, build)
         assert {folder.name, "partial-1-00000000"} < folders(root)
 
@@ -333,12 +333,12 @@ def test_sixteen_digits_tell_one_list_from_another():
     names = {short_hash(parts) for parts in ([], [1], ["1"], [1, 2], [2, 1], [[1], 2], [None])}
     assert len(names) == 7
     assert all(len(name) == 16 and set(name) <= set("0123456789abcdef") for name in names)
-    assert short_hash([1, "a"]) == "4a72386a027702c1"  # of sha256sum: caches of old are found by it
+    assert short_hash([1, "a"]) == "4a72386a027702c1"  # as by sha256sum: old caches are found by it
 
 
 @pytest.mark.parametrize("place", [0, 65_535, 66_000, 500_000, 999_999])
 def test_a_changed_byte_in_a_block_that_is_read_is_another_state(tmp_path, place):
-    """Blocks of 64 KiB, sixteen of them, are all of a file of 1 MB."""
+    """Sixteen blocks of 64 KiB cover a file of 1 MB."""
     path = tmp_path / "lines"
     path.write_bytes(bytes(1_000_000))
     os.utime(path, ns=(5, 5))

@@ -1,4 +1,4 @@
-"""All caches in some places: what is known of each, and which go when they are too many."""
+"""All caches of some data files: their descriptions, and which are removed when they exceed the limit."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def build(folder: Path) -> None:
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Make a cache of 1000 bytes for the file of this name, last used at this time; what holds it."""
+    """Make a cache of 1000 bytes for the file of this name, last used at this time; returns what keeps it in use."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     (tmp_path / "data").mkdir()
 

@@ -1,4 +1,4 @@
-"""DPODataset: what of a pair is learned, how pairs share rows, what is cut, dropped and refused."""
+"""DPODataset: the targets of a pair, packing of pairs, and what is cut, dropped and refused."""
 
 import json
 from itertools import pairwise
@@ -25,7 +25,7 @@ def pair(question, better, worse, *history, system=None):
 
 @pytest.fixture
 def pairs(tmp_path, tiny_tokenizer):
-    """Makes a DPODataset of some records."""
+    """Makes a DPODataset from records."""
 
     def make(*records, **settings):
         return DPODataset(write_jsonl(tmp_path / "dpo.jsonl", list(records)), tiny_tokenizer, **settings)
@@ -34,7 +34,7 @@ def pairs(tmp_path, tiny_tokenizer):
 
 
 def samples(row):
-    """A row's samples as (ids, labels)."""
+    """The samples of a row as (ids, labels)."""
     starts = [*torch.nonzero(row["position_ids"] == 0).flatten().tolist(), len(row["input_ids"])]
     return [(row["input_ids"][a:b], row["labels"][a:b]) for a, b in pairwise(starts)]
 
@@ -170,7 +170,7 @@ def test_parts_are_of_pairs(pairs):
 def test_a_reference_comes_with_its_tokens(pairs):
     data = pairs(*[pair(f"{n} + {n}?", f"{2 * n}", f"{3 * n + 1}") for n in range(9)], max_seq_len=96)
     every = np.concatenate([data.cache.ids(sample, 0, n) for sample, n in enumerate(data.cache.lengths)])
-    data.reference = every.astype(np.float32)  # a number that tells which token it belongs to
+    data.reference = every.astype(np.float32)  # a number that identifies its token
     for row in data:
         assert torch.equal(row["reference"], row["input_ids"].float())
     for (batch,) in StepLoader(data, 4, 1, 1, seed=0).steps():

@@ -1,4 +1,4 @@
-"""Every kind of bad line is told with file, line, reason and its first characters; good files of any shape pass."""
+"""Every kind of bad line is reported with file, line, reason and first characters; valid files of any form load."""
 
 import json
 import tracemalloc
@@ -71,7 +71,7 @@ def test_a_bad_text_line_is_told_with_file_line_reason_and_excerpt(tmp_path, bad
     assert message.startswith(f"{path}, line 3: {reason}")
     assert "\n" not in message
     assert message.endswith(excerpt(bad) if bad.strip() else reason)
-    assert len(message) < len(str(path)) + 300  # a short line, however long the bad one is
+    assert len(message) < len(str(path)) + 300  # a short message, however long the bad line
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD_CHATS)
@@ -201,4 +201,4 @@ def test_memory_holds_one_line_however_long_the_file(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
-    assert peak < 2_000_000  # of a file of 50 MB
+    assert peak < 2_000_000  # for a file of 50 MB

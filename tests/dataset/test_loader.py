@@ -1,4 +1,4 @@
-"""Rows to steps: every row once an epoch on one rank, in an order that seed and epoch decide, from any step on."""
+"""From rows to steps: each row once per epoch, on one rank, in an order set by seed and epoch, from any step."""
 
 import os
 
@@ -10,7 +10,7 @@ from dataset import StepLoader, collate
 
 
 class NumberedRows(Dataset):
-    """Row n holds n + 2 times the token n + 1, so that a batch shows which rows are in it."""
+    """Row n is the token n + 1, n + 2 times, so that a batch shows which rows it contains."""
 
     def __init__(self, rows: int, packing: bool = False, max_seq_len: int = 64):
         self.rows, self.packing, self.max_seq_len = rows, packing, max_seq_len
@@ -73,7 +73,7 @@ def test_seed_and_epoch_alone_decide_the_order():
 def test_a_run_resumed_at_any_step_sees_what_the_uninterrupted_sees(packing, num_workers, world_size):
     given = {"packing": packing, "epochs": 2, "rank": world_size - 1, "world_size": world_size}
     whole = list(loader(**given).steps())
-    # in other processes a few places have to do: at the start, inside and at the end of an epoch
+    # for worker processes a few positions suffice: at the start, inside and at the end of an epoch
     places = [0, 2, len(whole) // 2, len(whole) - 1] if num_workers else range(len(whole) + 1)
     for start in places:
         rest = list(loader(num_workers=num_workers, **given).steps(start))
@@ -96,13 +96,13 @@ def test_steps_end_before_the_stop_step():
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_share_each_step_without_overlap(rows, world_size):
     ranks = [all_rows(loader(rows, rank=rank, world_size=world_size).steps()) for rank in range(world_size)]
-    # one process with a batch as large as theirs together takes the same rows, round after round
+    # one process with a batch as large as all ranks' together takes the same rows in each round
     together = all_rows(loader(rows, batch_size=2 * world_size).steps())
 
     assert len({len(steps) for steps in ranks}) == 1
     for step, everything in enumerate(together):
         shares = [steps[step] for steps in ranks]
-        assert len({len(share) for share in shares}) == 1  # as many micro-batches on each
+        assert len({len(share) for share in shares}) == 1  # the same number of micro-batches on each rank
         for turn, rows_together in enumerate(everything):
             assert [row for share in shares for row in share[turn]] == rows_together
     epoch = [row for step in together[: len(together) // 3] for batch in step for row in batch]
@@ -160,7 +160,7 @@ def test_collate_pads_on_the_right_as_a_sample_of_its_own():
 
 
 class WhoReads(NumberedRows):
-    """Row n holds the number of the process that reads it."""
+    """Each row contains the id of the process that reads it."""
 
     def __getitem__(self, n):
         return super().__getitem__(n) | {"input_ids": torch.full((n + 2,), os.getpid())}

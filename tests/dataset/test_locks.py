@@ -1,4 +1,4 @@
-"""Locks: one holder at a time, ended by closing or by death, and a file system without them named as that."""
+"""Locks: one holder at a time, released by closing or by death; a file system without locks is reported."""
 
 import errno
 import multiprocessing

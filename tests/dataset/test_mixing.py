@@ -1,4 +1,4 @@
-"""Rows of several files together: how many of each, which, and what a saved run is compared by."""
+"""Mixing the rows of several files: how many of each, which ones, and how a resumed run's mixture is compared."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_the_file_that_would_run_out_first_is_taken_whole(sizes, shares, taken):
 
 @pytest.fixture
 def files(tmp_path, tiny_tokenizer) -> list[PretrainDataset]:
-    """Many long texts, few short ones, and some in between; each text begins with its file's letter."""
+    """One file of many long texts, one of few short ones, one in between; each text begins with its file's letter."""
     counts = {"a": (90, 1.0), "b": (40, 0.3), "c": (60, 0.6)}
     opened = []
     for name, (count, part) in counts.items():
@@ -40,7 +40,7 @@ def tokens_of(row: dict) -> int:
 
 
 def of_file(mixed: MixedRows, files: list) -> list[list[bytes]]:
-    """The rows that came of each file, as bytes."""
+    """The rows that came from each file, as bytes."""
     whole = [{row["input_ids"].numpy().tobytes() for row in file} for file in files]
     assert not whole[0] & whole[1]
     rows = [mixed[n]["input_ids"].numpy().tobytes() for n in range(len(mixed))]
@@ -55,7 +55,7 @@ def test_shares_are_of_tokens_and_no_row_comes_twice(files, shares):
     assert sum(map(len, rows)) == len(mixed)
     assert all(len(set(some)) == len(some) for some in rows)
     for share, count in zip(shares, tokens, strict=True):
-        assert count == pytest.approx(share / sum(shares) * sum(tokens), abs=3 * 64)  # each file to within a row
+        assert count == pytest.approx(share / sum(shares) * sum(tokens), abs=3 * 64)  # each share is exact to a row
     assert any(len(some) == len(file) for some, file in zip(rows, files, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Splitting, cutting and packing, against brute force on random lengths."""
+"""Splitting, cutting and packing, compared with brute force on random lengths."""
 
 import itertools
 
@@ -13,7 +13,7 @@ def random_lengths(seed: int, count: int, low: int, high: int) -> np.ndarray:
 
 
 def pack_by_search(lengths: list[int], max_len: int) -> list[int]:
-    """The rows of best fit, found by looking at every open row."""
+    """Best-fit rows, found by examining every open row."""
     free, chosen = [], []
     for length in lengths:
         fitting = [row for row, space in enumerate(free) if space >= length]
@@ -21,7 +21,7 @@ def pack_by_search(lengths: list[int], max_len: int) -> list[int]:
             free.append(max_len)
             fitting = [len(free) - 1]
         tightest = min(free[row] for row in fitting)
-        # among equally tight rows, any will do: the test compares how full rows are, not which they are
+        # any of equally tight rows may be chosen: the test compares how full rows are, not which they are
         row = next(row for row in fitting if free[row] == tightest)
         free[row] -= length
         chosen.append(row)
@@ -63,7 +63,7 @@ def test_packing_depends_on_the_seed_alone_and_mixes_the_file():
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
     assert not np.array_equal(first[0], other[0])
     neighbours = [order[1] - order[0] for order in np.split(first[0], first[1][1:-1]) if len(order) > 1]
-    assert np.abs(neighbours).mean() > 300  # of 667 for two drawn at random
+    assert np.abs(neighbours).mean() > 300  # of 667 pairs; two random orders would share about this many
 
 
 def test_windows_are_packed_apart_and_lose_nothing():
@@ -95,16 +95,16 @@ def test_splitting_teaches_every_token_but_the_first_exactly_once(max_len):
     for sample, start, length in zip(*pieces, strict=True):
         assert 2 <= length <= max_len
         assert start + length <= lengths[sample]
-        targets[sample] += range(start + 1, start + length)  # a piece's first token is context, and not learned
+        targets[sample] += range(start + 1, start + length)  # a piece's first token is context, not a target
 
     assert targets == [list(range(1, length)) for length in lengths]
     whole = np.bincount(pieces.sample)[lengths <= max_len]
-    assert (whole == 1).all()  # what fits a row is not split
+    assert (whole == 1).all()  # samples that fit a row are not split
 
 
 def test_cutting_keeps_the_beginning_and_drops_what_has_nothing_left_to_learn():
     lengths = np.array([5, 10, 11, 30, 30, 30, 4])
-    first_target = np.array([2, 9, 10, 9, 10, 25, 4])  # 4 of 4: nothing to learn at all
+    first_target = np.array([2, 9, 10, 9, 10, 25, 4])  # 4 of 4: no targets at all
     pieces = cut_long(lengths, first_target, 10)
 
     assert pieces.sample.tolist() == [0, 1, 3]

@@ -1,4 +1,4 @@
-"""Pictures before training: what is broken is found whatever its header says, and no picture is read twice."""
+"""Checking images before training: damage is found whatever the header says, and no image is read twice."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from tests.conftest import write_jsonl
 
 
 def picture(kind: str, number: int = 0) -> bytes:
-    """A noisy picture of 64 x 48, so that its bytes are not few."""
+    """A noisy image of 64 x 48 pixels, so that it does not compress to a few bytes."""
     made = io.BytesIO()
     Image.frombytes("RGB", (64, 48), bytes((k * 73 + number) % 251 for k in range(64 * 48 * 3))).save(made, kind)
     return made.getvalue()
@@ -49,7 +49,7 @@ def check(lines, images):
 
 @pytest.fixture
 def read(monkeypatch):
-    """The names of the pictures that are read from now on."""
+    """The names of the images read from now on."""
     seen = []
 
     def counting(path):
@@ -107,7 +107,7 @@ def test_a_second_start_reads_no_picture_and_no_line(check, read, monkeypatch):
 
 
 def change_content(path):
-    """The same size, and the time set back."""
+    """Change the content but not the size, and reset the modification time."""
     before, content = path.stat(), bytearray(path.read_bytes())
     content[-50] ^= 1
     path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""No key and no turn of a line is ignored in silence: it is used, counted by name, or refused with the reason."""
+"""No key and no turn of a line is silently ignored: it is used, counted by name, or refused with a reason."""
 
 import itertools
 from collections import Counter
@@ -15,7 +15,7 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
 def read(parse, record):
-    """What a parser makes of a record, and what it ignores."""
+    """A parser's result for a record, and the keys that it ignored."""
     ignored = Counter()
     return parse(record, ignored), dict(ignored)
 
@@ -126,7 +126,7 @@ def test_an_answer_that_is_not_what_it_says_is_refused(more, reason):
 
 
 def test_turns_without_a_role_are_the_users_and_the_assistants_in_turn():
-    """As MiniMind's own first files have them."""
+    """As in MiniMind's own first files."""
     bare = [{"content": text} for text in "qaqa"]
     told = [Q, A, Q, A]
     for given in (bare, [Q, *bare[1:]], [bare[0], A, *bare[2:]], [SYSTEM, *bare]):

@@ -1,4 +1,4 @@
-"""What people have in place of our files is told by its name, by training as by the command that inspects it."""
+"""Files of other formats are named as what they are, by training and by scripts/inspect_data.py alike."""
 
 import bz2
 import gzip

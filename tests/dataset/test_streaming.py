@@ -1,4 +1,4 @@
-"""Streams: every line once an epoch, the rows of the map-style datasets, one order for any number of processes."""
+"""Streams: each line once per epoch, the same rows as map-style datasets, one order for any number of processes."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.conftest import SENTENCES, write_jsonl
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """250 lines of unequal length, one of them longer than several blocks: 8 blocks of 4 KiB and more."""
+    """250 lines of unequal length, one longer than several blocks: at least 8 blocks of 4 KiB."""
     lines = [f"{n}. {SENTENCES[n % 8]} {SENTENCES[n % 5]}"[: 20 + n * 37 % 190] for n in range(250)]
     lines[70] = "A very long line. " * 1000
     return write_jsonl(tmp_path_factory.mktemp("stream") / "texts.jsonl", [{"text": line} for line in lines])
@@ -43,7 +43,7 @@ def streamed(tiny_tokenizer):
 
 
 def pieces_of(row: dict) -> list[tuple]:
-    """(ids, labels) of each piece of a row."""
+    """(ids, labels) of each piece in a row."""
     starts = [i for i, position in enumerate(row["position_ids"].tolist()) if position == 0]
     ends = [*starts[1:], len(row["position_ids"])]
     ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
@@ -81,7 +81,7 @@ def test_rows_are_filled_and_shuffled_anew_in_each_epoch(texts, streamed):
 
 
 def taken(rows: StreamedRows, steps=(0, 7), batch_size=4, accumulation=2, **how) -> list[list]:
-    """The ids of each micro-batch, and the position after each step."""
+    """The ids of each micro-batch, and the stream's position after each step."""
     loader = StreamLoader(rows, batch_size, accumulation, report=lambda text: None, **how)
     return [
         ([batch["input_ids"].tolist() for batch in batches], dict(rows.position)) for batches in loader.steps(*steps)
@@ -94,7 +94,7 @@ def test_workers_change_nothing(texts, streamed, workers):
 
 
 def test_it_goes_on_from_any_position(texts, streamed):
-    """Over the ends of windows and of the epoch."""
+    """Also across the ends of windows and of the epoch."""
     whole = taken(streamed(texts), (0, 30), batch_size=8)
     assert whole[-1][1]["window"] >= streamed(texts).windows
     for step in (1, 5, 22):
@@ -104,7 +104,7 @@ def test_it_goes_on_from_any_position(texts, streamed):
 
 
 def test_ranks_share_the_rows_of_a_step(texts, streamed):
-    """Two ranks, each of which is told what the other has read, see together what one sees in twice the batches."""
+    """Two ranks, which exchange their read counts, see together what one rank sees in twice as many batches."""
 
     def rank(number):
         rows, asked = streamed(texts), []
@@ -143,7 +143,7 @@ def test_held_out_rows_are_not_trained_on(texts, streamed, monkeypatch):
 class TestBadLines:
     @pytest.fixture
     def spoilt(self, texts, tmp_path):
-        """Line 200 is no JSON."""
+        """Line 200 is not JSON."""
         lines = texts.read_bytes().split(b"\n")
         lines[199] = b'{"text": '
         path = tmp_path / "texts.jsonl"
@@ -172,7 +172,7 @@ class TestBadLines:
         said = []
         loader = StreamLoader(rows, 50, 1, report=said.append)
         assert len(list(loader.steps(0, 6))) == 6
-        assert "1 bad lines skipped, the first: " in said[0] or "2 bad lines skipped" in said[0]  # by the epoch
+        assert "1 bad lines skipped, the first: " in said[0] or "2 bad lines skipped" in said[0]  # depends on the epoch
         assert f"{spoilt}, line 200: " in said[0]
         whole = PretrainDataset(spoilt, tiny_tokenizer, 64, skip_bad_lines=True)
         assert all_pieces(epoch_of(rows)) == all_pieces(whole[number] for number in range(len(whole)))
@@ -206,7 +206,7 @@ class TestBadLines:
 
 @pytest.mark.parametrize("block_bytes", [1, 7, 100, 4096])
 def test_blocks_hold_each_line_once(tmp_path, block_bytes):
-    """Whatever their size, with lines of any length, and without a line end at the end."""
+    """For any block size and line length, also if the file does not end with a line end."""
     random = np.random.default_rng(block_bytes)
     shards = []
     for number in range(3):
@@ -224,7 +224,7 @@ def test_blocks_hold_each_line_once(tmp_path, block_bytes):
 
 
 class TestPlaces:
-    """One file, a folder, a pattern, an address."""
+    """The forms of --data_path: a file, a folder, a pattern, an address."""
 
     @pytest.fixture
     def folder(self, tmp_path):

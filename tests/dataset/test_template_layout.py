@@ -1,4 +1,4 @@
-"""Chats of MiniMind-3's tokenizer in a data set: the template's ids, and a cache of their own."""
+"""Datasets with MiniMind-3's tokenizer: ids as rendered by its template, and a separate cache."""
 
 import pytest
 

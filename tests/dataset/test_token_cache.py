@@ -1,4 +1,4 @@
-"""The token cache: what is in it, what makes it anew, and that no crash, race or full disk leaves it wrong."""
+"""The token cache: its content, what causes a rebuild, and that no crash, race or full disk leaves it wrong."""
 
 import copy
 import errno
@@ -26,7 +26,7 @@ from model.chat import render_text
 from tests.conftest import SENTENCES, write_jsonl
 from tests.running import PATIENCE, from_process
 
-fork = multiprocessing.get_context("fork")  # a process of its own, without importing torch anew
+fork = multiprocessing.get_context("fork")  # a process of its own that need not import torch again
 
 
 def real(tokenizer):
@@ -39,14 +39,14 @@ def must_not_run(*_):
 
 @pytest.fixture
 def data(tmp_path):
-    """A data file in a folder of its own."""
+    """A data file in its own folder."""
     (tmp_path / "data").mkdir()
     return write_jsonl(tmp_path / "data" / "texts.jsonl", [{"text": f"{n} {SENTENCES[n % 8]}"} for n in range(30)])
 
 
 @pytest.fixture
 def open_it(data, tiny_tokenizer):
-    """Open the cache of `data`, with what is given instead of the usual."""
+    """Open the cache of `data`, with some arguments replaced."""
 
     def open_cache(
         path=data, tokenizer=tiny_tokenizer, kind="text", parse=parse_text, encode=None, skip_bad_lines=False
@@ -57,7 +57,7 @@ def open_it(data, tiny_tokenizer):
 
 
 def caches(data: Path) -> list[str]:
-    """The names in the cache of a data file, except those of locks."""
+    """The names in a data file's cache folder, except those of locks."""
     root = data.parent / ".cache" / data.name
     return sorted(path.name for path in root.iterdir() if path.name not in ("lock", "in_use"))
 
@@ -93,7 +93,7 @@ def test_masks_and_large_ids_of_any_length_come_back(data, vocabulary):
         def __len__(self):
             return vocabulary
 
-    # two samples a line, batch after batch, as preference pairs have
+    # two samples per line, as for preference pairs, in several batches
     cache = open_token_cache(
         data, Tokenizer(), "pairs", parse_text, lambda texts: [next(given) for _ in (*texts, *texts)]
     )
@@ -158,7 +158,7 @@ def test_the_hash_is_that_of_all_bytes_whatever_becomes_of_the_lines(data, open_
 
 @pytest.fixture
 def large(data):
-    """Lines of 4 MB: most of it lies between the blocks that are sampled."""
+    """A file of 4 MB lines: most of it lies between the sampled blocks."""
     return write_jsonl(data, [{"text": f"{n:06} " + "x" * 993} for n in range(4000)])
 
 
@@ -167,7 +167,7 @@ def few(texts):
 
 
 def between_blocks(path, new=b"Y"):
-    """Edit one byte that is not sampled, and set the time back."""
+    """Edit one byte outside the sampled blocks, and reset the modification time."""
     before = path.stat()
     with open(path, "r+b") as file:
         file.seek(150_000)
@@ -196,7 +196,7 @@ def test_an_edit_that_no_sample_shows_is_told_while_a_run_uses_the_cache(large, 
 
 def test_a_file_that_was_only_linked_is_hashed_once_and_not_tokenised(data, open_it, monkeypatch):
     first = open_it()
-    os.link(data, data.with_name("link.jsonl"))  # its time of change is another now
+    os.link(data, data.with_name("link.jsonl"))  # its change time differs now
     hashed = []
     monkeypatch.setattr(token_cache, "sha256_of", lambda path: hashed.append(path) or sha256_of(path))
     assert open_it(parse=must_not_run).data_sha256 == first.data_sha256
@@ -297,7 +297,7 @@ def test_an_old_cache_stays_while_a_run_uses_it(data, open_it):
     open_it()
 
     assert len(caches(data)) == 2
-    assert samples_in(pickle.loads(pickle.dumps(held))) == before  # as a worker that starts now opens it
+    assert samples_in(pickle.loads(pickle.dumps(held))) == before  # opened as by a worker that starts now
     del held
     rewrite_longer(data)
     open_it()
@@ -313,7 +313,7 @@ def test_two_processes_that_start_together_tokenise_once(data, open_it, tiny_tok
 
         def encode(texts):
             building.set()
-            time.sleep(0.3)  # time for the other one to come; the outcome must not depend on it
+            time.sleep(0.3)  # time for the other to arrive; the outcome must not depend on it
             with open(log, "a") as file:
                 file.write(f"{os.getpid()}\n")
             return real(tiny_tokenizer)(texts)
@@ -379,7 +379,7 @@ def test_a_read_only_data_folder_has_its_cache_in_the_home(data, open_it, tmp_pa
     assert cache.folder.is_relative_to(tmp_path / "home" / "minimind")
     assert samples_in(open_it(parse=must_not_run)) == samples_in(cache)
 
-    # a file of the same name elsewhere is another one
+    # a file of the same name in another folder differs
     (tmp_path / "other").mkdir()
     other = write_jsonl(tmp_path / "other" / "texts.jsonl", [{"text": "other"}])
     other.parent.chmod(0o555)
@@ -401,7 +401,7 @@ def test_nowhere_to_write_is_told_with_both_places(data, open_it, tmp_path, monk
 def test_a_full_disk_is_one_clear_line_and_leaves_nothing(data, open_it):
     write_jsonl(data, [{"text": SENTENCES[0] * 20}] * 200)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow beyond: a write really fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # no file may grow beyond this: a write really fails
     try:
         with pytest.raises(DataError) as error:
             open_it()
@@ -454,4 +454,4 @@ def test_memory_does_not_grow_with_the_file(data, open_it):
     tracemalloc.stop()
 
     assert cache.lengths.sum() == 10_000_000
-    assert peak < 15_000_000  # of 50 MB of text and 80 MB of tokens
+    assert peak < 15_000_000  # for 50 MB of text and 80 MB of tokens

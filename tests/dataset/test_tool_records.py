@@ -1,4 +1,4 @@
-"""dataset/tool_records.py: tools, calls and results in the shapes that people have, as the one that is rendered."""
+"""dataset/tool_records.py: tools, calls and results in common formats are converted to the one that is rendered."""
 
 import json
 from collections import Counter

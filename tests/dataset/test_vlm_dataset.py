@@ -1,4 +1,4 @@
-"""Lines with images as rows: places, labels, images in order, what is refused and what is dropped."""
+"""Rows from lines with images: image tokens, labels, order of images, and what is refused and dropped."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 from tests.conftest import write_jsonl
 
 COLOURS = {"red.png": (255, 0, 0), "blue.jpg": (0, 0, 255), "grey.png": (128, 128, 128)}
-TOKENS = 4  # places an image takes
+TOKENS = 4  # tokens per image
 
 
 def line(question: str, answer: str, image=None) -> dict:
@@ -36,7 +36,7 @@ def images_path(tmp_path_factory):
 
 @pytest.fixture
 def open_lines(tmp_path, images_path, clip_dir, tiny_tokenizer):
-    """Write lines and open them, or None: those that are there; further arguments go to VLMDataset."""
+    """Write lines (None: use the file as it is) and open them; further arguments go to VLMDataset."""
 
     def open_them(lines: list[dict] | None, tokenizer=tiny_tokenizer, images=images_path, **given) -> VLMDataset:
         path = tmp_path / "lines.jsonl"
@@ -49,7 +49,7 @@ def open_lines(tmp_path, images_path, clip_dir, tiny_tokenizer):
 
 
 def make_pieces(row: dict, tokenizer) -> list[str]:
-    """The row as text, an image's places as one '#', and what is learned in brackets."""
+    """The row as text, with each image's tokens as one '#' and targets in brackets."""
     text, image_left = [], 0
     for token, is_image, label in zip(row["input_ids"], row["image_mask"], row["labels"], strict=True):
         if is_image:
@@ -72,7 +72,7 @@ def written(row: dict, tokenizer) -> str:
 
 
 def main_colour(pixels: torch.Tensor) -> str:
-    """Which of the files these pixels came from."""
+    """The file that these pixels came from."""
     processor = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
     rgb = (pixels.mean((1, 2)) * torch.tensor(processor["std"]) + torch.tensor(processor["mean"])) * 255
     return min(COLOURS, key=lambda name: float((rgb - torch.tensor(COLOURS[name])).abs().sum()))
@@ -154,7 +154,7 @@ class TestBatches:
 
     @pytest.mark.parametrize("packing", [True, False])
     def test_text_one_image_and_many_share_a_batch(self, open_lines, clip_dir, packing):
-        """Each sample's answer gets the logits it gets alone, and the features' cache gives what the pixels give."""
+        """Each sample gets the logits it gets alone, and cached features give the same logits as pixels."""
         dataset = open_lines([*self.LINES], packing=packing, max_seq_len=240)
         alone = open_lines([*self.LINES], packing=False)
         torch.manual_seed(0)
@@ -202,7 +202,7 @@ class TestRefused:
             (line("no marker", "Red.", "red.png"), "1 images, but only 0 <image> markers"),
             (line("<image> one", "Red.", "red.png,blue.jpg"), "2 images, but only 1 <image> markers"),
             (line("<image>", "Red.", "gone.png"), r"gone\.png does not exist"),
-            (line("<image>", "Red.", "A" * 5000), "AAA… does not exist"),  # an image's content, say, for its name
+            (line("<image>", "Red.", "A" * 5000), "AAA… does not exist"),  # such as an image's bytes, not its name
             (line("<image>", "Red.", 7), '"image" must be a name'),
             (line("<image>", "Red.", ["red.png", None]), '"image" must be a name'),
             (line("<image>", "Red.", "red.png,"), '"image" must be a name'),
@@ -233,7 +233,7 @@ class TestRefused:
         whole = open_lines([late], packing=False)[0]
         end = int(whole["image_mask"].nonzero()[-1]) + 1
         fits = open_lines([late, short], packing=False, max_seq_len=end)
-        assert "dropped" not in fits.summary  # its last answer is cut off, its first one is learned
+        assert "dropped" not in fits.summary  # its last answer is cut off, its first is a target
         assert fits[0]["image_mask"].sum() == TOKENS
         cut = open_lines([late, short], packing=False, max_seq_len=end - 1)
         assert len(cut) == 1
@@ -259,7 +259,7 @@ class TestRefused:
 
 
 class TestImagesThatBreakAndAreMended:
-    """Three lines, the second one's image broken at first."""
+    """Three lines, of which the second has an image that is damaged at first."""
 
     LINES = (line("<image>", "Red.", "red.png"), line("<image>", "Blue.", "blue.jpg"), line("Hi", "Hello."))
 
@@ -292,7 +292,7 @@ class TestImagesThatBreakAndAreMended:
             f"the image {images / 'blue.jpg'} is valid now, but the saved run began without its lines: "
             "move it away to continue without them"
         )
-        (images / "blue.jpg").unlink()  # as the line says
+        (images / "blue.jpg").unlink()  # as the error line says
         assert open_three(skip_bad_lines=True).changed_since(before.identity) is None
 
     def test_broken_again_it_is_named(self, open_three, images, images_path):

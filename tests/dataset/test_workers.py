@@ -1,4 +1,4 @@
-"""What a DataLoader's workers send, and what happens where it cannot be sent."""
+"""What a DataLoader's workers send, and what happens when it cannot be sent."""
 
 from functools import partial
 
@@ -35,7 +35,7 @@ def test_no_room_in_shared_memory(monkeypatch, rows, collate):
             "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
         )
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)  # what the workers inherit
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory_)  # inherited by the workers
     loader = DataLoader(
         rows,
         2,
@@ -51,7 +51,7 @@ def test_no_room_in_shared_memory(monkeypatch, rows, collate):
 
 @pytest.mark.parametrize(("num_workers", "queues"), [(0, 0), (1, 2), (4, 5)])
 def test_as_many_queues_are_tried_as_a_loader_has(monkeypatch, num_workers, queues):
-    """One for each worker's orders, and one for what all of them made."""
+    """One queue per worker for its indices, and one for the results of all."""
     tried = []
 
     class Queue:

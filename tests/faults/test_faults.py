@@ -1,4 +1,4 @@
-"""The faults of `benchmarks.faults`, each once, to the stage that is quickest: after it nothing is lost but steps."""
+"""Each fault of `benchmarks.faults` once, in the quickest stage: nothing is lost but steps."""
 
 import contextlib
 import random
@@ -13,7 +13,7 @@ from benchmarks.fault_injection.small_stages import STAGES, make_world
 from benchmarks.faults import print_table
 from tests.running import RunningScript
 
-ELSEWHERE = {  # what tests/stages/ tries more closely
+ELSEWHERE = {  # tests/stages/ tests these more closely
     *("kill -9 inside a save", "data grown", "data changed", "data moved", "one of two ranks halted"),
     "one of two ranks killed",
 }
@@ -40,7 +40,7 @@ def test_no_two_kinds_have_one_name():
 
 
 def test_a_run_that_is_lost_is_found_out(laboratory):
-    """A promise that cannot be broken would be worth nothing."""
+    """The check itself must be able to fail."""
 
     def lose(run: Disturbed, rng: random.Random) -> None:
         run.stop_after(5)

@@ -1,4 +1,4 @@
-"""Small networks for tests, and the independent ones they are held against."""
+"""Small networks for tests, and the independent implementations they are compared with."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ KINDS = {"dense": {"use_moe": False}, "moe": {"use_moe": True}}
 
 
 def network(seed: int = 0, **settings) -> MiniMindLM:
-    """A network of two layers in eval mode, with weights so large that every part of it shows in the logits."""
+    """A two-layer network in eval mode, with weights so large that every part affects the logits visibly."""
     shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": VOCAB, "max_seq_len": 256}
     model = MiniMindLM(LMConfig(**shape | settings)).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -23,7 +23,7 @@ def network(seed: int = 0, **settings) -> MiniMindLM:
 
 
 def random_ids(*shape: int, seed: int = 0) -> Tensor:
-    """Ids without the special ones."""
+    """Random ids, special tokens excluded."""
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -40,7 +40,7 @@ def assert_all_close(got: dict[str, Tensor], expected: dict[str, Tensor], **tole
 
 
 class SlowExperts(nn.Module):
-    """The mixture of experts as its definition says it, a token at a time."""
+    """The mixture of experts by its definition, one token at a time."""
 
     def __init__(self, state: dict[str, Tensor], config: LMConfig):
         super().__init__()
@@ -68,8 +68,8 @@ class SlowExperts(nn.Module):
 class Llama:
     """transformers' Llama with a MiniMind's weights; a mixture of experts is computed by `SlowExperts`.
 
-    transformers rotates the pairs (i, i + head_dim / 2) where MiniMind rotates (2i, 2i + 1), so the rows of the query
-    and key matrices are put in another order.
+    transformers rotates the pairs (i, i + head_dim / 2), MiniMind (2i, 2i + 1), so the rows of the query and key
+    matrices are reordered.
     """
 
     NAMES = (
@@ -118,7 +118,7 @@ class Llama:
                 parameters[self.name_of(name)].copy_(self.in_order_of_llama(name, value))
 
     def name_of(self, name: str) -> str:
-        """A MiniMind's parameter name -> the name here."""
+        """MiniMind's parameter name -> the name in this class."""
         if self.config.use_moe and ".feed_forward." in name:
             prefix, own = name.split(".feed_forward.")
             return f"model.{prefix}.mlp.weights.{own.replace('.', '/')}"
@@ -134,7 +134,7 @@ class Llama:
         return value
 
     def gradients_like(self, model: MiniMindLM) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients of `model` and of this, under the same names and in the same order of rows."""
+        """Gradients of `model` and of this Llama, under the same names and with rows in the same order."""
         mine = {name: parameter.grad for name, parameter in self.llama.named_parameters()}
         theirs = {self.name_of(name): self.in_order_of_llama(name, g) for name, g in gradients(model).items()}
         return theirs, mine

@@ -1,4 +1,4 @@
-"""Experts balanced by biases: beside DeepSeek-V3's layer in transformers, their update by hand, and the engine."""
+"""Experts balanced by biases: compared with transformers' DeepSeek-V3 layer, updates by hand, and the engine."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_the_bias_chooses_and_does_not_weigh():
     x = torch.randn(1, 20, 32)
     with torch.no_grad():
         before = layer(x, None)[0]
-        layer.gate.expert_bias += 7.0  # all alike: nobody else is chosen
+        layer.gate.expert_bias += 7.0  # all equal: the choice does not change
     torch.testing.assert_close(layer(x, None)[0], before)
 
 
@@ -82,7 +82,7 @@ def test_crowded_experts_lose_and_starved_ones_gain():
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
     model(torch.randint(0, 64, (1, 6)), attention_mask=mask)
     assert gate.load.tolist() == [4, 0, 0, 0]  # padding does not count
-    assert balance_experts(model, 0.01, RUN) == 3.0  # four times the mean of one
+    assert balance_experts(model, 0.01, RUN) == 3.0  # four times the mean load of one
     torch.testing.assert_close(gate.expert_bias, torch.tensor([0.29, 0.01, 0.01, -0.09]))
     assert gate.load is None
 
@@ -90,7 +90,7 @@ def test_crowded_experts_lose_and_starved_ones_gain():
 def test_without_the_bias_it_stays_crowded_and_with_it_the_load_evens_out():
     def violation(rate: float) -> float:
         layer = random_layer().train()
-        alike = torch.randn(32)  # what all tokens have in common draws them to the same experts
+        alike = torch.randn(32)  # a component shared by all tokens draws them to the same experts
         found = []
         for _ in range(150):
             layer(alike + torch.randn(1, 64, 32), None)

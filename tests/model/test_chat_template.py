@@ -1,4 +1,4 @@
-"""model/chat_template.py: what the Jinja template renders is what `render_chat` renders, mask included."""
+"""model/chat_template.py: the Jinja template renders the same as `render_chat`, mask included."""
 
 import itertools
 import json
@@ -34,7 +34,7 @@ def raise_exception(message: str):
 
 
 def plain_jinja(chat: list[dict], template: str = without_generation_marks(CHAT_TEMPLATE), **settings) -> str:
-    """As llama-cpp-python renders the template in a GGUF: without the extensions of transformers."""
+    """Renders like llama-cpp-python does a GGUF's template: without transformers' extensions."""
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     rendering = environment.from_string(template)
     known = {"bos_token": "<s>", "eos_token": "</s>", "raise_exception": raise_exception}
@@ -48,7 +48,7 @@ def render(request, tiny_tokenizer):
     return lambda chat, **settings: tiny_tokenizer.apply_chat_template(chat, tokenize=False, **settings)
 
 
-# -------------------------------------------------------------------------------------------- as render_chat does it
+# ---------------------------------------------------------------------------------------------- equal to render_chat
 
 CONTENTS = [
     "Hello.",
@@ -62,7 +62,7 @@ CONTENTS = [
     "def f(x):\n    return {'a': \"{{ x }}\"}  # {% if %}",
     "12 + 30 = 42",
 ]
-TAGGED = (2,)  # a user's tag is text to `render_chat`, and to a tokenizer that has it an entry
+TAGGED = (2,)  # a tag that a user types is text to `render_chat`, but an entry to a tokenizer that has it
 
 
 def chats_of(seed: int) -> list[dict[str, str]]:
@@ -88,7 +88,7 @@ def test_ids_and_mask_are_those_of_render_chat_token_by_token(tokenizer):
 
 @pytest.mark.parametrize("content", ["  two spaces first", "\n\n\nline breaks first", "    "])
 def test_white_space_in_a_row_at_the_beginning_is_kept_and_learned_though_tokens_may_differ(content, tokenizer):
-    """One string has one way to be cut: there the newline of the header may be in a token with the content."""
+    """The template yields one string, in which the header's newline may share a token with the content."""
     chat = [USER, answer(content)]
     theirs = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
     assert tokenizer.decode(theirs["input_ids"]) == tokenizer.decode(render_chat(tokenizer, chat)[0])
@@ -112,7 +112,7 @@ def test_other_control_tokens_are_the_tokenizers_own(tiny_tokenizer):
     assert "</s>" not in text
 
 
-# ------------------------------------------------------------------------------------------------- what clients send
+# ----------------------------------------------------------------------------------------------- messages of clients
 
 
 def test_contents_of_every_form(render):
@@ -216,7 +216,7 @@ def test_tools_calls_and_results_are_those_of_render_chat(tokenizer, tools, cont
         assert learned.endswith('{"name": "g", "arguments": {}}\n</tool_call></s>It is 42.</s>hi</s>')
 
 
-# ------------------------------------------------------------------------------------------- an answer to be continued
+# ------------------------------------------------------------------------------------------------ continuing an answer
 
 BEGINNINGS = ["He", "He ", " He\n", "你好", "<think>\nHe", "CONTINUE", "hi"]
 
@@ -245,7 +245,7 @@ def test_a_thought_begun_is_continued_too(tiny_tokenizer):
     ("marked", "text"),
     [
         ("{% generation %}a {% endgeneration %} b", "a  b"),
-        ("x {%- generation -%} a {%- endgeneration -%} b", "xab"),  # white space goes where the marks took it
+        ("x {%- generation -%} a {%- endgeneration -%} b", "xab"),  # the marks strip white space
         ("{%+ generation %}a{%endgeneration%}", "a"),
         ("{{ generation }}{% set endgeneration = 1 %}", "c"),
     ],

@@ -1,4 +1,4 @@
-"""model/config.py: sizes, derived fields, and combinations that have no meaning."""
+"""model/config.py: sizes, derived fields, and invalid combinations."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_other_libraries_find_the_sizes_by_their_own_names():
 
 @pytest.mark.parametrize(("given", "has"), [(0, False), (1, True), (2, True), (True, True)])
 def test_there_is_a_shared_expert_or_none_however_many_are_named(given, has):
-    """As in MiniMind2, whose configs hold a number or a bool: two files of one model must compare equal."""
+    """MiniMind2's configs hold a number or a bool: two files of one model must compare equal."""
     assert LMConfig(use_moe=True, n_shared_experts=given).n_shared_experts is has
 
 

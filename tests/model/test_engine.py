@@ -1,4 +1,4 @@
-"""model/inference/scheduler.py: what a request gets in company is what the model writes for it alone."""
+"""model/inference/scheduler.py: an answer in a batch equals the answer that the model generates for it alone."""
 
 import queue
 import threading
@@ -46,7 +46,7 @@ def prompt_of(length: int, seed: int = 0) -> list[int]:
 
 
 def alone(model, request: Request) -> list[int]:
-    """The oracle: the model's own plain loop, for one request by itself."""
+    """The oracle: the model's plain generation loop for a single request."""
     names = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "eos_token_id")
     settings = {name: getattr(request, name) for name in names}
     stream = model.stream(torch.tensor([request.prompt]), max_new_tokens=request.max_new_tokens, **settings)
@@ -62,12 +62,12 @@ def finish(engine: Engine) -> None:
         engine.step()
 
 
-# ------------------------------------------------------------------------------------------------------- in company
+# ------------------------------------------------------------------------------------------------------- in a batch
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_is_the_same_alone_and_in_company(kind, models, tiny_tokenizer):
-    """Greedy and seeded requests of many lengths join a running batch at different steps, some are cancelled."""
+    """Greedy and seeded requests of many lengths join a running batch at different steps; some are cancelled."""
     model = models[kind]
     engine = Engine(model, tiny_tokenizer, slots=4, token_budget=20)
     common = {"eos_token_id": ()}
@@ -159,7 +159,7 @@ def test_a_lone_answer_in_a_high_slot_and_a_few_far_apart_end_up_side_by_side(mo
 
 @pytest.mark.parametrize(("moved", "kept"), [(90, 4), (4, 90)], ids=["long beside short", "short beside long"])
 def test_slots_that_change_places_keep_all_that_they_hold(moved, kept, models, tiny_tokenizer):
-    """What is being written moves, and the slot it moves to holds what a later prompt begins with."""
+    """A decoding answer moves, and the slot that it moves to caches the beginning of a later prompt."""
     engine = Engine(models["dense"], tiny_tokenizer, slots=8, token_budget=1000)
     lengths = (25, 3, 3, 3, 3, 3, 3, 25)
     prompts = [prompt_of(n, seed) for seed, n in enumerate((3, kept, 3, 3, 3, 3, 3, moved), 1)]
@@ -178,7 +178,7 @@ def test_slots_that_change_places_keep_all_that_they_hold(moved, kept, models, t
     assert [ids(answer) for answer in answers] == [alone(models["dense"], r) for r in [*requests, again]]
 
 
-# ---------------------------------------------------------------------------------------------- what is used again
+# ---------------------------------------------------------------------------------------------------- prefix reuse
 
 
 def test_a_prompt_that_begins_alike_is_read_only_where_it_differs(engine, models):
@@ -187,7 +187,7 @@ def test_a_prompt_that_begins_alike_is_read_only_where_it_differs(engine, models
     assert first.reused == 0
     turn = Request(prompt=[*chat.prompt, *ids(first), *prompt_of(7, 1)], max_new_tokens=8, eos_token_id=())
     (second,) = engine.run([turn])
-    assert second.reused == 40 + 9  # the last token written was never read
+    assert second.reused == 40 + 9  # the last generated token was never processed
     (third,) = engine.run([turn])
     assert third.reused == len(turn.prompt) - 1
     assert ids(second) == ids(third) == alone(models["dense"], turn)
@@ -243,13 +243,13 @@ def test_choices_for_one_long_prompt_wait_until_it_is_read_once(models, tiny_tok
     assert len({tuple(ids(answer)) for answer in answers}) == 3
 
 
-# --------------------------------------------------------------------------------------------------------- the end
+# ------------------------------------------------------------------------------------------------- ends of answers
 
 
 def test_an_answer_ends_at_its_stop_token_which_is_no_part_of_it(engine, models):
     request = Request(prompt=prompt_of(5), max_new_tokens=30, eos_token_id=())
     written = alone(models["dense"], request)
-    end = max(written, key=written.index)  # the token that comes for the first time latest
+    end = max(written, key=written.index)  # the token whose first occurrence is latest
     before = written.index(end)
     assert before > 2
     for eos in (end, [end, 585]):
@@ -266,7 +266,7 @@ def test_room_ends_an_answer_too(engine):
 
 @pytest.mark.parametrize("cut", range(1, 9))
 def test_stop_strings_cut_the_text_wherever_tokens_end(cut, engine, tiny_tokenizer):
-    """Each substring of what would be written is tried as a stop string: across tokens, within one, at the start."""
+    """Each substring of the answer is tried as a stop string: across tokens, within one, at the start."""
     (free,) = engine.run([Request(prompt=prompt_of(8), max_new_tokens=14, eos_token_id=())])
     for start in range(0, len(free.text) - cut, 3):
         stop = free.text[start : start + cut]
@@ -281,7 +281,7 @@ def test_stop_strings_cut_the_text_wherever_tokens_end(cut, engine, tiny_tokeniz
         tokens = [token.id for piece in pieces for token in piece.tokens]
         assert tokens == ids(free)[: len(tokens)]
         assert tiny_tokenizer.decode(tokens).startswith(text)
-        if text and text[-1] != "\ufffd":  # which half a character shows as, too
+        if text and text[-1] != "\ufffd":  # half a character is also shown like this
             assert not tiny_tokenizer.decode(tokens[:-1]).startswith(text)
 
 
@@ -290,7 +290,7 @@ def test_of_several_stop_strings_the_first_in_the_text_counts(stop):
     spelling = Detokenizer([b"one ", b"two three four"], stop)
     assert [spelling.push(Token(id))[0] for id in (0, 1)] == ["one ", ""]
     assert spelling.stopped
-    held = Detokenizer([b"one t", b"hree two"], stop)  # "t" may begin either
+    held = Detokenizer([b"one t", b"hree two"], stop)  # "t" may begin either stop string
     assert "".join(held.push(Token(id))[0] for id in (0, 1)) == ("one " if "three" in stop else "one three ")
 
 
@@ -298,7 +298,7 @@ def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(engine):
     request = Request(prompt=prompt_of(8), max_new_tokens=14, eos_token_id=())
     (free,) = engine.run([request])
     plain = [piece.text for piece in engine.stream(request)]
-    stop = plain[3] + "\u2603"  # what is written fourth may be its start, until the fifth is there
+    stop = plain[3] + "\u2603"  # the fourth token may be its start, until the fifth is there
     pieces = list(engine.stream(Request(prompt=prompt_of(8), max_new_tokens=14, eos_token_id=(), stop=[stop])))
     assert "".join(piece.text for piece in pieces) == free.text
     assert [token for piece in pieces for token in piece.tokens] == free.tokens
@@ -308,7 +308,7 @@ def test_what_only_looks_like_a_stop_string_is_held_back_and_then_given(engine):
 
 
 def test_pieces_never_hold_half_a_character(tiny_tokenizer):
-    """Chinese and an emoji, a byte a token; one character is what a stop string might begin with."""
+    """Chinese and an emoji, one byte per token; one character may be the beginning of a stop string."""
     table = token_bytes(tiny_tokenizer)
     text = "你好，世界🙂世"
     spelling = Detokenizer(table, ["世界！"])
@@ -461,7 +461,7 @@ def test_frequency_and_presence_penalties_by_hand(engine, models):
     assert written != alone(models["dense"], Request(prompt=prompt_of(5), max_new_tokens=12, eos_token_id=()))
 
 
-# --------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------------- refused requests
 
 
 @pytest.mark.parametrize(
@@ -525,15 +525,15 @@ def test_extreme_settings_still_write_tokens(settings, engine):
     assert answer.count == 5
 
 
-# --------------------------------------------------------------------------------------------------------- a thread
+# ------------------------------------------------------------------------------------------------------ in a thread
 
 
 def collect(pieces: queue.SimpleQueue, thread: EngineThread) -> list[Piece]:
-    """All pieces of an answer; fails as soon as nobody is there any more to write them."""
+    """All pieces of an answer; fails as soon as the engine's thread has ended."""
     got: list[Piece] = []
     deadline = time.monotonic() + PATIENCE
     while not got or got[-1].finish_reason is None:
-        writes = thread._thread.is_alive()  # before the look, which then misses nothing
+        writes = thread._thread.is_alive()  # before it checks, so that it misses nothing
         try:
             got.append(pieces.get(timeout=0.1))
         except queue.Empty:
@@ -568,7 +568,7 @@ def test_many_threads_may_ask_one_engine(thread, models):
 
 
 class Reader:
-    """Takes the pieces of an answer; the engine's thread stands still at the first one until `go` is set."""
+    """Takes the pieces of an answer, and blocks the engine's thread at the first one until `go` is set."""
 
     def __init__(self):
         self.pieces: queue.SimpleQueue[Piece] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""model/inference/ where something fails, ends or changes between two steps: nobody waits for what never comes."""
+"""model/inference/ when something fails, ends or changes between two steps: no caller waits for ever."""
 
 import queue
 import threading
@@ -33,7 +33,7 @@ def thread(engine):
 
 
 def closes(thread: EngineThread) -> bool:
-    """Whether `close` returns, without waiting for ever where it does not."""
+    """Whether `close` returns within a time limit."""
     closing = threading.Thread(target=thread.close, daemon=True)
     closing.start()
     closing.join(PATIENCE)
@@ -45,7 +45,7 @@ def request_of(seed: int, **settings) -> Request:
 
 
 class Failing:
-    """In place of a method: raises at the next call once it is set, and then is itself again."""
+    """Replaces a method: once set, its next call raises; after that it works again."""
 
     def __init__(self, method, error: type[BaseException] = RuntimeError):
         self.method, self.error = method, error
@@ -65,11 +65,11 @@ def failing(engine, monkeypatch) -> Failing:
     return failing
 
 
-# ---------------------------------------------------------------------------------------------- a step that fails
+# -------------------------------------------------------------------------------------------------- failing steps
 
 
 def test_what_a_failing_step_had_ended_already_is_heard_of(engine, failing):
-    answers = [engine.submit(request_of(seed)) for seed in range(5)]  # three run, two wait
+    answers = [engine.submit(request_of(seed)) for seed in range(5)]  # three run, two are queued
     engine.step()
     engine.cancel(answers[0])
     engine.cancel(answers[4])
@@ -83,7 +83,7 @@ def test_what_a_failing_step_had_ended_already_is_heard_of(engine, failing):
 
 
 def test_what_a_failing_step_had_written_already_is_heard_of(engine, model, monkeypatch):
-    """The second answer's token cannot be put down when the first one's, its last, has been."""
+    """Recording the second answer's token fails after the first answer's last token has been recorded."""
     first, second = engine.submit(request_of(1, max_new_tokens=2)), engine.submit(request_of(2))
     engine.step()
     monkeypatch.setattr(second, "write", Failing(second.write))
@@ -110,7 +110,7 @@ def test_an_engine_goes_on_after_a_step_that_failed(engine, model, failing):
 def test_a_cancelled_answer_hears_its_end_though_the_step_fails(thread, failing):
     readers = [Reader() for _ in range(3)]
     answers = [thread.submit(request_of(seed), reader) for seed, reader in enumerate(readers)]
-    readers[0].pieces.get(timeout=PATIENCE)  # the thread stands still in the first step
+    readers[0].pieces.get(timeout=PATIENCE)  # the thread is blocked in the first step
     thread.cancel(answers[0])
     thread.cancel(answers[2])
     failing.set = True
@@ -134,7 +134,7 @@ def test_a_thread_knows_whether_its_device_is_broken(broken, thread, engine, fai
 
 
 def test_an_idle_thread_stands_still(thread, engine, failing, monkeypatch):
-    """Also after a failure: it neither steps nor looks again and again."""
+    """Also after a failure: it neither steps nor polls."""
     steps = []
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: steps.append(1) or step())
@@ -143,7 +143,7 @@ def test_an_idle_thread_stands_still(thread, engine, failing, monkeypatch):
     answer = thread.submit(request_of(1), pieces.put)
     assert collect(pieces, thread)[-1].finish_reason == "error"
     taken = len(steps)
-    thread.cancel(answer)  # of one that has ended, twice
+    thread.cancel(answer)  # an answer that has ended, twice
     thread.cancel(answer)
     thread.submit(request_of(2, max_new_tokens=3), pieces.put)
     assert collect(pieces, thread)[-1].finish_reason == "length"
@@ -169,7 +169,7 @@ def test_a_setting_that_would_fail_in_a_step_fails_before_it_joins_the_others(en
         engine.submit(request_of(1, **settings))
 
 
-# --------------------------------------------------------------------------------------------------------- the end
+# --------------------------------------------------------------------------------------------------------- closing
 
 
 def test_what_comes_too_late_ends_at_once(thread):
@@ -184,10 +184,10 @@ def test_what_comes_too_late_ends_at_once(thread):
 def test_what_is_asked_while_the_thread_closes_ends_too(thread):
     reader = Reader()
     thread.submit(request_of(1), reader)
-    reader.pieces.get(timeout=PATIENCE)  # the thread stands still in its first step
+    reader.pieces.get(timeout=PATIENCE)  # the thread is blocked in its first step
     closing = threading.Thread(target=thread.close)
     closing.start()
-    while not thread._calls.qsize():  # until it has asked
+    while not thread._calls.qsize():  # until it has requested the lock
         pass
     late = Reader()
     late.go.set()
@@ -222,7 +222,7 @@ def test_the_engine_is_its_threads_alone_until_that_has_ended(thread, monkeypatc
 
 
 def test_a_thread_may_be_closed_from_within(thread):
-    """By a reader, or by the finalizer of what holds the thread, wherever the garbage is collected."""
+    """By a reader, or by the finalizer of the thread's owner, wherever garbage is collected."""
     ended = threading.Event()
 
     def closing(piece: Piece) -> None:
@@ -255,7 +255,7 @@ def test_closing_returns_though_the_last_step_fails(thread, failing):
 
 
 def changed(model, tiny_tokenizer, kind: str):
-    """Another state of the same model; with an adapter on it, where `kind` says so."""
+    """The same model with other weights, and with an adapter if `kind` says so."""
     other = network(seed=1, vocab_size=len(tiny_tokenizer), max_seq_len=160)
     if kind == "lora":
         apply_lora(other, rank=4)
@@ -277,7 +277,7 @@ def test_after_a_refresh_an_engine_is_a_fresh_one(kind, engine, model, tiny_toke
 
 
 def test_what_is_being_written_goes_on_with_the_new_weights(engine, model, tiny_tokenizer):
-    """Its prompt half read, or some tokens written; each as if a fresh engine were given what there is."""
+    """With half its prompt prefilled, or some tokens decoded: each continues as in a fresh engine."""
     other = changed(model, tiny_tokenizer, "plain")
     written = engine.submit(request_of(1, max_new_tokens=20))
     for _ in range(6):

@@ -1,4 +1,4 @@
-"""tiktoken in place of the tokenizers library: the same ids for every text, or not used at all."""
+"""tiktoken instead of the tokenizers library: the same ids for every text, or it is not used."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ KINDS = ("shipped", "tiny", "published")
 
 @pytest.fixture(scope="module", params=KINDS)
 def both(request) -> tuple[Tokenizer, FastBPE]:
-    """A tokenizer of the tokenizers library, and what stands in for it."""
+    """A tokenizer of the tokenizers library, and its FastBPE."""
     if request.param == "tiny":
         tokenizer = copy_of(request.getfixturevalue("tiny_tokenizer").backend_tokenizer)
     elif request.param == "published":
@@ -38,12 +38,12 @@ def shipped() -> Tokenizer:
 
 
 def copy_of(tokenizer: Tokenizer, **changes) -> Tokenizer:
-    """The same once more, with other parts of its tokenizer.json."""
+    """A copy with some parts of its tokenizer.json replaced."""
     return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | changes))
 
 
 def check(tokenizer: Tokenizer, fast: FastBPE, texts: list[str]) -> None:
-    """Both give the same ids for each text."""
+    """Check that both give the same ids for each text."""
     encodings = tokenizer.encode_batch_fast([[text] for text in texts], is_pretokenized=True, add_special_tokens=False)
     found = fast.encode([[text] for text in texts])
     for text, ids, encoding in zip(texts, found, encodings, strict=True):
@@ -70,7 +70,7 @@ def hash_of_ids(encode, texts: list[str]) -> str:
     return found.hexdigest()[:16]
 
 
-# Of what the tokenizers library made of each file; `_exact_ids` in place of `encode` in the test below gives them anew
+# Hashes of the tokenizers library's ids for each file; `_exact_ids` instead of `encode` in the test below renews them
 HASHES = {
     "dpo.jsonl": "376c62e6dec5b197",
     "lora_medical.jsonl": "505f62b5f0005322",
@@ -81,7 +81,7 @@ HASHES = {
 
 
 def test_all_real_text_has_the_same_ids(shared):
-    """Some texts by both libraries, all of them by the hash of what the tokenizers library once made of them."""
+    """Some texts are encoded by both libraries, all are compared with a stored hash of the tokenizers library's ids."""
     tokenizer = shipped()
     fast = fast_bpe(tokenizer)
     for path in (shared / "data").rglob("*.csv"):
@@ -100,7 +100,7 @@ def test_random_text_has_the_same_ids(both):
     words += ["7", "１", "½", "Ⅷ", "²", "😀", "\u200d", "\u0301", "<", "s>", "<s", "</", ">", "\x00", "!?", *SENTENCES]
     words += [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     texts = ["".join(draw.choices(words, k=draw.randrange(40))) for _ in range(2000)]
-    words += ["\u0378", "\ufdd0", "\ufdd1", "\U00011de0"]  # of no Unicode, or of a new one: not for tiktoken
+    words += ["\u0378", "\ufdd0", "\ufdd1", "\U00011de0"]  # unassigned, or of a newer Unicode: not for tiktoken
     texts += ["".join(draw.choices(words, k=draw.randrange(40))) for _ in range(500)]
     planes = [(0x20, 0x7F), (0x80, 0x600), (0x600, 0x3000), (0x3000, 0xD800), (0xE000, 0x20000), (0x20000, 0x110000)]
     for n in range(1000):
@@ -113,9 +113,9 @@ def test_random_text_has_the_same_ids(both):
     check(tokenizer, fast, texts)
 
 
-@pytest.mark.parametrize("both", KINDS[:2], indirect=True)  # one for each way to split
+@pytest.mark.parametrize("both", KINDS[:2], indirect=True)  # one for each kind of pre-tokenizer
 def test_every_character_splits_the_text_alike(both):
-    """All that this Python knows but the middle of the large blocks, whose characters are letters one and all."""
+    """All characters that this Python knows, except the middle of large blocks, where all are letters."""
     tokenizer, fast = both
     large = [range(0x3500, 0x4D00), range(0x4F00, 0x9F00), range(0xAD00, 0xD700), range(0x17100, 0x18C00)]
     codes = [
@@ -156,7 +156,7 @@ def test_however_many_threads_share_them_texts_keep_their_order(both, monkeypatc
 
 
 def test_entries_may_lie_in_any_order(both):
-    """Another order of the ids says nothing about the order of the merges."""
+    """The order of the ids need not be that of the merges."""
     tokenizer, _ = both
     state = json.loads(tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
@@ -169,7 +169,7 @@ def test_entries_may_lie_in_any_order(both):
 
 
 def by_hand(*merges: str, **model) -> Tokenizer:
-    """A tokenizer with these merges, each "left right"."""
+    """A tokenizer with these merges, each given as "left right"."""
     alphabet = sorted(module.BYTE_OF)
     made = list(dict.fromkeys("".join(merge.split()) for merge in merges))
     vocabulary = {token: n for n, token in enumerate([*alphabet, *made])}
@@ -181,7 +181,7 @@ def by_hand(*merges: str, **model) -> Tokenizer:
 def test_merges_by_hand_are_taken_where_every_entry_is_what_its_bytes_become():
     good = by_hand("a b", "b c", "ab c")
     check(good, fast_bpe(good), ["abc", "ab", "bc", "aabbcc", "xbcabc"])
-    never_made = by_hand("q x", "x v", "q xv")  # "qxv" becomes "qx" and "v", and tiktoken would make it one
+    never_made = by_hand("q x", "x v", "q xv")  # "qxv" becomes "qx" and "v", but tiktoken would make it one token
     assert never_made.encode("qxv").tokens == ["qx", "v"]
     assert fast_bpe(never_made) is None
 
@@ -190,7 +190,7 @@ def test_merges_by_hand_are_taken_where_every_entry_is_what_its_bytes_become():
     "other",
     [
         lambda: by_hand("a b", "b c", "ab c", "a bc"),  # one entry by two merges
-        lambda: by_hand("ab c", "a b"),  # before what it is made of
+        lambda: by_hand("ab c", "a b"),  # before its parts
         lambda: by_hand("a b", dropout=1e-9),
         lambda: by_hand("a b", ignore_merges=True),
         lambda: by_hand("a b", byte_fallback=True),
@@ -200,7 +200,7 @@ def test_merges_by_hand_are_taken_where_every_entry_is_what_its_bytes_become():
         lambda: changed(lambda backend: setattr(backend, "encode_special_tokens", True)),
         lambda: changed(lambda backend: backend.add_tokens([AddedToken("<x>", lstrip=True, normalized=False)])),
         lambda: changed(lambda backend: backend.add_tokens([AddedToken("<x>", single_word=True, normalized=False)])),
-        lambda: changed(lambda backend: backend.add_tokens(["<x>"])),  # found in normalised text, by default
+        lambda: changed(lambda backend: backend.add_tokens(["<x>"])),  # matched in normalised text, by default
         lambda: changed(lambda backend: backend.add_tokens([AddedToken("<think>ing", normalized=False)])),
     ],
 )

@@ -1,4 +1,4 @@
-"""A folder that `save_pretrained` wrote, in the hands of the tools others train with: trl and peft."""
+"""A folder from `save_pretrained` used with common training tools: trl and peft."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ LORA = {"r": 4, "target_modules": ["wq", "wo"], "task_type": "CAUSAL_LM"}
 
 @pytest.fixture(scope="module")
 def folder(tiny_tokenizer, tmp_path_factory):
-    """A random MiniMind and its tokenizer, saved as transformers does."""
+    """A random MiniMind and its tokenizer, saved by transformers."""
     folder = tmp_path_factory.mktemp("minimind")
     torch.manual_seed(0)
     MiniMindLM(LMConfig(dim=32, n_layers=2, vocab_size=len(tiny_tokenizer))).save_pretrained(folder)
@@ -25,7 +25,7 @@ def folder(tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture
 def settings(tmp_path):
-    """What all trainers are told: two steps on the CPU, in fp32, reporting to nobody."""
+    """The settings of all trainers: two steps on the CPU, in fp32, without reports."""
     return {
         "output_dir": str(tmp_path / "trained"),
         "max_steps": 2,
@@ -49,7 +49,7 @@ def losses(trainer) -> list[float]:
 
 
 def how_far(model, folder) -> float:
-    """How far a model's embedding has moved from the folder's."""
+    """The largest change of a model's embedding from the folder's."""
     before = MiniMindLM.from_pretrained(folder)
     return (model.tok_embeddings.weight - before.tok_embeddings.weight).abs().max().item()
 

@@ -1,4 +1,4 @@
-"""model/fingerprint.py: equal for the same names and numbers, and for nothing else."""
+"""model/fingerprint.py: equal for equal names and numbers, and only then."""
 
 import torch
 

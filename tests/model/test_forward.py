@@ -1,4 +1,4 @@
-"""model/model.py: one pass and its gradients, against transformers' Llama, a slow loop, and formulas by hand."""
+"""model/model.py: forward and gradients, compared with transformers' Llama, a slow loop, and formulas by hand."""
 
 import copy
 import math
@@ -92,11 +92,11 @@ def test_rms_norm_by_its_formula_in_fp32():
     assert norm(large.half()).tolist() == [1, -1, 1, 1]
 
 
-# ------------------------------------------------------------------------------------------- the experts' balance
+# ----------------------------------------------------------------------------------------- balance of the experts
 
 
 def balance_by_hand(scores, chosen, non_padding, per_row):
-    """alpha-free auxiliary loss, in plain Python: sum over experts of share * experts * mean probability."""
+    """Auxiliary loss without alpha, in plain Python: sum over experts of share * experts * mean probability."""
     rows = range(len(scores))
     groups = [[row] for row in rows] if per_row else [list(rows)]
     losses = []
@@ -172,11 +172,11 @@ def test_an_expert_without_a_token_gets_a_zero_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_training_of_moe_with_more_tokens_than_it_can_count(dtype):
-    """70,400 tokens, nearly all of them for the same two experts: float16 ends at 65,504, bfloat16 counts to 256."""
+    """70,400 tokens, nearly all for the same two experts: float16 ends at 65,504, bfloat16 counts exactly to 256."""
     model = network(use_moe=True, seq_aux=False, n_layers=1, dim=16, n_heads=2, n_kv_heads=1).train()
     with torch.no_grad():
         model.layers[0].ffn_norm.weight.fill_(1)
-        model.tok_embeddings.weight[:, 0] = 3  # a direction that all tokens share, and two experts like it
+        model.tok_embeddings.weight[:, 0] = 3  # a direction that all tokens share, and that two experts prefer
         model.layers[0].feed_forward.gate.weight[:2, 0] = 3
     ids = random_ids(2200, 32)
     gate = model.layers[0].feed_forward.gate
@@ -187,7 +187,7 @@ def test_half_precision_training_of_moe_with_more_tokens_than_it_can_count(dtype
         model.zero_grad()
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             out = model(ids, labels=ids)
-        (out.loss * 2**14).backward()  # scaled, as the trainers do, so that float16 holds the small ones
+        (out.loss * 2**14).backward()  # scaled, as in training, so that float16 can represent the small ones
         results[precision] = (out.loss, out.aux_loss, {n: g / 2**14 for n, g in gradients(model).items()})
     assert min(counts) > 65_504
     (loss, aux, grads), (loss16, aux16, grads16) = results.values()
@@ -212,7 +212,7 @@ def test_a_model_in_half_precision_reads_and_writes(use_moe, dtype):
     assert half.generate(ids, max_new_tokens=3, eos_token_id=()).shape == (2, 12)
 
 
-# ---------------------------------------------------------------------------------------------- the call and the loss
+# ------------------------------------------------------------------------------------------------- arguments and loss
 
 
 def test_labels_are_shifted_inside_and_ignored_at_minus_100():
@@ -322,7 +322,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_moe):
     assert_all_close(results[1], results[0], rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # by a name that only newer ones have
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # under a name that only newer versions have
 def test_gradient_checkpointing_is_switched_as_transformers_does():
     model = network()
     model.gradient_checkpointing_enable()
@@ -338,7 +338,7 @@ def test_dropout_is_for_training_only(flash_attn):
     torch.testing.assert_close(model(ids).logits, plain(ids).logits, **CLOSE)
     model.train()
     assert (model(ids).logits - model(ids).logits).abs().max() > 0.1
-    for layer in model.layers:  # with the residual dropout off, the attention weights' own is left
+    for layer in model.layers:  # with residual dropout off, only the attention weights' dropout is left
         layer.dropout.p = 0.0
     model.dropout.p = 0.0
     assert (model(ids).logits - model(ids).logits).abs().max() > 0.1
@@ -356,7 +356,7 @@ def test_attention_weights_of_a_packed_row_are_dropped_too():
     assert (first - second).abs().max() > 0.1
 
 
-# what the experts do is not compiled, and dense blocks are what the real compiler is for
+# experts are not compiled: dense blocks are left to the real compiler
 @pytest.mark.parametrize(("kind", "backend"), [("dense", "inductor"), ("moe", "aot_eager")])
 def test_compiled_blocks_give_the_same_loss_and_gradients(kind, backend):
     if backend == "inductor" and not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
@@ -372,7 +372,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients(kind, backend):
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
-    with torch.compiler.set_stance("fail_on_recompile"):  # samples of other lengths must not compile anything anew
+    with torch.compiler.set_stance("fail_on_recompile"):  # samples of other lengths must not cause a recompilation
         compiled(ids, arguments["attention_mask"], torch.arange(16).remainder(5)[None], ids)
     assert eager.state_dict().keys() == compiled.state_dict().keys()
     assert_all_close(gradients(compiled), gradients(eager), **CLOSE)

@@ -1,4 +1,4 @@
-"""model/generation.py, model/inference/sampling.py: against transformers' own sampling, and row by row alone."""
+"""model/generation.py, model/inference/sampling.py: compared with transformers' sampling, and with single rows."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def test_top_p_by_hand():
 
 
 def test_what_is_drawn_follows_the_probabilities():
-    """20,000 draws: each frequency within five standard deviations of its probability."""
+    """20,000 draws: each frequency is within five standard deviations of its probability."""
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -3.0]])
     generator = torch.Generator().manual_seed(0)
     draws = sample_token(logits.repeat(20_000, 1), 0.8, 4, 0.99, generator)
@@ -110,7 +110,7 @@ def test_sampling_is_a_plain_loop_over_transformers_processors(kind):
     ids = prompt
     with torch.no_grad():
         for _ in range(15):
-            scores = processors(ids, model(ids).logits[:, -1])  # no cache, the whole text read again
+            scores = processors(ids, model(ids).logits[:, -1])  # without a cache: the whole text is processed again
             ids = torch.cat([ids, sample_from(scores.softmax(-1), generator)[:, None]], dim=1)
     assert got.tolist() == ids.tolist()
 
@@ -265,7 +265,7 @@ def test_of_equally_likely_tokens_the_first_are_kept(p, kept):
     ("vocabulary", "p", "kept"), [(512, 0.5, 256), (256, 0.5, 128), (256, 0.51, 131), (64, 0.5, 32)]
 )
 def test_a_nucleus_of_more_tokens_than_are_looked_at_first(vocabulary, p, kept):
-    """All alike, each probability a power of 2: their sums are exact."""
+    """All tokens are equally likely, with a power of 2, so that sums are exact."""
     logits = torch.zeros(1, vocabulary)
     assert (keep_top_p(logits, p) == 0).sum() == kept
     assert (keep_top_p(logits, p) == 0)[0, :kept].all()
@@ -276,7 +276,7 @@ def test_a_token_is_the_first_whose_share_reaches_beyond_the_number_drawn(monkey
     monkeypatch.setattr(torch, "rand", lambda rows, _, device, generator: torch.tensor(numbers)[:, None])
     probabilities = torch.tensor([[0.25, 0.25, 0.5]])
     assert sample_from(probabilities.repeat(6, 1), None).tolist() == [0, 0, 1, 1, 2, 2]
-    assert sample_from(4 * probabilities.repeat(6, 1), None).tolist() == [0, 0, 1, 1, 2, 2]  # of no whole
+    assert sample_from(4 * probabilities.repeat(6, 1), None).tolist() == [0, 0, 1, 1, 2, 2]  # of half a character
     impossible_first = torch.tensor([[0.0, 0.5, 0.5]])
     assert sample_from(impossible_first.repeat(6, 1), None).tolist() == [1, 1, 1, 1, 2, 2]
 
@@ -294,7 +294,7 @@ def test_every_row_may_have_a_generator_of_its_own():
 
 @pytest.mark.parametrize(("temperature", "drawn"), [(0.0, {0}), (9e-6, {0}), (1e-5, {0, 1})])
 def test_below_a_tiny_temperature_the_best_token_is_taken(temperature, drawn):
-    """Of two alike: the first, or by chance."""
+    """Of two equally likely tokens: the first below the tiny temperature, a random one above it."""
     draws = sample_token(torch.zeros(64, 2), temperature, 0, 1.0, torch.Generator().manual_seed(0))
     assert set(draws.tolist()) == drawn
 

@@ -1,4 +1,4 @@
-"""Reading, preparing and placing images."""
+"""Reading and preprocessing images, and placing them in prompts."""
 
 import io
 import struct
@@ -19,7 +19,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 def picture(width: int = 40, height: int = 30) -> Image.Image:
-    """Smooth and different everywhere."""
+    """A smooth image with different values everywhere."""
     y, x = np.mgrid[:height, :width]
     channels = np.stack([255 * x / width, 255 * y / height, 255 * (x + y) / (width + height)], -1)
     return Image.fromarray(channels.astype(np.uint8))
@@ -32,7 +32,7 @@ def as_file(image: Image.Image, kind: str, **options) -> bytes:
 
 
 def blank_png(side: int) -> bytes:
-    """The beginning of a square of one bit a pixel: if it is to be refused for its size, nobody reads on."""
+    """The beginning of a square PNG with one bit per pixel: if refused for its size, the rest is never read."""
     rows = zlib.compress(bytes(1 + -(-side // 8)) * 100)
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -150,7 +150,7 @@ class TestReading:
             read_image(as_file(picture(640, 320), "JPEG", progressive=True))
 
     def test_clear_parts_are_white_in_every_band(self, monkeypatch):
-        """As if it were laid over white at once."""
+        """The same as if it were composited over white in one piece."""
         alpha = picture(70, 50).convert("RGBA")
         alpha.putalpha(picture(70, 50).convert("L").rotate(180))
         white = Image.new("RGBA", alpha.size, "white")
@@ -162,7 +162,7 @@ class TestReading:
 
 class TestPreparing:
     def test_a_folder_without_settings_gets_clips_usual_way(self, clip_dir):
-        """Written out: shortest side to 32 by bicubic interpolation, the middle square, CLIP's mean and deviation."""
+        """By hand: shortest side to 32 by bicubic interpolation, centre crop, CLIP's mean and standard deviation."""
         pixels = to_pixels(image_processor(clip_dir, 32), [picture(80, 64)])
         square = np.asarray(picture(80, 64).resize((40, 32), Image.Resampling.BICUBIC))[:, 4:36] / 255
         expected = (square - np.array(MEAN)) / np.array(STD)

@@ -1,4 +1,4 @@
-"""model/inference/decoder.py: the decoder laid out for writing, against the model itself and the published logits."""
+"""model/inference/decoder.py: the decoder's logits, compared with the model's and the published ones."""
 
 import copy
 
@@ -19,7 +19,7 @@ KINDS = {
         **{"use_moe": True, "n_shared_experts": False, "n_routed_experts": 5, "num_experts_per_tok": 3},
         "norm_topk_prob": False,
     },
-    "moe, one expert a token": {"use_moe": True, "num_experts_per_tok": 1},  # which is weighted all the same
+    "moe, one expert a token": {"use_moe": True, "num_experts_per_tok": 1},  # whose output is weighted all the same
 }
 
 
@@ -35,14 +35,14 @@ def expected(model, ids: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_ragged_requests_get_the_logits_of_the_model(kind, packed, monkeypatch):
-    """Prompts whole and in chunks, single tokens beside them, slots in any order with holes between."""
+    """Prompts whole and in chunks, beside single tokens, in slots of any order with free slots between them."""
     if not packed:
         monkeypatch.setattr(matrices, "can_pack", lambda dtype: False)
     model = network(**KINDS[kind])
     ids = ids_of(4, 40)
     right = expected(model, ids)
     decoder = Decoder(model, slots=6, slot_len=64)
-    plan = [  # (request, its slot, tokens), pass by pass
+    plan = [  # (request, slot, tokens), by pass
         [(0, 2, 17), (1, 5, 30), (2, 0, 4)],
         [(2, 0, 1), (1, 5, 1), (0, 2, 20)],
         [(1, 5, 1), (2, 0, 9)],
@@ -146,7 +146,7 @@ def test_bfloat16_weights_are_as_near_as_the_models_own(packed, monkeypatch):
 
 
 def test_the_router_is_not_rounded_with_the_other_weights():
-    """Experts whose scores are told apart by what bfloat16 leaves out: each token goes to the model's own."""
+    """Experts whose scores differ by less than bfloat16 can express: each token goes to the model's choice."""
     model = network(n_layers=1, use_moe=True, n_routed_experts=2, num_experts_per_tok=1, n_shared_experts=False)
     router = model.layers[0].feed_forward.gate.weight
     with torch.no_grad():
@@ -180,7 +180,7 @@ STATES = {
 
 
 def addresses(decoder: Decoder) -> list[int]:
-    """Where the weights lie; packed ones do not say."""
+    """The addresses of the weights; packed ones have none."""
     kept = []
     for weight in decoder._weights:
         parts = weight.kept.values() if isinstance(weight, matrices.Matrix) else [getattr(weight, "kept", (weight,))]
@@ -189,7 +189,7 @@ def addresses(decoder: Decoder) -> list[int]:
 
 
 def logits_of(decoder: Decoder, ids: list[list[int]]) -> torch.Tensor:
-    """Of rows read into the slots, prompts first and then a token each."""
+    """Logits of rows: prompts are prefilled first, then one token of each is decoded."""
     decoder.read([Span(row, 0, tokens[:-1]) for row, tokens in enumerate(ids)])
     return decoder.logits(decoder.read([Span(row, len(tokens) - 1, tokens[-1:]) for row, tokens in enumerate(ids)]))
 
@@ -197,7 +197,7 @@ def logits_of(decoder: Decoder, ids: list[list[int]]) -> torch.Tensor:
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
 @pytest.mark.parametrize("kind", STATES)
 def test_a_snapshot_stays_until_it_is_refreshed(kind, packed, monkeypatch):
-    """Whatever a training step does to the model's parameters, in place."""
+    """Also after a training step has changed the model's parameters in place."""
     if not packed:
         monkeypatch.setattr(matrices, "can_pack", lambda dtype: False)
     settings, dtype = STATES[kind]

@@ -1,4 +1,4 @@
-"""model/kv_cache.py and how `forward` uses it: chunks, continuations, padding and packed rows, each row as if alone."""
+"""model/kv_cache.py and `forward` with it: chunks, continuations, padding, packed rows, each row as if alone."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.parametrize("kind", KINDS)
 
 
 def read(model, chunks, cache=None, **arguments):
-    """Logits of chunk after chunk, and the last cache."""
+    """The logits of one chunk after another, and the last cache."""
     logits = []
     with torch.no_grad():
         for chunk in chunks:
@@ -120,7 +120,7 @@ def test_a_packed_row_gives_each_sample_what_it_gets_alone(kind):
     mask = torch.tensor([[1] * sum(lengths) + [0] * padding])
     labels = torch.full_like(ids, -100)
     start = 0
-    for length in lengths:  # the first token of a sample is nobody's to predict
+    for length in lengths:  # the first token of a sample is never predicted
         labels[0, start + 1 : start + length] = ids[0, start + 1 : start + length]
         start += length
     together = model(ids, mask, positions, labels)
@@ -143,7 +143,7 @@ def test_a_packed_row_may_be_read_in_chunks_and_continued(kind):
     ids = torch.cat([first, second[:, :2]], dim=1)
     with torch.no_grad():
         out = model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]]), use_cache=True)
-        rest = model(second[:, 2:], past_key_values=out.past_key_values, use_cache=True)  # goes on with the last one
+        rest = model(second[:, 2:], past_key_values=out.past_key_values, use_cache=True)  # continues the last sample
         placed = model(second[:, 2:], position_ids=torch.tensor([[2, 3, 4]]), past_key_values=out.past_key_values)
         new = model(third, position_ids=torch.arange(6)[None], past_key_values=rest.past_key_values)  # a new sample
     torch.testing.assert_close(rest.logits, model(second).logits[:, 2:], **CLOSE)
@@ -152,7 +152,7 @@ def test_a_packed_row_may_be_read_in_chunks_and_continued(kind):
 
 
 def test_position_ids_are_the_positions_of_the_rotation(kind):
-    """Only differences count for attention: a sample moved as a whole reads the same, one with a gap does not."""
+    """Attention depends on differences only: shifting a whole sample changes nothing, a gap within it does."""
     model = network(**KINDS[kind])
     ids = random_ids(1, 6)
     moved = model(ids, position_ids=torch.arange(20, 26)[None]).logits

@@ -1,4 +1,4 @@
-"""Multi-head latent attention beside DeepSeek-V3's in transformers, beside its own other form, and in the engine."""
+"""Multi-head latent attention, compared with transformers' DeepSeek-V3, its own other form, and the engine."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_absorbed_step_by_step_is_expanded_at_once(sizes):
     for i in range(5, 9):
         out = model(ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
         logits.append(out.logits)
-    logits.append(model(ids[:, 9:], past_key_values=out.past_key_values).logits)  # several behind a cache
+    logits.append(model(ids[:, 9:], past_key_values=out.past_key_values).logits)  # several tokens after a cache
     torch.testing.assert_close(torch.cat(logits, 1), whole, atol=1e-4, rtol=1e-4)
 
 
@@ -112,7 +112,7 @@ def test_the_engine_writes_what_the_model_does(tiny_tokenizer):
     model = random_model(vocab_size=len(tiny_tokenizer))
     prompts = [torch.randint(0, 64, (n,)).tolist() for n in (3, 17, 6)]
     engine = Engine(model, tiny_tokenizer, slots=2, slot_len=64, token_budget=8)
-    assert engine.decoder._kv.shape == (2, 2, 64, 1, 1, 18)  # of a token in a layer the 12 and the 6
+    assert engine.decoder._kv.shape == (2, 2, 64, 1, 1, 18)  # 12 + 6 values per token and layer
     answers = engine.run([Request(prompt=prompt, max_new_tokens=12, eos_token_id=()) for prompt in prompts])
     for prompt, answer in zip(prompts, answers, strict=True):
         alone = model.generate(torch.tensor([prompt]), max_new_tokens=12, eos_token_id=())

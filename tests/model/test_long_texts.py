@@ -1,4 +1,4 @@
-"""A very long text is encoded stretch by stretch, and that changes nothing but the memory it takes."""
+"""Encoding a very long text in stretches changes only the memory it takes."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_stretches_give_the_same_tokens(request, monkeypatch, tokenizer, stretch
     monkeypatch.setattr(chat, "CALL_CHARS", 2 * stretch)
     in_stretches = render_text(tokenizer, texts), render_chats(tokenizer, chats)
 
-    if stretch == 256:  # where no word is longer than half a stretch
+    if stretch == 256:  # if no word is longer than half a stretch
         assert in_stretches == expected
     bytes_of = token_bytes(tokenizer)
     for ids, text in zip(in_stretches[0], texts, strict=True):

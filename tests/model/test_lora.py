@@ -1,4 +1,4 @@
-"""LoRA against the published layout and peft, and what an adapter must survive."""
+"""LoRA compared with the published layout and peft; saving, loading and merging of adapters."""
 
 import copy
 
@@ -32,7 +32,7 @@ def tiny_model(**changes) -> MiniMindLM:
 
 
 def adapted(**changes) -> MiniMindLM:
-    """A model whose adapter does something: B is no longer zero."""
+    """A model whose adapter has an effect: B is not zero."""
     model = tiny_model(n_layers=changes.pop("n_layers", 2))
     apply_lora(model, **{"rank": 4, "alpha": 8} | changes)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_logits_and_gradients_are_those_of_peft(moe):
 
 
 def peft_key(key: str) -> str:
-    """'layers.0.attention.wq.lora.A.weight' as peft names it."""
+    """peft's name for a key such as 'layers.0.attention.wq.lora.A.weight'."""
     return "base_model.model." + key.replace(".lora.A.", ".lora_A.default.").replace(".lora.B.", ".lora_B.default.")
 
 
@@ -177,7 +177,7 @@ def test_copies_and_state_dicts():
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), on)
     merge_lora(twin)
-    assert torch.equal(logits(model), on)  # what happens to the copy does not reach the original
+    assert torch.equal(logits(model), on)  # changing the copy does not change the original
     unmerge_lora(copy.deepcopy(twin))  # a copy of a merged one knows that it is merged
 
     other = tiny_model()
@@ -185,7 +185,7 @@ def test_copies_and_state_dicts():
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other), on)
     with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict(twin.state_dict())  # merged weights do not pass for a base with an adapter
+        other.load_state_dict(twin.state_dict())  # merged weights cannot be mistaken for a base with an adapter
 
 
 def test_compiled_blocks_give_the_same_numbers_and_see_every_switch():

@@ -1,4 +1,4 @@
-"""model/inference/matrices.py and compiled_step.py: every kernel multiplies by the weights it stands for."""
+"""model/inference/matrices.py and compiled_step.py: every kernel multiplies by the weights that it represents."""
 
 import copy
 import shutil
@@ -24,7 +24,7 @@ def weight_and_input(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def meant(weight: torch.Tensor, precision) -> torch.Tensor:
-    """The weights that a precision stands for."""
+    """The weights that a precision represents."""
     return round_trip(weight, {"int8": 8, "int4": 4}[precision]) if isinstance(precision, str) else weight
 
 
@@ -47,7 +47,7 @@ def test_each_class_of_rows_has_its_kernel():
 
 
 def test_the_fastest_is_chosen_for_each_number_of_rows(monkeypatch):
-    """By a clock that the kernels turn: one is slow with one row, one with many."""
+    """With a clock that the kernels advance: one is slow with one row, the other with many."""
     now = [0.0]
     plain = candidates(torch.float32, CPU)[-1]
 
@@ -113,7 +113,7 @@ has_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clan
 @has_compiler
 @pytest.mark.parametrize("precision", [torch.float32, "int4"])
 def test_a_compiled_step_predicts_as_the_eager_pass(precision, monkeypatch):
-    """At several lengths, in any slot, also after a refresh, with nothing compiled anew."""
+    """At several lengths, in any slot, and after a refresh, without compiling again."""
     times = iter([1.0, 2.0])  # faster than the eager pass
     monkeypatch.setattr("model.inference.decoder.best_time", lambda run: next(times))
     model, other = network(seed=1), network(seed=2)

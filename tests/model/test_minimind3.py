@@ -1,4 +1,4 @@
-"""model/minimind3.py: reference logits and auxiliary loss of the published layout, and transformers' Qwen3."""
+"""model/minimind3.py, compared with reference logits and auxiliary losses, and with transformers' Qwen3."""
 
 from types import SimpleNamespace
 

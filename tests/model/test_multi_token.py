@@ -1,4 +1,4 @@
-"""Multi-token prediction: its loss beside a slow loop, what it leaves alone, and drafts that do not change the text."""
+"""Multi-token prediction: its loss compared with a slow loop, what it must not affect, and self-drafting."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ def random_model(**sizes) -> MiniMindLM:
 
 
 def slow_loss(model: MiniMindLM, ids: torch.Tensor) -> torch.Tensor:
-    """Mean over the modules of each one's summed cross-entropy in one sample (n,), place by place, each read anew with
-    exactly the places before it."""
+    """Mean over the modules of the summed cross-entropy in one sample (n,), position by position, each recomputed from
+    exactly the positions before it."""
     seen = []
     hook = model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model(ids[None])
@@ -31,7 +31,7 @@ def slow_loss(model: MiniMindLM, ids: torch.Tensor) -> torch.Tensor:
     h, total = seen[0][0], 0.0
     first = h
     for k, module in enumerate(model.mtp, start=1):
-        places = len(ids) - k  # those whose token k further on there is
+        places = len(ids) - k  # positions that have a token k further on
         if places < 1:
             break
         rows = h[:places] if module.sequential else first[:places]
@@ -102,7 +102,7 @@ def test_a_text_with_drafts_is_the_text_without(sizes):
 
 @pytest.mark.parametrize("how", ["sequential", "parallel"])
 def test_what_was_learned_is_guessed_right(how):
-    """A text that repeats itself is learned by heart: most guesses are right, and passes are saved."""
+    """A repetitive text is memorised: most drafts are right, and forward passes are saved."""
     model = random_model(mtp=how, n_layers=1).train()
     torch.manual_seed(0)
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""model/nf4.py: the published code book, blocks by hand, gradients beside an ordinary product, bytes."""
+"""model/nf4.py: the published code book, blocks by hand, gradients compared with an ordinary product, memory."""
 
 import math
 
@@ -22,7 +22,7 @@ def random_weight(rows: int, columns: int) -> torch.Tensor:
 
 
 def nearest(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Each weight's nearest value by trying all 16, block by block."""
+    """Each weight's nearest value, found by trying all 16, block by block."""
     values = torch.tensor(PUBLISHED)
     tried = (weight.view(-1, 64, 1) / scale.view(-1, 1, 1) - values).abs()
     return values[tried.argmin(-1)]
@@ -33,7 +33,7 @@ def test_the_sixteen_values_are_the_published_ones():
 
 
 def test_a_block_by_hand():
-    """Two blocks with scales 2 and 4: their mean is 3, and each is one whole step of the int8 away from it."""
+    """Two blocks with scales 2 and 4: their mean is 3, and each differs from it by the int8 range's full scale."""
     first = [2.0, -2.0, 0.0, 0.1, 0.3, -1.1] + [0.0] * 58
     second = [-4.0, 4 * 0.7229568, 4 * 0.76, 4 * 0.9] + [0.0] * 60
     made = NF4Weight(torch.tensor([first, second]))
@@ -49,7 +49,7 @@ def test_a_block_by_hand():
 
 
 def test_every_weight_becomes_the_nearest_value_of_its_block():
-    """Of more scales than share one, the last of them fewer."""
+    """With more scales than one second-level block holds, the last block being shorter."""
     weight = random_weight(200, 96)  # 300 blocks
     made = NF4Weight(weight)
     scale = weight.view(-1, 64).abs().amax(1)
@@ -58,11 +58,11 @@ def test_every_weight_becomes_the_nearest_value_of_its_block():
     assert ((own - scale).abs() <= made.outer.repeat_interleave(256)[:300] / 254 * 1.001).all()
     torch.testing.assert_close(made.dequantize(), (nearest(weight, scale) * own[:, None]).view(200, 96))
     error = (made.dequantize() - weight).norm() / weight.norm()
-    assert 0.08 < error < 0.11  # of a normal distribution about 0.094
+    assert 0.08 < error < 0.11  # about 0.094 for a normal distribution
 
 
 def test_a_weight_is_half_a_byte_and_little_more():
-    made = NF4Weight(random_weight(512, 128))  # the smallest matrix of a model of 26M parameters
+    made = NF4Weight(random_weight(512, 128))  # the smallest matrix of the 26M model
     assert sum(buffer.nbytes for buffer in made.buffers()) <= 0.52 * 512 * 128
     assert not list(made.parameters())
 
@@ -106,7 +106,7 @@ def test_no_dequantised_matrix_is_kept_for_the_backward():
 
 @pytest.mark.parametrize("settings", [{}, {"use_moe": True}])
 def test_gradients_reach_the_adapter_only_and_are_those_over_the_dequantised_base(settings):
-    """Beside LoRA on a base into which the dequantised weights were written."""
+    """Compared with LoRA on a base that contains the dequantised weights."""
     quantized, plain = network(**settings), network(**settings)
     for model in (quantized, plain):
         torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""MiniMind as a transformers model: saved, loaded and found by the Auto classes."""
+"""MiniMind as a transformers model: saved, loaded, and found by the Auto classes."""
 
 import pytest
 import torch

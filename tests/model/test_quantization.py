@@ -1,4 +1,4 @@
-"""model/quantization.py: rounding by hand, what it costs, and a layer that learns to bear it."""
+"""model/quantization.py: rounding by hand, its error, and a layer that learns to compensate for it."""
 
 import copy
 
@@ -32,12 +32,12 @@ def test_int8_by_hand():
 
 
 def test_int4_by_hand():
-    """A group whose numbers are multiples of an eighth of its largest is kept exactly; the groups do not disturb each
+    """A group whose values are multiples of an eighth of its largest is kept exactly; groups do not affect each
     other."""
     exact = torch.cat([torch.tensor([-8.0, 7, 6, -5, 4, -3, 2, -1]).repeat(4) * 0.25, torch.full((GROUP,), 100.0)])
     q, scale = quantize_int4(torch.stack([exact, -exact]))
     assert q[0, :8].tolist() == [-8, 7, 6, -5, 4, -3, 2, -1]
-    assert q[1, :8].tolist() == [-8, 7, 6, -5, 4, -3, 2, -1]  # the sign is the scale's
+    assert q[1, :8].tolist() == [-8, 7, 6, -5, 4, -3, 2, -1]  # the sign belongs to the scale
     torch.testing.assert_close(scale, torch.tensor([[0.25, -12.5], [-0.25, 12.5]]))
     torch.testing.assert_close(dequantize_int4(q, scale), torch.stack([exact, -exact]))
 
@@ -54,7 +54,7 @@ def test_the_error_is_that_of_the_step():
     weight = random_weight(64, 256)
     assert ((round_trip(weight, 8) - weight).abs() <= weight.abs().amax(1, keepdim=True) / 254 * 1.0001).all()
     error = (round_trip(weight, 4) - weight).norm() / weight.norm()
-    assert 0.06 < error < 0.1  # of a normal distribution: about 0.084
+    assert 0.06 < error < 0.1  # about 0.084 for a normal distribution
     assert ((round_trip(torch.zeros(2, GROUP), 4)) == 0).all()
 
 
@@ -89,7 +89,7 @@ def test_a_quantization_aware_layer_computes_with_rounded_weights_and_learns_exa
 
 
 def test_training_wins_back_what_rounding_loses():
-    """A regression to a matrix that int4 cannot hold, on inputs of few directions, in which errors can cancel."""
+    """Regression to a matrix that int4 cannot represent, on low-rank inputs, for which errors can cancel."""
     target, x = random_weight(8, GROUP, 1), random_weight(256, 4, 2) @ random_weight(4, GROUP, 3)
     losses = {}
     for aware in (False, True):

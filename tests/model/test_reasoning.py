@@ -1,4 +1,4 @@
-"""model/reasoning.py: the form of an answer, thinking told from answer in whole and in pieces, and the vote."""
+"""model/reasoning.py: an answer's format, splitting thinking from answer, whole or streamed, and majority votes."""
 
 import pytest
 import torch

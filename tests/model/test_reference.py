@@ -1,4 +1,4 @@
-"""The published checkpoint layout: reference logits and auxiliary losses, and the buffers of old files."""
+"""The published checkpoint layout: reference logits and auxiliary losses, and old files' buffers."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from model import LMConfig, MiniMindLM
 
 
 def reference(shared, name: str) -> tuple[dict, dict]:
-    """State dict and expected values of one of the fixtures."""
+    """The state dict and expected values of a fixture."""
     folder = shared / "fixtures"
     state = torch.load(folder / f"{name}.pth", weights_only=True)
     return state, torch.load(folder / f"{name}.expected.pt", weights_only=True)
 
 
 def with_old_buffers(state: dict) -> dict:
-    """The same file as MiniMind2 wrote it at times: with its rotation table and its causal masks."""
+    """The same file as MiniMind2 sometimes wrote it: with its rotation table and causal masks."""
     masks = {f"layers.{layer}.attention.mask": torch.ones(1, 1, 8, 8).triu(1) for layer in range(2)}
     return state | {"pos_cis": torch.ones(8, 8, dtype=torch.complex64)} | masks
 

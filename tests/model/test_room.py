@@ -1,4 +1,4 @@
-"""What the model room promises the other rooms."""
+"""What the model package promises: it imports no other package of the project."""
 
 import ast
 
@@ -8,7 +8,7 @@ OTHER_ROOMS = {"dataset", "trainer", "scripts", "benchmarks", "tests", "argparse
 
 
 def imports_of(path) -> set[str]:
-    """The top-level packages a file imports, anywhere in it."""
+    """The top-level packages that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

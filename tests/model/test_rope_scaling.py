@@ -1,4 +1,4 @@
-"""model/rope_scaling.py: frequencies as transformers computes them, by hand where it has no such type; bad values."""
+"""model/rope_scaling.py: frequencies equal transformers', or a formula by hand where it has no such type."""
 
 import math
 
@@ -14,7 +14,7 @@ HEAD, THETA = 96, 1e6
 
 
 def ours(scaling: dict) -> tuple[torch.Tensor, float]:
-    """Frequencies (HEAD / 2,), and the factor of cosine and sine."""
+    """Our frequencies (HEAD / 2,), and the factor of cosine and sine."""
     checked = checked_scaling(scaling)
     cos, sin = rope_angles(torch.tensor([[0, 1]]), HEAD, THETA, checked)
     factor = cos[0, 0, 0, 0].item()

@@ -1,4 +1,4 @@
-"""model/inference/speculation.py: drafts change how soon an answer comes, never what it is."""
+"""model/inference/speculation.py: drafts change how soon an answer comes, never its content."""
 
 import copy
 import itertools
@@ -27,7 +27,7 @@ PROMPTS = [prompt_of(1), prompt_of(20), prompt_of(6) * 5, [9, 10, 11] * 7, promp
 
 @pytest.fixture(scope="module")
 def models(tiny_tokenizer):
-    """They repeat themselves now and then, and the draft model agrees with the dense one now and then."""
+    """Models that repeat themselves at times; the draft model agrees with the dense one at times."""
     size = len(tiny_tokenizer)
     return {
         "dense": quieter(network(vocab_size=size, max_seq_len=160), 0.6),
@@ -37,7 +37,7 @@ def models(tiny_tokenizer):
 
 
 def quieter(model: MiniMindLM, scale: float) -> MiniMindLM:
-    """The matrices of the blocks scaled; the less they add, the more a network repeats its last token."""
+    """Scale the blocks' matrices: the less they add, the more a network repeats its last token."""
     with torch.no_grad():
         for parameter in model.layers.parameters():
             parameter *= scale if parameter.dim() > 1 else 1
@@ -45,13 +45,13 @@ def quieter(model: MiniMindLM, scale: float) -> MiniMindLM:
 
 
 def free(engine: Engine) -> Engine:
-    """Drafts cost nothing, so that they go on whatever becomes of them, on any machine."""
+    """Make drafts free, so that drafting goes on whether they are accepted or not, on any machine."""
     engine.speculation.cost = lambda *_: 0.0
     return engine
 
 
 def counted(engine: Engine) -> Counter:
-    """Counts tokens drafted and kept, and the passes of the engine, as they come."""
+    """Counts drafted and accepted tokens, and the engine's passes, as they come."""
     counts = Counter()
     drafts, verify, predict = engine.speculation.drafts, engine.speculation.verify, engine.decoder.predict
 
@@ -86,7 +86,7 @@ def summary(answer):
     return answer.text, [token.id for token in answer.tokens], answer.finish_reason, answer.count
 
 
-# ----------------------------------------------------------------------------------------------------- the same text
+# ------------------------------------------------------------------------------------------------------- equal texts
 
 SETTINGS = {
     "greedy": {},
@@ -105,7 +105,7 @@ CASES = [
 
 @pytest.mark.parametrize(("how", "kind", "slots"), CASES)
 def test_an_answer_is_the_same_with_drafts_and_comes_in_fewer_passes(how, kind, slots, models, tiny_tokenizer):
-    """Random prompts and repeating ones, greedy, seeded and penalised, alone and in company."""
+    """Random and repetitive prompts; greedy, seeded and penalised; alone and in a batch."""
     requests = [
         Request(prompt=prompt, max_new_tokens=18 + i, eos_token_id=(), **settings)
         for i, prompt in enumerate(PROMPTS)
@@ -135,7 +135,7 @@ def test_log_probabilities_are_those_without_drafts(models, tiny_tokenizer):
 
 
 def test_an_answer_ends_where_it_would_in_the_middle_of_a_draft(models, tiny_tokenizer):
-    """By its length, a stop string, an end token, at every place, and one who cancels gets nothing more."""
+    """By length, stop string or end token, at every position; after cancellation nothing more comes."""
     model, prompt = models["dense"], PROMPTS[3]
     plain = Engine(model, tiny_tokenizer, slots=1)
     engine = free(Engine(model, tiny_tokenizer, slots=1, speculate=6))
@@ -149,7 +149,7 @@ def test_an_answer_ends_where_it_would_in_the_middle_of_a_draft(models, tiny_tok
         (got,), (right,) = engine.run([request]), plain.run([request])
         assert (summary(got), got.end_token) == (summary(right), right.end_token)
     assert counts["kept"] > 20
-    full = Request(prompt=prompt * 7, eos_token_id=())  # as far as the slot goes
+    full = Request(prompt=prompt * 7, eos_token_id=())  # up to the slot's length
     assert summary(engine.run([full])[0]) == summary(plain.run([full])[0])
     answer = engine.submit(Request(prompt=prompt, eos_token_id=()))
     while answer.count < 9:
@@ -163,7 +163,7 @@ def test_an_answer_ends_where_it_would_in_the_middle_of_a_draft(models, tiny_tok
 
 @pytest.mark.parametrize("drafts", ["look-up", "model"])
 def test_a_wrong_draft_leaves_no_trace_in_the_slots(drafts, models, tiny_tokenizer, monkeypatch):
-    """Every draft is wrong; what a slot holds serves the next turn, and the answers read again with new weights."""
+    """Every draft is wrong; a slot's cache serves the next turn, and is recomputed with new weights."""
     model = models["dense"]
     how = {"speculate": 5} if drafts == "look-up" else {"draft": models["draft"]}
     engine = free(Engine(model, tiny_tokenizer, slots=2, **how))
@@ -202,16 +202,16 @@ def test_a_step_stays_within_its_budget(models, tiny_tokenizer):
     assert max(sizes) == 9
 
 
-# ------------------------------------------------------------------------------------------------- what is drafted
+# -------------------------------------------------------------------------------------------------------- drafting
 
 
 def test_the_longest_suffix_that_occurred_is_continued():
     lookup = Lookup()
     assert lookup.draft([1, 2, 3], 4) == []
     assert lookup.draft([1, 2, 3, 9, 2, 3], 3) == [9, 2, 3]
-    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 2) == [9, 2]  # 1 2 3, though 2 3 was followed by 8 since
-    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3, 4, 2, 3], 2) == [4, 2]  # the last of equal ones
-    assert Lookup().draft([7, 7, 7], 5) == [7] * 5  # a loop goes on
+    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 2) == [9, 2]  # 1 2 3, although 2 3 was later followed by 8
+    assert lookup.draft([1, 2, 3, 9, 2, 3, 8, 1, 2, 3, 4, 2, 3], 2) == [4, 2]  # the last of several equal matches
+    assert Lookup().draft([7, 7, 7], 5) == [7] * 5  # a loop continues
     assert Lookup().draft([4, 5, 6, 4, 5, 6, 4, 5], 5) == [6, 4, 5, 6, 4]
 
 
@@ -224,7 +224,7 @@ def test_a_draft_model_of_the_same_weights_is_always_right(models, tiny_tokenize
 
 
 def test_drafts_that_are_not_kept_are_given_up(models, tiny_tokenizer, monkeypatch):
-    """Each costs one token's time: the credit is 1 and 0.03 a token, so 120 tokens allow 4 or 5 of them."""
+    """Each draft costs one token's time: the credit is 1 plus 0.03 per token, so 120 tokens allow 4 or 5 drafts."""
     monkeypatch.setattr(Lookup, "draft", lambda self, ids, n: [5] * n)
     engine = Engine(models["dense"], tiny_tokenizer, slots=1, speculate=5)
     engine.speculation.cost = lambda *_: 1.0
@@ -279,7 +279,7 @@ def test_the_rule_samples_from_the_model_whatever_the_draft():
 
 @pytest.mark.parametrize("drafts", ["look-up", "model"])
 def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer, monkeypatch):
-    """The third to fifth of an answer's tokens, over all texts: what the network itself says of each, and no other."""
+    """The third to fifth tokens of an answer, over all texts, compared with the network's own probabilities."""
     model = network(vocab_size=len(tiny_tokenizer), max_seq_len=64, dim=16, n_layers=1, n_heads=2, n_kv_heads=1)
     settings = {"temperature": 3.0, "top_k": 2}
     prompt = [9, 10, 9, 10, 9]
@@ -296,7 +296,7 @@ def test_sampled_answers_have_the_models_distribution(drafts, tiny_tokenizer, mo
     assert len(texts) == 8
     how = {"speculate": 4} if drafts == "look-up" else {"draft": quieter(copy.deepcopy(model), 0.5)}
     engine = free(Engine(model, tiny_tokenizer, slots=12, slot_len=64, token_budget=200, **how))
-    if drafts == "look-up":  # at every place, and as wrong as right
+    if drafts == "look-up":  # at every position, half of them wrong
         guesses = itertools.cycle(texts)
         monkeypatch.setattr(Lookup, "draft", lambda self, ids, n: [*next(guesses)][len(ids) - len(prompt) :][:n])
     counts = counted(engine)

@@ -1,4 +1,4 @@
-"""model/template_chat.py: MiniMind-3's tokenizer lays chats out by its own template; ids, mask, and typed tokens."""
+"""model/template_chat.py: chats rendered by MiniMind-3's own template: ids, mask, and typed control tokens."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_ids_are_those_of_apply_chat_template(tokenizer, number, open_thinking, 
 
 
 def targets(tokenizer, chat: list[dict], **settings) -> list[str]:
-    """The text of each stretch that is learned, control tokens and all."""
+    """The text of each stretch of targets, including control tokens."""
     ids, mask = render_chat(tokenizer, chat, **settings)
     stretches, before = [], False
     for token, learned in zip(ids, mask, strict=True):
@@ -65,7 +65,7 @@ def targets(tokenizer, chat: list[dict], **settings) -> list[str]:
     ("number", "learned"),
     [
         (0, ["It is 42. 天气很好<|im_end|>"]),
-        (1, ["\n  two lines\n\tand  a tab <|im_end|>"]),  # a break merged with the space behind it
+        (1, ["\n  two lines\n\tand  a tab <|im_end|>"]),  # a line break merged with the space after it
         (2, ["Well,\n\nwell.\n</think>\n\n42<|im_end|>"]),
         (3, ["\n  twelve, thirty\n</think>\n\n42<|im_end|>"]),
         (4, ["no opening tag\n</think>\n\n42<|im_end|>", "\t.<|im_end|>"]),

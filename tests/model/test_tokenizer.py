@@ -1,4 +1,4 @@
-"""model/tokenizer.py: the bytes behind ids, the fingerprint, and text that streams whole characters."""
+"""model/tokenizer.py: the bytes of ids, the fingerprint, and streaming in whole characters."""
 
 import copy
 import json
@@ -76,7 +76,7 @@ def test_the_fingerprint_is_of_what_decides_the_ids(tiny_tokenizer, plain_tokeni
 
 
 def whole_characters(data: bytes) -> str:
-    """The longest beginning of `data` that is whole characters; `data` begins a valid text."""
+    """The longest prefix of `data` made of whole characters; `data` is the beginning of a valid text."""
     for cut in range(4):
         try:
             return data[: len(data) - cut].decode()

@@ -1,4 +1,4 @@
-"""Which tokenizers a MiniMind can be trained with, and what is said of the others."""
+"""Which tokenizers a MiniMind can be trained with, and the errors for the others."""
 
 import json
 import re
@@ -16,7 +16,7 @@ ROLES = FAMILIES["qwen with bos"][1]
 
 
 def changed(change) -> PreTrainedTokenizerFast:
-    """A good tokenizer after a change to the state of its backend."""
+    """A valid tokenizer with a change to its backend's state."""
     state = json.loads(byte_level(FAMILIES["qwen with bos"][0]).to_str())
     change(state)
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **ROLES)
@@ -133,7 +133,7 @@ def test_special_ids_are_the_tokenizers_and_padding_has_one():
     ids = {name: special_ids(family(name)) for name in ("gpt2", "llama3", "qwen with bos")}
     assert {name: tuple(ids[name].values()) for name in ids} == {
         "gpt2": (400, 400, 400),  # unk
-        "llama3": (400, 401, 401),  # eos, for want of unk
+        "llama3": (400, 401, 401),  # eos, because there is no unk
         "qwen with bos": (401, 402, 400),
     }
 
@@ -143,7 +143,7 @@ def test_padding_is_unk_before_it_is_eos():
 
 
 def test_a_pretraining_text_begins_and_ends_once_whatever_the_tokenizer(tiny_tokenizer):
-    """A literal <s> and </s> are the data's delimiters, and so are the tokenizer's own."""
+    """A literal <s> and </s> in the data are delimiters, and so are the tokenizer's own."""
     for tokenizer in (tiny_tokenizer, family("qwen with bos")):
         bos, eos = tokenizer.bos_token, tokenizer.eos_token
         plain, published, own, inside = render_text(

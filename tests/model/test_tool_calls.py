@@ -1,4 +1,4 @@
-"""model/tool_calls.py: calls in an answer, read whole and while it is written; results in the order of their calls."""
+"""model/tool_calls.py: calls in an answer, parsed whole and while streaming; results in the order of their calls."""
 
 import pytest
 

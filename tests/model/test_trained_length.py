@@ -1,4 +1,4 @@
-"""The positions that a model promises, and those that it was trained on: beyond them it says so, once."""
+"""A model's maximum position and the length it was trained on: beyond the latter it warns, once."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The vision-language model against reference logits, and against itself only where two ways must agree."""
+"""The vision-language model compared with reference logits, and with itself where two ways must agree."""
 
 import copy
 
@@ -9,7 +9,7 @@ from transformers import CLIPModel
 from model import LMConfig, MiniMindLM
 from model.model_vlm import MiniMindVLM, VLMConfig, load_tower
 
-IMAGE = 34  # the id that holds places in these tests
+IMAGE = 34  # the image token's id in these tests
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300}
 
 
@@ -24,7 +24,7 @@ def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def prompt(*parts: int) -> torch.Tensor:
-    """(1, n) ids: n > 0 stands for n tokens of text, 0 for an image's four places, -n for n times their id, typed."""
+    """Ids (1, n): n > 0 means n text tokens, 0 an image's four tokens, -n the image token's id typed n times."""
     generator, ids = torch.Generator().manual_seed(sum(parts)), []
     for part in parts:
         text = torch.randint(100, 300, (part,), generator=generator).tolist() if part > 0 else []
@@ -134,10 +134,10 @@ class TestTower:
 
 @pytest.mark.usefixtures("no_gradients")
 class TestPlaces:
-    """Each row of a batch must give what it gives alone, whatever form the images come in."""
+    """Each row of a batch must give the same as alone, in whatever form the images come."""
 
     def check(self, vlm, rows, images, **given):
-        """Rows side by side, left-padded, against each alone; `images` are each row's, or None."""
+        """Compare left-padded rows in a batch with each row alone; `images` are each row's, or None."""
         ids, mask = left_padded(*rows)
         together = vlm(ids, mask, **given).logits
         for row, (alone, own) in enumerate(zip(rows, images, strict=True)):

@@ -1,4 +1,4 @@
-"""State dicts as other tools write them: read where the meaning is certain, else called what they look like."""
+"""State dicts written by other tools: loaded if their meaning is certain, else refused as what they look like."""
 
 import re
 
@@ -24,7 +24,7 @@ def state(request):
 
 
 def in_april_2025(state: dict, prefix: str = "model.", heads: tuple[int, int] = HEADS) -> dict:
-    """A state dict under the names, and with the order of rows, of MiniMind's files since April 2025."""
+    """A state dict with the names and row order of MiniMind's files since April 2025."""
     theirs = {}
     for name, value in state.items():
         if name.endswith(("wq.weight", "wk.weight")):
@@ -99,7 +99,7 @@ def test_every_form_comes_back_bit_for_bit(state, form):
 
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 4])
 def test_a_llama_of_transformers_computes_the_same(n_kv_heads):
-    """The oracle for the order of rows: their code, their names, our maths."""
+    """An oracle for the order of rows: transformers' code and names compute the same as ours."""
     torch.manual_seed(0)
     theirs = LlamaForCausalLM(
         LlamaConfig(
@@ -121,7 +121,7 @@ def test_a_llama_of_transformers_computes_the_same(n_kv_heads):
     with torch.no_grad():
         assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
         ours.load_state_dict(recognise(theirs.state_dict(), 2, n_kv_heads if n_kv_heads == 1 else 2).state)
-        assert (ours(ids).logits - theirs(ids).logits).abs().max() > 0.1  # the test sees a wrong order
+        assert (ours(ids).logits - theirs(ids).logits).abs().max() > 0.1  # the test detects a wrong order
 
 
 def test_an_adapter_is_read_likewise():
@@ -180,4 +180,4 @@ def test_a_second_shared_expert_is_not_dropped():
     state = in_april_2025(make_model(use_moe=True).state_dict())
     more = {name.replace("shared_experts.0", "shared_experts.1"): v for name, v in state.items() if "shared" in name}
     found = recognise(state | more, *HEADS).state
-    assert [name for name in found if "shared_experts.1" in name]  # and strict loading names it
+    assert [name for name in found if "shared_experts.1" in name]  # and strict loading reports it

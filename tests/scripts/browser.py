@@ -1,4 +1,4 @@
-"""A page of ours in headless Chromium; what needs it skips where there is none."""
+"""A page in headless Chromium; tests that need it are skipped where it is not installed."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ import pytest
 
 from tests.running import PATIENCE, ROOT, free_port
 
-FLAGS = (  # the second line keeps it from looking for its maker's hosts
+FLAGS = (  # the second line keeps it from contacting its vendor's hosts
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--window-size=1280,860"),
     *("--disable-quic", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
@@ -41,7 +41,7 @@ def chromium(profile: Path, language: str = "en-US"):
 
 @contextlib.contextmanager
 def streamlit(script: str, *options, log: Path) -> Iterator[str]:
-    """A page's server, started in scripts/ as a person might; its address."""
+    """Start a page's server in scripts/, as a user might; yields its address."""
     port = free_port()
     command = [sys.executable, "-m", "streamlit", "run", script, "--server.headless", "true"]
     command += ["--server.port", str(port), "--", *map(str, options)]
@@ -70,10 +70,10 @@ def _answers(address: str, server: subprocess.Popen, log: Path) -> bool:
 
 
 def wait_for(condition: Callable, seconds: float = PATIENCE):
-    """What `condition` returns once that is true.
+    """The result of `condition` once it is true.
 
     Raises:
-        AssertionError: it never is.
+        AssertionError: it does not become true.
     """
     end = time.monotonic() + seconds
     while not (found := condition()):
@@ -89,7 +89,7 @@ CLICK_IN_THE_CHAT = """
 
 
 class Page:
-    """What a person does on a chat page, and sees there."""
+    """A chat page as a user operates and sees it."""
 
     def __init__(self, browser, address: str):
         self.browser = browser
@@ -105,7 +105,7 @@ class Page:
         wait_for(lambda: self._try_enter())
 
     def _try_enter(self) -> bool:
-        """Press Enter; whether what was typed is gone then: while a file is on its way it stays."""
+        """Press Enter; returns whether the input is empty then: while a file is uploading, it is not sent."""
         from selenium.common.exceptions import WebDriverException
 
         try:
@@ -117,17 +117,17 @@ class Page:
             return False
 
     def attach(self, file: Path) -> None:
-        """A file to what is said next; waits until it is there."""
+        """Attach a file to the next message, and wait until it is uploaded."""
         self.all("[data-testid=stChatInput] input[type=file]")[0].send_keys(str(file))
         wait_for(lambda: any(file.name in element.text for element in self.all("[data-testid=stChatInput]")))
 
     def click(self, words: str) -> None:
-        """The button, option or heading that says these words, the last of them on the page."""
+        """Click the last button, option or heading on the page with this text."""
         wait_for(lambda: self._try_click(words))
 
     def click_in_the_chat(self, words: str) -> None:
-        """The button under a message; by script, because a growing answer moves it, and the "Stop" above the page and
-        the input field at its end are in the way of a pointer."""
+        """Click the button under a message; by script, because a growing answer moves it, and a pointer may hit the
+        "Stop" button above the page or the input field below it."""
         self.browser.execute_script(CLICK_IN_THE_CHAT, words)
 
     def _try_click(self, words: str) -> bool:
@@ -143,12 +143,12 @@ class Page:
         return False
 
     def messages(self) -> list[str]:
-        """The words of each message, as they stand on the page."""
+        """The text of each message on the page."""
         script = "return [...document.querySelectorAll('[data-testid=stChatMessage]')].map(e => e.innerText)"
         return self.browser.execute_script(script)
 
     def wait_to_see(self, text: str, message: int = -1) -> str:
-        """A message once it contains the text."""
+        """Wait until a message contains the text; returns the message."""
 
         def seen():
             messages = self.messages()

@@ -1,4 +1,4 @@
-"""Models and greedy answers that the tests of both formats start from."""
+"""Models and greedy answers for the tests of the export formats."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ QUESTIONS = ("What is the capital of the green island?", "你好，请问今天�
 
 
 def make_model(vocab_size: int, **changes) -> MiniMindLM:
-    """A small model with matrices large enough for its answers to be lively."""
+    """A small model with weights large enough for varied answers."""
     sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "max_seq_len": 256, "vocab_size": vocab_size}
     torch.manual_seed(3)
     model = MiniMindLM(LMConfig(**sizes | changes)).eval()
@@ -26,7 +26,7 @@ def make_model(vocab_size: int, **changes) -> MiniMindLM:
 
 
 def save_model(model: MiniMindLM, tokenizer, path: Path) -> Path:
-    """The model as a stage leaves it: weights, and a json beside them."""
+    """Save the model as a stage does: weights, and a json beside them."""
     torch.save(model.state_dict(), path)
     config = architecture(model.config) | {"max_seq_len": model.config.max_seq_len}
     about = {"config": config, "tokenizer": tokenizer_hash(tokenizer), "stage": "full_sft", "step": 7}
@@ -35,17 +35,17 @@ def save_model(model: MiniMindLM, tokenizer, path: Path) -> Path:
 
 
 def prompts(tokenizer) -> list[list[int]]:
-    """The ids of each question, ready to be answered."""
+    """The prompt ids of each question."""
     return [render_chat(tokenizer, [{"role": "user", "content": q}], add_generation_prompt=True)[0] for q in QUESTIONS]
 
 
 def greedy(model: MiniMindLM, ids: list[int], n: int = 24) -> list[int]:
-    """The model's likeliest next `n` tokens, fewer where it stops."""
+    """The model's `n` greedy tokens, or fewer if it stops."""
     return model.generate(torch.tensor([ids]), max_new_tokens=n)[0, len(ids) :].tolist()
 
 
 def copy_folder(folder, target, change: dict) -> None:
-    """The folder's files, with some settings changed; None takes one away."""
+    """Copy a folder with some settings changed; None removes a setting."""
     for file in folder.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text()) | change

@@ -1,4 +1,4 @@
-"""Bodies that nobody would send on purpose, and bodies as the OpenAPI document allows them; drawn by seed."""
+"""Random request bodies, by seed: malformed ones, and ones that the OpenAPI document allows."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ STRANGE = (
 
 
 def places(value, path=()) -> Iterator[tuple]:
-    """The path to every value inside a JSON value, its own included."""
+    """The path to every value inside a JSON value, including itself."""
     yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
@@ -22,7 +22,7 @@ def places(value, path=()) -> Iterator[tuple]:
 
 
 def mutated(body: dict, order: random.Random) -> dict | list:
-    """A copy with one to three values replaced, removed, doubled or wrapped."""
+    """A copy with one to three values replaced, removed, duplicated or wrapped."""
     holder = [copy.deepcopy(body)]
     for _ in range(order.randint(1, 3)):
         path = order.choice([path for path in places(holder) if path])
@@ -42,7 +42,7 @@ def mutated(body: dict, order: random.Random) -> dict | list:
 
 
 def malformed_bodies(body: dict, count: int, seed: int) -> Iterator[bytes]:
-    """Mutations of a right body; some are damaged as bytes, too."""
+    """Mutations of a valid body; some are also damaged as bytes."""
     order = random.Random(seed)
     for _ in range(count):
         data = json.dumps(mutated(body, order), ensure_ascii=order.random() < 0.5).encode("utf-8", "surrogatepass")
@@ -54,10 +54,10 @@ def malformed_bodies(body: dict, count: int, seed: int) -> Iterator[bytes]:
 
 
 def bodies_by_schema(document: dict, operation: dict, count: int, seed: int, rarely: Collection[str] = ()) -> Iterator:
-    """Bodies that the document's schema allows; one in five has something in it that it does not.
+    """Bodies that the document's schema allows; one in five also has something that it does not allow.
 
     Args:
-        rarely: fields that one in twenty has, as they exclude each other.
+        rarely: fields that only one in twenty has, because they exclude each other.
     """
     order = random.Random(seed)
     whole = operation["requestBody"]["content"]["application/json"]["schema"]

@@ -1,4 +1,4 @@
-"""A tiny MCP server, over standard input and output, or over HTTP where a port is given."""
+"""A tiny MCP server over standard input and output, or over HTTP if a port is given."""
 
 import sys
 

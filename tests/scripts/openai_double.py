@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server for testing clients: it says what a test tells it to, and remembers what it got."""
+"""A small OpenAI-compatible server for testing clients: it gives a test's replies and records the requests."""
 
 import contextlib
 import json
@@ -14,9 +14,9 @@ class Double:
     Attributes:
         address: for --base_url.
         requests: the bodies of all chat requests, in order.
-        reply: from a request's body to the pieces of the answer; a pair ("thinking", text) is reasoning_content, a
-            dict a whole delta, a number a pause in seconds, an Exception an error in the middle.
-        abandoned: set once a client has left before the end of a stream.
+        reply: from a request's body to the pieces of the answer: a pair ("thinking", text) is reasoning_content, a
+            dict is a whole delta, a number a pause in seconds, an Exception an error in the middle of the stream.
+        abandoned: set once a client has disconnected before the end of a stream.
     """
 
     def __init__(self):
@@ -96,7 +96,7 @@ def openai_double() -> Iterator[Double]:
 
 @contextlib.contextmanager
 def http_server(body: bytes, kind: str) -> Iterator[str]:
-    """The address of a server that answers everything with the same."""
+    """The address of a server that gives every request the same response."""
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *args):

@@ -1,4 +1,4 @@
-"""What is asked of a request before it costs anything, doubles in place of what would cost: scripts/serving/app.py,
+"""Checks of a request before it costs anything, with doubles for the expensive parts: scripts/serving/app.py,
 admission.py and requests.py in this process."""
 
 import asyncio
@@ -30,7 +30,7 @@ def model(tiny_tokenizer):
 
 @pytest.fixture
 def serve(model, tiny_tokenizer):
-    """Makes what is served, and closes its engine at the end."""
+    """Makes an app around a model, and closes its engine at the end."""
     threads = []
 
     def make(slots: int = 4, slot_len: int = 128, **settings) -> ServerState:
@@ -47,7 +47,7 @@ def client_of(served: ServerState) -> TestClient:
 
 
 def settle(served: ServerState) -> None:
-    """Wait until nothing has a place any more."""
+    """Wait until no request holds a place any more."""
     deadline = time.monotonic() + PATIENCE
     while served.places.taken:
         assert time.monotonic() < deadline, f"{served.places.taken} places are never free again"
@@ -130,7 +130,7 @@ def test_a_body_without_a_length_is_read_no_further_than_the_limit(path, serve, 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_a_body_that_calls_itself_something_else_is_not_read(kind, serve):
-    """A web page may send such a body anywhere without asking."""
+    """A web page may send such a body anywhere without a preflight request."""
     status, body = ask(make_app(serve()), "/v1/completions", unread, content_type=kind)
     assert status == 400
     assert "application/json" in body["error"]["message"]
@@ -166,7 +166,7 @@ def test_a_body_is_parsed_beside_the_event_loop(path, body, serve, monkeypatch):
     assert len(threads) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- places
+# ---------------------------------------------------------------------------------------------- places in the queue
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS.items())
@@ -259,7 +259,7 @@ def test_what_was_prepared_when_the_server_closed_is_told_so(serve, monkeypatch)
 
 
 def test_images_are_looked_at_one_request_after_another(serve, tiny_tokenizer):
-    """Each takes up to half a gigabyte while it is read."""
+    """Each takes up to half a gigabyte while it is decoded."""
     inside, most = threading.Semaphore(1), []
 
     def look(turns):
@@ -272,7 +272,7 @@ def test_images_are_looked_at_one_request_after_another(serve, tiny_tokenizer):
     served = serve(place_images=look)
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
     body = {"messages": [{"role": "user", "content": [part]}], "max_tokens": 1}
-    with client_of(served) as client:  # one event loop for all
+    with client_of(served) as client:  # one event loop for all requests
         asking = [
             threading.Thread(target=client.post, args=("/v1/chat/completions",), kwargs={"json": body})
             for _ in range(4)
@@ -284,7 +284,7 @@ def test_images_are_looked_at_one_request_after_another(serve, tiny_tokenizer):
     assert most == [True] * 4
 
 
-# ----------------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------------------- generation
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -299,7 +299,7 @@ def test_one_answers_failure_ends_its_siblings(path, body, stream, serve, monkey
             answers.extend(sorted(served.unfinished, key=lambda answer: answer.number))
         if answers and answers[2].count > 2:
             engine.cancel(answers[1], "error")
-            time.sleep(0.02)  # slow, so that there is time to hear of it
+            time.sleep(0.02)  # slow, so that there is time for the disconnection to arrive
         return logits(hidden)
 
     monkeypatch.setattr(engine.decoder, "logits", failing)
@@ -334,7 +334,7 @@ def test_minus_one_chooses_among_all_tokens_and_by_any_seed(serve):
     assert text(seed=-2) == text(seed=-2)
 
 
-# --------------------------------------------------------------------------------------------------- what is not here
+# -------------------------------------------------------------------------------------------------------- unknown paths
 
 
 @pytest.mark.parametrize(

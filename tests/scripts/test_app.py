@@ -1,4 +1,4 @@
-"""scripts/serving/app.py in this process: reasoning, images, failures in the middle, and bodies of every kind."""
+"""scripts/serving/app.py in this process: reasoning, images, failures while streaming, and bodies of every kind."""
 
 import base64
 import io
@@ -34,7 +34,7 @@ JSON = {"Content-Type": "application/json"}
 
 @pytest.fixture
 def serve(tiny_tokenizer):
-    """Makes a client of an app around a model; closes its engine at the end."""
+    """Makes a client for an app around a model, and closes its engine at the end."""
     threads = []
 
     def make(model, slots: int = 4, slot_len: int | None = None, api_key: str | None = None, **settings) -> TestClient:
@@ -70,7 +70,7 @@ def events(reply) -> list:
 
 
 def writes(monkeypatch, client, text: str, tokenizer) -> None:
-    """Let the engine's model write this text, whatever it is asked."""
+    """Let the engine's model generate this text, whatever the prompt."""
     ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
     engine = client.app.state.engine
 
@@ -116,7 +116,7 @@ def test_log_probabilities_of_a_reasoning_model_cover_its_tags(serve, model, tin
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_completions_end_has_its_log_probability(stream, serve, model, tiny_tokenizer, monkeypatch):
-    """lm-evaluation-harness asks for one token and takes the last entry away, whatever it is."""
+    """lm-evaluation-harness asks for one token and always drops the last entry."""
     client = serve(model)
     end = torch.full((len(tiny_tokenizer),), -50.0)
     end[tiny_tokenizer.eos_token_id] = 50.0
@@ -236,7 +236,7 @@ def test_fetching_is_off_unless_switched_on(serve, vlm):
 def test_half_a_character_in_an_address_is_quoted_in_a_refusal(serve, vlm):
     client = serve(vlm, place_images=lambda turns: pytest.fail("must not come this far"), fetch=ImageFetcher())
     part = {"type": "image_url", "image_url": {"url": "http://\ud800.example/red"}}
-    body = json.dumps({"messages": [{"role": "user", "content": [part]}]})  # in ASCII, as no UTF-8 can spell it
+    body = json.dumps({"messages": [{"role": "user", "content": [part]}]})  # in ASCII, because UTF-8 cannot encode it
     reply = client.post("/v1/chat/completions", content=body, headers=JSON)
     assert reply.status_code == 400
     assert r"http://\ud800.example/red" in reply.json()["error"]["message"]
@@ -244,7 +244,7 @@ def test_half_a_character_in_an_address_is_quoted_in_a_refusal(serve, vlm):
 
 @pytest.fixture
 def loaded(vlm, clip_dir, tokenizer_dir, tiny_tokenizer, tmp_path, monkeypatch):
-    """What the server's script loads by --vlm."""
+    """What the server's script loads with --vlm."""
     torch.save(vlm.state_dict(), tmp_path / "sft_vlm_32.pth")
     settings = {"config": vlm.config.to_dict(), "tokenizer": tokenizer_hash(tiny_tokenizer)}
     (tmp_path / "sft_vlm_32.json").write_text(json.dumps(settings))
@@ -311,7 +311,7 @@ def test_health_tells_when_the_device_computes_no_more(serve, model, monkeypatch
 
 
 def test_a_prompts_log_probabilities_come_though_nothing_can_be_shown_yet(serve, model, tiny_tokenizer, monkeypatch):
-    """Half a character is written first, and of the prompt nothing is text."""
+    """The first token is half a character, and the prompt contains no text."""
     client = serve(model)
     writes(monkeypatch, client, "€", tiny_tokenizer)
     assert len(tiny_tokenizer.encode("€", add_special_tokens=False)) > 1
@@ -374,7 +374,7 @@ ANSWERS = {
 
 
 def check_reply(reply, kind: type, sent: bytes) -> bool:
-    """Whether it was taken. What comes back has a documented form either way."""
+    """Check that the response has a documented form; returns whether the request was accepted."""
     if reply.status_code == 200:
         if reply.headers["content-type"].startswith("text/event-stream"):
             assert events(reply)[-1] == "[DONE]", sent
@@ -540,7 +540,7 @@ def test_a_prompt_with_several_choices_is_counted_once():
     answers = [SimpleNamespace(count=count, reused=reused) for count, reused in ((1, 10), (2, 20), (4, 40), (8, 80))]
     assert usage(answers, [[0] * 100, [0] * 1000]) == {
         **{"prompt_tokens": 1100, "completion_tokens": 15, "total_tokens": 1115},
-        "prompt_tokens_details": {"cached_tokens": 50},  # of each prompt's first
+        "prompt_tokens_details": {"cached_tokens": 50},  # each prompt's first answer
     }
     assert usage(answers, [[0] * 100])["prompt_tokens_details"] == {"cached_tokens": 10}
 
@@ -571,7 +571,7 @@ def test_the_scores_of_a_completion_by_hand(serve, model, tiny_tokenizer):
 def test_how_a_token_is_spelled(serve, model, tiny_tokenizer):
     state = ServerState(SimpleNamespace(engine=serve(model).app.state.engine), tiny_tokenizer)
     (a,) = tiny_tokenizer.encode("a", add_special_tokens=False)
-    half = tiny_tokenizer.convert_tokens_to_ids("\u00e4")  # the byte 0xe4, which begins many a Chinese character
+    half = tiny_tokenizer.convert_tokens_to_ids("\u00e4")  # the byte 0xe4, which begins many Chinese characters
     assert state.spelling(a) == ("a", [97])
     assert state.spelling(half) == ("bytes:\\xe4", [0xE4])
     assert state.spelling(tiny_tokenizer.eos_token_id)[0] == "</s>"

@@ -1,4 +1,4 @@
-"""Answers of a given form behind the API, asked by OpenAI's own client; forced calls, and the older functions."""
+"""Structured output over the API, with OpenAI's own client; forced calls, and the older `functions`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A MiniMind-3 behind the API: its own layout, and chat_template_kwargs.open_thinking."""
+"""MiniMind-3 over the API: its own chat template, and chat_template_kwargs.open_thinking."""
 
 from types import SimpleNamespace
 

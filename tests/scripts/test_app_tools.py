@@ -1,4 +1,4 @@
-"""Tools behind the API, asked by OpenAI's own client: calls whole and streamed, results, and calls that are none."""
+"""Tools over the API, with OpenAI's own client: calls whole and streamed, results, and malformed calls."""
 
 import json
 
@@ -39,7 +39,7 @@ def ask(http, **settings):
 
 
 def joined(chunks) -> tuple[str, list[dict], str]:
-    """What a client makes of a stream: the text, the calls by their index, and why it ended."""
+    """A stream joined as clients do: the text, the calls by their index, and the finish reason."""
     text, calls, reason = "", {}, ""
     for chunk in chunks:
         (choice,) = chunk.choices

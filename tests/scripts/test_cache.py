@@ -1,4 +1,4 @@
-"""scripts/cache.py: the table, and what is freed."""
+"""scripts/cache.py: the table, and what is removed."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.running import call_script
 
 @pytest.fixture
 def data(tmp_path, tiny_tokenizer, monkeypatch):
-    """Two data files with caches, the first one's not opened for 40 days; the second data set is in use."""
+    """Two data files with caches; the first one's was not opened for 40 days, the second one's is in use."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     folder = tmp_path / "data"
     folder.mkdir()
@@ -34,7 +34,7 @@ def data(tmp_path, tiny_tokenizer, monkeypatch):
 
 @pytest.fixture
 def cache(capsys):
-    """Call it: what it prints, or the line of its error."""
+    """Runs it; returns its output, or its line of error."""
 
     def call(*arguments, exit_code: int = 0) -> str:
         call_script("scripts/cache.py", *arguments, exit_code=exit_code)
@@ -107,7 +107,7 @@ DAY = 86_400.0
     ("older_than", "name", "chosen"),
     [
         (None, None, True),
-        (10, None, True),  # just as old
+        (10, None, True),  # equally old
         (10.001, None, False),
         (0, None, True),
         (None, "line", True),

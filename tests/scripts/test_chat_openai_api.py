@@ -1,4 +1,4 @@
-"""The terminal client, typed at through a pseudo-terminal."""
+"""The terminal client, operated through a pseudo-terminal."""
 
 import fcntl
 import os
@@ -20,7 +20,7 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 class Terminal:
-    """A script that believes it has a person before it."""
+    """A script at a pseudo-terminal."""
 
     def __init__(self, *arguments: str):
         self.master, slave = os.openpty()
@@ -40,14 +40,14 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def wait_for(self, pattern: str, again: str = "") -> str:
-        """What was printed up to the pattern; forgets it.
+        """Wait for the pattern; returns the output up to its end, and discards it.
 
         Args:
-            again: type this now and again until it comes. Python hears a Ctrl-C that comes just before readline begins
-                to wait for a key only with the next key.
+            again: type this repeatedly until the pattern appears. If Ctrl-C arrives just before readline begins to wait
+                for a key, Python handles it only at the next key.
 
         Raises:
-            AssertionError: it does not come.
+            AssertionError: it does not appear.
         """
         end = time.monotonic() + PATIENCE
         while not (found := re.search(pattern, self.seen)):
@@ -85,7 +85,7 @@ def test_a_talk_with_history_commands_and_an_answer_that_is_stopped(server):
         terminal.wait_for("You said: 你好 there\r\n> ")
         assert server.requests[-1]["messages"] == [{"role": "user", "content": "你好 there"}]
         assert server.requests[-1]["temperature"] == 0.5
-        assert "top_p" not in server.requests[-1]  # the server's own default holds
+        assert "top_p" not in server.requests[-1]  # the server's own default applies
 
         terminal.type("again\n")
         terminal.wait_for("You said: again\r\n> ")
@@ -103,7 +103,7 @@ def test_a_talk_with_history_commands_and_an_answer_that_is_stopped(server):
         server.reply = lambda body: [("thinking", "hm"), "I think\033[2J\x9b so"]
         terminal.type("/usr/bin is what?\n")
         printed = terminal.wait_for("so\r\n> ")
-        assert "\033[2mhm\n".replace("\n", "\r\n") + "\033[0mI think[2J so" in printed  # no escape of the model's own
+        assert "\033[2mhm\n".replace("\n", "\r\n") + "\033[0mI think[2J so" in printed  # no escapes from the model
         messages = server.requests[-1]["messages"]
         assert messages[-1]["content"] == "/usr/bin is what?"
         assert re.fullmatch("one( more)+ ", messages[-2]["content"])

@@ -1,4 +1,4 @@
-"""scripts/collect_teacher_answers.py against a small HTTP server: order, retries, going on, and losing nothing."""
+"""scripts/collect_teacher_answers.py with a small HTTP server: order, retries, resuming, and losing nothing."""
 
 import gc
 import json
@@ -27,9 +27,9 @@ class Endpoint(ThreadingHTTPServer):
     """Answers each question with "about QUESTION", unless `behave` says otherwise.
 
     Attributes:
-        behave: (question, how often it was asked before) -> None, or (status, body); may wait.
+        behave: (question, number of earlier requests for it) -> None, or (status, body); may block.
         asked: the requests' bodies, in order of arrival.
-        most_at_once: the largest number of requests that were open at the same time.
+        most_at_once: the largest number of simultaneous requests.
     """
 
     daemon_threads = True
@@ -107,9 +107,9 @@ def test_answers_stand_in_the_order_of_the_questions(endpoint, questions, tmp_pa
     def behave(question, times):
         if question == "question 0?":
             first.set()
-            assert second.wait(PATIENCE)  # so it is answered after another one
+            assert second.wait(PATIENCE)  # so that it is answered after another question
         else:
-            assert first.wait(PATIENCE)  # so that two are open at once
+            assert first.wait(PATIENCE)  # so that two requests are open at once
             second.set()
 
     endpoint.behave = behave
@@ -141,7 +141,7 @@ def test_what_is_sent_of_a_chat(endpoint, tmp_path):
 
 
 def test_a_question_is_what_its_line_says(endpoint, tmp_path, capsys, tiny_tokenizer):
-    """The system prompt is sent, a weight is not but stays in the line, and what means nothing is counted."""
+    """The system prompt is sent; a weight is not, but stays in the line; unknown keys are counted."""
     user, answer = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
     lines = [
         {"question": "one", "system": "own", "id": 1, "answer": "1"},
@@ -274,7 +274,7 @@ def test_thinking_is_kept_in_tags(endpoint, tmp_path, capsys):
 
 
 def test_ctrl_c_loses_no_answer(endpoint, questions, tmp_path):
-    """In a process of its own. What was being asked is finished; the rest is left to the next run."""
+    """In its own process. Requests under way are finished; the rest is left to the next run."""
     release = threading.Event()
     endpoint.behave = lambda question, times: None if question < "question 2" else release.wait(PATIENCE) and None
     out = tmp_path / "a.jsonl"
@@ -329,7 +329,7 @@ def test_nobody_elses_file_is_touched(endpoint, questions, tmp_path, capsys):
         b'{"text": "a novel"}\n',
         b'{"conversations": [{"role": "us',
         b"[]\n",
-        mine.splitlines(keepends=True)[0],  # one answer more than there are questions
+        mine.splitlines(keepends=True)[0],  # one more answer than there are questions
     ]
     for line in foreign:
         out.write_bytes(mine + line)
@@ -405,7 +405,7 @@ MADE_BY = {"model": "m", "thinking": False}
 
 
 def test_two_runs_do_not_write_to_one_file(tmp_path):
-    """By whatever name they call it."""
+    """Under whatever name they open it."""
     first = AnswerFile(tmp_path / "a.jsonl", MADE_BY, Counter())
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
     for name in ("a.jsonl", "link.jsonl"):

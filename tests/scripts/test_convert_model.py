@@ -1,4 +1,4 @@
-"""convert_model.py by its command line."""
+"""convert_model.py's command line."""
 
 import importlib
 import json
@@ -26,7 +26,7 @@ from trainer.weights import load_weights
 
 @pytest.fixture
 def convert(monkeypatch, capsys):
-    """Runs the script's main in this process; returns what it printed."""
+    """Runs the script's main in this process; returns its output."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     script = importlib.import_module("scripts.convert_model")
 
@@ -45,7 +45,7 @@ def weights(tiny_tokenizer, tmp_path):
 
 @pytest.fixture(scope="session")
 def small_tokenizer_dir(tmp_path_factory):
-    """A tokenizer of 320 entries, as many as the reference checkpoints have."""
+    """A tokenizer of 320 entries, like the reference checkpoints' vocabulary."""
     folder = tmp_path_factory.mktemp("tokenizer_320")
     tokenizer = train_tokenizer(SPECIAL, vocab_size=320)
     assert len(tokenizer) == 320
@@ -54,7 +54,7 @@ def small_tokenizer_dir(tmp_path_factory):
 
 
 def test_a_llama_by_transformers_comes_and_goes_with_all_its_numbers(convert, tokenizer_dir, tiny_tokenizer, tmp_path):
-    """Its rope's base and epsilon are no MiniMind's, and its ids are the tokenizer's, whatever its config says."""
+    """Its RoPE base and epsilon differ from MiniMind's, and its special ids are the tokenizer's, not its config's."""
     rope = {"rope_type": "default", "rope_theta": 1e4}
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6}
     numbers = {"num_key_value_heads": 3, "max_position_embeddings": 99, "rms_norm_eps": 1e-6}
@@ -150,7 +150,7 @@ def test_a_merged_adapter_is_in_the_weights(convert, tiny_tokenizer, tokenizer_d
 
 
 def test_what_is_written_is_known_by_its_own_hash(convert, tiny_tokenizer, tokenizer_dir, weights, tmp_path):
-    """Not by that of the weights it was made from."""
+    """Not by the hash of the weights that it was made from."""
     beside = weights.with_suffix(".json")
     beside.write_text(json.dumps(json.loads(beside.read_text()) | {"sha256": file_hash(weights)}))
     model = load_weights(weights, None, tiny_tokenizer)
@@ -166,7 +166,7 @@ def test_what_is_written_is_known_by_its_own_hash(convert, tiny_tokenizer, token
 def test_a_folder_and_files_under_links_are_written_where_they_lie(
     convert, tokenizer_dir, weights, tmp_path, monkeypatch
 ):
-    """That is on one disk: no folder is moved to where the link itself lies, nor from there."""
+    """They are written on the link's target disk: no folder is moved between it and the disk of the link."""
     folder, big = tmp_path / "folder", tmp_path / "disk" / "big"
     big.mkdir(parents=True)
     folder.symlink_to(big)

@@ -1,4 +1,4 @@
-"""scripts/demo_all.py: its commands, and what it trains, resumes and examines on a first and on later calls."""
+"""scripts/demo_all.py: its commands, and what it trains, resumes and evaluates in the first and in later calls."""
 
 import json
 
@@ -31,7 +31,7 @@ def ran():
 
 @pytest.fixture
 def out(tmp_path, monkeypatch, ran):
-    """An out/demo with a trained base; a command is noted, and trains for one step."""
+    """An out/demo with a trained base; a command is recorded, and trains for one step."""
     monkeypatch.setattr("sys.argv", ["demo_all.py"])
     monkeypatch.setattr(demo_all, "OUT", tmp_path)
     monkeypatch.setattr(demo_all, "make_model", lambda: None)
@@ -51,7 +51,7 @@ def out(tmp_path, monkeypatch, ran):
 
 
 def save(folder, name: str, step: int) -> None:
-    """Weights that hold how often they were trained."""
+    """Save weights that record how often they were trained."""
     config = LMConfig(dim=16, n_layers=1, n_heads=2, n_kv_heads=1, vocab_size=len(load_tokenizer()))
     model = MiniMindLM(config)
     torch.nn.init.constant_(model.norm.weight, step)
@@ -179,7 +179,7 @@ def test_every_command_trains_and_every_measure_measures(data, tmp_path, monkeyp
 
 @pytest.mark.parametrize(("chosen", "rejected", "prefers"), [("yes " * 20, "no", 0.0), ("no", "yes " * 20, 1.0)])
 def test_a_pair_is_preferred_by_the_probability_of_whole_answers(tmp_path, monkeypatch, chosen, rejected, prefers):
-    """Not of a token of them, by which the longer answer here is the likelier one."""
+    """Not per token, by which the longer answer here would be the more likely one."""
 
     def evaluate(model, frozen, pairs, run, batch_size, per_answer, loss_function, beta):
         batch = collate([pairs[0]], pairs.max_seq_len)

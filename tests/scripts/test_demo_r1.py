@@ -1,4 +1,4 @@
-"""scripts/demo_r1.py and benchmarks/rl_gain.py: their commands, what they measure, and that a second call goes on."""
+"""scripts/demo_r1.py and benchmarks/rl_gain.py: their commands, measurements, and continuation by a second call."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ from trainer.reward_model import MiniMindReward
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
-    """Eight unseen problems, and weights in the size of a thumbnail."""
+    """Eight unseen problems, and tiny weights."""
     lines = [problem(f"What is {n} + 1?", n + 1, "story" if n % 2 else "more", "en") for n in range(8)]
     write_jsonl(tmp_path / "eval_rl.jsonl", lines)
     monkeypatch.setattr(trying, "DATA", tmp_path)
@@ -56,7 +56,7 @@ def test_an_examination_tells_what_is_in_range_from_what_is_beyond(world):
 
 
 def test_a_right_answer_counts_whoever_gives_it(world, monkeypatch):
-    """The greedy ones all right, of the eight samples five, and the verifier likes long texts."""
+    """All greedy answers are right, five of eight samples are, and the verifier prefers long texts."""
     from trainer.rollouts import Writer, Written
 
     def write(self, prompts, seeds, temperature):

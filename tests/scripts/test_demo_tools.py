@@ -1,4 +1,4 @@
-"""scripts/demo_tools.py: its lessons, what it asks, how answers are counted, and that a second call goes on."""
+"""scripts/demo_tools.py: its lessons, questions, scoring, and continuation by a second call."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""scripts/demo_vlm.py from pictures to contact sheet, tiny; asking about pictures, and telling sight from guessing."""
+"""scripts/demo_vlm.py from images to contact sheet, at a tiny size; its exam, and telling seeing from guessing."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from trainer.weights import architecture, load_tokenizer
 
 @pytest.fixture
 def tiny_demo(tmp_path, monkeypatch):
-    """The demo with a language model that knows nothing, a handful of pictures and two steps of everything."""
+    """The demo with an untrained language model, a handful of images and two steps of each stage."""
     data, out, tokenizer = tmp_path / "data", tmp_path / "out", load_tokenizer()
     data.mkdir()
     out.mkdir()
@@ -58,7 +58,7 @@ def test_from_pictures_to_answers_and_again(tiny_demo, capsys, monkeypatch):
     assert asked[-1] == shuffled(asked[-2]) != asked[-2], "the second time with each other's pictures"
     shown = capsys.readouterr().out
     assert "zero-shot" in shown
-    assert "missed" in shown  # no bar is reached by two steps
+    assert "missed" in shown  # two steps reach no threshold
     figures = json.loads((tiny_demo / "accuracy_vlm.json").read_text())
     for lang in ("en", "zh"):
         for kind in demo_vlm.BARS:
@@ -77,7 +77,7 @@ def test_from_pictures_to_answers_and_again(tiny_demo, capsys, monkeypatch):
     assert "encoding images" not in capsys.readouterr().err
 
     monkeypatch.setattr(demo_vlm, "PICTURES", ("--scale", "0.001", "--seed", "7"))
-    demo_vlm.main()  # other pictures: neither the tower nor what learned from it is worth anything
+    demo_vlm.main()  # other images: the tower, and what was trained with it, are out of date
     assert all(path.read_bytes() != old for path, old in zip(made, before, strict=True))
 
 
@@ -145,7 +145,7 @@ class TestExamination:
         assert row["limit"] == pytest.approx(3 / 8 + 3 * math.sqrt(3 / 8 * 5 / 8 / 8))
 
     def test_many_at_once_are_answered_as_one_by_one(self, tmp_path, clip_dir, tiny_tokenizer):
-        """Prompts of several lengths and numbers of pictures share batches; the oracle is the chat's own way."""
+        """Prompts of different lengths and numbers of images share batches; the oracle answers one at a time."""
         for n in range(3):
             Image.linear_gradient("L").rotate(90 * n).convert("RGB").resize((32, 32)).save(tmp_path / f"{n}.png")
         torch.manual_seed(0)
@@ -153,7 +153,7 @@ class TestExamination:
         config = VLMConfig(dim=32, n_layers=2, vocab_size=len(tiny_tokenizer), image_token_id=place)
         model, processor = MiniMindVLM(config, vision_model=clip_dir).eval(), default_processor(32)
         for weight in model.parameters():
-            torch.nn.init.normal_(weight.data, std=0.3)  # else it repeats itself, whatever it sees
+            torch.nn.init.normal_(weight.data, std=0.3)  # otherwise it repeats itself, whatever the image
         exam = [
             {"image": ["0.png"], "question": "What?"},
             {"image": ["1.png", "2.png"], "question": "Are they the same?"},

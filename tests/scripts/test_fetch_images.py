@@ -1,4 +1,4 @@
-"""scripts/serving/fetch_images.py against a site on this machine: what is fetched, and what nobody can make it ask."""
+"""scripts/serving/fetch_images.py with a site on this machine: what it fetches, and what it never requests."""
 
 import contextlib
 import http.server
@@ -19,10 +19,10 @@ RED = picture("red")
 
 
 class Site:
-    """A site with a picture, ways to it and elsewhere, and a flood.
+    """A site with an image, redirects to it and elsewhere, and an endless response.
 
     Attributes:
-        asked: (host it was asked for, path), in order.
+        asked: (requested host, path), in order.
         leads_to: where /elsewhere redirects to.
     """
 
@@ -50,7 +50,7 @@ class Site:
                 self.end_headers()
                 if self.path == "/red":
                     self.wfile.write(RED)
-                with contextlib.suppress(ConnectionError):  # the other side has had enough
+                with contextlib.suppress(ConnectionError):  # the client has closed the connection
                     while self.path == "/flood":
                         self.wfile.write(bytes(2**20))
 
@@ -69,7 +69,7 @@ def site():
 
 @pytest.fixture
 def names(monkeypatch):
-    """Names and what they stand for when they are looked up the first, the second time …; 127.0.0.1 is the internet."""
+    """Host names and their addresses at the first, second … look-up; 127.0.0.1 counts as public."""
     known, look_up = {}, socket.getaddrinfo
 
     def double(host, port, *args, **kwargs):
@@ -110,7 +110,7 @@ def test_all_images_of_a_request_share_its_bytes_and_its_seconds(site, monkeypat
     with pytest.raises(ApiError, match="larger than"):
         fetch([red, red, red])
     site.asked.clear()
-    clock = SimpleNamespace(monotonic=lambda: 12.0 * len(site.asked))  # each question takes twelve seconds
+    clock = SimpleNamespace(monotonic=lambda: 12.0 * len(site.asked))  # each look-up takes twelve seconds
     monkeypatch.setattr(fetch_images, "time", clock)
     assert fetch([red]) == [RED]
     site.asked.clear()
@@ -150,7 +150,7 @@ def test_a_redirection_leads_to_http_only(place, site, names):
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(site, names):
-    """A name that stands for another machine when it is looked up again is not looked up again."""
+    """A name whose address changes at the second look-up is looked up only once."""
     names["pictures.example"] = ["127.0.0.1", "127.0.0.2"]
     assert ImageFetcher()([f"http://pictures.example:{site.port}/red"]) == [RED]
     assert site.asked == [(f"pictures.example:{site.port}", "/red")]

@@ -1,4 +1,4 @@
-"""MiniMind-3 as a Qwen3 or Qwen3-MoE folder without code of ours, and back; transformers' own logits are the oracle."""
+"""MiniMind-3 as a Qwen3 or Qwen3-MoE folder without our code, and back; transformers' logits are the oracle."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_generation_2_is_scaled_and_exported_the_same_way(name, tiny_tokenizer, 
 
 
 def test_a_folder_of_its_own_kind_comes_back(tiny_tokenizer, tmp_path):
-    """As `save_pretrained` writes it, and as MiniMind-3's own code would: type "minimind", with norms of q and k."""
+    """As `save_pretrained` writes it, and as MiniMind-3's own code does: type "minimind", with norms of q and k."""
     model = lively(len(tiny_tokenizer), use_moe=True)
     model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)

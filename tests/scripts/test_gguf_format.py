@@ -1,4 +1,4 @@
-"""GGUF files: read back by the gguf package, and run by llama.cpp where it is installed."""
+"""GGUF files: read by the gguf package, and run by llama.cpp where it is installed."""
 
 import codecs
 import copy
@@ -28,7 +28,7 @@ TEXTS = (
 )
 
 
-LLAMA_CPP = {  # its names of what a layer has
+LLAMA_CPP = {  # its names for a layer's tensors
     "attn_norm": "attention_norm",
     "attn_q": "attention.wq",
     "attn_k": "attention.wk",
@@ -104,7 +104,7 @@ def test_every_number_is_the_models(tiny_tokenizer, tmp_path):
         ("tokenizer.ggml.bos_token_id", 1),
         ("tokenizer.ggml.eos_token_id", 2),
         ("tokenizer.ggml.padding_token_id", 0),
-        ("tokenizer.ggml.add_bos_token", False),  # the template begins with it: it would stand there twice
+        ("tokenizer.ggml.add_bos_token", False),  # the template begins with it: it would appear twice
         ("tokenizer.ggml.add_eos_token", False),
     ):
         assert reader.get_field(field).contents() == value, field
@@ -129,12 +129,12 @@ def test_what_gguf_cannot_hold_is_refused(model, tiny_tokenizer, tmp_path):
 
 
 def test_each_tokenizer_has_its_name(tiny_tokenizer):
-    assert pre_tokenizer_name(tiny_tokenizer) == "gpt-2"  # as MiniMind2's
+    assert pre_tokenizer_name(tiny_tokenizer) == "gpt-2"  # like MiniMind2's
     assert pre_tokenizer_name(load_tokenizer()) == "smollm"
 
 
 def test_the_modelfile_lays_a_chat_out_as_we_do(tmp_path, tiny_tokenizer):
-    """Ollama's template language is Go's: `range` repeats its body for each message, dots read fields."""
+    """Ollama uses Go's templates: `range` repeats its body for each message, dots access fields."""
     text = modelfile(tmp_path / "tiny.gguf", tiny_tokenizer, 256)
     assert text.startswith("FROM ./tiny.gguf\n")
     body = text.split('TEMPLATE """')[1].split('"""')[0]
@@ -189,7 +189,7 @@ def test_llama_cpp_cuts_text_as_we_do(which, plain_tokenizer, tmp_path, shared):
 
 @pytest.mark.parametrize(("dtype", "number"), [("f32", 0), ("f16", 1), ("bf16", 32), ("q8_0", 7), ("q4_0", 2)])
 def test_what_a_file_calls_itself(model, tiny_tokenizer, tmp_path, dtype, number):
-    """llama.cpp's numbers of file types, see llama_ftype in its llama.h."""
+    """llama.cpp's numbers for file types, see llama_ftype in its llama.h."""
     reader = gguf.GGUFReader(write(model, tiny_tokenizer, tmp_path / "x.gguf", dtype))
     assert reader.get_field("general.file_type").contents() == number
     assert reader.get_field("general.name").contents() == "tiny"

@@ -1,4 +1,4 @@
-"""MiniMind-3 as a GGUF: llama.cpp's names, the scaled positions, its chat layout; and by llama.cpp itself."""
+"""MiniMind-3 as a GGUF: llama.cpp's names, scaled positions, its chat template; and run by llama.cpp."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""scripts/serving/grammars.py: answers of a given form from random weights, held against jsonschema and re."""
+"""scripts/serving/grammars.py: constrained answers from random weights, checked by jsonschema and re."""
 
 import json
 import re

@@ -10,7 +10,7 @@ from scripts.serving.image_parts import read_base64, read_images, read_turns
 from scripts.serving.schema import ApiError
 from tests.scripts.vlm_weights import picture
 
-DATA = bytes(range(256)) + b"\xfb\xff\xfe~?>" + picture("red")  # both alphabets' own characters, and padding
+DATA = bytes(range(256)) + b"\xfb\xff\xfe~?>" + picture("red")  # the characters of both alphabets, and padding
 CODE = base64.b64encode(DATA).decode()
 SAFE = base64.urlsafe_b64encode(DATA).decode()
 

@@ -1,4 +1,4 @@
-"""What lies in an output folder: told file by file, with a command that goes on."""
+"""scripts/inspect_checkpoint.py: it describes an output folder file by file, with the command that continues."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ from trainer.run_lock import lock_run
 
 @pytest.fixture(scope="module")
 def trained(tiny_data, tokenizer_dir, tmp_path_factory):
-    """A run of two ranks that saved its steps 2 and 4, stopped before its end."""
+    """A run of two ranks that saved steps 2 and 4 and was stopped before its end."""
     out = tmp_path_factory.mktemp("with a space")
     flags = ("--data_path", tiny_data / "pretrain_hq.jsonl", "--tokenizer", tokenizer_dir, "--out_dir", out)
     several = (
@@ -72,8 +72,8 @@ def test_the_command_goes_on(trained, out):
     assert "--overwrite" not in flags
     assert (
         flags.count("1") == 2
-    )  # of --accumulation_steps and --log_interval; the one behind --overwrite is gone with it
-    flags[flags.index("--out_dir") + 1] = out  # and not where other tests look
+    )  # values of --accumulation_steps and --log_interval; the one after --overwrite is dropped with it
+    flags[flags.index("--out_dir") + 1] = out  # and not where other tests look for caches
     flags[flags.index("--max_steps") + 1] = "5"
     done = run_script("train_pretrain.py", *flags, processes=2)
     assert "resumed at step 4" in done.stdout

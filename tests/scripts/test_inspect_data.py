@@ -1,4 +1,4 @@
-"""scripts/inspect_data.py: what it shows is what training learns, what it counts is what there is."""
+"""scripts/inspect_data.py: it shows what training trains on, and its counts are right."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def chat(question: str, answer: str, **more) -> dict:
 
 @pytest.fixture
 def inspect(tmp_path, tokenizer_dir, capsys):
-    """Writes lines and runs the script on them; what it printed, and its error."""
+    """Writes lines and runs the script on them; returns its output and its error."""
 
     def run(lines: list[dict] | str, *flags, exit_code: int = 0) -> tuple[str, str]:
         path = tmp_path / "data.jsonl"
@@ -190,7 +190,7 @@ def test_at_a_terminal_what_is_learned_is_green_and_control_tokens_are_dim(tiny_
 
 
 def test_what_is_counted_by_hand(inspect):
-    """A text of one letter is <s>, the letter and </s>, and all but the first of them is learned."""
+    """A text of one letter is <s>, the letter and </s>; all but <s> are targets."""
     printed, _ = inspect([{"text": "a"}, {"text": "a"}, {"text": "aaa bbb"}], "--samples", "1")
     assert "\nlines: 3\n" in printed
     longest = int(re.search(r"tokens per sample: median 3, longest (\d+)\n", printed)[1])

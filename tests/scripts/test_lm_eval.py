@@ -1,4 +1,4 @@
-"""lm-evaluation-harness scores a converted folder on a local file, by the numbers we compute ourselves."""
+"""lm-evaluation-harness scores a converted folder on a local file with the numbers that we compute ourselves."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_lm_eval_scores_the_folder_as_we_do(tiny_tokenizer, tmp_path):
 
 @torch.no_grad()
 def log_probability(model, tokenizer, question: str, choice: str) -> float:
-    """Of the choice's tokens, after the question."""
+    """The log-probability of a choice's tokens after the question."""
     n = len(tokenizer.encode(question, add_special_tokens=False))
     ids = torch.tensor([tokenizer.encode(question + choice, add_special_tokens=False)])
     scores = F.log_softmax(model(ids).logits[0, :-1], dim=-1).gather(1, ids[0, 1:, None])[:, 0]

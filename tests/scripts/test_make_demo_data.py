@@ -1,4 +1,4 @@
-"""The demo's data: true, well-formed, the same for a seed, with nothing of the examination in any training file."""
+"""The demo's data: true, well-formed, reproducible by seed, with no exam question in any training file."""
 
 import calendar
 import datetime
@@ -26,13 +26,13 @@ RESULT = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 
 @pytest.fixture(scope="module")
 def files():
-    """The lines of every file, by its name without the ending."""
+    """The lines of every file, by its name without the suffix."""
     return {name.removesuffix(".jsonl"): lines for name, lines in build(42).items()}
 
 
 @pytest.fixture(scope="module")
 def training_texts(files):
-    """Every line of text that any stage trains on, each once: {text: file}."""
+    """Every text that any stage trains on, once: {text: file}."""
     found = {}
     for name, lines in files.items():
         if not name.startswith("eval_"):
@@ -43,7 +43,7 @@ def training_texts(files):
 
 def stream_texts(line):
     chats = [line.get(key, ()) for key in ("conversations", "chosen", "rejected")]
-    turns = [turn for chat in chats for turn in chat if turn["role"] != "tool"]  # what tools say is not learned
+    turns = [turn for chat in chats for turn in chat if turn["role"] != "tool"]  # tool results are not targets
     return [part for text in (line.get("text", ""), *(turn["content"] for turn in turns)) for part in text.split("\n")]
 
 
@@ -55,7 +55,7 @@ def questions_and_answers(files, *names):
 
 
 def test_the_same_seed_writes_the_same_bytes_in_every_process(tmp_path, files):
-    def run(hash_seed):  # a new Python each time: a copy of one that runs would share its hashes
+    def run(hash_seed):  # a new Python each time: a forked one would share its hash seed
         given = {"env": {"PYTHONHASHSEED": hash_seed}, "launcher": ()}
         return run_script("scripts/make_demo_data.py", "--out_dir", tmp_path, **given)
 
@@ -129,7 +129,7 @@ def test_a_run_cut_short_knows_its_own_files_again(tmp_path, monkeypatch):
         write(changed, tmp_path)
     monkeypatch.undo()
 
-    write(SOME_FILES, tmp_path)  # neither the new a.jsonl nor the old b.jsonl is taken for somebody else's
+    write(SOME_FILES, tmp_path)  # neither the new a.jsonl nor the old b.jsonl is mistaken for a user's file
     assert json.loads((tmp_path / "a.jsonl").read_text()) == {"text": "eins"}
 
 
@@ -158,7 +158,7 @@ def test_every_line_passes_the_projects_own_parsers(files, tmp_path):
 
 
 def test_there_are_300_facts_and_1000_held_out_questions_a_language(files):
-    # a fact counts once, whichever language asks and from whichever end: a capital and its country are one
+    # a fact counts once, in either language and direction: a capital and its country are one fact
     rows = {(r.kind, r.lang): r.rows for r in relations() if r.kind not in ("country", "before", "opposite", "after")}
     facts = sum(max(len(rows.get((kind, lang), ())) for lang in ("en", "zh")) for kind in {kind for kind, _ in rows})
     facts += sum(len(r.rows) for r in relations() if r.kind == "after" and r.lang == "en")
@@ -265,7 +265,7 @@ def test_a_question_has_one_taught_answer(files):
     taught = defaultdict(set)
     names = ("sft_mini_512", "sft_1024", "lora_astronomy", "eval_sft")
     for question, answer in questions_and_answers(files, *names):
-        if not question.startswith(("And ", "那")):  # which means something only after the turn before it
+        if not question.startswith(("And ", "那")):  # which depends on the turn before it
             taught[OPENING.sub("", question)].add(answer)
     assert {question: answers for question, answers in taught.items() if len(answers) > 1} == {}
 
@@ -335,7 +335,7 @@ def test_opposites_are_opposites_both_ways():
     for relation in relations():
         if relation.kind == "opposite":
             opposite = {word: answers[0] for word, answers in relation.rows}
-            assert len(opposite) == len(relation.rows)  # no word twice
+            assert len(opposite) == len(relation.rows)  # no word appears twice
             assert all(opposite[opposite[word]] == word for word in opposite)
 
 
@@ -345,7 +345,7 @@ def test_the_grammar_of_what_is_filled_in(files, training_texts):
         assert not re.search(r"\b[Aa] (?=[aeiou])|\b[Aa]n (?!hour|[aeiou])", text), text
         assert not re.search(r"\b1 (?:apple|book|coin|pen|stone|card)s", text), text
         assert not re.search(r"[{}]|  |。。|\.\.|？？|\?\?", text), text
-        # "Please answer: Tell me …" is a request to a request
+        # "Please answer: Tell me …" is a request for a request
         request = OPENING.match(text) and text[-1] not in "?？。."
         assert not request, text
         if text.isascii() and text[:1].isalpha() and " " in text:

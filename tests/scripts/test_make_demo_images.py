@@ -1,4 +1,4 @@
-"""The demo's pictures: they show what is said of them, and an examination shows nothing that was to be learned."""
+"""The demo's images: they show what their captions say, and the exam contains nothing from training."""
 
 import colorsys
 import json
@@ -33,11 +33,11 @@ COLUMNS, ROWS = ("left", "centre", "right"), ("top", "centre", "bottom")
 
 
 def painted(picture: np.ndarray, colour: str) -> np.ndarray:
-    """Where the picture has this colour, bool (side, side)."""
+    """The pixels of this colour, bool (side, side)."""
     return np.abs(picture.astype(int) - COLOURS[colour][0]).max(-1) < 28
 
 
-HUES = {  # degrees to which people give a name of COLOURS; between them lie lime, turquoise and pink
+HUES = {  # hues in degrees that have a name in COLOURS; between them lie lime, turquoise and pink
     "red": (345, 375),
     "orange": (15, 42),
     "yellow": (42, 66),
@@ -48,7 +48,7 @@ HUES = {  # degrees to which people give a name of COLOURS; between them lie lim
 
 
 def name_of(colour: np.ndarray) -> str | None:
-    """What a person who knows only the names in COLOURS calls an RGB colour; None for one that lies between them."""
+    """The name in COLOURS of an RGB colour; None for a colour between the named ones."""
     hue, saturation, value = colorsys.rgb_to_hsv(*(colour / 255))
     if value < 0.25:
         return "black"
@@ -58,7 +58,7 @@ def name_of(colour: np.ndarray) -> str | None:
 
 
 def parts(where: np.ndarray) -> list[np.ndarray]:
-    """Its connected parts of more than a few pixels, each as the places (pixels, 2) of its pixels (y, x)."""
+    """The connected parts of more than a few pixels, each as coordinates (y, x), (pixels, 2)."""
     left, found = {(int(y), int(x)) for y, x in zip(*where.nonzero(), strict=True)}, []
     while left:
         part, edge = [], [left.pop()]
@@ -74,7 +74,7 @@ def parts(where: np.ndarray) -> list[np.ndarray]:
 
 
 class TestPictures:
-    """By the pixels alone, against the English caption."""
+    """The pixels, compared with the English caption."""
 
     @pytest.mark.parametrize("seed", range(6))
     def test_one_thing(self, seed):
@@ -113,7 +113,7 @@ class TestPictures:
 
     @pytest.mark.parametrize("kind", ["one", "many", "two"])
     def test_no_shape_is_seen_in_a_colour_that_it_is_kept_away_from(self, kind):
-        """Seen in the pixels of things whose colours nobody tells: whoever sees them would not call them that."""
+        """Checked in the pixels of things whose colour is not named: it must not look like a withheld one."""
         most, striped = 0.0, 0
         for seed in range(40):
             scene = invent(kind, KINDS_NAMELESS, random.Random(seed))
@@ -242,7 +242,7 @@ class TestQuestions:
 
 class TestExamination:
     def test_each_answer_is_right_as_often_in_either_language(self):
-        """Also of each pair of answers about two pictures: a kind of pair that one language lacks would show here."""
+        """Also for each pair of answers about two images, so that neither language lacks a kind of pair."""
         rng = random.Random(0)
         scenes = {str(number): invent("one", KINDS_HELD_OUT, rng) for number in range(200)}
         lines = [line for line in examination(scenes, 40, rng) if len(line["image"]) == 2]
@@ -280,7 +280,7 @@ class TestFiles:
         main()
 
     def test_what_is_examined_was_never_learned(self, demo):
-        """By the words of the files: each names its picture's colour and shape, in one language or the other."""
+        """Checked in the files' texts, which name each image's colour and shape in one language or the other."""
         learned = {line["image"]: line["captions"] for line in lines_of(demo / "clip_captions.jsonl")}
         texts = [text for said in learned.values() for text in said]
         lessons = [line for name in ("pretrain_vlm", "sft_vlm") for line in lines_of(demo / f"{name}_data.jsonl")]
@@ -356,4 +356,4 @@ class TestFiles:
         before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
         with pytest.raises(UserError, match="was not written by this script"):
             self.run(monkeypatch, copy, "--seed", "7")
-        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before  # nor of our own
+        assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before  # nor one of our own

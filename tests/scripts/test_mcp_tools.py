@@ -1,4 +1,4 @@
-"""scripts/tool_use/mcp_tools.py: the tools of a real MCP server, by both transports, and who is asked first."""
+"""scripts/tool_use/mcp_tools.py: the tools of a real MCP server, over both transports, and the user's permission."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""A demo that is started from a Python without packages makes itself a home, and goes on there."""
+"""A demo started from a Python without packages creates .venv/ and continues there."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ OWN = "Scripts/python.exe" if os.name == "nt" else "bin/python"
 
 @pytest.fixture
 def bare(tmp_path, monkeypatch):
-    """A repository that needs a package that is not here; the list holds what was run."""
+    """A repository that needs a missing package; the list records the commands that were run."""
     (tmp_path / "requirements-core.txt").write_text("# what it needs\nnumpy>=2\nno-such-package>=1,<2\n")
     ran: list[list[str]] = []
 
@@ -36,7 +36,7 @@ def test_it_makes_one_once_and_goes_on_there(bare, capsys):
     installing = [python, "-m", "pip", "install", "--quiet", "-r", str(root / "requirements-core.txt")]
     assert ran == [installing, [python, "scripts/demo.py", "--help"]]
     assert "installing" in capsys.readouterr().out
-    assert own_python.settle(root) == 1  # what the script ends with
+    assert own_python.settle(root) == 1  # the script's exit code
     assert ran[2:] == [[python, "scripts/demo.py", "--help"]]
     assert capsys.readouterr().out == ""
 
@@ -55,6 +55,6 @@ def test_it_stays_where_all_is_there(bare, monkeypatch):
     (root / "requirements-core.txt").write_text("# none but these\nnumpy>=2\ntorch==2.13.0\n")
     assert own_python.settle(root) is None
     (root / "requirements-core.txt").write_text("no-such-package\n")
-    monkeypatch.setattr(sys, "prefix", str(root / ".venv"))  # there already: the error is told by trainer/start.py
+    monkeypatch.setattr(sys, "prefix", str(root / ".venv"))  # it exists already: trainer/start.py reports the error
     assert own_python.settle(root) is None
     assert ran == []

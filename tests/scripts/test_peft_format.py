@@ -1,4 +1,4 @@
-"""Adapters to peft and back: what peft computes from the folder is the oracle."""
+"""Adapters to peft and back; the oracle is peft's output for the folder."""
 
 import json
 
@@ -34,7 +34,7 @@ def logits(model):
 
 
 def base_folder(model, tokenizer, layout, folder):
-    """The model without its adapter, as each layout's users have it."""
+    """The model without its adapter, as a folder in each format."""
     plain = make_model(len(tokenizer), use_moe=model.config.use_moe)
     plain.load_state_dict({key: model.state_dict()[key] for key in plain.state_dict()})
     if layout == "llama":
@@ -86,7 +86,7 @@ def test_an_adapter_that_peft_made_works_here(tiny_tokenizer, tmp_path):
 
 
 def test_an_adapter_on_a_shared_expert_works_here_and_comes_back(tiny_tokenizer, tmp_path):
-    """Whose output a Qwen2-MoE halves."""
+    """Qwen2-MoE halves the output of its shared expert."""
     model = make_model(len(tiny_tokenizer), use_moe=True)
     theirs = base_folder(model, tiny_tokenizer, "llama", tmp_path / "base")
     targets = r".*\.shared_expert\.(gate|up|down)_proj"
@@ -159,7 +159,7 @@ def test_there_and_back_by_the_command_line(tiny_tokenizer, tokenizer_dir, tmp_p
     convert("from-peft", "peft", "base_64.pth", "back_64.pth")
     fresh = make_model(len(tiny_tokenizer))
     fresh.load_state_dict(torch.load(tmp_path / "base_64.pth", weights_only=True))
-    assert load_lora(fresh, tmp_path / "back_64.pth") == (4, 6, ("wq", "wo"))  # the json beside it knows the base
+    assert load_lora(fresh, tmp_path / "back_64.pth") == (4, 6, ("wq", "wo"))  # the json beside it names the base
     assert torch.equal(logits(fresh), logits(model))
     refused = convert("from-peft", "x", "base_64.pth", "y.pth", exit_code=2)
     assert "not an adapter that peft saved" in one_error_line(refused)

@@ -1,4 +1,4 @@
-"""scripts/rejection_sampling.py: what passes every check is kept, and nothing else."""
+"""scripts/rejection_sampling.py: an answer is kept if, and only if, it passes every check."""
 
 import json
 
@@ -28,7 +28,7 @@ def test_what_passes_every_check_is_told_from_the_rest_each_text_once():
 
 @pytest.fixture
 def sample(tiny_tokenizer, tokenizer_dir, tmp_path):
-    """Runs it on four questions with random weights."""
+    """Runs the script on four questions with random weights."""
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(dim=32, n_layers=2, vocab_size=len(tiny_tokenizer)))
     torch.save(model.state_dict(), tmp_path / "grpo_32.pth")

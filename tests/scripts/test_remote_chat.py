@@ -1,4 +1,4 @@
-"""What the clients of OpenAI-compatible servers have in common: addresses, and the proxies of the environment."""
+"""The clients of OpenAI-compatible servers: base URLs, and proxies from the environment."""
 
 import asyncio
 import io
@@ -93,7 +93,7 @@ def test_certificates_that_no_client_can_use_are_named(content, monkeypatch, tmp
         open_client(ELSEWHERE, "none")
     with pytest.raises(UserError, match=r"^SSL_CERT_FILE in the environment: "):
         ImageFetcher()
-    open_client("http://127.0.0.1:1/v1", "none")  # which no certificate is needed for
+    open_client("http://127.0.0.1:1/v1", "none")  # http, which needs no certificate
 
 
 @pytest.mark.parametrize("name", ["all_proxy", "HTTP_PROXY", "http_proxy"])
@@ -107,7 +107,7 @@ def test_a_dead_proxy_is_named(name, monkeypatch):
 
 
 def test_a_proxy_that_refuses_is_named(monkeypatch):
-    with openai_double() as proxy:  # knows no such address, and says 501 to what it has no method for
+    with openai_double() as proxy:  # has no such address, and answers 501 to methods that it does not have
         monkeypatch.setenv("https_proxy", proxy.address.removesuffix("/v1"))
         with pytest.raises(UserError, match="through the proxy of https_proxy"):
             models_at(open_client("https://teacher.example/v1", "none", max_retries=0))
@@ -210,7 +210,7 @@ def test_a_key_is_ascii():
     [
         (True, {"reasoning_content": "hm", "content": "x"}, [("thinking", "hm"), ("answer", "x")]),
         (False, {"reasoning_content": "hm", "content": "x"}, [("thinking", "hm"), ("answer", "x")]),
-        (True, {"content": "x"}, [("answer", "x")]),  # most servers know no other part
+        (True, {"content": "x"}, [("answer", "x")]),  # most servers accept no other part
         (True, {"reasoning_content": "", "content": None}, []),
         (False, {"reasoning_content": None, "content": ""}, []),
     ],
@@ -270,7 +270,7 @@ def test_what_a_line_with_a_slash_does(line, obeyed, said, system, forgotten, ca
     [
         ("A", False, "a\n", "a\n"),
         ("TTA", False, "[thinking]\ntt\n[answer]\na\n", "\033[2mtt\n\033[0ma\n"),
-        ("TT", False, "[thinking]\ntt\n", "\033[2mtt\033[0m\n"),  # stopped while it was thinking
+        ("TT", False, "[thinking]\ntt\n", "\033[2mtt\033[0m\n"),  # stopped while thinking
         ("TTA", True, "a\n", "a\n"),
         ("", False, "\n", "\n"),
     ],

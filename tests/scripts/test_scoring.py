@@ -1,4 +1,4 @@
-"""The scorer: what counts as the same answer, the counts, and the table."""
+"""Scoring: which answers count as right, the counts, and the table."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""scripts/serve_openai_api.py: a really started server, and OpenAI's own client."""
+"""scripts/serve_openai_api.py: a real server process, and OpenAI's own client."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ from tests.running import PATIENCE, RunningScript, call_script
 from trainer.errors import UserError
 
 KEY = "sk-secret"
-CONTEXT = 65_536  # tokens; room for answers that no machine writes to their end while a test looks at them
+CONTEXT = 65_536  # tokens; enough for answers that no machine finishes during a test
 ENDLESS = {"max_tokens": 60_000, "extra_body": {"ignore_eos": True}}
 QUESTION = [{"role": "user", "content": "请问今天的天气怎么样？"}]
 HISTORY = [
@@ -39,7 +39,7 @@ HISTORY = [
 
 
 class Started:
-    """A server of its own process on a free port."""
+    """A server in its own process, on a free port."""
 
     def __init__(self, *arguments, **environment: str):
         self.script = RunningScript("scripts/serve_openai_api.py", *arguments, "--port", "0", env=environment)
@@ -82,7 +82,7 @@ def server_arguments(out_dir: Path, tokenizer_dir: Path) -> tuple:
 
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer) -> MiniMindLM:
-    """The model that is served, and the oracle of what it writes."""
+    """The model that is served, also the oracle for its answers."""
     return network(n_heads=8, vocab_size=len(tiny_tokenizer), max_seq_len=CONTEXT)
 
 
@@ -291,7 +291,7 @@ def test_a_text_is_scored_as_evaluation_tools_do_it(as_ids, stream, server, mode
     (choice,) = [chunk.choices[0] for chunk in reply] if stream else reply.choices
     assert choice.text == text
     scores = choice.logprobs
-    if as_ids:  # the first one is the caller's own <s>
+    if as_ids:  # the first is the client's own <s>
         assert scores.tokens[0] == "<s>"
         assert scores.token_logprobs.pop(0) is scores.top_logprobs.pop(0) is None
         assert scores.text_offset.pop(0) == scores.text_offset[0] == 0
@@ -405,7 +405,7 @@ def test_a_body_that_is_too_large(server):
         try:
             reply = server.http.post("/v1/completions", content=content, headers=json_type)
         except httpx.TransportError:
-            continue  # the server hung up before all was sent, as it may
+            continue  # the server may hang up before everything is sent
         assert reply.status_code == 413
         assert "32 MiB" in reply.json()["error"]["message"]
     assert server.health()["status"] == "ok"
@@ -465,12 +465,12 @@ def test_pages_that_may_call(server):
     assert "access-control-allow-origin" not in reply.headers
 
 
-# ------------------------------------------------------------------------------------------------ who comes and goes
+# ------------------------------------------------------------------------------- clients that connect and disconnect
 
 
 def test_a_full_queue_and_clients_that_go_away(server):
-    """Seven endless answers fill all places; an eighth caller gets 429; when six hang up, their places are free, those
-    of whole answers too, and the seventh is written on."""
+    """Seven endless answers take all places, and an eighth client gets 429; when six disconnect, streaming or not,
+    their places become free, and the seventh answer continues."""
     raw = [server.chat(stream=True, **ENDLESS) for _ in range(3)]
     for stream in raw:
         next(stream)
@@ -497,13 +497,13 @@ def test_a_full_queue_and_clients_that_go_away(server):
         connection.close()
     server.wait_until(unfinished=1)
     assert server.chat(max_tokens=3, extra_body={"ignore_eos": True}).usage.completion_tokens == 3
-    assert server.health()["running"] == 1  # the one that stayed, begun before all others
+    assert server.health()["running"] == 1  # the one that stayed, which began before all others
     raw[0].close()
     server.wait_until(unfinished=0)
 
 
 def test_the_event_loop_is_never_blocked(server):
-    """While answers are written, a question that needs no model is answered, again and again."""
+    """While answers are generated, requests that need no model are answered promptly."""
     streams = [server.chat(stream=True, **ENDLESS) for _ in range(3)]
     for stream in streams:
         next(stream)
@@ -515,7 +515,7 @@ def test_the_event_loop_is_never_blocked(server):
 
 
 def test_clients_at_once_each_get_their_own_answer(server, model, tiny_tokenizer):
-    """Seven fill all places; the eighth and those after it are refused, and come again until there is one."""
+    """Seven take all places; further clients are refused and retry until a place is free."""
     questions = [[{"role": "user", "content": f"{i} little birds count {i * i} apples."}] for i in range(12)]
     patient = server.openai.with_options(max_retries=1000)
     got: dict[int, str] = {}
@@ -539,7 +539,7 @@ def test_clients_at_once_each_get_their_own_answer(server, model, tiny_tokenizer
 
 
 def test_sigterm_finishes_what_has_come_and_refuses_what_is_new(out_dir, tokenizer_dir):
-    """An answer that still waits when the signal comes is written to its end."""
+    """An answer that is still queued when the signal comes is generated to its end."""
     server = Started(*server_arguments(out_dir, tokenizer_dir), "--max_concurrency", "1", MINIMIND_API_KEY=KEY)
     first = server.chat(stream=True, **ENDLESS)
     next(first)
@@ -567,7 +567,7 @@ def test_sigterm_waits_no_longer_than_it_was_told(out_dir, tokenizer_dir):
     assert server.script.wait().returncode == 0
 
 
-# ------------------------------------------------------------------------------------------------------- what ends it
+# ----------------------------------------------------------------------------------------------------------- shutdown
 
 
 @pytest.mark.parametrize(
@@ -596,7 +596,7 @@ def test_what_cannot_be_served_is_one_line(arguments, said, out_dir, tokenizer_d
 
 
 def test_a_connection_is_kept_for_a_minute_and_more(monkeypatch):
-    """Longer than a person reads between two questions, and than clients keep theirs."""
+    """Longer than a user pauses between two questions, and longer than clients keep theirs."""
     monkeypatch.setattr(sys, "argv", ["serve_openai_api.py"])
     assert serve_openai_api.get_args().keep_alive == 75
     configs = []
@@ -607,7 +607,7 @@ def test_a_connection_is_kept_for_a_minute_and_more(monkeypatch):
 
 
 def test_every_answer_says_how_long_its_connection_stays(server):
-    """Also a stream and an error; where the caller wants it closed, nothing says otherwise."""
+    """Streams and errors do, too; if the client asks to close the connection, the header is absent."""
     host, port = server.address.removeprefix("http://").split(":")
     key = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     body = json.dumps({"prompt": "a", "max_tokens": 2, "stream": True})
@@ -634,7 +634,7 @@ def test_every_answer_says_how_long_its_connection_stays(server):
 
 
 def test_a_refusal_leaves_the_connection_to_be_used_again(server):
-    """Though nobody has read the body that came with it."""
+    """Even though the request's body has not been read."""
     with httpx.Client(base_url=server.address, timeout=PATIENCE) as stranger:
         for _ in range(3):
             reply = stranger.post("/v1/completions", json={"prompt": "x" * 2**20})
@@ -643,7 +643,7 @@ def test_a_refusal_leaves_the_connection_to_be_used_again(server):
 
 
 def test_what_is_sent_waits_for_no_receipt():
-    """Connections take it from the socket that listens; asyncio sees to it for its own sockets only."""
+    """Connections inherit TCP_NODELAY from the listening socket; asyncio sets it only on sockets of its own."""
     with serve_openai_api.listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
         connection, _ = listening.accept()
         with connection:
@@ -658,7 +658,7 @@ def test_what_is_sent_waits_for_no_receipt():
     ],
 )
 def test_an_address_is_of_its_own_family_and_many_may_call_at_once(host, family, monkeypatch):
-    """Asked of the call, as not every machine has both."""
+    """Checked by the arguments of the call, because not every machine has IPv6."""
     asked = []
     create = lambda *where, **how: asked.append((where, how)) or socket.socket()  # noqa: E731
     monkeypatch.setattr(socket, "create_server", create)
@@ -673,12 +673,12 @@ def test_a_port_that_is_taken(server, out_dir, tokenizer_dir, capsys):
     assert f"--port {port}" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------ what the flags come to
+# ----------------------------------------------------------------------------------------------------------- flags
 
 
 @pytest.fixture
 def started(monkeypatch):
-    """Runs main with these flags, and nothing heavy; what it would have served, and how."""
+    """Runs main with these flags and without a real server; returns what it would have served, and how."""
 
     def run(*flags, environment: str | None = None) -> dict:
         got = {}
@@ -795,7 +795,7 @@ def test_flags_that_do_not_go_together(flags, said):
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
 def test_images_are_placed_where_they_fit(mode, monkeypatch):
-    """A context of 16 tokens and images of 4: four of them are looked at, and a prompt of 15 tokens."""
+    """With a context of 16 tokens and images of 4 tokens, four images are read, and the prompt may have 15 tokens."""
     config = SimpleNamespace(image_tokens=4, max_seq_len=16)
     model, prompts = SimpleNamespace(config=config, to=lambda device: None), []
     monkeypatch.setattr("trainer.loading.load_vlm_by_flags", lambda args: (model, "tokenizer", "processor"))
@@ -840,13 +840,13 @@ def test_a_second_signal_ends_at_once_and_a_first_one_waits_for_what_is_written(
     server.handle_exit(signal.SIGTERM, None)
     assert capsys.readouterr().err == "SIGTERM: finishing 2 answers (again: end at once)\n"
     assert served.places.draining
-    now = 105.0  # just as long as it may take
+    now = 105.0  # the longest that is allowed
     assert not tick()
     assert closed == []
     now = 105.1
     assert tick()
     assert closed == [True]
-    server.should_exit, now, served.places.taken = False, 101.0, 0  # all is written
+    server.should_exit, now, served.places.taken = False, 101.0, 0  # everything is generated
     assert tick()
     assert not server.force_exit
     server.handle_exit(signal.SIGINT, None)

@@ -1,4 +1,4 @@
-"""scripts/tools.py and scripts/tool_use/: schemas, the built-in tools, the loop that runs them, both ends of it."""
+"""scripts/tools.py and scripts/tool_use/: schemas, the built-in tools, the loop that runs them, and both front ends."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The contrastive loss by hand, and a tower made for real."""
+"""The contrastive loss by hand, and a tower trained for real."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def test_a_folder_under_a_link_is_replaced_where_it_lies(tmp_path, clip_dir, tin
     big.parent.mkdir()
     link.symlink_to(big)
     clip = CLIPModel.from_pretrained(clip_dir)
-    for share in (0.5, 0.6):  # the first one, and one over it
+    for share in (0.5, 0.6):  # the first, and one above it
         save(clip, tiny_tokenizer, Namespace(out_dir=link, image_size=32), {"share": share})
     assert link.is_symlink()
     assert (big / "zero_shot.json").read_text().split() == ["{", '"share":', "0.6", "}"]
@@ -54,12 +54,12 @@ def test_info_nce_by_hand():
 
 
 def test_a_caption_is_right_of_every_picture_that_it_is_true_of():
-    """A slow loop over all pairs: the target is shared out among what is true."""
+    """Compared with a slow loop over all pairs: the target is divided among all that match."""
     generator = torch.Generator().manual_seed(0)
     images, texts = torch.randn(4, 8, generator=generator), torch.randn(4, 8, generator=generator)
     texts[2] = texts[0]
     words = ["a star", "a ring", "a star", "a red star"]
-    known = [{"a star"}, {"a ring"}, {"a star", "a blue star"}, {"a star", "a red star"}]  # true of each picture
+    known = [{"a star"}, {"a ring"}, {"a star", "a blue star"}, {"a star", "a red star"}]  # matches every image
     true = torch.tensor([[text in texts for text in words] for texts in known])
     expected = 0.0
     for left, right, truth in ((images, texts, true), (texts, images, true.T)):
@@ -76,7 +76,7 @@ def test_it_is_least_where_pairs_agree_and_the_temperature_learns():
     vectors, scale = torch.eye(3), torch.tensor(3.0, requires_grad=True)
     agreeing = info_nce(vectors, vectors, scale, NEVER)
     agreeing.backward()
-    assert scale.grad < 0  # right and not sure enough: sharper
+    assert scale.grad < 0  # right but not confident enough: sharper
     assert agreeing < info_nce(vectors, vectors.roll(1, 0), scale, NEVER)
     assert float(info_nce(vectors, vectors, torch.tensor(0.0), NEVER)) == pytest.approx(math.log(3))
 
@@ -88,12 +88,12 @@ def test_the_text_network_reads_its_vector_at_the_captions_end():
     for ids in (short, long):
         assert ids[0] == tokenizer.bos_token_id
         assert ids.count(tokenizer.eos_token_id) == 1
-    assert tokenizer.eos_token_id != 2  # for 2 transformers takes the largest id, as for the first CLIPs
+    assert tokenizer.eos_token_id != 2  # if it is 2, transformers takes the largest id, as for the first CLIPs
     assert tokenizer.decode(long, skip_special_tokens=True).strip() == "a red circle"
 
 
 def test_the_patch_tokens_are_taught_which_the_class_token_leaves_alone():
-    """By the gradient of what the last layer puts out."""
+    """Checked by the gradient of the last layer's output."""
     shape = Namespace(image_size=32, patch_size=8, width=32, layers=2)
     clip = make_clip(shape, train_caption_tokenizer(["a red circle"]), longest=8)
     hidden = []
@@ -116,8 +116,8 @@ def test_a_patch_knows_its_row_and_its_column_from_the_start():
 
 
 def test_the_share_of_pictures_whose_caption_is_the_nearest(monkeypatch, clip_dir):
-    """By angles: picture i looks along i, caption n along n, each as long as it likes; more of both than are read at
-    once."""
+    """By angles: image i points in direction i, caption n in direction n, with any lengths; there are more of both than
+    fit into one batch."""
     draw, counts = random.Random(0), {}
     exam = []
     for i in range(300):
@@ -134,7 +134,7 @@ def test_the_share_of_pictures_whose_caption_is_the_nearest(monkeypatch, clip_di
         train_clip, "caption_vectors", lambda clip, _, texts: vectors(torch.tensor([float(text) for text in texts]))
     )
     monkeypatch.setattr(train_clip, "picture_vectors", lambda clip, pixels: (vectors(pixels[:, 0, 0, 0]), None))
-    pixels = torch.arange(300).half().view(300, 1, 1, 1)  # fp16 has all integers up to 2048
+    pixels = torch.arange(300).half().view(300, 1, 1, 1)  # fp16 represents all integers up to 2048
     found = train_clip.zero_shot(CLIPModel.from_pretrained(clip_dir), None, pixels, exam)
     assert len(counts) == 8
     assert found == {name: sum(right) / len(right) for name, right in sorted(counts.items())}
@@ -164,7 +164,7 @@ def test_a_line_of_choices_is_taken_apart():
 
 @pytest.fixture(scope="module")
 def small_demo(tmp_path_factory):
-    """A small world of pictures, drawn by the real script."""
+    """A few images, drawn by the real script."""
     folder = tmp_path_factory.mktemp("demo")
     run_script("scripts/make_demo_images.py", "--out_dir", folder, "--scale", "0.002")
     return folder
@@ -213,7 +213,7 @@ def test_a_broken_picture_is_named_with_its_line_or_skipped_and_counted(small_de
 
 
 class TestLoop:
-    """A run over five pictures, each with a caption of its own."""
+    """Training on five images, each with its own caption."""
 
     @pytest.fixture
     def train(self, tmp_path):
@@ -227,7 +227,7 @@ class TestLoop:
         return lambda *flags: call_script("scripts/train_clip.py", *tiny, *data, "--out_dir", tmp_path / "clip", *flags)
 
     def test_no_picture_is_seen_again_before_all_have_been_seen(self, train, monkeypatch):
-        """Three a step divides into five with a rest, which the next step begins with."""
+        """Five images do not divide into steps of three: the next step begins with the rest."""
         seen = []
         monkeypatch.setattr(
             train_clip, "caption_vectors", lambda *given: seen.extend(given[2]) or caption_vectors(*given)

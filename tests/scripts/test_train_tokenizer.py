@@ -1,4 +1,4 @@
-"""The tokenizer's trainer as a user runs it, the checks it makes, and the shipped tokenizer."""
+"""scripts/train_tokenizer.py as a user runs it, its checks, and the shipped tokenizer."""
 
 import ast
 import json
@@ -40,7 +40,7 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Lines in each of the project's formats."""
+    """Data files with lines in each of the project's formats."""
     folder = tmp_path_factory.mktemp("tokenizer_data")
     write_jsonl(folder / "texts.jsonl", [{"text": f"{n} {SENTENCES[n % 8]}"} for n in range(300)])
     write_jsonl(folder / "medical.jsonl", [{"conversations": [*CHATS[1]]}, {"conversations": CHATS[0]}])
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
-    """A tokenizer folder made by the script, and what it printed."""
+    """A tokenizer folder written by the script, and the script's output."""
     folder = tmp_path_factory.mktemp("trained") / "tiny"
     paths = sorted(data.glob("*.jsonl"))
     done = run_script("scripts/train_tokenizer.py", "--data_path", *paths, "--out_dir", folder, "--vocab_size", "420")
@@ -69,11 +69,11 @@ def test_the_script_writes_a_folder_that_auto_tokenizer_loads(trained):
     assert tokenizer.convert_tokens_to_ids(["<unk>", "<s>", "</s>"]) == [0, 1, 2]
     special = (tokenizer.unk_token, tokenizer.pad_token, tokenizer.bos_token, tokenizer.eos_token)
     assert special == ("<unk>", "<unk>", "<s>", "</s>")
-    assert tokenizer.padding_side == "left"  # a batch is continued at the end of its rows
+    assert tokenizer.padding_side == "left"  # a batch is extended at the end of its rows
     for tag in ("<think>", "</think>", "<answer>", "</answer>", "<image>"):
         (entry,) = tokenizer.encode(tag, add_special_tokens=False)
         assert not tokenizer.added_tokens_decoder[entry].special
-    assert not [path for path in folder.parent.iterdir() if path != folder]  # nothing left lying about
+    assert not [path for path in folder.parent.iterdir() if path != folder]  # no temporary files are left
     verify(tokenizer)
 
 
@@ -103,7 +103,7 @@ def test_a_tokenizer_that_is_there_is_not_overwritten_and_can_be_measured(traine
     assert "--overwrite" in one_error_line(refused)
 
     measured = run_script("scripts/train_tokenizer.py", *common, "--only_measure")
-    assert measured.stdout == printed  # training is deterministic in what it measures, measuring in what it prints
+    assert measured.stdout == printed  # both the training and the printed measurements are deterministic
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -202,7 +202,7 @@ def broken_ids():
 def broken_bytes():
     tokenizer = train_tokenizer(["<unk>", "<s>", "</s>"])
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocabulary, byte = state["model"]["vocab"], "\u0122"  # how GPT-2's alphabet spells the byte 0x80
+    vocabulary, byte = state["model"]["vocab"], "\u0122"  # the byte 0x80 in GPT-2's alphabet
     vocabulary["spelledinletters"] = vocabulary.pop(byte)
     state["model"]["merges"] = []
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
@@ -262,11 +262,11 @@ def test_the_shipped_tokenizer_has_6400_entries_laid_out_as_the_design_says(ship
 def test_every_single_byte_has_a_token_and_round_trips(shipped):
     pieces = token_bytes(shipped)
     ids = {piece: i for i, piece in enumerate(pieces)}
-    for byte in range(256):  # 0xff too, which is in no valid UTF-8
+    for byte in range(256):  # 0xff too, which valid UTF-8 never contains
         decoder = StreamDecoder(pieces)
         text = decoder.push(ids[bytes([byte])]) + decoder.flush()
         assert text == (chr(byte) if byte < 0x80 else "\ufffd")
-    # and what no merge has seen is spelled with them, byte by byte
+    # and text without merges is encoded byte by byte with them
     decoder = StreamDecoder(pieces)
     assert "".join(decoder.push(ids[bytes([byte])]) for byte in "龘𠮷👩‍👩‍👧‍👦é".encode()) == "龘𠮷👩‍👩‍👧‍👦é"
 
@@ -295,14 +295,14 @@ def test_the_shipped_tokenizer_packs_text_kept_aside_as_well_as_the_references(s
 
 @pytest.mark.parametrize(("share", "kept"), [(0.0, False), (0.791, False), (0.792, True), (1.0, True)])
 def test_the_hash_of_a_text_says_on_which_side_it_is(share, kept):
-    """sha256 of "a" begins with ca978112, which is 0.79138 of 2^32."""
+    """The SHA-256 of "a" begins with ca978112, which is 0.79138 of 2^32."""
     assert is_held_out_text("a", share) is kept
 
 
 @pytest.mark.parametrize(
     ("text", "kind"),
     [
-        ("水水水aaaaaaa", None),  # three tenths: not more
+        ("水水水aaaaaaa", None),  # three tenths at most
         ("水水水水aaaaaa", "Chinese"),
         ("\u4e00", "Chinese"),
         ("\u9fff", "Chinese"),
@@ -369,7 +369,7 @@ def test_a_saved_tokenizer_says_how_long_texts_may_be_and_cleans_nothing_up(tmp_
 
 @pytest.mark.parametrize(("share", "taken"), [("-0.01", False), ("0", True), ("0.999", True), ("1", False)])
 def test_the_share_that_is_kept_aside(tmp_path, capsys, share, taken):
-    """With a vocabulary that has no room: the next thing that is asked."""
+    """With a vocabulary that is too small, which is the next check."""
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
     flags = ("--data_path", data, "--out_dir", tmp_path / "out", "--vocab_size", "263", f"--holdout={share}")
     call_script("scripts/train_tokenizer.py", *flags, exit_code=2)

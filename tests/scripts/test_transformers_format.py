@@ -1,4 +1,4 @@
-"""A MiniMind as a Llama or a Qwen2-MoE: what transformers computes from the folder is the oracle."""
+"""MiniMind as a Llama or Qwen2-MoE folder; the oracle is transformers' output for the folder."""
 
 import json
 import math
@@ -30,7 +30,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module", params=SHAPES)
 def written(request, tiny_tokenizer, tmp_path_factory):
-    """A model, and the folder it was written to."""
+    """A model, and the folder that it was written to."""
     model = make_model(len(tiny_tokenizer), **SHAPES[request.param])
     folder = tmp_path_factory.mktemp("folder") / "llama"
     write_folder(model, tiny_tokenizer, folder)
@@ -39,7 +39,7 @@ def written(request, tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llama(tiny_tokenizer, tmp_path_factory):
-    """A Dense model, and its folder."""
+    """A dense model and its folder."""
     model = make_model(len(tiny_tokenizer))
     folder = tmp_path_factory.mktemp("folder") / "llama"
     write_folder(model, tiny_tokenizer, folder)
@@ -75,7 +75,7 @@ def test_the_folder_is_plain_and_readable_by_older_transformers(llama):
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     ]
     config = json.loads((folder / "config.json").read_text())
-    assert config["rope_theta"] == 1e6  # transformers 4 would take 1e4 otherwise
+    assert config["rope_theta"] == 1e6  # otherwise transformers 4 would take 1e4
     about = json.loads((folder / "tokenizer_config.json").read_text())
     assert about["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert about["chat_template"] == CHAT_TEMPLATE
@@ -83,7 +83,7 @@ def test_the_folder_is_plain_and_readable_by_older_transformers(llama):
     assert about["model_max_length"] == 256
     writing = GenerationConfig.from_pretrained(folder)
     assert (writing.pad_token_id, writing.bos_token_id, writing.eos_token_id) == (0, 1, 2)
-    assert (writing.do_sample, writing.temperature, writing.top_p) == (True, 0.85, 0.85)  # as eval_model.py
+    assert (writing.do_sample, writing.temperature, writing.top_p) == (True, 0.85, 0.85)  # as in eval_model.py
 
 
 def test_the_pipeline_chats(llama, tiny_tokenizer):
@@ -118,7 +118,7 @@ OLD_TEMPLATE = (
 
 @pytest.mark.parametrize("template", [OLD_TEMPLATE, None, "{{ messages[0]['content'] }}"])
 def test_a_folder_has_the_template_of_today_whatever_the_tokenizer_brought(template, tiny_tokenizer, tmp_path):
-    """A tokenizer trained last year, a published one, one of another family: what a MiniMind learns is one layout."""
+    """A tokenizer trained long ago, a published one, one of another family: MiniMind is trained with one layout."""
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     tokenizer.chat_template = template
@@ -149,7 +149,7 @@ CHATS = [
 
 
 def sft(folder, tmp_path, chats, settings=None, **changes):
-    """A trainer of trl for one SFT step on a folder."""
+    """trl's trainer for one SFT step on a folder."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -169,7 +169,7 @@ def sft(folder, tmp_path, chats, settings=None, **changes):
 
 
 def train_a_step(folder, tmp_path, **changes) -> str:
-    """One SFT step by trl on a folder; the folder it saved."""
+    """Train a folder for one SFT step with trl; returns the folder that it saved."""
     trainer = sft(folder, tmp_path, CHATS, **changes)
     assert math.isfinite(trainer.train().training_loss)
     trainer.save_model(str(tmp_path / "trained"))
@@ -239,13 +239,13 @@ def test_configurations_map_one_to_one():
         shared = {"model.layers.0.mlp.shared_expert.down_proj.weight": torch.ones(1) * config.n_shared_experts}
         theirs = to_their_config(config)
         assert to_our_config(theirs, shared).to_dict() == config.to_dict()
-        for place in ("rope_theta", "rope_parameters"):  # transformers 4 saves the one, transformers 5 the other
+        for place in ("rope_theta", "rope_parameters"):  # transformers 4 saves the first, transformers 5 the second
             without = {key: value for key, value in theirs.items() if key != place}
             assert to_our_config(without, shared).rope_theta == config.rope_theta
 
 
 def test_all_that_a_config_says():
-    """By hand: what transformers' Llama and Qwen2-MoE take, so that they compute what a MiniMind does."""
+    """By hand: the settings with which transformers' Llama and Qwen2-MoE compute the same as MiniMind."""
     shape = {"dim": 64, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 96, "n_layers": 3, "max_seq_len": 200}
     common = {
         **{"vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16},

@@ -1,4 +1,4 @@
-"""scripts/serving/unsupported.py, scripts/serving/schema.py: what a request may hold, by the parser of bodies alone."""
+"""scripts/serving/unsupported.py, scripts/serving/schema.py: what a request may contain, by parsing bodies alone."""
 
 import json
 import math
@@ -245,7 +245,7 @@ def test_what_is_no_body(body, said):
 
 
 def test_a_body_of_too_many_values_is_not_parsed(monkeypatch):
-    """Thirty megabytes of [] would take a gigabyte."""
+    """Thirty megabytes of `[]` would take a gigabyte once parsed."""
     right = json.dumps({"prompt": [[5] * 16_000] * 64}).encode()
     assert len(parse(CompletionRequest, right).prompt) == 64
     monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it is parsed"))

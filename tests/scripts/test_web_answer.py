@@ -1,4 +1,4 @@
-"""An answer on a page, without the page."""
+"""Generating an answer for a page, tested without the page."""
 
 import gc
 import itertools

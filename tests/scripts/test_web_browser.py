@@ -1,4 +1,4 @@
-"""The chat page as a person sees it."""
+"""The chat page in a real browser."""
 
 import base64
 import threading
@@ -30,7 +30,7 @@ def test_a_person_types_sees_the_answer_grow_and_stops_another(browser, tiny_out
 
     def endless(body):
         yield "again and again and "
-        while True:  # slowly: the button must not run away from the pointer
+        while True:  # slowly: the button must not move away from the pointer
             yield "."
             yield 0.5
 
@@ -104,7 +104,7 @@ def test_a_person_attaches_a_picture_and_asks_about_it(browser, tiny_tokenizer, 
 
 
 def colours(picture) -> int:
-    """How many different pixels a PNG has: a blank page has one."""
+    """The number of different colours in a PNG: a blank page has one."""
     from PIL import Image
 
     with Image.open(picture) as image:

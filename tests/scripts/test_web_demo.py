@@ -1,4 +1,4 @@
-"""The chat page: by Streamlit's own test harness, and in a real browser where there is one."""
+"""The chat page in Streamlit's own test harness, and in a real browser where there is one."""
 
 import sys
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ UGLY = "<b>bold</b> *stars* $x$ [link](javascript:alert(1)) <script>alert(1)</sc
 
 @pytest.fixture
 def open_page(monkeypatch):
-    """Opens the page with options, as `streamlit run scripts/web_demo.py -- OPTIONS` would."""
+    """Opens the page with options, like `streamlit run scripts/web_demo.py -- OPTIONS`."""
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -33,7 +33,7 @@ def open_page(monkeypatch):
 
 @pytest.fixture
 def local(open_page, tiny_out, tokenizer_dir):
-    """The page on the tiny model, greedy and brief."""
+    """The page with the tiny model, with short greedy answers."""
     app = open_page("--out_dir", tiny_out, "--tokenizer", tokenizer_dir, "--device", "cpu")
     app.slider(key="t").set_value(0.0)
     app.slider(key="longest").set_value(16)
@@ -47,13 +47,13 @@ def ask(app: AppTest, question: str) -> AppTest:
 
 
 def talk(app: AppTest) -> list[tuple[str, str]]:
-    """(who, what) of each message, as plain text elements show it."""
+    """(role, text) of each message, from the plain text elements."""
     return [(message.name, message.text[0].value) for message in app.chat_message]
 
 
 @pytest.fixture
 def greedy(tiny_out, tiny_tokenizer):
-    """What the tiny model answers in the end."""
+    """The tiny model's whole greedy answer."""
     model = load_weights(tiny_out / "full_sft_32.pth", None, tiny_tokenizer).eval()
 
     def answer(*contents: str, system: str | None = None) -> str:
@@ -70,7 +70,7 @@ def test_a_talk_with_a_model_of_this_machine(local, greedy):
     ask(local, UGLY)
     first = greedy(UGLY)
     assert talk(local) == [("user", UGLY), ("assistant", first.strip())]
-    assert not local.markdown  # nothing that was written is Markdown
+    assert not local.markdown  # no message is rendered as Markdown
     ask(local, "你好")
     second = greedy(UGLY, first, "你好")
     assert talk(local)[2:] == [("user", "你好"), ("assistant", second.strip())]
@@ -80,7 +80,7 @@ def test_a_talk_with_a_model_of_this_machine(local, greedy):
 
     local.text_area(key="system").set_value("Be kind.")
     local.slider(key="history").set_value(0).run()
-    assert len(talk(local)) == 4  # a change of settings leaves the talk alone
+    assert len(talk(local)) == 4  # changing a setting does not change the chat
     local.button(key="again 2").click().run()
     assert talk(local)[3] == ("assistant", greedy("你好", system="Be kind.").strip())
 
@@ -186,12 +186,12 @@ def test_the_parameters_of_a_page_where_nobody_moves_them(open_page, tmp_path):
     assert not app.slider(key="penalty").disabled
     assert app.radio(key="source").value == "out/"
     app.radio(key="source").set_value("OpenAI API").run()
-    assert app.slider(key="penalty").disabled  # no part of OpenAI's API
+    assert app.slider(key="penalty").disabled  # not part of OpenAI's API
 
 
 @pytest.fixture
 def talking(monkeypatch):
-    """Three turns of a page's talk: the first answer is there, the second on its way, the third not begun."""
+    """A page's chat of three turns: the first answer is complete, the second being generated, the third not begun."""
 
     class State(dict):
         __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__

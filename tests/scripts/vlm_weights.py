@@ -1,4 +1,4 @@
-"""A vision-language model and pictures for the tests of pages."""
+"""A vision-language model and images for the tests of the web pages."""
 
 import io
 from pathlib import Path
@@ -11,14 +11,14 @@ from model.model_vlm import MiniMindVLM, VLMConfig
 
 
 def picture(colour: str, size: tuple[int, int] = (48, 40)) -> bytes:
-    """A PNG of one colour."""
+    """A PNG of a single colour."""
     out = io.BytesIO()
     Image.new("RGB", size, colour).save(out, "PNG")
     return out.getvalue()
 
 
 def save_vlm(tokenizer, clip_dir: Path, path: Path) -> Path:
-    """Random weights as published ones lie on a disk: without the tower, and without a json."""
+    """Save random weights in the published form: without the tower, and without a json."""
     torch.manual_seed(0)
     config = VLMConfig(dim=32, n_layers=2, vocab_size=len(tokenizer), image_token_id=image_token_id(tokenizer))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
-"""Runs a script that something happens to, at an exact place and so on any machine in the same way. Of two ranks it
-happens to the second one, or to the one that STRUCK_RANK in the environment names.
+"""Runs a script and sends it a signal at an exact point, so that every machine behaves the same. Of two ranks the
+second one is struck, or the one that STRUCK_RANK in the environment names.
 
-crash_points.py SIGTERM log 3 train_pretrain.py …       the signal comes while step 3 is reported
+crash_points.py SIGTERM log 3 train_pretrain.py …       the signal comes while step 3 is logged
 crash_points.py SIGINT evaluate 1 train_pretrain.py …   it comes as the first evaluation begins
 crash_points.py SIGINT save 2 train_pretrain.py …       it comes as the second save begins
-crash_points.py SIGINT close 1 train_pretrain.py …      it comes when all is saved, and the curve is to be drawn
+crash_points.py SIGINT close 1 train_pretrain.py …      it comes when all is saved, before the curve is drawn
 crash_points.py SIGKILL file 4 train_pretrain.py …      it comes before the 4th renaming or deletion of the second save
-crash_points.py SIGSTOP log 3 train_pretrain.py …       the process is halted there, and neither goes on nor ends
-crash_points.py SIGALRM log 3 train_pretrain.py …       it stays there for ever, while its threads go on
-crash_points.py SIGXFSZ size 9999 train_pretrain.py …   it comes, ignored, when a file would grow beyond so many bytes:
-                                                       what is written fails, as on a full disk
+crash_points.py SIGSTOP log 3 train_pretrain.py …       the process is halted there: it neither continues nor ends
+crash_points.py SIGALRM log 3 train_pretrain.py …       the main thread hangs there for ever; other threads continue
+crash_points.py SIGXFSZ size 9999 train_pretrain.py …   it is ignored when a file would grow beyond this many bytes:
+                                                       the write fails, as on a full disk
 """
 
 import os
@@ -54,7 +54,7 @@ def at_log(number: signal.Signals, step: int) -> None:
 
 
 def at_call(owner, name: str):
-    """Strikes as a function or method is called for the nth time."""
+    """Strikes when a function or method is called for the nth time."""
 
     def arrange(number: signal.Signals, nth: int) -> None:
         function, calls = getattr(owner, name), []

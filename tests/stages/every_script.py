@@ -1,4 +1,4 @@
-"""All training scripts, each ready to run in a second: what the tests of their common loop go through."""
+"""All training scripts, each with flags that make it run in a second, for the tests of their common loop."""
 
 import dataclasses
 from pathlib import Path
@@ -22,9 +22,9 @@ class Script:
     """A training script.
 
     Attributes:
-        name: of what it writes, without size and ending.
-        data: of the files that `make_world` writes.
-        flags: what it needs beside the flags that all have.
+        name: of the weights that it writes, without size and suffix.
+        data: the name of its data among the files that `make_world` writes.
+        flags: those that it needs in addition to the common ones.
     """
 
     path: str
@@ -46,7 +46,7 @@ SCRIPTS = (
 
 
 class World:
-    """A folder with data, pictures and weights to start from; each run gets an --out_dir of its own.
+    """A folder with data, images and weights to start from; each run gets its own --out_dir.
 
     Args:
         folder: as `make_world` filled it.
@@ -56,7 +56,7 @@ class World:
         self.folder = folder
 
     def flags(self, script: Script, out: Path, use_moe: bool = False) -> tuple:
-        """Micro-batches of 8 rows, 5 steps, of which the third has fewer rows and the fourth begins a new epoch."""
+        """Micro-batches of 8 rows and 5 steps; the third has fewer rows, the fourth begins a new epoch."""
         out.mkdir(parents=True, exist_ok=True)
         for start in self.folder.glob("*.pth"):
             if start.name != f"{script.name}_32{'_moe' * use_moe}.pth" and not (out / start.name).exists():
@@ -72,27 +72,27 @@ class World:
         )
 
     def call(self, script: Script, out: Path, *flags, use_moe: bool = False, **how) -> "Run":
-        """Run it in this process, see `call_script`."""
+        """Run a script in this process, see `call_script`."""
         call_script(script.path, *self.flags(script, out, use_moe), *flags, **how)
         return Run(out, script.name + "_32" + "_moe" * use_moe)
 
     def start(self, script: Script, out: Path, *flags, use_moe: bool = False, by: tuple = (), **how):
-        """Run it in processes of its own, see `run_script`; `by` is a script that is to run it."""
+        """Run a script in its own processes, see `run_script`; `by` is a script that runs it."""
         first, *others = (*by, script.path)
         return run_script(first, *others, *self.flags(script, out, use_moe), *flags, **how)
 
 
 @dataclasses.dataclass
 class Run:
-    """What a run left: its --out_dir, and the name of its weights there."""
+    """The result of a run: its --out_dir, and the name of its weights there."""
 
     out: Path
     name: str
 
 
 def make_world(folder: Path, tokenizer, clip_dir: Path) -> World:
-    """20 samples of unequal length for each kind of data, and random weights, without a json, as if downloaded."""
-    said = [" ".join(WORDS[: 2 + n * 7 % 15]) for n in range(20)]  # as many target tokens as no other sample nearby
+    """20 samples of unequal length for each kind of data, and random weights without a json, as if downloaded."""
+    said = [" ".join(WORDS[: 2 + n * 7 % 15]) for n in range(20)]  # neighbours differ in their target tokens
     asked = [f"What is {n} + {n}?" + " Think." * (n % 4) for n in range(20)]
     thoughts = [f"<think>\n{text}\n</think>\n<answer>\n{n}\n</answer>" for n, text in enumerate(said)]
     write_jsonl(folder / "texts.jsonl", [{"text": f"{n}. {text}"} for n, text in enumerate(said)])

@@ -1,4 +1,4 @@
-"""Lets every evaluation of a training script fail: in a test, or of the second of two ranks.
+"""Makes every evaluation of a training script fail, in a test or on the second of two ranks.
 
 failing.py train_pretrain.py …
 """
@@ -18,7 +18,7 @@ from model import MiniMindLM
 
 @contextlib.contextmanager
 def before_forward(do: Callable[[MiniMindLM], None]) -> Iterator[None]:
-    """Call `do` with the model at the start of each forward of a student; a teacher is wider."""
+    """Call `do` with the model at the start of each forward pass of the student; the teacher is wider."""
 
     def hook(module, _):
         if isinstance(module, MiniMindLM) and module.config.dim == 32:
@@ -33,7 +33,7 @@ def before_forward(do: Callable[[MiniMindLM], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def failing_evaluation(error: BaseException) -> Iterator[None]:
-    """Raise `error` where the model is asked without gradients once training has begun."""
+    """Raise `error` in forward passes without gradients once training has begun."""
     begun = []
 
     def strike(_) -> None:

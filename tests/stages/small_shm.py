@@ -1,6 +1,6 @@
-"""Runs a script where shared memory is small, as in Docker, whose /dev/shm has 64 MB.
+"""Runs a script with little shared memory, as in Docker, whose /dev/shm has 64 MB.
 
-small_shm.py 64k train_pretrain.py …    its own, real /dev/shm of 64 kB; exit code 77 where that cannot be mounted
+small_shm.py 64k train_pretrain.py …    a real /dev/shm of 64 kB of its own; exit code 77 if it cannot be mounted
 """
 
 import ctypes
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-CLONE_NEWNS = 0x00020000  # mounts of our own
+CLONE_NEWNS = 0x00020000  # a mount namespace of its own
 
 
 def shrink(size: str) -> bool:

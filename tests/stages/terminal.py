@@ -1,4 +1,4 @@
-"""A terminal to run scripts at, and a person's hands and eyes at it."""
+"""A pseudo-terminal to run scripts at, with a user who types and reads."""
 
 import fcntl
 import os
@@ -12,7 +12,7 @@ from tests.running import PATIENCE, RunningScript
 
 
 class Terminal:
-    """Runs a script at a terminal of its own; what it shows is read with `see`, `type` answers."""
+    """Runs a script at its own terminal: `see` reads its output, `type` sends input."""
 
     def __init__(self, script: str, *arguments):
         self._master, slave = pty.openpty()
@@ -26,10 +26,10 @@ class Terminal:
         os.write(self._master, text.encode())
 
     def see(self, text: str) -> str:
-        """Wait until `text` is shown; returns it with all that came since what was seen last.
+        """Wait until `text` is shown; returns the output since the last call, including it.
 
         Raises:
-            AssertionError: it is not, and nothing more comes.
+            AssertionError: it is not shown, and no more output comes.
         """
         deadline = time.monotonic() + PATIENCE
         while (found := self.shown.find(text, self._seen)) < 0:
@@ -39,11 +39,11 @@ class Terminal:
         return self.shown[begin : self._seen]
 
     def end(self, again: str = "") -> int:
-        """Its exit code, once it has ended; what was left to see is in `shown`.
+        """Wait for the end; returns the exit code. The remaining output is added to `shown`.
 
         Args:
-            again: type this every second until then. Python hears a Ctrl-C that comes just before `input` begins to
-                wait for a key only with the next key.
+            again: type this every second until then. If Ctrl-C arrives just before `input` begins to wait for a key,
+                Python handles it only at the next key.
         """
         deadline = time.monotonic() + PATIENCE
         typed = time.monotonic()
@@ -59,17 +59,17 @@ class Terminal:
         return self.script.wait().returncode
 
     def drop(self) -> int:
-        """Take the terminal away, as a dropped connection does; the exit code."""
+        """Close the terminal, as a dropped connection does; returns the exit code."""
         os.close(self._master)
         return self.script.wait().returncode
 
     def _read(self) -> str:
-        """What comes within a moment; nothing at the end."""
+        """The output that comes within a moment; empty at the end."""
         if not select.select([self._master], [], [], 0.05)[0]:
             return ""
         try:
             piece = os.read(self._master, 1 << 16).decode(errors="replace")
-        except OSError:  # Linux's way to say that nobody has the terminal open
+        except OSError:  # Linux's error when no process has the terminal open
             return ""
         self.shown += piece
         return piece

@@ -1,4 +1,4 @@
-"""Going on from weights with new data, and learning from several files at once."""
+"""Continuing from weights with new data, and training on several files at once."""
 
 import itertools
 
@@ -17,7 +17,7 @@ NO_STEP = ("--max_steps", "1", "--learning_rate", "1e-12")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_tokenizer, clip_dir) -> World:
-    """With each file of texts and chats in two halves as well."""
+    """A world in which each file of texts and chats is also split into two halves."""
     world = make_world(tmp_path_factory.mktemp("world"), tiny_tokenizer, clip_dir)
     for name in ("texts", "chats", "thoughts"):
         lines = (world.folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -67,7 +67,7 @@ def test_every_stage_of_texts_and_chats_learns_from_a_mixture(world, tmp_path, n
 
 @pytest.fixture(scope="module")
 def two_files(tiny_data, tmp_path_factory) -> list:
-    """Lines of pretraining in two files, and the flag that mixes them."""
+    """Two pretraining files, and the flag that mixes them."""
     folder = tmp_path_factory.mktemp("two")
     lines = (tiny_data / "pretrain_hq.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     for name, some in (("new", lines[:20]), ("old", lines[20:])):
@@ -78,7 +78,7 @@ def two_files(tiny_data, tmp_path_factory) -> list:
 def test_a_run_that_replaces_what_it_began_with_and_is_stopped_goes_on_as_if_it_never_had(
     pretrain, tiny_out, two_files, tmp_path
 ):
-    """--from_weight pretrain writes to the very file that it reads; after that, what was saved last decides."""
+    """--from_weight pretrain overwrites the file that it reads; afterwards the last saved state counts."""
     flags = ("--from_weight", "pretrain", "--mix", *two_files[1:], "--epochs", "3")
     outs = [tmp_path / "whole", tmp_path / "stopped"]
     for out, name in itertools.product(outs, ("pretrain_32.pth", "pretrain_32.json")):

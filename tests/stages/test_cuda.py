@@ -1,6 +1,6 @@
-"""On a GPU everything is as on the CPU: the published networks' logits, the engine's texts, every stage's losses.
+"""A GPU gives the same as the CPU: the published networks' logits, the engine's texts, every stage's losses.
 
-Skipped where there is no GPU: nothing here says that CUDA works on a machine that has none.
+Skipped where there is no GPU: a run without one does not show that CUDA works.
 """
 
 import pytest
@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on(pretrain, tmp_path):
     pretrain(whole, *EIGHT_STEPS, *GPU)
     pretrain.interrupted(stopped, "SIGTERM", "log", 3, *EIGHT_STEPS, *GPU, exit_code=143)
     pretrain(stopped, *EIGHT_STEPS, *GPU, "--resume")
-    assert losses(stopped) == pytest.approx(losses(whole), abs=1e-4)  # not bit for bit: a GPU adds in any order
+    assert losses(stopped) == pytest.approx(losses(whole), abs=1e-4)  # not bit for bit: a GPU adds in arbitrary order
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="PyTorch sees no two GPUs here")
@@ -139,7 +139,7 @@ def test_nccl_takes_every_gpu(pretrain, tmp_path):
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """A few lines for each stage that has a format of its own, and pictures."""
+    """A few lines for each stage that has its own format, and images."""
     folder = tmp_path_factory.mktemp("lines")
     write_jsonl(
         folder / "dpo.jsonl", [pair(f"What is {n} + {n}?", f"It is {2 * n}.", "I do not know. ") for n in range(30)]
@@ -158,7 +158,7 @@ def lines(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(tiny_out, tiny_data, lines, clip_dir, tokenizer_dir):
-    """Runs a stage into a folder, from the weights in `tiny_out`."""
+    """Runs a stage with a folder as --out_dir, starting from the weights in `tiny_out`."""
     eyes = ("--vision_model", clip_dir, "--images_path", lines, "--data_path", lines / "vlm.jsonl")
     chats = ("--data_path", tiny_data / "sft_mini_512.jsonl")
     own = {

@@ -1,4 +1,4 @@
-"""train_distillation.py and train_distill_reason.py, run for real: alone, in company, under ZeRO, interrupted."""
+"""train_distillation.py and train_distill_reason.py, run for real: one process, two, with ZeRO, interrupted."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.conftest import write_jsonl
 from tests.running import TINY_TRAINING, call_script, run_script
 
 STAGES = {
-    # a MoE student of a dense teacher that is wider and deeper than it
+    # an MoE student of a wider and deeper dense teacher
     "full_dist": ("train_distillation.py", "_moe", ("--teacher_weight", "teacher", "--alpha", "0.3", "--use_moe")),
     "reason": ("train_distill_reason.py", "", ("--from_weight", "full_sft", "--tag_weight", "7")),
 }
@@ -30,7 +30,7 @@ COMMON = (
 
 
 class Stage:
-    """One of the two scripts, with what it starts from."""
+    """One of the two scripts, with the weights that it starts from."""
 
     def __init__(self, name: str, base, tokenizer_dir):
         self.name = name
@@ -39,7 +39,7 @@ class Stage:
         self.flags = (*COMMON, *self.flags, "--tokenizer", tokenizer_dir, "--data_path", base / "r1_mix_1024.jsonl")
 
     def in_folder(self, out):
-        """The flags to run it in `out`, with what it starts from put there."""
+        """The flags to run it in `out`, where the weights that it starts from are copied."""
         out.mkdir(exist_ok=True)
         for file in self.base.glob("*.pth"):
             (out / file.name).symlink_to(file)
@@ -51,7 +51,7 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def base(tiny_tokenizer, tmp_path_factory):
-    """Random weights to start from and to learn from, without a json, as if downloaded; sums with their steps."""
+    """Random student and teacher weights without a json, as if downloaded; sums with their steps."""
     out = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tiny_tokenizer)}
@@ -78,7 +78,7 @@ def stage(request, base, tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def alone(stage, tmp_path_factory):
-    """What `python SCRIPT` makes in four steps."""
+    """The result of four steps of `python SCRIPT`."""
     out = tmp_path_factory.mktemp(stage.name)
     run_script(stage.script, *stage.in_folder(out))
     return out
@@ -128,7 +128,7 @@ def test_a_run_does_not_go_on_with_another_teacher(base, tokenizer_dir, tmp_path
     flags = stage.in_folder(tmp_path)
     call_script(stage.script, *flags, stop_after=2, exit_code=130)
     teacher = torch.load(base / "teacher.pth", weights_only=True)
-    (tmp_path / "teacher.pth").unlink()  # a link to everybody's
+    (tmp_path / "teacher.pth").unlink()  # a link to the shared weights
     torch.save({key: value * 2 for key, value in teacher.items()}, tmp_path / "teacher.pth")
     call_script(stage.script, *flags, "--resume", exit_code=2)
     assert "the saved run had teacher_hash " in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Several processes on a CPU: DDP and DeepSpeed, under torchrun's launcher and DeepSpeed's."""
+"""Several processes on a CPU: DDP and DeepSpeed, started by torchrun and by DeepSpeed."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.stages.test_resume import assert_equal
 from tests.stages.training import about, distance, losses, reports, weights
 from trainer.weights import load_weights
 
-# 22 rows in steps of 4: the last step of each epoch has a single micro-batch, and rank 1 nothing but padding in it
+# 22 rows in steps of 4: the last step of each epoch has one micro-batch, in which rank 1 has only padding
 TWENTY_STEPS = ("--epochs", "4", "--max_steps", "20", "--batch_size", "1", "--accumulation_steps", "2")
 FOUR_STEPS = ("--max_steps", "4", "--batch_size", "2")
 
@@ -27,7 +27,7 @@ def ddp(pretrain, tmp_path_factory):
     out = tmp_path_factory.mktemp("ddp")
     done = pretrain(out, *TWENTY_STEPS, processes=2)
     assert "eager, DDP on 2 processes" in done.stdout
-    assert done.stdout.count("step 20/20") == 1  # rank 0 alone speaks
+    assert done.stdout.count("step 20/20") == 1  # only rank 0 prints
     return out
 
 
@@ -39,7 +39,7 @@ def zero_2(pretrain, tmp_path_factory):
 
 
 def assert_follows(out, ddp, tokenizer) -> None:
-    """20 steps with DDP's losses, to 1e-4, and weights that anybody can load."""
+    """Check that 20 steps have DDP's losses, to 1e-4, and that the weights load without DeepSpeed."""
     assert len(losses(out)) == 20
     assert losses(out) == pytest.approx(losses(ddp), abs=1e-4)
     for ours, theirs in zip(reports(out), reports(ddp), strict=True):
@@ -69,7 +69,7 @@ def test_the_other_stages_of_zero_follow_ddp(pretrain, ddp, tiny_tokenizer, tmp_
 
 
 def test_zero_2_resumes_as_if_never_stopped(pretrain, zero_2, tmp_path):
-    """The signal reaches rank 1 alone."""
+    """The signal reaches only rank 1."""
     flags = (*TWENTY_STEPS, "--deepspeed")
     done = pretrain.interrupted(tmp_path, "SIGTERM", "log", 9, *flags, processes=2, exit_code=143)
     assert "Traceback" not in done.stderr
@@ -91,7 +91,7 @@ def test_ddp_resumes_as_if_never_stopped(pretrain, ddp, tmp_path):
 
 ONE, DDP = (1, ()), (2, ())
 ZERO = {stage: (2, ("--deepspeed", "--zero_stage", stage)) for stage in "0123"}
-MOVES = {  # processes and engine before and after
+MOVES = {  # number of processes and engine, before and after
     "one process to two": (ONE, DDP),
     "two processes to one": (DDP, ONE),
     "DDP to ZeRO-2": (DDP, ZERO["2"]),
@@ -106,8 +106,8 @@ MOVES = {  # processes and engine before and after
 
 @pytest.mark.parametrize("move", MOVES)
 def test_a_run_goes_on_with_other_processes_and_engines(pretrain, ddp, tmp_path, move):
-    """Rows in the same order, AdamW's moments carried over: the losses are those of the run that stayed, up to rounding
-    (an optimizer that began anew would be far from them)."""
+    """With the same order of rows and AdamW's moments carried over, the losses equal those of an unchanged run, up to
+    rounding (a fresh optimizer would be far from them)."""
     (before, first), (after, second) = MOVES[move]
 
     def flags(processes: int) -> tuple[str, ...]:
@@ -123,7 +123,7 @@ def test_a_run_goes_on_with_other_processes_and_engines(pretrain, ddp, tmp_path,
 
 
 def test_machines_that_share_no_out_dir(pretrain, tmp_path):
-    """Rank 0 goes on from what it has, and rank 1, which has nothing, does not quietly begin anew beside it."""
+    """Rank 0 resumes from its state, and rank 1, which has none, must not silently start from the beginning."""
     here, there = tmp_path / "here", tmp_path / "there"
     machines = {"processes": 2, "each": [("--out_dir", here), ("--out_dir", there)]}
     pretrain(tmp_path, *TWENTY_STEPS, "--max_steps", "8", **machines)
@@ -135,7 +135,7 @@ def test_machines_that_share_no_out_dir(pretrain, tmp_path):
     assert "--out_dir" in line
     shutil.copytree(here / "pretrain_32.resume", there / "pretrain_32.resume")
     story = json.loads(state.read_text())
-    state.write_text(json.dumps(story))  # the same, written otherwise
+    state.write_text(json.dumps(story))  # the same in another spelling
     done = pretrain(tmp_path, *TWENTY_STEPS, "--resume", **machines, exit_code=2)
     assert "rank 1 has a different " in one_error_line(done)
     shutil.rmtree(there)
@@ -146,7 +146,7 @@ def test_machines_that_share_no_out_dir(pretrain, tmp_path):
 
 
 def test_ranks_that_begin_with_other_weights(sft, tiny_out, tmp_path):
-    """DDP would copy rank 0's over them, and a reference or a teacher would still be another."""
+    """DDP would overwrite them with rank 0's, but a reference or teacher would still differ."""
     state = weights(tiny_out)
     state["norm.weight"][3] += 1e-6
     other = tmp_path / "pretrain_32.pth"
@@ -183,7 +183,7 @@ def test_zero_3_resumes_with_settings_of_its_own(pretrain, tmp_path):
 
 @pytest.mark.parametrize(("stage", "dtype"), [("0", "float16"), ("2", "float16"), ("3", "float16"), ("2", "bfloat16")])
 def test_half_precision_with_deepspeed(pretrain, ddp, tmp_path, stage, dtype):
-    """The gradient's norm tells whether the loss was scaled and unscaled, and clipped after that."""
+    """The gradient's norm shows whether the loss was scaled and unscaled, and clipped after that."""
     flags = (*TWENTY_STEPS, "--max_steps", "6", "--deepspeed", "--zero_stage", stage, "--dtype", dtype)
     pretrain(tmp_path, *flags, processes=2)
     for ours, theirs in zip(reports(tmp_path)[:5], reports(ddp)[:5], strict=True):
@@ -193,12 +193,12 @@ def test_half_precision_with_deepspeed(pretrain, ddp, tmp_path, stage, dtype):
 
 @pytest.mark.parametrize("stage", [None, "0", "2", "3"])
 def test_gradients_are_clipped(pretrain, ddp, tmp_path, stage):
-    """To so little that AdamW's epsilon outweighs them, and nothing is learned."""
+    """Clipped to so little that AdamW's epsilon dominates, and nothing is learned."""
     flags = ("--deepspeed", "--zero_stage", stage) if stage else ()
     pretrain(tmp_path, *TWENTY_STEPS, "--max_steps", "6", "--grad_clip", "1e-9", *flags, processes=2)
     assert losses(tmp_path)[0] == losses(ddp)[0]
     assert losses(tmp_path)[5] > losses(ddp)[5] + 0.05
-    assert min(line["grad_norm"] for line in reports(tmp_path)) > 0.5  # it is told as it was before
+    assert min(line["grad_norm"] for line in reports(tmp_path)) > 0.5  # it is reported as before
 
 
 @pytest.mark.parametrize("stage", ["0", "2"])
@@ -241,7 +241,7 @@ def test_the_real_torchrun(pretrain, ddp, tmp_path):
 
 
 def test_ctrl_c_under_the_real_torchrun(pretrain, tmp_path):
-    """It reaches every process, and then once more through torchrun; the run saves all the same."""
+    """It reaches every process, and once more through torchrun; the run still saves."""
     command = [
         sys.executable,
         *TORCHRUN,

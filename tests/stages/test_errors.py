@@ -1,4 +1,4 @@
-"""What a user can get wrong with a training stage: each ends in one line that helps, exit code 2, and nothing lost."""
+"""User errors in a training stage: each ends in one helpful line and exit code 2, and nothing is lost."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_a_bom_crlf_and_a_very_long_line_simply_work(pretrain, tmp_path):
 
 @pytest.mark.parametrize("place", ["below a file", "read-only", "a folder in the way"])
 def test_a_place_that_cannot_be_written(pretrain, tmp_path, place):
-    """Told before the data is read, not when the first steps are to be saved."""
+    """It is reported before the data is read, not when the first steps are saved."""
     (tmp_path / "file").write_text("mine")
     out = {"below a file": tmp_path / "file", "read-only": "/proc/minimind"}.get(place, tmp_path)
     if place == "a folder in the way":
@@ -97,7 +97,7 @@ def test_a_place_that_cannot_be_written(pretrain, tmp_path, place):
 
 
 def spoil(out, how: str) -> tuple[str, ...]:
-    """Spoil pretrain_32 in `out`; the flags to try it with."""
+    """Damage pretrain_32 in `out`; returns the flags to try it with."""
     path, story = out / "pretrain_32.pth", out / "pretrain_32.json"
     if how == "missing":
         return "--from_weight", "pretrain", "--dim", "64"
@@ -191,7 +191,7 @@ def test_a_downloaded_file_says_which_tokenizer_is_assumed(sft, tiny_out, tokeni
 
 @pytest.mark.parametrize(("size", "told"), [("64k", "a --num_workers batch"), ("4k", "cannot use shared memory")])
 def test_a_small_shared_memory(pretrain, tmp_path, size, told):
-    """It used to wait forever for the batch that had found no room."""
+    """It used to wait forever for the batch that did not fit."""
     before = ("tests/stages/small_shm.py", size)
     done = pretrain(tmp_path, "--num_workers", "2", "--batch_size", "64", before=before, exit_code=None)
     if done.returncode == 77:
@@ -210,8 +210,8 @@ def test_of_two_ranks_one_speaks(pretrain, tmp_path):
 
 
 def test_a_rank_that_fails_alone_is_heard(pretrain, tmp_path):
-    """Rank 0, which writes, cannot: the other one, which meets a closed connection or is ended by the launcher, is
-    silent: no traceback drowns the line."""
+    """Rank 0 cannot write; the other rank, whose connection is closed or which the launcher terminates, is silent, so
+    that no traceback hides the line."""
     flags, struck = ("--max_steps", "2", "--deepspeed"), {"STRUCK_RANK": "0"}
     done = pretrain.interrupted(tmp_path, "SIGXFSZ", "size", 50_000, *flags, processes=2, exit_code=2, env=struck)
     line = one_error_line(done)

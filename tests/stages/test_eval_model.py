@@ -43,7 +43,7 @@ def talker(tiny_out, tiny_tokenizer) -> MiniMindLM:
 
 
 def greedy(model, tokenizer, ids: list[int]) -> str:
-    """What the model writes, by full forward passes without a cache."""
+    """The model's greedy text, by full forward passes without a cache."""
     start = len(ids)
     for _ in range(12):
         with torch.no_grad():
@@ -63,7 +63,7 @@ def test_answers_to_prompts(ask, talker, tiny_tokenizer):
         answers.append(f"> {question}\n{greedy(talker, tiny_tokenizer, ids)}\n")
     assert done.stdout == "\n".join(answers)
     assert [SPEED.fullmatch(line) is not None for line in done.stderr.splitlines()] == [True, True]
-    piped = ask("--temperature", "0", stdin="\n\n".join(questions))  # empty lines are no questions
+    piped = ask("--temperature", "0", stdin="\n\n".join(questions))  # empty lines are not questions
     assert piped.stdout == done.stdout
     assert ask("--temperature", "0", "--no-stream", *prompts).stdout == done.stdout
 
@@ -107,7 +107,7 @@ def test_the_json_decides_the_sizes_and_the_flags_only_where_there_is_none(ask, 
     done = ask(*flags, "--out_dir", tmp_path, "--n_layers", "2")
     assert done.stdout == known
     assert "has no json beside it" in done.stderr
-    line = one_error_line(ask(*flags, "--out_dir", tmp_path, exit_code=2))  # 8 layers, unless told otherwise
+    line = one_error_line(ask(*flags, "--out_dir", tmp_path, exit_code=2))  # 8 layers by default
     assert "n_layers 2" in line
     assert "n_layers 8" in line
 
@@ -158,7 +158,7 @@ def test_a_pipe_that_is_not_utf8(common, tmp_path):
 
 @pytest.fixture
 def shown(monkeypatch, common):
-    """Runs the script in this process with a model that answers "One." and shows what prompts it was given."""
+    """Runs the script in this process with a model that answers "One."; returns the prompts that it was given."""
 
     def run(*flags, questions: list[str]) -> list[list[int]]:
         prompts = []
@@ -224,7 +224,7 @@ def test_a_talk_at_a_terminal(common):
     screen.see("\n> ")
     screen.type("\x04")  # Ctrl-D
     assert screen.end() == 0
-    assert screen.shown.count("今天天气很好？") == 1  # as it was typed
+    assert screen.shown.count("今天天气很好？") == 1  # as typed
 
 
 def test_a_question_that_does_not_fit_does_not_end_the_talk(common):
@@ -275,9 +275,10 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(common, tiny_tokenizer, tmp_path
         screen.type("\x03")
         screen.see("[stopped]")
     screen.see("\n> ")
-    screen.type("\x03")  # no answer to end: the talk
+    screen.type("\x03")  # without an answer under way it ends the chat
     assert screen.end(again="\x03") == 130
-    assert "Traceback" not in screen.shown
+    shown = screen.shown.partition("Exception ignored in atexit")[0]  # a repeated Ctrl-C may strike Python's own exit
+    assert "Traceback" not in shown
 
 
 def test_samples_at_a_terminal(common):

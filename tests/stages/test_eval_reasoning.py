@@ -1,4 +1,4 @@
-"""What eval_model.py does for a reasoning model: thinking and answer apart, thinking hidden, a vote."""
+"""eval_model.py with a reasoning model: thinking and answer shown separately, thinking hidden, majority votes."""
 
 import shutil
 
@@ -7,23 +7,24 @@ import pytest
 import eval_model
 from tests.running import TINY
 from trainer.errors import UserError
+from trainer.talk import show
 
 PIECES = ["<thi", "nk>\n1 + 1", " = 2\n</think>\n<answer>", "\n2\n", "</answer>"]
 
 
 @pytest.mark.parametrize("pieces", [PIECES, ["".join(PIECES)]])
 def test_thinking_and_answer_apart(pieces, capsys):
-    eval_model.show(pieces, reasoning=True, hide_thinking=False)
+    show(pieces, reasoning=True, hide_thinking=False)
     assert capsys.readouterr().out == "[thinking]\n1 + 1 = 2\n[answer]\n2\n"
 
 
 def test_thinking_hidden(capsys):
-    eval_model.show(PIECES, reasoning=True, hide_thinking=True)
+    show(PIECES, reasoning=True, hide_thinking=True)
     assert capsys.readouterr().out == "2\n"
 
 
 def test_other_models_say_what_they_say(capsys):
-    eval_model.show(PIECES, reasoning=False, hide_thinking=False)
+    show(PIECES, reasoning=False, hide_thinking=False)
     assert capsys.readouterr().out == "".join(PIECES) + "\n"
 
 

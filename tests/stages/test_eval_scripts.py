@@ -1,4 +1,4 @@
-"""Talking to a model: what is asked, what is shown, and how fast it is said to have come."""
+"""Chatting with a model: which questions it is asked, what is printed, and the reported speed."""
 
 import io
 import sys
@@ -10,6 +10,8 @@ from PIL import Image
 
 import eval_model
 import eval_vlm
+from scripts.tool_use import conversation
+from scripts.tool_use.conversation import reply
 from trainer import talk
 from trainer.errors import UserError
 
@@ -58,7 +60,7 @@ def test_every_vote_has_a_seed_of_its_own(capsys):
     args = SimpleNamespace(
         **sampling, seed=7, votes=3, model_mode=3, stream=True, hide_thinking=True, open_thinking=False
     )
-    assert "4" in eval_model.reply(Engine(), [1, 5], args, by_hand=False)
+    assert "4" in reply(Engine(), [1, 5], args, by_hand=False)
     assert [request.seed for request in asked] == [7, 8, 9]
     assert "3 of 3 votes, 3 tokens" in capsys.readouterr().err
 
@@ -99,11 +101,11 @@ def test_an_answer_as_long_as_the_context_leaves_no_room_to_ask(script, monkeypa
     monkeypatch.setattr(sys, "argv", ["script", *asked])
     with pytest.raises(UserError, match=r"^--max_new_tokens 64: the model's context is 64$"):
         script.main()
-    assert done[0] == "cpu"  # before any engine is made for it
+    assert done[0] == "cpu"  # before an engine is made
 
 
 class Engine:
-    """Writes "w" and a number for each request, and takes note of all it is told."""
+    """Answers each request with "w" and a number, and records the requests."""
 
     def __init__(self):
         self.asked, self.slots = [], None
@@ -115,7 +117,7 @@ class Engine:
 
 @pytest.fixture
 def evaluate(monkeypatch):
-    """Runs eval_model.py on a model that is none; the engine, and what it was asked."""
+    """Runs eval_model.py with a fake model; returns the fake engine, which has recorded the requests."""
 
     def run(*flags, context: int = 600) -> Engine:
         engine = Engine()
@@ -125,9 +127,10 @@ def evaluate(monkeypatch):
             "trainer.loading.open_engine",
             lambda *_, slots: setattr(engine, "slots", slots) or engine,
         )
-        monkeypatch.setattr("model.chat.render_text", lambda tokenizer, texts: [[1] * len(texts[0]) + [2]])
+        monkeypatch.setattr(conversation, "render_text", lambda tokenizer, texts: [[1] * len(texts[0]) + [2]])
         monkeypatch.setattr(
-            "model.chat.fit_history",
+            conversation,
+            "fit_history",
             lambda tokenizer, system, turns, room, **_: ([turn["content"] for turn in [*system, *turns]], turns),
         )
         monkeypatch.setattr(sys, "argv", ["eval_model.py", "--device", "cpu", *flags])
@@ -167,7 +170,7 @@ def test_a_pretrained_model_may_be_given_all_the_room_that_is_left(evaluate, str
     ("votes", "temperature", "refused"), [("2", "0", True), ("1", "0", False), ("2", "0.001", False)]
 )
 def test_votes_need_some_chance(votes, temperature, refused, evaluate, monkeypatch):
-    monkeypatch.setattr(eval_model, "reply", lambda *given: "x")
+    monkeypatch.setattr(conversation, "reply", lambda *given: "x")
     flags = ("--votes", votes, "--temperature", temperature, "--prompt", "a")
     if refused:
         with pytest.raises(UserError, match="--votes 2 at --temperature 0 is 2 times the same answer"):
@@ -192,13 +195,13 @@ def test_ctrl_c_ends_an_answer_by_hand_and_else_everything(capsys):
         **sampling, seed=None, votes=1, model_mode=1, stream=True, hide_thinking=False, open_thinking=False
     )
     engine = Interrupted()
-    assert eval_model.reply(engine, [1], args, by_hand=True) == "half"
+    assert reply(engine, [1], args, by_hand=True) == "half"
     assert engine.abandoned == 1
     told = capsys.readouterr()
     assert told.out == "half [stopped]\n"
     assert told.err.startswith("[2 tokens, ")
     with pytest.raises(KeyboardInterrupt):
-        eval_model.reply(engine, [1], args, by_hand=False)
+        reply(engine, [1], args, by_hand=False)
 
 
 @pytest.mark.parametrize(

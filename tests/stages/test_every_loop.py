@@ -1,4 +1,4 @@
-"""The loop that all training scripts have in common, each property of it tried on every one of them."""
+"""The loop that all training scripts share: each of its properties is tested in every script."""
 
 import contextlib
 import dataclasses
@@ -32,9 +32,9 @@ def script(request) -> Script:
 
 @dataclasses.dataclass
 class Step:
-    """What an optimizer was given at one of its steps, and what it made of it."""
+    """The input of one optimizer step, and its result."""
 
-    norm: float  # of all gradients together
+    norm: float  # the norm of all gradients together
     rate: float
     before: list[torch.Tensor]  # the parameters
     after: list[torch.Tensor]
@@ -42,7 +42,7 @@ class Step:
 
 @contextlib.contextmanager
 def watching_steps():
-    """The list of `Step`s that an AdamW takes from now on."""
+    """The list of `Step`s that AdamW takes from now on."""
     steps: list[Step] = []
 
     def parameters(optimizer) -> list[torch.Tensor]:
@@ -70,7 +70,7 @@ def watching_steps():
 
 @contextlib.contextmanager
 def watching_forwards():
-    """The list of a student's forwards from now on: whether with gradients, and whether in training mode."""
+    """The list of the student's forward passes from now on: whether with gradients, and whether in training mode."""
     forwards: list[tuple[bool, bool]] = []
     with before_forward(lambda model: forwards.append((torch.is_grad_enabled(), model.training))):
         yield forwards
@@ -78,7 +78,7 @@ def watching_forwards():
 
 @dataclasses.dataclass
 class Whole(Run):
-    """An uninterrupted run of five steps, evaluated at 2, 4 and 5 and saved at 3 and 5, and all that was seen of it."""
+    """An uninterrupted run of five steps, evaluated at 2, 4 and 5 and saved at 3 and 5, with everything observed."""
 
     steps: list[Step]
     forwards: list[tuple[bool, bool]]  # of the student: whether with gradients, whether in training mode
@@ -97,27 +97,27 @@ PACKED = ("--packing", "1", "--max_seq_len", "256")
 
 @pytest.fixture(scope="module")
 def experts(world, script, tmp_path_factory) -> Run:
-    """A mixture of experts in packed rows, four a step."""
+    """A mixture of experts with packed rows, four per step."""
     out = tmp_path_factory.mktemp("experts")
     evaluate = (*EVALUATE, world.folder / script.data)
     return world.call(script, out, *PACKED, *evaluate, "--batch_size", "4", use_moe=True)
 
 
 def assert_same_numbers(ours: Run, theirs: Run) -> None:
-    """Every number of every report, and the weights, within what the order of fp32 sums changes."""
+    """Check that every logged number and the weights agree up to the rounding of fp32 sums."""
     for our, their in zip(reports(ours.out, ours.name), reports(theirs.out, theirs.name), strict=True):
         assert our == pytest.approx(their, rel=2e-4, abs=1e-5)
     assert distance(weights(ours.out, ours.name), weights(theirs.out, theirs.name)) < 1e-4
 
 
 def assert_saved(run: Run, parameters: list[torch.Tensor]) -> None:
-    """The weights on disk hold each of these parameters."""
+    """Check that the weights on disk contain each of these parameters."""
     saved = list(weights(run.out, run.name).values())
     assert all(any(torch.equal(value, p) for value in saved) for p in parameters)
 
 
 def story(run: Run) -> dict:
-    """The json beside the weights, without what depends on the machine's speed."""
+    """The json beside the weights, without fields that depend on the machine's speed."""
     told = about(run.out, run.name)
     return told | {"seconds": None, "metrics": told["metrics"] | {"tokens_per_second": None}}
 
@@ -130,11 +130,11 @@ def gradient_norms(run: Run) -> list[float | None]:
     return [line["grad_norm"] for line in reports(run.out, run.name) if "grad_norm" in line]
 
 
-# ------------------------------------------------------------------------------------------------- what a step is
+# ---------------------------------------------------------------------------------------------- an optimizer step
 
 
 def test_accumulation_takes_the_steps_of_a_big_batch(world, script, whole, tmp_path):
-    """Micro-batches that differ in their number of target tokens."""
+    """With micro-batches that differ in their number of target tokens."""
     cut = ("--batch_size", "2", "--accumulation_steps", "4")
     assert_same_numbers(world.call(script, tmp_path, *EVALUATE, world.folder / script.data, *cut), whole)
 
@@ -146,7 +146,7 @@ def test_two_processes_that_accumulate_take_the_steps_of_one(world, script, expe
 
 
 def test_a_step_is_taken_at_the_rate_that_the_schedule_gives_it(whole):
-    rates = [5e-4, 1e-3, 1e-3, 5.5e-4, 1e-4]  # up to 1e-3 in two steps, then half a cosine down to a tenth
+    rates = [5e-4, 1e-3, 1e-3, 5.5e-4, 1e-4]  # up to 1e-3 in two steps, then a half cosine down to a tenth
     assert [step.rate for step in whole.steps] == pytest.approx(rates)
     assert [line["lr"] for line in reports(whole.out, whole.name) if "lr" in line] == pytest.approx(rates)
 
@@ -163,7 +163,7 @@ def test_float16_unscales_the_gradient_before_it_is_clipped(world, script, whole
     with watching_steps() as steps:
         run = world.call(script, tmp_path, "--dtype", "float16")
     told = [(ours, theirs) for ours, theirs in zip(gradient_norms(run), gradient_norms(whole), strict=True) if ours]
-    assert len(told) >= 2  # the scaler may have to find its scale, and steps that it skips leave the weights behind
+    assert len(told) >= 2  # the scaler may first have to find its scale, and a skipped step does not change the weights
     assert all(ours == pytest.approx(theirs, rel=0.5) for ours, theirs in told)
     assert [step.norm for step in steps] == pytest.approx([min(1.0, ours) for ours, _ in told], rel=1e-3)
 
@@ -188,11 +188,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(world, script, whole, 
     assert (story(run)["step"], story(run)["skipped"]) == (3, 1)
 
 
-# ------------------------------------------------------------------------------------------- saving and going on
+# ------------------------------------------------------------------------------------------- saving and resuming
 
 
 def test_what_is_saved_is_what_the_last_step_made(whole):
-    """Also where --save_interval does not divide the steps."""
+    """Also if --save_interval does not divide the number of steps."""
     assert len(whole.steps) == 5
     assert_saved(whole, whole.steps[-1].after)
     assert any(not torch.equal(a, b) for a, b in zip(whole.steps[-1].before, whole.steps[-1].after, strict=True))
@@ -261,7 +261,7 @@ def test_ctrl_c_in_an_evaluation_finds_the_step_saved(world, script, whole, tmp_
 
 @pytest.mark.parametrize("script", [SCRIPTS[0], SCRIPTS[3]], ids=["train_pretrain", "train_dpo"], indirect=True)
 def test_an_evaluation_that_fails_on_one_rank_keeps_no_other_waiting(world, script, tmp_path):
-    """The second one of two; the last step is a batch of padding for it."""
+    """The second of two ranks, whose last step is a batch of padding."""
     flags = (*EVALUATE, world.folder / script.data, "--batch_size", "4")
     done = world.start(script, tmp_path, *flags, by=("tests/stages/failing.py",), processes=2)
     assert [line for line in done.stderr.splitlines() if line.startswith("evaluation at")] == [
@@ -272,7 +272,7 @@ def test_an_evaluation_that_fails_on_one_rank_keeps_no_other_waiting(world, scri
     assert story(run)["step"] == 5
 
 
-# ------------------------------------------------------------------------------------------------------- one loop
+# ---------------------------------------------------------------------------------------------------- equal loops
 
 PLAIN_LOSS = "loss = next_token_loss(out.logits, labels) / totals.target_tokens  # a sum over the tokens"
 DIFFERENCES = {
@@ -325,7 +325,7 @@ DIFFERENCES = {
 }
 
 
-VARIANTS = {  # what pretraining has for DeepSeek's ideas, and what stands there without them
+VARIANTS = {  # pretraining's lines for DeepSeek's variants, and the lines without them
     "nats = next_token_loss(out.logits, labels)  # a sum over the tokens": None,
     "if out.mtp_loss is not None:  # with --mtp_depth, another sum": None,
     "nats = nats + out.mtp_loss": None,
@@ -338,13 +338,13 @@ VARIANTS = {  # what pretraining has for DeepSeek's ideas, and what stands there
 
 
 def loop_of(path: str) -> list[str]:
-    """The lines of a script from the optimizer to the end."""
+    """The lines of a script, from the optimizer to the end."""
     text = (ROOT / path).read_text(encoding="utf-8")
     return text[text.index("    # Optimizer\n") :].splitlines()
 
 
 def plain_loop() -> list[str]:
-    """The loop of pretraining, without what only its variants need."""
+    """Pretraining's loop, without the lines that only its variants need."""
     lines = loop_of("train_pretrain.py")
     assert VARIANTS.keys() <= {line.strip() for line in lines}
     replaced = [(line, VARIANTS.get(line.strip(), line.strip())) for line in lines]
@@ -354,7 +354,7 @@ def plain_loop() -> list[str]:
 
 
 def test_the_loops_are_one_but_for_what_makes_the_stage_different(script):
-    """Whoever mends one of the copies mends them all; a difference that is meant goes into the table above."""
+    """A fix in one of the copies must be made in all; intended differences are listed in the table above."""
     loop = plain_loop() if script.path == "train_pretrain.py" else loop_of(script.path)
     lines = list(difflib.ndiff(plain_loop(), loop))
     lacking, added = ([line[2:].strip() for line in lines if line.startswith(sign)] for sign in "-+")
@@ -362,8 +362,8 @@ def test_the_loops_are_one_but_for_what_makes_the_stage_different(script):
 
 
 def test_what_computes_has_been_put_on_the_device_and_so_has_what_it_is_given(world, script, tmp_path, monkeypatch):
-    """Which a CPU cannot tell: there everything lies at its place already. The run is the one step of an only epoch,
-    though --max_steps would let it go on."""
+    """A CPU run cannot show this by itself, because everything is already on the CPU. The run has one step in a single
+    epoch, although --max_steps allows more."""
     moved, given, asked = [], set(), []
     to, call, to_device = MiniMindLM.to, MiniMindLM.__call__, Runtime.to_device
 

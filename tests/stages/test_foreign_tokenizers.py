@@ -1,4 +1,4 @@
-"""Tokenizers of other families through every stage: they stop, serve and export as ours, or are refused at once."""
+"""Tokenizers of other families in every stage: they stop, serve and export like ours, or are refused at once."""
 
 import json
 import re
@@ -24,14 +24,14 @@ CHAT = [{"role": "user", "content": "sea?"}, {"role": "assistant", "content": AN
 
 
 def add_setting(folder, setting: str) -> None:
-    """Write `"key": "value"` into a folder's tokenizer_config.json."""
+    """Set a key in a folder's tokenizer_config.json."""
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | json.loads("{" + setting + "}")))
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama3", "qwen with bos"])
 def trained(request, tmp_path_factory):
-    """Weights pretrained for two steps and fine-tuned to one answer with a family's tokenizer; (out, tokenizer dir)."""
+    """Weights pretrained for two steps and fine-tuned on one answer with a family's tokenizer; (out, tokenizer dir)."""
     folder = tmp_path_factory.mktemp("family")
     family(request.param).save_pretrained(folder / "tokenizer")
     texts = write_jsonl(folder / "texts.jsonl", [{"text": text} for text in SENTENCES])
@@ -116,7 +116,7 @@ def test_gguf_and_modelfile_name_its_own_tokens(trained, tmp_path):
 
 
 def test_what_is_refused_is_refused_before_the_data_is_read(tmp_path, capsys):
-    """And a tokenizer without bos works once its settings are mended as the line says."""
+    """A tokenizer without bos works once its settings are corrected as the error line says."""
     unigram().save_pretrained(tmp_path / "t5")
     family("qwen").save_pretrained(tmp_path / "qwen")
     train = ("train_pretrain.py", *TINY_TRAINING, "--out_dir", tmp_path / "out", "--max_steps", "1")
@@ -137,7 +137,7 @@ def test_what_is_refused_is_refused_before_the_data_is_read(tmp_path, capsys):
 
 
 def test_the_same_entries_with_another_end_are_not_the_same_tokenizer(tmp_path, capsys):
-    """The hash of the entries is the same; what ends a text is in the json beside the weights, too."""
+    """The hash of the entries is the same, but the json beside the weights also contains the end token."""
     for name in ("qwen with bos", "changed"):
         family("qwen with bos").save_pretrained(tmp_path / name)
     add_setting(tmp_path / "changed", '"eos_token": "<|endoftext|>"')
@@ -151,7 +151,7 @@ def test_the_same_entries_with_another_end_are_not_the_same_tokenizer(tmp_path, 
     assert "was trained with eos_token_id 402, but" in capsys.readouterr().err
     call_script(*train, "--tokenizer", tmp_path / "changed", "--resume", exit_code=2)
     assert "eos_token_id 402, this one has 400" in capsys.readouterr().err
-    path = tmp_path / "out" / "pretrain_32.json"  # of a run before the ids were told
+    path = tmp_path / "out" / "pretrain_32.json"  # of a run from before the ids were saved
     old = json.loads(path.read_text())
     for name in ("bos_token_id", "eos_token_id"):
         del old["config"][name]

@@ -1,4 +1,4 @@
-"""--fsdp on two processes of a CPU: the numbers of DDP, and states that any engine goes on from."""
+"""--fsdp with two processes on a CPU: the same numbers as DDP, and states that any engine can resume."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from tests.stages.test_resume import assert_equal
 from tests.stages.training import distance, losses, reports, weights
 from trainer.weights import load_weights
 
-# 22 rows in steps of 4: the sixth step has a single micro-batch, and rank 1 nothing but padding in it
+# 22 rows in steps of 4: the sixth step has one micro-batch, in which rank 1 has only padding
 TEN_STEPS = ("--epochs", "4", "--max_steps", "10", "--batch_size", "1", "--accumulation_steps", "2")
 
 
@@ -49,14 +49,14 @@ def test_it_resumes_as_if_never_stopped(pretrain, fsdp, tmp_path):
 
 
 def test_other_engines_go_on_from_it_and_it_from_them(pretrain, ddp, tmp_path):
-    """The same rows in each step: by FSDP2, then alone, then by FSDP2 again."""
+    """With the same rows in each step: FSDP2, then one process, then FSDP2 again."""
     pretrain(tmp_path, *TEN_STEPS, "--max_steps", "3", "--fsdp", processes=2)
     alone = ("--epochs", "4", "--max_steps", "6", "--batch_size", "1", "--accumulation_steps", "4")
     pretrain(tmp_path, *alone, "--resume")
     done = pretrain(tmp_path, *TEN_STEPS, "--fsdp", "--resume", processes=2)
     assert "resumed at step 6" in done.stdout
     assert len(losses(tmp_path)) == 10
-    assert losses(tmp_path)[:3] == pytest.approx(losses(ddp)[:3], abs=0.05)  # their rates fall sooner
+    assert losses(tmp_path)[:3] == pytest.approx(losses(ddp)[:3], abs=0.05)  # its learning rate falls sooner
 
 
 @pytest.mark.parametrize("more", [("--use_moe",), ("--gradient_checkpointing",), ("--dtype", "float16")], ids=str)

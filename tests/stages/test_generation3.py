@@ -1,4 +1,4 @@
-"""Every training stage of text trains a MiniMind-3: from nothing, from weights, of experts, and refuses the other."""
+"""Every text stage trains a MiniMind-3: from scratch, from weights, with experts; generation 2's are refused."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_every_stage_trains_a_minimind3(world, script: Script, use_moe, tmp_path
     assert all(key.startswith(("model.", "lm_head.")) for key in state)
     if script.name.startswith("lora/"):
         assert {key.split(".lora.")[0].rpartition(".")[2] for key in state} == {"q_proj", "o_proj"}
-    elif script.name != "pretrain":  # from nothing
+    elif script.name != "pretrain":  # from scratch
         start = torch.load(next(world.folder.glob(f"full_sft_32{'_moe' * use_moe}.pth")), weights_only=True)
         assert start.keys() == state.keys()
         assert any(not torch.equal(start[key], state[key]) for key in state)
@@ -77,7 +77,7 @@ def test_it_is_talked_to_by_its_own_tokenizer_and_template(shared, tmp_path, cap
 
 
 def refused(world, capsys, script: Script, out, *flags) -> str:
-    """The line in which a stage says why it does not start."""
+    """The line of error with which a stage refuses to start."""
     capsys.readouterr()
     world.call(script, out, *flags, exit_code=2)
     return capsys.readouterr().err.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Launchers beyond one machine's torchrun: two machines (both this one), and `accelerate launch`."""
+"""Launchers other than torchrun on one machine: two machines (both this one), and `accelerate launch`."""
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ def ddp(pretrain, tmp_path_factory):
 
 
 def on_two_machines(stage, out, *flags) -> str:
-    """What rank 0 of a run prints whose two ranks torchrun starts on two machines, here both this one."""
+    """The output of rank 0 of a run with one rank on each of two machines, here both this one."""
     common = ("--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", free_port())
 
     def machine(rank: int) -> str:
@@ -53,7 +53,7 @@ def test_two_machines_with_fsdp(pretrain, ddp, tmp_path):
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed")
 def test_accelerate_launch_starts_two_processes(pretrain, ddp, tmp_path):
-    """Its --multi_gpu is what starts several processes, with or without GPUs."""
+    """Its --multi_gpu starts several processes, with or without GPUs."""
     launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1")
     more = ("--mixed_precision", "bf16", "--dynamo_backend", "no", "--main_process_port", str(free_port()))
     done = pretrain(tmp_path, *FOUR_STEPS, launcher=(*launcher, *more))

@@ -1,4 +1,4 @@
-"""A run that is stopped, killed or repeated: nothing is lost, and what goes on is as if it had never stopped."""
+"""A run that is stopped, killed or repeated: nothing is lost, and a resumed run is as if never interrupted."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tests.running import ROOT, call_script, one_error_line
 from tests.stages.terminal import Terminal
 from tests.stages.training import MEASURED, about, distance, losses, reports, snapshot, weights
 
-SOME = ("--max_steps", "8")  # two more than an epoch has
+SOME = ("--max_steps", "8")  # two more than in an epoch
 KINDS = {
     "AdamW": ("pretrain_32", ()),
     "Muon, experts, workers, accumulation": (
@@ -24,7 +24,7 @@ KINDS = {
 
 
 def state_of(out, name="pretrain_32") -> dict:
-    """All that a run would go on from, by file."""
+    """The files that a run would resume from, by name."""
     folder = out / f"{name}.resume"
     folder = folder / (folder / "latest").read_text()
     state = {path.name: torch.load(path, weights_only=True) for path in folder.glob("*.pt*")}
@@ -33,7 +33,7 @@ def state_of(out, name="pretrain_32") -> dict:
 
 
 def assert_equal(ours, theirs) -> None:
-    """Bit for bit, through all that torch.load gives back."""
+    """Check equality bit for bit, through everything that torch.load returns."""
     assert type(ours) is type(theirs)
     if isinstance(ours, torch.Tensor):
         assert torch.equal(ours, theirs)
@@ -50,7 +50,7 @@ def assert_equal(ours, theirs) -> None:
 
 @pytest.fixture(scope="module")
 def whole(pretrain, tmp_path_factory):
-    """8 steps, never interrupted, saved after 4 and 8."""
+    """8 uninterrupted steps, saved after 4 and 8."""
     out = tmp_path_factory.mktemp("whole")
     pretrain(out, "--epochs", "2", *SOME, "--save_interval", "4")
     return out
@@ -65,7 +65,7 @@ def test_stopped_by_a_signal_and_resumed_is_as_if_never_stopped(pretrain, tmp_pa
     done = pretrain.interrupted(stopped, "SIGINT", "log", 3, *flags, exit_code=130)
     assert "SIGINT: saving after this step" in done.stderr
     assert "Traceback" not in done.stderr
-    assert about(stopped, name)["step"] in (3, 4)  # the signal came while step 3 was reported
+    assert about(stopped, name)["step"] in (3, 4)  # the signal came while step 3 was logged
     done = pretrain.interrupted(stopped, "SIGTERM", "log", 6, *flags, "--resume", exit_code=143)
     assert "resumed at step " in done.stdout
     assert about(stopped, name)["step"] in (6, 7)
@@ -105,10 +105,10 @@ def test_a_hang_up_saves(pretrain, tmp_path):
 
 
 def test_a_terminal_that_goes_away_costs_nothing(pretrain, tmp_path):
-    """What a dropped SSH does: the terminal is gone, and each print to it fails."""
+    """As after a dropped SSH connection: the terminal is gone, and each print to it fails."""
     flags = (*pretrain.common, "--out_dir", tmp_path, "--epochs", "100000", "--save_interval", "100000")
     terminal = Terminal(pretrain.script, *flags)
-    terminal.see("loss ")  # of the first step
+    terminal.see("loss ")  # after the first step
     assert terminal.drop() == 129
     assert about(tmp_path)["step"] >= 1
     assert weights(tmp_path)
@@ -116,7 +116,7 @@ def test_a_terminal_that_goes_away_costs_nothing(pretrain, tmp_path):
 
 @pytest.mark.parametrize("nth", range(1, 12))
 def test_killed_at_any_moment_of_a_save_there_is_a_whole_state(pretrain, tmp_path, whole, nth):
-    """Before each of the renamings and deletions that make up the second save."""
+    """Killed before each renaming and deletion of the second save."""
     flags = ("--epochs", "2", *SOME)
     done = pretrain.interrupted(tmp_path, "SIGKILL", "file", nth, *flags, "--save_interval", "4", exit_code=None)
     if done.returncode == 0:
@@ -137,7 +137,7 @@ def test_killed_at_any_moment_of_a_save_there_is_a_whole_state(pretrain, tmp_pat
 
 
 def test_a_full_disk_during_a_save(pretrain, tmp_path, whole):
-    """The kernel refuses to let a file grow beyond what the first save took, as a full disk would."""
+    """The kernel refuses to let a file grow beyond the size of the first save, like a full disk."""
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     before = snapshot(out)
@@ -214,7 +214,7 @@ def test_resume_with_other_settings_names_both_sides(pretrain, whole, flags, sid
 
 
 class TestData:
-    """What the data file holds is compared, not where it lies or when it was written."""
+    """The data file's content is compared, not its path or modification time."""
 
     @pytest.fixture
     def data(self, pretrain, tmp_path):
@@ -266,7 +266,7 @@ class TestData:
         assert "resumed at step 1" in train(data, "--max_steps", "2", "--resume").stdout
 
     def test_a_name_that_is_not_utf_8(self, pretrain, data, tmp_path):
-        """Also of the folder that is written to."""
+        """Also the name of the output folder."""
         named = data.rename(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
         out = tmp_path / os.fsdecode(b"out\xe9")
         pretrain(out, "--data_path", named, "--max_steps", "1", by=call_script)
@@ -327,13 +327,13 @@ def test_overwrite_loses_nothing_before_it_has_something_new(pretrain, tmp_path,
     done = pretrain.interrupted(out, "SIGKILL", "log", 1, "--overwrite", exit_code=None)
     assert done.returncode == -signal.SIGKILL
     after = snapshot(out)
-    assert losses(out) != losses(whole)  # it had begun to report
+    assert losses(out) != losses(whole)  # it had begun to log
     del before["pretrain_32.metrics.jsonl"], after["pretrain_32.metrics.jsonl"]
     assert after == before
 
 
 def test_overwrite_begins_anew(pretrain, tmp_path, whole):
-    """The new run saves at the very step where the old one ended."""
+    """The new run saves at the same step at which the old one ended."""
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     pretrain(out, "--epochs", "2", *SOME, "--seed", "7", "--overwrite")
@@ -359,7 +359,7 @@ def test_two_runs_into_one_place(pretrain, tmp_path):
 
 
 def test_files_and_folders_under_links_stay_where_they_lie(pretrain, tmp_path):
-    """A big disk behind a small one, which holds links alone."""
+    """A large disk behind a small one that contains only links."""
     out, big = tmp_path / "out", tmp_path / "big"
     out.mkdir()
     big.mkdir()
@@ -379,7 +379,7 @@ def test_files_and_folders_under_links_stay_where_they_lie(pretrain, tmp_path):
 
 
 def test_a_flipped_bit_in_what_a_run_goes_on_from(pretrain, tmp_path, whole, capsys):
-    """Each file is tried in tests/trainer/test_checkpoint.py; here, that a run of which no state is whole ends."""
+    """tests/trainer/test_checkpoint.py tests each file; here: without any whole state the run ends with an error."""
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     for path in out.rglob("optimizer.pt"):

@@ -1,4 +1,4 @@
-"""When a run saves and how long it goes on: by the clock, by a signal, and what it keeps."""
+"""When a run saves and stops, by the clock and by signals, and which states it keeps."""
 
 import signal
 
@@ -16,13 +16,13 @@ def states(out) -> list[str]:
 
 
 def test_a_job_with_a_time_limit_is_started_again_until_it_is_done(pretrain, tmp_path):
-    """The loop of the documentation: `until` the exit code is another than 75."""
+    """The documentation's loop: repeat until the exit code is not 75."""
     pretrain(tmp_path / "whole", *SIX)
     out, codes = tmp_path / "cut", []
     while not codes or codes[-1] == 75:
         assert len(codes) < 10
         codes.append(pretrain(out, *SIX, "--stop_after", "1e-9", "--resume", exit_code=None).returncode)
-    assert codes == [75] * 5 + [0]  # one step each, and the last one is all that was asked for
+    assert codes == [75] * 5 + [0]  # one step each; the last run completes the training
     assert_equal(state_of(out), state_of(tmp_path / "whole"))
     assert losses(out) == losses(tmp_path / "whole")
 
@@ -45,7 +45,7 @@ def test_what_is_kept(pretrain, tmp_path):
 
 
 def test_the_best_weights_of_a_run(pretrain, tmp_path):
-    """The rate is so high that what was learned at first is lost again."""
+    """The learning rate is so high that early progress is lost again."""
     evaluate = ("--eval_interval", "2", "--eval_path", pretrain.data_path)
     flags = ("--save_interval", "2", "--save_best", "--learning_rate", "0.3", "--warmup_iters", "4")
     pretrain(tmp_path, *SIX, *evaluate, *flags)

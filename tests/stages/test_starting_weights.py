@@ -1,4 +1,4 @@
-"""The three forms of a WEIGHTS flag, in real runs: a stage or a name in --out_dir, a .pth, a folder of transformers."""
+"""The three forms of a WEIGHTS flag, in real runs: a stage or name in --out_dir, a .pth, a transformers folder."""
 
 import dataclasses
 import re
@@ -20,7 +20,7 @@ ONE_STEP = ("--max_steps", "1")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_tokenizer, clip_dir) -> World:
-    """With folders beside the files: one as `to-transformers` writes it, one of a vision model, one of the teacher."""
+    """A world with folders beside the files: one from `to-transformers`, a vision model's, and the teacher's."""
     world = make_world(tmp_path_factory.mktemp("world"), tiny_tokenizer, clip_dir)
     tokenizer, folder = load_tokenizer(world.folder / "tokenizer"), world.folder
     sizes = {"vocab_size": len(tokenizer), "image_token_id": image_token_id(tokenizer)}

@@ -1,4 +1,4 @@
-"""--stream, run for real: the same numbers from any place, with any number of workers, and after a stop."""
+"""--stream, run for real: the same numbers for any location of the data, number of workers, and after a stop."""
 
 import fsspec
 import numpy as np
@@ -14,7 +14,7 @@ STREAM = ("--stream", "--stream_buffer", "4KiB", "--max_steps", "6", "--batch_si
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """10 blocks of 4 KiB, and as many windows."""
+    """10 blocks of 4 KiB, and as many windows of rows."""
     texts = [f"{n}. {SENTENCES[n % 8]} {SENTENCES[n % 5]}"[: 60 + n % 60] for n in range(320)]
     path = write_jsonl(tmp_path_factory.mktemp("data") / "texts.jsonl", [{"text": text} for text in texts])
     assert 9 * 4096 < path.stat().st_size <= 10 * 4096
@@ -29,7 +29,7 @@ def whole(pretrain, data, tmp_path_factory):
 
 
 def test_it_goes_on_where_it_stopped(pretrain, data, whole, tmp_path):
-    """With workers, which it had not."""
+    """Resumed with workers, although it was started without."""
     flags = (*STREAM, "--accumulation_steps", "2", "--data_path", data)
     pretrain.interrupted(tmp_path, "SIGTERM", "log", 3, *flags, exit_code=143)
     stopped = about(tmp_path)["step"]
@@ -61,7 +61,7 @@ def test_sft_streams_too(sft, tmp_path, capsys):
 
 @pytest.fixture
 def spoilt(data, tmp_path):
-    """A line that is no JSON in the block that is read last: (file, number of the line)."""
+    """A line that is not JSON, in the block that is read last: (file, line number)."""
     last = int(np.random.default_rng((42, 0)).permutation(10)[-1])
     content = data.read_bytes()
     number = content[: last * 4096 + 1500].count(b"\n") + 1

@@ -1,4 +1,4 @@
-"""train_distill_reason.py: where a tag's weight falls, what the loss is, and real runs."""
+"""train_distill_reason.py: which tokens get a tag's weight, the loss, and real runs."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ QUESTION = "user: what does <think> mean? </think> <answer> 1 < 2 </answer>"
 
 
 def weights_by_characters(tokenizer, ids: list[int], mask: list[bool], answer: str) -> list[float]:
-    """The oracle: spell every token out in bytes, and look where in the answer's text it lies."""
+    """The oracle: decode every token to bytes, and find its place in the answer's text."""
     pieces = token_bytes(tokenizer)
     learned = [i for i, on in enumerate(mask) if on]
     assert b"".join(pieces[ids[i]] for i in learned) == answer.encode()  # </s> is not text

@@ -1,4 +1,4 @@
-"""train_distillation.py: the loss against formulas, what its ends are, and what is refused."""
+"""train_distillation.py: the loss compared with formulas, alpha at 0 and 1, and what is refused."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def some_logits():
 
 
 def test_by_hand_on_two_tokens_and_a_vocabulary_of_two():
-    """Teacher odds 3:1 and even, student odds 1:1 and 1:3, both at T = 1; then T = 2 halves every logit."""
+    """Teacher odds 3:1 and 1:1, student odds 1:1 and 1:3, at T = 1; T = 2 then halves every logit."""
     log3 = torch.tensor(3.0).log()
     teacher, student = torch.tensor([[log3, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, log3]])
     targets = torch.tensor([0, 1])
@@ -68,7 +68,7 @@ def test_a_student_that_agrees_has_nothing_to_learn(some_logits):
 
 
 def test_alpha_one_is_fine_tuning(tiny_out, tiny_data, tokenizer_dir, tmp_path):
-    """Without the teacher's part the stage must do exactly what train_full_sft.py does."""
+    """Without the teacher's term the stage must do exactly the same as train_full_sft.py."""
     out = shutil.copytree(tiny_out, tmp_path, dirs_exist_ok=True)
     flags = (*TINY_TRAINING, "--out_dir", out, "--tokenizer", tokenizer_dir, "--max_steps", "3", "--epochs", "3")
     flags = (*flags, "--data_path", tiny_data / "sft_mini_512.jsonl", "--from_weight", "pretrain", "--overwrite")
@@ -111,7 +111,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_by_its_first_difference(
 
 
 def test_a_frozen_teacher_lowers_the_held_out_loss(tiny_out, tiny_data, tokenizer_dir, tiny_tokenizer, tmp_path):
-    """A real lesson: the student, random, comes nearer to the teacher; bf16, unpacked rows, a transformers folder."""
+    """A random student comes nearer to the teacher; bf16, unpacked rows, a transformers folder."""
     out = shutil.copytree(tiny_out, tmp_path / "out")
     folder = tmp_path / "teacher"
     config = LMConfig(dim=32, n_layers=2, vocab_size=len(tiny_tokenizer))

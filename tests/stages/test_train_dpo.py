@@ -1,4 +1,4 @@
-"""train_dpo.py: its loss against trl's own code, and runs for real, alone and in company."""
+"""train_dpo.py: its loss compared with trl's code, and real runs with one and two processes."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def pairs_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(tiny_tokenizer, tmp_path_factory):
-    """An --out_dir with a random full_sft_32, dense and MoE; without a json, as if downloaded."""
+    """An --out_dir with a random full_sft_32, dense and MoE, without a json, as if downloaded."""
     out = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     for use_moe in (False, True):
@@ -44,7 +44,7 @@ def out(base, tmp_path):
 
 @pytest.fixture(scope="module")
 def train(tokenizer_dir, pairs_file):
-    """Runs train_dpo.py into a folder."""
+    """Runs train_dpo.py with a folder as --out_dir."""
     data = ("--tokenizer", tokenizer_dir, "--data_path", pairs_file)
     return lambda out, *flags, **how: run_script(
         "train_dpo.py", "--out_dir", out, *TINY_TRAINING, *data, *STEPS, *flags, **how
@@ -53,7 +53,7 @@ def train(tokenizer_dir, pairs_file):
 
 @pytest.fixture(scope="module")
 def alone(base, train, tmp_path_factory):
-    """What one process makes in four steps of a mixture of experts."""
+    """One process's result after four steps of a mixture of experts."""
     out = shutil.copytree(base, tmp_path_factory.mktemp("alone"), dirs_exist_ok=True)
     train(out, "--use_moe")
     return out
@@ -88,7 +88,7 @@ def test_the_loss_by_hand():
 
 @pytest.mark.parametrize("length_normalize", [False, True])
 def test_loss_and_gradient_are_those_of_trl(length_normalize, pairs_file, tiny_tokenizer, tmp_path):
-    """Packed rows of ours, and trl's padded batch of the same tokens, through its own DPOTrainer."""
+    """Our packed rows, and trl's padded batch of the same tokens in its own DPOTrainer."""
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -140,7 +140,7 @@ def tiny_model(vocab_size, seed):
 
 
 def trl_examples(row):
-    """The pairs of a row as trl's collator takes them; what follows an answer's last target token has no part."""
+    """A row's pairs in the form of trl's collator; tokens after an answer's last target are left out."""
     sides = []
     for ids, labels in samples(row):
         learned = torch.nonzero(labels >= 0).flatten()
@@ -154,7 +154,7 @@ def trl_examples(row):
 
 
 def test_the_figures_by_hand():
-    """One pair; two target tokens in the chosen answer, one in the rejected."""
+    """One pair, with two target tokens in the chosen answer and one in the rejected."""
     batch = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "attention_mask": torch.ones(1, 5, dtype=torch.bool)}
     labels = torch.tensor([[-100, 7, 8, -100, 9]])
     policy, reference = torch.tensor([-1.0, -2.0, -4.0]), torch.tensor([-1.0, -4.0, -3.0])
@@ -225,7 +225,7 @@ def test_dense_unpacked_bf16_normalized_with_held_out_pairs(out, train, pairs_fi
     assert last["eval_loss"] < first["eval_loss"] < 0.7
     assert last["eval_accuracy"] >= first["eval_accuracy"]
     assert last["eval_reward_accuracy"] == 1
-    assert last["eval_chosen"] > -8  # an average over tokens: a sum would be several times that
+    assert last["eval_chosen"] > -8  # an average over tokens: a sum would be several times as large
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_it_learns_to_answer(sft, tmp_path):
 
 
 def test_a_step_is_the_same_however_it_is_cut_up(sft, tmp_path):
-    """Rows here have from a few to a hundred target tokens, and each of them weighs the same."""
+    """Rows have from a few to a hundred target tokens, and every token has the same weight."""
     name, flags = "full_sft_32", ("--epochs", "2", "--packing", "0")
     sft(tmp_path / "whole", *flags, "--batch_size", "12")
     for how, processes in ((("3", "--accumulation_steps", "4"), 1), (("3", "--accumulation_steps", "2"), 2)):
@@ -36,7 +36,7 @@ def test_a_step_is_the_same_however_it_is_cut_up(sft, tmp_path):
 
 
 def test_quantization_aware_training_learns_weights_that_int4_can_hold(sft, tmp_path):
-    """Its loss is that of the rounded weights, and its file holds exact ones under the usual names."""
+    """Its loss is computed with the rounded weights, and its file contains the exact ones under the usual names."""
     sft(tmp_path / "exact", "--learning_rate", "1e-9", "--max_steps", "1")
     sft(tmp_path / "aware", "--learning_rate", "1e-9", "--max_steps", "1", "--qat", "int4")
     exact, aware = losses(tmp_path / "exact", "full_sft_32")[0], losses(tmp_path / "aware", "full_sft_32")[0]

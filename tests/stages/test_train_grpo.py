@@ -1,4 +1,4 @@
-"""train_grpo.py: that it learns what is rewarded, and that its loop keeps what every loop must keep."""
+"""train_grpo.py: it learns what is rewarded, and its loop has the properties of every loop."""
 
 import math
 import shutil
@@ -32,7 +32,7 @@ def world(tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def train(world, tokenizer_dir):
-    """Runs train_grpo.py into a folder that has the weights it starts from."""
+    """Runs train_grpo.py with a folder as --out_dir, where the weights that it starts from are."""
 
     def run(out, *flags, by=call_script, **how):
         out.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def train(world, tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def whole(train, tmp_path_factory):
-    """Three steps, the third with two questions; two updates each, with a pull to the start."""
+    """Three steps, the third with two questions; two updates each, with a KL penalty."""
     out = tmp_path_factory.mktemp("whole")
     train(out, *HARD)
     return out
@@ -67,7 +67,7 @@ def assert_same_run(ours, theirs, name=NAME):
 
 
 def test_it_learns_what_is_rewarded(train, tmp_path, monkeypatch):
-    """A rule of the user's own, which a model of random weights can follow: to write ids that seven divides."""
+    """With a custom rule that a model with random weights can follow: generate ids divisible by seven."""
     (tmp_path / "sevens.py").write_text(
         "def share(reply):\n    return sum(i % 7 == 0 for i in reply.tokens) / max(1, len(reply.tokens))\n"
     )
@@ -97,7 +97,7 @@ def test_accumulation_takes_the_steps_of_a_big_batch(train, whole, tmp_path):
 
 
 def test_two_processes_take_the_steps_of_one(train, whole, tmp_path):
-    """Each writes the answers to its own questions; in the last step one has none."""
+    """Each generates the answers to its own questions; in the last step one has none."""
     train(tmp_path, *HARD, "--batch_size", "2", by=run_script, processes=2)
     assert_same_run(tmp_path, whole)
 
@@ -126,7 +126,7 @@ def test_every_objective_trains(train, tmp_path, loss):
 
 
 def test_answers_that_all_got_the_same_teach_nothing(train, tmp_path):
-    """No answer of random weights is right."""
+    """No answer of a random model is right."""
     train(tmp_path, "--rewards", "accuracy:1", "--max_steps", "1")
     (line,) = told(tmp_path)
     assert (line["no_signal"], line["loss"], line["grad_norm"], line["skipped"]) == (1, 0, 0, 0)

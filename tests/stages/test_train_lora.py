@@ -1,4 +1,4 @@
-"""train_lora.py, run for real, alone and in company, and what eval_model.py makes of its adapter."""
+"""train_lora.py, run for real with one and two processes, and its adapter in eval_model.py."""
 
 import json
 import shutil
@@ -11,13 +11,13 @@ from model.model_lora import is_lora, load_lora
 from tests.running import TINY, TINY_TRAINING, one_error_line, run_script
 from trainer.weights import load_weights
 
-STEPS = ("--max_steps", "4", "--epochs", "9", "--learning_rate", "1e-2")  # the first two of them warm up
+STEPS = ("--max_steps", "4", "--epochs", "9", "--learning_rate", "1e-2")  # the first two are warm-up steps
 EXPERTS = ("--use_moe", "--lora_name", "me", "--rank", "4", "--alpha", "8", "--target_modules", "wq,w1,w2")
 
 
 @pytest.fixture(scope="module")
 def base(tiny_tokenizer, tmp_path_factory):
-    """An --out_dir with a random full_sft_32, dense and MoE; without a json, as if downloaded."""
+    """An --out_dir with a random full_sft_32, dense and MoE, without a json, as if downloaded."""
     out = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     for use_moe in (False, True):
@@ -33,7 +33,7 @@ def out(base, tmp_path):
 
 @pytest.fixture(scope="module")
 def train(tokenizer_dir, tiny_data):
-    """Runs train_lora.py into a folder."""
+    """Runs train_lora.py with a folder as --out_dir."""
     data = ("--tokenizer", tokenizer_dir, "--data_path", tiny_data / "sft_mini_512.jsonl")
     return lambda out, *flags, **how: run_script(
         "train_lora.py", "--out_dir", out, *TINY_TRAINING, *data, *STEPS, *flags, **how
@@ -42,7 +42,7 @@ def train(tokenizer_dir, tiny_data):
 
 @pytest.fixture(scope="module")
 def alone(base, train, tmp_path_factory):
-    """What one process makes in four steps: an adapter on the attention and on every expert."""
+    """One process's result after four steps: an adapter on the attention and on every expert."""
     out = shutil.copytree(base, tmp_path_factory.mktemp("alone"), dirs_exist_ok=True)
     train(out, *EXPERTS)
     return out
@@ -62,7 +62,7 @@ def test_only_the_adapter_is_trained_and_saved(base, alone):
     saved = adapter(alone)
     assert all(is_lora(key) and value.dtype == torch.float32 for key, value in saved.items())
     assert len(saved) == 2 * 2 * (1 + 5 * 2)  # A and B, two layers: wq, then w1 and w2 of five experts
-    assert all(value.abs().max() > 1e-4 for key, value in saved.items() if "attention" in key)  # B has left its zeros
+    assert all(value.abs().max() > 1e-4 for key, value in saved.items() if "attention" in key)  # B is no longer zero
     assert (alone / "full_sft_32_moe.pth").read_bytes() == (base / "full_sft_32_moe.pth").read_bytes()
     about = json.loads((alone / "lora" / "me_32_moe.json").read_text(encoding="utf-8"))
     assert (about["rank"], about["alpha"], about["targets"]) == (4, 8, ["wq", "w1", "w2"])
@@ -89,7 +89,7 @@ def test_a_resumed_run_is_bit_for_bit_the_same(out, alone, train):
 
 
 def test_the_adapter_lowers_the_held_out_loss(out, train, tiny_data, tiny_tokenizer):
-    """Dense, default targets, bf16, one sample a row, by Muon alone."""
+    """A dense model, default target layers, bf16, one sample per row, Muon only."""
     held_out = ("--eval_path", tiny_data / "sft_mini_512.jsonl", "--eval_interval", "1", "--max_seq_len", "96")
     how = ("--max_steps", "8", "--learning_rate", "0.1", "--optimizer", "muon", "--dtype", "bfloat16", "--packing", "0")
     train(out, *held_out, *how)
@@ -102,7 +102,7 @@ def test_the_adapter_lowers_the_held_out_loss(out, train, tiny_data, tiny_tokeni
 
 
 def test_qlora_trains_an_adapter_for_the_base_as_it_was_saved(out, base, train, alone, tokenizer_dir):
-    """Interrupted, and on two processes; what it has learned is close to LoRA's, and merges into the exact base."""
+    """Interrupted, and with two processes; the adapter is close to LoRA's, and merges into the exact base."""
     told = train(out, *EXPERTS, "--quantize", "nf4", "--max_steps", "2").stdout
     assert "bytes each; not quantized: embedding and norms" in told
     refused = one_error_line(train(out, *EXPERTS, "--resume", exit_code=2))

@@ -1,4 +1,4 @@
-"""train_ppo.py: that it learns what is rewarded, by rules or by a reward model, and what its loop keeps."""
+"""train_ppo.py: it learns what is rewarded, by rules or by a reward model, and its loop has the usual properties."""
 
 import shutil
 
@@ -19,7 +19,7 @@ RULES = ("--rewards", "repetition:1", "length:0.5", "language:1", "--max_new_tok
 
 @pytest.fixture(scope="module")
 def world(tiny_tokenizer, tmp_path_factory):
-    """Twenty questions, a policy and a reward model of random weights."""
+    """Twenty questions, and a policy and a reward model with random weights."""
     folder = tmp_path_factory.mktemp("world")
     write_jsonl(folder / "rl.jsonl", [{"question": f"What is {n} + {n}?", "answer": 2 * n} for n in range(20)])
     torch.manual_seed(0)
@@ -64,11 +64,11 @@ def test_it_learns_what_is_rewarded(train, tmp_path, monkeypatch):
     rewards = [line["reward"] for line in told(tmp_path / "out")]
     assert sum(rewards[:3]) / 3 < 0.5 < 0.8 < sum(rewards[-3:]) / 3
     weight = [line["kl_weight"] for line in told(tmp_path / "out")]
-    assert weight[-1] > weight[0]  # it has gone far beyond the target, which raises it
+    assert weight[-1] > weight[0]  # the KL is far beyond its target, which raises the weight
 
 
 def test_interrupted_and_resumed_is_as_if_never_interrupted(train, whole, tmp_path):
-    """The critic and the KL's weight go on, too."""
+    """The critic and the KL penalty's weight are resumed, too."""
     train(tmp_path, stop_after=2, exit_code=130)
     assert about(tmp_path, NAME)["step"] == 2
     train(tmp_path, "--resume")

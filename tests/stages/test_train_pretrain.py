@@ -1,4 +1,4 @@
-"""train_pretrain.py, run for real: what it learns, what it writes, and what changes nothing."""
+"""train_pretrain.py, run for real: what it learns, what it writes, and which settings change nothing."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ EPOCHS = ("--epochs", "3")
 
 @pytest.fixture(scope="module")
 def plain(pretrain, tiny_data, tmp_path_factory):
-    """Three epochs in fp32, with everything on: (--out_dir, what was printed)."""
+    """Three epochs in fp32, with evaluation and every report: (--out_dir, output)."""
     out = tmp_path_factory.mktemp("plain")
     held_out = write_jsonl(
         out / "held_out.jsonl", [{"text": "小机器人会数苹果，也会回答问题。"}, {"text": "def add(a, b):"}]
@@ -30,7 +30,7 @@ def plain(pretrain, tiny_data, tmp_path_factory):
 def test_it_learns(plain):
     loss = losses(plain[0])
     assert len(loss) == 18
-    assert loss[0] == pytest.approx(torch.tensor(589.0).log().item(), abs=0.1)  # nothing known: all 589 tokens alike
+    assert loss[0] == pytest.approx(torch.tensor(589.0).log().item(), abs=0.1)  # untrained: uniform over 589
     assert loss[-1] < loss[0] - 0.3
     assert [line["lr"] for line in reports(plain[0])[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
 
@@ -70,7 +70,7 @@ def test_what_people_see_where_there_is_no_terminal(plain):
 
 
 def test_what_people_see_at_a_terminal(plain, pretrain, tmp_path):
-    """A bar with loss, rate, speed and time left in place of lines; evaluations are written above it."""
+    """A bar with loss, rate, speed and time left instead of log lines; evaluations are printed above it."""
     held_out = plain[0] / "held_out.jsonl"
     screen = pretrain(tmp_path, "--eval_interval", "3", "--eval_path", held_out, by=Terminal)
     assert screen.end() == 0
@@ -95,7 +95,7 @@ CUTS = {
 @pytest.mark.parametrize("use_moe", ["0", "1"])
 @pytest.mark.parametrize("packing", ["1", "0"])
 def test_a_step_is_the_same_however_it_is_cut_up(pretrain, tmp_path, use_moe, packing):
-    """Accumulation = a big batch = two ranks, over two epochs whose last step has fewer rows than the others."""
+    """Accumulation, a large batch and two ranks agree, over two epochs whose last step has fewer rows."""
     name = "pretrain_32_moe" if use_moe == "1" else "pretrain_32"
     flags = ("--use_moe", use_moe, "--packing", packing, "--epochs", "2")
     pretrain(tmp_path / "whole", *flags, "--batch_size", "8")
@@ -122,7 +122,7 @@ def test_half_precision_learns_the_same_within_its_precision(plain, pretrain, tm
     assert {value.dtype for value in weights(tmp_path).values()} == {torch.float32}
     (state,) = tmp_path.glob("pretrain_32.resume/step_*/optimizer.pt")
     scaler = torch.load(state, weights_only=True)["scaler"]
-    assert bool(scaler) == (dtype == "float16")  # it lives for float16 alone
+    assert bool(scaler) == (dtype == "float16")  # it is enabled for float16 only
 
 
 def test_the_default_precision_is_the_machines(pretrain, tmp_path):
@@ -147,7 +147,7 @@ def test_every_hundredth_sample_is_held_out_where_no_file_is_named(pretrain, tin
 
 
 def test_steps_with_infinite_loss_are_skipped_and_counted_and_many_in_a_row_stop_the_run(pretrain, tmp_path):
-    """A rate that throws the weights out of the range of float16: every later loss is infinite or no number."""
+    """A learning rate that drives the weights out of float16's range: every later loss is infinite or NaN."""
     pretrain(tmp_path, "--max_steps", "4")
     before = weights(tmp_path)
     far = ("--epochs", "9", "--resume", "--save_interval", "100", "--learning_rate", "1e30")
@@ -160,8 +160,8 @@ def test_steps_with_infinite_loss_are_skipped_and_counted_and_many_in_a_row_stop
     assert all(line["loss"] is None or line["grad_norm"] is None for line in skipped)
     assert "9 steps skipped" in done.stdout
     for line in (tmp_path / "pretrain_32.metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=pytest.fail)  # no NaN, which is no JSON
-    done = pretrain(tmp_path, "--epochs", "1", "--resume")  # and it goes on as if nothing had been
+        json.loads(line, parse_constant=pytest.fail)  # no NaN, which is not JSON
+    done = pretrain(tmp_path, "--epochs", "1", "--resume")  # and it resumes as if nothing had happened
     assert about(tmp_path)["step"] == 6
     assert about(tmp_path)["skipped"] == 0
 

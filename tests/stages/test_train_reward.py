@@ -1,4 +1,4 @@
-"""train_reward.py: its loss against trl's trainer, where the score is read, real runs, and choosing among answers."""
+"""train_reward.py: its loss compared with trl's trainer, the place of the score, real runs, choosing answers."""
 
 import itertools
 import shutil
@@ -62,14 +62,14 @@ def judge(tiny_tokenizer):
 
 
 def test_the_loss_is_trls():
-    """Of the same two scores, as its trainer computes it."""
+    """For the same two scores, as computed by trl's trainer."""
     from types import SimpleNamespace
 
     from trl import RewardTrainer
 
     torch.manual_seed(0)
     scores = torch.randn(5, 2)
-    interleaved = torch.cat([scores[:, 0], scores[:, 1]])[:, None]  # it takes the chosen ones first, then the others
+    interleaved = torch.cat([scores[:, 0], scores[:, 1]])[:, None]  # all chosen answers, then all rejected
     given = SimpleNamespace(
         args=SimpleNamespace(center_rewards_coefficient=None),
         model=SimpleNamespace(training=True),
@@ -91,7 +91,7 @@ def test_the_loss_is_trls():
 
 
 def test_the_score_is_read_at_the_last_end_of_the_answer(tiny_tokenizer, judge, world):
-    """Of packed rows the same as of each chat alone."""
+    """In packed rows the score is the same as for each chat alone."""
     data = DPODataset(world / "dpo.jsonl", tiny_tokenizer, 256)  # nothing is cut off
     batch = collate([data[0], data[1]], data.max_seq_len)
     labels = batch.pop("labels")
@@ -127,7 +127,7 @@ def test_it_learns_the_pairs_and_writes_the_head_beside_the_decoder(train, whole
     assert set(weights(whole, NAME)) == {*torch.load(whole / "full_sft_32.pth", weights_only=True), f"{SCORE}weight"}
     assert weights(whole, NAME)["score.weight"].shape == (1, 32)
     losses = [line["loss"] for line in reports(whole, NAME) if "loss" in line]
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # it begins by finding all the same
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # at first all scores are equal
     last = reports(whole, NAME)[-1]
     assert last["eval_accuracy"] > 0.9
     assert about(whole, NAME)["metrics"]["eval_accuracy"] == last["eval_accuracy"]

@@ -1,5 +1,5 @@
-"""The variants of docs/architectures.md, trained for real: from nothing, interrupted, on two processes, by a stage that
-follows; and what they do not go with."""
+"""The variants of docs/architectures.md, trained for real: from scratch, interrupted, with two processes, by a later
+stage; and the combinations that are refused."""
 
 import pytest
 import torch
@@ -20,13 +20,13 @@ BIAS = (
     "2",
 )
 BIAS = (*BIAS, "--hidden_dim", "32", "--mtp_depth", "2", "--mtp", "parallel")
-STEPS = ("--max_steps", "3")  # after four a bias may be back where it began
+STEPS = ("--max_steps", "3")  # after four steps a bias may have returned to its start
 KINDS = {"mla": ("pretrain_32", MLA), "bias": ("pretrain_32_moe", BIAS)}
 
 
 @pytest.fixture(scope="module")
 def trained(pretrain, tmp_path_factory):
-    """An --out_dir with a model of each kind."""
+    """An --out_dir with a model of each variant."""
     out = tmp_path_factory.mktemp("variants")
     for _, flags in KINDS.values():
         pretrain(out, *STEPS, *flags, by=call_script)

@@ -1,4 +1,4 @@
-"""Both vision stages and eval_vlm.py, run for real on a handful of pictures."""
+"""Both vision stages and eval_vlm.py, run for real on a handful of images."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 160, 0), "blue": (0, 0, 255)}
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder with images/ and lines.jsonl: one picture, two pictures and no picture a line, in turn."""
+    """A folder with images/ and lines.jsonl, whose lines have one, two and no images in turn."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "images").mkdir()
     for name, colour in COLOURS.items():
@@ -38,7 +38,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def out(tiny_out, tmp_path):
-    """An --out_dir with full_sft_32 alone."""
+    """An --out_dir with only full_sft_32."""
     folder = tmp_path / "out"
     folder.mkdir()
     for suffix in (".pth", ".json"):
@@ -48,7 +48,7 @@ def out(tiny_out, tmp_path):
 
 @pytest.fixture
 def stage(pictures, clip_dir, tokenizer_dir):
-    """Run a stage: stage("pretrain_vlm", out_dir, further flags) -> (weights, json); None where it fails."""
+    """Run a stage: stage("pretrain_vlm", out_dir, further flags) -> (weights, json); None if it fails."""
 
     def run(name: str, out, *flags, stop_after: int | None = None, exit_code: int = 0):
         given = stage_flags(out, pictures, clip_dir, tokenizer_dir)
@@ -63,7 +63,7 @@ def stage(pictures, clip_dir, tokenizer_dir):
 
 @pytest.fixture
 def refused(stage, capsys):
-    """Run a stage that must end in one line of error: that line."""
+    """Run a stage that must end with one line of error; returns the line."""
 
     def run(*arguments) -> str:
         stage(*arguments, exit_code=2)
@@ -91,7 +91,7 @@ class TestTraining:
         projection = {"vision_proj.vision_proj.0.weight", "vision_proj.vision_proj.0.bias"}
         pretrained, about = stage("pretrain_vlm", out)
         assert changed(llm, pretrained) == projection
-        assert pretrained.keys() == llm.keys() | projection  # and no tower
+        assert pretrained.keys() == llm.keys() | projection  # and without a tower
         assert about["stage"] == "pretrain_vlm"
         tuned, tuned_about = stage("sft_vlm", out)
         assert changed(pretrained, tuned) == tuned.keys()
@@ -118,7 +118,7 @@ class TestTraining:
     def test_beyond_the_limit_other_caches_go_and_its_own_are_not_made_again(
         self, stage, out, pictures, monkeypatch, tmp_path
     ):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the limit is for what lies there, too
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the limit includes existing caches
 
         def caches() -> dict[str, int]:
             return {path.name: path.stat().st_ino for path in pictures.glob(".cache/*/*-*-*")}
@@ -150,7 +150,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("engine", [(), ("--deepspeed", "--zero_stage", "2")])
     def test_two_processes_take_the_steps_of_one(self, stage, out, tmp_path, pictures, clip_dir, tokenizer_dir, engine):
-        """Four rows a step: four of one process, or two of each of two, some without a picture."""
+        """Four rows per step: from one process, or two from each of two; some have no image."""
         alone, _ = stage("pretrain_vlm", out, "--no-packing")
         shutil.copytree(out, tmp_path / "two", ignore=shutil.ignore_patterns("pretrain_vlm*"))
         flags = (*stage_flags(tmp_path / "two", pictures, clip_dir, tokenizer_dir), "--no-packing", "--batch_size", "2")
@@ -220,7 +220,7 @@ class TestEval:
     @pytest.fixture(scope="class")
     @staticmethod
     def seeing(tmp_path_factory, tiny_tokenizer, clip_dir):
-        """An --out_dir with weights of every mode, and a transformers folder."""
+        """An --out_dir with weights for every --model_mode, and a transformers folder."""
         out = tmp_path_factory.mktemp("seeing")
         place = image_token_id(tiny_tokenizer)
         config = VLMConfig(dim=32, n_layers=2, vocab_size=len(tiny_tokenizer), image_token_id=place)
@@ -234,7 +234,7 @@ class TestEval:
 
     @pytest.fixture
     def asked(self, capsys, seeing, clip_dir, tokenizer_dir):
-        """What eval_vlm.py prints, or the line of its error."""
+        """The output of eval_vlm.py, or its line of error."""
 
         def run(*flags, exit_code: int = 0) -> str:
             given = (*TINY, "--tokenizer", tokenizer_dir, "--vision_model", clip_dir, "--out_dir", seeing)

@@ -1,4 +1,4 @@
-"""A process that hangs, or a run that does: nobody waits for it for ever, and everybody says where they stand."""
+"""A process or a run that hangs: no rank waits for ever, and each says where it is stuck."""
 
 import re
 import signal
@@ -13,7 +13,7 @@ ENDLESS = ("--epochs", "100000", "--save_interval", "1")
 
 
 def ended(run: RunningScript) -> str:
-    """What a run of several ranks says when one has ended by itself; those that hang are killed, as launchers do."""
+    """The errors of a run of several ranks once one has ended by itself; hanging ones are killed, as by launchers."""
     deadline = time.monotonic() + PATIENCE
     while not run.codes():
         assert time.monotonic() < deadline, f"hangs:\n{run.stdout}\n{run.stderr}"
@@ -26,7 +26,7 @@ def ended(run: RunningScript) -> str:
 
 @pytest.mark.parametrize("struck", ["0", "1"])
 def test_a_rank_that_is_halted_is_named_by_the_other(pretrain, tmp_path, struck):
-    """By SIGSTOP, as a machine that is gone: its connections stay open, and PyTorch waits for half an hour."""
+    """By SIGSTOP, which resembles a lost machine: connections stay open, and PyTorch waits for half an hour."""
     run = pretrain.interrupted(
         *(tmp_path, "SIGSTOP", "log", 3, *ENDLESS, "--batch_size", "2"),
         **{"by": RunningScript, "processes": 2, "env": {"STRUCK_RANK": struck, "SILENT": "6"}},
@@ -70,6 +70,6 @@ def test_one_process_that_stalls_ends(pretrain, tmp_path):
 
 
 def test_a_run_that_is_slower_than_its_limit_at_the_end_is_no_stalled_one(pretrain, tmp_path):
-    """The watchdog ends with the steps: what is left to write may take its time."""
+    """The watchdog ends with the last step: final writes may take longer."""
     pretrain(tmp_path, "--max_steps", "3", "--stall_timeout", "600", "--batch_size", "2", processes=2)
     assert about(tmp_path)["step"] == 3

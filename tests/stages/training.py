@@ -1,4 +1,4 @@
-"""What the tests of the training stages share: running a stage on the tiny data, and reading what it left."""
+"""Shared by the tests of the training stages: running a stage on the tiny data, and reading its results."""
 
 import json
 from collections.abc import Callable
@@ -9,22 +9,22 @@ import torch
 from tests.running import TINY_TRAINING, RunningScript, run_script
 from trainer.metrics import read_metrics
 
-MEASURED = ("seconds", "tokens_per_second")  # what is no two times the same
+MEASURED = ("seconds", "tokens_per_second")  # fields that differ from run to run
 
 
 def weights(out: Path, name: str = "pretrain_32") -> dict[str, torch.Tensor]:
-    """The weights that a stage left, read as anybody could."""
+    """The weights that a stage saved, read with torch.load."""
     return torch.load(out / f"{name}.pth", weights_only=True)
 
 
 def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest difference of any weight."""
+    """The largest difference between any two corresponding weights."""
     assert ours.keys() == theirs.keys()
     return max((ours[key] - theirs[key]).abs().max().item() for key in ours)
 
 
 def reports(out: Path, name: str = "pretrain_32") -> list[dict]:
-    """The lines of the metrics file, without what depends on the machine's speed."""
+    """The lines of the metrics file, without fields that depend on the machine's speed."""
     lines = read_metrics(out / f"{name}.metrics.jsonl")
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
 
@@ -39,7 +39,7 @@ def about(out: Path, name: str = "pretrain_32") -> dict:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, but the lock and its owner's name."""
+    """Every file below a folder, except the lock and its owner's name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -48,7 +48,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 class Stage:
-    """A training stage with the flags that make it tiny; call it with an --out_dir and any others."""
+    """A training stage with flags that make it tiny; call it with an --out_dir and further flags."""
 
     def __init__(self, script: str, *common: str | Path):
         self.script = script
@@ -56,12 +56,12 @@ class Stage:
         self.data_path = common[common.index("--data_path") + 1]
 
     def __call__(self, out: Path, *flags: str | Path, by: Callable = run_script, before: tuple = (), **how):
-        """Run it to its end by `run_script`, or start it with `by=RunningScript`; `before` is put before its name."""
+        """Run it to its end by `run_script`, or start it with `by=RunningScript`; `before` precedes its name."""
         first, *others = (*before, self.script)
         return by(first, *others, *self.common, "--out_dir", out, *flags, **how)
 
     def interrupted(self, out: Path, signal: str, place: str, nth: int, *flags: str | Path, **how):
-        """Run it, and let a signal strike; see tests/stages/crash_points.py."""
+        """Run it until a signal strikes; see tests/stages/crash_points.py."""
         return self(out, *flags, before=("tests/stages/crash_points.py", signal, place, str(nth)), **how)
 
     def started(self, out: Path, *flags: str | Path, **how) -> RunningScript:

@@ -1,4 +1,4 @@
-"""Machines that are not here: an accelerator that PyTorch is made to see."""
+"""Simulated accelerators, which PyTorch is made to see."""
 
 import types
 
@@ -6,7 +6,7 @@ import torch
 
 
 def pretend(monkeypatch, kind: str, count: int) -> list[int]:
-    """Let PyTorch see `count` devices of a kind; the list holds each index that became the current one."""
+    """Let PyTorch see `count` devices of a kind; the list records each index that became the current device."""
     current: list[int] = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device(kind))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
@@ -17,7 +17,7 @@ def pretend(monkeypatch, kind: str, count: int) -> list[int]:
 
 
 def pretend_random(monkeypatch) -> dict[torch.device, torch.Tensor]:
-    """Give every accelerator a random generator; the dict holds the state of each."""
+    """Give every accelerator a random generator; the dict contains their states."""
     states: dict[torch.device, torch.Tensor] = {}
     module = types.SimpleNamespace(
         get_rng_state=lambda device: states.get(device, torch.tensor([7], dtype=torch.uint8)),
@@ -28,7 +28,7 @@ def pretend_random(monkeypatch) -> dict[torch.device, torch.Tensor]:
 
 
 class OnMac(torch.Tensor):
-    """A tensor that says it is on a Mac's GPU, and refuses float64 as one there does."""
+    """A tensor that claims to be on a Mac's GPU, and like one there refuses float64."""
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""trainer/adamw8bit.py: rounding by hand, beside PyTorch's AdamW, bytes, and a state that comes back bit for bit."""
+"""trainer/adamw8bit.py: rounding by hand, updates compared with PyTorch's AdamW, memory, bit-exact resumption."""
 
 import copy
 
@@ -13,7 +13,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_the_code_books_by_hand():
-    """Of a byte s000 0001 there is one fraction left, the middle of 0.1 and 1; of s1xx xxxx 64 at a power of 0."""
+    """A byte s000 0001 has one fraction, the middle of 0.1 and 1; s1xx xxxx has 64 fractions at a power of 0."""
     signed, positive = code_book(True), code_book(False)
     assert len(set(signed)) == len(set(positive)) == 256
     assert signed[127] == positive[0] == 0
@@ -62,7 +62,7 @@ def test_small_tensors_are_stepped_as_by_pytorch():
 
 
 def regression(make) -> tuple[torch.nn.Parameter, torch.optim.Optimizer, list[float]]:
-    """200 steps of least squares with noise, whose columns differ a thousandfold in size."""
+    """200 steps of least squares with noise, with columns that differ a thousandfold in scale."""
     generator = torch.Generator().manual_seed(3)
     sizes = 10.0 ** torch.linspace(-1.5, 1.5, 64)
     true = torch.randn(80, 64, generator=generator)
@@ -88,7 +88,7 @@ def test_it_learns_as_adamw_does():
     assert "exp_avg_codes" in optimizer.state[weight]
     assert losses[-1] < 0.05 * losses[0]
     assert ours[-1] == pytest.approx(losses[-1], rel=0.3)
-    sizes = 10.0 ** torch.linspace(-1.5, 1.5, 64)  # of the columns: the small ones are lost in the noise in both
+    sizes = 10.0 ** torch.linspace(-1.5, 1.5, 64)  # of the columns: in both, the small ones are lost in the noise
     assert ((weight - exact) * sizes).norm() < 0.05 * (exact * sizes).norm()
 
 

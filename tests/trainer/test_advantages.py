@@ -1,4 +1,4 @@
-"""trainer/advantages.py: PPO's arithmetic, worked out by hand, and against a plain loop over one answer."""
+"""trainer/advantages.py: PPO's formulas by hand, and compared with a plain loop over one answer."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_the_reward_comes_with_the_last_token_and_the_kl_with_each():
 def test_advantages_by_hand():
     """gamma 0.5, lambda 0.5; the second answer has two tokens: delta = 1 + 0.5 * 2 - 3 = -1, then 4 - 2 = 2."""
     rewards = torch.tensor([[0.0, 0.0, 0.0, 1.0], [1.0, 4.0, 0.0, 0.0]])
-    values = torch.tensor([[7.0, 0.5, 1.0, 2.0], [3.0, 2.0, 7.0, 7.0]])  # 7: outside, not to be looked at
+    values = torch.tensor([[7.0, 0.5, 1.0, 2.0], [3.0, 2.0, 7.0, 7.0]])  # 7: outside the mask, must be ignored
     advantages, returns = generalised_advantages(rewards, values, MASK, gamma=0.5, decay=0.5)
     third = 1 - 2
     second = (0.5 * 2 - 1) + 0.25 * third
@@ -52,7 +52,7 @@ def test_white_advantages_have_mean_0_and_deviation_1_over_all_micro_batches():
     tokens = torch.cat([white[0][MASK], white[1][~MASK]])
     assert tokens.mean().item() == pytest.approx(0, abs=1e-6)
     assert tokens.std(unbiased=False).item() == pytest.approx(1, abs=1e-5)
-    assert whiten([torch.ones(2, 4)], [MASK], run)[0].abs().max() < 1e-3  # all alike: nothing to tell apart
+    assert whiten([torch.ones(2, 4)], [MASK], run)[0].abs().max() < 1e-3  # all equal: no signal
 
 
 def test_the_policy_loss_by_hand():
@@ -69,7 +69,7 @@ def test_the_value_loss_by_hand():
     mask = torch.ones(1, 3, dtype=torch.bool)
     values, old, returns = (torch.tensor([row]) for row in ([1.0, 0.1, -0.5], [0.0, 0.0, 0.0], [2.0, 2.0, -0.4]))
     losses = clipped_value_loss(values, old, returns, mask, epsilon=0.2)
-    # moved too far: (0.2 - 2)^2; not far: (0.1 - 2)^2; beyond the bound, but the bound is worse than the value
+    # clipped: (0.2 - 2)^2; within: (0.1 - 2)^2; beyond the bound, but the clipped value would be better
     assert losses.tolist()[0] == pytest.approx([1.8**2 / 2, 1.9**2 / 2, 0.2**2 / 2])
 
 

@@ -1,4 +1,4 @@
-"""trainer/answer_check.py: the right number in every usual spelling, and nothing that only looks like it."""
+"""trainer/answer_check.py: the right number is accepted in every usual spelling, and nothing that only resembles it."""
 
 import pytest
 
@@ -50,7 +50,7 @@ def test_what_only_looks_like_the_right_answer(expected, text):
 
 @pytest.mark.parametrize("number", [*range(0, 120), 200, 205, 250, 1000, 1001, 1010, 1100, 9999, 10000, 10500, 120304])
 def test_chinese_numbers_are_read_as_they_are_written(number):
-    """The oracle writes a number the long way, digit by digit with its place."""
+    """The oracle writes out a number digit by digit, each with its place value."""
 
     def below_10000(n: int) -> str:
         text, zero = "", False

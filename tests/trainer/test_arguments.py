@@ -1,4 +1,4 @@
-"""The flags all stages share: each there, each read as people mean it, each wrong value told in one line."""
+"""The flags that all stages share: all exist, all are parsed as meant, and wrong values give one line of error."""
 
 import argparse
 import importlib
@@ -24,16 +24,10 @@ from trainer.argument_types import (
     seed,
     text,
 )
-from trainer.arguments import (
-    SAMPLING,
-    Parser,
-    add_sampling_arguments,
-    check_training_arguments,
-    sampling_settings,
-    training_parser,
-)
+from trainer.arguments import Parser, check_training_arguments, training_parser
 from trainer.engine_settings import deepspeed_config
 from trainer.errors import UserError
+from trainer.inference_arguments import SAMPLING, add_sampling_arguments, sampling_settings
 
 COMMON_FLAGS = """
     out_dir epochs max_steps batch_size accumulation_steps learning_rate warmup_iters grad_clip dtype device seed
@@ -202,7 +196,7 @@ def test_a_deepspeed_file_that_is_none(tmp_path, content):
     "stage", ["eval_model", "eval_vlm", "scripts.chat_openai_api", "scripts.collect_teacher_answers"]
 )
 def test_what_is_said_to_a_model_is_utf8(stage, monkeypatch):
-    """A path may be any bytes; a prompt that no tokenizer and no server takes is refused by name."""
+    """A path may be any bytes; a prompt that is not UTF-8, which no tokenizer or server accepts, is refused by name."""
     flag = "--system" if stage.startswith("scripts") else "--prompt"
     broken = b"caf\xe9".decode("utf-8", "surrogateescape")
     monkeypatch.setattr("sys.argv", [stage, flag, broken])
@@ -315,7 +309,7 @@ def test_all_that_deepspeed_is_told_without_a_file():
     assert deepspeed_config(parse("--deepspeed")) == {
         "zero_optimization": {"stage": 2},
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_accumulation_steps": 1,  # whatever ours are: the loop adds batches up
+        "gradient_accumulation_steps": 1,  # whatever ours are, because the loop accumulates
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -1,4 +1,4 @@
-"""A checkpoint without a stage: what is saved and known by its hash, and what may differ when a run goes on."""
+"""Checkpoint without a stage: saving, verification by hashes, and which settings may change on resume."""
 
 import errno
 import json
@@ -125,7 +125,7 @@ def flip(path, place: float = 0.5) -> None:
 
 @pytest.fixture
 def saved(open_checkpoint, tmp_path):
-    """The folder of a run that has saved its third step."""
+    """The resume folder of a run that has saved its third step."""
     checkpoint, parts = open_checkpoint(resume=False)
     checkpoint.save(*parts, Progress(step=3), {})
     checkpoint.wait()
@@ -142,7 +142,7 @@ def test_every_file_that_is_read_to_go_on_is_known_by_its_hash(saved, tmp_path):
 
 
 def test_each_rank_has_a_random_state_of_its_own(open_checkpoint, run, monkeypatch, tmp_path):
-    """Rank 0 writes them all: another machine may not see its folder."""
+    """Rank 0 writes all of them, because another machine may not see its folder."""
     first, second = torch.get_rng_state(), torch.Generator().manual_seed(7).get_state()
     monkeypatch.setattr(run, "gather", lambda value: [{"cpu": first}, {"cpu": second}], raising=False)
     checkpoint, parts = open_checkpoint(resume=False)
@@ -170,7 +170,7 @@ def test_a_flipped_bit_is_seen_and_its_file_named(open_checkpoint, saved, name, 
 
 @pytest.mark.parametrize("place", [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 def test_a_flipped_bit_in_the_state_itself(open_checkpoint, saved, place):
-    """Whether it is still JSON then, with another number in it, or none."""
+    """Whether the file is then still JSON, with another number in it, or not JSON."""
     path = saved / "state.json"
     flip(path, place)
     checkpoint, parts = open_checkpoint(resume=True)
@@ -188,7 +188,7 @@ def test_another_step_in_the_state_is_seen(open_checkpoint, saved):
 
 @pytest.mark.parametrize("place", [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 def test_a_flipped_bit_in_what_is_told_of_the_weights(open_checkpoint, saved, place, tmp_path):
-    """It would be copied beside the weights, where the next stage goes by it."""
+    """It would be copied beside the weights, where the next stage relies on it."""
     published = (tmp_path / "stage_32.json").read_bytes()
     flip(saved / "model.json", place)
     checkpoint, parts = open_checkpoint(resume=True)
@@ -230,7 +230,7 @@ def test_without_a_pointer_the_first_save_was_cut_short(open_checkpoint, saved, 
 
 @pytest.fixture
 def save_steps(open_checkpoint, tmp_path):
-    """Saves steps of a new run, each with other weights; returns the folder and what the run is."""
+    """Saves these steps of a new run, each with other weights; returns the resume folder."""
 
     def save(*steps: int, **flags):
         checkpoint, parts = open_checkpoint(resume=False, flags=flags)
@@ -300,7 +300,7 @@ def test_of_two_damaged_states_the_one_before_both_is_used(open_checkpoint, save
 
 
 def test_states_that_a_later_run_left_are_not_gone_back_to(open_checkpoint, save_steps):
-    """A state behind the one that the pointer names is none of the run's past."""
+    """A state after the one that the pointer names does not belong to the run's past."""
     folder = save_steps(1, 2, 3, keep_last=3)
     (folder / "latest").write_text("step_00000002")
     flip(folder / "step_00000002" / "model.pth")
@@ -333,7 +333,7 @@ def test_a_save_that_fails_is_told_by_the_next_and_the_one_before_is_whole(open_
         with pytest.raises(UserError, match="step_00000002: No space left on device; the previous file is intact"):
             checkpoint.save(*parts, Progress(step=3), {})
     assert names(folder) == ["step_00000001"]
-    checkpoint.wait()  # it is told once
+    checkpoint.wait()  # it is reported once
     del checkpoint
     checkpoint, parts = open_checkpoint(resume=True)
     assert checkpoint.load(*parts).step == 1
@@ -425,7 +425,7 @@ def test_resume_mends_a_json_that_a_crash_left_behind_its_weights(open_checkpoin
 
 
 def test_a_step_is_saved_though_folders_of_earlier_runs_have_its_name(open_checkpoint, saved, tmp_path):
-    """Two, where one of them could not be deleted."""
+    """Two folders, of which one could not be deleted."""
     shutil.copytree(saved, saved.with_name(saved.name + "_"))
     checkpoint, parts = open_checkpoint(resume=True)
     checkpoint.save(*parts, Progress(step=3, tokens=77), {})
@@ -455,8 +455,8 @@ def test_a_worker_does_not_keep_the_lock_of_a_run_that_is_gone(open_checkpoint):
     go_on, ended = os.pipe()
     started, begun = os.pipe()
     pid = os.fork()
-    if pid == 0:  # as a DataLoader's worker does, it lives on for a while
-        os.write(begun, b".")  # what is done at a fork has been done in here
+    if pid == 0:  # like a DataLoader's worker, it lives on for a while
+        os.write(begun, b".")  # the fork handlers have run in the child
         os.close(ended)
         os.read(go_on, 1)
         os._exit(0)
@@ -471,20 +471,20 @@ def test_a_worker_does_not_keep_the_lock_of_a_run_that_is_gone(open_checkpoint):
         os.close(end)
 
 
-# ------------------------------------------------------------------------------- what may change when a run goes on
+# ---------------------------------------------------------------------------------------- changes allowed on resume
 
-CHANGES = {  # what changes the numbers, and something else to give
+CHANGES = {  # settings that change the numbers, each with another value
     **{"max_seq_len": 32, "packing": False, "skip_bad_lines": True, "optimizer": "muon", "seed": 1},
     "eval_interval": 0,
 }
-SHARING = {"batch_size", "accumulation_steps", "deepspeed", "zero_stage"}  # as long as a step has the same rows
+SHARING = {"batch_size", "accumulation_steps", "deepspeed", "zero_stage"}  # if a step still has the same rows
 MAY_CHANGE = {
     *("epochs", "max_steps", "learning_rate", "warmup_iters", "grad_clip", "dtype"),
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_path", "resume", "overwrite"),
     *("compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
-    *("dim", "n_layers", "use_moe", "tokenizer"),  # by the architecture and the tokenizer's hash,
-    *("generation", "num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling"),  # and these, too
-    *("data_path", "cache_limit"),  # the data by what it holds
+    *("dim", "n_layers", "use_moe", "tokenizer"),  # compared through the architecture and the tokenizer's hash,
+    *("generation", "num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling"),  # as are these
+    *("data_path", "cache_limit"),  # the data by its content
     *("save_minutes", "keep_last", "keep_every", "save_best", "stop_after", "stall_timeout"),
 }
 
@@ -499,7 +499,7 @@ def test_each_flag_is_one_that_changes_the_numbers_or_one_that_does_not():
 
 @pytest.fixture
 def resumed_with(run, tiny_tokenizer, tmp_path):
-    """A run that is saved, and goes on with other settings."""
+    """Resumes a saved run with other settings; returns the step that it resumes at."""
     config = LMConfig(dim=32, n_layers=1, n_heads=4, vocab_size=64)
 
     def start(resume: bool, config: LMConfig = config, facts: dict | None = None, **changes):

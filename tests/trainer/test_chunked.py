@@ -1,4 +1,4 @@
-"""trainer/chunked.py: a sum in parts, with the gradient of the whole."""
+"""trainer/chunked.py: a loss in chunks, with the gradient of the whole."""
 
 import pytest
 import torch
@@ -36,12 +36,12 @@ def test_sizes_must_fit():
 
 
 def test_a_loss_of_a_few_rows_at_a_time_is_the_loss_of_all_rows(monkeypatch):
-    """Against torch's kl_div over all target tokens at once."""
+    """Compared with torch's kl_div over all target tokens at once."""
     monkeypatch.setattr("trainer.chunked.TOKENS_AT_ONCE", 20)
     torch.manual_seed(0)
     ids = torch.randint(0, 64, (5, 9))
     labels = torch.where(torch.rand(5, 9) < 0.6, ids, -100)
-    labels[4] = -100  # a row of padding: nobody is asked about it
+    labels[4] = -100  # a row of padding, which is left out
     mask = labels[:, 1:] != -100
     batch = {"taught": torch.randn(5, 9, 64), "input_ids": ids}
     student = torch.randn(int(mask.sum()), 64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""From the data flags to rows: what is held out, and when caches are limited."""
+"""From the data flags to rows: what is held out, and when old caches are removed."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ RUN = Runtime(torch.device("cpu"), torch.float32)
 
 
 class Rows(list):
-    """In place of a dataset: ten rows, or none of what is held out of "small"."""
+    """A fake dataset: ten rows, or none for the held-out part of "small"."""
 
     def __init__(self, path, tokenizer, max_seq_len, packing, skip_bad_lines, seed, part):
         super().__init__([] if (path, part) == ("small", "eval") else range(10))

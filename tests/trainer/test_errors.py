@@ -1,4 +1,4 @@
-"""How scripts end: one line and exit code 2 for what the user can mend, a traceback for what is a bug."""
+"""How scripts end: one line and exit code 2 for an error the user can fix, a traceback for a bug."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def test_a_lost_worker_says_what_needs_less(capsys):
             return 8
 
         def __getitem__(self, number):
-            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+            os.kill(os.getpid(), signal.SIGKILL)  # like the kernel when memory runs out
 
     def main():
         list(torch.utils.data.DataLoader(Dies(), num_workers=1, multiprocessing_context="fork"))
@@ -123,7 +123,7 @@ def test_a_part_of_a_package_that_is_missing_is_a_bug(error):
 
 
 def test_a_reader_that_has_enough_is_no_error(monkeypatch, tmp_path):
-    """`| head`: 141, as a shell has it, also where there is no SIGPIPE to ask for its number."""
+    """With `| head` the exit code is 141, as in a shell, also on systems without SIGPIPE."""
     monkeypatch.setattr(sys, "stdout", open(tmp_path / "out", "w", encoding="utf-8"))  # noqa: SIM115
     monkeypatch.delattr(errors.signal, "SIGPIPE")
     with pytest.raises(SystemExit) as end:
@@ -138,7 +138,7 @@ def test_streams_that_are_closed(monkeypatch):
 
 
 def test_on_windows_pipes_and_files_are_utf8(monkeypatch):
-    """Where a code page would be used that has no Chinese."""
+    """There a code page without Chinese would be used."""
     raw = {name: io.BytesIO("你好".encode() if name == "stdin" else b"") for name in ("stdin", "stdout", "stderr")}
     for name, stream in raw.items():
         monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding="cp1252", errors="strict"))

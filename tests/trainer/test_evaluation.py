@@ -1,4 +1,4 @@
-"""Loss on held-out rows: against transformers' own cross-entropy, row by row, and bytes counted by hand."""
+"""Loss on held-out rows: compared with transformers' cross-entropy, row by row; bytes counted by hand."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_nats_per_token_and_bits_per_byte(model, tiny_tokenizer, tiny_data, kind
     rows = kind(tiny_data / f"{name}.jsonl", tiny_tokenizer, max_seq_len=200, packing=packing)
     run = Runtime(torch.device("cpu"), torch.float32)
     values = evaluate(model.train(), rows, tiny_tokenizer, run, batch_size=3)
-    assert model.training  # as it was
+    assert model.training  # as before
 
     nats = tokens = text_bytes = 0
     with torch.no_grad():
@@ -35,17 +35,15 @@ def test_nats_per_token_and_bits_per_byte(model, tiny_tokenizer, tiny_data, kind
             learned = targets[targets != -100]
             tokens += len(learned)
             for token in learned.tolist():
-                if token > 2:  # special tokens are no text
-                    text_bytes += len(
-                        tiny_tokenizer.backend_tokenizer.id_to_token(token)
-                    )  # a character stands for a byte
+                if token > 2:  # special tokens are not text
+                    text_bytes += len(tiny_tokenizer.backend_tokenizer.id_to_token(token))  # one character per byte
     assert values["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
     assert values["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-5)
     assert evaluate(model, rows, tiny_tokenizer, run, batch_size=50) == pytest.approx(values, rel=1e-5)
 
 
 class OneOfTwo(Runtime):
-    """A rank of two; `sum` adds what the other one has found."""
+    """One rank of two; `sum` adds the other rank's result."""
 
     others: tuple = ()
 
@@ -55,7 +53,7 @@ class OneOfTwo(Runtime):
 
 
 def test_two_ranks_find_together_what_one_finds(model, tiny_tokenizer, tiny_data):
-    """Each evaluates its share of the rows."""
+    """Each rank evaluates its share of the rows."""
     rows = PretrainDataset(tiny_data / "pretrain_hq.jsonl", tiny_tokenizer, max_seq_len=100)
     cpu = torch.device("cpu")
     alone = evaluate(model, rows, tiny_tokenizer, Runtime(cpu, torch.float32), batch_size=3)
@@ -67,7 +65,7 @@ def test_two_ranks_find_together_what_one_finds(model, tiny_tokenizer, tiny_data
 
 
 class Breaking(nn.Module):
-    """A model that is out of memory; sharded as by a stage of ZeRO."""
+    """A model that runs out of memory, sharded as by a stage of ZeRO."""
 
     def __init__(self, stage: int):
         super().__init__()
@@ -87,7 +85,7 @@ def test_one_that_fails_says_so_and_leaves_the_model_as_it_was(tiny_tokenizer, t
             evaluate(model, rows, tiny_tokenizer, run, batch_size=3)
         assert isinstance(told.value.__cause__, MemoryError)
         assert model.training
-    with pytest.raises(MemoryError):  # the other ranks wait in the middle of a layer: nothing can go on
+    with pytest.raises(MemoryError):  # the other ranks wait in the middle of a layer: the run cannot continue
         evaluate(Breaking(3), rows, tiny_tokenizer, run, batch_size=3)
 
 

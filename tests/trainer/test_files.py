@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tensors that cannot bring code along."""
+"""Files that are complete or absent, and tensor files that cannot contain code."""
 
 import errno
 import hashlib
@@ -87,7 +87,7 @@ def test_a_full_disk(small_disk):
 
 @pytest.mark.parametrize("why", [None, OSError(errno.EDQUOT, "Disk quota exceeded")])
 def test_a_write_that_pytorch_gave_up_is_told_by_its_reason(tmp_path, monkeypatch, why):
-    """Which PyTorch has found out itself, or not: it then says what it was about to do, and a page of its own code."""
+    """PyTorch reports the reason, or only its own operation and a page of its code."""
 
     def broken(*_, **__):
         error = RuntimeError("PytorchStreamWriter failed writing file data/0\nand where in its code")
@@ -154,7 +154,7 @@ def test_a_file_under_a_link_is_replaced_where_it_lies(tmp_path, way):
         path = small / "b.pth"
         path.symlink_to("a.pth")
     with replacing(path) as temporary:
-        assert temporary.parent == big  # a rename works within a disk only, and the small one may be full
+        assert temporary.parent == big  # renaming works only within a disk, and the small one may be full
         temporary.write_text("new")
     assert path.is_symlink()
     assert target.read_text() == "new"
@@ -174,7 +174,7 @@ def test_a_file_in_a_folder_under_a_link(tmp_path):
 
 @pytest.mark.parametrize("lost", ["out", "a.pth"])
 def test_a_link_to_a_disk_that_is_not_mounted(tmp_path, lost):
-    """It is told, rather than made up for on the small disk."""
+    """It is reported, instead of the folder being created on the small disk."""
     (tmp_path / lost).symlink_to(tmp_path / "disk" / "folder" / lost)
     path = tmp_path / "a.pth" if lost == "a.pth" else tmp_path / "out" / "a.pth"
     with pytest.raises(UserError, match="cannot write"):
@@ -237,7 +237,7 @@ def test_a_file_system_that_cannot_flush_a_folder(tmp_path, monkeypatch, number)
         flush(handle)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    if number == errno.EIO:  # a disk that fails is another thing
+    if number == errno.EIO:  # a failing disk is a different error
         with pytest.raises(UserError, match="cannot write"):
             save_json({}, tmp_path / "a.json")
     else:
@@ -264,7 +264,7 @@ def test_a_file_is_compared_with_what_its_json_tells(tmp_path):
     path, beside = tmp_path / "a.pth", tmp_path / "a.json"
     short_hash = save_tensors({"a": torch.ones(9)}, path)
     check_hash(path, beside, {"sha256": short_hash})
-    check_hash(path, beside, {})  # one that tells nothing: of an earlier version
+    check_hash(path, beside, {})  # an earlier version's json, without a hash
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)

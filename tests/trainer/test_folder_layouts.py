@@ -1,6 +1,6 @@
-"""Folders of transformers as MiniMinds: what is read, whoever wrote it, and what is refused by name.
+"""transformers folders as MiniMinds: what is loaded, whoever wrote it, and what is refused by name.
 
-That a folder we write comes back bit for bit is in tests/scripts/test_transformers_format.py.
+tests/scripts/test_transformers_format.py checks that a folder written by us loads bit for bit.
 """
 
 import json
@@ -19,7 +19,7 @@ from trainer.loading import load_for_inference
 
 @pytest.fixture(scope="module")
 def llama(tiny_tokenizer, tmp_path_factory):
-    """A Dense model, and its folder."""
+    """A dense model and its folder."""
     model = make_model(len(tiny_tokenizer))
     folder = tmp_path_factory.mktemp("folder") / "llama"
     write_folder(model, tiny_tokenizer, folder)
@@ -43,7 +43,7 @@ def test_our_own_save_pretrained_folder_and_old_bin_files_are_read(tiny_tokenize
 
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_a_minimind_folder_of_april_2025_is_read(tiny_tokenizer, tmp_path, use_moe):
-    """model_type "minimind", with transformers' names for its sizes and, all but the shared expert's, its tensors."""
+    """model_type "minimind", with transformers' names for sizes and for all tensors but the shared expert's."""
     model = make_model(len(tiny_tokenizer), use_moe=use_moe, hidden_dim=96, rope_theta=1e4, norm_eps=1e-6)
     config = {theirs: getattr(model.config, ours) for theirs, ours in LMConfig.attribute_map.items()}
     config |= {name: getattr(model.config, name) for name in ("vocab_size", "rope_theta", "use_moe", "norm_topk_prob")}

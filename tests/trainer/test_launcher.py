@@ -1,11 +1,11 @@
-"""A process's place in a run, by the environment; half of one ends in a line that says what to do."""
+"""A process's rank in a run, from the environment; incomplete settings end in a line that says what to do."""
 
 import pytest
 
 from trainer.errors import UserError
 from trainer.launcher import Place, read_place
 
-# what torchrun tells the second of two processes
+# torchrun's environment for the second of two processes
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 

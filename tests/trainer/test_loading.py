@@ -1,4 +1,4 @@
-"""trainer/loading.py: a model to ask, from a file or a folder; transformers' own logits are the oracle."""
+"""trainer/loading.py: a model for inference, from a file or a folder; transformers' logits are the oracle."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ from trainer.weights import load_weights
 
 @pytest.fixture(scope="module")
 def small_tokenizer_dir(tmp_path_factory):
-    """A tokenizer of 320 entries, as many as the reference checkpoints have."""
+    """A tokenizer of 320 entries, like the reference checkpoints' vocabulary."""
     folder = tmp_path_factory.mktemp("tokenizer_320")
     train_tokenizer(SPECIAL, vocab_size=320).save_pretrained(folder)
     return folder
@@ -54,7 +54,7 @@ def test_a_folder_computes_what_transformers_computes_from_it(tiny_tokenizer, tm
 
 @pytest.mark.parametrize("name", ["minimind2_dense_lora", "minimind2_moe"])
 def test_a_published_file_computes_its_reference_logits(shared, small_tokenizer_dir, name):
-    """It has no json: the caller knows the heads, its tensors tell the rest."""
+    """It has no json: the caller gives the number of heads, its tensors give the rest."""
     path = shared / f"fixtures/{name}.pth"
     expected = torch.load(path.with_suffix(".expected.pt"), weights_only=True)
     config = LMConfig(**expected["config"])
@@ -84,7 +84,7 @@ def test_the_json_tells_the_sizes_and_what_the_caller_says_is_compared(tiny_toke
         load_for_inference(path, tokenizer_dir, n_layers=3)
     assert load_for_inference(path, tokenizer_dir, n_heads=4)[0].config.n_heads == 4
     with pytest.raises(UserError, match=r"vocab_size 589 according to its tensors.* 6400"):
-        load_for_inference(path)  # the shipped tokenizer is another
+        load_for_inference(path)  # the shipped tokenizer is a different one
     with pytest.raises(UserError, match=r"nothing_64\.pth is missing"):
         load_for_inference(tmp_path / "nothing_64.pth", tokenizer_dir)
 

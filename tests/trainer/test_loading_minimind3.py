@@ -1,4 +1,4 @@
-"""trainer/loading.py with weights of generation 3: published files and folders, by MiniMind-3's own names."""
+"""trainer/loading.py with weights of generation 3: published files and folders, with MiniMind-3's own names."""
 
 import json
 
@@ -35,7 +35,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def tokenizer_640(tmp_path_factory):
-    """As many entries as the reference checkpoints have."""
+    """A tokenizer with as many entries as the reference checkpoints' vocabulary."""
     folder = tmp_path_factory.mktemp("tokenizer_640")
     text = [f"{chr(97 + i)}{chr(97 + j)}{chr(97 + k)}" for i in range(26) for j in range(0, 26, 5) for k in range(5)]
     tokenizer = train_tokenizer(SPECIAL, vocab_size=640)

@@ -1,4 +1,4 @@
-"""What a run tells of itself: when, in which words, and what a crash or a number that is none cannot spoil."""
+"""The reports of a run: when they come, their wording, and that neither a crash nor a NaN spoils them."""
 
 import json
 import math
@@ -23,7 +23,7 @@ NOT_UTF8 = b"a\xff".decode("utf-8", "surrogateescape")
 
 @pytest.fixture
 def metrics(tmp_path, monkeypatch):
-    """Makes the Metrics of a run of 10 steps, at a clock that stands at 100 s."""
+    """Makes the Metrics of a run of 10 steps, with the clock stopped at 100 s."""
     monkeypatch.setattr(time, "monotonic", lambda: 100.0)
 
     def make(progress: Progress, rank: int = 0) -> Metrics:
@@ -46,7 +46,7 @@ def test_what_is_due_at_a_step(metrics):
 
 
 def test_a_line_of_a_step(metrics, monkeypatch, capsys, tmp_path):
-    """Speed is that since the last line, and the time left goes by all steps."""
+    """Speed is measured since the last line, and the time left follows from all steps."""
     progress = Progress(step=2, tokens=1000, seconds=30.0)
     measured = metrics(progress)
     assert "stage_32: 0.01 M parameters, 10 steps on cpu, float32, eager, adamw\n" in capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_a_run_drops_what_an_earlier_one_told_of_steps_that_it_takes_itself(metr
     path = tmp_path / "stage_32.metrics.jsonl"
     path.write_text("".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 2, 3)))
     measured = metrics(Progress(step=step))
-    assert len(read_metrics(path)) == 4  # untouched until there is something to tell
+    assert len(read_metrics(path)) == 4  # unchanged until there is something to log
     for _ in range(2):
         measured.progress.step += 1
         measured.log(loss=1.0, lr=1e-3, grad_norm=1.0)
@@ -97,7 +97,7 @@ def test_an_evaluation_is_told(metrics, tmp_path, capsys):
     assert capsys.readouterr().out == "step 3  held out: loss 1.5000, bits per byte 0.7500\n"
     assert read_metrics(tmp_path / "stage_32.metrics.jsonl")[0].items() >= {"step": 3, "eval_loss": 1.5}.items()
     measured.log_evaluation(lambda: {"eval_loss": 1.25})
-    assert measured.last == {"eval_loss": 1.25, "eval_bits_per_byte": 0.75}  # the newest of each
+    assert measured.last == {"eval_loss": 1.25, "eval_bits_per_byte": 0.75}  # the newest value of each
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -1,5 +1,5 @@
-"""Muon: against PyTorch's own, which computes in bfloat16, against what an orthogonal matrix is, and its newer forms
-against their papers' formulas by singular value decomposition."""
+"""Muon: compared with PyTorch's own, which computes in bfloat16, and with exact orthogonal matrices; its newer variants
+compared with their papers' formulas by singular value decomposition."""
 
 import copy
 import math
@@ -30,10 +30,10 @@ def test_ten_steps_are_those_of_pytorch(shape):
         for optimizer in optimizers:
             optimizer.step()
     moved = (theirs - before).abs().max().item()
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * moved)  # bfloat16 has three digits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * moved)  # bfloat16 has about three digits
     assert torch.equal(
         optimizers[0].state[ours]["momentum_buffer"], optimizers[1].state[theirs]["momentum_buffer"]
-    )  # what a run of before goes on with
+    )  # an earlier run resumes with it
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -53,7 +53,7 @@ def test_nothing_comes_of_a_gradient_of_zeros_or_of_none():
     optimizer = Muon(matrices, lr=0.5, weight_decay=0.1)
     matrices[0].grad = torch.zeros(4, 4)
     optimizer.step()
-    assert torch.equal(matrices[0], torch.full((4, 4), 0.95))  # decayed
+    assert torch.equal(matrices[0], torch.full((4, 4), 0.95))  # weight decay
     assert torch.equal(matrices[1], torch.ones(4, 4))
     assert matrices[1] not in optimizer.state
 
@@ -70,7 +70,7 @@ def test_it_computes_in_what_the_device_is_fast_in(monkeypatch, fast, dtype):
 
 
 def test_the_iteration_by_hand():
-    """On a diagonal matrix each singular value goes its own way: x <- a x + b x^3 + c x^5, five times."""
+    """On a diagonal matrix each singular value evolves separately: x <- a x + b x^3 + c x^5, five times."""
     values = torch.tensor([3.0, 1.0, 0.1, 0.0])
     x = values / values.norm()
     for _ in range(5):
@@ -81,7 +81,7 @@ def test_the_iteration_by_hand():
 
 
 def test_matrices_of_all_shapes_move_as_each_would_alone(monkeypatch):
-    """Also where those of one shape are too many for one batch, and where some have no gradient."""
+    """Also if there are too many of one shape for one batch, and if some have no gradient."""
     torch.manual_seed(0)
     shapes = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 4), (6, 4)]
     monkeypatch.setattr(muon, "ENTRIES_AT_ONCE", 50)  # two of 24 entries
@@ -99,7 +99,7 @@ def test_matrices_of_all_shapes_move_as_each_would_alone(monkeypatch):
 
 
 def test_each_polynomial_of_polar_express_is_the_best_for_what_is_left():
-    """A best odd polynomial takes [l, 2 - l] onto [l', 2 - l']: it is as far above 1 as below."""
+    """The best odd polynomial maps [l, 2 - l] onto [l', 2 - l']: its errors above and below 1 are equal."""
     low, high = 1e-3, 1.0
     for a, b, c in POLAR_EXPRESS:
         x = np.linspace(low, high, 100_001)
@@ -160,7 +160,7 @@ def test_cautious_decay_leaves_what_the_update_moves_away_from_0(monkeypatch):
 
 
 def test_a_row_without_a_gradient_stays_where_it_is():
-    """A dead neuron: its mean square is 0."""
+    """It is a dead neuron, with a mean square of 0."""
     weight = torch.nn.Parameter(torch.ones(2, 3))
     optimizer = Muon([weight], lr=0.1, weight_decay=0.0, neuron_decay=0.95)
     weight.grad = torch.tensor([[1.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
@@ -179,7 +179,7 @@ def test_what_neurons_kept_comes_back():
         weights[0].grad = gradient
         optimizers[0].step()
     weights[1].data.copy_(weights[0].data)
-    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # else they would share it
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))  # otherwise they would share it
     for gradient in gradients[2:]:
         for weight, optimizer in zip(weights, optimizers, strict=True):
             weight.grad = gradient

@@ -1,4 +1,4 @@
-"""trainer/loading.py: the engine that the flags of a command line ask for."""
+"""trainer/loading.py: the engine that the command line's flags describe."""
 
 from argparse import Namespace
 
@@ -18,7 +18,7 @@ def flags(**said) -> Namespace:
 
 @pytest.fixture
 def asked(monkeypatch) -> list[dict]:
-    """What `Engine` is called with; it is not made."""
+    """The arguments that `Engine` is called with; no engine is made."""
     calls = []
     monkeypatch.setattr(loading, "Engine", lambda *given, **how: calls.append(how))
     return calls

@@ -1,4 +1,4 @@
-"""When blocks are compiled, and what is taken out of a model, or compared, before ranks share it."""
+"""When blocks are compiled; what is removed from a model, or compared, before ranks share it."""
 
 from types import SimpleNamespace
 
@@ -70,7 +70,7 @@ def test_whatever_keeps_it_from_working_is_told(monkeypatch):
 
 
 class Views(torch.nn.Module):
-    """Two tensors that begin at one place, and one that is both."""
+    """A buffer, a view of its beginning, and the same buffer under another name."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""trainer/policy_losses.py: the objectives against trl's own code, the advantages and the KL by hand, a bandit."""
+"""trainer/policy_losses.py: objectives compared with trl's code, advantages and KL by hand, a bandit."""
 
 import math
 from collections import defaultdict
@@ -23,7 +23,7 @@ CLIPS["cispo"] = Clip(1.0, 0.15)
 
 
 def a_batch() -> dict[str, torch.Tensor]:
-    """Five answers of 2 to 6 tokens, with ratios that reach well beyond every clip."""
+    """Five answers of 2 to 6 tokens, with ratios well beyond every clip."""
     torch.manual_seed(0)
     log_probs = torch.randn(5, 6) - 2
     lengths = torch.tensor([2, 6, 3, 5, 4])
@@ -43,7 +43,7 @@ def our_loss(name: str, batch: dict[str, torch.Tensor], beta: float, share: Shar
 
 
 def trl_loss(name: str, batch: dict[str, torch.Tensor], beta: float) -> tuple[torch.Tensor, dict]:
-    """What trl's trainer computes of the same log-probabilities, and what it reports."""
+    """The loss of trl's trainer for the same log-probabilities, and its metrics."""
     from trl import GRPOTrainer
 
     mask = batch["mask"].long()
@@ -96,7 +96,7 @@ def test_loss_and_gradient_are_trls(name, beta):
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-5)
     torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)
     assert gradient.abs().max() > 1e-3
-    if name not in ("gspo", "cispo"):  # of gspo it reports the share of answers, of cispo only what is above
+    if name not in ("gspo", "cispo"):  # for gspo it reports the share of answers, for cispo only ratios above the clip
         given = (batch[key] for key in ("log_probs", "old", "advantages", "mask"))
         clipped = clipped_tokens(*given, CLIPS[name], name) / share.tokens
         assert clipped.item() == pytest.approx(told["clip_ratio/region_mean"][0])
@@ -129,11 +129,11 @@ def test_advantages_by_hand():
     assert scaled[1].tolist() == [0, 0, 0, 0]
     assert group_advantages(rewards, scale=False)[2].tolist() == [-0.5, -0.5, -0.5, 1.5]
     assert without_signal(rewards).tolist() == [False, True, False]
-    assert group_advantages(torch.full((1, 3), 0.1 + 0.2)).tolist() == [[0, 0, 0]]  # whose fp32 mean is another
+    assert group_advantages(torch.full((1, 3), 0.1 + 0.2)).tolist() == [[0, 0, 0]]  # whose fp32 mean differs
 
 
 def test_the_kl_estimate_is_right_on_average_and_never_negative():
-    """Over tokens drawn from the policy, its mean is the divergence."""
+    """Its mean over tokens sampled from the policy is the divergence."""
     torch.manual_seed(0)
     policy, reference = torch.randn(2, 7).log_softmax(-1)
     exact = (policy.exp() * (policy - reference)).sum()
@@ -145,7 +145,7 @@ def test_the_kl_estimate_is_right_on_average_and_never_negative():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_bandit_finds_the_arm_that_pays_most(name):
-    """One token a answer, four arms that pay 0.1, 0.4, 0.9 and 0.6: the optimum is the third arm alone."""
+    """One token per answer and four arms that pay 0.1, 0.4, 0.9 and 0.6: the optimum is always the third arm."""
     torch.manual_seed(0)
     pays = torch.tensor([0.1, 0.4, 0.9, 0.6])
     logits = torch.zeros(4, requires_grad=True)

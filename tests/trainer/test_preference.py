@@ -1,4 +1,4 @@
-"""Log-probabilities of answers, by a slow loop; and the reference's, computed once and never mistaken for another's."""
+"""Log-probabilities of answers, compared with a slow loop; the reference's are cached and never mixed up."""
 
 import dataclasses
 import shutil
@@ -48,7 +48,7 @@ def pairs(pairs_file, tiny_tokenizer):
 
 @torch.no_grad()
 def slowly(model, ids, labels):
-    """log p of each target token, the sample alone in its batch, token by token."""
+    """log p of each target token, token by token, with the sample alone in its batch."""
     logits = model(ids[None]).logits[0].double()
     return [logits[t - 1].log_softmax(-1)[ids[t]].item() for t in range(1, len(ids)) if labels[t] >= 0]
 
@@ -104,7 +104,7 @@ def test_the_reference_is_asked_without_dropout_and_training_goes_on_with_it(pai
 
 
 class Silent(MiniMindLM):
-    """A model that must not be asked."""
+    """A model that must not be called."""
 
     def forward(self, *args, **kwargs):
         raise AssertionError("it was asked")
@@ -202,7 +202,7 @@ def test_evaluation_is_a_mean_over_the_pairs_of_all_ranks_and_training_goes_on(p
     total = sum(len(samples(row)) // 2 for row in data)
     assert sum(seen) == total
 
-    # Another rank has measured as many pairs, with 1 more of everything
+    # Another rank has measured the same number of pairs, with each metric larger by 1
     def sums_with_another(self, failed, pairs, *sums):
         return [failed, 2 * pairs, *(2 * value + 1 for value in sums)]
 
@@ -224,7 +224,7 @@ def test_the_hash_of_weights_tells_every_number_and_name():
 
 
 class OneOfTwo(Runtime):
-    """A rank of two; `sums` adds what the other one has found."""
+    """One rank of two; `sums` adds the other rank's results."""
 
     others: tuple = ()
 

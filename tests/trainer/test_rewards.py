@@ -1,4 +1,4 @@
-"""trainer/rewards.py: what each rule gives, how answers try to cheat, and what --rewards takes."""
+"""trainer/rewards.py: the value of each rule, attempts to cheat, and the syntax of --rewards."""
 
 import pytest
 
@@ -25,14 +25,14 @@ def reply(text: str, expected="42", question="What is 12 + 30?", tokens=(1, 2, 3
 
 def test_a_good_answer_gets_everything():
     assert format_reward(reply(GOOD)) == accuracy_reward(reply(GOOD)) == 1
-    assert accuracy_reward(reply("42.")) == 1  # a model that has never seen a thought
+    assert accuracy_reward(reply("42.")) == 1  # a model that has never been trained on thoughts
     assert format_reward(reply("42.")) == 0
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "<think>\n42\n</think>\n<answer>\n41\n</answer>",  # it is in the thought
+        "<think>\n42\n</think>\n<answer>\n41\n</answer>",  # it is only in the thought
         "<think>\n42\n</think>",
         "<think>\n42",
         "<think>\n1\n</think>\n<answer>\n41 or 42\n</answer>",
@@ -41,7 +41,7 @@ def test_a_good_answer_gets_everything():
         "<think>\n1\n</think>\n<answer>\n42\n</answer>\n<answer>\n42\n</answer>",
         "<think>\n1\n</think>\n<think>\n1\n</think>\n<answer>\n42\n</answer>",
         "<think>\n1\n</think>\n<answer>\n<answer>\n42\n</answer>",
-        "<think>\n\n</think>\n<answer>\n42\n</answer>",  # nothing was thought
+        "<think>\n\n</think>\n<answer>\n42\n</answer>",  # the thought is empty
         "<think>\n \n</think>\n<answer>\n42\n</answer>",
         "<answer>\n42\n</answer>\n<think>\n1\n</think>",
         "<answer>\n42\n</answer>",
@@ -81,9 +81,9 @@ def test_length_costs_from_three_quarters_of_the_limit_on():
     ("thought", "share"),
     [
         ("12 + 30 = 42\n42 - 5 = 37", 1),
-        ("12 + 30 = 43\n43 - 5 = 38", 1 / 2),  # the second goes on from what the first gave
+        ("12 + 30 = 43\n43 - 5 = 38", 1 / 2),  # the second continues from the first's value
         ("12+30=42 42 × 5 = 210, 210*5 = 1050", 1),
-        ("12 + 31 = 43", 0),  # nobody gave 31
+        ("12 + 31 = 43", 0),  # no answer was 31
         ("1 + 1 = 2\n2 + 2 = 4\n12 + 30 = 42", 1 / 3),
         ("12 + 30 = 42\n12 + 30 = 42", 1 / 2),  # counts once
         ("12 - 30 = 18", 0),
@@ -109,7 +109,7 @@ def test_the_language_is_the_questions():
     mixed = "<think>\n四 apples\n</think>\n<answer>\n42\n</answer>"
     assert language_reward(reply(mixed)) == pytest.approx(6 / 7)
     assert language_reward(reply(mixed, question="12 加 30 是多少？")) == pytest.approx(1 / 7)
-    assert language_reward(reply(GOOD, question="12 加 30 是多少？")) == 1  # no letters but in the tags
+    assert language_reward(reply(GOOD, question="12 加 30 是多少？")) == 1  # no letters except in the tags
 
 
 def test_rules_are_picked_by_name_and_weighed(monkeypatch, tmp_path):

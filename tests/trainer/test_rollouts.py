@@ -1,4 +1,4 @@
-"""trainer/rollouts.py: answers depend on their seeds, and are laid out and judged as they were written."""
+"""trainer/rollouts.py: answers depend only on their seeds, and are batched and scored as generated."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from model.inference.request import Request
 from model.inference.scheduler import Engine
 from model.loss import IGNORE_INDEX, target_mask
 from tests.conftest import write_jsonl
-from trainer.policy_measures import spread, token_entropies
+from trainer.policy_measures import learning_sums, spread, token_entropies
 from trainer.preference import token_log_probs
 from trainer.rewards import read_rewards
 from trainer.rollouts import Rollouts, sampling_seed
@@ -42,7 +42,7 @@ def dataset(tiny_tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions(dataset):
-    """One step: micro-batches of two, two and one question."""
+    """The questions of one step: micro-batches of two, two and one."""
     (step,) = StepLoader(dataset, 2, 3, 1, seed=0).steps()
     return step
 
@@ -54,7 +54,7 @@ def rollouts(model, tokenizer, dataset, **changed) -> Rollouts:
 
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_engine_and_trainer_find_the_same_log_probabilities(tiny_tokenizer, dataset, questions, use_moe):
-    """In fp32 to 1e-5, so that the first update's ratio is 1."""
+    """To 1e-5 in fp32, so that the first update's ratio is 1."""
     torch.manual_seed(1)
     model = MiniMindLM(LMConfig(dim=32, n_layers=2, vocab_size=len(tiny_tokenizer), use_moe=use_moe))
     with torch.no_grad():
@@ -135,3 +135,10 @@ def test_values_are_spread_to_their_places_and_entropy_is_the_textbooks():
     assert spread(torch.tensor([1.0, 2.0, 3.0]), mask).tolist() == [[0, 1, 2], [3, 0, 0]]
     uniform, certain = torch.zeros(8), torch.tensor([100.0] + [0.0] * 7)
     assert token_entropies(torch.stack([uniform, certain])).tolist() == pytest.approx([2.0794415, 0], abs=1e-5)
+
+
+def test_the_metrics_of_a_micro_batch_by_hand():
+    loss, clipped, logits = torch.tensor(3.0), torch.tensor(1.0), torch.zeros(2, 4)  # two tokens, uniform over four
+    sums = learning_sums(loss, logits, clipped, torch.tensor([[0.5, 0.25, 0.0]]))
+    assert sums.tolist() == pytest.approx([3, 0.75, 2 * 1.3862944, 1])
+    assert learning_sums(loss, logits, clipped)[1] == 0, "no penalty"

@@ -1,4 +1,4 @@
-"""Device, precision, sums over ranks, skipped steps and signals of one process."""
+"""Device, precision, sums over ranks, skipped steps and signals, in one process."""
 
 import atexit
 import contextlib
@@ -41,14 +41,14 @@ def test_a_launcher_gives_each_rank_a_gpu_of_its_own(monkeypatch):
 
 def test_a_macs_gpu_cannot_be_shared(monkeypatch):
     pretend(monkeypatch, "mps", 1)
-    for name, value in (PLACE | {"RANK": "0", "LOCAL_RANK": "0"}).items():  # which speaks for all
+    for name, value in (PLACE | {"RANK": "0", "LOCAL_RANK": "0"}).items():  # which prints for all
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=r"--device mps: .* run without the launcher"):
         start_runtime(SimpleNamespace(device="mps"))
 
 
 def test_sums_are_exact_also_where_the_device_has_no_float64():
-    """A Mac's GPU refuses them; nothing may be made there, and a token more among 2^24 of them counts."""
+    """A Mac's GPU refuses float64: the sums must be computed elsewhere, and one token in 2^24 must count."""
     run = Runtime(torch.device("mps"), torch.float32)
     assert run.sums(2**24 + 1, torch.tensor(0.5)) == [2**24 + 1, 0.5]
     assert run.sum(2**24 + 1) == 2**24 + 1
@@ -67,16 +67,16 @@ def test_a_step_is_counted_by_its_trained_tokens_its_rows_and_its_real_tokens(ru
 
 @pytest.fixture
 def handlers():
-    """What signals do now is what they do when the test has ended."""
+    """Restores the signal handlers after the test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored, and a run then ignores as well
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup sets it to be ignored, and a run then ignores it as well
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
 def test_the_group_outlives_the_model(run, monkeypatch):
-    """It ends with the process: destroyed before DDP's reducer is, it now and then waits for itself for ever."""
+    """It ends with the process: destroyed before DDP's reducer, it sometimes deadlocks."""
     registered = []
     monkeypatch.setattr(atexit, "register", registered.append)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -86,7 +86,7 @@ def test_the_group_outlives_the_model(run, monkeypatch):
 
 
 def test_a_rank_that_is_done_waits_for_what_rank_0_still_writes(run, monkeypatch):
-    """Stopped, it ends with an error code, and torchrun kills the others half a minute later."""
+    """A stopped rank exits with an error code, and torchrun kills the others half a minute later."""
     waited = []
     monkeypatch.setattr(type(run), "gather", lambda run, value: waited.append(value) or [value, None])
     with pytest.raises(SystemExit) as end:
@@ -97,7 +97,7 @@ def test_a_rank_that_is_done_waits_for_what_rank_0_still_writes(run, monkeypatch
 
 @pytest.mark.parametrize("own", [signal.SIGTERM, None])
 def test_all_ranks_end_with_the_code_of_the_first_that_a_signal_came_to(run, monkeypatch, own):
-    """Also one that the launcher has since sent its own SIGTERM, as another has ended already."""
+    """Also a rank that the launcher has sent SIGTERM because another has already ended."""
     monkeypatch.setattr(type(run), "gather", lambda run, value: [None, signal.SIGINT, value])
     monkeypatch.setattr(type(run._signals), "first", property(lambda signals: own))
     run._signalled = True
@@ -108,7 +108,7 @@ def test_all_ranks_end_with_the_code_of_the_first_that_a_signal_came_to(run, mon
 
 @pytest.fixture
 def caught(run, handlers):
-    """A runtime that catches signals, until the test ends."""
+    """A runtime that catches signals until the test ends."""
     run.start_loop()
     return run
 
@@ -122,7 +122,7 @@ def test_a_signal_asks_to_stop_after_the_step(caught, number, capfd):
     with pytest.raises(SystemExit) as end:
         caught.finish(finished=False)
     assert end.value.code == 128 + number
-    caught.finish(finished=True)  # a run that is done has done what it was started for
+    caught.finish(finished=True)  # a finished run exits with success
 
 
 def test_a_signal_to_another_rank_asks_to_stop(run, monkeypatch):
@@ -141,7 +141,7 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(run, handlers):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_worker_outlives_the_signal_for_a_while(caught, number):
-    """A scheduler sends it to all processes, and the step under way waits for what its workers fetch."""
+    """A scheduler sends the signal to all processes, and the current step waits for its workers' data."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -157,7 +157,7 @@ def test_a_worker_outlives_the_signal_for_a_while(caught, number):
 
 
 def test_a_system_without_sighup(run, handlers, monkeypatch):
-    """Windows: signals.py is imported anew as it would be there."""
+    """On Windows: signals.py is imported again as it would be there."""
     monkeypatch.delattr(signal, "SIGHUP")
     monkeypatch.delattr(signal, "SIGUSR1")
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR2, raising=False)
@@ -201,16 +201,16 @@ def test_only_the_first_ranks_clock_counts(run):
 
 
 def test_after_a_hang_up_a_print_fails_no_more(run):
-    """What a terminal that is gone answers, and a pipe whose reader is."""
+    """Writing to a lost terminal fails like writing to a pipe without a reader."""
     reader, writer = os.pipe()
     os.close(reader)
     pid = os.fork()
     if pid == 0:
-        with contextlib.suppress(BaseException):  # the copy must never go on with the tests
+        with contextlib.suppress(BaseException):  # the forked copy must never continue with the tests
             os.dup2(writer, 1)
             os.dup2(writer, 2)
             signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup sets it to be ignored
             run.start_loop()
             os.kill(os.getpid(), signal.SIGHUP)
             os.write(1, b"nobody reads it")

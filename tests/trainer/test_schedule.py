@@ -1,4 +1,4 @@
-"""How large a step is, and what takes it: against formulas written out by hand."""
+"""Learning rates and optimizers, compared with formulas by hand."""
 
 import math
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ def test_warm_up_is_linear_and_the_rest_half_a_cosine_down_to_a_tenth():
     rates = [cosine_schedule(step, 21, 5, 1.0) for step in range(21)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5] == pytest.approx(1.0)  # the cosine begins at its peak
-    assert rates[20] == pytest.approx(0.1)  # and the last step is at its foot
+    assert rates[20] == pytest.approx(0.1)  # and the last step is at its minimum
     for step in range(5, 21):
         assert rates[step] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 5) / 15)))
     assert rates[5:] == sorted(rates[5:], reverse=True)
@@ -36,7 +36,7 @@ def test_short_runs_have_a_rate_too(total, warmup):
 def test_a_stable_rate_cools_down_in_the_last_fifth():
     rates = [wsd_schedule(step, 20, 4, 1.0) for step in range(20)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert rates[4:17] == [1.0] * 13  # the cooling begins at its peak
+    assert rates[4:17] == [1.0] * 13  # the decay phase begins at its peak
     assert rates[17:] == pytest.approx([1 - math.sqrt(x) for x in (0.25, 0.5, 0.75)])
     assert wsd_schedule(99, 20, 4, 1.0) == 0
     assert wsd_schedule(0, 1, 0, 0.5) == 0.5
@@ -73,7 +73,7 @@ def test_muon_takes_the_hidden_matrices_and_nothing_else():
 
 
 def test_one_step_of_adamw_by_hand():
-    """arXiv:1711.05101, algorithm 2: decay apart from the gradient, both moments corrected for their start at 0."""
+    """arXiv:1711.05101, algorithm 2: decoupled weight decay, both moments corrected for their start at 0."""
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(**TINY))
     weight = model.layers[0].attention.wq.weight
@@ -90,7 +90,7 @@ def test_one_step_of_adamw_by_hand():
 
 
 def test_the_update_of_muon_is_as_large_as_that_of_adamw():
-    """arXiv:2502.16982: an orthogonal matrix times 0.2 sqrt(max(rows, columns)), so its entries have an RMS of 0.2."""
+    """arXiv:2502.16982: an orthogonal matrix times 0.2 sqrt(max(rows, columns)) has entries with an RMS of 0.2."""
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(**TINY))
     weight = model.layers[0].feed_forward.w1.weight
@@ -102,7 +102,7 @@ def test_the_update_of_muon_is_as_large_as_that_of_adamw():
     update = before - weight.detach()
     assert update.square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
     singular = torch.linalg.svdvals(update) / (0.2 * math.sqrt(max(update.shape)))
-    assert singular.min() > 0.6  # Newton-Schulz in five rounds comes near 1, not to it
+    assert singular.min() > 0.6  # five Newton-Schulz iterations come near 1 but do not reach it
     assert singular.max() < 1.3
 
 
@@ -125,7 +125,7 @@ def test_a_rate_reaches_every_group_and_a_state_comes_back():
 
 
 def test_three_steps_of_adamw_by_hand():
-    """After one step the betas cancel out; each moment is told by gradients that differ."""
+    """After one step the betas cancel out; differing gradients reveal each moment."""
     torch.manual_seed(0)
     model = MiniMindLM(LMConfig(**TINY))
     weight = model.layers[0].attention.wq.weight
@@ -152,7 +152,7 @@ def test_muon_and_adamw_share_one_rate_for_matrices_of_any_shape():
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    assert len({tuple(p.shape) for p in hidden.values()}) > 3  # high, wide and square ones
+    assert len({tuple(p.shape) for p in hidden.values()}) > 3  # tall, wide and square ones
     for key, p in hidden.items():
         # an orthogonal matrix times 0.2 sqrt(max(rows, columns)); its entries have an RMS of 1 / sqrt of that
         assert (before[key] - p.detach()).square().mean().sqrt().item() == pytest.approx(0.2, rel=0.2), key
@@ -174,7 +174,7 @@ def test_muon_decays_what_it_moves():
         (4, 10, 4, 1.0),
         (9, 10, 4, 0.1),
         (5, 11, 0, 0.55),  # half-way
-        (40, 11, 0, 0.1),  # beyond its end it stays at its foot
+        (40, 11, 0, 0.1),  # beyond its end it stays at its minimum
     ],
 )
 def test_rates_by_hand(step, total, warmup, rate):

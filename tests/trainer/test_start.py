@@ -1,4 +1,4 @@
-"""What comes before everything else: a Python with the packages, and a home folder."""
+"""trainer/start.py: a Python without the packages, and a user without a home folder."""
 
 import importlib.util
 import os
@@ -12,7 +12,7 @@ import pytest
 from tests.running import ROOT
 from trainer import start
 
-BARE = (sys.executable, "-S", "-E")  # the standard library alone
+BARE = (sys.executable, "-S", "-E")  # the standard library only
 NOBODY = 12345
 SCRIPTS = [
     path.relative_to(ROOT)
@@ -20,7 +20,7 @@ SCRIPTS = [
     if "run_main(main)" in (text := path.read_text(encoding="utf-8"))
     and "import _own_python" not in text  # these install what they need: tests/scripts/test_own_python.py
 ]
-assert SCRIPTS  # a renamed entry point would otherwise leave nothing to test, in silence
+assert SCRIPTS  # otherwise a renamed entry point would silently leave nothing to test
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:
@@ -56,7 +56,7 @@ def test_what_to_type(monkeypatch, tmp_path):
     own.touch()
     assert start.missing(["PIL", "gguf"]) == f"Pillow, gguf are not installed for /usr/bin/python3: type {own} instead"
     monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
-    assert "pip install" in start.missing(["torch"])  # it is that one already
+    assert "pip install" in start.missing(["torch"])  # this Python is already .venv's
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
@@ -74,9 +74,9 @@ def test_an_old_python_is_named(monkeypatch):
 
 @pytest.fixture
 def nobody(monkeypatch, tmp_path) -> Path:
-    """A process that has neither a home nor a name; where temporary files go."""
+    """Simulate a process without a home folder and user name; returns the folder for temporary files."""
     for name in ("HOME", "LOGNAME", "USER", "LNAME", "USERNAME"):
-        monkeypatch.setenv(name, "x")  # so that it is put back
+        monkeypatch.setenv(name, "x")  # so that monkeypatch restores it
         monkeypatch.delenv(name)
 
     def unknown(*_):
@@ -95,12 +95,12 @@ def test_a_process_without_a_home_and_a_name_gets_both(nobody, monkeypatch):
     assert (os.environ["HOME"], os.environ["USER"]) == (str(home), f"uid{NOBODY}")
     assert home.is_dir()
     assert home.lstat().st_mode & 0o077 == 0
-    assert start.settle() is None  # as it has one now
+    assert start.settle() is None  # because it has one now
 
 
 def test_a_home_that_somebody_else_has_made_is_not_used(nobody):
     taken = nobody / f"minimind-uid{NOBODY}"
-    taken.mkdir()  # by this process, which says it is another one
+    taken.mkdir()  # owned by this process, which claims to be another user's
     home = Path(start.settle())
     assert home.is_dir()
     assert home != taken
@@ -114,7 +114,7 @@ def test_who_has_a_home_keeps_it(monkeypatch):
 
 
 def test_it_is_said_once_where_files_go(tmp_path):
-    """As a process: nobody's uid, no home; importing it is enough."""
+    """In a process with an unknown uid and no home, importing the module is enough."""
     code = (
         "import os, pwd\n"
         "def unknown(*_): raise KeyError('uid not found')\n"

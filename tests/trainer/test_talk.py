@@ -1,4 +1,4 @@
-"""What is typed or piped in is UTF-8, or is told not to be, whatever the system's locale makes of it."""
+"""Typed or piped input is read as UTF-8, or refused if it is not, whatever the system's locale."""
 
 import ast
 import io
@@ -20,7 +20,7 @@ LATIN = "caf\u00e9?".encode("latin-1")
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """Puts bytes on stdin, which Python would read as UTF-8 or, as Windows may have it, in another encoding."""
+    """Puts bytes on stdin, which Python would decode as UTF-8 or, as on Windows, in another encoding."""
 
     def put(content: bytes, encoding: str = "utf-8", errors: str = "strict") -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding, errors))
@@ -71,10 +71,10 @@ def test_a_text_that_is_shown_has_been_counted_also_when_the_rest_is_not_wanted(
 
 
 def test_nothing_reads_stdin_but_what_says_so():
-    """Elsewhere a script may only ask whether there is a terminal."""
+    """Other modules may only check whether stdin is a terminal."""
     rooms = [ROOT / room for room in ("model", "dataset", "trainer", "scripts", "benchmarks")]
     sources = [*ROOT.glob("*.py"), *(path for room in rooms for path in room.rglob("*.py"))]
-    allowed = {ROOT / "trainer" / "talk.py", ROOT / "trainer" / "errors.py"}  # the latter says how bytes are written
+    allowed = {ROOT / "trainer" / "talk.py", ROOT / "trainer" / "errors.py"}  # the latter sets the streams' encoding
     for path in set(sources) - allowed:
         nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         asked = [n.value for n in nodes if isinstance(n, ast.Attribute) and n.attr == "isatty"]
@@ -113,7 +113,7 @@ def test_a_person_is_asked_anew_until_there_is_nothing(monkeypatch, capsys):
     monkeypatch.setattr("builtins.input", read)
     assert list(questions(["given"], ["sample"], by_hand=True)) == ["a", "b"]
     assert asked == ["\n> "] * 3
-    assert capsys.readouterr().out == "\n"  # Ctrl-D leaves the line
+    assert capsys.readouterr().out == "\n"  # a new line after Ctrl-D
 
 
 def test_the_speed_of_two_pieces(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""trainer/teacher.py: which teachers are taken, which refused and why, and what they say about packed rows."""
+"""trainer/teacher.py: which teachers are accepted, which are refused and why, and their logits on packed rows."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from trainer.teacher import first_difference, load_teacher, teacher_logits
 
 
 def changed(tokenizer: PreTrainedTokenizerFast, change) -> PreTrainedTokenizerFast:
-    """A copy of a tokenizer after `change` has been at its json."""
+    """A copy of a tokenizer whose json `change` has modified."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     change(state)
     return PreTrainedTokenizerFast(
@@ -119,7 +119,7 @@ def test_what_is_refused_and_why(tiny_tokenizer, plain_tokenizer, tmp_path):
 
 
 def test_a_folder_that_lacks_a_parameter_is_not_filled_with_random_numbers(tiny_tokenizer, tmp_path):
-    """As a MiniMind folder of April 2025, whose names transformers does not know for this kind of model."""
+    """Such as a MiniMind folder of April 2025, whose tensor names transformers does not know for its model type."""
     model = minimind(len(tiny_tokenizer))
     model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""What trackers are told, each offline."""
+"""What is sent to each tracker, all of them offline."""
 
 import json
 import sys

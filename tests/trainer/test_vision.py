@@ -1,4 +1,4 @@
-"""What tells one tower's features from another's, and in which precision they are computed."""
+"""How cached features of different towers are distinguished, and in which precision they are computed."""
 
 from types import SimpleNamespace
 
@@ -22,7 +22,7 @@ def opened(clip_dir):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Call `cache_features` for one image; what the cache is named by, and what is given to compute it."""
+    """Call `cache_features` for one image; returns what the cache is keyed by, and the inputs of its computation."""
     calls = []
 
     def record(images, images_path, load, encode, how, num_workers):

@@ -1,4 +1,4 @@
-"""Which line of a traceback is named as the place where a run stands."""
+"""Which line of a traceback is reported as the place where a run is stuck."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from trainer import watchdog
 
 @pytest.mark.parametrize("environment", [".venv", "an environment"])
 def test_an_environment_inside_the_project_is_none_of_ours(environment, monkeypatch):
-    """`make test` puts the environment there, and PyTorch's files would be taken for ours."""
+    """`make test` creates the environment there, and PyTorch's files could be mistaken for the project's."""
     project = Path(sys.prefix).parent
     monkeypatch.setattr(watchdog, "ROOT", project)
     assert watchdog.is_ours(project / "trainer" / "runtime.py")

@@ -1,4 +1,4 @@
-"""Files of weights by any tool, and what is said of a file that holds none."""
+"""Weight files written by any tool, and the errors for files without weights."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_what_is_no_file_of_weights(tmp_path, name, content, told):
 
 
 def test_a_part_of_a_folder_of_transformers_is_not_taken_for_the_whole(tmp_path):
-    """Its sizes, and the rope's base, stand in config.json: the file alone would be read as another model."""
+    """Its sizes and RoPE base are in config.json: the file alone would be loaded as another model."""
     (tmp_path / "config.json").write_text("{}")
     for name in ("model.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors"):
         save_file(STATE, tmp_path / name)

@@ -1,4 +1,4 @@
-"""Names of weights, and loading them; what cannot be loaded is in tests/stages/test_errors.py, as a user meets it."""
+"""Names of weights, and loading them; tests/stages/test_errors.py tests what cannot be loaded, as a user sees it."""
 
 import contextlib
 import json
@@ -76,7 +76,7 @@ def test_a_tokenizer_whose_path_is_not_utf8_is_told_so(folder, tokenizer_dir, tm
 
 
 def flipped(out, name: str, folder):
-    """A copy of weights and their json, one bit of the weights changed."""
+    """A copy of weights and their json, with one bit of the weights changed."""
     path = folder / f"{name}.pth"
     for suffix in (".pth", ".json"):
         shutil.copy(out / f"{name}{suffix}", folder)
@@ -91,7 +91,7 @@ def test_a_flipped_bit_is_seen_where_a_json_tells_the_hash(tiny_out, tiny_tokeni
     with pytest.raises(UserError, match=r"full_sft_32\.pth does not match the sha256 in"):
         load_weights(path, None, tiny_tokenizer)
     about = json.loads(path.with_suffix(".json").read_text())
-    del about["sha256"]  # as an earlier version wrote it, or after an own change
+    del about["sha256"]  # as written by an earlier version, or after a user's change
     path.with_suffix(".json").write_text(json.dumps(about))
     load_weights(path, None, tiny_tokenizer)
     path.with_suffix(".json").unlink()
@@ -137,7 +137,7 @@ def test_names_of_april_2025_are_read_by_the_heads_and_another_chat_form_is_told
     path = tmp_path / "full_sft_32.pth"
     torch.save({name: value.half() for name, value in in_april_2025(state, heads=(8, 2)).items()}, path)
     wanted = {name: value.half().float() for name, value in state.items()}
-    for config in (None, known.config):  # heads of MiniMind2, or of the flags
+    for config in (None, known.config):  # MiniMind2's number of heads, or the flags'
         assert same_weights(load_weights(path, config, tiny_tokenizer), wanted)
     assert "began turns with <|im_start|>: give its folder with --tokenizer" in capsys.readouterr().err
     chatml = family("qwen with bos")
@@ -175,7 +175,7 @@ def test_an_adapter_by_another_tool_is_put_on(tiny_out, tiny_tokenizer, tmp_path
 
 
 def test_a_name_is_looked_for_in_out_dir_before_it_is_a_folder(tmp_path, monkeypatch):
-    """A user's own folder `pretrain` in the working directory must not stand for the stage."""
+    """A user's own folder `pretrain` in the working directory must not replace the stage."""
     monkeypatch.chdir(tmp_path)
     args = SimpleNamespace(out_dir=str(tmp_path / "out"), dim=512, use_moe=True)
     for folder in ("out", "pretrain", "teacher_768"):
@@ -293,7 +293,7 @@ def test_a_long_list_of_names_is_cut(keys, told):
 
 @pytest.mark.parametrize(("name", "ours"), [("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", None)])
 def test_what_begins_and_ends_a_turn_is_as_it_was_in_training(name, ours, tiny_out, tiny_tokenizer, tmp_path):
-    """What fills a row is known by its place, and may be another."""
+    """The padding token may differ, because padding is known by position."""
     path = tmp_path / "full_sft_32.pth"
     shutil.copy(tiny_out / path.name, path)
     settings = json.loads((tiny_out / "full_sft_32.json").read_text())

@@ -1,4 +1,4 @@
-"""float16's loss scale where DeepSpeed holds the gradients, against PyTorch's own GradScaler."""
+"""float16's loss scale when DeepSpeed holds the gradients, compared with PyTorch's own GradScaler."""
 
 import math
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from trainer.zero import DeepSpeedScaler
 
 
 class Engine:
-    """As much of a ZeRO engine as the scaler asks."""
+    """As much of a ZeRO engine as the scaler uses."""
 
     device = torch.device("cpu")
 
@@ -39,7 +39,7 @@ def scaler_of_zero() -> DeepSpeedScaler:
 
 
 def take_step(scaler: DeepSpeedScaler, norm: float) -> float:
-    """The scale that the engine was told."""
+    """Take a step; returns the scale that the engine received."""
     scaler.scale(torch.ones(())).backward()
     scaler.engine.norm = norm
     assert scaler.clip_and_step() == norm

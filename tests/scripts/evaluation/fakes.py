@@ -1,4 +1,4 @@
-"""Models of the harness that compute nothing."""
+"""Fake models for the harness."""
 
 import random
 
@@ -7,7 +7,7 @@ from lm_eval.api.model import LM
 
 
 class Fake(LM):
-    """Likes each option as much as `likes(its request)` says."""
+    """Gives each option the log-likelihood `likes(its request)`."""
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return [(self.likes(request), False) for request in requests]
@@ -20,7 +20,7 @@ class Fake(LM):
 
 
 class Omniscient(Fake):
-    """Knows by what a file says beside the options, or, of an option as text, by how it begins."""
+    """Knows every answer: from the file's other fields, or from how the text of an option begins."""
 
     def likes(self, request: Instance) -> float:
         letter = request.doc.get("Answer") or (request.doc.get("answer") if "A" in request.doc else None)
@@ -29,7 +29,7 @@ class Omniscient(Fake):
 
 
 class Guessing(Fake):
-    """Knows nothing; guesses by its seed."""
+    """Knows nothing and guesses, by its seed."""
 
     def __init__(self, seed: int):
         super().__init__()

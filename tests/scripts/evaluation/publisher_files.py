@@ -1,4 +1,4 @@
-"""Files as the publishers of each benchmark lay them out, a few questions each; right options begin with "right"."""
+"""Files in each benchmark's published format, with a few questions each; right options begin with "right"."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ N = 8
 
 
 def letters(path: Path, header: list[str], n: int = N, answered: bool = True) -> None:
-    """A CSV of CMMLU (whose header begins with nothing) or C-Eval; some options look like numbers."""
+    """A CSV of CMMLU (whose header begins with an empty field) or C-Eval; some options look like numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -29,7 +29,7 @@ def labelled(i: int, options: int = 4) -> dict:
 
 
 def write_all(folder: Path) -> Path:
-    """Every benchmark that is read from files, by its name."""
+    """Write the files of every benchmark that is read from files, in a folder of its name."""
     for split in ("dev", "test"):
         letters(folder / "cmmlu" / split / "agronomy.csv", ["", "Question", *LETTERS, "Answer"])
         letters(folder / "cmmlu" / split / "ancient_chinese.csv", ["", "Question", *LETTERS, "Answer"])

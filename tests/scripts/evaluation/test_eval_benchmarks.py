@@ -1,4 +1,4 @@
-"""scripts/eval_benchmarks.py, run for real: what it shows and writes, how it goes on, what it refuses."""
+"""scripts/eval_benchmarks.py, run for real: what it prints and writes, how it resumes, what it refuses."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tiny_tokenizer, tmp_path_factory):
-    """One model as a .pth and as a Llama's folder, a MoE, and a folder of another architecture."""
+    """One model as a .pth and as a Llama folder, an MoE model, and a folder of another architecture."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("weights")

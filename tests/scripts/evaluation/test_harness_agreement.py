@@ -1,4 +1,4 @@
-"""Our model class and the harness's own `hf` model on the exported folder say the same, question by question."""
+"""Our harness model and the harness's own `hf` model, on the exported folder, agree question by question."""
 
 import random
 import re
@@ -29,7 +29,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module", params=["Dense", "MoE"])
 def both(request, tokenizer, tmp_path_factory):
-    """Ours, and theirs on the same weights."""
+    """Our model and theirs, with the same weights."""
     folder = tmp_path_factory.mktemp(request.param)
     return pair(make_model(len(tokenizer), use_moe=request.param == "MoE", max_seq_len=2048), tokenizer, folder)
 
@@ -56,7 +56,7 @@ def test_every_question_of_cmmlu_is_answered_alike(both, shared, shots, chat):
     exams = list(open_exams(["cmmlu"], shared / "data", shots, 7))
     for exam in exams:
         exam.task.set_fewshot_seed(exam.seed)
-    harness = lm_eval.evaluate(  # not simple_evaluate, which asks the machine for all its packages first
+    harness = lm_eval.evaluate(  # not simple_evaluate, which first collects information on the machine
         theirs,
         {"tasks": {exam.task.config.task: exam.task for exam in exams}},
         limit=LIMIT,
@@ -98,7 +98,7 @@ def test_greedy_answers_are_alike(both):
 
 @pytest.mark.parametrize("silent", [True, False, None])
 def test_how_far_it_is_shows_where_nobody_wants_it_silent(both, capsys, silent):
-    """None: nothing is said, as the harness asks."""
+    """None: no progress bar, as the harness asks."""
     ours, how = both[0], {} if silent is None else {"disable_tqdm": silent}
     ours.loglikelihood(requests("loglikelihood", [("The", " sea"), ("The", " sky")]), **how)
     ours.generate_until(requests("generate_until", [("The", {"until": ["."], "max_gen_toks": 2})]), **how)

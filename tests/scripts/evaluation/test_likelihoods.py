@@ -1,4 +1,4 @@
-"""What is read together, and what is read once for several, has the likelihoods that plain forward passes give it."""
+"""Likelihoods with batching and shared prefixes equal those of plain forward passes."""
 
 import itertools
 import random
@@ -27,7 +27,7 @@ def ids(draw: random.Random, n: int) -> list[int]:
 
 
 def questions(draw: random.Random, count: int = 24) -> list[Question]:
-    """Of two subjects with examples of their own, and some without any; options of 1 to 6 tokens, mixed."""
+    """Questions of two subjects with their own examples, and some without examples; options of 1 to 6 tokens."""
     examples = [ids(draw, 60), ids(draw, 45), []]
     made = []
     for i in range(count):

@@ -1,4 +1,4 @@
-"""Bits per byte: each token predicted once, whatever the windows, and as one forward pass predicts it where it fits."""
+"""Bits per byte: each token is predicted once, whatever the window, and as in one forward pass if the text fits."""
 
 import math
 

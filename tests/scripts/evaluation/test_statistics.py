@@ -1,4 +1,4 @@
-"""Statistics by scipy, by hand, and by examining examiners who are known to know nothing, all, or a little."""
+"""Statistics compared with scipy, with results by hand, and on simulated models that know nothing, all, or a little."""
 
 import itertools
 import random
@@ -57,7 +57,7 @@ def test_mcnemar_by_hand():
 
 
 def answers(seed: int, n: int, edge: float = 0.0) -> list[bool]:
-    """Of a model that guesses among four options, and knows as many as lift its score by `edge`."""
+    """The answers of a model that guesses among four options but knows enough to raise its score by `edge`."""
     draw = random.Random(seed)
     knows = edge / 0.75
     return [draw.random() < knows or draw.randrange(4) == 0 for _ in range(n)]

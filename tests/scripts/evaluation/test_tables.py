@@ -1,4 +1,4 @@
-"""Results as they stand in a terminal, by hand."""
+"""The tables of results in a terminal, compared with tables by hand."""
 
 import math
 
@@ -11,7 +11,7 @@ LONG = "a_name_that_is_longer_than_the_column_of_a_model"
 
 
 def test_a_line_an_exam_and_a_column_a_model():
-    """In the order in which they were asked; a subject is indented, its p the one that is adjusted."""
+    """In the order of the command line; subjects are indented and have an adjusted p."""
     first = {"cmmlu": SCORE, "cmmlu/law": SCORE | {"n": 8, "p": 0.001, "p_holm": 0.04}, "arc": SCORE | {"p": None}}
     second = {name: SCORE | {"acc": 0.75, "acc_norm": None, "p": 0.05} for name in first}
     lines = tables.score_table({"b": first, LONG: second}).splitlines()
@@ -24,7 +24,7 @@ def test_a_line_an_exam_and_a_column_a_model():
         ["arc", "1,234", "25.0", "50.0", "±", "1.2", "47.5", "75.0", "±", "1.2", "-", "0.05"],
     ]
     assert lines[3].startswith("  law ")
-    assert lines[1].index("n") == lines[2].index("4 ")  # figures stand under each other
+    assert lines[1].index("n") == lines[2].index("4 ")  # figures are aligned
     assert lines[1].index("acc") + 3 == lines[2].index("50.0") + 4
     assert lines[1].rindex("acc") + 3 == lines[2].index("75.0") + 4
     assert "\n".join(lines[5:]) == tables.LEGEND

@@ -1,4 +1,4 @@
-"""The publishers' files become rows, as text; what is wrong with one is told in one line with file and row."""
+"""Published files become rows of text; a malformed one is reported in one line with file and row."""
 
 import re
 
@@ -105,10 +105,10 @@ def test_a_malformed_line_is_named(tmp_path, read, record, told):
 def test_a_malformed_entry_of_a_list_is_named(tmp_path):
     path = tmp_path / "test.json"
     path.write_text('[{"question": "Q"}]', encoding="utf-8")
-    with pytest.raises(UserError, match='row 1: the key "distractor1" is missing'):
+    with pytest.raises(DataError, match='row 1: the key "distractor1" is missing'):
         task_files.read_sciq(path)
     path.write_text("[1", encoding="utf-8")
-    with pytest.raises(UserError, match="is not valid JSON"):
+    with pytest.raises(DataError, match="is not valid JSON"):
         task_files.read_sciq(path)
 
 

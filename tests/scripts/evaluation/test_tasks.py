@@ -1,4 +1,4 @@
-"""Benchmarks by name: the harness's wording, from the publishers' files; who knows everything gets everything right."""
+"""Benchmarks by name: the harness's prompts from published files; a model that knows everything scores 100 %."""
 
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ def test_who_knows_everything_scores_100(files, name):
 
 
 FIRST = "第 0 题？\nA. 1.0\nB. NA\nC. 007\nD. 0, “甲”\n乙\n答案："
-WORDED = {  # the first question of each, by the harness's own papers
+WORDED = {  # the first question of each, as in the harness's documentation
     "cmmlu": f"以下是关于农学的单项选择题，请直接给出正确答案的选项。\n\n{FIRST}",
     "ceval": f"以下是中国关于注册会计师的单项选择题，请选出其中的正确答案。\n\n{FIRST}",
     "openbookqa": "Stem 0",
@@ -100,7 +100,7 @@ def test_groups_and_subjects_are_scored_apart_and_holm_is_over_subjects(files):
 
 
 def test_a_score_differs_from_chance_for_few_that_guess(files):
-    """The whole way from files to p, where the 1,000 of test_statistics are shares alone."""
+    """From files to p; the 1,000 simulations of test_statistics start from scores."""
     exams = list(open_exams(["cmmlu", "arc_easy"], files, 0, 0))
     asked = worded(exams, Omniscient())
     found = [
@@ -145,7 +145,7 @@ def test_shuffled_stems_are_all_others_and_options_stay(files):
 
 @pytest.mark.parametrize("name", LOCAL)
 def test_the_whole_of_a_question_is_shuffled(files, name):
-    """The same questions in another order; where the wording has the options as well, they stay."""
+    """The same questions in another order; options that are part of the prompt stay in place."""
     _, plain = asked_of(files, [name], Omniscient())
     _, shuffled = asked_of(files, [name], Omniscient(), shuffle=3)
     before, after = ([answer.prompt for answer in answers] for answers in (plain, shuffled))

@@ -1,4 +1,4 @@
-"""Plans: exact where they say so, against real models, optimizers and PyTorch's own counters."""
+"""Plans compared with real models, optimizers and PyTorch's own counters; exact where they claim to be."""
 
 import argparse
 
@@ -64,7 +64,7 @@ def test_a_token_passes_through_the_experts_it_is_routed_to():
 @pytest.mark.parametrize("use_moe", [False, True])
 @pytest.mark.parametrize("sizes", [SMALL, OTHER], ids=["small", "other"])
 def test_operations_are_those_that_pytorch_counts(sizes, use_moe, checkpointing):
-    """Of attention written out by hand: the counter knows no fused one on a CPU."""
+    """With attention written out by hand, because the counter does not know the fused one on a CPU."""
     whole = model(sizes, use_moe=use_moe, flash_attn=False)
     whole.gradient_checkpointing = checkpointing
     with FlopCounterMode(display=False) as counter:
@@ -92,7 +92,7 @@ def test_bytes_of_state_are_those_of_a_real_run(use_moe, optimizer):
 
 
 def measured_bytes(whole: MiniMindLM, half: bool, packed: bool) -> int:
-    """What the forward pass saves for the backward: each storage once, neither weights nor their copies in bfloat16."""
+    """Bytes that the forward pass saves for the backward pass: each storage once, without weights and their copies."""
     ids = torch.randint(0, 300, (4, 96))
     weights = {p.untyped_storage().data_ptr() for p in whole.parameters()}
     saved = {}
@@ -100,7 +100,7 @@ def measured_bytes(whole: MiniMindLM, half: bool, packed: bool) -> int:
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = tensor  # held, so that no other takes its place
+            saved[storage.data_ptr()] = tensor  # kept, so that no other storage reuses its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -124,7 +124,7 @@ def test_saved_activations_are_right_within_ten_percent(use_moe, half, packed, m
 
 
 def test_gradient_checkpointing_saves_a_blocks_input_instead_of_the_block():
-    """Of the largest models it leaves the inputs, 4 bytes per token, layer and dimension, one block and the head."""
+    """For the largest models: the inputs (4 bytes per token, layer and dimension), one block, and the head remain."""
     config = LMConfig(dim=1024, n_layers=100, vocab_size=100)
     inputs = 8 * 512 * 4 * 1024 * 100
     assert inputs < saved_bytes(config, 8, 512, checkpointing=True) < 1.3 * inputs
@@ -132,7 +132,7 @@ def test_gradient_checkpointing_saves_a_blocks_input_instead_of_the_block():
 
 
 def test_the_stages_of_zero_share_what_their_paper_says():
-    """Rajbhandari et al., figure 1: the optimizer, then the gradients, then the weights, too."""
+    """Rajbhandari et al., figure 1: the optimizer is sharded first, then also the gradients, then the weights."""
     states = [state_bytes(M_26, engine, 64) for engine in (DDP, ZERO_1, ZERO_2, ZERO_3)]
     assert state_bytes(M_26, FSDP2, 64)[:3] == states[-1][:3]
     assert state_bytes(M_26, FSDP2, 64).copies == 0
@@ -187,7 +187,7 @@ def test_what_is_recommended_fits_and_is_the_whole_step():
 
 def test_nothing_is_recommended_where_nothing_fits():
     assert recommended(1e9)[1] is None
-    assert recommended(20e9, optimizer="muon")[1] is None  # ZeRO would fit, and cannot run it
+    assert recommended(20e9, optimizer="muon")[1] is None  # it would fit with ZeRO, which cannot train it
 
 
 def test_a_plan_is_printed(capsys):
@@ -196,7 +196,7 @@ def test_a_plan_is_printed(capsys):
     assert "parameters    104,030,976: " in out
     command = "torchrun --nnodes 2 --node_rank N --master_addr A --master_port P --nproc_per_node 8 train_pretrain.py"
     assert f"recommended   DDP: {command} --dim 768 --n_layers 16" in out
-    assert "2,080,619,520 tokens" in out  # 20 a parameter
+    assert "2,080,619,520 tokens" in out  # 20 bytes per parameter
     assert " at 2 per hour" in out
     assert "note" not in out
 

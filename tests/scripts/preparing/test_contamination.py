@@ -1,4 +1,4 @@
-"""Contamination: a question counts by 13 units in a row, or whole from 6 units on, as a count by hand has it."""
+"""Contamination: a question is found by 13 consecutive units, or whole if it has 6 to 12, as a slow search does."""
 
 import pickle
 import random
@@ -24,7 +24,7 @@ def found(folder, question, line):
 
 
 def by_hand(question: str, line: str) -> bool:
-    """Units by a pattern, and every run of them compared."""
+    """The oracle: units by a regular expression, and every run of them compared."""
     asked, there = (re.findall("[\u4e00-\u9fff]|[a-z0-9]+", text.lower()) for text in (question, line))
     size = min(len(asked), 13)
     runs = {tuple(there[start : start + size]) for start in range(len(there) - size + 1)}

@@ -1,4 +1,4 @@
-"""Evaluation files: what is asked in each format, and one line for what cannot be read."""
+"""Evaluation files: the questions in each format, and one line for a file that cannot be read."""
 
 import json
 

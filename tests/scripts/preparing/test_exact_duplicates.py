@@ -1,4 +1,4 @@
-"""Exact duplicates: equal but for white space, in the order of the lines, however the keys are shared out."""
+"""Exact duplicates: equal apart from white space, in the order of the lines, however the keys are sharded."""
 
 import random
 

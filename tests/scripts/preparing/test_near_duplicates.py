@@ -1,4 +1,4 @@
-"""Near-duplicates: the pairs that count are those of a Levenshtein distance by hand, whatever their order and files."""
+"""Near-duplicates: the pairs are those by plain Levenshtein distance, whatever the order of lines and files."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +30,7 @@ def drawn(length: int, letters, chance: random.Random) -> str:
 
 
 def edited(text: str, edits: int, letters, chance: random.Random) -> str:
-    """As many characters replaced, put in or taken out."""
+    """A copy with this many characters replaced, inserted or deleted."""
     found = list(text)
     for _ in range(edits):
         place, how = chance.randrange(len(found)), chance.randrange(3)
@@ -44,7 +44,7 @@ def edited(text: str, edits: int, letters, chance: random.Random) -> str:
 
 
 def distance(one: str, other: str) -> int:
-    """Levenshtein's, by the textbook's table."""
+    """The Levenshtein distance by the textbook's table."""
     row = list(range(len(other) + 1))
     for number, letter in enumerate(one, 1):
         before, row[0] = row[0], number
@@ -64,7 +64,7 @@ def find(texts, folder, threshold=0.8, chunks=1, **others):
 
 @pytest.fixture(scope="module")
 def planted():
-    """Lines of 10 to 1,500 characters; of every fifth a copy with a tenth of them changed, wherever it falls."""
+    """Lines of 10 to 1,500 characters; every fifth has a copy with a tenth of its characters changed at random."""
     chance = random.Random(0)
     texts = [
         drawn(chance.choice([10, 20, 40, 90, 170, 220, 500, 1500]), letters, chance)
@@ -177,7 +177,7 @@ def test_a_sketch_estimates_how_much_is_the_same():
     _, other, _ = parts(others)
     assert one.shape == (20, BINS)
     assert likeness(one, one) == pytest.approx(1)
-    assert likeness(one, other).mean() == pytest.approx(1 / 3, abs=0.1)  # a half of each: a third of what is in either
+    assert likeness(one, other).mean() == pytest.approx(1 / 3, abs=0.1)  # half of each: a third of their union
 
 
 def test_the_parts_of_a_signature(monkeypatch):

@@ -1,4 +1,4 @@
-"""What prepare_data.py is made of: values cut out of JSON, characters counted, texts normalised, answers judged."""
+"""The parts of prepare_data.py: cutting values out of JSON, counting characters, normalising, judging answers."""
 
 import json
 import unicodedata

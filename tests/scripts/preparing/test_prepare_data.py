@@ -1,4 +1,4 @@
-"""scripts/prepare_data.py, run as a user runs it: what goes in, what comes out, and that it comes out the same."""
+"""scripts/prepare_data.py, run as a user runs it: input formats, output, and reproducibility."""
 
 import bz2
 import gzip
@@ -22,7 +22,7 @@ FAST = ("--workers", "1")
 
 
 def sentences(rng: random.Random, count: int) -> str:
-    """Text that no other call writes again."""
+    """Text that no other call returns."""
     return " ".join(
         f"The {' '.join(rng.choices(WORDS, k=9))} were seen by {rng.randrange(10**6)} people." for _ in range(count)
     )
@@ -34,7 +34,7 @@ def chat(question: str, answer: str, **more) -> dict:
 
 @pytest.fixture
 def prepare(tmp_path, tokenizer_dir, capsys):
-    """Runs the script on files; the lines that it wrote, what it printed, and its report."""
+    """Runs the script on files; returns the lines that it wrote, its output, and its report."""
 
     def run(*arguments, stage: str = "pretrain", exit_code: int = 0) -> tuple[list[dict], str, str]:
         out = tmp_path / "out" / "data.jsonl"
@@ -271,7 +271,7 @@ def test_lines_are_held_out_shuffled_and_cut_into_shards(prepare, tmp_path, thre
     assert len(order) == 199
     assert order == sorted(order)
     assert not (tmp_path / "out" / "data.val.jsonl").exists()
-    call_script(  # shards take the place of the file
+    call_script(  # shards replace the file
         "scripts/prepare_data.py",
         *(three_hundred, "--stage", "pretrain", "--out", tmp_path / "out" / "data.jsonl", "--shard_lines", "120"),
         *("--overwrite", "--val_lines", "0", *FAST),

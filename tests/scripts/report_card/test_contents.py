@@ -1,4 +1,4 @@
-"""The contents of a report, by hand-made inputs: which sections there are, and each field in words."""
+"""The contents of a report on hand-made inputs: which sections it has, and the wording of each field."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The page and the Markdown: all that is said is in both, as text; the page needs nothing but itself."""
+"""The page and the Markdown: both contain everything as text, and the page is self-contained."""
 
 import re
 from html.parser import HTMLParser
@@ -19,7 +19,7 @@ SECTIONS = (
 
 
 class Elements(HTMLParser):
-    """The elements of a page, and its text."""
+    """Collects the elements of a page, and its text."""
 
     def __init__(self, page: str):
         super().__init__()

@@ -1,5 +1,5 @@
-"""scripts/report.py on weights that the real scripts trained: a first call, a second, one that was cut short, and what
-else may lie in the folder."""
+"""scripts/report.py on weights trained by the real scripts: a first call, a second, an interrupted one, and other files
+in the folder."""
 
 import importlib.util
 import json
