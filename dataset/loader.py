@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dataset.jsonl import unwrap_worker_errors
-from dataset.workers import collate_to_send, require_room_for
+from dataset.workers import collate_to_send, outlive_signals, require_room_for
 from model.loss import IGNORE_INDEX
 
 Batch = dict[str, torch.Tensor]
@@ -123,6 +123,7 @@ class StepLoader:
                 batch_sampler=self._micro_batches(start_step),
                 collate_fn=partial(collate_to_send, collate=padded_collate(self.dataset, self.batch_size)),
                 num_workers=self.num_workers,
+                worker_init_fn=outlive_signals,
                 # A DataLoader seeds its workers from a generator: from its own, or else it would advance torch's
                 # global one, and a resumed run would see other dropout than one never interrupted.
                 generator=torch.Generator(),

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from dataset.jsonl import DataError
 from dataset.loader import Batch, padded_collate
 from dataset.streaming import Fault, Read, StreamedRows, Window, Windows
-from dataset.workers import require_room_for
+from dataset.workers import outlive_signals, require_room_for
 
 
 class StreamLoader:
@@ -120,6 +120,7 @@ class StreamLoader:
             batch_size=None,
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
+            worker_init_fn=outlive_signals,
             generator=torch.Generator(),  # or it would advance torch's global one, see StepLoader
         )
         for window in own:

@@ -1,6 +1,9 @@
 """Support for a DataLoader's worker processes."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable
 
 from torch import Tensor
@@ -8,6 +11,7 @@ from torch.utils.data import get_worker_info
 
 from dataset.jsonl import DataError
 
+LAST = 5  # seconds that a worker lives on after SIGTERM
 MORE_ROOM = "give it more (docker run --shm-size 2g), or --num_workers 0, which needs none"
 
 
@@ -22,6 +26,24 @@ def require_room_for(num_workers: int) -> None:
             multiprocessing.Queue().close()
     except OSError as error:
         raise DataError(f"--num_workers cannot use shared memory, /dev/shm ({error.strerror}): {MORE_ROOM}") from None
+
+
+def outlive_signals(_worker: int) -> None:
+    """Let a worker survive the signals that ask a run to stop, for `worker_init_fn`.
+
+    A terminal or a scheduler sends them to all processes of a run, and the current step still needs its batches. By
+    default torch ends a worker at once, unless the main process sent the signal, and with it the run, unsaved.
+    """
+    for name in ("SIGINT", "SIGHUP", "SIGBREAK"):  # Windows has not all of them, and the last only Windows
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_later(_number: int, _frame) -> None:
+    end = threading.Timer(LAST, os._exit, [0])
+    end.daemon = True
+    end.start()
 
 
 def collate_to_send(items: list, collate: Callable[[list], Tensor | dict[str, Tensor]]) -> Tensor | dict[str, Tensor]:

@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[Path]:
         UserError: it could not be written (disk full, no permission); `path` is as it was.
     """
     target = real_place(path)
-    temporary = target.with_name(f"{_prefix(target)}{os.getpid()}.tmp")
+    temporary = _temporary(target)
     try:
         make_folder(path.parent)
         yield temporary
@@ -68,11 +68,17 @@ def require_utf8(folder: Path, what: str) -> None:
 
 
 def left_by_a_kill(path: Path) -> list[Path]:
-    """The partial files of `replacing(path)` in processes that were killed."""
+    """The partial files of `replacing(path)` in processes that were killed; this process's own are being written."""
     target = real_place(path)
     if not target.parent.is_dir():
         return []
-    return [file for file in target.parent.iterdir() if file.name.startswith(_prefix(target)) and file.suffix == ".tmp"]
+    prefix, own = _prefix(target), _temporary(target)
+    files = target.parent.iterdir()
+    return [file for file in files if file.name.startswith(prefix) and file.suffix == ".tmp" and file != own]
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f"{_prefix(target)}{os.getpid()}.tmp")
 
 
 def _prefix(target: Path) -> str:

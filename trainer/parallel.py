@@ -77,13 +77,13 @@ def full_state_dict(model: nn.Module, runtime: Runtime, keep: Callable[[str], bo
     """
     plain, held, found = plain_model(model), {}, {}
     with _gathered(plain, runtime):
-        for key, value in plain.state_dict().items():
+        for key, value in plain.state_dict(keep_vars=True).items():
             if keep(key):
-                place = ((value.to_local() if hasattr(value, "to_local") else value).data_ptr(), value.shape)
-                if place not in held:
-                    value = whole(value.detach()).float()
-                    held[place] = value.clone() if runtime.deepspeed_config else value  # gathered: freed again
-                found[key] = held[place]
+                # by identity: a tensor of which FSDP2 leaves this rank nothing has no address
+                if id(value) not in held:
+                    full = whole(value.detach()).float()
+                    held[id(value)] = full.clone() if runtime.deepspeed_config else full  # gathered: freed again
+                found[key] = held[id(value)]
     return found
 
 

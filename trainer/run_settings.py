@@ -10,6 +10,7 @@ MAY_CHANGE = (
     *("out_dir", "device", "num_workers", "log_interval", "save_interval", "eval_interval", "eval_path", "resume"),
     *("overwrite", "compile", "gradient_checkpointing", "tracker", "use_wandb", "wandb_project", "local_rank", "ddp"),
     *("keep_last", "keep_every", "save_best", "save_minutes", "stop_after", "stall_timeout", "offload"),
+    "skip_bad_lines",  # without it a file with bad lines is refused, and a stream stops at the first: the same rows
     *("data_path", "mix", "images_path", "cache_limit"),  # the data's content is compared, not its path
     *("dim", "n_layers", "use_moe", "tokenizer"),  # the architecture and the tokenizer's hash say it better,
     *("generation", "num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling"),  # and of these

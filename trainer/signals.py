@@ -6,7 +6,6 @@ import os
 import signal
 import stat
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
@@ -14,8 +13,6 @@ from collections.abc import Iterator
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 ASK_TO_STOP = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 ASK_TO_SAVE = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))  # Windows has none
-
-WORKERS_LAST = 5  # seconds
 
 
 class Signals:
@@ -48,11 +45,7 @@ class Signals:
         process = os.getpid()
 
         def on_signal(number: int, _frame) -> None:
-            if os.getpid() != process:  # a DataLoader's worker, which lives as long as we do
-                if number == signal.SIGTERM:  # schedulers send it to all: the step under way needs its batches yet
-                    end = threading.Timer(WORKERS_LAST, os._exit, [0])
-                    end.daemon = True
-                    end.start()
+            if os.getpid() != process:  # a DataLoader's worker that has not begun, see dataset.workers.outlive_signals
                 return
             now = time.monotonic()
             # At a terminal one Ctrl-C comes twice, from the terminal and from torchrun or DeepSpeed.

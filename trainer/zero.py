@@ -149,14 +149,18 @@ class ShardedOptimizer:
 
         A shard contains many parameters but has one step count: the largest of theirs.
         """
-        for parameters, shards, saved in zip(self.groups, self._shards(), state["param_groups"], strict=True):
+        for group, parameters, shards, saved in zip(
+            self.param_groups, self.groups, self._shards(), state["param_groups"], strict=True
+        ):
             states = [state["state"].get(number) for number in saved["params"]]
             if not any(states):
                 continue
             step = max(each["step"] for each in states if each)
             for shard in shards:
                 moments = {name: torch.zeros_like(shard) for name in MOMENTS}
-                self._adamw.state[shard] = {"step": step.clone(), **moments}
+                # the fused kernel reads the count on the device, the others on the CPU
+                count = step.to(shard.device, copy=True) if group.get("fused") else step.clone()
+                self._adamw.state[shard] = {"step": count, **moments}
             self._link_states()
             for parameter, each in zip(parameters, states, strict=True):
                 for name in MOMENTS if each else ():

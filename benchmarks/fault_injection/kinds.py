@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -212,8 +213,9 @@ def shrink(run: Disturbed, rng: random.Random) -> None:
 def change(run: Disturbed, rng: random.Random) -> None:
     own_data(run, rng)
     content = bytearray(run.data.read_bytes())
-    place = rng.choice([i for i, byte in enumerate(content) if chr(byte).isdigit()])
-    content[place] = content[place] ^ 1
+    words = [found.start() for found in re.finditer(rb"(?<=[a-z ])[a-z](?=[a-z]+ )", content)]  # inside texts, not keys
+    place = rng.choice(words)
+    content[place] = ord("x") if content[place] != ord("x") else ord("y")
     refused_with(run, bytes(content))
 
 

@@ -1,6 +1,10 @@
 """From rows to steps: each row once per epoch, on one rank, in an order set by seed and epoch, from any step."""
 
+import itertools
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -172,6 +176,17 @@ def test_so_many_processes_read_the_rows(num_workers):
     readers = {int(batch["input_ids"][0, 0]) for (batch,) in steps}
     assert len(readers) == max(num_workers, 1)
     assert (os.getpid() in readers) == (num_workers == 0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_workers_outlive_a_signal_that_another_process_sends(name):
+    """A scheduler signals every process of a job, and the current step waits for its workers' batches."""
+    steps = StepLoader(WhoReads(80), 2, 1, 1, seed=0, num_workers=2).steps()
+    first = {int(batch["input_ids"][0, 0]) for (batch,) in itertools.islice(steps, 2)}
+    kill = f"import os, signal; [os.kill(pid, signal.{name}) for pid in {sorted(first)}]"
+    subprocess.run([sys.executable, "-c", kill], check=True)
+    assert {int(batch["input_ids"][0, 0]) for (batch,) in steps} == first
 
 
 def test_a_batch_of_nothing_is_two_wide_one_token_to_read_and_one_to_predict():

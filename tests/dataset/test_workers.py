@@ -1,5 +1,8 @@
 """What a DataLoader's workers send, and what happens when it cannot be sent."""
 
+import os
+import signal
+import threading
 from functools import partial
 
 import pytest
@@ -73,3 +76,11 @@ def test_no_room_for_a_lock_is_told(monkeypatch):
     ):
         require_room_for(1)
     require_room_for(0)
+
+
+def test_a_worker_does_not_outlive_sigterm_for_long(monkeypatch):
+    started = []
+    monkeypatch.setattr(threading.Timer, "start", lambda timer: started.append(timer))
+    workers._end_later(signal.SIGTERM, None)
+    (timer,) = started
+    assert (timer.interval, timer.function, timer.args, timer.daemon) == (workers.LAST, os._exit, [0], True)

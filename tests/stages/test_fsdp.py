@@ -69,6 +69,15 @@ def test_what_it_goes_with(pretrain, tmp_path, more):
     assert losses(tmp_path / "fsdp", name) == pytest.approx(losses(tmp_path / "ddp", name), abs=close)
 
 
+def test_a_rank_that_holds_nothing_of_a_small_tensor(pretrain, tmp_path):
+    """The routers have four rows each, which three processes share out as two, two and none."""
+    flags = ("--max_steps", "2", "--batch_size", "2", "--use_moe")
+    pretrain(tmp_path / "ddp", *flags, processes=3)
+    pretrain(tmp_path / "fsdp", *flags, "--fsdp", processes=3)
+    name = "pretrain_32_moe"
+    assert distance(weights(tmp_path / "fsdp", name), weights(tmp_path / "ddp", name)) < 1e-4
+
+
 @pytest.mark.parametrize(
     "engine",
     [

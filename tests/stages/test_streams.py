@@ -82,7 +82,8 @@ def test_a_bad_line_saves_and_ends(pretrain, spoilt, tmp_path):
     line = one_error_line(pretrain(tmp_path / "out", *flags, "--resume", exit_code=2))
     assert f"line {number}" in line
     assert about(tmp_path / "out")["step"] == learned
-    done = pretrain(tmp_path / "new", *flags, "--skip_bad_lines", "--max_steps", str(learned + 3))
+    done = pretrain(tmp_path / "out", *flags, "--resume", "--skip_bad_lines", "--max_steps", str(learned + 3))
+    assert about(tmp_path / "out")["step"] == learned + 3
     assert f"bad lines skipped, the first: {path}, line {number}" in done.stdout
 
 

@@ -474,7 +474,7 @@ def test_a_worker_does_not_keep_the_lock_of_a_run_that_is_gone(open_checkpoint):
 # ---------------------------------------------------------------------------------------- changes allowed on resume
 
 CHANGES = {  # settings that change the numbers, each with another value
-    **{"max_seq_len": 32, "packing": False, "skip_bad_lines": True, "optimizer": "muon", "seed": 1},
+    **{"max_seq_len": 32, "packing": False, "optimizer": "muon", "seed": 1},
     "eval_interval": 0,
 }
 SHARING = {"batch_size", "accumulation_steps", "deepspeed", "zero_stage"}  # if a step still has the same rows
@@ -486,6 +486,7 @@ MAY_CHANGE = {
     *("generation", "num_experts_per_tok", "rope_theta", "rope_scaling", "inference_rope_scaling"),  # as are these
     *("data_path", "cache_limit"),  # the data by its content
     *("save_minutes", "keep_last", "keep_every", "save_best", "stop_after", "stall_timeout"),
+    *("offload", "skip_bad_lines"),
 }
 
 

@@ -190,6 +190,9 @@ def test_what_a_kill_leaves_is_found_beside_the_file_itself(tmp_path):
     for name in (".weights.pth.123.tmp", ".weights.pth.mine", ".other.pth.123.tmp", "weights.pth"):
         (big / name).write_text("half")
     assert left_by_a_kill(path) == [left]
+    with replacing(path) as being_written:  # by this process, which is alive
+        being_written.write_text("half")
+        assert left_by_a_kill(path) == [left]
     assert left_by_a_kill(tmp_path / "nowhere" / "a.pth") == []
 
 

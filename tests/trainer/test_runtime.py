@@ -3,13 +3,11 @@
 import atexit
 import contextlib
 import errno
-import json
 import os
 import re
 import runpy
 import signal
 import socket
-import threading
 import time
 from types import SimpleNamespace
 
@@ -137,23 +135,6 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(run, handlers):
     run.start_loop()
     os.kill(os.getpid(), signal.SIGHUP)
     assert not run.requests()[0]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_worker_outlives_the_signal_for_a_while(caught, number):
-    """A scheduler sends the signal to all processes, and the current step waits for its workers' data."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.kill(os.getpid(), number)
-        timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
-        os.write(writer, json.dumps([[timer.interval, timer.daemon, timer.args] for timer in timers]).encode())
-        os._exit(7)
-    os.close(writer)
-    planned = json.loads(os.read(reader, 999))
-    assert planned == ([[signals.WORKERS_LAST, True, [0]]] if number == signal.SIGTERM else [])
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
-    os.close(reader)
 
 
 def test_a_system_without_sighup(run, handlers, monkeypatch):
