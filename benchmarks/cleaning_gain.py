@@ -51,7 +51,7 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("--data_path", type=Path, required=True, help="pretraining texts, jsonl")
     parser.add_argument("--table", action=BooleanFlag, help="only print the results so far")
-    parser.add_argument("--seed", type=non_negative_int, default=1, help="of the initial weights and the order")
+    parser.add_argument("--seed", type=non_negative_int, default=1, help="seed of the initial weights and the order")
     parser.add_argument("--size", choices=SIZES, default="7M", help="dim 128, 256 or 512, 8 layers")
     parser.add_argument("--tokens", type=positive_int, default=131_072, help="training tokens, in whole rows")
     parser.add_argument("--batch_size", type=positive_int, default=4, help="rows per step")

@@ -38,7 +38,7 @@ def get_args():
     parser = Parser(__doc__)
     parser.add_argument("--data_path", required=True, help="pretraining texts, jsonl")
     parser.add_argument("--size", choices=SIZES, default="26M", help="dim 512 or 768, 8 layers; parameters differ")
-    parser.add_argument("--minutes", type=positive_float, default=20.0, help="of computing, for each generation")
+    parser.add_argument("--minutes", type=positive_float, default=20.0, help="minutes of computing per generation")
     parser.add_argument("--seed", type=non_negative_int, default=1)
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows of a step")
     parser.add_argument("--max_seq_len", type=positive_int, default=512, help="row length in tokens")

@@ -214,7 +214,7 @@ def main():
     ids = joined_texts(args.data_path, tokenizer, args.longest, args.rows).to(plain.device)
     long_rows = None
     if args.finetune_steps:
-        several = -(-args.finetune_steps // 2)
+        several = math.ceil(args.finetune_steps / 2)
         long_rows = joined_texts(args.data_path, tokenizer, args.finetune_len, several, skip=ids.numel()).to(ids.device)
     results: dict[str, dict] = {}
     for way in args.ways:

@@ -1,8 +1,8 @@
 """scripts/prepare_data.py on generated text: MB/s, peak memory, and runs that are killed.
 
-    python benchmarks/prepare_speed.py                              # 200 MB: cleaning, then with near-deduplication
-    python benchmarks/prepare_speed.py --megabytes 5000 --only near # peak memory on 5 GB
-    python benchmarks/prepare_speed.py --megabytes 60 --only kill   # killed at 10 random instants: the same bytes
+    python -m benchmarks.prepare_speed                              # 200 MB: cleaning, then with near-deduplication
+    python -m benchmarks.prepare_speed --megabytes 5000 --only near # peak memory on 5 GB
+    python -m benchmarks.prepare_speed --megabytes 60 --only kill   # killed at 10 random instants: the same bytes
 
 Half of the lines are Chinese, half English, about 400 bytes each, in unique sentences; one in a hundred has something
 for a filter to find. MB are 10^6 bytes of input. Peak memory is the sum over all processes of what each

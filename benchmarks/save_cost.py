@@ -32,7 +32,7 @@ from trainer.weights import load_tokenizer
 
 STEPS = 100
 BAR = 0.02  # of the time of the steps between two saves
-SHAPES = {"26M": (512, 8, 0.06), "104M": (768, 16, 0.2)}  # dim, n_layers, seconds a step
+SHAPES = {"26M": (512, 8, 0.06), "104M": (768, 16, 0.2)}  # dim, n_layers, seconds per step
 
 
 def get_args():

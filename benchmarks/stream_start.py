@@ -86,9 +86,9 @@ def run_to_first_step(arguments: list[str]) -> dict[str, float]:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--size", type=byte_size, default="20GB", help="of the large file")
+    parser.add_argument("--size", type=byte_size, default="20GB", help="size of the large file")
     parser.add_argument("--rounds", type=positive_int, default=3)
-    parser.add_argument("--num_workers", type=non_negative_int, default=0, help="of the runs")
+    parser.add_argument("--num_workers", type=non_negative_int, default=0, help="worker processes of each run")
     parser.add_argument("--folder", default=None, metavar="DIR", help="where to write (default: the temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:

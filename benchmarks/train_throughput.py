@@ -118,7 +118,7 @@ def get_args() -> argparse.Namespace:
         "--optimizer", choices=("adamw", "muon"), default="adamw", help="optimizer of MiniMind's contenders"
     )
     parser.add_argument(
-        "--dtype", choices=SHORT, help="of the contenders that are not fp32 (default: what the machine computes in)"
+        "--dtype", choices=SHORT, help="precision of the contenders that are not fp32 (default: the machine's own)"
     )
     parser.add_argument(
         "--peak_tflops", type=positive_float, help="the device's peak (default: that of a large matrix product)"

@@ -14,7 +14,7 @@ from dataset.shapes import HEAD_BYTES, file_advice, foreign_file, foreign_first_
 DATA_SETS = "https://huggingface.co/datasets/jingyaogong/minimind_dataset"
 EXCERPT_CHARS = 80
 MOST_REPORTED = 20  # bad lines, or names of keys
-MOST_COUNTED = 1000  # names of keys: where a file has more, its keys are no names but data
+MOST_COUNTED = 1000  # names of keys; in a file with more, the keys are data
 
 Ignored = Counter[str]  # the number of lines with each key that has no meaning here
 

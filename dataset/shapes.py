@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-MAGIC = (  # how files begin that are no text; the longer one first where one begins another
+MAGIC = (  # first bytes of binary files; a prefix of another one comes after it
     (b"\x1f\x8b", "gzip-compressed: unpack it first (gunzip)"),
     (b"\x28\xb5\x2f\xfd", "zstd-compressed: unpack it first (zstd -d)"),
     (b"\xfd7zXZ\x00", "xz-compressed: unpack it first (xz -d)"),

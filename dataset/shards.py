@@ -1,6 +1,7 @@
 """The files of a stream, on this machine or at an address that fsspec reads, and their lines by byte range."""
 
 import glob
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -177,7 +178,7 @@ class Blocks:
     def __init__(self, shards: list[Shard], block_bytes: int):
         self.shards = shards
         self.block_bytes = block_bytes
-        self._ends = np.cumsum([-(-shard.size // block_bytes) for shard in shards])
+        self._ends = np.cumsum([math.ceil(shard.size / block_bytes) for shard in shards])
 
     def __len__(self) -> int:
         return int(self._ends[-1])

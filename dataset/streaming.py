@@ -7,6 +7,7 @@ the workers of a rank take turns, and so do the ranks, which exchange what they 
 same order, whatever the number of workers and ranks, and a resumed run reads one window again.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,7 +148,7 @@ class StreamedRows:
         apart = min(len(order) // 100, HELD_OUT_BYTES // self._blocks.block_bytes) if hold_out else 0
         self._held_out, self._learned = order[:apart], np.sort(order[apart:])
         self._window_blocks = max(1, buffer_bytes // self._blocks.block_bytes)
-        self.windows = -(-len(self._learned) // self._window_blocks)
+        self.windows = math.ceil(len(self._learned) / self._window_blocks)
         self._epoch, self._order = -1, self._learned
         self.position = {"window": 0, "row": 0}
         files = f"{len(shards):,} files" if len(shards) > 1 else "1 file"

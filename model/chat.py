@@ -18,11 +18,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from model.fast_bpe import encode_parts
-from model.template_chat import LANDMARKS, Landmarks, lays_out_thinking, parts_by_template, targets_by_template
+from model.template_chat import LANDMARKS, ROLES, Landmarks, lays_out_thinking, parts_by_template, targets_by_template
 from model.tool_calls import listing, with_calls
 
 DEFAULT_SYSTEM_PROMPT = "你是 MiniMind，是一个有用的人工智能助手。"
-ROLES = ("system", "user", "assistant", "tool")
 TEXT_BEGIN, TEXT_END = "<s>", "</s>"  # which a pretraining text may contain literally
 IMAGE_MARKER = "<image>"  # an image's placeholder in a data line, and the shipped tokenizer's token for it
 IMAGE_PLACE = -1  # placeholder id of image tokens until they get their own id: no text renders to it

@@ -31,6 +31,7 @@ from model.loss import next_token_loss, target_mask
 from model.multi_token import MultiTokenPrediction
 from model.norm import RMSNorm
 from model.variants import make_attention, make_feed_forward
+from model.weight_layouts import TABLES
 
 
 class MiniMindBlock(nn.Module):
@@ -86,7 +87,7 @@ class MiniMindOutput(ModelOutput):
         return self.cache
 
 
-OLD_BUFFERS = r"(^|\.)(pos_cis|mask)$"  # buffers in published files that the model computes itself
+OLD_BUFFERS = rf"(^|\.)({'|'.join(TABLES)})$"
 
 
 def drop_old_buffers(model: nn.Module, state_dict: dict[str, Tensor], *_) -> None:

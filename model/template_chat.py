@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from model.tokenizer import token_bytes
 
-OPEN, CLOSE = "<think>", "</think>"
 ROLES = ("system", "user", "assistant", "tool")
+OPEN, CLOSE = "<think>", "</think>"
 PASSED_ON = ("tool_calls", "reasoning_content")  # of a turn, to the template
 CUTS = [chr(code) for code in range(0xE000, 0xE100)]  # of the private use area: marks where a text is to be cut
 Cut = Callable[[str, re.Pattern], list[str]]

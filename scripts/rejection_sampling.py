@@ -37,7 +37,7 @@ def get_args():
     parser.add_argument("--most", type=positive_int, default=1, help="most different answers kept per question")
     parser.add_argument("--temperature", type=positive_float, default=1.0)
     parser.add_argument("--max_new_tokens", type=positive_int, default=512, help="maximum answer length in tokens")
-    parser.add_argument("--max_seq_len", type=positive_int, default=1024, help="of question and answer, in tokens")
+    parser.add_argument("--max_seq_len", type=positive_int, default=1024, help="maximum tokens of question and answer")
     parser.add_argument("--batch_size", type=positive_int, default=16, help="questions answered at once")
     parser.add_argument("--limit", type=positive_int, default=None, help="ask only this many questions")
     parser.add_argument("--seed", type=seed, default=42)

@@ -18,7 +18,7 @@ from trainer.errors import UserError, run_main
 def main():
     parser = Parser(__doc__)
     parser.add_argument("name", nargs="?", help="the tool to call (default: list all)")
-    parser.add_argument("arguments", nargs="?", default="{}", help="its arguments, a JSON object")
+    parser.add_argument("arguments", nargs="?", default="{}", help="the tool's arguments, a JSON object")
     args = parser.parse_args()
     tools = registry_of(["all"])
     if args.name is None:

@@ -226,7 +226,15 @@ DEFAULTS |= {
     },
     "benchmarks.training_memory": {
         **{"dim": 512, "n_layers": 8, "use_moe": False, "batch_size": 8, "max_seq_len": 512, "dtype": "bfloat16"},
-        **{"optimizer": "adamw", "adapter": None, "deepspeed": None, "zero_stage": 2, "rounds": 5, "device": None},
+        **{
+            "optimizer": "adamw",
+            "adapter": None,
+            "deepspeed": None,
+            "offload": None,
+            "zero_stage": 2,
+            "rounds": 5,
+            "device": None,
+        },
         **{"seed": 42, "grad_clip": 1.0, "learning_rate": 1e-4, "fsdp": False},
         **{"stop_after": 0, "save_minutes": 0, "stall_timeout": 0},
     },

@@ -1,6 +1,7 @@
 """A training step of each contender, as a function that takes one step and returns its number of tokens."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -85,7 +86,7 @@ def bare_step(data: PretrainDataset, config: LMConfig, args, dtype: torch.dtype,
     loss_of = torch.compile(model) if compiled else model
     text = torch.cat([data[row]["input_ids"] for row in range(min(len(data), ROWS_JOINED))])
     taken = args.batch_size * args.max_seq_len
-    text = text.repeat(-(-(taken + 1) // len(text)))  # a file of few tokens comes more than once
+    text = text.repeat(math.ceil((taken + 1) / len(text)))  # a file of few tokens comes more than once
     starts = itertools.cycle(range(0, len(text) - taken, taken))
 
     def step() -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Memory of a training step on one device: the engines' state of the model, and saved activations."""
 
+import math
 from typing import NamedTuple
 
 from model import LMConfig
@@ -69,11 +70,11 @@ def state_bytes(config: LMConfig, engine: Engine = ALONE, processes: int = 1, op
         moments -= FP32 * hidden
         tensors -= config.n_layers * 4 + 3 * _matrices(config)
     elif optimizer == "adamw8bit":
-        moments, tensors = moments_in_8_bits(config), 0  # its step counts are no tensors
+        moments, tensors = moments_in_8_bits(config), 0  # its step counts are plain numbers
     of_all = FP32 * parameters.total
 
     def share(size: int, split: bool) -> int:
-        return -(-size // processes) if split else size
+        return math.ceil(size / processes) if split else size
 
     copies = 0
     if engine.copies == "gradients" and processes > 1:
@@ -101,7 +102,9 @@ def moments_in_8_bits(config: LMConfig) -> int:
         "norms": (dim, 2 * layers + 1),
     }
     return sum(
-        count * 2 * (FP32 * n if n < SMALLEST else n + FP32 * -(-n // BLOCK)) for n, count in sizes.values() if count
+        count * 2 * (FP32 * n if n < SMALLEST else n + FP32 * math.ceil(n / BLOCK))
+        for n, count in sizes.values()
+        if count
     )
 
 

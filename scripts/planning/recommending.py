@@ -1,5 +1,6 @@
 """Recommends engine, micro-batch and accumulation: those with the shortest estimated time that fit."""
 
+import math
 from typing import NamedTuple
 
 from model import LMConfig
@@ -28,7 +29,7 @@ def best_plan(
     for checkpointing in (False, True):
         rows = 1 << (min(step_rows, MOST_ROWS).bit_length() - 1)
         while rows:
-            work = Work(n, rows, -(-step_rows // rows), checkpointing, half)
+            work = Work(n, rows, math.ceil(step_rows / rows), checkpointing, half)
             step = estimate_step(config, engine, machines, work, optimizer)
             if step.memory <= ROOM * machines.gpu.memory:
                 return Plan(engine, work, step)

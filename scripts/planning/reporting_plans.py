@@ -1,5 +1,7 @@
 """A plan as readable lines."""
 
+import math
+
 from model import LMConfig
 from scripts.planning.estimates import ROOM, Machines, sent_bytes
 from scripts.planning.memory import Engine, saved_bytes, state_bytes, working_bytes
@@ -60,7 +62,7 @@ def describe_run(config: LMConfig, plan: Plan | None, machines: Machines, args, 
     work = plan.work
     step_tokens = work.n * work.rows * work.accumulation * machines.gpus
     tokens = args.tokens or TOKENS_PER_PARAMETER * count_parameters(config).total
-    steps = -(-tokens // step_tokens)
+    steps = math.ceil(tokens / step_tokens)
     hours = steps * plan.step.seconds / 3600
     bound = "sending" if plan.step.sending > plan.step.computing else "computing"
     price = f", {hours * machines.gpus * args.price:,.0f} at {args.price:g} per hour" if args.price else ""
@@ -84,7 +86,7 @@ def _command(plan: Plan, gpus: int, args, per_machine: int) -> str:
     flags += [plan.engine.flags] if plan.engine.flags else []
     launcher = "python"
     if gpus > 1:
-        nodes = -(-gpus // per_machine)
+        nodes = math.ceil(gpus / per_machine)
         machines = f"--nnodes {nodes} --node_rank N --master_addr A --master_port P " if nodes > 1 else ""
         launcher = f"torchrun {machines}--nproc_per_node {min(gpus, per_machine)}"
     return f"{launcher} train_pretrain.py {' '.join(flags)}"

@@ -1,5 +1,6 @@
 """The second pass, chunk by chunk: removes lines that many documents share, and prepares the comparison."""
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ def find_boilerplate(files: list[Path], least: int) -> np.ndarray:
         files: for each chunk uint64 (2, n): hashes, and the number of its documents with each.
     """
     total = sum(np.load(file, mmap_mode="r").shape[1] for file in files)
-    shares = 1 << max(0, -(-total // HASHES_AT_ONCE) - 1).bit_length()
+    shares = 1 << max(0, math.ceil(total / HASHES_AT_ONCE) - 1).bit_length()
     found = [np.empty(0, np.uint64)]
     for share in range(shares):
         parts = [np.empty((2, 0), np.uint64)]

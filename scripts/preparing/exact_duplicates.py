@@ -1,6 +1,7 @@
 """Lines with equal texts, apart from white space, by a 128-bit hash; the first of them is kept."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def find_exact_duplicates(key_files: Sequence[Path]) -> tuple[np.ndarray, np.nda
         the numbers of the lines to drop, ascending, and of the line that each repeats; both int64.
     """
     total = sum(len(np.load(file, mmap_mode="r")) for file in key_files)
-    shares = 1 << max(0, -(-total // KEYS_AT_ONCE) - 1).bit_length()
+    shares = 1 << max(0, math.ceil(total / KEYS_AT_ONCE) - 1).bit_length()
     dropped, repeats = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for share in range(shares):
         keys, lines, start = [np.empty((0, 2), np.uint64)], [np.empty(0, np.int64)], 0

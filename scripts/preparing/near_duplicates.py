@@ -10,6 +10,7 @@ Intermediate results are in files; memory does not grow with the data, apart fro
 
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
@@ -120,7 +121,7 @@ def _prepare(files: Sequence[Path], texts: TextStore, threshold: float, work: Pa
             all_lengths[start : start + len(lengths)] = lengths
             out.write(sketches.tobytes())
     save_array(work / "lengths.npy", all_lengths)
-    shares = 1 << max(4, -(-entries // ENTRIES_AT_ONCE).bit_length())
+    shares = 1 << max(4, math.ceil(entries / ENTRIES_AT_ONCE).bit_length())
     line_bits = max(1, lines.bit_length())
     search = _Search(tuple(files), tuple(starts), texts, threshold, work, shares, line_bits)
     return search, np.ones(lines, bool)
@@ -303,7 +304,7 @@ def is_near(one: str, other: str, threshold: float) -> bool:
     longer = max(len(one), len(other))
     if longer <= PIECE:
         return Levenshtein.normalized_similarity(one, other, score_cutoff=threshold) >= threshold
-    pieces, distance, most = -(-longer // PIECE), 0, int((1 - threshold) * longer + 1e-9)
+    pieces, distance, most = math.ceil(longer / PIECE), 0, int((1 - threshold) * longer + 1e-9)
     for piece in range(pieces):
         parts_of = [text[len(text) * piece // pieces : len(text) * (piece + 1) // pieces] for text in (one, other)]
         distance += Levenshtein.distance(*parts_of, score_cutoff=most - distance)

@@ -26,7 +26,7 @@ class Conversation:
     Args:
         args: the flags of eval_model.py.
         room: tokens that a prompt may have.
-        by_hand: the questions are typed: one that does not fit is no reason to stop, and Ctrl-C ends only the answer.
+        by_hand: the questions are typed: one that does not fit does not end the run, and Ctrl-C ends only the answer.
         tools: the model may call them; None: none.
         verify: chooses among --votes answers; None: the majority does.
     """

@@ -1,6 +1,7 @@
 """Reading and preprocessing images, and placing them in prompts."""
 
 import io
+import math
 import struct
 import zlib
 
@@ -33,7 +34,7 @@ def as_file(image: Image.Image, kind: str, **options) -> bytes:
 
 def blank_png(side: int) -> bytes:
     """The beginning of a square PNG with one bit per pixel: if refused for its size, the rest is never read."""
-    rows = zlib.compress(bytes(1 + -(-side // 8)) * 100)
+    rows = zlib.compress(bytes(1 + math.ceil(side / 8)) * 100)
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks

@@ -115,7 +115,7 @@ def test_a_sheet_draws_every_question_though_the_last_row_is_not_full(tmp_path, 
     contact_sheet.draw_sheet(exam, [str(n) for n in range(asked)], tmp_path, 3, tmp_path / "sheet.png")
     assert drawn == [str(n) for n in range(asked)]
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.height > sheet.width / 3 * -(-asked // 3)
+        assert sheet.height > sheet.width / 3 * math.ceil(asked / 3)
 
 
 class TestExamination:

@@ -1,5 +1,6 @@
 """Near-duplicates: the pairs are those by plain Levenshtein distance, whatever the order of lines and files."""
 
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,7 +55,7 @@ def distance(one: str, other: str) -> int:
 
 
 def find(texts, folder, threshold=0.8, chunks=1, **others):
-    size, files = -(-len(texts) // chunks) or 1, []
+    size, files = math.ceil(len(texts) / chunks) or 1, []
     for start in range(0, len(texts), size):
         files.append(folder / f"{start}.npy")
         np.save(files[-1], signatures(texts[start : start + size]))
