@@ -65,7 +65,12 @@ def hide() -> None:
 
 
 def hold_files() -> None:
-    """Let `os.fsync`, `os.replace` and `os.rename` refuse what Windows refuses; /proc lists the open files."""
+    """Let `os.fsync`, `os.replace` and `os.rename` refuse what Windows refuses; /proc lists the open files.
+
+    Where there is no /proc (macOS, and Windows, which refuses by itself) nothing is held.
+    """
+    if not Path("/proc/self/fd").is_dir():
+        return
     fsync = os.fsync
 
     def flush(handle: int) -> None:

@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import resource
 import signal
 import time
 import tracemalloc
@@ -25,6 +24,8 @@ from dataset.token_cache import open_token_cache, sha256_of
 from model.chat import render_text
 from tests.conftest import SENTENCES, write_jsonl
 from tests.running import PATIENCE, from_process
+
+resource = pytest.importorskip("resource", reason="Windows has none")
 
 fork = multiprocessing.get_context("fork")  # a process of its own that need not import torch again
 

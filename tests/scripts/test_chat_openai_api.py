@@ -1,12 +1,10 @@
 """The terminal client, operated through a pseudo-terminal."""
 
-import fcntl
 import os
 import re
 import select
 import subprocess
 import sys
-import termios
 import time
 from types import SimpleNamespace
 
@@ -15,6 +13,8 @@ import pytest
 from scripts import chat_openai_api
 from tests.running import PATIENCE, ROOT, one_error_line, run_script
 from tests.scripts.openai_double import openai_double
+
+fcntl, termios = (pytest.importorskip(name, reason="Windows has none") for name in ("fcntl", "termios"))
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 

@@ -1,14 +1,16 @@
 """A pseudo-terminal to run scripts at, with a user who types and reads."""
 
-import fcntl
 import os
-import pty
 import select
 import struct
-import termios
 import time
 
+import pytest
+
 from tests.running import PATIENCE, RunningScript
+
+# whole modules of tests are skipped where one that they use is missing
+fcntl, pty, termios = (pytest.importorskip(name, reason="Windows has none") for name in ("fcntl", "pty", "termios"))
 
 
 class Terminal:

@@ -19,6 +19,9 @@ from trainer import runtime, signals
 from trainer.errors import UserError
 from trainer.runtime import EXIT_TIME_IS_UP, Runtime, start_runtime
 
+if not hasattr(signal, "SIGHUP"):
+    pytest.skip("Windows has no such signals", allow_module_level=True)
+
 CPU = torch.device("cpu")
 # what torchrun tells the second of two processes
 PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
