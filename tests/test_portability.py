@@ -125,7 +125,9 @@ def without_encoding(source: str) -> list[int]:
     found = []
     for name, call in calls(ast.parse(source)):
         owner = getattr(getattr(call.func, "value", None), "id", "")
-        text = name in WRITERS or (name in OPENERS and owner not in ("Image", "os") and "b" not in mode_of(name, call))
+        text = name in WRITERS or (
+            name in OPENERS and owner not in ("Image", "os", "opener") and "b" not in mode_of(name, call)
+        )
         piped = any(
             word.arg in ("text", "universal_newlines") and getattr(word.value, "value", None) for word in call.keywords
         )

@@ -64,7 +64,8 @@ class LlamaServer:
         """
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self._url}/{endpoint}", json.dumps(body).encode(), headers)
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request) as reply:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request) as reply:
             return json.load(reply)
 
     def complete(self, prompts: list[list[int]], n: int, **settings) -> list[dict]:
