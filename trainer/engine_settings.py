@@ -40,6 +40,7 @@ def check_offload(args: argparse.Namespace) -> None:
     Raises:
         UserError: what it needs.
     """
+    least_stage = 3 if args.offload == "all" else 1
     if getattr(args, "fsdp", False):
         if args.offload != "all":
             raise UserError("--offload optimizer: FSDP2 offloads weights, gradients and optimizer together: use all")
@@ -47,8 +48,8 @@ def check_offload(args: argparse.Namespace) -> None:
         raise UserError(f"--offload {args.offload} needs an engine that can: add --deepspeed or --fsdp")
     elif args.deepspeed is not True:
         raise UserError(f"--offload {args.offload}: {args.deepspeed} decides what is offloaded: leave out one of them")
-    elif args.zero_stage < (least := 3 if args.offload == "all" else 1):
-        raise UserError(f"--offload {args.offload} needs --zero_stage {least}{' or more' if least == 1 else ''}")
+    elif args.zero_stage < least_stage:
+        raise UserError(f"--offload {args.offload} needs --zero_stage {least_stage} or more")
 
 
 def deepspeed_config(args) -> dict:

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from model.chat import render_chat
-from model.reasoning import TAGS, ReasoningStream, is_well_formed, majority, split_reasoning, tag_sequences
+from model.reasoning import (
+    TAGS,
+    ReasoningStream,
+    is_well_formed,
+    majority,
+    split_reasoning,
+    tag_sequences,
+    with_thought,
+)
 from model.tokenizer_check import check_tokenizer
 from tests.families import with_llama_3s_pattern
 from train_distill_reason import tag_weights
@@ -106,3 +114,11 @@ def test_tags_are_found_where_a_line_break_shares_their_last_token(special_tags)
     weights = tag_weights(learned, tag_sequences(tokenizer), 10)[0].tolist()
     heavy = [i for i, weight in zip(ids, weights, strict=True) if weight == 10]
     assert tokenizer.decode(heavy) == "<think>\n</think>\n<answer>\n</answer>"
+
+
+def test_an_answer_with_a_thought_remembers_both():
+    text = with_thought("12 + 30 = 42", "42")
+    assert text == "<think>\n12 + 30 = 42\n</think>\n<answer>\n42\n</answer>"
+    assert (text.thought, text.answer) == ("12 + 30 = 42", "42")
+    with pytest.raises(ValueError, match="the answer already contains the tag </think>"):
+        with_thought("a", "b</think>")

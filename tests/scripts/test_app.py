@@ -1,5 +1,6 @@
 """scripts/serving/app.py in this process: reasoning, images, failures while streaming, and bodies of every kind."""
 
+import asyncio
 import base64
 import io
 import json
@@ -24,7 +25,7 @@ from scripts.serving import schema as schema
 from scripts.serving.app import choices, completion_requests, make_app, new_tokens, sampling, texts_or_ids
 from scripts.serving.fetch_images import ImageFetcher
 from scripts.serving.requests import FAILURES, ServerState
-from scripts.serving.responses import CompletionPrompt, completion_logprobs, event, finite, usage
+from scripts.serving.responses import CompletionPrompt, completion_logprobs, event, events, finite, usage
 from tests.model.networks import network
 from tests.scripts.malformed import bodies_by_schema, malformed_bodies
 
@@ -595,3 +596,22 @@ def test_a_prompt_as_long_as_the_context(length, new, fits, serve, model):
     if not fits:
         error = reply.json()["error"]
         assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
+def test_a_stream_that_its_reader_leaves_stops_writing():
+    """The client is gone after one event: what it asked for must not be written to its end."""
+    cancelled = []
+
+    async def chunks():
+        while True:
+            yield {"n": 1}
+
+    async def leave() -> str:
+        stream = events(SimpleNamespace(cancel=lambda: cancelled.append(True)), chunks())
+        first = await anext(stream)
+        assert not cancelled
+        await stream.aclose()
+        return first
+
+    assert asyncio.run(leave()) == event({"n": 1})
+    assert cancelled == [True]

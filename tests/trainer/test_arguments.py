@@ -173,7 +173,7 @@ def test_deepspeed_settings_follow_the_flags(tmp_path, capsys):
     ("flags", "told"),
     [
         (("all",), "add --deepspeed or --fsdp"),
-        (("all", "--deepspeed"), "--offload all needs --zero_stage 3"),
+        (("all", "--deepspeed"), "--offload all needs --zero_stage 3 or more"),
         (("optimizer", "--deepspeed", "--zero_stage", "0"), "--offload optimizer needs --zero_stage 1 or more"),
         (("optimizer", "--deepspeed", "ds.json"), "ds.json decides what is offloaded"),
     ],
