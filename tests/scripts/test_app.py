@@ -25,7 +25,8 @@ from scripts.serving import schema as schema
 from scripts.serving.app import choices, completion_requests, make_app, new_tokens, sampling, texts_or_ids
 from scripts.serving.fetch_images import ImageFetcher
 from scripts.serving.requests import FAILURES, ServerState
-from scripts.serving.responses import CompletionPrompt, completion_logprobs, event, events, finite, usage
+from scripts.serving.responses import CompletionPrompt, completion_logprobs, event, finite, usage
+from scripts.serving.responses import events as event_stream
 from tests.model.networks import network
 from tests.scripts.malformed import bodies_by_schema, malformed_bodies
 
@@ -607,7 +608,7 @@ def test_a_stream_that_its_reader_leaves_stops_writing():
             yield {"n": 1}
 
     async def leave() -> str:
-        stream = events(SimpleNamespace(cancel=lambda: cancelled.append(True)), chunks())
+        stream = event_stream(SimpleNamespace(cancel=lambda: cancelled.append(True)), chunks())
         first = await anext(stream)
         assert not cancelled
         await stream.aclose()
