@@ -20,12 +20,11 @@ import torch
 
 from benchmarks.comparison.training_runs import read_results, save_table
 from benchmarks.distillation_gain import spread
-from benchmarks.time_to_loss import SIZES, VARIANTS, train
+from benchmarks.time_to_loss import SIZES, VARIANTS, add_run_arguments, train
 from dataset import PretrainDataset
 from model import build_model
 from trainer.architecture import config_from_sizes
-from trainer.argument_types import BooleanFlag, non_negative_int, positive_float, positive_int
-from trainer.arguments import ROOT, Parser, add_device_argument
+from trainer.arguments import ROOT, Parser
 from trainer.device import DTYPES, default_dtype, pick_device
 from trainer.errors import UserError, run_main
 from trainer.evaluation import evaluate
@@ -49,18 +48,9 @@ REFUSALS = (
 
 def get_args():
     parser = Parser(__doc__)
-    parser.add_argument("--data_path", type=Path, required=True, help="pretraining texts, jsonl")
-    parser.add_argument("--table", action=BooleanFlag, help="only print the results so far")
-    parser.add_argument("--seed", type=non_negative_int, default=1, help="seed of the initial weights and the order")
-    parser.add_argument("--size", choices=SIZES, default="7M", help="dim 128, 256 or 512, 8 layers")
-    parser.add_argument("--tokens", type=positive_int, default=131_072, help="training tokens, in whole rows")
-    parser.add_argument("--batch_size", type=positive_int, default=4, help="rows per step")
-    parser.add_argument("--max_seq_len", type=positive_int, default=512, help="row length in tokens")
-    parser.add_argument("--learning_rate", type=positive_float, default=2e-3)
-    parser.add_argument("--warmup_iters", type=non_negative_int, default=10)
-    parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
+    add_run_arguments(parser)
+    parser.set_defaults(tokens=131_072, batch_size=4)
     parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "cleaning_gain")
-    add_device_argument(parser)
     return parser.parse_args()
 
 

@@ -74,10 +74,17 @@ VARIANTS = {
 
 def get_args():
     parser = Parser(__doc__)
-    parser.add_argument("--data_path", type=Path, required=True, help="pretraining texts, jsonl")
     parser.add_argument("--variant", choices=VARIANTS, default="muon")
+    add_run_arguments(parser)
+    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "time_to_loss")
+    return parser.parse_args()
+
+
+def add_run_arguments(parser: Parser) -> None:
+    """The flags of one training run: its data, its seed, and what `train` reads."""
+    parser.add_argument("--data_path", type=Path, required=True, help="pretraining texts, jsonl")
     parser.add_argument("--table", action=BooleanFlag, help="only print the results so far")
-    parser.add_argument("--seed", type=non_negative_int, default=1)
+    parser.add_argument("--seed", type=non_negative_int, default=1, help="seed of the initial weights and the order")
     parser.add_argument("--size", choices=SIZES, default="7M", help="dim 128, 256 or 512, 8 layers")
     parser.add_argument("--tokens", type=positive_int, default=400_000, help="training tokens, in whole rows")
     parser.add_argument("--batch_size", type=positive_int, default=8, help="rows per step")
@@ -85,9 +92,7 @@ def get_args():
     parser.add_argument("--learning_rate", type=positive_float, default=2e-3)
     parser.add_argument("--warmup_iters", type=non_negative_int, default=10)
     parser.add_argument("--tokenizer", default=None, metavar="DIR", help="tokenizer folder (default: the shipped one)")
-    parser.add_argument("--out_dir", type=Path, default=ROOT / "out" / "time_to_loss")
     add_device_argument(parser)
-    return parser.parse_args()
 
 
 def train(variant: Variant, model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_file: Path):
