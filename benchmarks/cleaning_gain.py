@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.comparison.training_runs import read_results, save_table
 from benchmarks.distillation_gain import spread
-from benchmarks.time_to_loss import SIZES, VARIANTS, add_run_arguments, train
+from benchmarks.time_to_loss import SIZES, VARIANTS, add_run_arguments, settings_name, train
 from dataset import PretrainDataset
 from model import build_model
 from trainer.architecture import config_from_sizes
@@ -147,7 +147,7 @@ def main():
     if not args.data_path.is_file():
         raise UserError(f"--data_path {args.data_path} is missing")
     files = args.out_dir / args.data_path.stem
-    folder = files / f"{args.size}_{args.tokens}_{args.batch_size}x{args.max_seq_len}_{args.learning_rate:g}"
+    folder = files / settings_name(args)
     folder.mkdir(parents=True, exist_ok=True)
     if not args.table:
         make_files(args.data_path, files)

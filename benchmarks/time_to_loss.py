@@ -95,6 +95,12 @@ def add_run_arguments(parser: Parser) -> None:
     add_device_argument(parser)
 
 
+def settings_name(args) -> str:
+    """The settings that results must share to be compared, as the name of their folder."""
+    shape = f"{args.size}_{args.tokens}_{args.batch_size}x{args.max_seq_len}"
+    return f"{shape}_{args.learning_rate:g}_{args.warmup_iters}"
+
+
 def train(variant: Variant, model: MiniMindLM, rows: PretrainDataset, here: Runtime, args, state_file: Path):
     """Train for --tokens, continuing from the state of an earlier call, if any.
 
@@ -188,8 +194,7 @@ def main():
     args = get_args()
     if not args.data_path.is_file():
         raise UserError(f"--data_path {args.data_path} is missing")
-    shape = f"{args.size}_{args.tokens}_{args.batch_size}x{args.max_seq_len}"
-    folder = args.out_dir / f"{shape}_{args.learning_rate:g}_{args.warmup_iters}"
+    folder = args.out_dir / settings_name(args)
     folder.mkdir(parents=True, exist_ok=True)
     result_file = folder / f"{args.variant}_seed_{args.seed}.json"
     if not (args.table or result_file.is_file()):
